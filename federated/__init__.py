@@ -1,0 +1,1 @@
+"""Federated, zeroth-order fine-tuning on Flower, which is still to come."""

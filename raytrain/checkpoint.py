@@ -1,0 +1,220 @@
+"""Checkpoints: a run's whole state in a folder that is complete or absent.
+
+``step-00000100/`` holds a file of tensors for each replica that has any (safetensors) and ``manifest.json``: the
+progress, the metrics, the plain part of the state, and the size and hash of every file. Replicas write into a hidden
+folder, the first one writes the manifest last and renames the folder. Nothing is ever unpickled.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from raytrain.errors import CheckpointError
+from raytrain.files import digest, flush, write_whole
+from raytrain.state import dumps, join, savable, split
+from raytrain.sync.exchange import Exchange
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint's manifest says.
+
+    Attributes:
+        path: the checkpoint's folder.
+        progress: the fields of `loop.Progress`.
+        metrics: what was measured at this step, possibly nothing.
+        members: how many replicas wrote it.
+    """
+
+    path: Path
+    progress: dict[str, Any]
+    metrics: dict[str, float]
+    members: int
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps done."""
+        return int(self.progress["step"])
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they are; every replica must see the same folder.
+        keep: how many of the newest stay; the best one stays too.
+        exchange: the replicas, which all call the same methods together.
+    """
+
+    def __init__(self, folder: Path, keep: int, exchange: Exchange) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._exchange = exchange
+
+    def clean(self) -> None:
+        """Remove what a killed attempt left half-written; only for those who are about to write."""
+        if self._exchange.transport.rank == 0:
+            for partial in self._folder.glob(".step-*.partial"):
+                shutil.rmtree(partial)
+
+    def save(self, state: Mapping[str, Any], progress: Mapping[str, Any], metrics: Mapping[str, float]) -> Path:
+        """Write a checkpoint and return its folder.
+
+        Args:
+            state: this replica's part; the first replica's holds what all share.
+            progress: equal on all replicas.
+            metrics: what was measured at this step.
+
+        Raises:
+            CheckpointError: on every replica, if one of them could not write; no incomplete checkpoint is left.
+        """
+        rank = self._exchange.transport.rank
+        name = step_name(progress["step"])
+        aside = self._folder / f".{name}.partial"
+        parts = [json.loads(part) for part in self._exchange.gather(_write_part(aside, rank, state))]
+        failure = next((part["error"] for part in parts if "error" in part), None)
+        if rank == 0 and failure is None:
+            manifest = {"format": FORMAT, "progress": progress, "metrics": metrics, "parts": parts}
+            failure = self._complete(aside, name, manifest)
+        failure = json.loads(self._exchange.gather(json.dumps(failure).encode())[0])
+        if failure is not None:
+            if rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(f"checkpoint {name} could not be written to {self._folder}: {failure}")
+        return self._folder / name
+
+    def newest(self) -> Manifest | None:
+        """Return the newest checkpoint whose files are all as they were written; the first replica decides for all.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none of them is complete.
+        """
+        verdict = self._find() if self._exchange.transport.rank == 0 else {}
+        verdict = json.loads(self._exchange.gather(json.dumps(verdict).encode())[0])
+        if "error" in verdict:
+            raise CheckpointError(verdict["error"])
+        return read_manifest(self._folder / verdict["name"]) if "name" in verdict else None
+
+    def _find(self) -> dict[str, str]:
+        problems = []
+        for path in reversed(listed(self._folder)):
+            try:
+                verify(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+            else:
+                return {"name": path.name}
+        return {"error": "no checkpoint of this run can be read:\n" + "\n".join(problems)} if problems else {}
+
+    def _complete(self, aside: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
+        """Write the manifest, rename the folder and remove old checkpoints; return what went wrong."""
+        try:
+            write_whole(aside / MANIFEST, dumps(manifest))
+            flush(aside)
+            shutil.rmtree(self._folder / name, ignore_errors=True)  # a damaged one of the same step
+            aside.rename(self._folder / name)
+            flush(self._folder)
+            for old in listed(self._folder)[: -self._keep]:
+                if old.name != step_name(manifest["progress"]["best_step"]):
+                    shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            return f"worker 0: {error}"
+        return None
+
+
+def step_name(step: int) -> str:
+    """Return the name of the folder of the checkpoint at `step`."""
+    return f"step-{step:08d}"
+
+
+def listed(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: there is none, or it is not one of ours.
+    """
+    raw = _raw_manifest(path)
+    return Manifest(path, raw["progress"], raw["metrics"], len(raw["parts"]))
+
+
+def verify(path: Path) -> None:
+    """Check that every file of a checkpoint is as it was written.
+
+    Raises:
+        CheckpointError: one is missing, cut short or changed.
+    """
+    for part in _raw_manifest(path)["parts"]:
+        if part["file"] is not None:
+            _verify_part(path / part["file"], part)
+
+
+def load(path: Path, rank: int) -> Any:
+    """Return the part of the state that replica `rank` saved.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or changed.
+    """
+    part = _raw_manifest(path)["parts"][rank]
+    if part["file"] is None:
+        return join(part["state"], {})
+    file = path / part["file"]
+    _verify_part(file, part)
+    try:
+        return join(part["state"], load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+
+
+def _write_part(aside: Path, rank: int, state: Mapping[str, Any]) -> bytes:
+    """Write the tensors of `state`, and return as JSON what the manifest says of them, or the error."""
+    skeleton, tensors = split(state)
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        if not tensors:
+            return dumps({"file": None, "state": skeleton})
+        file = aside / f"rank-{rank:05d}.safetensors"
+        save_file(savable(tensors), file)
+        flush(file)
+        part = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest(file), "state": skeleton}
+    except (OSError, SafetensorError) as error:
+        return dumps({"error": f"worker {rank}: {error}"})
+    return dumps(part)
+
+
+def _verify_part(file: Path, part: Mapping[str, Any]) -> None:
+    size = file.stat().st_size if file.is_file() else -1
+    if size != part["bytes"]:
+        found = "is missing" if size < 0 else f"has {size} bytes"
+        raise CheckpointError(
+            f"{file}: {found} where {part['bytes']} bytes were written; use another checkpoint of the run"
+        )
+    if digest(file) != part["sha256"]:
+        raise CheckpointError(f"{file}: its contents changed since it was written; use another checkpoint of the run")
+
+
+def _raw_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        raw = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file}: not a checkpoint of format {FORMAT}; was it written by another version of raytrain?"
+        )
+    return raw

@@ -1,0 +1,173 @@
+"""The command `raytrain`.
+
+Exit status: 0 done, 1 the run failed, 2 the recipe or an argument is wrong and nothing was started, 130 interrupted.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import tomli_w
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from raytrain.errors import RaytrainError, RecipeError
+from raytrain.kinds import Kind, Order, load_kinds
+from raytrain.names import near, resolve
+from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
+
+app = typer.Typer(
+    help="Train neural networks on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped recipe.")]
+More = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="The same as --set FIELD=VALUE.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in --set optimizer.lr=1e-3."),
+]
+
+
+def main() -> NoReturn:
+    """Run the command, and turn every error into one message and an exit status."""
+    sys.path.insert(0, os.getcwd())  # so that my_module:my_task is found, as with `python -m`
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    for point in entry_points(group="raytrain.kinds"):
+        app.command(point.name, help=f"Run a recipe of the kind {point.name}.")(_runner(point.name))
+    try:
+        status = app(standalone_mode=False)
+    except RaytrainError as error:
+        status = _complain(str(error), error.exit_status)
+    except (click.Abort, KeyboardInterrupt):
+        status = _complain("interrupted", 130)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    sys.exit(status)
+
+
+@app.command()
+def check(recipe: Source, more: More = None, changes: Changes = None) -> None:
+    """Print a recipe as it would run, and where each value comes from. Starts nothing."""
+    raw, origin = _read(recipe, None)
+    overrides = parse_overrides([*(changes or []), *(more or [])])
+    resolved = _parse(raw, overrides)
+    given = dict(dotted_fields(raw))
+    for field, value in dotted_fields(resolved.plain()):
+        source = "--set" if field in overrides else origin.name if field in given else "default"
+        line = f"{field} = {tomli_w.dumps({'x': value}).removeprefix('x = ').strip()}"
+        print(f"{' '.join(line.split()):<48}  # {source}")
+
+
+@app.command(name="list")
+def list_names(what: Annotated[str | None, typer.Argument(help="Only this table.")] = None) -> None:
+    """List what a recipe can name, with a line each."""
+    tables: dict[str, dict[str, str]] = {"recipes": {}}
+    for kind in load_kinds().values():
+        tables["recipes"] |= {file.stem: _first_comment(file) for file in sorted(kind.recipes.glob("*.toml"))}
+        tables |= {title: {name: _first_line(table, name) for name in table} for title, table in kind.tables.items()}
+    if what is not None and what not in tables:
+        raise RecipeError(f"{what!r} is not a table; {near(what, tables)}")
+    for title, lines in tables.items():
+        if what in (None, title):
+            grid = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+            for name, line in lines.items():
+                grid.add_row(name, line)
+            Console().print(grid)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    more: More = None,
+    changes: Changes = None,
+) -> None:
+    """Evaluate a run's best checkpoint on held-out data, and print the values as JSON."""
+    file = run / "recipe.toml"
+    if not file.is_file():
+        raise RecipeError(f"{run}: there is no run here (no recipe.toml); a run's folder is what --out named")
+    raw, _ = _read(str(file), None)
+    kind = load_kinds()[raw["kind"]]
+    metrics = resolve({}, kind.evaluate, "evaluate")(run, parse_overrides([*(changes or []), *(more or [])]))
+    print(json.dumps(metrics, indent=2))
+
+
+def _runner(verb: str) -> Callable[..., int]:
+    """Return the command that runs recipes of the kind `verb`."""
+
+    def command(
+        recipe: Source,
+        more: More = None,
+        changes: Changes = None,
+        out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-TIME].")] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+        address: Annotated[
+            str | None,
+            typer.Option(
+                envvar="RAY_ADDRESS", help="A running Ray cluster: auto or HOST:PORT [default: start Ray here]."
+            ),
+        ] = None,
+    ) -> int:
+        raw, _ = _read(recipe, verb)
+        kind = load_kinds()[verb]
+        resolved = _parse(raw, parse_overrides([*(changes or []), *(more or [])]))
+        if resume and out is None:
+            raise RecipeError("--resume: say which run with --out, as in --out runs/digits-20260101-120000 --resume")
+        folder = out or Path("runs") / f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        result = resolve({}, kind.run, "kind")(resolved, Order(folder, resume, address))
+        return 130 if result.status == "interrupted" else 0
+
+    return command
+
+
+def _read(source: str, verb: str | None) -> tuple[dict[str, Any], Path]:
+    """Return a recipe's data, with its kind and name filled in, and its file.
+
+    Raises:
+        RecipeError: there is none, or it is of another kind than `verb`.
+    """
+    kinds = load_kinds()
+    raw, file = read_toml(source, [kind.recipes for kind in kinds.values()])
+    raw = {"kind": verb or "train", "name": file.stem, **raw}
+    if raw["kind"] not in kinds:
+        raise RecipeError(f"kind: no such kind {raw['kind']!r}; {near(str(raw['kind']), kinds)}")
+    if verb not in (None, raw["kind"]):
+        raise RecipeError(f"kind: {source} is a recipe to {raw['kind']}: raytrain {raw['kind']} {source}")
+    return raw, file
+
+
+def _parse(raw: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
+    kind: Kind = load_kinds()[raw["kind"]]
+    return kind.recipe.parse(merged(raw, overrides))
+
+
+def _first_comment(file: Path) -> str:
+    first = file.read_text().partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _first_line(table: Any, name: str) -> str:
+    document = resolve(table, name, name).__doc__ or ""
+    return document.strip().partition("\n")[0]
+
+
+def _complain(message: str, status: int) -> int:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"raytrain: {message}", markup=False)
+    return status
+
+
+def _as_interrupt(*_: object) -> NoReturn:
+    """Treat a request to end (from a job server, or Kubernetes) as Ctrl-C."""
+    raise KeyboardInterrupt

@@ -1,0 +1,81 @@
+"""Kinds of runs: what the command can check, list and run. Others add theirs as entry points `raytrain.kinds`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from raytrain.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Where and how to run a recipe.
+
+    Attributes:
+        out: the run's folder.
+        resume: continue what is in `out`, instead of asking for a new folder.
+        address: of a running Ray cluster: "auto" or "HOST:PORT"; None: start Ray on this machine.
+    """
+
+    out: Path
+    resume: bool = False
+    address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a run ended, which is what `result.json` holds.
+
+    Attributes:
+        status: "done", "stopped early", "interrupted" or "failed".
+        metrics: of the last evaluation.
+        best: {"step", "value", "metric"} of the best evaluation.
+        references: figures to compare the metrics with.
+        steps: optimizer steps done.
+        samples: examples drawn.
+        seconds: time spent training, over all attempts.
+        bytes_sent: by the first worker.
+        restarts: how often workers had to be started again.
+        checkpoint: the last one, if there is one.
+        error: why it failed.
+    """
+
+    status: Literal["done", "stopped early", "interrupted", "failed"]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    best: Mapping[str, Any] = field(default_factory=dict)
+    references: Mapping[str, float] = field(default_factory=dict)
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    bytes_sent: int = 0
+    restarts: int = 0
+    checkpoint: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of runs.
+
+    Attributes:
+        recipe: the class of its recipes.
+        recipes: the folder of its shipped recipes.
+        run: "module:attribute" of (recipe, Order) -> Result; imported only to run.
+        evaluate: "module:attribute" of (run's folder, overrides) -> metrics.
+        tables: what can be chosen by name -> the table.
+    """
+
+    recipe: type[Recipe]
+    recipes: Path
+    run: str
+    evaluate: str
+    tables: Mapping[str, Mapping[str, str]]
+
+
+def load_kinds() -> dict[str, Kind]:
+    """Return the installed kinds by name."""
+    return {
+        point.name: point.load() for point in sorted(entry_points(group="raytrain.kinds"), key=lambda point: point.name)
+    }

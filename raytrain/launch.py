@@ -1,0 +1,261 @@
+"""Runs a training recipe on Ray: this file and no other of the package knows Ray."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.exceptions import RayError
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+import raytrain
+from raytrain.cluster import check_reachable, cpus_per_worker, own_cpus
+from raytrain.display import Display
+from raytrain.errors import RaytrainError, RecipeError, TrainingError
+from raytrain.finished import result_of
+from raytrain.kinds import Order, Result
+from raytrain.rundir import Failure, RunDirectory
+from raytrain.sync.transport import GroupTransport, LocalTransport
+from raytrain.train_recipe import TrainRecipe
+from raytrain.watchdog import Watchdog
+from raytrain.worker import task_of, work
+
+# Ray Train reads these when it starts; what the user has set stays. Without the first, a report takes 2 s.
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+}
+OBJECT_STORE_BYTES = 200 << 20
+
+
+def run(recipe: TrainRecipe, order: Order) -> Result:
+    """Train on Ray, and return how it ended; the same is in the run's `result.json`.
+
+    Ctrl-C asks the workers to save and end; a second one ends them at once.
+
+    Raises:
+        RecipeError: the recipe, the folder or the cluster does not allow it.
+        TrainingError: the run failed; what was computed is in its folder.
+    """
+    task_of(recipe)  # its errors are better here than in a worker
+    if order.address is None and not ray.is_initialized():
+        cpus_per_worker([own_cpus()], recipe.workers, recipe.resources.cpus)
+    run_directory = RunDirectory(order.out.absolute())
+    run_directory.open(recipe.to_toml(), resume=order.resume)
+    with run_directory.locked("command", 0), Display(run_directory, recipe.steps) as display:
+        display.say("starting Ray" if order.address is None else f"connecting to Ray at {order.address}")
+        with _cluster(order.address) as machines:
+            cpus = cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
+            display.say(f"starting {recipe.workers} worker(s) with {cpus:g} CPU each")
+            fit = _Fit(_trainer(recipe, run_directory, cpus))
+            ended = display.follow(fit)
+        failure = run_directory.failure() or (Failure(_summary(fit.error)) if ended and fit.error else None)
+        result = result_of(recipe, run_directory, failure)
+        run_directory.write_result(result)
+        display.finish(result)
+    if failure:
+        raise (RecipeError if failure.exit_status == RecipeError.exit_status else TrainingError)(_full(failure, result))
+    return result
+
+
+def _full(failure: Failure, result: Result) -> str:
+    """Return all that the user should read about a failure."""
+    kept = f"the last complete checkpoint is {result.checkpoint}" if result.checkpoint else "there is no checkpoint yet"
+    return f"{failure.trace}{failure.message}\n{kept}"
+
+
+def _summary(error: Exception) -> str:
+    """Return what ended Ray Train's attempts, without Ray's traces."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        causes = "; ".join(f"worker {rank}: {cause(each)}" for rank, each in sorted(error.worker_failures.items()))
+        return f"the workers failed more often than max_failures allows; {causes}"
+    return f"Ray Train stopped: {error}"
+
+
+class _Fit(threading.Thread):
+    """Runs Ray Train beside the main thread, which keeps Ctrl-C for itself."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(daemon=True)
+        self.error: Exception | None = None
+        self._trainer = trainer
+        self.start()
+
+    def run(self) -> None:
+        """Train; an error waits in `error`."""
+        try:
+            self._trainer.fit()
+        except Exception as error:
+            self.error = error
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[list[float]]:
+    """Join or start a Ray cluster, and return the processors of its machines."""
+    if ray.is_initialized():
+        yield _machines()
+        return
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    quiet = {"logging_level": logging.ERROR, "logging_config": ray.LoggingConfig(log_level="ERROR")}
+    if address is None:
+        ray.init(num_cpus=own_cpus(), include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    else:
+        check_reachable(address)
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+            raise RecipeError(f"--address: cannot join the Ray cluster at {address}: {error}") from error
+    try:
+        yield _machines()
+    finally:
+        ray.shutdown()
+
+
+def _machines() -> list[float]:
+    return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+
+
+def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, cpus: float) -> TorchTrainer:
+    resources = recipe.resources
+    timeout_seconds = recipe.sync.timeout_seconds
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_seconds)
+    # What an earlier command left would make Ray believe in checkpoints that are gone; ours are found on the disk.
+    (run_directory.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    gpus = {"GPU": resources.gpus} if resources.gpus else {}
+    return TorchTrainer(
+        _worker,
+        train_loop_config={
+            "recipe": recipe.plain(),
+            "run": str(run_directory.path),
+            "threads": max(1, int(cpus)),
+            "import_from": os.getcwd(),
+            "code": fingerprint(),
+        },
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=max(1, round(timeout_seconds))
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=recipe.workers,
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": cpus, **gpus},
+            placement_strategy=resources.placement,
+        ),
+        run_config=ray.train.RunConfig(
+            name=run_directory.checkpoints.name,
+            storage_path=str(run_directory.path),
+            failure_config=ray.train.FailureConfig(max_failures=recipe.max_failures),
+            callbacks=[RestartNotes(str(run_directory.path))],
+        ),
+    )
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Train as one of Ray Train's workers."""
+    rank, members = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    run_directory = RunDirectory(Path(config["run"]))
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        if config["code"] != fingerprint():
+            raise RecipeError(
+                f"raytrain at {Path(raytrain.__file__).parent} on worker {rank} is not the raytrain of the command; "
+                "install the same version on every machine"
+            )
+        sys.path.insert(0, config["import_from"])
+        recipe = TrainRecipe.parse(config["recipe"])
+        torch.set_num_threads(config["threads"])
+        device = get_device() if recipe.resources.gpus else torch.device("cpu")
+        timeout_seconds = recipe.sync.timeout_seconds
+        transport = GroupTransport(device, timeout_seconds) if members > 1 else LocalTransport(device)
+    except RaytrainError as error:
+        run_directory.record_failure(error, rank)
+        return
+    with Watchdog(hang_file(run_directory.path, rank), timeout_seconds) as watchdog, _Reports(rank) as reports:
+        work(recipe, run_directory, transport, watchdog.beat, reports.put)
+
+
+class _Reports:
+    """Tells Ray Train of checkpoints, in a thread, because Ray takes one report in each of its polls."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._queue: queue.SimpleQueue[tuple[Path, dict[str, float]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send, daemon=True)
+
+    def __enter__(self) -> "_Reports":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._queue.put(None)
+        if kind is None:
+            self._thread.join()
+
+    def put(self, path: Path, metrics: Mapping[str, float]) -> None:
+        """Tell of a checkpoint: every worker must, and the first one names it."""
+        self._queue.put((path, dict(metrics)))
+
+    def _send(self) -> None:
+        while item := self._queue.get():
+            path, metrics = item
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint(str(path)) if self._rank == 0 else None,
+                checkpoint_dir_name=path.name,
+                checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+            )
+
+
+class RestartNotes(ray.train.UserCallback):
+    """Notes why workers had to be started again, in the process that supervises them."""
+
+    def __init__(self, path: str) -> None:
+        self._run = RunDirectory(Path(path))
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Write a line to `restarts.jsonl`."""
+        causes = {}
+        for rank, error in worker_exceptions.items():
+            hang = hang_file(self._run.path, rank)
+            hung = hang.exists() and hang.stat().st_size
+            causes[str(rank)] = f"it hung, and was ended; its stack is in {hang}" if hung else cause(error)
+        self._run.append(self._run.restarts, {"time": time.time(), "workers": causes})
+
+
+def cause(error: Exception) -> str:
+    """Return in a few words what happened to a worker."""
+    text = str(error).strip()
+    if "PeerLostError" in text:
+        return "it lost another worker"
+    if "has died" in text or "died unexpectedly" in text:
+        return "its process died: killed, out of memory, or crashed"
+    return text.splitlines()[-1] if text else type(error).__name__
+
+
+def hang_file(path: Path, rank: int) -> Path:
+    """Return where the stack of a hanging worker goes."""
+    return path / f"hang-worker-{rank}.txt"
+
+
+def fingerprint() -> str:
+    """Return a hash of this package's source, to tell whether two machines run the same."""
+    root = Path(raytrain.__file__).parent
+    total = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        total.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()

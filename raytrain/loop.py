@@ -1,0 +1,179 @@
+"""The training loop: one page, without Ray."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from raytrain.errors import TrainingError
+from raytrain.replica import Progress, Replica
+from raytrain.sampler import Sampler
+from raytrain.task import Batch, Examples, Task
+from raytrain.tensors import moved, seed_step, weighed, weights_of
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to train; all counts are in optimizer steps.
+
+    Attributes:
+        steps: where training ends.
+        seed: of everything that a step draws.
+        batch: examples per replica and step.
+        accumulate: micro-batches that they are cut into; this changes the memory, not the step.
+        clip: the largest norm of the gradient; 0: any.
+        autocast: the type that the forward pass computes in, or None for that of the parameters.
+        rate: step, counted from 0 -> factor of the learning rate.
+        evaluate_every: 0: at the end only.
+        checkpoint_every: 0: at the end only.
+        patience: evaluations without a better metric after which training stops early; 0: never.
+    """
+
+    steps: int
+    seed: int
+    batch: int
+    accumulate: int
+    clip: float
+    autocast: torch.dtype | None
+    rate: Callable[[int], float]
+    evaluate_every: int
+    checkpoint_every: int
+    patience: int
+
+
+class Watch(Protocol):
+    """What surrounds the loop. Every replica calls the same methods in the same order."""
+
+    def stop_requested(self) -> bool:
+        """Return whether this replica was asked to stop after the current step."""
+        ...
+
+    def stepped(self, replica: Replica, values: dict[str, float]) -> None:
+        """Learn that a step is done, and what there is to log of it."""
+        ...
+
+    def evaluate(self, replica: Replica) -> dict[str, float]:
+        """Return the measured values over the whole held-out split, equal on every replica."""
+        ...
+
+    def save(self, replica: Replica, metrics: dict[str, float]) -> None:
+        """Write a checkpoint; `metrics` are what was measured at this step, if anything was."""
+        ...
+
+
+def train(replica: Replica, task: Task, examples: Examples, plan: Plan, watch: Watch) -> None:
+    """Train to the end of the plan, to an early stop, or until asked to stop; the last act is always a checkpoint.
+
+    Raises:
+        TrainingError: the loss or the gradient is not a finite number.
+    """
+    sampler = Sampler(len(examples), plan.seed)
+    progress, optimizer, sync = replica.progress, replica.optimizer, replica.sync
+    began, seconds, bytes_sent = time.perf_counter(), progress.seconds, progress.bytes_sent
+    progress.status = status(progress, plan, stop=False)
+    sync.start(replica.module)
+    while progress.status == "running":
+        seed_step(plan.seed, replica.rank, progress.step)
+
+        # Forward and backward over this replica's share of the step; then every gradient is the mean over the replicas.
+        indices = sampler.indices(progress.position + replica.rank * plan.batch, plan.batch)
+        own_loss = backward(replica, task, examples, indices, plan)
+        totals = sync.before_step(own_loss, watch.stop_requested())
+        norm = clip(replica, plan.clip)
+
+        rate = plan.rate(progress.step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.after_step()
+
+        progress.step += 1
+        progress.position += plan.batch * replica.members
+        progress.seconds = seconds + time.perf_counter() - began
+        progress.bytes_sent = bytes_sent + sync.bytes_sent
+        progress.status = status(progress, plan, totals.stop)
+        if replica.ema:
+            replica.ema.update(progress.step)
+        loss, lr = totals.loss / (totals.weight or 1.0), optimizer.param_groups[0]["lr"]
+        watch.stepped(replica, {"loss": loss, "lr": lr, "gradient_norm": norm})
+
+        if progress.status != "running":
+            sync.finish()
+        metrics = {}
+        if progress.status == "done" or due(progress.step, plan.evaluate_every):
+            metrics = watch.evaluate(replica)
+            judge(progress, task, metrics)
+            progress.status = status(progress, plan, totals.stop)
+        if (
+            progress.status != "running"
+            or progress.best_step == progress.step
+            or due(progress.step, plan.checkpoint_every)
+        ):
+            watch.save(replica, metrics)
+
+
+def backward(replica: Replica, task: Task, examples: Examples, indices: NDArray[np.int64], plan: Plan) -> float:
+    """Add the gradient of the weighted mean loss over `indices` to the parameters; return sum of weight * loss."""
+    batches: list[tuple[Batch, Tensor]] = []
+    for part in np.array_split(indices, plan.accumulate):
+        batch = moved(task.collate([examples[index] for index in part.tolist()]), replica.device, replica.dtype)
+        batches.append((batch, weights_of(task, batch, len(part), replica.device)))
+    weight = sum(weights.sum().item() for _, weights in batches)
+    total = 0.0
+    for batch, weights in batches:
+        with torch.autocast(replica.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
+            losses = task.losses(replica.module, batch)
+        loss = weighed(losses, weights)
+        total += loss.item()
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the loss is {total} in step {replica.progress.step + 1} on worker {replica.rank}, over the training "
+                f"examples {indices.tolist()}; a lower optimizer.lr, a longer schedule.warmup or clip = 1 may help"
+            )
+        if batch is batches[-1][0]:
+            replica.sync.before_backward(weight)
+        (loss / (weight or 1.0)).backward()
+    return total
+
+
+def clip(replica: Replica, limit: float) -> float:
+    """Scale the gradient down to the norm `limit`, if it is longer, and return the norm it had; 0: measure nothing."""
+    if not limit:
+        return 0.0
+    norm = float(clip_grad_norm_(replica.module.parameters(), limit))
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"the norm of the gradient is {norm} in step {replica.progress.step + 1}, although the loss is finite; "
+            "a lower optimizer.lr or precision = 'float32' may help"
+        )
+    return norm
+
+
+def judge(progress: Progress, task: Task, metrics: dict[str, float]) -> None:
+    """Note whether these are the best metrics so far."""
+    if task.improves(metrics[task.metric], progress.best):
+        progress.best, progress.best_step, progress.stale = metrics[task.metric], progress.step, 0
+    else:
+        progress.stale += 1
+
+
+def status(progress: Progress, plan: Plan, stop: bool) -> str:
+    """Return "running", or why training ends here."""
+    if progress.step >= plan.steps:
+        return "done"
+    if plan.patience and progress.stale >= plan.patience:
+        return "stopped early"
+    return "interrupted" if stop else "running"
+
+
+def due(step: int, every: int) -> bool:
+    """Return whether something done every so many steps is due after step `step`; 0: never."""
+    return every > 0 and step % every == 0

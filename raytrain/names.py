@@ -1,0 +1,49 @@
+"""Short names for things: plain tables of ``short name -> "module:attribute"``.
+
+A table is data: it is the same in every process, it loads nothing until a name is used, and it is the list that the
+contract tests run over. Any other value with a colon is imported as it stands, so what a user wrote needs no
+registration.
+"""
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from raytrain.errors import RecipeError
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error message: the known names nearest to `name`, then all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=2)
+    guess = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{guess}known: {', '.join(names)}"
+
+
+def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
+    """Return the object that `name` stands for.
+
+    Args:
+        table: short name -> "module:attribute".
+        name: a short name of the table, or "module:attribute" itself.
+        what: what the name is for, as the user wrote it ("task.name"); it begins the error message.
+
+    Raises:
+        RecipeError: the name is not in the table, or its module or attribute cannot be imported.
+    """
+    target = name if ":" in name else table.get(name)
+    if target is None:
+        raise RecipeError(f"{what}: no such name {name!r}; {near(name, table)}, or your own as module:attribute")
+    module_name, _, attribute = target.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise RecipeError(f"{what}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            public = [key for key in vars(found) if not key.startswith("_")]
+            raise RecipeError(f"{what}: {module_name!r} has no {attribute!r}; {near(part, public)}") from None
+    return found

@@ -1,0 +1,130 @@
+"""A replica: one copy of what is trained, and its whole state."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from raytrain.ema import Ema
+from raytrain.errors import CheckpointError
+from raytrain.optimizers import load_state_by_name, state_by_name
+from raytrain.recipe import Options
+from raytrain.sync.synchroniser import Synchroniser
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands: equal on every replica, and part of every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        position: examples drawn by all replicas together, which is the sampler's position.
+        best: the best value of the task's metric so far.
+        best_step: the step it was measured at.
+        stale: evaluations since then.
+        seconds: time spent training, over all attempts.
+        bytes_sent: bytes that the first replica put on the wire, over all attempts.
+        status: "running", or why it ended: "done", "stopped early", "interrupted".
+    """
+
+    step: int = 0
+    position: int = 0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0
+    seconds: float = 0.0
+    bytes_sent: int = 0
+    status: str = "running"
+
+
+@dataclass(slots=True)
+class Replica:
+    """One copy of what is trained, and its place among the others.
+
+    Attributes:
+        module: the model.
+        optimizer: over its trainable parameters.
+        options: what the optimizer was made with.
+        ema: the average of the weights that is evaluated in their place, if there is one.
+        sync: keeps the replicas together.
+        progress: where the run stands.
+        device, dtype: of the parameters.
+        rank: this replica's place among `members`.
+    """
+
+    module: nn.Module
+    optimizer: Optimizer
+    options: Options
+    ema: Ema | None
+    sync: Synchroniser
+    progress: Progress
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    members: int
+
+
+def state_of(replica: Replica) -> dict[str, Any]:
+    """Return what this replica puts into a checkpoint: its own part, and from the first replica what all share.
+
+    There is no random state in it: what a step draws follows from the seed, the rank and the step.
+    """
+    own: dict[str, Any] = {"sync": replica.sync.state_dict()}
+    if replica.rank == 0:
+        own["model"] = dict(_tensors(replica.module))
+        own["optimizer"] = state_by_name(replica.optimizer, replica.module)
+        own["ema"] = replica.ema.state_dict() if replica.ema else {}
+    return own
+
+
+def load_model(module: nn.Module, saved: Mapping[str, Tensor], path: object) -> None:
+    """Copy saved parameters and buffers into `module`.
+
+    Raises:
+        CheckpointError: they are those of another model; the message names the first difference.
+    """
+    ours = dict(_tensors(module))
+    for name in sorted(ours.keys() | saved.keys()):
+        there, here = saved.get(name), ours.get(name)
+        if there is None or here is None or there.shape != here.shape:
+            raise CheckpointError(
+                f"{path}: this checkpoint is of another model: {name} is {_shape(there)} in the checkpoint and "
+                f"{_shape(here)} in the model; use the task options that the run was started with, or another --out"
+            )
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(saved[name])
+
+
+def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] | None, path: object) -> None:
+    """Put a checkpoint's state into a replica.
+
+    Args:
+        replica: newly made.
+        shared: what the first replica saved.
+        own: what the replica of this rank saved, or None if there were more or fewer replicas then.
+        path: where it came from, for the error message.
+
+    Raises:
+        CheckpointError: it is the state of another model.
+    """
+    load_model(replica.module, shared["model"], path)
+    load_state_by_name(replica.optimizer, replica.module, shared["optimizer"], replica.options)
+    if replica.ema:
+        replica.ema.load_state_dict(shared["ema"] or shared["model"])  # a run that starts averaging now
+    if own is not None:
+        replica.sync.load_state_dict(own["sync"])
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter once, tied ones included, and each buffer that belongs to the state."""
+    yield from ((name, parameter.data) for name, parameter in module.named_parameters())
+    persistent = module.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else str(tuple(tensor.shape))

@@ -1,0 +1,143 @@
+"""A run's folder: who may write there, and what is in it beside the checkpoints."""
+
+import fcntl
+import json
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raytrain.errors import RaytrainError, RecipeError
+from raytrain.files import write_whole
+from raytrain.kinds import Result
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a run ended where starting its workers again would not help.
+
+    Attributes:
+        message: for the user.
+        exit_status: of the command.
+        trace: where in the code, if it is code that failed.
+    """
+
+    message: str
+    exit_status: int = 1
+    trace: str = ""
+
+
+class RunDirectory:
+    """The files of a run.
+
+    Args:
+        path: the folder, absolute; workers on all machines must see it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.result = path / "result.json"
+        self.attempts = path / "attempts.jsonl"
+        self.restarts = path / "restarts.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self._failure = path / "failure.json"
+        self._stop = path / "stop"
+
+    def open(self, recipe: str, *, resume: bool) -> None:
+        """Make the folder ready for a new attempt.
+
+        Args:
+            recipe: TOML to leave beside the run.
+            resume: whether there must be a run already, or must not.
+
+        Raises:
+            RecipeError: there is one where none may be, or none where one must be, or the folder cannot be written.
+        """
+        if resume and not self.recipe.is_file():
+            raise RecipeError(f"--resume: there is no run in {self.path}; leave --resume out to start one")
+        if not resume and self.path.is_dir() and any(self.path.iterdir()):
+            raise RecipeError(
+                f"--out: {self.path} is not empty; add --resume to continue the run in it, or name another folder"
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in (self._failure, self._stop, self.result):
+                leftover.unlink(missing_ok=True)
+            write_whole(self.recipe, recipe.encode())
+        except OSError as error:
+            raise RecipeError(f"--out: cannot write to {self.path}: {error.strerror}") from error
+
+    @contextmanager
+    def locked(self, who: str, wait_seconds: float) -> Iterator[None]:
+        """Hold the run as its only `who` ("command" or "worker"); the lock ends with the process.
+
+        Raises:
+            RecipeError: another process holds it and does not let go within `wait_seconds`.
+        """
+        with (self.path / f".{who}.lock").open("a+") as file:
+            give_up = time.monotonic() + wait_seconds
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > give_up:
+                        file.seek(0)
+                        raise RecipeError(
+                            f"{self.path} is in use by {who} process {file.read() or '?'}; wait for it or end it"
+                        ) from None
+                    time.sleep(0.1)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def request_stop(self) -> None:
+        """Ask the workers to save and end after the step they are at."""
+        self._stop.touch()
+
+    def stop_requested(self) -> bool:
+        """Return whether they were asked to."""
+        return self._stop.exists()
+
+    def record_failure(self, error: BaseException, worker: int) -> None:
+        """Leave word of why the run ends here, for the other workers and for the command; the first word stays."""
+        if isinstance(error, RaytrainError):
+            failure = Failure(str(error), error.exit_status)
+        else:
+            lines = "".join(traceback.format_exception(error))
+            failure = Failure(f"worker {worker}: {type(error).__name__}: {error}", trace=lines)
+        if not self._failure.exists():
+            write_whole(self._failure, json.dumps(asdict(failure)).encode())
+
+    def failure(self, wait_seconds: float = 0.0) -> Failure | None:
+        """Return what `record_failure` left, waiting for it a little."""
+        give_up = time.monotonic() + wait_seconds
+        while not self._failure.exists():
+            if time.monotonic() >= give_up:
+                return None
+            time.sleep(0.05)
+        return Failure(**json.loads(self._failure.read_bytes()))
+
+    def write_result(self, result: Result) -> None:
+        """Write `result.json`."""
+        write_whole(self.result, json.dumps(asdict(result), indent=2).encode() + b"\n")
+
+    def append(self, file: Path, row: dict[str, Any]) -> None:
+        """Add a line to one of the ``.jsonl`` files."""
+        with file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a ``.jsonl`` file; a last line that a killed process left half-written is left out."""
+    if not file.is_file():
+        return []
+    complete, _, _ = file.read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]

@@ -1,0 +1,75 @@
+"""Nested state as tensors and JSON: dicts, lists, numbers, strings and tensors, and no pickle."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MARK = "tensor:"
+
+
+def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Return `state` with each tensor replaced by a mark, and the tensors by the path they were at.
+
+    Args:
+        state: dicts with string keys, lists, tuples, numbers, strings, None and tensors, nested.
+        path: where `state` is inside something larger.
+
+    Raises:
+        TypeError: there is something else in it, or a string that looks like a mark.
+    """
+    if isinstance(state, Tensor):
+        return MARK + path, {path: state}
+    if isinstance(state, Mapping):
+        if wrong := [key for key in state if not isinstance(key, str)]:
+            raise TypeError(f"state at {path or 'the top'}: expected string keys; got {wrong[0]!r}")
+        parts = {key: split(value, f"{path}/{key}" if path else key) for key, value in state.items()}
+        return {key: part[0] for key, part in parts.items()}, {
+            name: t for part in parts.values() for name, t in part[1].items()
+        }
+    if isinstance(state, list | tuple):
+        rows = [split(value, f"{path}/{place}") for place, value in enumerate(state)]
+        return [row[0] for row in rows], {name: tensor for row in rows for name, tensor in row[1].items()}
+    if (
+        state is None
+        or isinstance(state, bool | int | float)
+        or (isinstance(state, str) and not state.startswith(MARK))
+    ):
+        return state, {}
+    raise TypeError(f"state at {path or 'the top'}: cannot be saved without pickle: {type(state).__name__}")
+
+
+def join(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the state that `split` took apart; tuples come back as lists."""
+    if isinstance(skeleton, str) and skeleton.startswith(MARK):
+        return tensors[skeleton.removeprefix(MARK)]
+    if isinstance(skeleton, dict):
+        return {key: join(value, tensors) for key, value in skeleton.items()}
+    if isinstance(skeleton, list):
+        return [join(value, tensors) for value in skeleton]
+    return skeleton
+
+
+def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as safetensors wants them: contiguous, on the CPU, none sharing memory with another."""
+    seen: set[int] = set()
+    ready = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().nbytes() != plain.nbytes or (plain.nbytes and plain.data_ptr() in seen):
+            plain = plain.clone()
+        seen.add(plain.data_ptr())
+        ready[name] = plain
+    return ready
+
+
+def finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a tensor that holds something other than finite numbers, or None."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+
+
+def dumps(skeleton: Any) -> bytes:
+    """Return the skeleton as JSON, the same bytes for the same skeleton."""
+    return json.dumps(skeleton, sort_keys=True).encode()

@@ -1,0 +1,1 @@
+"""How replicas stay together: a transport moves tensors, an exchange averages, a synchroniser decides when."""

@@ -1,0 +1,71 @@
+"""Averages over replicas, and small messages between them."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raytrain.sync.transport import Pending, Transport
+
+
+class Exchange(Protocol):
+    """A way to average over the replicas of a transport; a compressed one would keep its error feedback here."""
+
+    transport: Transport
+
+    def mean(self, flat: Tensor, weight: float) -> Pending:
+        """Start the weighted mean of `flat` over the replicas, in place.
+
+        Args:
+            flat: shape (n + 1,); the last element is room for the weight.
+            weight: what this replica's values count; the mean is over those who contributed, so 0 leaves one out.
+
+        Returns:
+            When it has arrived: flat, with the mean in flat[:n] and the sum of the weights in flat[n].
+        """
+        ...
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Return the payload of each replica, in order."""
+        ...
+
+
+class ExactExchange:
+    """Plain sums in the precision of the values.
+
+    Args:
+        transport: the replicas.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+
+    def mean(self, flat: Tensor, weight: float) -> Pending:
+        """Sum weight * value and weight together, and divide on arrival: one message carries both."""
+        flat[:-1].mul_(weight)
+        flat[-1] = weight
+        return _Mean(self.transport.all_reduce(flat))
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Gather the lengths, then the payloads padded to the longest."""
+        if len(self.transport.members) == 1:
+            return [payload]
+        device = self.transport.device
+        length = torch.tensor([len(payload)], dtype=torch.int64, device=device)
+        lengths = self.transport.all_gather(length).wait()[:, 0].tolist()
+        padded = torch.zeros(max(1, *lengths), dtype=torch.uint8, device=device)
+        if payload:
+            padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        rows = self.transport.all_gather(padded).wait().cpu()
+        return [row[:size].numpy().tobytes() for row, size in zip(rows, lengths, strict=True)]
+
+
+class _Mean:
+    def __init__(self, pending: Pending) -> None:
+        self.bytes_sent = pending.bytes_sent
+        self._pending = pending
+
+    def wait(self) -> Tensor:
+        flat = self._pending.wait()
+        flat[:-1].div_(flat[-1].clamp_min(torch.finfo(flat.dtype).tiny))  # nobody contributed: 0, not NaN
+        return flat

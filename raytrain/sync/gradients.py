@@ -1,0 +1,198 @@
+"""Gradient averaging: every replica takes the step that one replica with all the examples would take."""
+
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from raytrain.sync.exchange import Exchange
+from raytrain.sync.synchroniser import SyncOptions, Totals
+from raytrain.sync.transport import Pending
+
+
+class GradientOptions(SyncOptions):
+    """Options of gradient averaging.
+
+    Attributes:
+        bucket_bytes: gradients are sent in pieces of about this size, each as soon as the backward pass has filled it.
+    """
+
+    name: str = "gradients"
+    bucket_bytes: int = Field(4 << 20, ge=1)
+
+
+def gradients(exchange: Exchange, options: GradientOptions) -> "GradientAveraging":
+    """Return the synchroniser that averages gradients at every step."""
+    return GradientAveraging(exchange, options.bucket_bytes)
+
+
+class GradientAveraging:
+    """Average gradients over replicas, piece by piece while the backward pass runs.
+
+    The result is the exact weighted mean: sum of weight * gradient over sum of weight, so uneven shards count by what
+    they hold. A parameter that no replica used keeps its gradient None, as it would on one replica. Buffers that the
+    forward pass moves (the running means of BatchNorm) move by the mean of the replicas' movements.
+
+    Args:
+        exchange: how to average; with a single replica nothing is sent or copied.
+        bucket_bytes: size of a piece.
+    """
+
+    def __init__(self, exchange: Exchange, bucket_bytes: int) -> None:
+        self.bytes_sent = 0
+        self.waited_seconds = 0.0
+        self._exchange = exchange
+        self._alone = len(exchange.transport.members) == 1
+        self._bucket_bytes = bucket_bytes
+        self._buckets: list[_Bucket] = []
+        self._buffers: list[Tensor] = []
+        self._buffers_before: list[Tensor] = []
+        self._weight = 0.0
+        self._armed = False
+
+    def start(self, module: nn.Module) -> None:
+        """Copy the first replica's parameters and buffers, and watch for gradients."""
+        if self._alone:
+            return
+        persistent = module.state_dict(keep_vars=True)
+        for tensor in {id(value): value for value in persistent.values()}.values():
+            self._await(self._exchange.transport.broadcast(tensor.data))
+        self._buffers = [
+            buffer for name, buffer in module.named_buffers() if name in persistent and buffer.is_floating_point()
+        ]
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
+        # The backward pass fills gradients from the last layer to the first.
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad][::-1]
+        self._buckets = [_Bucket(part) for part in cut(trainable, self._bucket_bytes)]
+        for bucket in self._buckets:
+            for place, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket, place))
+
+    def before_backward(self, weight: float) -> None:
+        """Send each piece during the backward pass that comes now."""
+        self._weight = weight
+        self._armed = not self._alone
+        for bucket in self._buckets:
+            bucket.clear()
+
+    def before_step(self, loss: float, stop: bool) -> Totals:
+        """Send what is left, wait for all pieces, and put the means in place."""
+        if self._alone:
+            return Totals(self._weight, loss, stop)
+        self._armed = False
+        for bucket in self._buckets:
+            bucket.fill_rest()
+        self._launch_ready()
+        rest = self._rest(loss, stop)
+        pending = self._exchange.transport.all_reduce(rest)
+        for bucket in self._buckets:
+            if bucket.pending:
+                self._await(bucket.pending)
+        self._await(pending)
+        return self._put_in_place(rest)
+
+    def after_step(self) -> None:
+        """Do nothing: equal gradients moved equal parameters."""
+
+    def finish(self) -> None:
+        """Do nothing: nothing is under way between steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: no state lives from step to step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing."""
+
+    def _on_gradient(self, bucket: "_Bucket", place: int, parameter: Tensor) -> None:
+        if self._armed:
+            bucket.take(place, parameter)
+            self._launch_ready()
+
+    def _launch_ready(self) -> None:
+        """Launch full pieces, always in the same order: replicas must agree on it."""
+        for bucket in self._buckets:
+            if bucket.pending is None:
+                if bucket.missing:
+                    return
+                bucket.pending = self._exchange.mean(bucket.flat, self._weight)
+
+    def _rest(self, loss: float, stop: bool) -> Tensor:
+        """Return what is summed beside gradients: weight, loss, stop, users of parameters, moves of buffers."""
+        used = [float(flag) for bucket in self._buckets for flag in bucket.used]
+        numbers = torch.tensor([self._weight, loss, float(stop), *used], dtype=torch.float64)
+        moves = [
+            (buffer.double() - before.double()).flatten() * self._weight
+            for buffer, before in zip(self._buffers, self._buffers_before, strict=True)
+        ]
+        return torch.cat([numbers.to(self._exchange.transport.device), *moves])
+
+    def _put_in_place(self, rest: Tensor) -> Totals:
+        parameters = [parameter for bucket in self._buckets for parameter in bucket.parameters]
+        views = [view for bucket in self._buckets for view in bucket.views]
+        weight, loss, stop, *used = rest[: 3 + len(parameters)].tolist()
+        for parameter, view, users in zip(parameters, views, used, strict=True):
+            parameter.grad = view if users else None
+        moves = rest[3 + len(parameters) :].split([buffer.numel() for buffer in self._buffers])
+        for buffer, before, move in zip(self._buffers, self._buffers_before, moves, strict=True):
+            before.add_((move / (weight or 1.0)).view_as(before))
+            buffer.copy_(before)
+        return Totals(weight, loss, bool(stop))
+
+    def _await(self, pending: Pending) -> None:
+        started = time.perf_counter()
+        pending.wait()
+        self.waited_seconds += time.perf_counter() - started
+        self.bytes_sent += pending.bytes_sent
+
+
+def cut(tensors: Iterable[Tensor], limit_bytes: int) -> list[list[Tensor]]:
+    """Cut a list of tensors into runs of one type of at most `limit_bytes`, or of one tensor if that alone is larger.
+
+    Joining the runs gives the list back: no tensor is lost, whatever the sizes.
+    """
+    runs: list[list[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        own = tensor.numel() * tensor.element_size()
+        if not runs or size + own > limit_bytes or tensor.dtype != runs[-1][0].dtype:
+            runs.append([])
+            size = 0
+        runs[-1].append(tensor)
+        size += own
+    return runs
+
+
+class _Bucket:
+    """Some gradients in one flat buffer, with room for the weight at the end."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        sizes = [parameter.numel() for parameter in parameters]
+        self.flat = torch.zeros(sum(sizes) + 1, dtype=parameters[0].dtype, device=parameters[0].device)
+        self.views = [part.view_as(like) for part, like in zip(self.flat[:-1].split(sizes), parameters, strict=True)]
+        self.clear()
+
+    def clear(self) -> None:
+        self.missing = len(self.parameters)
+        self.used = [False] * len(self.parameters)
+        self.pending: Pending | None = None
+
+    def take(self, place: int, parameter: Tensor) -> None:
+        if not self.used[place] and parameter.grad is not None:
+            self.views[place].copy_(parameter.grad)
+            parameter.grad = None  # the copy is enough: never hold gradients twice
+            self.used[place] = True
+            self.missing -= 1
+
+    def fill_rest(self) -> None:
+        """Take gradients that an earlier micro-batch left, and zeros where there is none."""
+        for place, parameter in enumerate(self.parameters):
+            self.take(place, parameter)
+            if not self.used[place]:
+                self.views[place].zero_()
+        self.missing = 0

@@ -1,0 +1,83 @@
+"""What the training loop calls to keep replicas together."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import Field
+from torch import nn
+
+from raytrain.recipe import Options
+
+SYNCHRONISERS: dict[str, str] = {
+    "gradients": "raytrain.sync.gradients:gradients",
+}
+
+
+class SyncOptions(Options):
+    """Options of every synchroniser.
+
+    Attributes:
+        timeout_seconds: how long a worker may show no progress, and an exchange may take, before the attempt ends.
+    """
+
+    timeout_seconds: float = Field(300.0, gt=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What one step came to, over the replicas that it was exchanged with.
+
+    Attributes:
+        weight: sum of the weights of the losses.
+        loss: sum of weight * loss.
+        stop: whether any replica asked to stop after this step; equal on all of them.
+    """
+
+    weight: float
+    loss: float
+    stop: bool
+
+
+class Synchroniser(Protocol):
+    """Keeps replicas together through visible calls in the loop.
+
+    Attributes:
+        bytes_sent: what this replica has put on the wire since `start`.
+        waited_seconds: how long the loop has stood still for others since `start`.
+    """
+
+    bytes_sent: int
+    waited_seconds: float
+
+    def start(self, module: nn.Module) -> None:
+        """Take the replica's parameters and buffers in hand; afterwards they equal those of the first replica."""
+        ...
+
+    def before_backward(self, weight: float) -> None:
+        """Learn the weight of this replica's losses; the last backward pass of the step comes next."""
+        ...
+
+    def before_step(self, loss: float, stop: bool) -> Totals:
+        """Make the gradients ready for the optimizer.
+
+        Args:
+            loss: sum of weight * loss of this replica's share.
+            stop: whether this replica asks all to stop after this step.
+        """
+        ...
+
+    def after_step(self) -> None:
+        """Learn that the parameters moved."""
+        ...
+
+    def finish(self) -> None:
+        """Complete what is under way; afterwards the replicas are equal."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this replica needs to resume, as nested plain data and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
+        ...

@@ -1,0 +1,176 @@
+"""Moving tensors between replicas: one process group of one's own, never the default one.
+
+Every operation starts at once and returns a `Pending`; a tensor given to one must not be touched until `wait` returns.
+"""
+
+import datetime
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class PeerLostError(RuntimeError):
+    """An operation failed because another replica died, hung or left; this replica itself did nothing wrong."""
+
+
+class Pending(Protocol):
+    """An operation under way.
+
+    Attributes:
+        bytes_sent: what this replica puts on the wire for it.
+    """
+
+    bytes_sent: int
+
+    def wait(self) -> Tensor:
+        """Return the result once it has arrived.
+
+        Raises:
+            PeerLostError: it will not arrive.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """A group of replicas.
+
+    Attributes:
+        rank: this replica's place in `members`.
+        members: the replicas of the group, in order.
+        device: where tensors must be.
+    """
+
+    rank: int
+    members: tuple[int, ...]
+    device: torch.device
+
+    def all_reduce(self, flat: Tensor) -> Pending:
+        """Sum `flat` over the replicas, in place; the result is equal to the bit on all of them."""
+        ...
+
+    def all_gather(self, flat: Tensor) -> Pending:
+        """Return the `flat` of each replica, all of one shape, as shape (members, *flat.shape)."""
+        ...
+
+    def broadcast(self, flat: Tensor) -> Pending:
+        """Overwrite `flat` with that of the first replica."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group; replicas that still wait for this one learn that it is lost."""
+        ...
+
+
+class Arrived:
+    """A `Pending` that has nothing to wait for."""
+
+    bytes_sent = 0
+
+    def __init__(self, result: Tensor) -> None:
+        self._result = result
+
+    def wait(self) -> Tensor:
+        """Return the result."""
+        return self._result
+
+
+class LocalTransport:
+    """The group of a replica that is alone."""
+
+    rank: int = 0
+    members: tuple[int, ...] = (0,)
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+
+    def all_reduce(self, flat: Tensor) -> Pending:
+        """Return `flat`: the sum over one replica."""
+        return Arrived(flat)
+
+    def all_gather(self, flat: Tensor) -> Pending:
+        """Return `flat` with a dimension for the one replica."""
+        return Arrived(flat.unsqueeze(0))
+
+    def broadcast(self, flat: Tensor) -> Pending:
+        """Return `flat`."""
+        return Arrived(flat)
+
+    def close(self) -> None:
+        """Do nothing: nobody waits."""
+
+
+class GroupTransport:
+    """A process group over all ranks of torch.distributed, made for this purpose (gloo on CPUs, NCCL on GPUs).
+
+    Args:
+        device: where tensors are.
+        timeout_seconds: how long an operation may take before its peers count as lost.
+    """
+
+    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        self.rank = dist.get_rank()
+        self.members = tuple(range(dist.get_world_size()))
+        self.device = device
+        self._group = dist.new_group(timeout=datetime.timedelta(seconds=timeout_seconds))
+
+    def all_reduce(self, flat: Tensor) -> Pending:
+        """Sum `flat` in place (a ring moves each byte 2 (n - 1) / n times)."""
+        size = len(self.members)
+        return self._start(
+            lambda: dist.all_reduce(flat, group=self._group, async_op=True), flat, 2 * (size - 1) / size * _bytes(flat)
+        )
+
+    def all_gather(self, flat: Tensor) -> Pending:
+        """Return all `flat`, stacked."""
+        size = len(self.members)
+        all_flat = flat.new_empty((size, *flat.shape))
+        parts = list(all_flat.unbind(0))
+        return self._start(
+            lambda: dist.all_gather(parts, flat, group=self._group, async_op=True), all_flat, (size - 1) * _bytes(flat)
+        )
+
+    def broadcast(self, flat: Tensor) -> Pending:
+        """Overwrite `flat` with rank 0's."""
+        sent = _bytes(flat) if self.rank == 0 else 0
+        return self._start(lambda: dist.broadcast(flat, 0, group=self._group, async_op=True), flat, sent)
+
+    def close(self) -> None:
+        """Close the connections."""
+        dist.destroy_process_group(self._group)
+
+    def _start(self, launch: Callable[[], dist.Work], result: Tensor, bytes_sent: float) -> Pending:
+        started = time.monotonic()
+        try:
+            return _Work(launch(), result, int(bytes_sent), started)
+        except RuntimeError as error:
+            raise _lost(error, started) from error
+
+
+class _Work:
+    def __init__(self, work: dist.Work, result: Tensor, bytes_sent: int, started: float) -> None:
+        self.bytes_sent = bytes_sent
+        self._work = work
+        self._result = result
+        self._started = started
+
+    def wait(self) -> Tensor:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise _lost(error, self._started) from error
+        return self._result
+
+
+def _lost(error: RuntimeError, started: float) -> PeerLostError:
+    waited = time.monotonic() - started
+    return PeerLostError(
+        f"another worker died, hung or left during an exchange ({waited:.1f} s after its start): {error}"
+    )
+
+
+def _bytes(flat: Tensor) -> int:
+    return flat.numel() * flat.element_size()

@@ -1,0 +1,128 @@
+"""What is trained: a task is a record of functions, and a user's own is one too.
+
+A task says how to make the model, where examples come from, and what a batch of them costs. It knows nothing of
+workers, optimizers or Ray. Weights make every average exact: a loss counts as much as its weight on any sharding, and a
+measured value is a (sum, count), never a mean.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from raytrain.errors import RecipeError
+from raytrain.recipe import Options, declared_options
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Batch = Any
+"""Tensors, or dicts, lists and tuples of them: what `Task.collate` makes of some examples."""
+
+TASKS: dict[str, str] = {
+    "digits": "raytrain.tasks.digits:digits",
+    "text": "raytrain.tasks.text:text",
+}
+
+
+class Examples(Protocol):
+    """A split of the data: anything with a length and items, a list or a torch Dataset included."""
+
+    def __len__(self) -> int:
+        """Return how many examples there are."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Return example `index`, 0 <= index < len."""
+        ...
+
+
+class Labelled(Examples, Protocol):
+    """Examples that also say what they are and where they come from, as federated partitions ask for."""
+
+    def label(self, index: int, /) -> int:
+        """Return the class of example `index`."""
+        ...
+
+    def domain(self, index: int, /) -> str:
+        """Return the source of example `index`: a package, an author, a speaker."""
+        ...
+
+
+def collate_default(examples: Sequence[Any]) -> Batch:
+    """Stack examples as torch's DataLoader does."""
+    from torch.utils.data import default_collate  # noqa: PLC0415 - this module loads without torch
+
+    return default_collate(list(examples))
+
+
+def no_references() -> dict[str, float]:
+    """Return nothing to compare with."""
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A model, its data and its loss.
+
+    Attributes:
+        model: seed -> the model, with equal parameters for equal seeds.
+        data: "train" or "valid" -> the examples of that split.
+        losses: (model, batch) -> the loss of each example or token, float, shape (n,), with its graph.
+        weights: batch -> what each of those losses counts, shape (n,), not negative; None: each counts 1.
+        collate: examples -> a batch; the default stacks them as torch's DataLoader does.
+        measure: (model, batch) -> name -> (sum, count), added up over batches and workers and then divided; None: the
+            weighted mean of the losses under the name "loss". Called without gradients and in evaluation mode.
+        metric: the name in `measure` that decides which checkpoint is best.
+        better: whether a lower or a higher metric is better.
+        references: () -> figures to stand beside the metrics in the result, found from the data without a model.
+    """
+
+    model: Callable[[int], nn.Module]
+    data: Callable[[Literal["train", "valid"]], Examples]
+    losses: Callable[[nn.Module, Batch], Tensor]
+    weights: Callable[[Batch], Tensor] | None = None
+    collate: Callable[[Sequence[Any]], Batch] = collate_default
+    measure: Callable[[nn.Module, Batch], Mapping[str, tuple[float, float]]] | None = None
+    metric: str = "loss"
+    better: Literal["lower", "higher"] = "lower"
+    references: Callable[[], Mapping[str, float]] = no_references
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Return whether `value` of the metric is better than `best`; anything is better than None."""
+        return best is None or (value < best if self.better == "lower" else value > best)
+
+
+def options_of_task(factory: Any) -> type[Options]:
+    """Return the options of a task: none for a `Task` or a function that takes nothing.
+
+    Raises:
+        RecipeError: `factory` is neither, nor a function of one parameter annotated with a subclass of `Options`.
+    """
+    if isinstance(factory, Task):
+        return Options
+    if not callable(factory):
+        raise RecipeError(f"task.name: expected a raytrain.Task or a function that returns one; got {factory!r}")
+    options = declared_options(factory)
+    if len(inspect.signature(factory).parameters) != int(options is not Options):
+        raise RecipeError(
+            f"task.name: {factory.__module__}:{factory.__name__} must take nothing, or one parameter annotated with a "
+            "subclass of raytrain.Options"
+        )
+    return options
+
+
+def make_task(factory: Any, options: Options) -> Task:
+    """Return the task that `factory` makes of `options`.
+
+    Raises:
+        RecipeError: what it returns is not a `Task`.
+    """
+    if isinstance(factory, Task):
+        return factory
+    task = factory() if type(options) is Options else factory(options)
+    if not isinstance(task, Task):
+        raise RecipeError(f"task.name: {options.name} returned {task!r}; expected a raytrain.Task")
+    return task

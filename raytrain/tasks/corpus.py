@@ -1,0 +1,178 @@
+"""Text to learn from: the standard library's source, a file or a folder, in documents with domains."""
+
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytrain.errors import RecipeError
+
+LEFT_OUT = {"site-packages", "__pycache__", "test", "tests", "idle_test"}
+"""Folders of the standard library without its own source; many machines lack its tests, so no machine reads them."""
+
+SPEAKER = re.compile(rb"(?:\A|\n\n)([^\n:]{1,40}):\n")
+"""A line of a play that says who speaks next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text that belongs together.
+
+    Attributes:
+        name: its path inside the corpus.
+        text: its bytes.
+        domains: (offset in bytes, domain) of each part, the first at 0.
+    """
+
+    name: str
+    text: bytes
+    domains: tuple[tuple[int, str], ...]
+
+
+def standard_library() -> list[Document]:
+    """Return the source files of the Python standard library that runs this, with its top-level packages as domains."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in root.rglob("*.py") if not LEFT_OUT.intersection(path.relative_to(root).parts)]
+    return _read(root, files)
+
+
+def check(path: Path, pattern: str) -> None:
+    """Check without reading any text that there is some.
+
+    Raises:
+        RecipeError: there is no such file or folder, or nothing in it.
+    """
+    if not path.exists():
+        raise RecipeError(f"task.path: no such file or folder: {path}")
+    if sum(file.stat().st_size for file in _files(path, pattern)) == 0:
+        matching = "" if path.is_file() else f" in files that match task.pattern = {pattern!r}"
+        raise RecipeError(f"task.path: there is no text at {path}{matching}")
+
+
+def read(path: Path, pattern: str) -> list[Document]:
+    """Return the text at `path`: one document for a file, one for each matching file of a folder.
+
+    The domains of a play in a single file are its speakers; those of a folder are its top-level folders and files.
+    """
+    files = _files(path, pattern)
+    if len(files) > 1:
+        return _read(path, files)
+    text = files[0].read_bytes()
+    speakers = [(match.start(1), match.group(1).decode("utf-8", "replace")) for match in SPEAKER.finditer(text)]
+    domains = speakers if len({name for _, name in speakers}) > 1 else []
+    if not domains or domains[0][0] > 0:
+        domains.insert(0, (0, files[0].stem))
+    return [Document(files[0].name, text, tuple(domains))]
+
+
+def held_out(documents: list[Document], share: float) -> dict[Literal["train", "valid"], list[Document]]:
+    """Split a corpus: by document, or a single document by offset, its end being held out.
+
+    Which documents are held out depends on the hashes of their names, so it looks random and is the same everywhere.
+    """
+    if len(documents) == 1:
+        whole = documents[0]
+        at = round(len(whole.text) * (1 - share))
+        while at < len(whole.text) and whole.text[at] & 0xC0 == 0x80:  # never inside a character
+            at += 1
+        return {"train": [_part(whole, 0, at)], "valid": [_part(whole, at, len(whole.text))]}
+    ordered = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
+    count = min(len(ordered) - 1, max(1, round(len(ordered) * share)))
+    by_name = {"train": ordered[count:], "valid": ordered[:count]}
+    return {"train": sorted(by_name["train"], key=_name), "valid": sorted(by_name["valid"], key=_name)}
+
+
+class Bytes:
+    """Tokens that are bytes; 256 begins a document."""
+
+    begin = 256
+    size = 257
+
+    def encode(self, document: Document) -> NDArray[np.uint16]:
+        """Return the document's tokens, the first of which begins it, shape (bytes + 1,)."""
+        return np.concatenate(
+            [np.array([self.begin], np.uint16), np.frombuffer(document.text, np.uint8).astype(np.uint16)]
+        )
+
+    def count(self, text: bytes) -> int:
+        """Return how many tokens the text has, without the one that begins a document."""
+        return len(text)
+
+    def widths(self) -> NDArray[np.int64]:
+        """Return how many bytes of text each token stands for, shape (size,)."""
+        return np.append(np.ones(self.begin, np.int64), 0)
+
+
+class Characters:
+    """Tokens that are the characters of a corpus, in order of their code points; the last one begins a document.
+
+    Args:
+        documents: the corpus.
+
+    Raises:
+        RecipeError: a document is not UTF-8.
+    """
+
+    def __init__(self, documents: Iterable[Document]) -> None:
+        self._alphabet = sorted(set().union(*(_decoded(document) for document in documents)))
+        self._table = np.zeros(ord(self._alphabet[-1]) + 1, np.uint16)
+        self._table[[ord(character) for character in self._alphabet]] = np.arange(len(self._alphabet))
+        self.begin = len(self._alphabet)
+        self.size = self.begin + 1
+
+    def encode(self, document: Document) -> NDArray[np.uint16]:
+        """Return the document's tokens, the first of which begins it, shape (characters + 1,)."""
+        points = np.frombuffer(_decoded(document).encode("utf-32-le"), np.uint32)
+        return np.concatenate([np.array([self.begin], np.uint16), self._table[points]])
+
+    def count(self, text: bytes) -> int:
+        """Return how many tokens the text has, without the one that begins a document."""
+        return len(text.decode())
+
+    def widths(self) -> NDArray[np.int64]:
+        """Return how many bytes of text each token stands for, shape (size,)."""
+        return np.array([len(character.encode()) for character in self._alphabet] + [0], np.int64)
+
+
+def _files(path: Path, pattern: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    inside = (file for file in path.glob(pattern) if file.is_file())
+    return sorted(file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts))
+
+
+def _read(root: Path, files: Iterable[Path]) -> list[Document]:
+    documents = []
+    for path in sorted(files):
+        inside = path.relative_to(root)
+        documents.append(
+            Document(inside.as_posix(), path.read_bytes(), ((0, inside.parts[0].removesuffix(path.suffix)),))
+        )
+    return [document for document in documents if document.text]
+
+
+def _part(document: Document, start: int, end: int) -> Document:
+    """Return document.text[start:end] with the domains that hold there."""
+    here = [domain for offset, domain in document.domains if offset <= start][-1]
+    later = [(offset - start, domain) for offset, domain in document.domains if start < offset < end]
+    return Document(document.name, document.text[start:end], ((0, here), *later))
+
+
+def _name(document: Document) -> str:
+    return document.name
+
+
+def _decoded(document: Document) -> str:
+    try:
+        return document.text.decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"task.path: {document.name} is not UTF-8 (byte {error.start}), so it has no characters; "
+            "use task.tokens = 'bytes'"
+        ) from None

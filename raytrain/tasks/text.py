@@ -1,0 +1,244 @@
+"""Causal language modelling of bytes or characters, with a GPT or a Llama that transformers builds from a config."""
+
+import lzma
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from raytrain.errors import RecipeError
+from raytrain.recipe import AbsolutePath, Options
+from raytrain.task import Task
+from raytrain.tasks import corpus
+from raytrain.tasks.corpus import Bytes, Characters, Document
+from raytrain.tensors import wide
+
+UNSCORED = -100
+XZ_LIMIT_BYTES = 64 << 20
+
+Window = tuple[NDArray[np.uint16], int]
+"""Tokens, one more than the model sees, and how many of its predictions are not scored."""
+
+
+class TextOptions(Options):
+    """Options of `text`.
+
+    Attributes:
+        path: a text file, or a folder of them; without it, the source text of the Python standard library.
+        pattern: which files of a folder.
+        tokens: "bytes" or "chars".
+        valid: share that is held out: of the files, or of a single file its end.
+        block: the longest context, in tokens.
+        stride: how far apart held-out windows start, at most `block`; a smaller one scores each token with more context
+            before it and takes longer; 0: `block`.
+        model: "gpt" (GPT-2) or "llama".
+        layers, heads, width: its size.
+        dropout: its dropout; "gpt" only.
+    """
+
+    path: AbsolutePath | None = None
+    pattern: str = "**/*"
+    tokens: Literal["bytes", "chars"] = "bytes"
+    valid: float = Field(0.1, gt=0, lt=1)
+    block: int = Field(256, ge=2)
+    stride: int = Field(0, ge=0)
+    model: Literal["gpt", "llama"] = "llama"
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    width: int = Field(128, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"expected task.width to be a multiple of task.heads; got {self.width} and {self.heads}")
+        if self.stride > self.block:
+            raise ValueError(f"expected task.stride of at most task.block; got {self.stride} and {self.block}")
+        if self.dropout and self.model == "llama":
+            raise ValueError("expected task.dropout = 0, because a Llama has no dropout; or task.model = 'gpt'")
+        return self
+
+
+class TextExamples:
+    """Windows of a stream of documents.
+
+    Training windows start at every token, so an epoch has as many examples as tokens. Held-out windows lie inside one
+    document and score each of its tokens exactly once, the first one included.
+
+    Args:
+        documents: the texts.
+        tokens: their alphabet.
+        block: tokens that the model sees at a time.
+        stride: distance between held-out windows; 0: training windows.
+    """
+
+    def __init__(self, documents: Sequence[Document], tokens: Bytes | Characters, block: int, stride: int) -> None:
+        encoded = [tokens.encode(document) for document in documents]
+        begins = np.cumsum([0, *(len(part) for part in encoded)])
+        self._stream = np.concatenate([*encoded, np.array([tokens.begin], np.uint16)])
+        self._block = block
+        self._windows = _held_out_windows(begins, block, stride) if stride else None
+        self._starts = np.concatenate(
+            [begin + _starts(part, tokens) for begin, part in zip(begins[:-1], documents, strict=True)]
+        )
+        self._domains = [domain for document in documents for _, domain in document.domains]
+        self._classes = {domain: place for place, domain in enumerate(sorted(set(self._domains)))}
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return max(0, len(self._stream) - self._block) if self._windows is None else len(self._windows)
+
+    def __getitem__(self, index: int) -> Window:
+        """Return window `index`."""
+        if self._windows is None:
+            return self._stream[index : index + self._block + 1], 0
+        start, end, unscored = self._windows[index]
+        return self._stream[start:end], int(unscored)
+
+    def domain(self, index: int) -> str:
+        """Return the domain of the window's first token: a package, a file, a speaker."""
+        start = index if self._windows is None else self._windows[index][0]
+        return self._domains[int(np.searchsorted(self._starts, start, side="right")) - 1]
+
+    def label(self, index: int) -> int:
+        """Return the domain's place among all domains."""
+        return self._classes[self.domain(index)]
+
+
+def text(options: TextOptions) -> Task:
+    """Return the task of predicting the next token of a text."""
+    if options.path is not None:
+        corpus.check(options.path, options.pattern)
+
+    def model(seed: int) -> nn.Module:
+        return _model(options, _corpus(options)[1].size, seed)
+
+    def data(split: Literal["train", "valid"]) -> TextExamples:
+        documents, tokens = _corpus(options)
+        stride = (options.stride or options.block) if split == "valid" else 0
+        examples = TextExamples(documents[split], tokens, options.block, stride)
+        if len(examples) == 0:
+            raise RecipeError(f"task.path: the {split} part of the text is shorter than task.block = {options.block}")
+        return examples
+
+    def measure(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+        loss = float(_losses(module, batch).double().sum())
+        targets = batch["targets"].flatten()
+        scored = targets[targets != UNSCORED].cpu().numpy()
+        text_bytes = int(_corpus(options)[1].widths()[scored].sum())
+        return {"loss": (loss, len(scored)), "bits_per_byte": (loss / math.log(2), text_bytes)}
+
+    return Task(
+        model=model,
+        data=data,
+        losses=_losses,
+        weights=lambda batch: (batch["targets"].flatten() != UNSCORED).float(),
+        collate=_collate,
+        measure=measure,
+        references=lambda: _xz(_corpus(options)[0]["valid"]),
+    )
+
+
+def _losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = module(input_ids=batch["inputs"]).logits
+    return cross_entropy(
+        wide(logits).flatten(0, 1), batch["targets"].flatten(), reduction="none", ignore_index=UNSCORED
+    )
+
+
+def _collate(windows: Sequence[Window]) -> dict[str, Tensor]:
+    """Return {"inputs", "targets"}, each of shape (windows, longest - 1); what is not scored has the target -100."""
+    longest = max(len(tokens) for tokens, _ in windows)
+    inputs = np.zeros((len(windows), longest - 1), np.int64)
+    targets = np.full((len(windows), longest - 1), UNSCORED, np.int64)
+    for row, (tokens, unscored) in enumerate(windows):
+        inputs[row, : len(tokens) - 1] = tokens[:-1]
+        targets[row, unscored : len(tokens) - 1] = tokens[unscored + 1 :]
+    return {"inputs": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
+
+
+def _starts(document: Document, tokens: Bytes | Characters) -> NDArray[np.int64]:
+    """Return at which of the document's tokens each of its domains starts, shape (domains,)."""
+    offsets = [offset for offset, _ in document.domains]
+    counts = [tokens.count(document.text[start:end]) for start, end in pairwise(offsets)]
+    return np.cumsum([0, *counts]) + (np.array(offsets) > 0)  # the token that begins the document belongs to the first
+
+
+def _held_out_windows(begins: NDArray[np.int64], block: int, stride: int) -> NDArray[np.int64]:
+    """Return (start, end, unscored predictions) of each window, shape (windows, 3).
+
+    Args:
+        begins: where each document begins in the stream, and where the last one ends, shape (documents + 1,).
+        block: predictions of a full window.
+        stride: predictions that each window after a document's first one scores.
+    """
+    rows = []
+    for begin, end in zip(begins[:-1], begins[1:], strict=True):
+        scored = begin  # the last token that was scored; what begins a document needs no score
+        while scored < end - 1:
+            start = begin if scored == begin else scored - (block - stride)
+            stop = min(end, start + block + 1)
+            start = max(begin, stop - block - 1)  # the last window reaches back instead of being short
+            rows.append((start, stop, scored - start))
+            scored = stop - 1
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def _corpus(options: TextOptions) -> tuple[dict[Literal["train", "valid"], list[Document]], Bytes | Characters]:
+    return _corpus_at(options.path, options.pattern, options.tokens, options.valid)
+
+
+@cache
+def _corpus_at(
+    path: Path | None, pattern: str, tokens: str, valid: float
+) -> tuple[dict[Literal["train", "valid"], list[Document]], Bytes | Characters]:
+    documents = corpus.standard_library() if path is None else corpus.read(path, pattern)
+    return corpus.held_out(documents, valid), Bytes() if tokens == "bytes" else Characters(documents)
+
+
+def _model(options: TextOptions, size: int, seed: int) -> nn.Module:
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig  # noqa: PLC0415 - slow to import
+
+    common = {
+        "vocab_size": size,
+        "use_cache": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "tie_word_embeddings": True,
+    }
+    if options.model == "gpt":
+        config = GPT2Config(
+            n_layer=options.layers, n_head=options.heads, n_embd=options.width, n_positions=options.block,
+            resid_pdrop=options.dropout, embd_pdrop=options.dropout, attn_pdrop=options.dropout, **common,
+        )  # fmt: skip
+    else:
+        config = LlamaConfig(
+            num_hidden_layers=options.layers, num_attention_heads=options.heads, hidden_size=options.width,
+            intermediate_size=max(32, options.width * 8 // 3 // 32 * 32), max_position_embeddings=options.block, **common,
+        )  # fmt: skip
+    torch.manual_seed(seed)
+    module: nn.Module = AutoModelForCausalLM.from_config(config)
+    return module
+
+
+def _xz(documents: Sequence[Document]) -> dict[str, float]:
+    """Return bits per byte of ``xz -9e`` on held-out text, each file alone and all together, unless it is large."""
+    total = sum(len(document.text) for document in documents)
+    if total > XZ_LIMIT_BYTES:
+        return {}
+    each = sum(_xz_bytes(document.text) for document in documents)
+    together = _xz_bytes(b"".join(document.text for document in documents))
+    return {"bits_per_byte_of_xz_each_file": 8 * each / total, "bits_per_byte_of_xz_together": 8 * together / total}
+
+
+def _xz_bytes(content: bytes) -> int:
+    return len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))

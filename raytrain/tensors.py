@@ -1,0 +1,61 @@
+"""Small things done to tensors in more than one place."""
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytrain.errors import TrainingError
+from raytrain.task import Batch, Task
+
+
+def moved(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """Return `batch` with its tensors on `device`, and those of floats as `dtype`; containers keep their shape."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, dtype if batch.is_floating_point() else batch.dtype, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: moved(value, device, dtype) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        parts = [moved(value, device, dtype) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+def weights_of(task: Task, batch: Batch, examples: int, device: torch.device) -> Tensor:
+    """Return what each loss of a batch counts, shape (n,); without `Task.weights`, an example's one loss counts 1."""
+    return torch.ones(examples, device=device) if task.weights is None else task.weights(batch)
+
+
+def weighed(losses: Tensor, weights: Tensor) -> Tensor:
+    """Return sum of weight * loss, at least in float32.
+
+    Raises:
+        TrainingError: there are not as many losses as weights.
+    """
+    if losses.shape != weights.shape:
+        raise TrainingError(
+            f"Task.losses returned shape {tuple(losses.shape)} where {tuple(weights.shape)} was expected: one loss for "
+            "each weight of Task.weights, or one for each example of the batch if the task has no weights"
+        )
+    losses = wide(losses)
+    return torch.dot(losses, weights.to(losses.dtype))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or as it is if it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Seed the generators that dropout, augmentation and the like draw from.
+
+    What a step draws depends on (seed, rank, step) alone. So there is no random state to save, an evaluation in between
+    changes nothing, and a resumed run draws what the uninterrupted one would.
+    """
+    mixed = np.random.SeedSequence([seed % 2**64, rank, step]).generate_state(1, np.uint64).item()
+    torch.default_generator.manual_seed(mixed)  # torch.manual_seed also asks after every accelerator: 100 times slower
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)  # noqa: NPY002 - what a user's collate may draw from

@@ -1,0 +1,184 @@
+"""The recipe of a training run."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from raytrain.kinds import Kind
+from raytrain.loop import Plan
+from raytrain.names import resolve
+from raytrain.optimizers import OPTIMIZERS, options_of_optimizer
+from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
+from raytrain.schedules import SCHEDULES, rate
+from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
+from raytrain.task import TASKS, options_of_task
+
+LOGGERS: dict[str, str] = {
+    "tensorboard": "raytrain.recorder:TensorBoard",
+}
+
+TaskField = Annotated[SerializeAsAny[Options], chosen(TASKS, "task", options_of_task)]
+OptimizerField = Annotated[SerializeAsAny[Options], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")]
+SyncField = Annotated[
+    SerializeAsAny[SyncOptions],
+    chosen(SYNCHRONISERS, "sync", partial(declared_options, base=SyncOptions), "gradients"),
+]
+
+
+class Schedule(Section):
+    """How the learning rate goes.
+
+    Attributes:
+        name: its shape after the warm-up.
+        warmup: steps in which it rises to optimizer.lr.
+        floor: share of optimizer.lr that it ends at.
+        decay: share of the steps in which "wsd" falls.
+    """
+
+    name: str = "cosine"
+    warmup: int = Field(0, ge=0)
+    floor: float = Field(0.0, ge=0, le=1)
+    decay: float = Field(0.2, gt=0, le=1)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        resolve(SCHEDULES, name, "schedule.name")
+        return name
+
+
+class Evaluation(Section):
+    """When to evaluate, always on the whole held-out split.
+
+    Attributes:
+        every: steps between evaluations; 0: at the end only.
+        batch: examples at a time on each worker.
+        patience: evaluations without a better metric after which training stops early; 0: never.
+    """
+
+    every: int = Field(200, ge=0)
+    batch: int = Field(256, ge=1)
+    patience: int = Field(0, ge=0)
+
+
+class Checkpoint(Section):
+    """When to save.
+
+    Attributes:
+        every: steps between checkpoints; 0: at the end only. The best evaluation is always saved.
+        keep: how many of the newest stay, beside the best.
+    """
+
+    every: int = Field(200, ge=0)
+    keep: int = Field(2, ge=1)
+
+
+class Resources(Section):
+    """What each worker gets.
+
+    Attributes:
+        cpus: processors, which are also its threads; 0: an equal share of the machine's.
+        gpus: GPUs; above 0, the worker computes on one.
+        placement: how Ray spreads workers over machines.
+    """
+
+    cpus: float = Field(0, ge=0)
+    gpus: float = Field(0, ge=0)
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+
+
+class Log(Section):
+    """What to record.
+
+    Attributes:
+        every: steps between lines of metrics.jsonl.
+        to: loggers beside it.
+    """
+
+    every: int = Field(10, ge=1)
+    to: tuple[str, ...] = ("tensorboard",)
+
+    @field_validator("to")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            resolve(LOGGERS, name, "log.to")
+        return names
+
+
+class TrainRecipe(Recipe):
+    """How to train a model.
+
+    Attributes:
+        workers: replicas, one process each.
+        steps: optimizer steps.
+        batch: examples of each worker in each step, so a step takes workers * batch.
+        accumulate: micro-batches that `batch` is cut into, for less memory; the step stays the same.
+        precision: of the parameters; "bfloat16" keeps them in float32 and computes in bfloat16 where that is safe.
+        clip: the largest norm of the gradient; 0: any.
+        ema: decay of an average of the weights that is evaluated in their place; 0: none.
+        max_failures: how often workers that die or hang are started again.
+        callbacks: functions of the replica ("module:attribute") called on every worker after every step.
+    """
+
+    kind: Literal["train"] = "train"
+    workers: int = Field(1, ge=1)
+    steps: int = Field(1000, ge=1)
+    batch: int = Field(32, ge=1)
+    accumulate: int = Field(1, ge=1)
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    clip: float = Field(1.0, ge=0)
+    ema: float = Field(0.0, ge=0, lt=1)
+    max_failures: int = Field(3, ge=0)
+    callbacks: tuple[str, ...] = ()
+    task: TaskField
+    optimizer: OptimizerField = Field(default={}, validate_default=True)
+    schedule: Schedule = Schedule()
+    sync: SyncField = Field(default={}, validate_default=True)
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    resources: Resources = Resources()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.accumulate > self.batch:
+            raise ValueError(f"expected accumulate of at most batch = {self.batch}; got {self.accumulate}")
+        return self
+
+    def plan(self) -> Plan:
+        """Return what the loop needs to know."""
+        schedule = self.schedule
+        shape = resolve(SCHEDULES, schedule.name, "schedule.name")
+        return Plan(
+            steps=self.steps,
+            seed=self.seed,
+            batch=self.batch,
+            accumulate=self.accumulate,
+            clip=self.clip,
+            autocast=torch.bfloat16 if self.precision == "bfloat16" else None,
+            rate=partial(
+                rate, shape, steps=self.steps, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
+            ),
+            evaluate_every=self.evaluation.every,
+            checkpoint_every=self.checkpoint.every,
+            patience=self.evaluation.patience,
+        )
+
+
+KIND = Kind(
+    recipe=TrainRecipe,
+    recipes=Path(__file__).parent / "recipes",
+    run="raytrain.launch:run",
+    evaluate="raytrain.finished:evaluate_run",
+    tables={
+        "tasks": TASKS,
+        "optimizers": OPTIMIZERS,
+        "schedules": SCHEDULES,
+        "synchronisers": SYNCHRONISERS,
+        "loggers": LOGGERS,
+    },
+)

@@ -1,0 +1,97 @@
+"""What surrounds the loop in a run: the held-out data, the log, the checkpoints, and requests from outside."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from raytrain.checkpoint import CheckpointStore
+from raytrain.errors import TrainingError
+from raytrain.loop import due
+from raytrain.recorder import Logger, Recorder
+from raytrain.replica import Progress, Replica, state_of
+from raytrain.rundir import RunDirectory
+from raytrain.state import finite
+from raytrain.sync.exchange import Exchange
+
+STOP_CHECK_SECONDS = 0.5
+
+
+@dataclass(kw_only=True)
+class RunWatch:
+    """The loop's `Watch` over a run's folder.
+
+    Attributes:
+        run: the folder.
+        exchange: the workers.
+        store: the checkpoints.
+        measure: module -> its metrics on the held-out split.
+        callbacks: called with the replica after every step.
+        log_every: steps between rows.
+        beat: called at every sign of progress.
+        saved: called with each checkpoint and its metrics.
+    """
+
+    run: RunDirectory
+    exchange: Exchange
+    store: CheckpointStore
+    measure: Callable[..., dict[str, float]]
+    callbacks: Sequence[Callable[[Replica], None]]
+    log_every: int
+    beat: Callable[[], None]
+    saved: Callable[[Path, Mapping[str, float]], None]
+    _recorder: Recorder | None = None
+    _next_stop_check: float = 0.0
+
+    @contextmanager
+    def recording(self, step: int, loggers: Sequence[Callable[[Path, int], Logger]]) -> Iterator[None]:
+        """Record inside the `with` block, from `step` on; only the first worker does."""
+        if self.exchange.transport.rank > 0:
+            yield
+            return
+        self._recorder = Recorder(self.run, step, [logger(self.run.path, step) for logger in loggers])
+        try:
+            yield
+        finally:
+            self._recorder.close()
+
+    def stop_requested(self) -> bool:
+        """Look for a request in the folder, on the first worker and not at every step."""
+        now = time.monotonic()
+        if self.exchange.transport.rank > 0 or now < self._next_stop_check:
+            return False
+        self._next_stop_check = now + STOP_CHECK_SECONDS
+        return self.run.stop_requested()
+
+    def stepped(self, replica: Replica, values: dict[str, float]) -> None:
+        """Show a sign of progress, and log every so many steps."""
+        self.beat()
+        for callback in self.callbacks:
+            callback(replica)
+        if due(replica.progress.step, self.log_every):
+            self._record(replica.progress, values)
+
+    def evaluate(self, replica: Replica) -> dict[str, float]:
+        """Measure the whole held-out split, with the averaged weights if there are any."""
+        with replica.ema.applied() if replica.ema else nullcontext():
+            metrics = self.measure(module=replica.module)
+        self._record(replica.progress, {"valid": metrics})
+        return metrics
+
+    def save(self, replica: Replica, metrics: dict[str, float]) -> None:
+        """Write a checkpoint, unless the weights are no longer numbers."""
+        state = state_of(replica)
+        if "model" in state and (name := finite(state["model"])):
+            raise TrainingError(
+                f"after step {replica.progress.step} the weights {name} are not finite; a lower optimizer.lr may help"
+            )
+        progress = {field: getattr(replica.progress, field) for field in Progress.__slots__}
+        path = self.store.save(state, progress, metrics)
+        self.beat()
+        self.saved(path, metrics)
+
+    def _record(self, progress: Progress, values: Mapping[str, object]) -> None:
+        if self._recorder:
+            row = {"step": progress.step, "samples": progress.position, "seconds": round(progress.seconds, 3)}
+            self._recorder.write({**row, **values})
