@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import create_model
@@ -38,6 +39,7 @@ class OptimizerOptions(Options):
     decay_vectors: bool = False
 
 
+@cache  # equal recipes need equal classes
 def options_of_optimizer(constructor: Any) -> type[Options]:
     """Return the options of an optimizer: the keyword arguments of its constructor, with their defaults.
 

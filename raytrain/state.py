@@ -1,7 +1,7 @@
 """Nested state as tensors and JSON: dicts, lists, numbers, strings and tensors, and no pickle."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,12 +26,10 @@ def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
         if wrong := [key for key in state if not isinstance(key, str)]:
             raise TypeError(f"state at {path or 'the top'}: expected string keys; got {wrong[0]!r}")
         parts = {key: split(value, f"{path}/{key}" if path else key) for key, value in state.items()}
-        return {key: part[0] for key, part in parts.items()}, {
-            name: t for part in parts.values() for name, t in part[1].items()
-        }
+        return {key: part[0] for key, part in parts.items()}, _union((part[1] for part in parts.values()), path)
     if isinstance(state, list | tuple):
         rows = [split(value, f"{path}/{place}") for place, value in enumerate(state)]
-        return [row[0] for row in rows], {name: tensor for row in rows for name, tensor in row[1].items()}
+        return [row[0] for row in rows], _union((row[1] for row in rows), path)
     if (
         state is None
         or isinstance(state, bool | int | float)
@@ -39,6 +37,15 @@ def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     ):
         return state, {}
     raise TypeError(f"state at {path or 'the top'}: cannot be saved without pickle: {type(state).__name__}")
+
+
+def _union(parts: Iterable[Mapping[str, Tensor]], path: str) -> dict[str, Tensor]:
+    union: dict[str, Tensor] = {}
+    for part in parts:
+        if twice := union.keys() & part.keys():
+            raise TypeError(f"state at {path or 'the top'}: two tensors at {min(twice)!r}")
+        union |= part
+    return union
 
 
 def join(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -1,0 +1,214 @@
+"""What tests import: replicas that are threads, faults on purpose, and a tiny task with everything awkward in it."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from raytrain.recipe import Options
+from raytrain.replica import Replica
+from raytrain.sync.transport import Pending, PeerLostError
+from raytrain.task import Task
+
+Answer = TypeVar("Answer")
+WAIT_SECONDS = 60.0
+
+
+class ThreadGroup:
+    """Replicas that are threads of this process.
+
+    Args:
+        size: how many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.changed = threading.Condition()
+        self.given: dict[int, dict[int, Tensor]] = {}
+        self.left: set[int] = set()
+
+    def run(self, function: Callable[["ThreadTransport"], Answer]) -> list[Answer]:
+        """Call `function` with the transport of each replica, at once, and return the answers in order.
+
+        Raises:
+            Exception: whatever one of them raised first.
+        """
+        answers: dict[int, Answer] = {}
+        errors: list[BaseException] = []
+
+        def call(rank: int) -> None:
+            transport = ThreadTransport(self, rank)
+            try:
+                answers[rank] = function(transport)
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                transport.close()
+
+        threads = [threading.Thread(target=call, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [answers[rank] for rank in range(self.size)]
+
+
+class ThreadTransport:
+    """One replica's end of a `ThreadGroup`; sums are taken in the order of the replicas."""
+
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self.rank = rank
+        self.members = tuple(range(group.size))
+        self.device = torch.device("cpu")
+        self._group = group
+        self._operations = 0
+
+    def all_reduce(self, flat: Tensor) -> Pending:
+        """Sum in place."""
+        return self._start(flat, lambda parts: flat.copy_(sum(parts[1:], start=parts[0])))
+
+    def all_gather(self, flat: Tensor) -> Pending:
+        """Return all, stacked."""
+        return self._start(flat, torch.stack)
+
+    def broadcast(self, flat: Tensor) -> Pending:
+        """Overwrite with the first replica's."""
+        return self._start(flat, lambda parts: flat.copy_(parts[0]))
+
+    def close(self) -> None:
+        """Leave: who waits for this replica learns that it is lost."""
+        with self._group.changed:
+            self._group.left.add(self.rank)
+            self._group.changed.notify_all()
+
+    def _start(self, flat: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Pending:
+        self._operations += 1
+        with self._group.changed:
+            given = self._group.given.setdefault(self._operations, {})
+            given[self.rank] = flat.clone()
+            self._group.changed.notify_all()
+        return _Gathered(self._group, given, combine, flat)
+
+
+class _Gathered:
+    def __init__(
+        self, group: ThreadGroup, given: dict[int, Tensor], combine: Callable[[list[Tensor]], Tensor], flat: Tensor
+    ) -> None:
+        self.bytes_sent = flat.numel() * flat.element_size()
+        self._group = group
+        self._given = given
+        self._combine = combine
+
+    def wait(self) -> Tensor:
+        everyone = set(range(self._group.size))
+        with self._group.changed:
+            arrived = self._group.changed.wait_for(
+                lambda: self._given.keys() == everyone or self._group.left - self._given.keys(), WAIT_SECONDS
+            )
+        if not arrived or self._given.keys() != everyone:
+            raise PeerLostError(f"replicas {sorted(everyone - self._given.keys())} are lost")
+        return self._combine([self._given[rank] for rank in sorted(everyone)])
+
+
+Fault = Literal["kill", "hang", "fail"]
+
+
+class FaultPlan:
+    """Faults at a replica's step, each happening once; use an instance as a recipe's callback.
+
+    A fault leaves a file before it happens, so that it is counted although it ends the process, and so that the run that
+    resumes does not meet it again.
+
+    Args:
+        folder: where the files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._faults: dict[tuple[int, int], Fault] = {}
+
+    def at(self, rank: int, step: int, fault: Fault) -> "FaultPlan":
+        """Let `fault` happen to replica `rank` after step `step`: "kill" (SIGKILL), "hang" or "fail" (an exception)."""
+        self._faults[rank, step] = fault
+        return self
+
+    def happened(self) -> list[str]:
+        """Return the faults that happened, as "kill at rank 1, step 12"."""
+        return sorted(file.read_text() for file in self._folder.glob("fault-*"))
+
+    def __call__(self, replica: Replica) -> None:
+        """Let the fault of this replica and step happen, if there is one that has not yet."""
+        place = (replica.rank, replica.progress.step)
+        fault = self._faults.get(place)
+        mark = self._folder / f"fault-{place[0]}-{place[1]}"
+        if fault is None or mark.exists():
+            return
+        mark.write_text(f"{fault} at rank {place[0]}, step {place[1]}")
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault == "hang":
+            time.sleep(3600)
+        else:
+            raise RuntimeError(f"a fault on purpose at rank {place[0]}, step {place[1]}")
+
+
+class TinyOptions(Options):
+    """Options of the tiny task.
+
+    Attributes:
+        examples: how many to learn from.
+        norm: whether the model has a BatchNorm, whose buffers move.
+        dropout: probability of dropping a hidden unit.
+    """
+
+    examples: int = 50
+    norm: bool = False
+    dropout: float = 0.0
+
+
+class TinyModel(nn.Module):
+    """A regression with a layer that nothing uses and one that is frozen.
+
+    Args:
+        options: the task's.
+    """
+
+    def __init__(self, options: TinyOptions) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(4, 8).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(8) if options.norm else nn.Identity()
+        self.dropout = nn.Dropout(options.dropout)
+        self.out = nn.Linear(8, 1)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the prediction, shape (n,), of x, shape (n, 4)."""
+        hidden: Tensor = self.out(torch.tanh(self.dropout(self.norm(self.frozen(x)))))
+        return hidden[:, 0]
+
+
+def tiny(options: TinyOptions) -> Task:
+    """Return the task of fitting a random function, with examples that count differently."""
+
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return TinyModel(options)
+
+    def data(split: str) -> list[dict[str, Tensor]]:
+        count = options.examples if split == "train" else 13
+        x = torch.randn(count, 4, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+        return [{"x": row, "y": row.sin().sum(), "weight": row[0].abs() + (row[1] > 0)} for row in x]
+
+    def losses(module: nn.Module, batch: Any) -> Tensor:
+        errors: Tensor = module(batch["x"]) - batch["y"]
+        return errors.square()
+
+    return Task(model=model, data=data, losses=losses, weights=lambda batch: batch["weight"])

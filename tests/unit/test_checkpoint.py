@@ -1,0 +1,172 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain.checkpoint import MANIFEST, CheckpointStore, listed, load, read_manifest, verify
+from raytrain.errors import CheckpointError
+from raytrain.replica import load_state, state_of
+from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.transport import LocalTransport
+from raytrain.task import make_task
+from raytrain.testing import ThreadGroup, ThreadTransport, tiny
+from raytrain.train_recipe import TrainRecipe
+from raytrain.worker import build
+
+
+def store(folder: Path, keep: int = 2) -> CheckpointStore:
+    return CheckpointStore(folder, keep, ExactExchange(LocalTransport()))
+
+
+def progress(step: int, best_step: int = 0) -> dict[str, Any]:
+    return {"step": step, "best_step": best_step}
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in listed(folder)]
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.randn(3, 2)}, "plain": [1, 2.5, "x", None, True], "empty": {}}
+    path = store(tmp_path).save(state, progress(7), {"loss": 0.5})
+    found = load(path, 0)
+    assert torch.equal(found["model"]["w"], state["model"]["w"])
+    assert found["plain"] == state["plain"]
+    manifest = read_manifest(path)
+    assert (manifest.step, manifest.metrics, manifest.members) == (7, {"loss": 0.5}, 1)
+    assert store(tmp_path).newest() == manifest
+
+
+def test_each_replica_saves_its_own_part(tmp_path: Path) -> None:
+    def replica(transport: ThreadTransport) -> Path:
+        own = {"own": torch.tensor(transport.rank)} if transport.rank != 1 else {"plain": 1}
+        return CheckpointStore(tmp_path, 2, ExactExchange(transport)).save(own, progress(3), {})
+
+    path, *_ = ThreadGroup(3).run(replica)
+    assert [load(path, 0)["own"].item(), load(path, 1), load(path, 2)["own"].item()] == [0, {"plain": 1}, 2]
+    assert sorted(file.name for file in path.iterdir()) == [
+        MANIFEST,
+        "rank-00000.safetensors",
+        "rank-00002.safetensors",
+    ]
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        store(tmp_path).save({"w": torch.ones(1)}, progress(step, best_step=2 if step > 1 else 0), {})
+    assert names(tmp_path) == ["step-00000002", "step-00000005", "step-00000006"]
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda path: cut_short(path / "rank-00000.safetensors"),
+            r"rank-00000.safetensors: has \d+ bytes where \d+ bytes were",
+        ),
+        (
+            lambda path: flip(path / "rank-00000.safetensors"),
+            r"rank-00000.safetensors: its contents changed since it was",
+        ),
+        (
+            lambda path: (path / "rank-00000.safetensors").unlink(),
+            r"rank-00000.safetensors: is missing where \d+ bytes",
+        ),
+        (lambda path: cut_short(path / MANIFEST), r"manifest.json: cannot be read: "),
+        (lambda path: (path / MANIFEST).unlink(), r"manifest.json: cannot be read: .*No such file"),
+        (lambda path: (path / MANIFEST).write_text('{"format": 99}'), r"manifest.json: not a checkpoint of format 1"),
+    ],
+)
+def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, damage: Any, message: str) -> None:
+    first = store(tmp_path).save({"w": torch.ones(5)}, progress(1), {})
+    second = store(tmp_path).save({"w": torch.ones(5)}, progress(2), {})
+    damage(second)
+    with pytest.raises(CheckpointError, match=message):
+        verify(second)
+    with pytest.raises(CheckpointError, match=message):
+        load(second, 0)
+    assert store(tmp_path).newest() == read_manifest(first)
+    store(tmp_path).save({"w": torch.ones(5)}, progress(2), {})  # the run gets there again
+    verify(second)
+    shutil.rmtree(first)
+    damage(second)
+    with pytest.raises(CheckpointError, match=f"^no checkpoint of this run can be read:\n.*{message}"):
+        store(tmp_path).newest()
+
+
+def test_a_half_written_one_is_none(tmp_path: Path) -> None:
+    path = store(tmp_path).save({"w": torch.ones(5)}, progress(1), {})
+    path.rename(tmp_path / ".step-00000001.partial")
+    assert store(tmp_path).newest() is None
+    store(tmp_path).clean()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_if_one_replica_cannot_write_none_has_a_checkpoint(tmp_path: Path) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / ".step-00000005.partial").mkdir()
+    (blocked / ".step-00000005.partial" / "rank-00001.safetensors").mkdir()  # where a file should go
+
+    def replica(transport: ThreadTransport) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            CheckpointStore(blocked, 2, ExactExchange(transport)).save({"w": torch.ones(2)}, progress(5), {})
+        return str(caught.value)
+
+    first, second = ThreadGroup(2).run(replica)
+    assert first == second
+    assert first.startswith(f"checkpoint step-00000005 could not be written to {blocked}: worker 1: ")
+    assert list(blocked.iterdir()) == []
+
+
+def test_a_replica_is_restored_to_the_bit_and_another_model_is_refused(tmp_path: Path) -> None:
+    base = {"kind": "train", "task": {"name": "raytrain.testing:tiny", "norm": True}, "ema": 0.9}
+    recipe = TrainRecipe.parse(base)
+    task = make_task(tiny, recipe.task)
+    exchange = ExactExchange(LocalTransport())
+
+    def trained(seed: int) -> Any:
+        replica = build(recipe.with_overrides({"seed": seed}), task, exchange)
+        for step in range(3):
+            x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+            replica.module(x).square().sum().backward()
+            replica.optimizer.step()
+            replica.optimizer.zero_grad()
+            replica.ema.update(step + 1)
+        return replica
+
+    one, other = trained(0), trained(1)
+    path = store(tmp_path).save(state_of(one), progress(3), {})
+    load_state(other, load(path, 0), load(path, 0), path)
+    assert json.dumps(_listed(state_of(one)), sort_keys=True) == json.dumps(_listed(state_of(other)), sort_keys=True)
+
+    wider = build(
+        recipe.with_overrides({"task.norm": False}),
+        make_task(tiny, recipe.with_overrides({"task.norm": False}).task),
+        exchange,
+    )
+    with pytest.raises(
+        CheckpointError, match=r"of another model: norm.bias is \(8,\) in the checkpoint and absent in the model"
+    ):
+        load_state(wider, load(path, 0), None, path)
+
+
+def _listed(state: Any) -> Any:
+    if isinstance(state, torch.Tensor):
+        return state.tolist()
+    if isinstance(state, dict):
+        return {key: _listed(value) for key, value in state.items()}
+    return [_listed(value) for value in state] if isinstance(state, list | tuple) else state

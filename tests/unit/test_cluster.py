@@ -1,0 +1,56 @@
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytrain.cluster import check_reachable, cpus_per_worker
+from raytrain.errors import RecipeError
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=6), st.integers(1, 100))
+def test_workers_get_the_most_whole_cpus_that_fit(machines: list[int], workers: int) -> None:
+    def places(each: int) -> int:
+        return sum(machine // each for machine in machines)
+
+    if sum(machines) < workers:
+        with pytest.raises(RecipeError, match=f"workers: {workers} workers of 1 CPU each do not fit"):
+            cpus_per_worker(machines, workers, 0)
+    else:
+        each = int(cpus_per_worker(machines, workers, 0))
+        assert places(each) >= workers > places(each + 1)
+
+
+def test_the_message_says_what_would_fit() -> None:
+    with pytest.raises(RecipeError) as caught:
+        cpus_per_worker([2.0], 4, 0)
+    assert str(caught.value) == (
+        "workers: 4 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs; set workers=2, or resources.cpus=0.5 to "
+        "share CPUs"
+    )
+
+
+def test_cpus_can_be_shared_by_asking_for_it() -> None:
+    assert cpus_per_worker([2.0], 4, 0.5) == 0.5
+    with pytest.raises(RecipeError, match="3 workers of 2 CPU each do not fit on 2 machine"):
+        cpus_per_worker([3.0, 3.0], 3, 2.0)
+
+
+def test_an_address_must_answer() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(RecipeError, match=rf"^--address: no Ray cluster answers at 127.0.0.1:{port} "):
+            check_reachable(f"127.0.0.1:{port}")  # bound, and not listening
+        taken.listen()
+        check_reachable(f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://somewhere:10001"])
+def test_other_forms_are_left_to_ray(address: str) -> None:
+    check_reachable(address)
+
+
+def test_a_port_is_a_number() -> None:
+    with pytest.raises(RecipeError, match=r"^--address: expected HOST:PORT, as in 10.0.0.1:6379; got 'host:head'$"):
+        check_reachable("host:head")

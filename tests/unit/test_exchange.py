@@ -1,0 +1,38 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.transport import LocalTransport
+from raytrain.testing import ThreadGroup, ThreadTransport
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(0, 50)), min_size=1, max_size=4))
+def test_the_mean_counts_by_weight(contributions: list[tuple[float, float]]) -> None:
+    weight = sum(weight for _, weight in contributions)
+    mean = sum(value * weight for value, weight in contributions) / weight if weight else 0.0
+
+    def replica(transport: ThreadTransport) -> list[float]:
+        value, own = contributions[transport.rank]
+        return ExactExchange(transport).mean(torch.tensor([value, -1.0], dtype=torch.float64), own).wait().tolist()
+
+    for found, total in ThreadGroup(len(contributions)).run(replica):
+        assert total == pytest.approx(weight)
+        assert found == pytest.approx(mean, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.binary(max_size=40), min_size=1, max_size=4))
+def test_everybody_gets_every_payload(payloads: list[bytes]) -> None:
+    answers = ThreadGroup(len(payloads)).run(
+        lambda transport: ExactExchange(transport).gather(payloads[transport.rank])
+    )
+    assert answers == [payloads] * len(payloads)
+
+
+def test_alone() -> None:
+    exchange = ExactExchange(LocalTransport())
+    assert exchange.gather(b"x") == [b"x"]
+    assert exchange.mean(torch.tensor([4.0, 0.0]), 2.0).wait().tolist() == [4.0, 2.0]

@@ -1,0 +1,186 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.gradients import GradientAveraging, cut
+from raytrain.sync.synchroniser import Totals
+from raytrain.sync.transport import LocalTransport, PeerLostError
+from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 700), st.sampled_from([torch.float32, torch.float64])), max_size=20),
+    st.integers(1, 5000),
+)
+def test_cutting_and_joining_is_the_identity(shapes: list[tuple[int, torch.dtype]], limit: int) -> None:
+    tensors = [torch.zeros(size, dtype=dtype) for size, dtype in shapes]
+    runs = cut(tensors, limit)
+    assert [id(tensor) for run in runs for tensor in run] == [id(tensor) for tensor in tensors]
+    for run in runs:
+        assert len({tensor.dtype for tensor in run}) == 1
+        assert len(run) == 1 or sum(tensor.numel() * tensor.element_size() for tensor in run) <= limit
+
+
+def backward(module: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> float:
+    """Put the gradient of the weighted mean in place, as the loop does; return sum of weight * loss."""
+    total = (module(x).square() * weights).sum()
+    (total / (weights.sum() or 1.0)).backward()
+    return total.item()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any),
+    st.sampled_from([1, 70, 10_000]),
+    st.integers(0, 2**31),
+)
+def test_the_mean_is_that_of_one_replica_with_everything(sizes: list[int], bucket_bytes: int, seed: int) -> None:
+    """Shards of any size, empty ones included, with weights of any size, and pieces of any size."""
+    torch.manual_seed(seed)
+    whole = TinyModel(TinyOptions(name="tiny")).double()
+    x, weights = torch.randn(sum(sizes), 4, dtype=torch.float64), torch.rand(sum(sizes), dtype=torch.float64)
+    expected = copy.deepcopy(whole)
+    loss = backward(expected, x, weights)
+
+    def replica(transport: ThreadTransport) -> tuple[dict[str, Any], Totals]:
+        module = copy.deepcopy(whole)
+        start = sum(sizes[: transport.rank])
+        mine = slice(start, start + sizes[transport.rank])
+        sync = GradientAveraging(ExactExchange(transport), bucket_bytes)
+        sync.start(module)
+        sync.before_backward(weights[mine].sum().item())
+        totals = sync.before_step(backward(module, x[mine], weights[mine]), stop=transport.rank == len(sizes) - 1)
+        return {name: value.grad for name, value in module.named_parameters()}, totals
+
+    for gradients, totals in ThreadGroup(len(sizes)).run(replica):
+        assert totals.stop is True
+        assert totals.loss == pytest.approx(loss)
+        assert totals.weight == pytest.approx(weights.sum().item())
+        for name, value in expected.named_parameters():
+            if value.grad is None:
+                assert gradients[name] is None, f"{name} has no gradient on one replica"
+            else:
+                torch.testing.assert_close(gradients[name], value.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_replicas_start_as_the_first_one() -> None:
+    def replica(transport: ThreadTransport) -> list[torch.Tensor]:
+        module = TinyModel(TinyOptions(name="tiny", norm=True))
+        for value in module.parameters():
+            value.data.fill_(transport.rank)
+        module.norm.running_mean.fill_(transport.rank)
+        GradientAveraging(ExactExchange(transport), 100).start(module)
+        return list(module.state_dict().values())
+
+    for state in ThreadGroup(3).run(replica):
+        assert all((value == 0).all() for value in state if value.dtype != torch.int64 and value.min() != 1)
+
+
+def test_moving_buffers_stay_equal_and_move_by_the_mean() -> None:
+    torch.manual_seed(0)
+    start = nn.BatchNorm1d(4).double()
+    batches = [torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64) + 3]
+    weights = [1.0, 3.0]
+    alone = [copy.deepcopy(start) for _ in batches]
+    for module, batch in zip(alone, batches, strict=True):
+        module(batch)
+    mean = (weights[0] * alone[0].running_mean + weights[1] * alone[1].running_mean) / 4
+
+    def replica(transport: ThreadTransport) -> nn.BatchNorm1d:
+        module = copy.deepcopy(start)
+        sync = GradientAveraging(ExactExchange(transport), 100)
+        sync.start(module)
+        sync.before_backward(weights[transport.rank])
+        module(batches[transport.rank]).sum().backward()
+        sync.before_step(0.0, stop=False)
+        return module
+
+    first, second = ThreadGroup(2).run(replica)
+    torch.testing.assert_close(first.running_mean, mean)
+    assert torch.equal(first.running_mean, second.running_mean)
+    assert torch.equal(first.running_var, second.running_var)
+    assert first.num_batches_tracked == 1
+
+
+def test_constant_buffers_never_drift() -> None:
+    """Averaging equal numbers with weights rounds; averaging their movement, which is zero, does not."""
+    constant = torch.rand(100) * 1e3
+
+    def replica(transport: ThreadTransport) -> torch.Tensor:
+        module = nn.Linear(2, 1)
+        module.register_buffer("constant", constant.clone())
+        sync = GradientAveraging(ExactExchange(transport), 100)
+        sync.start(module)
+        for _ in range(20):
+            sync.before_backward(0.3 + transport.rank)
+            module(torch.ones(1, 2)).sum().backward()
+            sync.before_step(0.0, stop=False)
+        return module.constant
+
+    for buffer in ThreadGroup(3).run(replica):
+        assert torch.equal(buffer, constant)
+
+
+def test_gradients_of_earlier_micro_batches_count() -> None:
+    """A parameter that only an earlier micro-batch used is averaged too."""
+
+    def replica(transport: ThreadTransport) -> torch.Tensor | None:
+        used, other = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        module = nn.ModuleList([used, other])
+        sync = GradientAveraging(ExactExchange(transport), 4)
+        sync.start(module)
+        other(torch.full((1, 1), 1.0 + transport.rank)).sum().backward()
+        sync.before_backward(1.0)
+        used(torch.ones(1, 1)).sum().backward()
+        sync.before_step(0.0, stop=False)
+        return other.weight.grad
+
+    assert [gradient.item() for gradient in ThreadGroup(2).run(replica)] == [1.5, 1.5]
+
+
+def test_alone_nothing_is_sent_or_copied() -> None:
+    module = TinyModel(TinyOptions(name="tiny"))
+    sync = GradientAveraging(ExactExchange(LocalTransport()), 100)
+    sync.start(module)
+    sync.before_backward(2.0)
+    loss = backward(module, torch.randn(2, 4), torch.ones(2))
+    gradient = module.out.weight.grad
+    assert sync.before_step(loss, stop=False) == Totals(2.0, loss, False)
+    assert module.out.weight.grad is gradient
+    assert sync.bytes_sent == 0
+
+
+def test_bytes_and_waiting_are_counted() -> None:
+    def replica(transport: ThreadTransport) -> GradientAveraging:
+        module = nn.Linear(10, 10, bias=False)
+        sync = GradientAveraging(ExactExchange(transport), 10_000)
+        sync.start(module)
+        started = sync.bytes_sent
+        sync.before_backward(1.0)
+        module(torch.ones(1, 10)).sum().backward()
+        sync.before_step(0.0, stop=False)
+        assert sync.bytes_sent - started == (100 + 1) * 4 + (3 + 1) * 8
+        return sync
+
+    assert all(sync.waited_seconds > 0 for sync in ThreadGroup(2).run(replica))
+
+
+def test_a_lost_peer_is_an_error() -> None:
+    def replica(transport: ThreadTransport) -> None:
+        sync = GradientAveraging(ExactExchange(transport), 100)
+        module = nn.Linear(2, 1)
+        sync.start(module)
+        if transport.rank == 1:
+            return
+        sync.before_backward(1.0)
+        module(torch.ones(1, 2)).sum().backward()
+        sync.before_step(0.0, stop=False)
+
+    with pytest.raises(PeerLostError, match=r"replicas \[1\] are lost"):
+        ThreadGroup(2).run(replica)

@@ -1,0 +1,155 @@
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytrain.errors import RecipeError
+from raytrain.recipe import dotted_fields, merged, parse_overrides, parse_value, read_toml
+from raytrain.train_recipe import KIND, TrainRecipe
+
+SMALL = {"kind": "train", "task": {"name": "digits"}}
+
+fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 2**40),
+        "workers": st.integers(1, 64),
+        "steps": st.integers(1, 10**6),
+        "clip": st.floats(0, 10),
+        "precision": st.sampled_from(["float32", "bfloat16", "float64"]),
+        "task.norm": st.sampled_from(["none", "batch", "layer"]),
+        "task.widths": st.lists(st.integers(1, 9), min_size=1, max_size=3),
+        "optimizer.name": st.sampled_from(["adamw", "adam", "nadam"]),
+        "optimizer.lr": st.floats(1e-9, 1),
+        "schedule.name": st.sampled_from(["constant", "linear", "cosine", "wsd"]),
+        "checkpoint.keep": st.integers(1, 5),
+        "evaluation.patience": st.integers(0, 5),
+    },
+)
+
+nested = st.recursive(
+    st.integers() | st.text(max_size=3),
+    lambda inner: st.dictionaries(st.sampled_from("abcd"), inner, min_size=1, max_size=3),
+    max_leaves=8,
+).filter(lambda value: isinstance(value, dict))
+
+
+@given(fields)
+def test_a_recipe_survives_being_written_and_read(changes: dict[str, Any]) -> None:
+    recipe = TrainRecipe.parse(SMALL).with_overrides(changes)
+    assert TrainRecipe.parse(tomllib.loads(recipe.to_toml())) == recipe
+
+
+@given(fields, fields)
+def test_overrides_come_one_after_the_other(first: dict[str, Any], second: dict[str, Any]) -> None:
+    recipe = TrainRecipe.parse(SMALL)
+    assert recipe.with_overrides(first).with_overrides(second) == recipe.with_overrides({**first, **second})
+
+
+@given(nested, st.sampled_from(["a", "b.c", "d.a.b"]), st.integers())
+def test_an_override_leaves_all_other_fields(raw: dict[str, Any], dotted: str, value: int) -> None:
+    try:
+        changed = dict(dotted_fields(merged(raw, {dotted: value})))
+    except RecipeError:
+        return  # it would have put a field inside a number
+    before = dict(dotted_fields(raw))
+    related = {
+        field for field in before if f"{field}.".startswith(f"{dotted}.") or f"{dotted}.".startswith(f"{field}.")
+    }
+    assert changed.pop(dotted) == value
+    assert {field: changed[field] for field in before.keys() - related} == {
+        field: before[field] for field in before.keys() - related
+    }
+
+
+@given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.lists(st.integers()))
+def test_values_are_read_as_toml(value: object) -> None:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    assert parse_value(text) == value
+
+
+def test_what_is_not_toml_is_a_string() -> None:
+    assert parse_overrides(["a=b c", "a.b=/x/y", "c=1", "c=2", "d="]) == {"a": "b c", "a.b": "/x/y", "c": 2, "d": ""}
+
+
+def test_a_name_alone_stands_for_its_section() -> None:
+    recipe = TrainRecipe.parse({"kind": "train", "task": "digits"})
+    assert recipe.with_overrides({"task.model": "mlp"}).task.name == "digits"
+
+
+def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "text", "path": "x/../y.txt"}})
+    assert recipe.plain()["task"]["path"] == str(tmp_path / "y.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("workers=two", r"^workers: expected a valid integer, unable to parse string as an integer; got 'two'$"),
+        ("steps=0", r"^steps: expected greater than or equal to 1; got 0$"),
+        ("wrokers=2", r"^wrokers: no such field; did you mean workers\? known: accumulate, batch, .*workers$"),
+        ("optimizer.lrr=1", r"^optimizer.lrr: no such field; did you mean lr\? known: .*lr, name, weight_decay$"),
+        ("task.modell=mlp", r"^task.modell: no such field; did you mean model\? known: depth, dropout, model, name, "),
+        (
+            "task.name=digit",
+            r"^task.name: no such name 'digit'; did you mean digits\? known: digits, text, or your own",
+        ),
+        ("optimizer.name=adamm", r"^optimizer.name: no such name 'adamm'; did you mean adam"),
+        ("schedule.name=cosin", r"^schedule.name: no such name 'cosin'; did you mean cosine\?"),
+        ("log.to=['tensorbord']", r"^log.to: no such name 'tensorbord'; did you mean tensorboard\?"),
+        (
+            "task.name=nowhere:task",
+            r"^task.name: cannot import 'nowhere': ModuleNotFoundError: No module named 'nowhere'$",
+        ),
+        ("task.name=json:dmp", r"^task.name: 'json' has no 'dmp'; did you mean dump"),
+        ("task.name=json:dump", r"^task.name: json:dump must take nothing, or one parameter annotated with a subclass"),
+        ("task.name=json:decoder", r"^task.name: expected a raytrain.Task or a function that returns one; got <module"),
+        ("optimizer.name=json:dump", r"^optimizer.name: expected a class of torch.optim.Optimizer; got <function dump"),
+        ("optimizer.betas=[0.9]", r"^optimizer.betas.1: required, and not given$"),
+        ("accumulate=99", r"^recipe: expected accumulate of at most batch = 32; got 99$"),
+        ("steps.x=1", r"^steps.x: steps is not a section but 10$"),
+        ("task=3", r"^task: expected a table with a name; known: digits, text; got 3$"),
+        ("sync.timeout_seconds=0", r"^sync.timeout_seconds: expected greater than 0; got 0$"),
+        ("ema=1", r"^ema: expected less than 1; got 1$"),
+    ],
+)
+def test_errors_name_the_field_and_the_way_out(change: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        TrainRecipe.parse({**SMALL, "steps": 10}).with_overrides(parse_overrides([change]))
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        TrainRecipe.parse({**SMALL, "steps": "x", "batch": 0})
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["steps", "batch"]
+
+
+def test_a_recipe_needs_a_task() -> None:
+    with pytest.raises(RecipeError, match=r"^task: required, and not given$"):
+        TrainRecipe.parse({"kind": "train"})
+
+
+@pytest.mark.parametrize("word", ["steps", "=3", "a b=3", "a..b=3"])
+def test_an_override_is_a_field_and_a_value(word: str) -> None:
+    with pytest.raises(RecipeError, match="expected FIELD=VALUE, as in optimizer.lr=0.001"):
+        parse_overrides([word])
+
+
+def test_recipes_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    assert read_toml("digits", [KIND.recipes])[1].name == "digits.toml"
+    with pytest.raises(RecipeError, match=r"^'digit' is neither a file nor a shipped recipe; did you mean digits\?"):
+        read_toml("digit", [KIND.recipes])
+    broken = tmp_path / "broken.toml"
+    broken.write_text("steps = ")
+    with pytest.raises(RecipeError, match=r"broken.toml: not a TOML file: Invalid value"):
+        read_toml(str(broken), [])
+
+
+def test_recipes_are_frozen() -> None:
+    recipe = TrainRecipe.parse(SMALL)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.steps = 5  # type: ignore[misc]

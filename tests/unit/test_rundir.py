@@ -1,0 +1,124 @@
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from raytrain.display import Tail
+from raytrain.errors import RecipeError, TrainingError
+from raytrain.kinds import Result
+from raytrain.recorder import Recorder
+from raytrain.rundir import RunDirectory, rows
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path / "run")
+    run.open("x = 1\n", resume=False)
+    return run
+
+
+def test_a_new_run_needs_an_empty_folder_and_a_resumed_one_a_run(run: RunDirectory, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"^--out: {run.path} is not empty; add --resume to continue the run in it"):
+        run.open("", resume=False)
+    with pytest.raises(RecipeError, match=rf"^--resume: there is no run in {tmp_path}/other; leave --resume out"):
+        RunDirectory(tmp_path / "other").open("", resume=True)
+    run.open("x = 2\n", resume=True)
+    assert run.recipe.read_text() == "x = 2\n"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=rf"^--out: cannot write to {tmp_path}/file/run: Not a directory$"):
+        RunDirectory(tmp_path / "file" / "run").open("", resume=False)
+
+
+def test_what_an_earlier_attempt_asked_for_is_forgotten(run: RunDirectory) -> None:
+    run.request_stop()
+    run.record_failure(TrainingError("x"), 0)
+    run.write_result(Result("failed"))
+    run.open("", resume=True)
+    assert not run.stop_requested()
+    assert run.failure() is None
+    assert not run.result.exists()
+
+
+def hold(path: Path, seconds: float) -> None:
+    with RunDirectory(path).locked("command", 0):
+        time.sleep(seconds)
+
+
+def test_only_one_process_at_a_time(run: RunDirectory) -> None:
+    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(run.path, 600))
+    holder.start()
+    lock = run.path / ".command.lock"
+    while not lock.is_file() or lock.read_text() != str(holder.pid):
+        time.sleep(0.05)
+    with (
+        pytest.raises(RecipeError, match=rf"in use by command process {holder.pid}; wait for it"),
+        run.locked("command", 0),
+    ):
+        pass
+    with run.locked("worker", 0):
+        pass  # another role
+    holder.kill()
+    holder.join()
+    with run.locked("command", 0):
+        pass  # the lock ended with its process
+
+
+def test_the_first_failure_stays(run: RunDirectory) -> None:
+    run.record_failure(RecipeError("task: wrong"), 1)
+    run.record_failure(TrainingError("later"), 0)
+    failure = run.failure()
+    assert (failure.message, failure.exit_status, failure.trace) == ("task: wrong", 2, "")
+
+
+def test_an_error_of_the_users_code_comes_with_its_place(run: RunDirectory) -> None:
+    try:
+        {}["x"]
+    except KeyError as error:
+        run.record_failure(error, 3)
+    failure = run.failure()
+    assert (failure.message, failure.exit_status) == ("worker 3: KeyError: 'x'", 1)
+    assert "test_rundir.py" in failure.trace
+
+
+def test_a_resumed_recorder_drops_what_is_done_again(run: RunDirectory) -> None:
+    recorder = Recorder(run, 0, [])
+    for step in range(1, 8):
+        recorder.write({"step": step, "loss": 1.0})
+    recorder.close()
+    with run.metrics.open("a") as lines:
+        lines.write('{"step": 8, "lo')  # the process was killed here
+    assert [row["step"] for row in rows(run.metrics)] == [1, 2, 3, 4, 5, 6, 7]
+    again = Recorder(run, 4, [])
+    again.write({"step": 5, "loss": 2.0})
+    again.close()
+    assert [(row["step"], row["loss"]) for row in rows(run.metrics)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)]
+
+
+def test_a_tail_follows_a_file_that_is_added_to_and_replaced(run: RunDirectory) -> None:
+    tail = Tail(run.metrics)
+    assert tail.new() == []
+    run.append(run.metrics, {"step": 1})
+    with run.metrics.open("a") as lines:
+        lines.write('{"step": ')
+    assert tail.new() == [{"step": 1}]
+    with run.metrics.open("a") as lines:
+        lines.write("2}\n")
+    assert tail.new() == [{"step": 2}]
+    assert tail.new() == []
+    recorder = Recorder(run, 1, [])  # replaces the file
+    recorder.write({"step": 2})
+    recorder.close()
+    assert tail.new() == [{"step": 1}, {"step": 2}]
+    late = Tail(run.metrics, from_end=True)
+    run.append(run.metrics, {"step": 3})
+    assert late.new() == [{"step": 3}]
+
+
+def test_results_are_json(run: RunDirectory) -> None:
+    run.write_result(Result("done", metrics={"loss": 1.5}, steps=3))
+    assert json.loads(run.result.read_text())["metrics"] == {"loss": 1.5}

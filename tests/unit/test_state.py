@@ -1,0 +1,84 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytrain.state import dumps, finite, join, savable, split
+
+tensors = st.sampled_from(
+    [
+        torch.arange(6).view(2, 3),
+        torch.tensor(1.5),
+        torch.zeros(0, 3),
+        torch.tensor([True, False]),
+        torch.randn(4).bfloat16(),
+        torch.randn(4, 2, dtype=torch.float64).T,
+    ]
+)
+plain = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text().filter(lambda s: s[:7] != "tensor:")
+)
+states = st.recursive(
+    plain | tensors,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet="ab/.1", max_size=3), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other and type(one) is type(other))
+
+
+@given(st.dictionaries(st.sampled_from("abc"), states, max_size=3))
+def test_joining_what_was_split_gives_it_back(state: dict[str, Any]) -> None:
+    skeleton, found = split(state)
+    assert same(join(skeleton, found), state)
+    dumps(skeleton)  # is JSON
+
+
+def test_keys_with_slashes_do_not_collide() -> None:
+    with pytest.raises(TypeError, match="state at the top: two tensors at 'a/b'"):
+        split({"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}})
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a": {1: 2}}, "state at a: expected string keys; got 1"),
+        ({"a": [{"b": object()}]}, "state at a/0/b: cannot be saved without pickle: object"),
+        ("tensor:x", "state at the top: cannot be saved without pickle: str"),
+    ],
+)
+def test_what_only_pickle_could_save_is_refused(state: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        split(state)
+
+
+def test_shared_memory_is_saved_apart() -> None:
+    base = torch.randn(4, 4)
+    ready = savable({"a": base, "b": base, "row": base[1], "turned": base.T})
+    storages = [tensor.untyped_storage().data_ptr() for tensor in ready.values()]
+    assert len(set(storages)) == 4
+    assert torch.equal(ready["turned"], base.T)
+    assert torch.equal(ready["row"], base[1])
+
+
+def test_finite_names_the_culprit() -> None:
+    good = {"a": torch.ones(2), "n": torch.tensor([1, 2])}
+    assert finite(good) is None
+    assert finite({**good, "b": torch.tensor([0.0, float("nan")])}) == "b"
+    assert finite({**good, "c": torch.tensor([float("-inf")])}) == "c"
