@@ -145,8 +145,8 @@ class Display:
 
     def _line(self, row: Mapping[str, Any]) -> None:
         self._next_line = time.monotonic() + LINE_SECONDS
-        left = (self._steps - row["step"]) / self._pace[0] if self._pace[0] else 0.0
-        self.say(f"step {row['step']}/{self._steps}  {self._numbers()}  {left:.0f} s left")
+        left = f"  {(self._steps - row['step']) / self._pace[0]:.0f} s left" if self._pace[0] else ""
+        self.say(f"step {row['step']}/{self._steps}  {self._numbers()}{left}")
 
     def _numbers(self) -> str:
         parts = [f"loss {self._last['loss']:.4f}"] if "loss" in self._last else []

@@ -38,9 +38,17 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 OBJECT_STORE_BYTES = 200 << 20
+
+# glibc gives large blocks back to the system at once, and each step would take thousands of page faults to get them again.
+WORKER_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+}
 
 
 def run(recipe: TrainRecipe, order: Order) -> Result:
@@ -159,6 +167,7 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, cpus: float) -> T
         run_config=ray.train.RunConfig(
             name=run_directory.checkpoints.name,
             storage_path=str(run_directory.path),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
             failure_config=ray.train.FailureConfig(max_failures=recipe.max_failures),
             callbacks=[RestartNotes(str(run_directory.path))],
         ),
@@ -185,7 +194,8 @@ def _worker(config: dict[str, Any]) -> None:
     except RaytrainError as error:
         run_directory.record_failure(error, rank)
         return
-    with Watchdog(hang_file(run_directory.path, rank), timeout_seconds) as watchdog, _Reports(rank) as reports:
+    watchdog = Watchdog(hang_file(run_directory.path, rank), timeout_seconds, lambda: transport.waiting)
+    with watchdog, _Reports(rank) as reports:
         work(recipe, run_directory, transport, watchdog.beat, reports.put)
 
 

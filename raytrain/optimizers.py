@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from pydantic import create_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +26,9 @@ OPTIMIZERS: dict[str, str] = {
     "lamb": "pytorch_optimizer:Lamb",
     "lion": "pytorch_optimizer:Lion",
 }
+
+FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
+"""Optimizers with one kernel for a whole step on CPUs and GPUs, which is used unless optimizer.fused says otherwise."""
 
 NOT_OPTIONS = {"self", "params", "maximize", "capturable", "differentiable", "kwargs"}
 
@@ -64,6 +68,8 @@ def make_optimizer(constructor: Callable[..., Optimizer], options: Options, modu
         RecipeError: the constructor refuses its arguments.
     """
     arguments = options.model_dump(exclude={"name", "decay_vectors"})
+    if arguments.get("fused", False) is None and constructor in FUSED:
+        arguments["fused"] = True
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trainable if parameter.dim() >= 2]
     vectors = [parameter for parameter in trainable if parameter.dim() < 2]

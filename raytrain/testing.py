@@ -68,6 +68,7 @@ class ThreadTransport:
         self.rank = rank
         self.members = tuple(range(group.size))
         self.device = torch.device("cpu")
+        self.waiting = False
         self._group = group
         self._operations = 0
 

@@ -1,7 +1,8 @@
 """Ending a process that hangs: Ray notices a worker that dies, and never one that stands still."""
 
 import faulthandler
-import time
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -10,36 +11,49 @@ from typing import Self
 class Watchdog:
     """Ends this process if it shows no sign of progress for too long, and leaves its stack in a file.
 
-    The clock runs in a thread of C code, so a process that holds the interpreter's lock is ended too.
+    A thread winds a clock at every sign of progress. The clock itself runs in C, so a process that holds the
+    interpreter's lock is ended too.
 
     Args:
-        file: where the stack goes; gone if there was no need for it.
+        file: where the stack goes; gone afterwards if there was no need for it.
         timeout_seconds: how long is too long.
+        waiting: returns whether the process stands still only because it waits for others, who have their own watchdogs.
     """
 
-    def __init__(self, file: Path, timeout_seconds: float) -> None:
+    def __init__(self, file: Path, timeout_seconds: float, waiting: Callable[[], bool]) -> None:
         self._path = file
-        self._timeout_seconds = timeout_seconds
-        self._wound = 0.0
+        self._tick_seconds = min(1.0, timeout_seconds / 8)
+        self._clock_seconds = timeout_seconds - 2 * self._tick_seconds  # so that the end comes within timeout_seconds
+        self._waiting = waiting
+        self._moved = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        """Start the clock."""
+        """Start to watch."""
         self._file = self._path.open("a")
-        self.beat()
+        self._wind()
+        self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the clock."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Watch no longer."""
+        self._ended.set()
+        self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         if self._path.stat().st_size == 0:
             self._path.unlink()
 
     def beat(self) -> None:
-        """Show a sign of progress; winding the clock takes a thread, so it is done once in a while."""
-        now = time.monotonic()
-        if now - self._wound > min(1.0, self._timeout_seconds / 8):
-            faulthandler.dump_traceback_later(self._timeout_seconds, file=self._file, exit=True)
-            self._wound = now
+        """Show a sign of progress."""
+        self._moved = True
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._tick_seconds):
+            if self._moved or self._waiting():
+                self._moved = False
+                self._wind()
+
+    def _wind(self) -> None:
+        faulthandler.dump_traceback_later(self._clock_seconds, file=self._file, exit=True)

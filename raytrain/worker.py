@@ -66,6 +66,8 @@ def work(recipe: TrainRecipe, run: RunDirectory, transport: Transport, beat: Cal
 
 def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Callable[[], None], saved: Saved) -> None:
     _check_shared(run, exchange)
+    if exchange.gather(b"failed" if run.failure() else b"")[0]:
+        return  # an earlier attempt did, before all of its workers knew
     task = task_of(recipe)
     replica = build(recipe, task, exchange)
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, exchange)

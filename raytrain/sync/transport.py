@@ -4,6 +4,7 @@ Every operation starts at once and returns a `Pending`; a tensor given to one mu
 """
 
 import datetime
+import gc
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -42,11 +43,13 @@ class Transport(Protocol):
         rank: this replica's place in `members`.
         members: the replicas of the group, in order.
         device: where tensors must be.
+        waiting: whether this replica stands still for others just now.
     """
 
     rank: int
     members: tuple[int, ...]
     device: torch.device
+    waiting: bool
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """Sum `flat` over the replicas, in place; the result is equal to the bit on all of them."""
@@ -83,6 +86,7 @@ class LocalTransport:
 
     rank: int = 0
     members: tuple[int, ...] = (0,)
+    waiting = False
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
@@ -115,7 +119,8 @@ class GroupTransport:
         self.rank = dist.get_rank()
         self.members = tuple(range(dist.get_world_size()))
         self.device = device
-        self._group = dist.new_group(timeout=datetime.timedelta(seconds=timeout_seconds))
+        self.waiting = False
+        self._group: dist.ProcessGroup | None = dist.new_group(timeout=datetime.timedelta(seconds=timeout_seconds))
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """Sum `flat` in place (a ring moves each byte 2 (n - 1) / n times)."""
@@ -139,29 +144,40 @@ class GroupTransport:
         return self._start(lambda: dist.broadcast(flat, 0, group=self._group, async_op=True), flat, sent)
 
     def close(self) -> None:
-        """Close the connections."""
-        dist.destroy_process_group(self._group)
+        """Close the connections, which gloo does when nothing refers to the group any more."""
+        group, self._group = self._group, None
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()  # the hooks on parameters refer to exchanges under way, and these to the group
 
     def _start(self, launch: Callable[[], dist.Work], result: Tensor, bytes_sent: float) -> Pending:
         started = time.monotonic()
         try:
-            return _Work(launch(), result, int(bytes_sent), started)
+            return _Work(self, launch(), result, int(bytes_sent), started)
         except RuntimeError as error:
             raise _lost(error, started) from error
 
 
 class _Work:
-    def __init__(self, work: dist.Work, result: Tensor, bytes_sent: int, started: float) -> None:
+    def __init__(
+        self, transport: GroupTransport, work: dist.Work, result: Tensor, bytes_sent: int, started: float
+    ) -> None:
         self.bytes_sent = bytes_sent
-        self._work = work
+        self._transport = transport
+        self._work: dist.Work | None = work
         self._result = result
         self._started = started
 
     def wait(self) -> Tensor:
+        work, self._work = self._work, None  # a finished operation must not keep the connections open
+        self._transport.waiting = True
         try:
-            self._work.wait()
+            if work is not None:
+                work.wait()
         except RuntimeError as error:
             raise _lost(error, self._started) from error
+        finally:
+            self._transport.waiting = False
         return self._result
 
 
