@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -44,8 +45,7 @@ def main() -> NoReturn:
     """Run the command, and turn every error into one message and an exit status."""
     sys.path.insert(0, os.getcwd())  # so that my_module:my_task is found, as with `python -m`
     signal.signal(signal.SIGTERM, _as_interrupt)
-    for point in entry_points(group="raytrain.kinds"):
-        app.command(point.name, help=f"Run a recipe of the kind {point.name}.")(_runner(point.name))
+    _add_kinds()
     try:
         status = app(standalone_mode=False)
     except RaytrainError as error:
@@ -102,6 +102,13 @@ def evaluate(
     kind = load_kinds()[raw["kind"]]
     metrics = resolve({}, kind.evaluate, "evaluate")(run, parse_overrides([*(changes or []), *(more or [])]))
     print(json.dumps(metrics, indent=2))
+
+
+@cache
+def _add_kinds() -> None:
+    """Give each installed kind a command of its name; the kind itself is loaded when it is used."""
+    for point in entry_points(group="raytrain.kinds"):
+        app.command(point.name, help=f"Run a recipe of the kind {point.name}.")(_runner(point.name))
 
 
 def _runner(verb: str) -> Callable[..., int]:

@@ -1,11 +1,12 @@
 """What the person at the terminal sees: a progress bar there, plain lines elsewhere. It reads the run's files."""
 
 import json
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -16,18 +17,6 @@ from raytrain.rundir import RunDirectory
 
 LOOK_SECONDS = 0.25
 LINE_SECONDS = 10.0
-
-
-class Running(Protocol):
-    """Something that goes on elsewhere, such as a thread."""
-
-    def is_alive(self) -> bool:
-        """Return whether it still goes on."""
-        ...
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for its end, at most `timeout` seconds."""
-        ...
 
 
 class Display:
@@ -76,15 +65,17 @@ class Display:
         """Print a line."""
         self._console.print(text, markup=False)
 
-    def follow(self, running: Running) -> bool:
-        """Show progress until `running` ends; return False if it was interrupted twice and still goes on.
+    def follow(self, ended: threading.Event) -> bool:
+        """Show progress until the run has ended; return False if it was interrupted twice and still goes on.
 
         The first Ctrl-C asks the workers to save and end.
         """
         asked = False
-        while running.is_alive():
+        while True:
             try:
-                running.join(LOOK_SECONDS)
+                if ended.wait(LOOK_SECONDS):
+                    self._look()
+                    return True
                 self._look()
             except KeyboardInterrupt:
                 if asked:
@@ -94,8 +85,6 @@ class Display:
                 self.say(
                     "stopping: the workers save and end after the step they are at; Ctrl-C again ends them at once"
                 )
-        self._look()
-        return True
 
     def finish(self, result: Result) -> None:
         """Print how the run ended."""

@@ -71,7 +71,7 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
             cpus = cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
             display.say(f"starting {recipe.workers} worker(s) with {cpus:g} CPU each")
             fit = _Fit(_trainer(recipe, run_directory, cpus))
-            ended = display.follow(fit)
+            ended = display.follow(fit.ended)
         failure = run_directory.failure() or (Failure(_summary(fit.error)) if ended and fit.error else None)
         result = result_of(recipe, run_directory, failure)
         run_directory.write_result(result)
@@ -101,6 +101,7 @@ class _Fit(threading.Thread):
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(daemon=True)
         self.error: Exception | None = None
+        self.ended = threading.Event()  # to wait for: an interrupted `join` takes the thread for ended (Python 3.11)
         self._trainer = trainer
         self.start()
 
@@ -110,29 +111,41 @@ class _Fit(threading.Thread):
             self._trainer.fit()
         except Exception as error:
             self.error = error
+        finally:
+            self.ended.set()
 
 
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[list[float]]:
-    """Join or start a Ray cluster, and return the processors of its machines."""
+    """Join or start a Ray cluster, unless this process is in one, and return the processors of its machines."""
     if ray.is_initialized():
         yield _machines()
         return
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    quiet = {"logging_level": logging.ERROR, "logging_config": ray.LoggingConfig(log_level="ERROR")}
-    if address is None:
-        ray.init(num_cpus=own_cpus(), include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-    else:
-        check_reachable(address)
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-            raise RecipeError(f"--address: cannot join the Ray cluster at {address}: {error}") from error
+    start_ray(address, own_cpus())
     try:
         yield _machines()
     finally:
         ray.shutdown()
+
+
+def start_ray(address: str | None, cpus: int) -> None:
+    """Join the Ray cluster at `address`, or start one of `cpus` processors on this machine.
+
+    Raises:
+        RecipeError: there is no cluster at `address`.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    quiet = {"logging_level": logging.ERROR, "logging_config": ray.LoggingConfig(log_level="ERROR")}
+    if address is None:
+        # "local" and not None: Ray would join any cluster that was once started on this machine.
+        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        return
+    check_reachable(address)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+        raise RecipeError(f"--address: cannot join the Ray cluster at {address}: {error}") from error
 
 
 def _machines() -> list[float]:

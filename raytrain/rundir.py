@@ -3,13 +3,15 @@
 import fcntl
 import json
 import os
+import platform
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.files import write_whole
@@ -69,7 +71,7 @@ class RunDirectory:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in (self._failure, self._stop, self.result):
                 leftover.unlink(missing_ok=True)
-            write_whole(self.recipe, recipe.encode())
+            write_whole(self.recipe, f"# {versions()}\n{recipe}".encode())
         except OSError as error:
             raise RecipeError(f"--out: cannot write to {self.path}: {error.strerror}") from error
 
@@ -82,17 +84,12 @@ class RunDirectory:
         """
         with (self.path / f".{who}.lock").open("a+") as file:
             give_up = time.monotonic() + wait_seconds
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > give_up:
-                        file.seek(0)
-                        raise RecipeError(
-                            f"{self.path} is in use by {who} process {file.read() or '?'}; wait for it or end it"
-                        ) from None
-                    time.sleep(0.1)
+            while not _take(file):
+                if time.monotonic() > give_up:
+                    file.seek(0)
+                    holder = file.read() or "?"
+                    raise RecipeError(f"{self.path} is in use by {who} process {holder}; wait for it or end it")
+                time.sleep(0.1)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -133,6 +130,21 @@ class RunDirectory:
         """Add a line to one of the ``.jsonl`` files."""
         with file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
+
+
+def _take(file: IO[str]) -> bool:
+    """Lock a file if nobody else holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def versions() -> str:
+    """Return what a run was made with, as "raytrain 0.1.0, ray 2.55.1, ..."."""
+    packages = [f"{name} {version(name)}" for name in ("raytrain", "ray", "torch", "transformers", "numpy")]
+    return ", ".join([*packages, f"python {platform.python_version()}"])
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
-"""What tests import: replicas that are threads, faults on purpose, and a tiny task with everything awkward in it."""
+"""What tests import: replicas that are threads or processes, faults on purpose, and a tiny task with all that is awkward."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -9,15 +11,21 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from raytrain.recipe import Options
 from raytrain.replica import Replica
-from raytrain.sync.transport import Pending, PeerLostError
+from raytrain.rundir import RunDirectory
+from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Pending
 from raytrain.task import Task
+from raytrain.train_recipe import TrainRecipe
+from raytrain.worker import work
 
 Answer = TypeVar("Answer")
 WAIT_SECONDS = 60.0
+PEER_LOST = 3
+"""The exit status of a worker of `train_with_gloo` that lost another one."""
 
 
 class ThreadGroup:
@@ -213,3 +221,49 @@ def tiny(options: TinyOptions) -> Task:
         return errors.square()
 
     return Task(model=model, data=data, losses=losses, weights=lambda batch: batch["weight"])
+
+
+def train_here(recipe: TrainRecipe, folder: Path) -> RunDirectory:
+    """Train in this process, as the only worker."""
+    run = RunDirectory(folder)
+    run.open(recipe.to_toml(), resume=run.recipe.is_file())
+    work(recipe, run, LocalTransport(), beat=_nothing, saved=_nothing)
+    return run
+
+
+def train_with_threads(recipe: TrainRecipe, folder: Path) -> RunDirectory:
+    """Train with workers that are threads of this process."""
+    run = RunDirectory(folder)
+    run.open(recipe.to_toml(), resume=run.recipe.is_file())
+    ThreadGroup(recipe.workers).run(lambda transport: work(recipe, run, transport, beat=_nothing, saved=_nothing))
+    return run
+
+
+def train_with_gloo(recipe: TrainRecipe, folder: Path) -> list[int]:
+    """Train with workers that are processes of this machine; return their exit statuses, -9 for one that was killed."""
+    run = RunDirectory(folder)
+    run.open(recipe.to_toml(), resume=run.recipe.is_file())
+    store = folder / f".store-{time.time_ns()}"
+    context = multiprocessing.get_context("spawn")
+    arguments = (recipe.plain(), str(folder), str(store))
+    workers = [context.Process(target=_gloo_worker, args=(rank, *arguments)) for rank in range(recipe.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return [worker.exitcode or 0 for worker in workers]
+
+
+def _gloo_worker(rank: int, plain: dict[str, Any], folder: str, store: str) -> None:
+    torch.set_num_threads(1)
+    recipe = TrainRecipe.parse(plain)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=recipe.workers)
+    transport = GroupTransport(torch.device("cpu"), recipe.sync.timeout_seconds)
+    try:
+        work(recipe, RunDirectory(Path(folder)), transport, beat=_nothing, saved=_nothing)
+    except PeerLostError:
+        sys.exit(PEER_LOST)
+
+
+def _nothing(*_: object) -> None:
+    """Take what a test does not look at."""

@@ -144,14 +144,20 @@ def main() -> None:
         measured = {"bare": [], "ours": []}
         for _ in range(pairs):
             alone = [sys.executable, __file__, "--bare", str(steps), str(threads)]
-            measured["bare"].append(json.loads(subprocess.run(alone, check=True, capture_output=True, text=True).stdout))
+            measured["bare"].append(
+                json.loads(subprocess.run(alone, check=True, capture_output=True, text=True).stdout)
+            )
             measured["ours"].append(ours(steps, threads))
         ratios = {
-            key: median_and_interval([one[key] / other[key] for one, other in zip(measured["ours"], measured["bare"], strict=True)])
+            key: median_and_interval(
+                [one[key] / other[key] for one, other in zip(measured["ours"], measured["bare"], strict=True)]
+            )
             for key in ("steps_per_second", "bytes")
         }
         for name, values in measured.items():
-            speed, memory = (median_and_interval([value[key] for value in values])["median"] for key in ("steps_per_second", "bytes"))
+            speed, memory = (
+                median_and_interval([value[key] for value in values])["median"] for key in ("steps_per_second", "bytes")
+            )
             table.append({"loop": name, "threads": threads, "steps_per_second": speed, "megabytes": memory / 1e6})
         for key, ratio in ratios.items():
             table.append({"loop": f"ours / bare, {key}", "threads": threads, **ratio})

@@ -9,7 +9,7 @@ from raytrain.display import Tail
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import Result
 from raytrain.recorder import Recorder
-from raytrain.rundir import RunDirectory, rows
+from raytrain.rundir import RunDirectory, rows, versions
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_a_new_run_needs_an_empty_folder_and_a_resumed_one_a_run(run: RunDirecto
     with pytest.raises(RecipeError, match=rf"^--resume: there is no run in {tmp_path}/other; leave --resume out"):
         RunDirectory(tmp_path / "other").open("", resume=True)
     run.open("x = 2\n", resume=True)
-    assert run.recipe.read_text() == "x = 2\n"
+    assert run.recipe.read_text() == f"# {versions()}\nx = 2\n"
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""Random kills: does a run that is killed again and again end as one that nobody touched, and how soon does it train again?
+
+    python tests/benchmark/resume.py
+
+Each trial runs `raytrain train` and, at a random moment after training has begun, sends SIGKILL to a random worker or to
+the command itself. A killed worker is started again by the run itself; a killed command is run again with --resume. The
+final weights are compared with those of an untouched run, bit by bit. The recovery of a worker is the time from the kill
+to the first step after it; that of a command includes starting Python and Ray.
+"""
+
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from bench import arguments, finish
+
+from raytrain.checkpoint import listed, load
+from raytrain.rundir import rows
+
+WORDS = [
+    "task.dropout=0.1", "task.norm=batch", "workers=2", "steps=900", "ema=0.99", "batch=16", "resources.cpus=1",
+    "checkpoint.every=50", "evaluation.every=300", "log.every=1", "sync.timeout_seconds=30",
+]  # fmt: skip
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
+    """Start the command on the run in `out`."""
+    words = [sys.executable, "-m", "raytrain", "train", "digits", *WORDS, "--out", str(out), *more]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def last_step(out: Path) -> int:
+    """Return the last step in the log."""
+    return max((row["step"] for row in rows(out / "metrics.jsonl")), default=0)
+
+
+def wait_for(done: "callable", command: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
+    """Wait until `done()`, or raise if the command ends or takes too long before."""
+    give_up = time.monotonic() + seconds
+    while not done():
+        if command.poll() is not None or time.monotonic() > give_up:
+            raise RuntimeError(f"the command ended with {command.poll()} or took too long")
+        time.sleep(0.01)
+
+
+def trial(out: Path, seed: int) -> dict[str, object]:
+    """Kill something at a random step of a new run, let it recover, and tell how that went."""
+    draw = random.Random(seed)
+    at, victim = draw.randrange(20, 850), draw.choice(["worker 0", "worker 1", "command"])
+    command = start(out)
+    wait_for(lambda: last_step(out) >= at, command)
+    killed_at = last_step(out)
+    attempts = len(rows(out / "attempts.jsonl"))
+    killed = time.monotonic()
+    if victim == "command":
+        os.kill(command.pid, signal.SIGKILL)
+        command.wait()
+        command = start(out, "--resume")
+    else:
+        os.kill(rows(out / "attempts.jsonl")[-1]["workers"][int(victim[-1])]["pid"], signal.SIGKILL)
+    wait_for(lambda: len(rows(out / "attempts.jsonl")) > attempts, command)
+    resumed_from = rows(out / "attempts.jsonl")[-1]["from_step"]
+    wait_for(lambda: last_step(out) > resumed_from, command)
+    recovery = time.monotonic() - killed
+    status = command.wait(timeout=300)
+    return {
+        "seed": seed,
+        "victim": victim,
+        "step": killed_at,
+        "from_step": resumed_from,
+        "seconds": recovery,
+        "status": status,
+    }
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    """Return the weights, their average and the optimizer's state at the end of a run."""
+    saved = load(listed(out / "checkpoints")[-1], 0)
+    moments = {
+        f"{name} {key}": value for name, state in saved["optimizer"]["state"].items() for key, value in state.items()
+    }
+    averaged = {f"average {name}": value for name, value in saved["ema"].items()}
+    return {**saved["model"], **averaged, **moments}
+
+
+def main() -> None:
+    """Measure and report."""
+    options = arguments(__doc__.partition("\n")[0])
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        untouched = Path(folder) / "untouched"
+        if start(untouched).wait(timeout=300):
+            raise RuntimeError("the run that nobody touches failed")
+        expected = final(untouched)
+        for seed in range(5 if options.quick else 20):
+            out = Path(folder) / f"trial-{seed}"
+            row = trial(out, seed)
+            found = final(out)
+            row["bit_equal"] = found.keys() == expected.keys() and all(
+                torch.equal(found[name], expected[name]) for name in found
+            )
+            table.append(row)
+            print(row, flush=True)
+    seconds = {
+        victim: [row["seconds"] for row in table if row["victim"].startswith(victim)]
+        for victim in ("worker", "command")
+    }
+    headline = {
+        "kills": len(table),
+        "bit_equal": sum(row["bit_equal"] for row in table),
+        "median_recovery_seconds": statistics.median(row["seconds"] for row in table),
+        **{
+            f"median_recovery_seconds_{victim}": statistics.median(values)
+            for victim, values in seconds.items()
+            if values
+        },
+    }
+    finish("resume", table, headline, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Every entry of every name table against the interface it is there for."""
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+from torch import nn
+
+from raytrain.checkpoint import CheckpointStore, load
+from raytrain.evaluation import measure
+from raytrain.kinds import load_kinds
+from raytrain.names import resolve
+from raytrain.optimizers import OPTIMIZERS, load_state_by_name, make_optimizer, options_of_optimizer, state_by_name
+from raytrain.recipe import declared_options, read_toml
+from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.synchroniser import SYNCHRONISERS
+from raytrain.sync.transport import LocalTransport
+from raytrain.task import TASKS, Task, make_task, options_of_task
+from raytrain.tensors import weights_of
+from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
+from raytrain.train_recipe import LOGGERS
+
+SMALL = {"text": {"layers": 1, "heads": 2, "width": 16, "block": 32}}
+
+
+def entries() -> Iterator[Any]:
+    for kind in load_kinds().values():
+        for title, table in kind.tables.items():
+            for name in table:
+                yield pytest.param(table, name, id=f"{title}-{name}")
+
+
+@pytest.mark.parametrize(("table", "name"), list(entries()))
+def test_every_name_stands_for_something_described(table: Mapping[str, str], name: str) -> None:
+    assert (resolve(table, name, "name").__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", list(load_kinds()))
+def test_every_kind_can_run_and_evaluate(name: str) -> None:
+    kind = load_kinds()[name]
+    assert callable(resolve({}, kind.evaluate, "kind"))
+    for file in kind.recipes.glob("*.toml"):
+        raw, _ = read_toml(str(file), [])
+        recipe = kind.recipe.parse(raw)
+        assert recipe.name == file.stem
+        assert file.read_text().startswith("# "), "`raytrain list` prints a recipe's first comment"
+
+
+def made(name: str) -> Task:
+    factory = resolve(TASKS, name, "task.name")
+    return make_task(factory, options_of_task(factory)(name=name, **SMALL.get(name, {})))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks(name: str) -> None:
+    task = made(name)
+    one, same, other = task.model(0), task.model(0), task.model(1)
+    assert all(map(torch.equal, one.parameters(), same.parameters()))
+    assert not all(map(torch.equal, one.parameters(), other.parameters()))
+    for split in ("train", "valid"):
+        examples = task.data(split)
+        assert len(examples) > 0
+        assert isinstance(examples.domain(0), str)
+        assert isinstance(examples.label(len(examples) - 1), int)
+        batch = task.collate([examples[place] for place in range(3)])
+        losses, weights = task.losses(one, batch), weights_of(task, batch, 3, torch.device("cpu"))
+        assert losses.shape == weights.shape
+        assert losses.dtype == torch.float32
+        assert (weights >= 0).all()
+        losses.sum().backward()
+        assert all(parameter.grad is not None for parameter in one.parameters())
+    with torch.no_grad():
+        measured = measure(task, one.eval(), batch, 3)
+        losses = task.losses(one, batch)
+    assert task.metric in measured
+    assert all(count > 0 for _, count in measured.values())
+    assert measured["loss"][0] == pytest.approx(float(losses @ weights), rel=1e-4)
+    assert all(value > 0 for value in task.references().values())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+class TestOptimizers:
+    def optimizer(self, name: str, module: nn.Module, **changes: Any) -> Any:
+        constructor = resolve(OPTIMIZERS, name, "optimizer.name")
+        options = options_of_optimizer(constructor)(name=name, **changes)
+        return make_optimizer(constructor, options, module), options
+
+    def steps(self, module: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
+        losses = []
+        for step in range(first, last):
+            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+            loss = (module(x) - x.sum(dim=1)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def module(self) -> nn.Module:
+        torch.manual_seed(0)
+        return TinyModel(TinyOptions(name="tiny"))
+
+    def test_it_learns(self, name: str) -> None:
+        module = self.module()
+        optimizer, _ = self.optimizer(name, module, lr=0.03)
+        losses = self.steps(module, optimizer, 0, 120)
+        assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+    def test_a_saved_and_loaded_state_goes_on_to_the_bit(self, name: str, tmp_path: Path) -> None:
+        straight = self.module()
+        optimizer, _ = self.optimizer(name, straight, lr=0.03)
+        self.steps(straight, optimizer, 0, 10)
+        first = self.module()
+        optimizer, _ = self.optimizer(name, first, lr=0.03)
+        self.steps(first, optimizer, 0, 5)
+        state = {"optimizer": state_by_name(optimizer, first)}
+        path = CheckpointStore(tmp_path, 1, ExactExchange(LocalTransport())).save(
+            state, {"step": 5, "best_step": 0}, {}
+        )
+        second = self.module()
+        second.load_state_dict(first.state_dict())
+        optimizer, options = self.optimizer(name, second, lr=0.03)
+        load_state_by_name(optimizer, second, load(path, 0)["optimizer"], options)
+        self.steps(second, optimizer, 5, 10)
+        assert all(map(torch.equal, straight.parameters(), second.parameters()))
+
+    def test_a_resumed_run_can_change_its_hyper_parameters(self, name: str) -> None:
+        module = self.module()
+        optimizer, _ = self.optimizer(name, module, lr=0.03)
+        self.steps(module, optimizer, 0, 2)
+        saved = state_by_name(optimizer, module)
+        changed, options = self.optimizer(name, module, lr=0.5)
+        load_state_by_name(changed, module, saved, options)
+        assert (
+            {group["lr"] for group in changed.param_groups}
+            == {group["initial_lr"] for group in changed.param_groups}
+            == {0.5}
+        )
+
+    def test_weight_decay_leaves_vectors_alone(self, name: str) -> None:
+        module = self.module()
+        optimizer, options = self.optimizer(name, module, lr=0.03)
+        if not hasattr(options, "weight_decay"):
+            pytest.fail(f"{name} has no weight decay: give it a test of its own")
+        optimizer, _ = self.optimizer(name, module, lr=0.03, weight_decay=0.1)
+        before = {key: value.detach().clone() for key, value in module.named_parameters()}
+        for value in module.parameters():
+            value.grad = torch.zeros_like(value)
+        optimizer.step()
+        assert torch.equal(module.out.bias, before["out.bias"])
+        assert not torch.equal(module.out.weight, before["out.weight"])
+        assert torch.equal(module.frozen.weight, before["frozen.weight"])
+
+
+@pytest.mark.parametrize("name", SYNCHRONISERS)
+def test_synchronisers_keep_replicas_equal(name: str) -> None:
+    factory = resolve(SYNCHRONISERS, name, "sync.name")
+    options = declared_options(factory)(name=name)
+
+    def replica(transport: ThreadTransport) -> list[torch.Tensor]:
+        module = TinyModel(TinyOptions(name="tiny", norm=True))
+        sync = factory(ExactExchange(transport), options)
+        sync.start(module)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        for step in range(7):
+            x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step * 10 + transport.rank))
+            sync.before_backward(5.0)
+            loss = module(x).square().mean()
+            loss.backward()
+            totals = sync.before_step(5 * loss.item(), stop=step == 3 and transport.rank == 1)
+            assert totals.stop == (step == 3)
+            optimizer.step()
+            optimizer.zero_grad()
+            sync.after_step()
+        sync.load_state_dict(sync.state_dict())
+        sync.finish()
+        assert sync.bytes_sent > 0
+        return [value.detach() for value in module.state_dict().values()]
+
+    first, *others = ThreadGroup(3).run(replica)
+    assert all(all(map(torch.equal, first, other)) for other in others)
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_loggers_take_rows(name: str, tmp_path: Path) -> None:
+    logger = resolve(LOGGERS, name, "log.to")(tmp_path, 0)
+    logger.write({"step": 10, "loss": 1.5, "seconds": 0.1})
+    logger.write({"step": 10, "valid": {"accuracy": 0.75}})
+    logger.close()
+    assert any(tmp_path.iterdir())
+
+
+def events(folder: Path) -> Iterator[Event]:
+    """Read event files: length, its check sum, the event, its check sum."""
+    for file in sorted(folder.glob("events*")):
+        content = file.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            yield Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+
+
+def test_tensorboard_can_read_what_was_logged(tmp_path: Path) -> None:
+    logger = resolve(LOGGERS, "tensorboard", "log.to")(tmp_path, 0)
+    logger.write({"step": 10, "loss": 1.5})
+    logger.write({"step": 20, "valid": {"accuracy": 0.75}})
+    logger.close()
+    found = [
+        (event.step, value.tag, value.simple_value)
+        for event in events(tmp_path / "tensorboard")
+        for value in event.summary.value
+    ]
+    assert found == [(10, "train/loss", 1.5), (20, "valid/accuracy", 0.75)]

@@ -1,0 +1,91 @@
+"""Faults in workers that Ray started: what can be survived is, and what cannot is told at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain.checkpoint import listed, load
+from raytrain.errors import TrainingError
+from raytrain.kinds import Order
+from raytrain.recipe import merged
+from raytrain.rundir import RunDirectory, rows
+from raytrain.testing import train_with_threads
+from raytrain.train_recipe import TrainRecipe
+
+TINY = {
+    "kind": "train",
+    "task": {"name": "raytrain.testing:tiny"},
+    "steps": 60,
+    "batch": 4,
+    "workers": 2,
+    "evaluation": {"every": 20},
+    "checkpoint": {"every": 10},
+    "log": {"every": 1, "to": []},
+    "resources": {"cpus": 1},
+    "sync": {"timeout_seconds": 8},
+}
+
+
+def recipe(workplace: Path, *faults: str, **changes: Any) -> TrainRecipe:
+    plan = "".join(f".at({fault})" for fault in faults)
+    text = f"from pathlib import Path\nfrom raytrain.testing import FaultPlan\nplan = FaultPlan(Path({str(workplace)!r})){plan}\n"
+    (workplace / "faults.py").write_text(text)
+    fields = {name.replace("__", "."): value for name, value in changes.items()}
+    return TrainRecipe.parse(merged({**TINY, "callbacks": ["faults:plan"]}, fields))
+
+
+def faults(workplace: Path) -> list[str]:
+    from faults import plan  # noqa: PLC0415 - written by the test
+
+    return plan.happened()
+
+
+def test_killed_and_hanging_workers_are_started_again(ray_cluster: None, workplace: Path) -> None:
+    from raytrain.launch import run  # noqa: PLC0415 - Ray is slow to import
+
+    broken = recipe(workplace, "1, 15, 'kill'", "0, 35, 'hang'")
+    result = run(broken, Order(workplace / "broken"))
+    assert (result.status, result.restarts) == ("done", 2)
+    assert faults(workplace) == ["hang at rank 0, step 35", "kill at rank 1, step 15"]
+    whole = train_with_threads(broken.with_overrides({"callbacks": []}), workplace / "whole")
+    one, other = (load(listed(path.checkpoints)[-1], 0) for path in (whole, RunDirectory(workplace / "broken")))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    notes = rows(workplace / "broken" / "restarts.jsonl")
+    assert notes[0]["workers"]["1"] == "its process died: killed, out of memory, or crashed"
+    assert notes[1]["workers"]["0"].startswith("it hung, and was ended; its stack is in ")
+    assert (
+        "time.sleep" in (workplace / "broken" / "hang-worker-0.txt").read_text()
+        or "testing.py" in (workplace / "broken" / "hang-worker-0.txt").read_text()
+    )
+    assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 10, 30]
+
+
+def test_a_worker_that_fails_too_often_ends_the_run(
+    ray_cluster: None, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from raytrain.launch import run  # noqa: PLC0415
+
+    broken = recipe(workplace, "0, 15, 'kill'", "1, 25, 'kill'", max_failures=1)
+    with pytest.raises(TrainingError) as caught:
+        run(broken, Order(workplace / "run"))
+    assert str(caught.value).startswith("the workers failed more often than max_failures allows; ")
+    assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")
+    shown = capsys.readouterr().err
+    assert "worker 0: its process died: killed, out of memory, or crashed" in shown
+    assert f"continue with: raytrain train {workplace}/run/recipe.toml --out {workplace}/run --resume" in shown
+    result = run(broken, Order(workplace / "run", resume=True))
+    assert (result.status, result.steps, result.restarts) == ("done", 60, 2)
+
+
+def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: None, workplace: Path) -> None:
+    from raytrain.launch import run  # noqa: PLC0415
+
+    with pytest.raises(TrainingError) as caught:
+        run(recipe(workplace, "1, 25, 'fail'"), Order(workplace / "run"))
+    assert "RuntimeError: a fault on purpose at rank 1, step 25" in str(caught.value)
+    assert "testing.py" in str(caught.value)
+    assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")
+    assert len(rows(workplace / "run" / "attempts.jsonl")) == 1
+    assert '"status": "failed"' in (workplace / "run" / "result.json").read_text()

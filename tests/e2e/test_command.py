@@ -1,0 +1,175 @@
+"""What the command says and returns without starting anything."""
+
+import json
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain.rundir import RunDirectory
+from raytrain.testing import train_here
+from raytrain.train_recipe import TrainRecipe
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    mount(["-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)])
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount(["-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)])
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def mount(words: list[str]) -> None:
+    if subprocess.run(["mount", *words], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system takes root")
+
+
+def test_check_shows_each_value_and_where_it_comes_from(raytrain: Callable[..., Any], workplace: Path) -> None:
+    (workplace / "mine.toml").write_text('task = "digits"\nsteps = 7\n[optimizer]\nlr = 0.1\n')
+    ended = raytrain("check", "mine.toml", "--set", "workers=2", "optimizer.weight_decay=0.5")
+    assert ended.status == 0
+    lines = {line.split(" = ")[0]: line for line in ended.out.splitlines()}
+    assert lines["steps"].split("  # ")[1] == lines["optimizer.lr"].split("  # ")[1] == "mine.toml"
+    assert lines["workers"].split("  # ")[1] == lines["optimizer.weight_decay"].split("  # ")[1] == "--set"
+    assert lines["schedule.name"].split("  # ")[1] == "default"
+    resolved = TrainRecipe.parse(tomllib.loads(ended.out))
+    assert (resolved.name, resolved.steps, resolved.workers, resolved.optimizer.lr) == ("mine", 7, 2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "digit"], "'digit' is neither a file nor a shipped recipe; did you mean digits?"),
+        (["train", "digits", "--set", "wrokers=2"], "wrokers: no such field; did you mean workers?"),
+        (
+            ["train", "digits", "task.path=x"],
+            "task.path: no such field; did you mean depth? known: depth, dropout, model",
+        ),
+        (["train", "digits", "workers=1000"], "workers: 1000 workers of 1 CPU each do not fit on 1 machine(s) with "),
+        (["train", "digits", "workers"], "'workers': expected FIELD=VALUE, as in optimizer.lr=0.001"),
+        (["train", "shakespeare-cpu", "task.path=nowhere.txt"], "task.path: no such file or folder: "),
+        (["train", "digits", "--resume"], "--resume: say which run with --out"),
+        (["train", "digits", "--resume", "--out", "nothing"], "there is no run in "),
+        (["train", "mine:broken"], "'mine:broken' is neither a file nor a shipped recipe"),
+        (
+            ["train", "digits", "task=mine:broken"],
+            "cannot import 'mine': SyntaxError: invalid syntax (mine.py, line 1)",
+        ),
+        (["check", "digits", "steps=-1"], "steps: expected greater than or equal to 1; got -1"),
+        (["list", "optimiser"], "'optimiser' is not a table; did you mean optimizers?"),
+        (["evaluate", "nothing"], "nothing: there is no run here (no recipe.toml)"),
+        (["trian", "digits"], "No such command 'trian'"),
+        (["train"], "Missing argument 'RECIPE'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(
+    raytrain: Callable[..., Any], workplace: Path, words: list[str], message: str
+) -> None:
+    (workplace / "mine.py").write_text("def broken(:\n")
+    ended = raytrain(*words)
+    assert ended.status == 2
+    assert message in ended.err
+    assert "Traceback" not in ended.err
+    assert not (workplace / "runs").exists()
+
+
+def test_an_unreachable_cluster_is_said(raytrain: Callable[..., Any], workplace: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        ended = raytrain("train", "digits", "--address", address, "--out", "run")
+    assert ended.status == 2
+    assert f"--address: no Ray cluster answers at {address}" in ended.err
+
+
+def test_a_run_of_another_kind_is_not_trained(raytrain: Callable[..., Any], workplace: Path) -> None:
+    (workplace / "other.toml").write_text('kind = "serach"\n')
+    ended = raytrain("train", "other.toml")
+    assert (ended.status, "kind: no such kind 'serach'; known: train" in ended.err) == (2, True)
+
+
+def test_a_read_only_folder_is_refused(raytrain: Callable[..., Any], read_only: Path) -> None:
+    ended = raytrain("train", "digits", "--out", str(read_only / "run"))
+    assert ended.status == 2
+    assert f"--out: cannot write to {read_only}/run: Read-only file system" in ended.err
+
+
+def test_a_full_disk_keeps_what_was_complete(small_disk: Path) -> None:
+    """The first checkpoints fit; then the disk is full, and the message names the last one that is complete."""
+    recipe = TrainRecipe.parse(
+        {
+            "kind": "train",
+            "task": {"name": "digits", "widths": [64]},
+            "steps": 40,
+            "checkpoint": {"every": 2, "keep": 50},
+            "log": {"to": []},
+        }
+    )
+    run = train_here(recipe, small_disk / "run")
+    message = run.failure().message
+    assert message.startswith("checkpoint step-000000")
+    assert "No space left on device" in message
+    assert not list(run.checkpoints.glob(".*partial"))
+    again = RunDirectory(small_disk / "run")
+    assert again.failure() is not None
+    (small_disk / "run" / "checkpoints" / "step-00000002" / "rank-00000.safetensors").unlink()
+    assert train_here(recipe.with_overrides({"checkpoint.keep": 1}), small_disk / "run").failure() is None
+
+
+def test_list_names_everything_with_a_line_each(raytrain: Callable[..., Any]) -> None:
+    ended = raytrain("list")
+    assert ended.status == 0
+    for word in ("recipes", "digits", "shakespeare-cpu", "stdlib-lm", "adamw", "cosine", "gradients", "tensorboard"):
+        assert word in ended.out
+    only = raytrain("list", "schedules")
+    assert "Stay at 1, then fall to 0 along a line" in only.out
+    assert "adamw" not in only.out
+
+
+def test_evaluate_measures_the_best_checkpoint(raytrain: Callable[..., Any], workplace: Path) -> None:
+    recipe = TrainRecipe.parse(
+        {
+            "kind": "train",
+            "task": {"name": "digits", "model": "mlp"},
+            "steps": 30,
+            "ema": 0.9,
+            "evaluation": {"every": 10},
+            "optimizer": {"lr": 0.01},
+        }
+    )
+    run = train_here(recipe, workplace / "run")
+    ended = raytrain("evaluate", "run")
+    assert ended.status == 0
+    found = json.loads(ended.out)
+    logged = {
+        row["step"]: row["valid"] for row in map(json.loads, run.metrics.read_text().splitlines()) if "valid" in row
+    }
+    best = max(logged, key=lambda step: (logged[step]["accuracy"], -step))
+    assert found == {"step": best, **{name: pytest.approx(value) for name, value in logged[best].items()}}
+    assert raytrain("evaluate", "run", "evaluation.batch=7").status == 0
+    other = raytrain("evaluate", "run", "task.widths=[5]")
+    assert other.status == 1
+    assert "this checkpoint is of another model: " in other.err
+
+
+def test_help_is_quick_and_names_the_verbs() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "raytrain", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for verb in ("train", "evaluate", "check", "list"):
+        assert verb in shown

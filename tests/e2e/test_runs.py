@@ -1,0 +1,165 @@
+"""The command as a user runs it: in a process of its own, with Ctrl-C, kill -9, --resume, and a cluster of its own."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from raytrain.checkpoint import listed, load
+from raytrain.rundir import rows
+
+QUICK = [
+    "workers=2",
+    "steps=400",
+    "checkpoint.every=40",
+    "evaluation.every=0",
+    "task.model=mlp",
+    "task.norm=none",
+    "max_failures=1",
+]
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "raytrain", *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as a shell does, so that Ctrl-C reaches all that the command started
+    )
+
+
+def finish(command: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = command.communicate(timeout=200)
+    return command.returncode, out, err
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    give_up = time.monotonic() + 100
+    while time.monotonic() < give_up:
+        if any(row["step"] >= step for row in rows(run / "metrics.jsonl")):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{run} did not reach step {step}")
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    return load(listed(run / "checkpoints")[-1], 0)["model"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("straight")
+    status, out, err = finish(start(folder, "train", "digits", *QUICK, "--out", "run"))
+    assert status == 0, err
+    assert out == ""
+    return folder / "run"
+
+
+def equal(one: Path, other: Path) -> bool:
+    first, second = final(one), final(other)
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_what_is_promised(straight: Path) -> None:
+    result = json.loads((straight / "result.json").read_text())
+    assert result["status"] == "done"
+    assert result["steps"] == 400
+    assert result["samples"] == 400 * 64
+    assert result["metrics"]["accuracy"] > 0.9
+    assert result["references"]["accuracy_of_commonest_digit"] < 0.2
+    assert result["bytes_sent"] > 0
+    assert {"recipe.toml", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "attempts.jsonl"} <= {
+        path.name for path in straight.iterdir()
+    }
+    assert re.match(r"# raytrain \S+, ray \S+, torch \S+", (straight / "recipe.toml").read_text())
+
+
+def test_ctrl_c_saves_and_resume_goes_on_to_the_bit(straight: Path, tmp_path: Path) -> None:
+    command = start(tmp_path, "train", "digits", *QUICK, "--out", "run")
+    wait_for_step(tmp_path / "run", 50)
+    os.killpg(command.pid, signal.SIGINT)
+    status, _, err = finish(command)
+    assert status == 130, err
+    assert "stopping: the workers save and end after the step they are at" in err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "interrupted"
+    hint = re.search(r"continue with: raytrain (.*)", err).group(1).split()
+    status, _, err = finish(start(tmp_path, *hint))
+    assert status == 0, err
+    assert rows(tmp_path / "run" / "attempts.jsonl")[1]["from_step"] == result["steps"]
+    assert equal(straight, tmp_path / "run")
+
+
+def test_kill_9_of_the_command_leaves_nothing_running_and_resume_goes_on_to_the_bit(
+    straight: Path, tmp_path: Path
+) -> None:
+    command = start(tmp_path, "train", "digits", *QUICK, "--out", "run")
+    wait_for_step(tmp_path / "run", 100)
+    workers = [worker["pid"] for worker in rows(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
+    command.kill()
+    finish(command)
+    status, _, err = finish(start(tmp_path, "train", "digits", *QUICK, "--out", "run", "--resume"))
+    assert status == 0, err
+    assert equal(straight, tmp_path / "run")
+    assert not any(psutil.pid_exists(pid) for pid in workers)
+
+
+def test_the_recipe_of_a_run_repeats_it(straight: Path, tmp_path: Path) -> None:
+    status, _, err = finish(start(tmp_path, "train", str(straight / "recipe.toml"), "--out", "again"))
+    assert status == 0, err
+    assert equal(straight, tmp_path / "again")
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[str]:
+    """The address of a Ray cluster that runs without us, and ends by its process id."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    words = [
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--num-cpus=2",
+        "--include-dashboard=false",
+        "--node-ip-address=127.0.0.1",
+    ]
+    command = subprocess.Popen([ray, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.2)
+    yield f"127.0.0.1:{port}"
+    for process in [*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    command.wait()
+
+
+def test_a_running_cluster_is_used_and_left_running(straight: Path, head: str, tmp_path: Path) -> None:
+    for attempt in ("one", "two"):
+        status, _, err = finish(start(tmp_path, "train", "digits", *QUICK, "--address", head, "--out", attempt))
+        assert status == 0, err
+        assert equal(straight, tmp_path / attempt)
+    status, _, err = finish(start(tmp_path, "train", "digits", "workers=3", "--address", head, "--out", "three"))
+    assert status == 2
+    assert "workers: 3 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs" in err

@@ -1,0 +1,88 @@
+"""The shape that the code keeps: what a reader can count on."""
+
+import ast
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("raytrain", "search", "federated")
+FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, FUNCTIONS):
+                yield f"{file.relative_to(ROOT)}:{node.lineno} {node.name}", node
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    """Return the lines of code of a function, without its docstring."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def depth(node: ast.AST) -> int:
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        inner = 0 if isinstance(child, FUNCTIONS) else depth(child)
+        # An `elif` reads as one level, not as an `if` inside an `else`.
+        elif_ = isinstance(node, ast.If) and isinstance(child, ast.If) and child in node.orelse
+        deepest = max(deepest, inner + (isinstance(child, BLOCKS) and not elif_))
+    return deepest
+
+
+def test_files_fit_in_a_head() -> None:
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
+    assert {name: length for name, length in lengths.items() if length > 500} == {}
+    assert statistics.median(lengths.values()) <= 150
+
+
+def test_functions_fit_on_a_screen() -> None:
+    assert {name: body_lines(node) for name, node in functions() if body_lines(node) > 50} == {}
+
+
+def test_nesting_is_shallow() -> None:
+    assert {name: depth(node) for name, node in functions() if depth(node) > 3} == {}
+
+
+def test_functions_take_few_arguments() -> None:
+    counts = {name: len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs) for name, node in functions()}
+    assert {name: count for name, count in counts.items() if count > 8} == {}
+
+
+def test_shipped_code_raises_and_never_asserts() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Assert)
+    ]
+    assert found == []
+
+
+def test_nothing_is_unpickled() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}: {word}"
+        for file in FILES
+        for word in ("pickle", "torch.load(", "torch.save(", "marshal")
+        if word in file.read_text().replace("no pickle", "").replace("unpickled", "").replace("without pickle", "")
+    ]
+    assert found == []
+
+
+def test_tests_are_not_packages() -> None:
+    """A test folder named after a package, or an __init__.py, would be imported in its place."""
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+    assert [path for path in (ROOT / "tests").rglob("*") if path.is_dir() and path.name in PACKAGES] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_package_says_what_it_is(package: str) -> None:
+    for file in (ROOT / package).rglob("*.py"):
+        assert ast.get_docstring(ast.parse(file.read_text())), f"{file} has no docstring"
