@@ -33,7 +33,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Source = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped recipe.")]
+Source = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A file, a run's folder, a shipped recipe, or a task as module:attribute."),
+]
 More = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="The same as --set FIELD=VALUE.")]
 Changes = Annotated[
     list[str] | None,
@@ -119,7 +122,7 @@ def _runner(verb: str) -> Callable[..., int]:
         more: More = None,
         changes: Changes = None,
         out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-TIME].")] = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RECIPE's folder or --out.")] = False,
         address: Annotated[
             str | None,
             typer.Option(
@@ -130,9 +133,10 @@ def _runner(verb: str) -> Callable[..., int]:
         raw, _ = _read(recipe, verb)
         kind = load_kinds()[verb]
         resolved = _parse(raw, parse_overrides([*(changes or []), *(more or [])]))
-        if resume and out is None:
-            raise RecipeError("--resume: say which run with --out, as in --out runs/digits-20260101-120000 --resume")
-        folder = out or Path("runs") / f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if resume and out is None and not Path(recipe).is_dir():
+            raise RecipeError(f"--resume: say which run, as in raytrain {verb} runs/NAME-TIME --resume")
+        new = Path("runs") / f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = out or (Path(recipe) if resume else new)
         result = resolve({}, kind.run, "kind")(resolved, Order(folder, resume, address))
         return 130 if result.status == "interrupted" else 0
 
@@ -142,11 +146,16 @@ def _runner(verb: str) -> Callable[..., int]:
 def _read(source: str, verb: str | None) -> tuple[dict[str, Any], Path]:
     """Return a recipe's data, with its kind and name filled in, and its file.
 
+    "module:attribute" is short for a recipe that says no more than this of its task.
+
     Raises:
         RecipeError: there is none, or it is of another kind than `verb`.
     """
     kinds = load_kinds()
-    raw, file = read_toml(source, [kind.recipes for kind in kinds.values()])
+    if ":" in source and not Path(source).is_file():
+        raw, file = {"task": source}, Path(source.partition(":")[2])
+    else:
+        raw, file = read_toml(source, [kind.recipes for kind in kinds.values()])
     raw = {"kind": verb or "train", "name": file.stem, **raw}
     if raw["kind"] not in kinds:
         raise RecipeError(f"kind: no such kind {raw['kind']!r}; {near(str(raw['kind']), kinds)}")

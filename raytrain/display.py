@@ -102,7 +102,7 @@ class Display:
         table.add_row("run", str(self._run.path))
         self._console.print(table)
         if result.status in ("interrupted", "failed") and result.checkpoint:
-            self.say(f"continue with: raytrain train {self._run.recipe} --out {self._run.path} --resume")
+            self.say(f"continue with: raytrain train {self._run.path} --resume")
 
     def _look(self) -> None:
         """Take in what is new in the run's files."""

@@ -43,7 +43,7 @@ SETTINGS = {
 }
 OBJECT_STORE_BYTES = 200 << 20
 
-# glibc gives large blocks back to the system at once, and each step would take thousands of page faults to get them again.
+# glibc gives large blocks back to the system at once, and each step takes thousands of page faults to get them again.
 WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
@@ -69,12 +69,15 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
         display.say("starting Ray" if order.address is None else f"connecting to Ray at {order.address}")
         with _cluster(order.address) as machines:
             cpus = cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
-            display.say(f"starting {recipe.workers} worker(s) with {cpus:g} CPU each")
+            _check_room(recipe, cpus, display)
             fit = _Fit(_trainer(recipe, run_directory, cpus))
             ended = display.follow(fit.ended)
         failure = run_directory.failure() or (Failure(_summary(fit.error)) if ended and fit.error else None)
         result = result_of(recipe, run_directory, failure)
-        run_directory.write_result(result)
+        try:
+            run_directory.write_result(result)
+        except OSError as error:
+            display.say(f"{run_directory.result} could not be written: {error.strerror}")
         display.finish(result)
     if failure:
         raise (RecipeError if failure.exit_status == RecipeError.exit_status else TrainingError)(_full(failure, result))
@@ -132,24 +135,42 @@ def start_ray(address: str | None, cpus: int) -> None:
     """Join the Ray cluster at `address`, or start one of `cpus` processors on this machine.
 
     Raises:
-        RecipeError: there is no cluster at `address`.
+        RecipeError: it does not work.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     quiet = {"logging_level": logging.ERROR, "logging_config": ray.LoggingConfig(log_level="ERROR")}
-    if address is None:
-        # "local" and not None: Ray would join any cluster that was once started on this machine.
-        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-        return
-    check_reachable(address)
+    if address is not None:
+        check_reachable(address)
+    # "local" and not None: Ray would join any cluster that was once started on this machine.
+    own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-        raise RecipeError(f"--address: cannot join the Ray cluster at {address}: {error}") from error
+        ray.init(address or "local", **quiet, **({} if address else own))
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        what = f"--address: cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
+        raise RecipeError(f"{what}: {error}") from error
 
 
 def _machines() -> list[float]:
     return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+
+
+def _check_room(recipe: TrainRecipe, cpus: float, display: Display) -> None:
+    """Say what the workers get, and whether they have to wait for it.
+
+    Raises:
+        RecipeError: the cluster does not have enough GPUs.
+    """
+    gpus, there = recipe.workers * recipe.resources.gpus, ray.cluster_resources().get("GPU", 0.0)
+    if gpus > there:
+        raise RecipeError(
+            f"resources.gpus: {recipe.workers} workers of {recipe.resources.gpus:g} GPU each do not fit on {there:g} "
+            "GPU(s); set resources.gpus=0 to train on CPUs, or workers to fewer"
+        )
+    display.say(f"starting {recipe.workers} worker(s) with {cpus:g} CPU each")
+    free = ray.available_resources().get("CPU", 0.0)
+    if recipe.workers * cpus > free:
+        display.say(f"the cluster is busy: waiting for {recipe.workers * cpus:g} CPUs, of which {free:g} are free")
 
 
 def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, cpus: float) -> TorchTrainer:

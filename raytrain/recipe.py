@@ -162,7 +162,7 @@ def parse_value(text: str) -> Any:
 
 
 def read_toml(source: str, shipped: Iterable[Path]) -> tuple[dict[str, Any], Path]:
-    """Read the recipe that `source` names: a path, or the name of a file in one of the folders `shipped`.
+    """Read the recipe that `source` names: a file, a run's folder, or a file in one of the folders `shipped`.
 
     Returns:
         The nested data, and the file it came from.
@@ -171,9 +171,12 @@ def read_toml(source: str, shipped: Iterable[Path]) -> tuple[dict[str, Any], Pat
         RecipeError: there is no such file, or it is not TOML.
     """
     files = {file.stem: file for folder in shipped for file in folder.glob("*.toml")}
-    path = Path(source) if Path(source).is_file() else files.get(source)
+    given = Path(source) / "recipe.toml" if Path(source).is_dir() else Path(source)
+    path = given if given.is_file() else files.get(source)
     if path is None:
-        raise RecipeError(f"{source!r} is neither a file nor a shipped recipe; {near(source, files)}")
+        raise RecipeError(
+            f"{source!r} is neither a file, nor a run's folder, nor a shipped recipe; {near(source, files)}"
+        )
     try:
         return tomllib.loads(path.read_text(encoding="utf-8")), path
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

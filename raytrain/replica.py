@@ -75,7 +75,7 @@ def state_of(replica: Replica) -> dict[str, Any]:
     own: dict[str, Any] = {"sync": replica.sync.state_dict()}
     if replica.rank == 0:
         own["model"] = dict(_tensors(replica.module))
-        own["optimizer"] = state_by_name(replica.optimizer, replica.module)
+        own["optimizer"] = {"name": replica.options.name, **state_by_name(replica.optimizer, replica.module)}
         own["ema"] = replica.ema.state_dict() if replica.ema else {}
     return own
 
@@ -109,9 +109,14 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
         path: where it came from, for the error message.
 
     Raises:
-        CheckpointError: it is the state of another model.
+        CheckpointError: it is the state of another model or optimizer.
     """
     load_model(replica.module, shared["model"], path)
+    if shared["optimizer"]["name"] != replica.options.name:
+        raise CheckpointError(
+            f"{path}: this checkpoint's optimizer is {shared['optimizer']['name']}, and the recipe's is "
+            f"{replica.options.name}; set optimizer.name={shared['optimizer']['name']} to continue"
+        )
     load_state_by_name(replica.optimizer, replica.module, shared["optimizer"], replica.options)
     if replica.ema:
         replica.ema.load_state_dict(shared["ema"] or shared["model"])  # a run that starts averaging now

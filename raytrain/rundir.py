@@ -17,6 +17,8 @@ from raytrain.errors import RaytrainError, RecipeError
 from raytrain.files import write_whole
 from raytrain.kinds import Result
 
+RESERVE_BYTES = 64 << 10
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -49,6 +51,7 @@ class RunDirectory:
         self.restarts = path / "restarts.jsonl"
         self.checkpoints = path / "checkpoints"
         self._failure = path / "failure.json"
+        self._reserve = path / ".reserve"
         self._stop = path / "stop"
 
     def open(self, recipe: str, *, resume: bool) -> None:
@@ -72,6 +75,7 @@ class RunDirectory:
             for leftover in (self._failure, self._stop, self.result):
                 leftover.unlink(missing_ok=True)
             write_whole(self.recipe, f"# {versions()}\n{recipe}".encode())
+            write_whole(self._reserve, bytes(RESERVE_BYTES))
         except OSError as error:
             raise RecipeError(f"--out: cannot write to {self.path}: {error.strerror}") from error
 
@@ -104,7 +108,11 @@ class RunDirectory:
         return self._stop.exists()
 
     def record_failure(self, error: BaseException, worker: int) -> None:
-        """Leave word of why the run ends here, for the other workers and for the command; the first word stays."""
+        """Leave word of why the run ends here, for the other workers and for the command; the first word stays.
+
+        On a full disk there is room for it, because some was kept.
+        """
+        self._reserve.unlink(missing_ok=True)
         if isinstance(error, RaytrainError):
             failure = Failure(str(error), error.exit_status)
         else:

@@ -1,4 +1,4 @@
-"""What tests import: replicas that are threads or processes, faults on purpose, and a tiny task with all that is awkward."""
+"""What tests import: replicas that are threads or processes, faults on purpose, and a tiny task that is awkward."""
 
 import multiprocessing
 import os
@@ -133,8 +133,8 @@ Fault = Literal["kill", "hang", "fail"]
 class FaultPlan:
     """Faults at a replica's step, each happening once; use an instance as a recipe's callback.
 
-    A fault leaves a file before it happens, so that it is counted although it ends the process, and so that the run that
-    resumes does not meet it again.
+    A fault leaves a file before it happens, so that it is counted although it ends the process, and so that the run
+    that resumes does not meet it again.
 
     Args:
         folder: where the files go.

@@ -17,7 +17,7 @@ class Watchdog:
     Args:
         file: where the stack goes; gone afterwards if there was no need for it.
         timeout_seconds: how long is too long.
-        waiting: returns whether the process stands still only because it waits for others, who have their own watchdogs.
+        waiting: returns whether the process stands still because it waits for others, who have their own watchdogs.
     """
 
     def __init__(self, file: Path, timeout_seconds: float, waiting: Callable[[], bool]) -> None:

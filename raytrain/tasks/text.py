@@ -224,7 +224,8 @@ def _model(options: TextOptions, size: int, seed: int) -> nn.Module:
     else:
         config = LlamaConfig(
             num_hidden_layers=options.layers, num_attention_heads=options.heads, hidden_size=options.width,
-            intermediate_size=max(32, options.width * 8 // 3 // 32 * 32), max_position_embeddings=options.block, **common,
+            intermediate_size=max(32, options.width * 8 // 3 // 32 * 32), max_position_embeddings=options.block,
+            **common,
         )  # fmt: skip
     torch.manual_seed(seed)
     module: nn.Module = AutoModelForCausalLM.from_config(config)

@@ -27,9 +27,8 @@ def arguments(description: str) -> argparse.Namespace:
 
 def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
-    model = next(
-        (line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), ""
-    )
+    about = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in about if line.startswith("model name")), "")
     packages = {name: version(name) for name in ("raytrain", "ray", "torch", "transformers", "numpy")}
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **packages}
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -118,15 +119,13 @@ class NotedOptions(TextOptions):
 
 def noted(options: NotedOptions) -> Task:
     """Return the task `text`, whose worker notes its memory before the model is built."""
-    import dataclasses
-
     task = text(TextOptions(**{**options.model_dump(), "name": "text"}))
 
     def model(seed: int) -> nn.Module:
         (Path(os.environ["LOOP_OVERHEAD_NOTES"]) / "before").write_text(str(resident_bytes()))
         return task.model(seed)
 
-    return dataclasses.replace(task, model=model)
+    return replace(task, model=model)
 
 
 def note_peak(replica: Replica) -> None:

@@ -1,11 +1,11 @@
-"""Random kills: does a run that is killed again and again end as one that nobody touched, and how soon does it train again?
+"""Random kills: does a run that is killed end as one that nobody touched, and how soon does it train again?
 
     python tests/benchmark/resume.py
 
-Each trial runs `raytrain train` and, at a random moment after training has begun, sends SIGKILL to a random worker or to
-the command itself. A killed worker is started again by the run itself; a killed command is run again with --resume. The
-final weights are compared with those of an untouched run, bit by bit. The recovery of a worker is the time from the kill
-to the first step after it; that of a command includes starting Python and Ray.
+Each trial runs `raytrain train` and, at a random moment after training has begun, sends SIGKILL to a random worker or
+to the command itself. A killed worker is started again by the run itself; a killed command is run again with --resume.
+The final weights are compared with those of an untouched run, bit by bit. The recovery of a worker is the time from the
+kill to the first step after it; that of a command includes starting Python and Ray.
 """
 
 import os
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def last_step(out: Path) -> int:
     return max((row["step"] for row in rows(out / "metrics.jsonl")), default=0)
 
 
-def wait_for(done: "callable", command: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
+def wait_for(done: Callable[[], bool], command: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
     """Wait until `done()`, or raise if the command ends or takes too long before."""
     give_up = time.monotonic() + seconds
     while not done():

@@ -1,4 +1,4 @@
-"""One process, threads, gloo processes and Ray workers: the same training, to the bit where the order of sums allows it."""
+"""One process, threads, gloo processes and Ray workers train alike, to the bit where sums have one order."""
 
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,10 @@ def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
 def faulty(workplace: Path, *faults: str) -> dict[str, Any]:
     """Write a module with a plan of faults into the current folder, and return the recipe's change that uses it."""
     plan = "".join(f".at({fault})" for fault in faults)
-    text = f"from pathlib import Path\nfrom raytrain.testing import FaultPlan\nplan = FaultPlan(Path({str(workplace)!r})){plan}\n"
-    (workplace / "faults.py").write_text(text)
+    (workplace / "faults.py").write_text(
+        "from pathlib import Path\nfrom raytrain.testing import FaultPlan\n"
+        f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
+    )
     return {"callbacks": ["faults:plan"]}
 
 
@@ -141,7 +143,7 @@ def test_an_error_ends_all_workers_at_once_and_is_told_to_the_command(
 
 
 def test_ray_workers_equal_gloo_processes_to_the_bit(ray_cluster: None, tmp_path: Path) -> None:
-    from raytrain.launch import run  # noqa: PLC0415 - Ray is slow to import
+    from raytrain.launch import run
 
     result = run(recipe(workers=2, resources__cpus=1), Order(tmp_path / "ray"))
     assert train_with_gloo(recipe(workers=2), tmp_path / "gloo") == [0, 0]

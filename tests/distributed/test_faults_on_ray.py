@@ -30,20 +30,22 @@ TINY = {
 
 def recipe(workplace: Path, *faults: str, **changes: Any) -> TrainRecipe:
     plan = "".join(f".at({fault})" for fault in faults)
-    text = f"from pathlib import Path\nfrom raytrain.testing import FaultPlan\nplan = FaultPlan(Path({str(workplace)!r})){plan}\n"
-    (workplace / "faults.py").write_text(text)
+    (workplace / "faults.py").write_text(
+        "from pathlib import Path\nfrom raytrain.testing import FaultPlan\n"
+        f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
+    )
     fields = {name.replace("__", "."): value for name, value in changes.items()}
     return TrainRecipe.parse(merged({**TINY, "callbacks": ["faults:plan"]}, fields))
 
 
 def faults(workplace: Path) -> list[str]:
-    from faults import plan  # noqa: PLC0415 - written by the test
+    from faults import plan
 
     return plan.happened()
 
 
 def test_killed_and_hanging_workers_are_started_again(ray_cluster: None, workplace: Path) -> None:
-    from raytrain.launch import run  # noqa: PLC0415 - Ray is slow to import
+    from raytrain.launch import run
 
     broken = recipe(workplace, "1, 15, 'kill'", "0, 35, 'hang'")
     result = run(broken, Order(workplace / "broken"))
@@ -55,17 +57,14 @@ def test_killed_and_hanging_workers_are_started_again(ray_cluster: None, workpla
     notes = rows(workplace / "broken" / "restarts.jsonl")
     assert notes[0]["workers"]["1"] == "its process died: killed, out of memory, or crashed"
     assert notes[1]["workers"]["0"].startswith("it hung, and was ended; its stack is in ")
-    assert (
-        "time.sleep" in (workplace / "broken" / "hang-worker-0.txt").read_text()
-        or "testing.py" in (workplace / "broken" / "hang-worker-0.txt").read_text()
-    )
+    assert "testing.py" in (workplace / "broken" / "hang-worker-0.txt").read_text()
     assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 10, 30]
 
 
 def test_a_worker_that_fails_too_often_ends_the_run(
     ray_cluster: None, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from raytrain.launch import run  # noqa: PLC0415
+    from raytrain.launch import run
 
     broken = recipe(workplace, "0, 15, 'kill'", "1, 25, 'kill'", max_failures=1)
     with pytest.raises(TrainingError) as caught:
@@ -74,13 +73,13 @@ def test_a_worker_that_fails_too_often_ends_the_run(
     assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")
     shown = capsys.readouterr().err
     assert "worker 0: its process died: killed, out of memory, or crashed" in shown
-    assert f"continue with: raytrain train {workplace}/run/recipe.toml --out {workplace}/run --resume" in shown
+    assert f"continue with: raytrain train {workplace}/run --resume" in shown
     result = run(broken, Order(workplace / "run", resume=True))
     assert (result.status, result.steps, result.restarts) == ("done", 60, 2)
 
 
 def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: None, workplace: Path) -> None:
-    from raytrain.launch import run  # noqa: PLC0415
+    from raytrain.launch import run
 
     with pytest.raises(TrainingError) as caught:
         run(recipe(workplace, "1, 25, 'fail'"), Order(workplace / "run"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from raytrain.checkpoint import listed
 from raytrain.rundir import RunDirectory
 from raytrain.testing import train_here
 from raytrain.train_recipe import TrainRecipe
@@ -54,7 +55,10 @@ def test_check_shows_each_value_and_where_it_comes_from(raytrain: Callable[..., 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "digit"], "'digit' is neither a file nor a shipped recipe; did you mean digits?"),
+        (
+            ["train", "digit"],
+            "'digit' is neither a file, nor a run's folder, nor a shipped recipe; did you mean digits?",
+        ),
         (["train", "digits", "--set", "wrokers=2"], "wrokers: no such field; did you mean workers?"),
         (
             ["train", "digits", "task.path=x"],
@@ -63,9 +67,9 @@ def test_check_shows_each_value_and_where_it_comes_from(raytrain: Callable[..., 
         (["train", "digits", "workers=1000"], "workers: 1000 workers of 1 CPU each do not fit on 1 machine(s) with "),
         (["train", "digits", "workers"], "'workers': expected FIELD=VALUE, as in optimizer.lr=0.001"),
         (["train", "shakespeare-cpu", "task.path=nowhere.txt"], "task.path: no such file or folder: "),
-        (["train", "digits", "--resume"], "--resume: say which run with --out"),
+        (["train", "digits", "--resume"], "--resume: say which run, as in raytrain train runs/NAME-TIME --resume"),
         (["train", "digits", "--resume", "--out", "nothing"], "there is no run in "),
-        (["train", "mine:broken"], "'mine:broken' is neither a file nor a shipped recipe"),
+        (["train", "mine:broken"], "task.name: cannot import 'mine': SyntaxError: invalid syntax (mine.py, line 1)"),
         (
             ["train", "digits", "task=mine:broken"],
             "cannot import 'mine': SyntaxError: invalid syntax (mine.py, line 1)",
@@ -131,6 +135,22 @@ def test_a_full_disk_keeps_what_was_complete(small_disk: Path) -> None:
     assert train_here(recipe.with_overrides({"checkpoint.keep": 1}), small_disk / "run").failure() is None
 
 
+def test_a_disk_that_fills_up_while_logging_leaves_word(small_disk: Path) -> None:
+    recipe = TrainRecipe.parse(
+        {
+            "kind": "train",
+            "task": {"name": "digits", "widths": [4]},
+            "steps": 9000,
+            "log": {"every": 1, "to": []},
+            "checkpoint": {"every": 100},
+            "evaluation": {"every": 0},
+        }
+    )
+    run = train_here(recipe, small_disk / "run")
+    assert "No space left on device" in run.failure().message
+    assert len(listed(run.checkpoints)) == 2
+
+
 def test_list_names_everything_with_a_line_each(raytrain: Callable[..., Any]) -> None:
     ended = raytrain("list")
     assert ended.status == 0
@@ -173,3 +193,40 @@ def test_help_is_quick_and_names_the_verbs() -> None:
     ).stdout
     for verb in ("train", "evaluate", "check", "list"):
         assert verb in shown
+
+
+def test_others_can_add_a_kind(workplace: Path) -> None:
+    """A package with an entry point is all that it takes; nothing in raytrain knows of it."""
+    (workplace / "greeting-1.0.dist-info").mkdir()
+    (workplace / "greeting-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: greeting\nVersion: 1.0\n"
+    )
+    (workplace / "greeting-1.0.dist-info" / "entry_points.txt").write_text("[raytrain.kinds]\ngreet = greeting:KIND\n")
+    (workplace / "greeting.py").write_text(
+        """
+from pathlib import Path
+from typing import Literal
+from raytrain.kinds import Kind, Result
+from raytrain.recipe import Recipe
+
+class GreetRecipe(Recipe):
+    kind: Literal["greet"] = "greet"
+    whom: str = "nobody"
+
+def run(recipe, order):
+    print(f"hello {recipe.whom}, in {order.out}")
+    return Result("done")
+
+def evaluate(folder, overrides):
+    return {}
+
+KIND = Kind(GreetRecipe, Path(__file__).parent, "greeting:run", "greeting:evaluate", {})
+"""
+    )
+    (workplace / "hello.toml").write_text('kind = "greet"\n')
+    command = [sys.executable, "-m", "raytrain"]
+    words = ["greet", "hello", "whom=world", "--out", "x"]
+    shown = subprocess.run([*command, *words], check=False, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (0, "hello world, in x\n"), shown.stderr
+    wrong = subprocess.run([*command, "train", "hello.toml"], check=False, capture_output=True, text=True)
+    assert (wrong.returncode, "hello.toml is a recipe to greet: raytrain greet hello.toml" in wrong.stderr) == (2, True)

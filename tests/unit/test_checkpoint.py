@@ -153,6 +153,11 @@ def test_a_replica_is_restored_to_the_bit_and_another_model_is_refused(tmp_path:
     load_state(other, load(path, 0), load(path, 0), path)
     assert json.dumps(_listed(state_of(one)), sort_keys=True) == json.dumps(_listed(state_of(other)), sort_keys=True)
 
+    lion = build(recipe.with_overrides({"optimizer.name": "lion"}), task, exchange)
+    with pytest.raises(
+        CheckpointError, match=r"optimizer is adamw, and the recipe's is lion; set optimizer.name=adamw"
+    ):
+        load_state(lion, load(path, 0), None, path)
     wider = build(
         recipe.with_overrides({"task.norm": False}),
         make_task(tiny, recipe.with_overrides({"task.norm": False}).task),

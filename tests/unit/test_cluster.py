@@ -25,8 +25,8 @@ def test_the_message_says_what_would_fit() -> None:
     with pytest.raises(RecipeError) as caught:
         cpus_per_worker([2.0], 4, 0)
     assert str(caught.value) == (
-        "workers: 4 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs; set workers=2, or resources.cpus=0.5 to "
-        "share CPUs"
+        "workers: 4 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs; set workers=2, or resources.cpus=0.5 "
+        "to share CPUs"
     )
 
 

@@ -141,7 +141,10 @@ def test_an_override_is_a_field_and_a_value(word: str) -> None:
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     assert read_toml("digits", [KIND.recipes])[1].name == "digits.toml"
-    with pytest.raises(RecipeError, match=r"^'digit' is neither a file nor a shipped recipe; did you mean digits\?"):
+    with pytest.raises(
+        RecipeError,
+        match=r"^'digit' is neither a file, nor a run's folder, nor a shipped recipe; did you mean digits\?",
+    ):
         read_toml("digit", [KIND.recipes])
     broken = tmp_path / "broken.toml"
     broken.write_text("steps = ")

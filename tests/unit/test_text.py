@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.errors import RecipeError
+from raytrain.evaluation import evaluate
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.evaluation import evaluate
 from raytrain.tasks import corpus
 from raytrain.tasks.corpus import Bytes, Characters, Document
 from raytrain.tasks.text import UNSCORED, TextExamples, TextOptions, _collate, text
@@ -88,7 +88,7 @@ def test_the_standard_library_is_split_by_file_and_the_same_everywhere() -> None
     assert {"asyncio", "json", "argparse"} <= {document.domains[0][1] for document in whole}
 
 
-PLAY = b"First Citizen:\nBefore we proceed.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\nYou are all resolved rather to die?\n"
+PLAY = b"First Citizen:\nBefore we proceed.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\nYou are all resolved to die?\n"
 
 
 @pytest.mark.parametrize("tokens", ["bytes", "chars"])

@@ -1,0 +1,30 @@
+"""Every shipped recipe, for a few steps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain.recipe import merged, read_toml
+from raytrain.rundir import rows
+from raytrain.testing import train_here
+from raytrain.train_recipe import KIND, TrainRecipe
+
+SMALLER: dict[str, dict[str, Any]] = {
+    "stdlib-lm": {"task.valid": 0.002, "task.block": 64, "task.stride": 32, "task.width": 32},
+    "shakespeare-cpu": {"task.width": 32},
+}
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in KIND.recipes.glob("*.toml")))
+def test_recipes_train(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    changes = {"steps": 4, "evaluation.every": 2, "log.every": 1, "log.to": [], **SMALLER.get(name, {})}
+    if name.startswith("shakespeare"):
+        changes["task.path"] = str(request.getfixturevalue("shakespeare"))
+    raw, _ = read_toml(name, [KIND.recipes])
+    run = train_here(TrainRecipe.parse(merged(raw, changes)), tmp_path / "run")
+    assert run.failure() is None
+    log = rows(run.metrics)
+    assert [row["step"] for row in log] == [1, 2, 2, 3, 4, 4]
+    assert log[0]["loss"] > 0
+    assert log[-1]["valid"]["loss"] > 0
