@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.base
-	$(BIN)/raytrain train digits --set workers=$$(nproc | awk '{print ($$1 > 1) ? 2 : 1}')
+	$(BIN)/raytrain train digits --set workers=$$($(BIN)/python -c 'import os; print(min(2, os.cpu_count()))')
 
 test: $(VENV)/.dev
 	$(BIN)/pytest

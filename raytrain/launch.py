@@ -17,6 +17,7 @@ import ray.train
 import torch
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 import raytrain
 from raytrain.cluster import check_reachable, cpus_per_worker, own_cpus
@@ -70,7 +71,7 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
         with _cluster(order.address) as machines:
             cpus = cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
             _check_room(recipe, cpus, display)
-            fit = _Fit(_trainer(recipe, run_directory, cpus))
+            fit = _Fit(_trainer(recipe, run_directory, cpus, TorchTrainer if order.address else _OwnClusterTrainer))
             ended = display.follow(fit.ended)
         failure = run_directory.failure() or (Failure(_summary(fit.error)) if ended and fit.error else None)
         result = result_of(recipe, run_directory, failure)
@@ -173,14 +174,25 @@ def _check_room(recipe: TrainRecipe, cpus: float, display: Display) -> None:
         display.say(f"the cluster is busy: waiting for {recipe.workers * cpus:g} CPUs, of which {free:g} are free")
 
 
-def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, cpus: float) -> TorchTrainer:
+class _OwnClusterTrainer(TorchTrainer):
+    """Trains on a cluster that ends with this process, and so needs no process that cleans up after it.
+
+    Ray's cleaner would ask the dashboard, which is not there, and at the end of a short run it shows a stack trace.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
+def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, cpus: float, kind: type[TorchTrainer]) -> TorchTrainer:
     resources = recipe.resources
     timeout_seconds = recipe.sync.timeout_seconds
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_seconds)
     # What an earlier command left would make Ray believe in checkpoints that are gone; ours are found on the disk.
     (run_directory.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     gpus = {"GPU": resources.gpus} if resources.gpus else {}
-    return TorchTrainer(
+    return kind(
         _worker,
         train_loop_config={
             "recipe": recipe.plain(),
