@@ -32,7 +32,7 @@ class Manifest:
     Attributes:
         path: the checkpoint's folder.
         progress: the fields of `loop.Progress`.
-        metrics: what was measured at this step, possibly nothing.
+        metrics: what was measured at this step; empty if nothing was.
         members: how many replicas wrote it.
     """
 
@@ -67,13 +67,12 @@ class CheckpointStore:
             for partial in self._folder.glob(".step-*.partial"):
                 shutil.rmtree(partial)
 
-    def save(self, state: Mapping[str, Any], progress: Mapping[str, Any], metrics: Mapping[str, float]) -> Path:
+    def save(self, state: Mapping[str, Any], progress: Mapping[str, Any]) -> Path:
         """Write a checkpoint and return its folder.
 
         Args:
             state: this replica's part; the first replica's holds what all share.
             progress: equal on all replicas.
-            metrics: what was measured at this step.
 
         Raises:
             CheckpointError: on every replica, if one of them could not write; no incomplete checkpoint is left.
@@ -84,13 +83,26 @@ class CheckpointStore:
         parts = [json.loads(part) for part in self._exchange.gather(_write_part(aside, rank, state))]
         failure = next((part["error"] for part in parts if "error" in part), None)
         if rank == 0 and failure is None:
-            manifest = {"format": FORMAT, "progress": progress, "metrics": metrics, "parts": parts}
+            manifest = {"format": FORMAT, "progress": progress, "metrics": {}, "parts": parts}
             failure = self._complete(aside, name, manifest)
-        failure = json.loads(self._exchange.gather(json.dumps(failure).encode())[0])
-        if failure is not None:
-            if rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {name} could not be written to {self._folder}: {failure}")
+        self._agree(name, failure)
+        return self._folder / name
+
+    def note(self, progress: Mapping[str, Any], metrics: Mapping[str, float]) -> Path:
+        """Replace what the checkpoint of this step says of the run's progress and of what was measured.
+
+        Raises:
+            CheckpointError: on every replica, if it could not be written; the checkpoint is then as it was.
+        """
+        name, failure = step_name(progress["step"]), None
+        if self._exchange.transport.rank == 0:
+            try:
+                manifest = {**_raw_manifest(self._folder / name), "progress": progress, "metrics": metrics}
+                write_whole(self._folder / name / MANIFEST, dumps(manifest))
+                self._rotate(name, progress["best_step"])
+            except (OSError, CheckpointError) as error:
+                failure = f"worker 0: {error}"
+        self._agree(name, failure)
         return self._folder / name
 
     def newest(self) -> Manifest | None:
@@ -124,12 +136,25 @@ class CheckpointStore:
             shutil.rmtree(self._folder / name, ignore_errors=True)  # a damaged one of the same step
             aside.rename(self._folder / name)
             flush(self._folder)
-            for old in listed(self._folder)[: -self._keep]:
-                if old.name != step_name(manifest["progress"]["best_step"]):
-                    shutil.rmtree(old, ignore_errors=True)
+            self._rotate(name, manifest["progress"]["best_step"])
         except OSError as error:
             return f"worker 0: {error}"
         return None
+
+    def _rotate(self, name: str, best_step: int) -> None:
+        """Remove all but the newest and the best; what is newer than `name` was left by a run that went back."""
+        newest = [path for path in listed(self._folder) if path.name <= name][-self._keep :]
+        for path in listed(self._folder):
+            if path not in newest and path.name != step_name(best_step):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _agree(self, name: str, failure: str | None) -> None:
+        """Raise on every replica if the first one failed."""
+        failure = json.loads(self._exchange.gather(json.dumps(failure).encode())[0])
+        if failure is not None:
+            if self._exchange.transport.rank == 0:
+                shutil.rmtree(self._folder / f".{name}.partial", ignore_errors=True)
+            raise CheckpointError(f"checkpoint {name} could not be written to {self._folder}: {failure}")
 
 
 def step_name(step: int) -> str:

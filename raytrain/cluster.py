@@ -1,5 +1,6 @@
 """Fitting workers onto machines, and asking early whether a cluster can be reached."""
 
+import math
 import os
 import socket
 from collections.abc import Sequence
@@ -26,15 +27,21 @@ def cpus_per_worker(machines: Sequence[float], workers: int, cpus: float) -> flo
         RecipeError: the workers do not fit.
     """
     for each in [cpus] if cpus else range(int(max(machines, default=0)), 0, -1):
-        if sum(int(machine // each) for machine in machines) >= workers:
+        if sum(_fitting(machine, each) for machine in machines) >= workers:
             return each
     each = cpus or 1
-    fit = sum(int(machine // each) for machine in machines)
+    fit = sum(_fitting(machine, each) for machine in machines)
+    shared = math.floor(100 * max(1, sum(machines)) / workers) / 100
     raise RecipeError(
         f"workers: {workers} workers of {each:g} CPU each do not fit on {len(machines)} machine(s) with "
         f"{' + '.join(f'{machine:g}' for machine in machines) or 'no'} CPUs; set workers={max(1, fit)}, or "
-        f"resources.cpus={max(1, sum(machines)) / workers:.2g} to share CPUs"
+        f"resources.cpus={shared:g} to share CPUs"
     )
+
+
+def _fitting(machine: float, each: float) -> int:
+    """Return how many shares of `each` a machine has, counted as Ray does: in ten-thousandths."""
+    return round(machine * 10_000) // max(1, round(each * 10_000))
 
 
 def check_reachable(address: str) -> None:

@@ -69,7 +69,8 @@ def check(recipe: Source, more: More = None, changes: Changes = None) -> None:
     resolved = _parse(raw, overrides)
     given = dict(dotted_fields(raw))
     for field, value in dotted_fields(resolved.plain()):
-        source = "--set" if field in overrides else origin.name if field in given else "default"
+        spellings = {field, field.removesuffix(".name")}  # `optimizer=lion` is short for `optimizer.name=lion`
+        source = "--set" if spellings & overrides.keys() else origin.name if spellings & given.keys() else "default"
         line = f"{field} = {tomli_w.dumps({'x': value}).removeprefix('x = ').strip()}"
         print(f"{' '.join(line.split()):<48}  # {source}")
 
@@ -138,7 +139,7 @@ def _runner(verb: str) -> Callable[..., int]:
         new = Path("runs") / f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = out or (Path(recipe) if resume else new)
         result = resolve({}, kind.run, "kind")(resolved, Order(folder, resume, address))
-        return 130 if result.status == "interrupted" else 0
+        return {"interrupted": 130, "failed": 1}.get(result.status, 0)
 
     return command
 

@@ -93,7 +93,7 @@ class Display:
         numbers = {**result.metrics, **result.references}
         for name, value in {
             "status": result.status,
-            **{name: f"{value:.4f}" for name, value in numbers.items()},
+            **{name: _number(value) for name, value in numbers.items()},
         }.items():
             table.add_row(name.replace("_", " "), value)
         table.add_row("steps, samples, seconds", f"{result.steps}, {result.samples}, {result.seconds:.1f}")
@@ -139,10 +139,14 @@ class Display:
 
     def _numbers(self) -> str:
         parts = [f"loss {self._last['loss']:.4f}"] if "loss" in self._last else []
-        parts += [f"valid {name} {value:.4f}" for name, value in self._valid.items()]
+        parts += [f"valid {name} {_number(value)}" for name, value in self._valid.items()]
         if self._pace[0]:
             parts.append(f"{self._pace[0]:.1f} steps/s  {self._pace[1]:.0f} samples/s")
         return "  ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 class Tail:

@@ -52,7 +52,8 @@ def evaluate(
     was_training = module.training
     module.eval()
     sums: Sums = {}
-    with torch.inference_mode(), torch.autocast(parameter.device.type, dtype=autocast, enabled=autocast is not None):
+    # Not inference_mode: what a model keeps from a forward pass (a mask, a table) must serve the next training step.
+    with torch.no_grad(), torch.autocast(parameter.device.type, dtype=autocast, enabled=autocast is not None):
         for start in range(mine.start, mine.stop, batch):
             part = [examples[index] for index in range(start, min(start + batch, mine.stop))]
             _add(sums, measure(task, module, moved(task.collate(part), parameter.device, parameter.dtype), len(part)))

@@ -8,7 +8,7 @@ from raytrain.checkpoint import CheckpointStore, Manifest, load, read_manifest, 
 from raytrain.errors import CheckpointError
 from raytrain.evaluation import evaluate
 from raytrain.kinds import Result
-from raytrain.recipe import merged, read_toml
+from raytrain.recipe import read_toml
 from raytrain.replica import load_model
 from raytrain.rundir import Failure, RunDirectory, rows
 from raytrain.sync.exchange import ExactExchange
@@ -26,7 +26,7 @@ def result_of(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -
         failure: why the attempt ended, if it did not end well.
     """
     error = failure.message if failure else ""
-    restarts = max(0, len(rows(run.attempts)) - 1)
+    restarts = len(rows(run.restarts))
     try:
         last = _newest(run)
     except CheckpointError as damaged:
@@ -65,7 +65,7 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> dict[str, float]
     """
     run = RunDirectory(folder)
     raw, _ = read_toml(str(run.recipe), [])
-    recipe = TrainRecipe.parse(merged(raw, overrides))
+    recipe = TrainRecipe.parse(raw).with_overrides(overrides)
     newest = _newest(run)
     if newest is None:
         raise CheckpointError(f"{folder}: there is no complete checkpoint yet")

@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import logging
 import os
-import queue
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,22 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
         TrainingError: the run failed; what was computed is in its folder.
     """
     task_of(recipe)  # its errors are better here than in a worker
-    if order.address is None and not ray.is_initialized():
+    if order.address is not None:
+        check_reachable(order.address)
+    elif not ray.is_initialized():
         cpus_per_worker([own_cpus()], recipe.workers, recipe.resources.cpus)
     run_directory = RunDirectory(order.out.absolute())
-    run_directory.open(recipe.to_toml(), resume=order.resume)
-    with run_directory.locked("command", 0), Display(run_directory, recipe.steps) as display:
+    with run_directory.opened(resume=order.resume), Display(run_directory, recipe.steps) as display:
         display.say("starting Ray" if order.address is None else f"connecting to Ray at {order.address}")
         with _cluster(order.address) as machines:
             cpus = cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
             _check_room(recipe, cpus, display)
+            run_directory.begin(recipe.to_toml())
             fit = _Fit(_trainer(recipe, run_directory, cpus, TorchTrainer if order.address else _OwnClusterTrainer))
             ended = display.follow(fit.ended)
         failure = run_directory.failure() or (Failure(_summary(fit.error)) if ended and fit.error else None)
+        if failure and failure.exit_status == RecipeError.exit_status:
+            raise RecipeError(failure.message)
         result = result_of(recipe, run_directory, failure)
         try:
             run_directory.write_result(result)
@@ -81,14 +85,9 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
             display.say(f"{run_directory.result} could not be written: {error.strerror}")
         display.finish(result)
     if failure:
-        raise (RecipeError if failure.exit_status == RecipeError.exit_status else TrainingError)(_full(failure, result))
+        kept = f"the last complete checkpoint is {result.checkpoint}" if result.checkpoint else "there is no checkpoint"
+        raise TrainingError(f"{failure.trace}{failure.message}\n{kept}")
     return result
-
-
-def _full(failure: Failure, result: Result) -> str:
-    """Return all that the user should read about a failure."""
-    kept = f"the last complete checkpoint is {result.checkpoint}" if result.checkpoint else "there is no checkpoint yet"
-    return f"{failure.trace}{failure.message}\n{kept}"
 
 
 def _summary(error: Exception) -> str:
@@ -141,8 +140,6 @@ def start_ray(address: str | None, cpus: int) -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     quiet = {"logging_level": logging.ERROR, "logging_config": ray.LoggingConfig(log_level="ERROR")}
-    if address is not None:
-        check_reachable(address)
     # "local" and not None: Ray would join any cluster that was once started on this machine.
     own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
@@ -240,41 +237,17 @@ def _worker(config: dict[str, Any]) -> None:
     except RaytrainError as error:
         run_directory.record_failure(error, rank)
         return
-    watchdog = Watchdog(hang_file(run_directory.path, rank), timeout_seconds, lambda: transport.waiting)
-    with watchdog, _Reports(rank) as reports:
-        work(recipe, run_directory, transport, watchdog.beat, reports.put)
-
-
-class _Reports:
-    """Tells Ray Train of checkpoints, in a thread, because Ray takes one report in each of its polls."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._queue: queue.SimpleQueue[tuple[Path, dict[str, float]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._send, daemon=True)
-
-    def __enter__(self) -> "_Reports":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._queue.put(None)
-        if kind is None:
-            self._thread.join()
-
-    def put(self, path: Path, metrics: Mapping[str, float]) -> None:
-        """Tell of a checkpoint: every worker must, and the first one names it."""
-        self._queue.put((path, dict(metrics)))
-
-    def _send(self) -> None:
-        while item := self._queue.get():
-            path, metrics = item
-            ray.train.report(
-                metrics,
-                checkpoint=ray.train.Checkpoint(str(path)) if self._rank == 0 else None,
-                checkpoint_dir_name=path.name,
-                checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-            )
+    seen = run_directory.path if run_directory.path.is_dir() else Path(tempfile.gettempdir())
+    with Watchdog(hang_file(seen, rank), timeout_seconds, lambda: transport.waiting) as watchdog:
+        last = work(recipe, run_directory, transport, watchdog.beat)
+    if last:  # only the last one: Ray takes one report in each of its polls, which is slower than we write them
+        path, metrics = last
+        ray.train.report(
+            dict(metrics),
+            checkpoint=ray.train.Checkpoint(str(path)) if rank == 0 else None,
+            checkpoint_dir_name=path.name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
 
 
 class RestartNotes(ray.train.UserCallback):
@@ -288,8 +261,11 @@ class RestartNotes(ray.train.UserCallback):
         causes = {}
         for rank, error in worker_exceptions.items():
             hang = hang_file(self._run.path, rank)
-            hung = hang.exists() and hang.stat().st_size
-            causes[str(rank)] = f"it hung, and was ended; its stack is in {hang}" if hung else cause(error)
+            if hang.exists() and hang.stat().st_size:
+                kept = hang.rename(hang.with_stem(f"{hang.stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
+                causes[str(rank)] = f"it hung, and was ended; its stack is in {kept}"
+            else:
+                causes[str(rank)] = cause(error)
         self._run.append(self._run.restarts, {"time": time.time(), "workers": causes})
 
 

@@ -63,13 +63,17 @@ class Watch(Protocol):
         """Return the measured values over the whole held-out split, equal on every replica."""
         ...
 
-    def save(self, replica: Replica, metrics: dict[str, float]) -> None:
-        """Write a checkpoint; `metrics` are what was measured at this step, if anything was."""
+    def save(self, replica: Replica) -> None:
+        """Write a checkpoint."""
+        ...
+
+    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+        """Add to the checkpoint of this step what was measured since it was written."""
         ...
 
 
 def train(replica: Replica, task: Task, examples: Examples, plan: Plan, watch: Watch) -> None:
-    """Train to the end of the plan, to an early stop, or until asked to stop; the last act is always a checkpoint.
+    """Train to the end of the plan, to an early stop, or until asked to stop; a checkpoint is always there at the end.
 
     Raises:
         TrainingError: the loss or the gradient is not a finite number.
@@ -77,8 +81,10 @@ def train(replica: Replica, task: Task, examples: Examples, plan: Plan, watch: W
     sampler = Sampler(len(examples), plan.seed)
     progress, optimizer, sync = replica.progress, replica.optimizer, replica.sync
     began, seconds, bytes_sent = time.perf_counter(), progress.seconds, progress.bytes_sent
-    progress.status = status(progress, plan, stop=False)
+    was, progress.status = progress.status, status(progress, plan, stop=False)
     sync.start(replica.module)
+    if progress.step and (progress.status != was or unmeasured(progress, plan)):
+        settle(replica, task, plan, watch)  # the plan is another than it was, or the process died in an evaluation
     while progress.status == "running":
         seed_step(plan.seed, replica.rank, progress.step)
 
@@ -104,20 +110,31 @@ def train(replica: Replica, task: Task, examples: Examples, plan: Plan, watch: W
             replica.ema.update(progress.step)
         loss, lr = totals.loss / (totals.weight or 1.0), optimizer.param_groups[0]["lr"]
         watch.stepped(replica, {"loss": loss, "lr": lr, "gradient_norm": norm})
+        settle(replica, task, plan, watch)
 
+
+def settle(replica: Replica, task: Task, plan: Plan, watch: Watch) -> None:
+    """Save and evaluate, where this is due after a step; first save, so that an evaluation that fails costs nothing."""
+    progress = replica.progress
+    saved = progress.status != "running" or due(progress.step, plan.checkpoint_every)
+    if progress.status != "running":
+        replica.sync.finish()
+    if saved:
+        watch.save(replica)
+    if not unmeasured(progress, plan):
+        return
+    metrics = watch.evaluate(replica)
+    judge(progress, task, metrics)
+    if progress.status == "running":
+        progress.status = status(progress, plan, stop=False)
         if progress.status != "running":
-            sync.finish()
-        metrics = {}
-        if progress.status == "done" or due(progress.step, plan.evaluate_every):
-            metrics = watch.evaluate(replica)
-            judge(progress, task, metrics)
-            progress.status = status(progress, plan, totals.stop)
-        if (
-            progress.status != "running"
-            or progress.best_step == progress.step
-            or due(progress.step, plan.checkpoint_every)
-        ):
-            watch.save(replica, metrics)
+            replica.sync.finish()
+            saved = False
+    if not saved and (progress.status != "running" or progress.best_step == progress.step):
+        watch.save(replica)
+        saved = True
+    if saved:
+        watch.note(replica, metrics)
 
 
 def backward(replica: Replica, task: Task, examples: Examples, indices: NDArray[np.int64], plan: Plan) -> float:
@@ -128,7 +145,7 @@ def backward(replica: Replica, task: Task, examples: Examples, indices: NDArray[
         batches.append((batch, weights_of(task, batch, len(part), replica.device)))
     weight = sum(weights.sum().item() for _, weights in batches)
     total = 0.0
-    for batch, weights in batches:
+    for place, (batch, weights) in enumerate(batches, start=1):
         with torch.autocast(replica.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
             losses = task.losses(replica.module, batch)
         loss = weighed(losses, weights)
@@ -138,7 +155,7 @@ def backward(replica: Replica, task: Task, examples: Examples, indices: NDArray[
                 f"the loss is {total} in step {replica.progress.step + 1} on worker {replica.rank}, over the training "
                 f"examples {indices.tolist()}; a lower optimizer.lr, a longer schedule.warmup or clip = 1 may help"
             )
-        if batch is batches[-1][0]:
+        if place == len(batches):
             replica.sync.before_backward(weight)
         (loss / (weight or 1.0)).backward()
     return total
@@ -159,6 +176,7 @@ def clip(replica: Replica, limit: float) -> float:
 
 def judge(progress: Progress, task: Task, metrics: dict[str, float]) -> None:
     """Note whether these are the best metrics so far."""
+    progress.evaluated = progress.step
     if task.improves(metrics[task.metric], progress.best):
         progress.best, progress.best_step, progress.stale = metrics[task.metric], progress.step, 0
     else:
@@ -172,6 +190,12 @@ def status(progress: Progress, plan: Plan, stop: bool) -> str:
     if plan.patience and progress.stale >= plan.patience:
         return "stopped early"
     return "interrupted" if stop else "running"
+
+
+def unmeasured(progress: Progress, plan: Plan) -> bool:
+    """Return whether an evaluation is due at this step, and has not been made."""
+    wanted = progress.status == "done" or due(progress.step, plan.evaluate_every)
+    return wanted and progress.evaluated < progress.step
 
 
 def due(step: int, every: int) -> bool:

@@ -3,10 +3,10 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import create_model
+from pydantic import create_model, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -40,7 +40,16 @@ class OptimizerOptions(Options):
         decay_vectors: whether weight decay also shrinks biases, norms and others of fewer than two dimensions.
     """
 
+    constructor: ClassVar[type[Optimizer]]
     decay_vectors: bool = False
+
+    @model_validator(mode="after")
+    def _accepted(self) -> Self:
+        try:
+            make_optimizer(self.constructor, self, nn.Linear(2, 2))
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 @cache  # equal recipes need equal classes
@@ -56,7 +65,9 @@ def options_of_optimizer(constructor: Any) -> type[Options]:
     for argument in inspect.signature(constructor).parameters.values():
         if argument.name not in NOT_OPTIONS:
             fields[argument.name] = (_type_of(argument.default), argument.default)
-    return create_model(f"{constructor.__name__}Options", __base__=OptimizerOptions, **fields)
+    options = create_model(f"{constructor.__name__}Options", __base__=OptimizerOptions, **fields)
+    options.constructor = constructor
+    return options
 
 
 def make_optimizer(constructor: Callable[..., Optimizer], options: Options, module: nn.Module) -> Optimizer:
@@ -78,7 +89,7 @@ def make_optimizer(constructor: Callable[..., Optimizer], options: Options, modu
     try:
         optimizer: Optimizer = constructor([group for group in groups if group["params"]], **arguments)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"optimizer: {options.name} refuses its options: {error}") from error
+        raise RecipeError(f"{options.name} refuses its options: {error}") from error
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # what a schedule multiplies
     return optimizer

@@ -1,13 +1,12 @@
 """What the first worker writes while it trains: ``metrics.jsonl``, and the same to loggers."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from tensorboardX import SummaryWriter
 
-from raytrain.files import write_whole
+from raytrain.files import to_json, write_whole
 from raytrain.rundir import RunDirectory, rows
 
 
@@ -31,18 +30,19 @@ class Recorder:
     Args:
         run: the run.
         step: the step that training resumes at; 0: from the start.
+        evaluated: the last step whose evaluation the checkpoint knows of.
         loggers: what else takes the rows.
     """
 
-    def __init__(self, run: RunDirectory, step: int, loggers: Iterable[Logger]) -> None:
-        kept = [row for row in rows(run.metrics) if row["step"] <= step]
-        write_whole(run.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    def __init__(self, run: RunDirectory, step: int, evaluated: int, loggers: Iterable[Logger]) -> None:
+        kept = [row for row in rows(run.metrics) if row["step"] <= (evaluated if "valid" in row else step)]
+        write_whole(run.metrics, "".join(to_json(row) + "\n" for row in kept).encode())
         self._file = run.metrics.open("a", buffering=1)
         self._loggers = list(loggers)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one row."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(to_json(row) + "\n")
         for logger in self._loggers:
             logger.write(row)
 

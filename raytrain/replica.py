@@ -25,6 +25,7 @@ class Progress:
         best: the best value of the task's metric so far.
         best_step: the step it was measured at.
         stale: evaluations since then.
+        evaluated: the step of the last evaluation.
         seconds: time spent training, over all attempts.
         bytes_sent: bytes that the first replica put on the wire, over all attempts.
         status: "running", or why it ended: "done", "stopped early", "interrupted".
@@ -35,9 +36,15 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     stale: int = 0
+    evaluated: int = 0
     seconds: float = 0.0
     bytes_sent: int = 0
     status: str = "running"
+
+
+def plain(progress: Progress) -> dict[str, Any]:
+    """Return the progress as plain data."""
+    return {field: getattr(progress, field) for field in Progress.__slots__}
 
 
 @dataclass(slots=True)

@@ -4,17 +4,18 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.files import write_whole
+from raytrain.files import to_json, write_whole
 from raytrain.kinds import Result
 
 RESERVE_BYTES = 64 << 10
@@ -54,30 +55,85 @@ class RunDirectory:
         self._reserve = path / ".reserve"
         self._stop = path / "stop"
 
-    def open(self, recipe: str, *, resume: bool) -> None:
-        """Make the folder ready for a new attempt.
+    @contextmanager
+    def opened(self, *, resume: bool) -> Iterator[None]:
+        """Hold the folder as the only command that uses it.
+
+        A new run that ends with a `RecipeError` before it took a step leaves nothing behind.
 
         Args:
-            recipe: TOML to leave beside the run.
             resume: whether there must be a run already, or must not.
 
         Raises:
-            RecipeError: there is one where none may be, or none where one must be, or the folder cannot be written.
+            RecipeError: there is one where none may be, or none where one must be, or another command uses it, or it
+                cannot be written.
         """
+        self._check(resume)
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+        with self.locked("command", 0):
+            self._check(resume)  # another command may have been quicker
+            try:
+                yield
+            except RecipeError:
+                if not resume and not rows(self.metrics):
+                    self._clear(made)
+                raise
+
+    def begin(self, recipe: str) -> None:
+        """Make the folder ready for the workers: what an earlier attempt asked for or ended with is forgotten.
+
+        Args:
+            recipe: TOML to leave beside a new run; that of a resumed run stays until it is known to fit.
+
+        Raises:
+            RecipeError: the folder cannot be written.
+        """
+        with self._writing():
+            self.checkpoints.mkdir(exist_ok=True)
+            for leftover in (self._failure, self._stop, self.result):
+                leftover.unlink(missing_ok=True)
+            if not self.recipe.is_file():
+                self.write_recipe(recipe)
+            write_whole(self._reserve, bytes(RESERVE_BYTES))
+
+    def write_recipe(self, recipe: str) -> None:
+        """Write `recipe.toml`, headed by the versions that run it."""
+        write_whole(self.recipe, f"# {versions()}\n{recipe}".encode())
+
+    def _check(self, resume: bool) -> None:
         if resume and not self.recipe.is_file():
             raise RecipeError(f"--resume: there is no run in {self.path}; leave --resume out to start one")
-        if not resume and self.path.is_dir() and any(self.path.iterdir()):
+        if (
+            not resume
+            and self.path.is_dir()
+            and any(path.name != self._lock("command").name for path in self.path.iterdir())
+        ):
             raise RecipeError(
                 f"--out: {self.path} is not empty; add --resume to continue the run in it, or name another folder"
             )
+
+    def _lock(self, who: str) -> Path:
+        return self.path / f".{who}.lock"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for leftover in (self._failure, self._stop, self.result):
-                leftover.unlink(missing_ok=True)
-            write_whole(self.recipe, f"# {versions()}\n{recipe}".encode())
-            write_whole(self._reserve, bytes(RESERVE_BYTES))
+            yield
         except OSError as error:
             raise RecipeError(f"--out: cannot write to {self.path}: {error.strerror}") from error
+
+    def _clear(self, made: Iterable[Path]) -> None:
+        """Remove what was put into a folder that was empty, and the folders that were made for it, from the inside."""
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # somebody else has put something there since
+                folder.rmdir()
 
     @contextmanager
     def locked(self, who: str, wait_seconds: float) -> Iterator[None]:
@@ -86,7 +142,9 @@ class RunDirectory:
         Raises:
             RecipeError: another process holds it and does not let go within `wait_seconds`.
         """
-        with (self.path / f".{who}.lock").open("a+") as file:
+        with self._writing():
+            file = self._lock(who).open("a+")
+        with file:
             give_up = time.monotonic() + wait_seconds
             while not _take(file):
                 if time.monotonic() > give_up:
@@ -110,8 +168,10 @@ class RunDirectory:
     def record_failure(self, error: BaseException, worker: int) -> None:
         """Leave word of why the run ends here, for the other workers and for the command; the first word stays.
 
-        On a full disk there is room for it, because some was kept.
+        On a full disk there is room for it, because some was kept. A worker that does not see the folder says nothing.
         """
+        if not self.path.is_dir():
+            return
         self._reserve.unlink(missing_ok=True)
         if isinstance(error, RaytrainError):
             failure = Failure(str(error), error.exit_status)
@@ -132,12 +192,12 @@ class RunDirectory:
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`."""
-        write_whole(self.result, json.dumps(asdict(result), indent=2).encode() + b"\n")
+        write_whole(self.result, to_json(asdict(result), indent=2).encode() + b"\n")
 
     def append(self, file: Path, row: dict[str, Any]) -> None:
         """Add a line to one of the ``.jsonl`` files."""
         with file.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
+            lines.write(to_json(row) + "\n")
 
 
 def _take(file: IO[str]) -> bool:

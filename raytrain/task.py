@@ -8,6 +8,7 @@ measured value is a (sum, count), never a mean.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -91,8 +92,8 @@ class Task:
     references: Callable[[], Mapping[str, float]] = no_references
 
     def improves(self, value: float, best: float | None) -> bool:
-        """Return whether `value` of the metric is better than `best`; anything is better than None."""
-        return best is None or (value < best if self.better == "lower" else value > best)
+        """Return whether `value` of the metric is better than `best`; any number is better than None, NaN is never."""
+        return math.isfinite(value) and (best is None or (value < best if self.better == "lower" else value > best))
 
 
 def options_of_task(factory: Any) -> type[Options]:

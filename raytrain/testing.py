@@ -184,7 +184,7 @@ class TinyOptions(Options):
 
 
 class TinyModel(nn.Module):
-    """A regression with a layer that nothing uses and one that is frozen.
+    """A regression with a layer that nothing uses, one that is frozen, and a buffer of a type that gloo does not know.
 
     Args:
         options: the task's.
@@ -197,6 +197,7 @@ class TinyModel(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
         self.out = nn.Linear(8, 1)
         self.unused = nn.Linear(3, 3)
+        self.register_buffer("version", torch.tensor([1, 2], dtype=torch.int16))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the prediction, shape (n,), of x, shape (n, 4)."""
@@ -225,24 +226,21 @@ def tiny(options: TinyOptions) -> Task:
 
 def train_here(recipe: TrainRecipe, folder: Path) -> RunDirectory:
     """Train in this process, as the only worker."""
-    run = RunDirectory(folder)
-    run.open(recipe.to_toml(), resume=run.recipe.is_file())
-    work(recipe, run, LocalTransport(), beat=_nothing, saved=_nothing)
+    run = _begun(recipe, folder)
+    work(recipe, run, LocalTransport(), beat=_nothing)
     return run
 
 
 def train_with_threads(recipe: TrainRecipe, folder: Path) -> RunDirectory:
     """Train with workers that are threads of this process."""
-    run = RunDirectory(folder)
-    run.open(recipe.to_toml(), resume=run.recipe.is_file())
-    ThreadGroup(recipe.workers).run(lambda transport: work(recipe, run, transport, beat=_nothing, saved=_nothing))
+    run = _begun(recipe, folder)
+    ThreadGroup(recipe.workers).run(lambda transport: work(recipe, run, transport, beat=_nothing))
     return run
 
 
 def train_with_gloo(recipe: TrainRecipe, folder: Path) -> list[int]:
     """Train with workers that are processes of this machine; return their exit statuses, -9 for one that was killed."""
-    run = RunDirectory(folder)
-    run.open(recipe.to_toml(), resume=run.recipe.is_file())
+    _begun(recipe, folder)
     store = folder / f".store-{time.time_ns()}"
     context = multiprocessing.get_context("spawn")
     arguments = (recipe.plain(), str(folder), str(store))
@@ -254,13 +252,20 @@ def train_with_gloo(recipe: TrainRecipe, folder: Path) -> list[int]:
     return [worker.exitcode or 0 for worker in workers]
 
 
+def _begun(recipe: TrainRecipe, folder: Path) -> RunDirectory:
+    run = RunDirectory(folder)
+    with run.opened(resume=run.recipe.is_file()):
+        run.begin(recipe.to_toml())
+    return run
+
+
 def _gloo_worker(rank: int, plain: dict[str, Any], folder: str, store: str) -> None:
     torch.set_num_threads(1)
     recipe = TrainRecipe.parse(plain)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=recipe.workers)
     transport = GroupTransport(torch.device("cpu"), recipe.sync.timeout_seconds)
     try:
-        work(recipe, RunDirectory(Path(folder)), transport, beat=_nothing, saved=_nothing)
+        work(recipe, RunDirectory(Path(folder)), transport, beat=_nothing)
     except PeerLostError:
         sys.exit(PEER_LOST)
 

@@ -116,7 +116,8 @@ class TrainRecipe(Recipe):
         workers: replicas, one process each.
         steps: optimizer steps.
         batch: examples of each worker in each step, so a step takes workers * batch.
-        accumulate: micro-batches that `batch` is cut into, for less memory; the step stays the same.
+        accumulate: micro-batches that `batch` is cut into, for less memory; the step stays the same, unless the model
+            takes statistics over what it sees at once, as BatchNorm does.
         precision: of the parameters; "bfloat16" keeps them in float32 and computes in bfloat16 where that is safe.
         clip: the largest norm of the gradient; 0: any.
         ema: decay of an average of the weights that is evaluated in their place; 0: none.
@@ -142,6 +143,13 @@ class TrainRecipe(Recipe):
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
     log: Log = Log()
+
+    @field_validator("callbacks")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            resolve({}, name, "callbacks")
+        return names
 
     @model_validator(mode="after")
     def _fit(self) -> Self:

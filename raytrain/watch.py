@@ -10,7 +10,7 @@ from raytrain.checkpoint import CheckpointStore
 from raytrain.errors import TrainingError
 from raytrain.loop import due
 from raytrain.recorder import Logger, Recorder
-from raytrain.replica import Progress, Replica, state_of
+from raytrain.replica import Progress, Replica, plain, state_of
 from raytrain.rundir import RunDirectory
 from raytrain.state import finite
 from raytrain.sync.exchange import Exchange
@@ -30,7 +30,7 @@ class RunWatch:
         callbacks: called with the replica after every step.
         log_every: steps between rows.
         beat: called at every sign of progress.
-        saved: called with each checkpoint and its metrics.
+        last: the newest checkpoint that was written here, and its metrics.
     """
 
     run: RunDirectory
@@ -40,17 +40,18 @@ class RunWatch:
     callbacks: Sequence[Callable[[Replica], None]]
     log_every: int
     beat: Callable[[], None]
-    saved: Callable[[Path, Mapping[str, float]], None]
+    last: tuple[Path, Mapping[str, float]] | None = None
     _recorder: Recorder | None = None
     _next_stop_check: float = 0.0
 
     @contextmanager
-    def recording(self, step: int, loggers: Sequence[Callable[[Path, int], Logger]]) -> Iterator[None]:
-        """Record inside the `with` block, from `step` on; only the first worker does."""
+    def recording(self, progress: Progress, loggers: Sequence[Callable[[Path, int], Logger]]) -> Iterator[None]:
+        """Record inside the `with` block, from where the run stands; only the first worker does."""
         if self.exchange.transport.rank > 0:
             yield
             return
-        self._recorder = Recorder(self.run, step, [logger(self.run.path, step) for logger in loggers])
+        made = [logger(self.run.path, progress.step) for logger in loggers]
+        self._recorder = Recorder(self.run, progress.step, progress.evaluated, made)
         try:
             yield
         finally:
@@ -79,17 +80,19 @@ class RunWatch:
         self._record(replica.progress, {"valid": metrics})
         return metrics
 
-    def save(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save(self, replica: Replica) -> None:
         """Write a checkpoint, unless the weights are no longer numbers."""
         state = state_of(replica)
         if "model" in state and (name := finite(state["model"])):
             raise TrainingError(
                 f"after step {replica.progress.step} the weights {name} are not finite; a lower optimizer.lr may help"
             )
-        progress = {field: getattr(replica.progress, field) for field in Progress.__slots__}
-        path = self.store.save(state, progress, metrics)
+        self.last = (self.store.save(state, plain(replica.progress)), {})
         self.beat()
-        self.saved(path, metrics)
+
+    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+        """Add metrics to the checkpoint of this step."""
+        self.last = (self.store.note(plain(replica.progress), metrics), metrics)
 
     def _record(self, progress: Progress, values: Mapping[str, object]) -> None:
         if self._recorder:

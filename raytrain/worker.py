@@ -32,11 +32,11 @@ LOCK_WAIT_SECONDS = 30.0
 SHARED_WAIT_SECONDS = 10.0
 FAILURE_WAIT_SECONDS = 2.0
 
-Saved = Callable[[Path, Mapping[str, float]], None]
-"""Called on every worker with each new checkpoint and its metrics."""
+Last = tuple[Path, Mapping[str, float]] | None
+"""The newest checkpoint that was written, and its metrics."""
 
 
-def work(recipe: TrainRecipe, run: RunDirectory, transport: Transport, beat: Callable[[], None], saved: Saved) -> None:
+def work(recipe: TrainRecipe, run: RunDirectory, transport: Transport, beat: Callable[[], None]) -> Last:
     """Train as one of the workers, from the newest complete checkpoint of the run if there is one.
 
     An error that starting again would only repeat is left in the run's folder, and the function returns: whoever
@@ -47,14 +47,19 @@ def work(recipe: TrainRecipe, run: RunDirectory, transport: Transport, beat: Cal
         run: where; all workers see this folder.
         transport: the other workers.
         beat: called at every sign of progress.
-        saved: called with each checkpoint.
+
+    Returns:
+        The last checkpoint, on every worker, if all of them came to the end.
 
     Raises:
         PeerLostError: another worker died or hung; starting the workers again may help.
     """
     try:
         with run.locked("worker", LOCK_WAIT_SECONDS) if transport.rank == 0 else nullcontext():
-            _train(recipe, run, ExactExchange(transport), beat, saved)
+            exchange = ExactExchange(transport)
+            last = _train(recipe, run, exchange, beat)
+            exchange.gather(b"")  # all came to the end
+            return last
     except PeerLostError:
         if run.failure(FAILURE_WAIT_SECONDS) is None:
             raise
@@ -62,19 +67,20 @@ def work(recipe: TrainRecipe, run: RunDirectory, transport: Transport, beat: Cal
         run.record_failure(error, transport.rank)
     finally:
         transport.close()
+    return None
 
 
-def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Callable[[], None], saved: Saved) -> None:
+def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Callable[[], None]) -> Last:
     _check_shared(run, exchange)
     if exchange.gather(b"failed" if run.failure() else b"")[0]:
-        return  # an earlier attempt did, before all of its workers knew
+        return None  # an earlier attempt did, before all of its workers knew
     task = task_of(recipe)
     replica = build(recipe, task, exchange)
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, exchange)
     store.clean()
     if found := store.newest():
         restore(replica, found)
-    _announce(run, exchange, replica.progress.step)
+    _announce(recipe, run, exchange, replica.progress.step)
     plan = recipe.plan()
     measure = partial(
         evaluate,
@@ -92,10 +98,10 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         callbacks=[resolve({}, name, "callbacks") for name in recipe.callbacks],
         log_every=recipe.log.every,
         beat=beat,
-        saved=saved,
     )
-    with watch.recording(replica.progress.step, [resolve(LOGGERS, name, "log.to") for name in recipe.log.to]):
+    with watch.recording(replica.progress, [resolve(LOGGERS, name, "log.to") for name in recipe.log.to]):
         train(replica, task, task.data("train"), plan, watch)
+    return watch.last
 
 
 def task_of(recipe: TrainRecipe) -> Task:
@@ -164,9 +170,10 @@ def _check_shared(run: RunDirectory, exchange: Exchange) -> None:
         )
 
 
-def _announce(run: RunDirectory, exchange: Exchange, step: int) -> None:
-    """Note which processes train, and from which step."""
+def _announce(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, step: int) -> None:
+    """Note which processes train, from which step, and by which recipe: it fits the checkpoint, so the old can go."""
     mine = {"pid": os.getpid(), "host": socket.gethostname()}
     workers = [json.loads(answer) for answer in exchange.gather(json.dumps(mine).encode())]
     if exchange.transport.rank == 0:
+        run.write_recipe(recipe.to_toml())
         run.append(run.attempts, {"time": time.time(), "from_step": step, "workers": workers})

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from raytrain.errors import TrainingError
 from raytrain.sync.exchange import Exchange
 from raytrain.sync.synchroniser import SyncOptions, Totals
 from raytrain.sync.transport import Pending
@@ -115,6 +116,11 @@ class GradientAveraging:
 
     def _on_gradient(self, bucket: "_Bucket", place: int, parameter: Tensor) -> None:
         if self._armed:
+            if bucket.used[place]:
+                raise TrainingError(
+                    f"a parameter of shape {tuple(parameter.shape)} got its gradient in two parts, as re-entrant "
+                    "activation checkpointing does to shared layers; checkpoint them with use_reentrant=False"
+                )
             bucket.take(place, parameter)
             self._launch_ready()
 

@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+OWN_FAULTS = ("Invalid scalar type", "out of memory", "must be contiguous", "nsupported")
+"""Parts of the messages of errors that this replica makes by itself, and would make again."""
+
 
 class PeerLostError(RuntimeError):
     """An operation failed because another replica died, hung or left; this replica itself did nothing wrong."""
@@ -141,7 +144,9 @@ class GroupTransport:
     def broadcast(self, flat: Tensor) -> Pending:
         """Overwrite `flat` with rank 0's."""
         sent = _bytes(flat) if self.rank == 0 else 0
-        return self._start(lambda: dist.broadcast(flat, 0, group=self._group, async_op=True), flat, sent)
+        # As bytes, because gloo knows few types; what is not contiguous is of a type that it knows, or gloo will say.
+        raw = flat.view(-1).view(torch.uint8) if flat.is_contiguous() and flat.numel() else flat
+        return self._start(lambda: dist.broadcast(raw, 0, group=self._group, async_op=True), flat, sent)
 
     def close(self) -> None:
         """Close the connections, which gloo does when nothing refers to the group any more."""
@@ -155,6 +160,8 @@ class GroupTransport:
         try:
             return _Work(self, launch(), result, int(bytes_sent), started)
         except RuntimeError as error:
+            if any(sign in str(error) for sign in OWN_FAULTS):
+                raise
             raise _lost(error, started) from error
 
 
@@ -174,7 +181,13 @@ class _Work:
         try:
             if work is not None:
                 work.wait()
+            if (
+                self._result.is_cuda
+            ):  # NCCL's wait only holds the GPU; a hang of another must be seen to be no hang of ours
+                torch.cuda.current_stream(self._result.device).synchronize()
         except RuntimeError as error:
+            if any(sign in str(error) for sign in OWN_FAULTS):
+                raise
             raise _lost(error, self._started) from error
         finally:
             self._transport.waiting = False

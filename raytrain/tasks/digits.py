@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from raytrain.errors import RecipeError
 from raytrain.recipe import Options
 from raytrain.task import Task
 from raytrain.tensors import wide
@@ -112,7 +113,10 @@ def _splits(valid: float) -> dict[str, DigitExamples]:
     from sklearn.model_selection import train_test_split  # noqa: PLC0415
 
     images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=valid, stratify=labels, random_state=0)
+    try:
+        parts = train_test_split(images, labels, test_size=valid, stratify=labels, random_state=0)
+    except ValueError as error:
+        raise RecipeError(f"task.valid: {valid:g} leaves too few of the {len(labels)} images: {error}") from None
     train, held_out, train_labels, held_out_labels = (torch.from_numpy(part) for part in parts)
 
     def examples(flat: Tensor, digit: Tensor) -> DigitExamples:

@@ -118,9 +118,7 @@ class TestOptimizers:
         optimizer, _ = self.optimizer(name, first, lr=0.03)
         self.steps(first, optimizer, 0, 5)
         state = {"optimizer": state_by_name(optimizer, first)}
-        path = CheckpointStore(tmp_path, 1, ExactExchange(LocalTransport())).save(
-            state, {"step": 5, "best_step": 0}, {}
-        )
+        path = CheckpointStore(tmp_path, 1, ExactExchange(LocalTransport())).save(state, {"step": 5, "best_step": 0})
         second = self.module()
         second.load_state_dict(first.state_dict())
         optimizer, options = self.optimizer(name, second, lr=0.03)

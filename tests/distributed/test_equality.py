@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.checkpoint import listed, load
+from raytrain.checkpoint import listed, load, read_manifest
 from raytrain.kinds import Order
 from raytrain.recipe import merged
 from raytrain.rundir import RunDirectory, rows
@@ -92,6 +92,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, changes: dict
     train_here(straight.with_overrides({"schedule.name": "constant"}), tmp_path / "whole")
     assert equal(tmp_path / "constant", tmp_path / "whole")
     assert not equal(tmp_path / "straight", tmp_path / "whole")
+
+
+def test_all_workers_stop_early_together(tmp_path: Path) -> None:
+    still = recipe(workers=3, optimizer__lr=0.0, evaluation__every=5, evaluation__patience=2)
+    run = train_with_threads(still, tmp_path / "run")
+    assert run.failure() is None
+    assert [row["step"] for row in history(tmp_path / "run") if "valid" in row] == [5, 10, 15]
+    assert read_manifest(listed(run.checkpoints)[-1]).progress["status"] == "stopped early"
 
 
 def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:

@@ -57,8 +57,18 @@ def test_killed_and_hanging_workers_are_started_again(ray_cluster: None, workpla
     notes = rows(workplace / "broken" / "restarts.jsonl")
     assert notes[0]["workers"]["1"] == "its process died: killed, out of memory, or crashed"
     assert notes[1]["workers"]["0"].startswith("it hung, and was ended; its stack is in ")
-    assert "testing.py" in (workplace / "broken" / "hang-worker-0.txt").read_text()
+    (stack,) = (workplace / "broken").glob("hang-worker-0-*.txt")
+    assert notes[1]["workers"]["0"].endswith(str(stack))
+    assert "testing.py" in stack.read_text()
     assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 10, 30]
+
+
+def test_many_checkpoints_cost_no_waiting(ray_cluster: None, workplace: Path) -> None:
+    """Ray takes a report in each of its polls; a run that saves faster must neither wait for it nor seem to hang."""
+    from raytrain.launch import run
+
+    result = run(recipe(workplace, checkpoint__every=1, sync__timeout_seconds=4), Order(workplace / "run"))
+    assert (result.status, result.restarts) == ("done", 0)
 
 
 def test_a_worker_that_fails_too_often_ends_the_run(

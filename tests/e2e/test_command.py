@@ -74,6 +74,8 @@ def test_check_shows_each_value_and_where_it_comes_from(raytrain: Callable[..., 
             ["train", "digits", "task=mine:broken"],
             "cannot import 'mine': SyntaxError: invalid syntax (mine.py, line 1)",
         ),
+        (["train", "digits", "optimizer.lr=-1"], "optimizer: adamw refuses its options: Invalid learning rate: -1"),
+        (["train", "digits", 'callbacks=["nowhere:x"]'], "callbacks: cannot import 'nowhere': ModuleNotFoundError"),
         (["check", "digits", "steps=-1"], "steps: expected greater than or equal to 1; got -1"),
         (["list", "optimiser"], "'optimiser' is not a table; did you mean optimizers?"),
         (["evaluate", "nothing"], "nothing: there is no run here (no recipe.toml)"),
@@ -92,6 +94,13 @@ def test_what_is_wrong_is_said_before_anything_starts(
     assert not (workplace / "runs").exists()
 
 
+def test_short_forms_come_from_where_they_were_given(raytrain: Callable[..., Any], workplace: Path) -> None:
+    (workplace / "mine.toml").write_text('task = "digits"\n')
+    lines = [line.split() for line in raytrain("check", "mine.toml", "optimizer=lion").out.splitlines()]
+    assert ["task.name", "=", '"digits"', "#", "mine.toml"] in lines
+    assert ["optimizer.name", "=", '"lion"', "#", "--set"] in lines
+
+
 def test_an_unreachable_cluster_is_said(raytrain: Callable[..., Any], workplace: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -99,6 +108,31 @@ def test_an_unreachable_cluster_is_said(raytrain: Callable[..., Any], workplace:
         ended = raytrain("train", "digits", "--address", address, "--out", "run")
     assert ended.status == 2
     assert f"--address: no Ray cluster answers at {address}" in ended.err
+    assert not (workplace / "run").exists()
+
+
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(
+    ray_cluster: None, raytrain: Callable[..., Any], workplace: Path
+) -> None:
+    assert raytrain("train", "raytrain.testing:tiny", "steps=4", "resources.cpus=1", "--out", "run").status == 0
+    before = (workplace / "run" / "recipe.toml").read_text()
+    ended = raytrain("train", "run", "--resume", "steps=6", "optimizer=sgd")
+    assert ended.status == 1
+    assert "this checkpoint's optimizer is adamw, and the recipe's is sgd; set optimizer.name=adamw" in ended.err
+    assert (workplace / "run" / "recipe.toml").read_text() == before
+    assert raytrain("train", "run", "--resume", "steps=6").status == 0
+    assert "steps = 6" in (workplace / "run" / "recipe.toml").read_text()
+
+
+def test_a_new_run_that_a_worker_refuses_leaves_nothing(
+    ray_cluster: None, raytrain: Callable[..., Any], workplace: Path
+) -> None:
+    (workplace / "short.txt").write_text("ab" * 50)
+    ended = raytrain(
+        "train", "stdlib-lm", "task.path=short.txt", "task.block=90", "workers=1", "resources.cpus=1", "--out", "run"
+    )
+    assert (ended.status, "part of the text is shorter than task.block = 90" in ended.err) == (2, True)
+    assert not (workplace / "run").exists()
 
 
 def test_a_run_of_another_kind_is_not_trained(raytrain: Callable[..., Any], workplace: Path) -> None:

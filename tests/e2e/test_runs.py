@@ -25,7 +25,9 @@ QUICK = [
     "checkpoint.every=40",
     "evaluation.every=0",
     "task.model=mlp",
-    "task.norm=none",
+    "task.norm=batch",
+    "task.dropout=0.1",
+    "ema=0.95",
     "max_failures=1",
 ]
 
@@ -56,7 +58,8 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
-    return load(listed(run / "checkpoints")[-1], 0)["model"]
+    saved = load(listed(run / "checkpoints")[-1], 0)
+    return {**saved["model"], **{f"average {name}": value for name, value in saved["ema"].items()}}
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,22 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_bit(straight: Path, tmp_path: Pa
     assert status == 0, err
     assert rows(tmp_path / "run" / "attempts.jsonl")[1]["from_step"] == result["steps"]
     assert equal(straight, tmp_path / "run")
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(30)\n")
+    command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:sleep"]', "--out", "run")
+    give_up = time.monotonic() + 100
+    while not rows(tmp_path / "run" / "attempts.jsonl") and time.monotonic() < give_up:
+        time.sleep(0.05)
+    workers = [worker["pid"] for worker in rows(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
+    for _ in range(2):
+        os.killpg(command.pid, signal.SIGINT)
+        time.sleep(1)
+    status, _, err = finish(command)
+    assert status == 130, err
+    assert not any(psutil.pid_exists(pid) for pid in workers)
+    assert "Traceback" not in err
 
 
 def test_kill_9_of_the_command_leaves_nothing_running_and_resume_goes_on_to_the_bit(

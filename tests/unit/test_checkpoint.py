@@ -31,11 +31,15 @@ def names(folder: Path) -> list[str]:
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     state = {"model": {"w": torch.randn(3, 2)}, "plain": [1, 2.5, "x", None, True], "empty": {}}
-    path = store(tmp_path).save(state, progress(7), {"loss": 0.5})
+    path = store(tmp_path).save(state, progress(7))
     found = load(path, 0)
     assert torch.equal(found["model"]["w"], state["model"]["w"])
     assert found["plain"] == state["plain"]
+    assert read_manifest(path).metrics == {}
+    assert store(tmp_path).note({**progress(7), "best": 0.5}, {"loss": 0.5}) == path
+    verify(path)
     manifest = read_manifest(path)
+    assert manifest.progress["best"] == 0.5
     assert (manifest.step, manifest.metrics, manifest.members) == (7, {"loss": 0.5}, 1)
     assert store(tmp_path).newest() == manifest
 
@@ -43,7 +47,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_each_replica_saves_its_own_part(tmp_path: Path) -> None:
     def replica(transport: ThreadTransport) -> Path:
         own = {"own": torch.tensor(transport.rank)} if transport.rank != 1 else {"plain": 1}
-        return CheckpointStore(tmp_path, 2, ExactExchange(transport)).save(own, progress(3), {})
+        return CheckpointStore(tmp_path, 2, ExactExchange(transport)).save(own, progress(3))
 
     path, *_ = ThreadGroup(3).run(replica)
     assert [load(path, 0)["own"].item(), load(path, 1), load(path, 2)["own"].item()] == [0, {"plain": 1}, 2]
@@ -56,8 +60,28 @@ def test_each_replica_saves_its_own_part(tmp_path: Path) -> None:
 
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     for step in range(1, 7):
-        store(tmp_path).save({"w": torch.ones(1)}, progress(step, best_step=2 if step > 1 else 0), {})
+        store(tmp_path).save({"w": torch.ones(1)}, progress(step, best_step=2 if step > 1 else 0))
     assert names(tmp_path) == ["step-00000002", "step-00000005", "step-00000006"]
+
+
+def test_what_a_run_that_went_back_left_is_removed_and_never_what_it_writes(tmp_path: Path) -> None:
+    for step in (20, 40):
+        path = store(tmp_path, keep=1).save({"w": torch.ones(1)}, progress(step, best_step=20))
+    cut_short(path / "rank-00000.safetensors")
+    assert store(tmp_path).newest().step == 20
+    store(tmp_path, keep=1).save({"w": torch.ones(1)}, progress(30, best_step=20))
+    assert names(tmp_path) == ["step-00000020", "step-00000030"]
+
+
+def test_a_note_that_cannot_be_written_is_an_error_on_every_replica(tmp_path: Path) -> None:
+    def replica(transport: ThreadTransport) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            CheckpointStore(tmp_path, 2, ExactExchange(transport)).note(progress(5), {})
+        return str(caught.value)
+
+    first, second = ThreadGroup(2).run(replica)
+    assert first == second
+    assert "checkpoint step-00000005 could not be written" in first
 
 
 def cut_short(path: Path) -> None:
@@ -91,15 +115,15 @@ def flip(path: Path) -> None:
     ],
 )
 def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, damage: Any, message: str) -> None:
-    first = store(tmp_path).save({"w": torch.ones(5)}, progress(1), {})
-    second = store(tmp_path).save({"w": torch.ones(5)}, progress(2), {})
+    first = store(tmp_path).save({"w": torch.ones(5)}, progress(1))
+    second = store(tmp_path).save({"w": torch.ones(5)}, progress(2))
     damage(second)
     with pytest.raises(CheckpointError, match=message):
         verify(second)
     with pytest.raises(CheckpointError, match=message):
         load(second, 0)
     assert store(tmp_path).newest() == read_manifest(first)
-    store(tmp_path).save({"w": torch.ones(5)}, progress(2), {})  # the run gets there again
+    store(tmp_path).save({"w": torch.ones(5)}, progress(2))  # the run gets there again
     verify(second)
     shutil.rmtree(first)
     damage(second)
@@ -108,7 +132,7 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, damage: An
 
 
 def test_a_half_written_one_is_none(tmp_path: Path) -> None:
-    path = store(tmp_path).save({"w": torch.ones(5)}, progress(1), {})
+    path = store(tmp_path).save({"w": torch.ones(5)}, progress(1))
     path.rename(tmp_path / ".step-00000001.partial")
     assert store(tmp_path).newest() is None
     store(tmp_path).clean()
@@ -123,7 +147,7 @@ def test_if_one_replica_cannot_write_none_has_a_checkpoint(tmp_path: Path) -> No
 
     def replica(transport: ThreadTransport) -> str:
         with pytest.raises(CheckpointError) as caught:
-            CheckpointStore(blocked, 2, ExactExchange(transport)).save({"w": torch.ones(2)}, progress(5), {})
+            CheckpointStore(blocked, 2, ExactExchange(transport)).save({"w": torch.ones(2)}, progress(5))
         return str(caught.value)
 
     first, second = ThreadGroup(2).run(replica)
@@ -149,7 +173,7 @@ def test_a_replica_is_restored_to_the_bit_and_another_model_is_refused(tmp_path:
         return replica
 
     one, other = trained(0), trained(1)
-    path = store(tmp_path).save(state_of(one), progress(3), {})
+    path = store(tmp_path).save(state_of(one), progress(3))
     load_state(other, load(path, 0), load(path, 0), path)
     assert json.dumps(_listed(state_of(one)), sort_keys=True) == json.dumps(_listed(state_of(other)), sort_keys=True)
 

@@ -1,3 +1,4 @@
+import re
 import socket
 
 import pytest
@@ -28,6 +29,17 @@ def test_the_message_says_what_would_fit() -> None:
         "workers: 4 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs; set workers=2, or resources.cpus=0.5 "
         "to share CPUs"
     )
+
+
+@given(st.integers(1, 16), st.integers(2, 40))
+def test_the_advice_works(machine: int, workers: int) -> None:
+    try:
+        cpus_per_worker([machine], workers, 0)
+    except RecipeError as error:
+        advice = float(re.search(r"resources.cpus=([0-9.]+)", str(error)).group(1))
+        assert cpus_per_worker([machine], workers, advice) == advice
+        fewer = int(re.search(r"set workers=(\d+)", str(error)).group(1))
+        assert cpus_per_worker([machine], fewer, 0) >= 1
 
 
 def test_cpus_can_be_shared_by_asking_for_it() -> None:

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from raytrain.errors import TrainingError
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.gradients import GradientAveraging, cut
 from raytrain.sync.synchroniser import Totals
@@ -142,6 +144,24 @@ def test_gradients_of_earlier_micro_batches_count() -> None:
         return other.weight.grad
 
     assert [gradient.item() for gradient in ThreadGroup(2).run(replica)] == [1.5, 1.5]
+
+
+def test_a_gradient_in_two_parts_is_refused() -> None:
+    """Re-entrant checkpointing of a shared layer gives its gradient twice; taking the first part would be wrong."""
+    shared = nn.Linear(3, 3, bias=False)
+
+    def replica(transport: ThreadTransport) -> None:
+        module = copy.deepcopy(shared)
+        sync = GradientAveraging(ExactExchange(transport), 100)
+        sync.start(module)
+        sync.before_backward(1.0)
+        x = torch.ones(1, 3, requires_grad=True)
+        for _ in range(2):
+            x = checkpoint(module, x, use_reentrant=True)
+        with pytest.raises(TrainingError, match=r"^a parameter of shape \(3, 3\) got its gradient in two parts"):
+            x.sum().backward()
+
+    ThreadGroup(2).run(replica)
 
 
 def test_alone_nothing_is_sent_or_copied() -> None:

@@ -46,7 +46,8 @@ class Watching:
         self.exchange = ExactExchange(LocalTransport())
         self.rows: list[dict[str, float]] = []
         self.evaluated: list[int] = []
-        self.saved: list[tuple[int, str, dict[str, float]]] = []
+        self.saved: list[tuple[int, str]] = []
+        self.noted: list[tuple[int, str, float]] = []
 
     def stop_requested(self) -> bool:
         return len(self.rows) + 1 == self._stop_at
@@ -58,8 +59,12 @@ class Watching:
         self.evaluated.append(replica.progress.step)
         return self._measure(module=replica.module, exchange=self.exchange)
 
-    def save(self, replica: Replica, metrics: dict[str, float]) -> None:
-        self.saved.append((replica.progress.step, replica.progress.status, metrics))
+    def save(self, replica: Replica) -> None:
+        self.saved.append((replica.progress.step, replica.progress.status))
+
+    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+        assert self.saved[-1][0] == replica.progress.step
+        self.noted.append((replica.progress.step, replica.progress.status, metrics["loss"]))
 
 
 def recipe(**changes: Any) -> TrainRecipe:
@@ -161,12 +166,94 @@ def test_evaluations_and_checkpoints_come_when_they_are_due() -> None:
     _, watch = run(replace(PLAN, evaluate_every=5, checkpoint_every=4, rate=lambda step: 0.0))
     assert watch.evaluated == [5, 10, 12]
     # Step 5 is the first and, as nothing learns, the best evaluation; the last step is always saved.
-    assert [(step, state, bool(metrics)) for step, state, metrics in watch.saved] == [
-        (4, "running", False),
-        (5, "running", True),
-        (8, "running", False),
-        (12, "done", True),
-    ]
+    assert watch.saved == [(4, "running"), (5, "running"), (8, "running"), (12, "done")]
+    assert [(step, state) for step, state, _ in watch.noted] == [(5, "running"), (12, "done")]
+
+
+def test_what_is_done_is_saved_before_it_is_evaluated() -> None:
+    settings = recipe()
+    task = replace(tiny(settings.task), measure=lambda *_: {"lost": (1.0, 1.0)})
+    watch = Watching(task)
+    with pytest.raises(TrainingError, match="measured lost, but the task's metric is 'loss'"):
+        train(build(settings, task, watch.exchange), task, task.data("train"), PLAN, watch)
+    assert watch.saved == [(12, "done")]
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for() -> None:
+    settings = recipe()
+    task = tiny(settings.task)
+    watch = Watching(task)
+    replica = build(settings, task, watch.exchange)
+    replica.progress = Progress(step=4, position=24, evaluated=2)
+    train(replica, task, task.data("train"), replace(PLAN, evaluate_every=2), watch)
+    assert watch.evaluated == [4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize(
+    ("change", "progress", "status"),
+    [
+        ({"steps": 4}, Progress(step=4, position=24, evaluated=2, status="running"), "done"),
+        ({"steps": 3}, Progress(step=4, position=24, evaluated=2, status="interrupted"), "done"),
+        ({"patience": 1}, Progress(step=4, position=24, evaluated=4, stale=1, status="interrupted"), "stopped early"),
+    ],
+)
+def test_a_plan_that_is_already_fulfilled_ends_with_a_checkpoint_that_says_so(
+    change: dict[str, int], progress: Progress, status: str
+) -> None:
+    settings = recipe()
+    task = tiny(settings.task)
+    watch = Watching(task)
+    replica = build(settings, task, watch.exchange)
+    replica.progress = progress
+    train(replica, task, task.data("train"), replace(PLAN, **change), watch)
+    assert watch.rows == []
+    assert watch.saved == [(4, status)]
+    assert watch.evaluated == ([4] if status == "done" else [])
+
+
+def test_a_metric_that_is_not_a_number_is_never_the_best() -> None:
+    settings = recipe()
+    values = iter([float("nan"), 2.0, float("inf"), 1.0])
+    task = replace(tiny(settings.task), measure=lambda *_: {"loss": (next(values), 1.0)})
+    watch = Watching(task)
+    watch._measure = partial(evaluate, task, examples=task.data("valid"), batch=13)
+    replica = build(settings, task, watch.exchange)
+    train(replica, task, task.data("train"), replace(PLAN, evaluate_every=3), watch)
+    assert (replica.progress.best, replica.progress.best_step) == (1.0, 12)
+    assert [step for step, _ in watch.saved] == [6, 12]
+
+
+def test_a_model_may_keep_what_it_computed_in_an_evaluation() -> None:
+    class Keeping(torch.nn.Linear):
+        table: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.table is None and not self.training:
+                self.table = x.new_ones(4, 4)
+            return super().forward(x if self.table is None else x @ self.table)[:, 0]
+
+    settings = recipe()
+    task = replace(tiny(settings.task), model=lambda _: Keeping(4, 1))
+    watch = Watching(task)
+    train(build(settings, task, watch.exchange), task, task.data("train"), replace(PLAN, evaluate_every=3), watch)
+    assert watch.evaluated == [3, 6, 9, 12]
+
+
+def test_micro_batches_count_when_they_are_one_object() -> None:
+    settings = recipe(accumulate=2)
+    base = tiny(settings.task)
+    same = base.collate([base.data("train")[index] for index in range(3)])
+    task = replace(base, collate=lambda _: same)
+
+    def first_norm(transport: Any) -> float:
+        watch = Watching(base)
+        watch.exchange = ExactExchange(transport)
+        replica = build(settings, task, watch.exchange)
+        train(replica, task, base.data("train"), replace(PLAN, steps=1, accumulate=2, clip=9.0), watch)
+        return watch.rows[0]["gradient_norm"]
+
+    alone = first_norm(LocalTransport())
+    assert ThreadGroup(2).run(first_norm) == pytest.approx([alone, alone])
 
 
 def test_training_stops_early_when_nothing_improves() -> None:
@@ -180,7 +267,7 @@ def test_training_stops_early_when_nothing_improves() -> None:
 def test_a_request_to_stop_saves_and_ends() -> None:
     replica, watch = run(watch_with={"stop_at": 5})
     assert replica.progress.status == "interrupted"
-    assert watch.saved == [(5, "interrupted", {})]
+    assert watch.saved == [(5, "interrupted")]
     assert watch.evaluated == []
 
 
@@ -189,7 +276,7 @@ def test_a_finished_run_trains_no_further() -> None:
     task = tiny(settings.task)
     watch = Watching(task)
     replica = build(settings, task, watch.exchange)
-    replica.progress = Progress(step=12, position=72)
+    replica.progress = Progress(step=12, position=72, evaluated=12, status="done")
     train(replica, task, task.data("train"), PLAN, watch)
     assert replica.progress.status == "done"
     assert watch.rows == watch.saved == []

@@ -15,30 +15,78 @@ from raytrain.rundir import RunDirectory, rows, versions
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path / "run")
-    run.open("x = 1\n", resume=False)
+    opened(run, "x = 1\n", resume=False)
     return run
+
+
+def opened(run: RunDirectory, recipe: str, *, resume: bool, steps: int = 0, error: Exception | None = None) -> None:
+    with run.opened(resume=resume):
+        run.begin(recipe)
+        for step in range(steps):
+            run.append(run.metrics, {"step": step + 1})
+        if error:
+            raise error
 
 
 def test_a_new_run_needs_an_empty_folder_and_a_resumed_one_a_run(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"^--out: {run.path} is not empty; add --resume to continue the run in it"):
-        run.open("", resume=False)
+        opened(run, "", resume=False)
     with pytest.raises(RecipeError, match=rf"^--resume: there is no run in {tmp_path}/other; leave --resume out"):
-        RunDirectory(tmp_path / "other").open("", resume=True)
-    run.open("x = 2\n", resume=True)
+        opened(RunDirectory(tmp_path / "other"), "", resume=True)
+    opened(run, "x = 2\n", resume=True)
+    assert run.recipe.read_text() == f"# {versions()}\nx = 1\n"  # until the checkpoint is known to fit
+    run.write_recipe("x = 2\n")
     assert run.recipe.read_text() == f"# {versions()}\nx = 2\n"
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_new_run_that_is_refused_leaves_nothing(tmp_path: Path, existed: bool) -> None:
+    run = RunDirectory(tmp_path / "runs" / "new")
+    if existed:
+        run.path.mkdir(parents=True)
+    with pytest.raises(RecipeError, match="no such thing"):
+        opened(run, "", resume=False, error=RecipeError("no such thing"))
+    assert run.path.is_dir() == run.path.parent.is_dir() == existed
+    assert not existed or list(run.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_took_a_step_stays(run: RunDirectory, tmp_path: Path, resume: bool) -> None:
+    run = run if resume else RunDirectory(tmp_path / "new")
+    with pytest.raises(RecipeError, match="too late"):
+        opened(run, "", resume=resume, steps=0 if resume else 1, error=RecipeError("too late"))
+    assert run.recipe.is_file()
+
+
+def test_a_run_in_use_is_left_as_it_is(run: RunDirectory) -> None:
+    run.write_result(Result("done"))
+    run.request_stop()
+    with (
+        run.locked("command", 0),
+        pytest.raises(RecipeError, match="in use by command process"),
+        run.opened(resume=True),
+    ):
+        pytest.fail("it must not be opened")
+    assert run.stop_requested()
+    assert run.result.is_file()
+
+
+def test_numbers_that_json_lacks_are_null(run: RunDirectory) -> None:
+    run.append(run.metrics, {"step": 1, "valid": {"loss": float("nan"), "x": [float("inf"), 1.5]}})
+    assert rows(run.metrics) == [{"step": 1, "valid": {"loss": None, "x": [None, 1.5]}}]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RecipeError, match=rf"^--out: cannot write to {tmp_path}/file/run: Not a directory$"):
-        RunDirectory(tmp_path / "file" / "run").open("", resume=False)
+        opened(RunDirectory(tmp_path / "file" / "run"), "", resume=False)
 
 
 def test_what_an_earlier_attempt_asked_for_is_forgotten(run: RunDirectory) -> None:
     run.request_stop()
     run.record_failure(TrainingError("x"), 0)
     run.write_result(Result("failed"))
-    run.open("", resume=True)
+    opened(run, "", resume=True)
     assert not run.stop_requested()
     assert run.failure() is None
     assert not run.result.exists()
@@ -86,17 +134,25 @@ def test_an_error_of_the_users_code_comes_with_its_place(run: RunDirectory) -> N
 
 
 def test_a_resumed_recorder_drops_what_is_done_again(run: RunDirectory) -> None:
-    recorder = Recorder(run, 0, [])
+    recorder = Recorder(run, 0, 0, [])
     for step in range(1, 8):
         recorder.write({"step": step, "loss": 1.0})
     recorder.close()
     with run.metrics.open("a") as lines:
         lines.write('{"step": 8, "lo')  # the process was killed here
     assert [row["step"] for row in rows(run.metrics)] == [1, 2, 3, 4, 5, 6, 7]
-    again = Recorder(run, 4, [])
+    again = Recorder(run, 4, 0, [])
     again.write({"step": 5, "loss": 2.0})
     again.close()
     assert [(row["step"], row["loss"]) for row in rows(run.metrics)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)]
+
+
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(run: RunDirectory) -> None:
+    for step in (2, 4):
+        run.append(run.metrics, {"step": step, "loss": 1.0})
+        run.append(run.metrics, {"step": step, "valid": {"loss": 1.0}})
+    Recorder(run, 4, 2, []).close()
+    assert [(row["step"], "valid" in row) for row in rows(run.metrics)] == [(2, False), (2, True), (4, False)]
 
 
 def test_a_tail_follows_a_file_that_is_added_to_and_replaced(run: RunDirectory) -> None:
@@ -110,7 +166,7 @@ def test_a_tail_follows_a_file_that_is_added_to_and_replaced(run: RunDirectory) 
         lines.write("2}\n")
     assert tail.new() == [{"step": 2}]
     assert tail.new() == []
-    recorder = Recorder(run, 1, [])  # replaces the file
+    recorder = Recorder(run, 1, 0, [])  # replaces the file
     recorder.write({"step": 2})
     recorder.close()
     assert tail.new() == [{"step": 1}, {"step": 2}]

@@ -1,0 +1,33 @@
+"""What a worker does before it trains."""
+
+from pathlib import Path
+
+import pytest
+
+from raytrain import worker
+from raytrain.rundir import RunDirectory
+from raytrain.testing import ThreadGroup, ThreadTransport
+from raytrain.train_recipe import TrainRecipe
+from raytrain.worker import work
+
+
+def test_all_workers_must_see_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "SHARED_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(worker.socket, "gethostname", lambda: "elsewhere")
+    recipe = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "workers": 2})
+    run = RunDirectory(tmp_path / "run")
+    with run.opened(resume=False):
+        run.begin(recipe.to_toml())
+
+    def replica(transport: ThreadTransport) -> None:
+        seen = run if transport.rank == 0 else RunDirectory(tmp_path / "not mounted here")
+        assert work(recipe, seen, transport, beat=lambda: None) is None
+
+    ThreadGroup(2).run(replica)
+    failure = run.failure()
+    assert failure.exit_status == 2
+    assert failure.message == (
+        f"--out: {run.path} is not the same folder on elsewhere as for worker 0; on more than one machine it must be "
+        "on a file system that they share"
+    )
+    assert not (tmp_path / "not mounted here").exists()
