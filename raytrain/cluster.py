@@ -31,6 +31,11 @@ def cpus_per_worker(machines: Sequence[float], workers: int, cpus: float) -> flo
             return each
     each = cpus or 1
     fit = sum(_fitting(machine, each) for machine in machines)
+    if cpus and not fit:
+        raise RecipeError(
+            f"resources.cpus: a worker of {each:g} CPU does not fit on any machine: they have "
+            f"{' + '.join(f'{machine:g}' for machine in machines) or 'no'} CPUs"
+        )
     shared = math.floor(100 * max(1, sum(machines)) / workers) / 100
     raise RecipeError(
         f"workers: {workers} workers of {each:g} CPU each do not fit on {len(machines)} machine(s) with "

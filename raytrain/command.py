@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -25,45 +25,68 @@ from raytrain.kinds import Kind, Order, load_kinds
 from raytrain.names import near, resolve
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     help="Train neural networks on a Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    suggest_commands=False,  # click does
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Source = Annotated[
-    str,
-    typer.Argument(metavar="RECIPE", help="A file, a run's folder, a shipped recipe, or a task as module:attribute."),
-]
-More = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="The same as --set FIELD=VALUE.")]
+# Help of arguments is written here, because click 8.5 forgets what typer 0.20 tells it of them.
+RECIPE_HELP = (
+    "RECIPE is a file, a shipped recipe (raytrain list recipes), a run's folder, or a task as module:attribute. "
+    "FIELD=VALUE is short for --set FIELD=VALUE."
+)
+Source = Annotated[str, typer.Argument(metavar="RECIPE")]
+More = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in --set optimizer.lr=1e-3."),
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"raytrain {version('raytrain')}")
+        raise typer.Exit
+
+
 def main() -> NoReturn:
     """Run the command, and turn every error into one message and an exit status."""
-    sys.path.insert(0, os.getcwd())  # so that my_module:my_task is found, as with `python -m`
+    sys.path.append(os.getcwd())  # so that my_module:my_task is found, and a torch.py that lies about is not
     signal.signal(signal.SIGTERM, _as_interrupt)
     _add_kinds()
     try:
         status = app(standalone_mode=False)
+        if status == INTERRUPTED:
+            _complain("interrupted", status)
     except RaytrainError as error:
         status = _complain(str(error), error.exit_status)
-    except (click.Abort, KeyboardInterrupt):
-        status = _complain("interrupted", 130)
+    except KeyboardInterrupt:
+        status = _complain("interrupted", INTERRUPTED)
     except click.ClickException as error:
         error.show()
         status = error.exit_code
     sys.exit(status)
 
 
+@app.callback()
+def about(
+    version: Annotated[  # noqa: ARG001 - the callback prints it
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Train neural networks on a Ray cluster."""
+
+
 @app.command()
 def check(recipe: Source, more: More = None, changes: Changes = None) -> None:
-    """Print a recipe as it would run, and where each value comes from. Starts nothing."""
+    """Print a recipe as it would run, and where each value comes from; start nothing."""
     raw, origin = _read(recipe, None)
     overrides = parse_overrides([*(changes or []), *(more or [])])
     resolved = _parse(raw, overrides)
@@ -76,8 +99,8 @@ def check(recipe: Source, more: More = None, changes: Changes = None) -> None:
 
 
 @app.command(name="list")
-def list_names(what: Annotated[str | None, typer.Argument(help="Only this table.")] = None) -> None:
-    """List what a recipe can name, with a line each."""
+def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
+    """List what a recipe can name, with a line each; TABLE is one of recipes, tasks, optimizers, and so on."""
     tables: dict[str, dict[str, str]] = {"recipes": {}}
     for kind in load_kinds().values():
         tables["recipes"] |= {file.stem: _first_comment(file) for file in sorted(kind.recipes.glob("*.toml"))}
@@ -94,11 +117,11 @@ def list_names(what: Annotated[str | None, typer.Argument(help="Only this table.
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
     more: More = None,
     changes: Changes = None,
 ) -> None:
-    """Evaluate a run's best checkpoint on held-out data, and print the values as JSON."""
+    """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the values as JSON."""
     file = run / "recipe.toml"
     if not file.is_file():
         raise RecipeError(f"{run}: there is no run here (no recipe.toml); a run's folder is what --out named")
@@ -112,7 +135,8 @@ def evaluate(
 def _add_kinds() -> None:
     """Give each installed kind a command of its name; the kind itself is loaded when it is used."""
     for point in entry_points(group="raytrain.kinds"):
-        app.command(point.name, help=f"Run a recipe of the kind {point.name}.")(_runner(point.name))
+        about = f"Run a recipe of the kind {point.name}.\n\n{RECIPE_HELP}"
+        app.command(point.name, help=about)(_runner(point.name))
 
 
 def _runner(verb: str) -> Callable[..., int]:
@@ -138,8 +162,8 @@ def _runner(verb: str) -> Callable[..., int]:
             raise RecipeError(f"--resume: say which run, as in raytrain {verb} runs/NAME-TIME --resume")
         new = Path("runs") / f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = out or (Path(recipe) if resume else new)
-        result = resolve({}, kind.run, "kind")(resolved, Order(folder, resume, address))
-        return {"interrupted": 130, "failed": 1}.get(result.status, 0)
+        result = resolve({}, kind.run, "kind")(resolved, Order(folder, resume, address or None))
+        return {"interrupted": INTERRUPTED, "failed": 1}.get(result.status, 0)
 
     return command
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from raytrain.kinds import Result
 from raytrain.rundir import RunDirectory
@@ -95,11 +96,11 @@ class Display:
             "status": result.status,
             **{name: _number(value) for name, value in numbers.items()},
         }.items():
-            table.add_row(name.replace("_", " "), value)
+            table.add_row(name.replace("_", " "), Text(value))
         table.add_row("steps, samples, seconds", f"{result.steps}, {result.samples}, {result.seconds:.1f}")
         if result.restarts:
             table.add_row("restarts", str(result.restarts))
-        table.add_row("run", str(self._run.path))
+        table.add_row("run", Text(str(self._run.path)))
         self._console.print(table)
         if result.status in ("interrupted", "failed") and result.checkpoint:
             self.say(f"continue with: raytrain train {self._run.path} --resume")
@@ -134,7 +135,7 @@ class Display:
 
     def _line(self, row: Mapping[str, Any]) -> None:
         self._next_line = time.monotonic() + LINE_SECONDS
-        left = f"  {(self._steps - row['step']) / self._pace[0]:.0f} s left" if self._pace[0] else ""
+        left = f"  {max(0, self._steps - row['step']) / self._pace[0]:.0f} s left" if self._pace[0] else ""
         self.say(f"step {row['step']}/{self._steps}  {self._numbers()}{left}")
 
     def _numbers(self) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -70,12 +71,16 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
     with run_directory.opened(resume=order.resume), Display(run_directory, recipe.steps) as display:
         display.say("starting Ray" if order.address is None else f"connecting to Ray at {order.address}")
         with _cluster(order.address) as machines:
+            if order.address == "auto":
+                display.say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
             cpus = cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
             _check_room(recipe, cpus, display)
             run_directory.begin(recipe.to_toml())
             fit = _Fit(_trainer(recipe, run_directory, cpus, TorchTrainer if order.address else _OwnClusterTrainer))
             ended = display.follow(fit.ended)
         failure = run_directory.failure() or (Failure(_summary(fit.error)) if ended and fit.error else None)
+        if not run_directory.recipe.is_file():
+            raise TrainingError(f"{run_directory.path} was removed or emptied while the run went on")
         if failure and failure.exit_status == RecipeError.exit_status:
             raise RecipeError(failure.message)
         result = result_of(recipe, run_directory, failure)
@@ -142,8 +147,11 @@ def start_ray(address: str | None, cpus: int) -> None:
     quiet = {"logging_level": logging.ERROR, "logging_config": ray.LoggingConfig(log_level="ERROR")}
     # "local" and not None: Ray would join any cluster that was once started on this machine.
     own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", **quiet, **({} if address else own))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
     except (OSError, ValueError, RuntimeError, RayError) as error:
         what = f"--address: cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
         raise RecipeError(f"{what}: {error}") from error
@@ -228,7 +236,7 @@ def _worker(config: dict[str, Any]) -> None:
                 f"raytrain at {Path(raytrain.__file__).parent} on worker {rank} is not the raytrain of the command; "
                 "install the same version on every machine"
             )
-        sys.path.insert(0, config["import_from"])
+        sys.path.append(config["import_from"])
         recipe = TrainRecipe.parse(config["recipe"])
         torch.set_num_threads(config["threads"])
         device = get_device() if recipe.resources.gpus else torch.device("cpu")

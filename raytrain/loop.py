@@ -151,9 +151,10 @@ def backward(replica: Replica, task: Task, examples: Examples, indices: NDArray[
         loss = weighed(losses, weights)
         total += loss.item()
         if not math.isfinite(total):
+            more = "" if plan.clip else " or clip = 1"
             raise TrainingError(
                 f"the loss is {total} in step {replica.progress.step + 1} on worker {replica.rank}, over the training "
-                f"examples {indices.tolist()}; a lower optimizer.lr, a longer schedule.warmup or clip = 1 may help"
+                f"examples {indices.tolist()}; a lower optimizer.lr, a longer schedule.warmup{more} may help"
             )
         if place == len(batches):
             replica.sync.before_backward(weight)

@@ -7,7 +7,9 @@ registration.
 
 import difflib
 import importlib
+import traceback
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
@@ -19,6 +21,13 @@ def near(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=2)
     guess = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{guess}known: {', '.join(names)}"
+
+
+def place_of(error: BaseException) -> str:
+    """Return where in a file an error arose, as " (mine.py, line 3)", for the end of a message that names the error."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    outside = isinstance(error, SyntaxError) or not frames or frames[-1].filename == importlib.__file__
+    return "" if outside else f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
 def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
@@ -38,8 +47,10 @@ def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
     module_name, _, attribute = target.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise RecipeError(f"{what}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise RecipeError(
+            f"{what}: cannot import {module_name!r}: {type(error).__name__}: {error}{place_of(error)}"
+        ) from error
     for part in attribute.split("."):
         try:
             found = getattr(found, part)

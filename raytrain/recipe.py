@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from raytrain.errors import RecipeError
@@ -25,9 +25,9 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, and without unknown fields."""
+    """A part of a recipe: frozen, without unknown fields, and every number finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -91,8 +91,8 @@ class Recipe(Section):
     """What every kind of recipe has."""
 
     kind: str
-    name: str = "run"
-    seed: int = 0
+    name: str = Field("run", pattern=r"^[\w.-]+$")
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
@@ -175,7 +175,8 @@ def read_toml(source: str, shipped: Iterable[Path]) -> tuple[dict[str, Any], Pat
     path = given if given.is_file() else files.get(source)
     if path is None:
         raise RecipeError(
-            f"{source!r} is neither a file, nor a run's folder, nor a shipped recipe; {near(source, files)}"
+            f"{source!r} is neither a file, nor a run's folder with a recipe.toml, nor a shipped recipe, nor a task as "
+            f"module:attribute; {near(source, files)}"
         )
     try:
         return tomllib.loads(path.read_text(encoding="utf-8")), path

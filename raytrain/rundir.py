@@ -59,7 +59,7 @@ class RunDirectory:
     def opened(self, *, resume: bool) -> Iterator[None]:
         """Hold the folder as the only command that uses it.
 
-        A new run that ends with a `RecipeError` before it took a step leaves nothing behind.
+        A new run that is refused or interrupted before it took a step leaves nothing behind.
 
         Args:
             resume: whether there must be a run already, or must not.
@@ -76,7 +76,7 @@ class RunDirectory:
             self._check(resume)  # another command may have been quicker
             try:
                 yield
-            except RecipeError:
+            except (RecipeError, KeyboardInterrupt):
                 if not resume and not rows(self.metrics):
                     self._clear(made)
                 raise

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from raytrain.errors import RecipeError
+from raytrain.names import place_of
 from raytrain.recipe import Options, declared_options
 
 if TYPE_CHECKING:
@@ -119,11 +120,18 @@ def make_task(factory: Any, options: Options) -> Task:
     """Return the task that `factory` makes of `options`.
 
     Raises:
-        RecipeError: what it returns is not a `Task`.
+        RecipeError: it raises an error, or what it returns is not a `Task`.
     """
     if isinstance(factory, Task):
         return factory
-    task = factory() if type(options) is Options else factory(options)
+    try:
+        task = factory() if type(options) is Options else factory(options)
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"task.name: {options.name} raised {type(error).__name__}: {error}{place_of(error)}"
+        ) from error
     if not isinstance(task, Task):
         raise RecipeError(f"task.name: {options.name} returned {task!r}; expected a raytrain.Task")
     return task

@@ -63,6 +63,8 @@ class RunWatch:
         if self.exchange.transport.rank > 0 or now < self._next_stop_check:
             return False
         self._next_stop_check = now + STOP_CHECK_SECONDS
+        if not self.run.recipe.is_file():
+            raise TrainingError(f"{self.run.path} was removed or emptied while the run went on")
         return self.run.stop_requested()
 
     def stepped(self, replica: Replica, values: dict[str, float]) -> None:

@@ -63,7 +63,7 @@ def work(recipe: TrainRecipe, run: RunDirectory, transport: Transport, beat: Cal
     except PeerLostError:
         if run.failure(FAILURE_WAIT_SECONDS) is None:
             raise
-    except Exception as error:  # the user's code or ours: it would happen again
+    except (Exception, SystemExit) as error:  # the user's code or ours: it would happen again
         run.record_failure(error, transport.rank)
     finally:
         transport.close()
@@ -99,8 +99,11 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         log_every=recipe.log.every,
         beat=beat,
     )
+    examples = task.data("train")
+    if len(examples) == 0:
+        raise RecipeError(f"task.name: {recipe.task.name} has no examples to train on: Task.data('train') is empty")
     with watch.recording(replica.progress, [resolve(LOGGERS, name, "log.to") for name in recipe.log.to]):
-        train(replica, task, task.data("train"), plan, watch)
+        train(replica, task, examples, plan, watch)
     return watch.last
 
 

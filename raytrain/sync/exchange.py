@@ -67,5 +67,5 @@ class _Mean:
 
     def wait(self) -> Tensor:
         flat = self._pending.wait()
-        flat[:-1].div_(flat[-1].clamp_min(torch.finfo(flat.dtype).tiny))  # nobody contributed: 0, not NaN
+        flat[:-1].div_(flat[-1].masked_fill(flat[-1] == 0, 1.0))  # nobody contributed: 0, not NaN
         return flat

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -31,7 +31,7 @@ class DigitsOptions(Options):
     """
 
     model: Literal["mlp", "cnn"] = "cnn"
-    widths: tuple[int, ...] = Field((32, 64), min_length=1)
+    widths: tuple[PositiveInt, ...] = Field((32, 64), min_length=1)
     depth: int = Field(1, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     norm: Literal["none", "batch", "layer"] = "none"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def test_check_shows_each_value_and_where_it_comes_from(raytrain: Callable[..., 
     [
         (
             ["train", "digit"],
-            "'digit' is neither a file, nor a run's folder, nor a shipped recipe; did you mean digits?",
+            "'digit' is neither a file, nor a run's folder with a recipe.toml, nor a shipped recipe, nor a task as "
+            "module:attribute; did you mean digits?",
         ),
         (["train", "digits", "--set", "wrokers=2"], "wrokers: no such field; did you mean workers?"),
         (
@@ -76,6 +78,11 @@ def test_check_shows_each_value_and_where_it_comes_from(raytrain: Callable[..., 
         ),
         (["train", "digits", "optimizer.lr=-1"], "optimizer: adamw refuses its options: Invalid learning rate: -1"),
         (["train", "digits", 'callbacks=["nowhere:x"]'], "callbacks: cannot import 'nowhere': ModuleNotFoundError"),
+        (["train", "mine2:raises"], "task.name: mine2:raises raised ValueError: cannot (mine2.py, line 2)"),
+        (["check", "mine3:task"], "task.name: cannot import 'mine3': SystemExit: 3 (mine3.py, line 1)"),
+        (["train", "digits", "sync.timeout_seconds=inf"], "sync.timeout_seconds: expected a finite number; got inf"),
+        (["train", "digits", "name=a/b"], "name: String should match pattern"),
+        (["train", "digits", "resources.cpus=999"], "resources.cpus: a worker of 999 CPU does not fit on any machine"),
         (["check", "digits", "steps=-1"], "steps: expected greater than or equal to 1; got -1"),
         (["list", "optimiser"], "'optimiser' is not a table; did you mean optimizers?"),
         (["evaluate", "nothing"], "nothing: there is no run here (no recipe.toml)"),
@@ -87,6 +94,8 @@ def test_what_is_wrong_is_said_before_anything_starts(
     raytrain: Callable[..., Any], workplace: Path, words: list[str], message: str
 ) -> None:
     (workplace / "mine.py").write_text("def broken(:\n")
+    (workplace / "mine2.py").write_text("def raises():\n    raise ValueError('cannot')\n")
+    (workplace / "mine3.py").write_text("raise SystemExit(3)\n")
     ended = raytrain(*words)
     assert ended.status == 2
     assert message in ended.err
@@ -129,7 +138,15 @@ def test_a_new_run_that_a_worker_refuses_leaves_nothing(
 ) -> None:
     (workplace / "short.txt").write_text("ab" * 50)
     ended = raytrain(
-        "train", "stdlib-lm", "task.path=short.txt", "task.block=90", "workers=1", "resources.cpus=1", "--out", "run"
+        "train",
+        "stdlib-lm",
+        "task.path=short.txt",
+        "task.block=90",
+        "task.stride=0",
+        "workers=1",
+        "resources.cpus=1",
+        "--out",
+        "run",
     )
     assert (ended.status, "part of the text is shorter than task.block = 90" in ended.err) == (2, True)
     assert not (workplace / "run").exists()
@@ -183,6 +200,10 @@ def test_a_disk_that_fills_up_while_logging_leaves_word(small_disk: Path) -> Non
     run = train_here(recipe, small_disk / "run")
     assert "No space left on device" in run.failure().message
     assert len(listed(run.checkpoints)) == 2
+
+
+def test_the_version_is_told(raytrain: Callable[..., Any]) -> None:
+    assert raytrain("--version").out == f"raytrain {version('raytrain')}\n"
 
 
 def test_list_names_everything_with_a_line_each(raytrain: Callable[..., Any]) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -91,10 +93,11 @@ def test_a_run_leaves_what_is_promised(straight: Path) -> None:
     assert re.match(r"# raytrain \S+, ray \S+, torch \S+", (straight / "recipe.toml").read_text())
 
 
-def test_ctrl_c_saves_and_resume_goes_on_to_the_bit(straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ask", [os.killpg, os.kill])
+def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(straight: Path, tmp_path: Path, ask: Any) -> None:
     command = start(tmp_path, "train", "digits", *QUICK, "--out", "run")
     wait_for_step(tmp_path / "run", 50)
-    os.killpg(command.pid, signal.SIGINT)
+    ask(command.pid, signal.SIGINT if ask is os.killpg else signal.SIGTERM)
     status, _, err = finish(command)
     assert status == 130, err
     assert "stopping: the workers save and end after the step they are at" in err
@@ -105,6 +108,28 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_bit(straight: Path, tmp_path: Pa
     assert status == 0, err
     assert rows(tmp_path / "run" / "attempts.jsonl")[1]["from_step"] == result["steps"]
     assert equal(straight, tmp_path / "run")
+
+
+def test_ctrl_c_while_ray_starts_leaves_nothing(tmp_path: Path) -> None:
+    command = start(tmp_path, "train", "digits", *QUICK)
+    while not (tmp_path / "runs").exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    os.killpg(command.pid, signal.SIGINT)
+    status, _, err = finish(command)
+    assert (status, err.strip().splitlines()[-1]) == (130, "raytrain: interrupted")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_is_removed_ends_the_run(tmp_path: Path) -> None:
+    command = start(tmp_path, "train", "digits", *QUICK, "steps=100000", "--out", "run")
+    wait_for_step(tmp_path / "run", 20)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    status, _, err = finish(command)
+    assert (status, err.strip().splitlines()[-1]) == (
+        1,
+        f"raytrain: {tmp_path}/run was removed or emptied while the run went on",
+    )
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
@@ -119,8 +144,11 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         time.sleep(1)
     status, _, err = finish(command)
     assert status == 130, err
-    assert not any(psutil.pid_exists(pid) for pid in workers)
     assert "Traceback" not in err
+    give_up = time.monotonic() + 10  # which is less than they would sleep
+    while (left := [pid for pid in workers if psutil.pid_exists(pid)]) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert left == []
 
 
 def test_kill_9_of_the_command_leaves_nothing_running_and_resume_goes_on_to_the_bit(

@@ -9,7 +9,7 @@ from raytrain.testing import ThreadGroup, ThreadTransport
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(0, 50)), min_size=1, max_size=4))
+@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(0, 50, allow_subnormal=False)), min_size=1, max_size=4))
 def test_the_mean_counts_by_weight(contributions: list[tuple[float, float]]) -> None:
     weight = sum(weight for _, weight in contributions)
     mean = sum(value * weight for value, weight in contributions) / weight if weight else 0.0

@@ -143,7 +143,8 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     assert read_toml("digits", [KIND.recipes])[1].name == "digits.toml"
     with pytest.raises(
         RecipeError,
-        match=r"^'digit' is neither a file, nor a run's folder, nor a shipped recipe; did you mean digits\?",
+        match=r"^'digit' is neither a file, nor a run's folder with a recipe.toml, nor a shipped recipe, nor a task as "
+        r"module:attribute; did you mean digits\?",
     ):
         read_toml("digit", [KIND.recipes])
     broken = tmp_path / "broken.toml"
