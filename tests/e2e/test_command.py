@@ -141,14 +141,14 @@ def test_a_new_run_that_a_worker_refuses_leaves_nothing(
         "train",
         "stdlib-lm",
         "task.path=short.txt",
-        "task.block=90",
+        "task.block=95",
         "task.stride=0",
         "workers=1",
         "resources.cpus=1",
         "--out",
         "run",
     )
-    assert (ended.status, "part of the text is shorter than task.block = 90" in ended.err) == (2, True)
+    assert (ended.status, "part of the text is shorter than task.block = 95" in ended.err) == (2, True)
     assert not (workplace / "run").exists()
 
 
