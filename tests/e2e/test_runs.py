@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -47,14 +48,6 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 def finish(command: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = command.communicate(timeout=200)
     return command.returncode, out, err
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -153,7 +146,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     assert status == 130, err
     assert "Traceback" not in err
     give_up = time.monotonic() + 10  # which is less than they would sleep
-    while (left := [pid for pid in workers if alive(pid)]) and time.monotonic() < give_up:
+    while (left := [pid for pid in workers if psutil.pid_exists(pid)]) and time.monotonic() < give_up:
         time.sleep(0.05)
     assert left == []
 
@@ -169,7 +162,7 @@ def test_kill_9_of_the_command_leaves_nothing_running_and_resume_goes_on_to_the_
     status, _, err = finish(start(tmp_path, "train", "digits", *QUICK, "--out", "run", "--resume"))
     assert status == 0, err
     assert equal(straight, tmp_path / "run")
-    assert not any(alive(pid) for pid in workers)
+    assert not any(psutil.pid_exists(pid) for pid in workers)
 
 
 def test_the_recipe_of_a_run_repeats_it(straight: Path, tmp_path: Path) -> None:
