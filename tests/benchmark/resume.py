@@ -5,7 +5,8 @@
 Each trial runs `raytrain train` and, at a random moment after training has begun, sends SIGKILL to a random worker or
 to the command itself. A killed worker is started again by the run itself; a killed command is run again with --resume.
 The final weights are compared with those of an untouched run, bit by bit. The recovery of a worker is the time from the
-kill to the first step after it; that of a command includes starting Python and Ray.
+kill to the first step after it; that of a command includes starting Python and Ray. The workers of a killed command go
+on until Ray ends them, so a run that is killed late may have nothing left to do: then it is the time to the end.
 """
 
 import os
@@ -26,7 +27,7 @@ from raytrain.checkpoint import listed, load
 from raytrain.rundir import rows
 
 WORDS = [
-    "task.dropout=0.1", "task.norm=batch", "workers=2", "steps=900", "ema=0.99", "batch=16", "resources.cpus=1",
+    "task.dropout=0.1", "task.norm=batch", "workers=2", "steps=800", "ema=0.99", "batch=16", "resources.cpus=1",
     "checkpoint.every=50", "evaluation.every=300", "log.every=1", "sync.timeout_seconds=30",
 ]  # fmt: skip
 
@@ -54,7 +55,7 @@ def wait_for(done: Callable[[], bool], command: subprocess.Popen[bytes], seconds
 def trial(out: Path, seed: int) -> dict[str, object]:
     """Kill something at a random step of a new run, let it recover, and tell how that went."""
     draw = random.Random(seed)
-    at, victim = draw.randrange(20, 850), draw.choice(["worker 0", "worker 1", "command"])
+    at, victim = draw.randrange(20, 700), draw.choice(["worker 0", "worker 1", "command"])
     command = start(out)
     wait_for(lambda: last_step(out) >= at, command)
     killed_at = last_step(out)
@@ -68,7 +69,7 @@ def trial(out: Path, seed: int) -> dict[str, object]:
         os.kill(rows(out / "attempts.jsonl")[-1]["workers"][int(victim[-1])]["pid"], signal.SIGKILL)
     wait_for(lambda: len(rows(out / "attempts.jsonl")) > attempts, command)
     resumed_from = rows(out / "attempts.jsonl")[-1]["from_step"]
-    wait_for(lambda: last_step(out) > resumed_from, command)
+    wait_for(lambda: last_step(out) > resumed_from or command.poll() == 0, command)  # they may have come to the end
     recovery = time.monotonic() - killed
     status = command.wait(timeout=300)
     return {
