@@ -20,25 +20,22 @@ from raytrain.train_recipe import TrainRecipe
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    mount(["-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)])
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    yield from mounted(tmp_path / "read-only", "ro")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
+    yield from mounted(tmp_path / "small", "size=600k")
+
+
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory."""
     folder.mkdir()
-    mount(["-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)])
+    words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system takes root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
-
-
-def mount(words: list[str]) -> None:
-    if subprocess.run(["mount", *words], capture_output=True, check=False).returncode:
-        pytest.skip("mounting a file system takes root")
 
 
 def test_check_shows_each_value_and_where_it_comes_from(raytrain: Callable[..., Any], workplace: Path) -> None:
