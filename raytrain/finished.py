@@ -45,6 +45,7 @@ def result_of(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -
         steps=progress["step"],
         samples=progress["position"],
         seconds=round(progress["seconds"], 3),
+        stalled_seconds=round(progress["stalled_seconds"], 3),
         bytes_sent=progress["bytes_sent"],
         restarts=restarts,
         checkpoint=str(last.path),

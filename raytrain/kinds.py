@@ -36,6 +36,7 @@ class Result:
         steps: optimizer steps done.
         samples: examples drawn.
         seconds: time spent training, over all attempts.
+        stalled_seconds: how much of it the first worker waited for data.
         bytes_sent: by the first worker.
         restarts: how often workers had to be started again.
         checkpoint: the last one, if there is one.
@@ -49,6 +50,7 @@ class Result:
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
+    stalled_seconds: float = 0.0
     bytes_sent: int = 0
     restarts: int = 0
     checkpoint: str = ""

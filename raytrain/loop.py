@@ -6,16 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from raytrain.errors import TrainingError
+from raytrain.feed import Feed
 from raytrain.replica import Progress, Replica
-from raytrain.sampler import Sampler
-from raytrain.task import Batch, Examples, Task
+from raytrain.task import Batch, Task
 from raytrain.tensors import moved, seed_step, weighed, weights_of
 
 
@@ -72,13 +70,12 @@ class Watch(Protocol):
         ...
 
 
-def train(replica: Replica, task: Task, examples: Examples, plan: Plan, watch: Watch) -> None:
+def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) -> None:
     """Train to the end of the plan, to an early stop, or until asked to stop; a checkpoint is always there at the end.
 
     Raises:
         TrainingError: the loss or the gradient is not a finite number.
     """
-    sampler = Sampler(len(examples), plan.seed)
     progress, optimizer, sync = replica.progress, replica.optimizer, replica.sync
     began, seconds, bytes_sent = time.perf_counter(), progress.seconds, progress.bytes_sent
     was, progress.status = progress.status, status(progress, plan, stop=False)
@@ -89,8 +86,7 @@ def train(replica: Replica, task: Task, examples: Examples, plan: Plan, watch: W
         seed_step(plan.seed, replica.rank, progress.step)
 
         # Forward and backward over this replica's share of the step; then every gradient is the mean over the replicas.
-        indices = sampler.indices(progress.position + replica.rank * plan.batch, plan.batch)
-        own_loss = backward(replica, task, examples, indices, plan)
+        own_loss = backward(replica, task, feed, plan)
         totals = sync.before_step(own_loss, watch.stop_requested())
         norm = clip(replica, plan.clip)
 
@@ -137,13 +133,12 @@ def settle(replica: Replica, task: Task, plan: Plan, watch: Watch) -> None:
         watch.note(replica, metrics)
 
 
-def backward(replica: Replica, task: Task, examples: Examples, indices: NDArray[np.int64], plan: Plan) -> float:
-    """Add the gradient of the weighted mean loss over `indices` to the parameters; return sum of weight * loss."""
-    batches: list[tuple[Batch, Tensor]] = []
-    for part in np.array_split(indices, plan.accumulate):
-        batch = moved(task.collate([examples[index] for index in part.tolist()]), replica.device, replica.dtype)
-        batches.append((batch, weights_of(task, batch, len(part), replica.device)))
-    weight = sum(weights.sum().item() for _, weights in batches)
+def backward(replica: Replica, task: Task, feed: Feed, plan: Plan) -> float:
+    """Add the gradient of the weighted mean loss over this replica's share of the step; return sum of weight * loss."""
+    progress = replica.progress
+    position = progress.position + replica.rank * plan.batch
+    batches = _take(replica, task, feed, position, plan)
+    divisor = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
     total = 0.0
     for place, (batch, weights) in enumerate(batches, start=1):
         with torch.autocast(replica.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
@@ -153,13 +148,24 @@ def backward(replica: Replica, task: Task, examples: Examples, indices: NDArray[
         if not math.isfinite(total):
             more = "" if plan.clip else " or clip = 1"
             raise TrainingError(
-                f"the loss is {total} in step {replica.progress.step + 1} on worker {replica.rank}, over the training "
-                f"examples {indices.tolist()}; a lower optimizer.lr, a longer schedule.warmup{more} may help"
+                f"the loss is {total} in step {progress.step + 1} on worker {replica.rank}, over "
+                f"{feed.named(position, plan.batch)}; a lower optimizer.lr, a longer schedule.warmup{more} may help"
             )
         if place == len(batches):
-            replica.sync.before_backward(weight)
-        (loss / (weight or 1.0)).backward()
+            replica.sync.before_backward()
+        (loss / (divisor or 1.0)).backward()
     return total
+
+
+def _take(replica: Replica, task: Task, feed: Feed, position: int, plan: Plan) -> list[tuple[Batch, Tensor]]:
+    """Return the micro-batches of this replica's share of the step, each with its weights, where the model is."""
+    began = time.perf_counter()
+    batches = []
+    for raw, examples in feed.take(position, plan.batch, plan.accumulate):
+        batch = moved(raw, replica.device, replica.dtype)
+        batches.append((batch, weights_of(task, batch, examples, replica.device)))
+    replica.progress.stalled_seconds += time.perf_counter() - began
+    return batches
 
 
 def clip(replica: Replica, limit: float) -> float:

@@ -27,6 +27,7 @@ class Progress:
         stale: evaluations since then.
         evaluated: the step of the last evaluation.
         seconds: time spent training, over all attempts.
+        stalled_seconds: how much of it the first replica waited for data.
         bytes_sent: bytes that the first replica put on the wire, over all attempts.
         status: "running", or why it ended: "done", "stopped early", "interrupted".
     """
@@ -38,6 +39,7 @@ class Progress:
     stale: int = 0
     evaluated: int = 0
     seconds: float = 0.0
+    stalled_seconds: float = 0.0
     bytes_sent: int = 0
     status: str = "running"
 

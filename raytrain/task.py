@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from raytrain.errors import RecipeError
@@ -80,6 +81,9 @@ class Task:
         metric: the name in `measure` that decides which checkpoint is best.
         better: whether a lower or a higher metric is better.
         references: () -> figures to stand beside the metrics in the result, found from the data without a model.
+        inputs: a file to predict on -> its examples, without labels.
+        predict: (model in evaluation mode, examples) -> for each of them what is predicted, as plain data.
+        export: (model, folder) -> writes the model as others load it, a folder of Hugging Face's form.
     """
 
     model: Callable[[int], nn.Module]
@@ -91,6 +95,9 @@ class Task:
     metric: str = "loss"
     better: Literal["lower", "higher"] = "lower"
     references: Callable[[], Mapping[str, float]] = no_references
+    inputs: Callable[[Path], Examples] | None = None
+    predict: Callable[[nn.Module, Sequence[Any]], Sequence[Mapping[str, Any]]] | None = None
+    export: Callable[[nn.Module, Path], None] | None = None
 
     def improves(self, value: float, best: float | None) -> bool:
         """Return whether `value` of the metric is better than `best`; any number is better than None, NaN is never."""

@@ -16,6 +16,7 @@ from raytrain.checkpoint import CheckpointStore, Manifest, load
 from raytrain.ema import Ema
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
+from raytrain.feed import Indexed
 from raytrain.loop import train
 from raytrain.names import resolve
 from raytrain.optimizers import OPTIMIZERS, make_optimizer
@@ -103,7 +104,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     if len(examples) == 0:
         raise RecipeError(f"task.name: {recipe.task.name} has no examples to train on: Task.data('train') is empty")
     with watch.recording(replica.progress, [resolve(LOGGERS, name, "log.to") for name in recipe.log.to]):
-        train(replica, task, examples, plan, watch)
+        train(replica, task, Indexed(task, examples, recipe.seed), plan, watch)
     return watch.last
 
 

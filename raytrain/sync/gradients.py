@@ -78,9 +78,13 @@ class GradientAveraging:
             for place, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket, place))
 
-    def before_backward(self, weight: float) -> None:
-        """Send each piece during the backward pass that comes now."""
+    def begin(self, weight: float) -> float:
+        """Return the weight itself: each replica's gradient is that of its own mean."""
         self._weight = weight
+        return weight
+
+    def before_backward(self) -> None:
+        """Send each piece during the backward pass that comes now."""
         self._armed = not self._alone
         for bucket in self._buckets:
             bucket.clear()

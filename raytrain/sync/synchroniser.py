@@ -53,8 +53,16 @@ class Synchroniser(Protocol):
         """Take the replica's parameters and buffers in hand; afterwards they equal those of the first replica."""
         ...
 
-    def before_backward(self, weight: float) -> None:
-        """Learn the weight of this replica's losses; the last backward pass of the step comes next."""
+    def begin(self, weight: float) -> float:
+        """Learn the weight of this replica's losses in a step, before its first backward pass.
+
+        Returns:
+            What the sum of weight * loss is to be divided by before each backward pass.
+        """
+        ...
+
+    def before_backward(self) -> None:
+        """Learn that the last backward pass of the step comes next."""
         ...
 
     def before_step(self, loss: float, stop: bool) -> Totals:

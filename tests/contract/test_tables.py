@@ -166,7 +166,8 @@ def test_synchronisers_keep_replicas_equal(name: str) -> None:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         for step in range(7):
             x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step * 10 + transport.rank))
-            sync.before_backward(5.0)
+            sync.begin(5.0)
+            sync.before_backward()
             loss = module(x).square().mean()
             loss.backward()
             totals = sync.before_step(5 * loss.item(), stop=step == 3 and transport.rank == 1)

@@ -56,7 +56,8 @@ def test_the_mean_is_that_of_one_replica_with_everything(sizes: list[int], bucke
         mine = slice(start, start + sizes[transport.rank])
         sync = GradientAveraging(ExactExchange(transport), bucket_bytes)
         sync.start(module)
-        sync.before_backward(weights[mine].sum().item())
+        sync.begin(weights[mine].sum().item())
+        sync.before_backward()
         totals = sync.before_step(backward(module, x[mine], weights[mine]), stop=transport.rank == len(sizes) - 1)
         return {name: value.grad for name, value in module.named_parameters()}, totals
 
@@ -98,7 +99,8 @@ def test_moving_buffers_stay_equal_and_move_by_the_mean() -> None:
         module = copy.deepcopy(start)
         sync = GradientAveraging(ExactExchange(transport), 100)
         sync.start(module)
-        sync.before_backward(weights[transport.rank])
+        sync.begin(weights[transport.rank])
+        sync.before_backward()
         module(batches[transport.rank]).sum().backward()
         sync.before_step(0.0, stop=False)
         return module
@@ -120,7 +122,8 @@ def test_constant_buffers_never_drift() -> None:
         sync = GradientAveraging(ExactExchange(transport), 100)
         sync.start(module)
         for _ in range(20):
-            sync.before_backward(0.3 + transport.rank)
+            sync.begin(0.3 + transport.rank)
+            sync.before_backward()
             module(torch.ones(1, 2)).sum().backward()
             sync.before_step(0.0, stop=False)
         return module.constant
@@ -138,7 +141,8 @@ def test_gradients_of_earlier_micro_batches_count() -> None:
         sync = GradientAveraging(ExactExchange(transport), 4)
         sync.start(module)
         other(torch.full((1, 1), 1.0 + transport.rank)).sum().backward()
-        sync.before_backward(1.0)
+        sync.begin(1.0)
+        sync.before_backward()
         used(torch.ones(1, 1)).sum().backward()
         sync.before_step(0.0, stop=False)
         return other.weight.grad
@@ -154,7 +158,8 @@ def test_a_gradient_in_two_parts_is_refused() -> None:
         module = copy.deepcopy(shared)
         sync = GradientAveraging(ExactExchange(transport), 100)
         sync.start(module)
-        sync.before_backward(1.0)
+        sync.begin(1.0)
+        sync.before_backward()
         x = torch.ones(1, 3, requires_grad=True)
         for _ in range(2):
             x = checkpoint(module, x, use_reentrant=True)
@@ -168,7 +173,8 @@ def test_alone_nothing_is_sent_or_copied() -> None:
     module = TinyModel(TinyOptions(name="tiny"))
     sync = GradientAveraging(ExactExchange(LocalTransport()), 100)
     sync.start(module)
-    sync.before_backward(2.0)
+    sync.begin(2.0)
+    sync.before_backward()
     loss = backward(module, torch.randn(2, 4), torch.ones(2))
     gradient = module.out.weight.grad
     assert sync.before_step(loss, stop=False) == Totals(2.0, loss, False)
@@ -182,7 +188,8 @@ def test_bytes_and_waiting_are_counted() -> None:
         sync = GradientAveraging(ExactExchange(transport), 10_000)
         sync.start(module)
         started = sync.bytes_sent
-        sync.before_backward(1.0)
+        sync.begin(1.0)
+        sync.before_backward()
         module(torch.ones(1, 10)).sum().backward()
         sync.before_step(0.0, stop=False)
         assert sync.bytes_sent - started == (100 + 1) * 4 + (3 + 1) * 8
@@ -198,7 +205,8 @@ def test_a_lost_peer_is_an_error() -> None:
         sync.start(module)
         if transport.rank == 1:
             return
-        sync.before_backward(1.0)
+        sync.begin(1.0)
+        sync.before_backward()
         module(torch.ones(1, 2)).sum().backward()
         sync.before_step(0.0, stop=False)
 

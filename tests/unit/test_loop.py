@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from raytrain.errors import TrainingError
 from raytrain.evaluation import evaluate
+from raytrain.feed import Indexed
 from raytrain.loop import Plan, due, status, train
 from raytrain.replica import Progress, Replica
 from raytrain.sampler import Sampler
@@ -77,7 +78,7 @@ def run(plan: Plan = PLAN, watch_with: Any = None, **changes: Any) -> tuple[Repl
     task = tiny(settings.task)
     watch = Watching(task, **(watch_with or {}))
     replica = build(settings, task, watch.exchange)
-    train(replica, task, task.data("train"), plan, watch)
+    train(replica, task, Indexed(task, task.data("train"), PLAN.seed), plan, watch)
     return replica, watch
 
 
@@ -130,7 +131,13 @@ def test_replicas_take_the_step_of_one_with_all_the_examples(members: int) -> No
             replicas[transport.rank] = build(settings, task, ExactExchange(transport))
         watch = Watching(task)
         watch.exchange = ExactExchange(transport)
-        train(replicas[transport.rank], task, task.data("train"), replace(PLAN, batch=6 // members), watch)
+        train(
+            replicas[transport.rank],
+            task,
+            Indexed(task, task.data("train"), PLAN.seed),
+            replace(PLAN, batch=6 // members),
+            watch,
+        )
 
     ThreadGroup(members).run(replica)
     alone, _ = run()
@@ -175,7 +182,7 @@ def test_what_is_done_is_saved_before_it_is_evaluated() -> None:
     task = replace(tiny(settings.task), measure=lambda *_: {"lost": (1.0, 1.0)})
     watch = Watching(task)
     with pytest.raises(TrainingError, match="measured lost, but the task's metric is 'loss'"):
-        train(build(settings, task, watch.exchange), task, task.data("train"), PLAN, watch)
+        train(build(settings, task, watch.exchange), task, Indexed(task, task.data("train"), PLAN.seed), PLAN, watch)
     assert watch.saved == [(12, "done")]
 
 
@@ -185,7 +192,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for() -> None:
     watch = Watching(task)
     replica = build(settings, task, watch.exchange)
     replica.progress = Progress(step=4, position=24, evaluated=2)
-    train(replica, task, task.data("train"), replace(PLAN, evaluate_every=2), watch)
+    train(replica, task, Indexed(task, task.data("train"), PLAN.seed), replace(PLAN, evaluate_every=2), watch)
     assert watch.evaluated == [4, 6, 8, 10, 12]
 
 
@@ -205,7 +212,7 @@ def test_a_plan_that_is_already_fulfilled_ends_with_a_checkpoint_that_says_so(
     watch = Watching(task)
     replica = build(settings, task, watch.exchange)
     replica.progress = progress
-    train(replica, task, task.data("train"), replace(PLAN, **change), watch)
+    train(replica, task, Indexed(task, task.data("train"), PLAN.seed), replace(PLAN, **change), watch)
     assert watch.rows == []
     assert watch.saved == [(4, status)]
     assert watch.evaluated == ([4] if status == "done" else [])
@@ -218,7 +225,7 @@ def test_a_metric_that_is_not_a_number_is_never_the_best() -> None:
     watch = Watching(task)
     watch._measure = partial(evaluate, task, examples=task.data("valid"), batch=13)
     replica = build(settings, task, watch.exchange)
-    train(replica, task, task.data("train"), replace(PLAN, evaluate_every=3), watch)
+    train(replica, task, Indexed(task, task.data("train"), PLAN.seed), replace(PLAN, evaluate_every=3), watch)
     assert (replica.progress.best, replica.progress.best_step) == (1.0, 12)
     assert [step for step, _ in watch.saved] == [6, 12]
 
@@ -235,7 +242,13 @@ def test_a_model_may_keep_what_it_computed_in_an_evaluation() -> None:
     settings = recipe()
     task = replace(tiny(settings.task), model=lambda _: Keeping(4, 1))
     watch = Watching(task)
-    train(build(settings, task, watch.exchange), task, task.data("train"), replace(PLAN, evaluate_every=3), watch)
+    train(
+        build(settings, task, watch.exchange),
+        task,
+        Indexed(task, task.data("train"), PLAN.seed),
+        replace(PLAN, evaluate_every=3),
+        watch,
+    )
     assert watch.evaluated == [3, 6, 9, 12]
 
 
@@ -249,7 +262,13 @@ def test_micro_batches_count_when_they_are_one_object() -> None:
         watch = Watching(base)
         watch.exchange = ExactExchange(transport)
         replica = build(settings, task, watch.exchange)
-        train(replica, task, base.data("train"), replace(PLAN, steps=1, accumulate=2, clip=9.0), watch)
+        train(
+            replica,
+            task,
+            Indexed(task, base.data("train"), PLAN.seed),
+            replace(PLAN, steps=1, accumulate=2, clip=9.0),
+            watch,
+        )
         return watch.rows[0]["gradient_norm"]
 
     alone = first_norm(LocalTransport())
@@ -277,7 +296,7 @@ def test_a_finished_run_trains_no_further() -> None:
     watch = Watching(task)
     replica = build(settings, task, watch.exchange)
     replica.progress = Progress(step=12, position=72, evaluated=12, status="done")
-    train(replica, task, task.data("train"), PLAN, watch)
+    train(replica, task, Indexed(task, task.data("train"), PLAN.seed), PLAN, watch)
     assert replica.progress.status == "done"
     assert watch.rows == watch.saved == []
 
@@ -292,7 +311,7 @@ def test_a_loss_that_is_not_a_number_stops_before_it_spoils_the_weights() -> Non
     replica = build(settings, task, watch.exchange)
     first = next(step for step in range(9) if fourth[2] in Sampler(50, 3).indices(step * 6, 6))
     with pytest.raises(TrainingError) as caught:
-        train(replica, task, examples, PLAN, watch)
+        train(replica, task, Indexed(task, examples, PLAN.seed), PLAN, watch)
     assert f"the loss is nan in step {first + 1} on worker 0, over the training examples " in str(caught.value)
     assert str(Sampler(50, 3).indices(first * 6, 6).tolist()) in str(caught.value)
     assert all(torch.isfinite(value).all() for value in weights(replica))
@@ -304,13 +323,19 @@ def test_a_gradient_that_is_not_a_number_stops_too() -> None:
     watch = Watching(task)
     replica = build(recipe(), task, watch.exchange)
     with pytest.raises(TrainingError, match=r"^the norm of the gradient is nan in step 1, although the loss is finite"):
-        train(replica, task, task.data("train"), PLAN, watch)
+        train(replica, task, Indexed(task, task.data("train"), PLAN.seed), PLAN, watch)
 
 
 def test_losses_must_match_the_weights() -> None:
     task = replace(tiny(recipe().task), losses=lambda module, batch: module(batch["x"]).mean())
     with pytest.raises(TrainingError, match=r"Task.losses returned shape \(\) where \(6,\) was expected"):
-        train(build(recipe(), task, ExactExchange(LocalTransport())), task, task.data("train"), PLAN, Watching(task))
+        train(
+            build(recipe(), task, ExactExchange(LocalTransport())),
+            task,
+            Indexed(task, task.data("train"), PLAN.seed),
+            PLAN,
+            Watching(task),
+        )
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32() -> None:
@@ -324,7 +349,13 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32() -> None:
 
     task = replace(base, losses=losses)
     replica = build(recipe(precision="bfloat16"), task, ExactExchange(LocalTransport()))
-    train(replica, task, task.data("train"), replace(PLAN, autocast=torch.bfloat16), Watching(base))
+    train(
+        replica,
+        task,
+        Indexed(task, task.data("train"), PLAN.seed),
+        replace(PLAN, autocast=torch.bfloat16),
+        Watching(base),
+    )
     assert set(seen) == {torch.bfloat16}
     assert {value.dtype for value in replica.module.parameters()} == {torch.float32}
 
