@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages the parameters of a module over steps; buffers are the module's own.
+    """Averages the trained parameters of a module over steps; all others, and buffers, are the module's own.
 
     After step t (from 1) the average moves by 1 - min(decay, t / (t + 9)) towards the parameters: a short memory at
     first, so that the random start is soon forgotten.
@@ -21,7 +21,7 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._decay = decay
-        self._live = dict(module.named_parameters())
+        self._live = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self._mean = {name: parameter.detach().clone() for name, parameter in self._live.items()}
 
     def update(self, step: int) -> None:

@@ -74,11 +74,10 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> dict[str, float]
     path = best if best.is_dir() else newest.path
     exchange = ExactExchange(LocalTransport())
     task = task_of(recipe)
-    module = build(recipe, task, exchange).module
-    saved = load(path, 0)
-    load_model(module, {**saved["model"], **saved["ema"]}, path)
+    replica = build(recipe, task, exchange)
+    load_model(replica, load(path, 0), path, averaged=True)
     autocast = recipe.plan().autocast
-    metrics = evaluate(task, module, task.data("valid"), recipe.evaluation.batch, exchange, autocast=autocast)
+    metrics = evaluate(task, replica.module, task.data("valid"), recipe.evaluation.batch, exchange, autocast=autocast)
     return {"step": read_manifest(path).step, **metrics}
 
 

@@ -84,6 +84,8 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
         settle(replica, task, plan, watch)  # the plan is another than it was, or the process died in an evaluation
     while progress.status == "running":
         seed_step(plan.seed, replica.rank, progress.step)
+        if replica.half:
+            replica.half.choose(progress.step, optimizer)
 
         # Forward and backward over this replica's share of the step; then every gradient is the mean over the replicas.
         own_loss = backward(replica, task, feed, plan)

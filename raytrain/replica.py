@@ -1,5 +1,6 @@
 """A replica: one copy of what is trained, and its whole state."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from raytrain.ema import Ema
 from raytrain.errors import CheckpointError
+from raytrain.freezing import Half
 from raytrain.optimizers import load_state_by_name, state_by_name
 from raytrain.recipe import Options
 from raytrain.sync.synchroniser import Synchroniser
@@ -55,6 +57,9 @@ class Replica:
 
     Attributes:
         module: the model.
+        elsewhere: names of parameters that an adapter stands beside: they never move, and are not saved.
+        base: a hash of these, by which they are known again.
+        half: freezes a half of each block at a time, if that is wanted.
         optimizer: over its trainable parameters.
         options: what the optimizer was made with.
         ema: the average of the weights that is evaluated in their place, if there is one.
@@ -65,6 +70,9 @@ class Replica:
     """
 
     module: nn.Module
+    elsewhere: frozenset[str]
+    base: str
+    half: Half | None
     optimizer: Optimizer
     options: Options
     ema: Ema | None
@@ -83,19 +91,27 @@ def state_of(replica: Replica) -> dict[str, Any]:
     """
     own: dict[str, Any] = {"sync": replica.sync.state_dict()}
     if replica.rank == 0:
-        own["model"] = dict(_tensors(replica.module))
+        own["model"] = dict(_tensors(replica.module, replica.elsewhere))
+        own["base"] = replica.base
         own["optimizer"] = {"name": replica.options.name, **state_by_name(replica.optimizer, replica.module)}
         own["ema"] = replica.ema.state_dict() if replica.ema else {}
     return own
 
 
-def load_model(module: nn.Module, saved: Mapping[str, Tensor], path: object) -> None:
-    """Copy saved parameters and buffers into `module`.
+def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, averaged: bool = False) -> None:
+    """Copy saved parameters and buffers into the model.
+
+    Args:
+        replica: newly made.
+        shared: what the first replica saved.
+        path: where it came from, for the error message.
+        averaged: take the average of the weights, if there is one.
 
     Raises:
         CheckpointError: they are those of another model; the message names the first difference.
     """
-    ours = dict(_tensors(module))
+    saved = {**shared["model"], **(shared["ema"] if averaged else {})}
+    ours = dict(_tensors(replica.module, replica.elsewhere))
     for name in sorted(ours.keys() | saved.keys()):
         there, here = saved.get(name), ours.get(name)
         if there is None or here is None or there.shape != here.shape:
@@ -103,6 +119,11 @@ def load_model(module: nn.Module, saved: Mapping[str, Tensor], path: object) -> 
                 f"{path}: this checkpoint is of another model: {name} is {_shape(there)} in the checkpoint and "
                 f"{_shape(here)} in the model; use the task options that the run was started with, or another --out"
             )
+    if shared["base"] != replica.base:
+        raise CheckpointError(
+            f"{path}: this checkpoint is of an adapter beside another model: the weights at task.model are not those "
+            "that it was trained with"
+        )
     with torch.no_grad():
         for name, tensor in ours.items():
             tensor.copy_(saved[name])
@@ -120,7 +141,7 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
     Raises:
         CheckpointError: it is the state of another model or optimizer.
     """
-    load_model(replica.module, shared["model"], path)
+    load_model(replica, shared, path)
     if shared["optimizer"]["name"] != replica.options.name:
         raise CheckpointError(
             f"{path}: this checkpoint's optimizer is {shared['optimizer']['name']}, and the recipe's is "
@@ -133,11 +154,22 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
         replica.sync.load_state_dict(own["sync"])
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter once, tied ones included, and each buffer that belongs to the state."""
-    yield from ((name, parameter.data) for name, parameter in module.named_parameters())
+def _tensors(module: nn.Module, elsewhere: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter to save once, tied ones included, and each buffer that belongs to the state."""
+    yield from ((name, parameter.data) for name, parameter in module.named_parameters() if name not in elsewhere)
     persistent = module.state_dict(keep_vars=True)
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+
+
+def digest_of(module: nn.Module, names: frozenset[str]) -> str:
+    """Return a hash of the parameters of these names; "" without any."""
+    if not names:
+        return ""
+    total = hashlib.sha256()
+    for name in sorted(names):
+        values = module.get_parameter(name).detach().cpu().contiguous()
+        total.update(name.encode() + b"\0" + values.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from raytrain.adapters import ADAPTERS, AdapterOptions, options_of_adapter
 from raytrain.kinds import Kind
 from raytrain.loop import Plan
 from raytrain.names import resolve
@@ -22,6 +23,7 @@ LOGGERS: dict[str, str] = {
 
 TaskField = Annotated[SerializeAsAny[Options], chosen(TASKS, "task", options_of_task)]
 OptimizerField = Annotated[SerializeAsAny[Options], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")]
+AdapterField = Annotated[SerializeAsAny[AdapterOptions], chosen(ADAPTERS, "adapter", options_of_adapter, "none")]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
     chosen(SYNCHRONISERS, "sync", partial(declared_options, base=SyncOptions), "gradients"),
@@ -48,6 +50,20 @@ class Schedule(Section):
     def _known(cls, name: str) -> str:
         resolve(SCHEDULES, name, "schedule.name")
         return name
+
+
+class Freeze(Section):
+    """What of the model does not move.
+
+    Attributes:
+        match: patterns of names of parameters that stay as they are, as in "*embeddings*".
+        half: whether a random half of each block's layers stands still too (half fine-tuning).
+        every: steps after which another half does; 0: the same for the whole run.
+    """
+
+    match: tuple[str, ...] = ()
+    half: bool = False
+    every: int = Field(0, ge=0)
 
 
 class Evaluation(Section):
@@ -136,6 +152,8 @@ class TrainRecipe(Recipe):
     max_failures: int = Field(3, ge=0)
     callbacks: tuple[str, ...] = ()
     task: TaskField
+    adapter: AdapterField = Field(default={}, validate_default=True)
+    freeze: Freeze = Freeze()
     optimizer: OptimizerField = Field(default={}, validate_default=True)
     schedule: Schedule = Schedule()
     sync: SyncField = Field(default={}, validate_default=True)
@@ -155,6 +173,8 @@ class TrainRecipe(Recipe):
     def _fit(self) -> Self:
         if self.accumulate > self.batch:
             raise ValueError(f"expected accumulate of at most batch = {self.batch}; got {self.accumulate}")
+        if self.freeze.half and self.adapter.name != "none":
+            raise ValueError("expected freeze.half = false with an adapter, beside which nothing else moves")
         return self
 
     def plan(self) -> Plan:
@@ -184,6 +204,7 @@ KIND = Kind(
     evaluate="raytrain.finished:evaluate_run",
     tables={
         "tasks": TASKS,
+        "adapters": ADAPTERS,
         "optimizers": OPTIMIZERS,
         "schedules": SCHEDULES,
         "synchronisers": SYNCHRONISERS,

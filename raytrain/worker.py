@@ -12,15 +12,17 @@ from pathlib import Path
 
 import torch
 
+from raytrain.adapters import adapt
 from raytrain.checkpoint import CheckpointStore, Manifest, load
 from raytrain.ema import Ema
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.feed import Indexed
+from raytrain.freezing import Half, freeze
 from raytrain.loop import train
 from raytrain.names import resolve
 from raytrain.optimizers import OPTIMIZERS, make_optimizer
-from raytrain.replica import Progress, Replica, load_state
+from raytrain.replica import Progress, Replica, digest_of, load_state
 from raytrain.rundir import RunDirectory
 from raytrain.sync.exchange import ExactExchange, Exchange
 from raytrain.sync.synchroniser import SYNCHRONISERS
@@ -117,11 +119,17 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange) -> Replica:
     """Return a new replica of what the recipe trains."""
     transport = exchange.transport
     dtype = torch.float64 if recipe.precision == "float64" else torch.float32
-    module = task.model(recipe.seed).to(transport.device, dtype)
+    module = task.model(recipe.seed)
+    freeze(module, recipe.freeze.match)
+    elsewhere = adapt(module, recipe.adapter, recipe.seed)
+    module.to(transport.device, dtype)
     optimizer = make_optimizer(resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, module)
     sync = resolve(SYNCHRONISERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
     return Replica(
         module=module.train(),
+        elsewhere=elsewhere,
+        base=digest_of(module, elsewhere),
+        half=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.half else None,
         optimizer=optimizer,
         options=recipe.optimizer,
         ema=Ema(module, recipe.ema) if recipe.ema else None,
