@@ -32,9 +32,9 @@ ADAPTERS: dict[str, str] = {
 }
 """Those of peft that live inside the layers of any model and start as what it is.
 
-Others are named in full, as in "peft:C3AConfig", which starts elsewhere. Left out: prompts and prefixes, which need models
-of their own kind; VeRA and its like, which keep shared parameters outside of the model; and BOFT, which wants to compile
-CUDA code."""
+Others are named in full, as in "peft:C3AConfig", which starts elsewhere. Left out: prompts and prefixes, which need
+models of their own kind; VeRA and its like, which keep shared parameters outside of the model; and BOFT, which wants to
+compile CUDA code."""
 
 NOT_OPTIONS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",

@@ -62,11 +62,12 @@ class Half:
         random = np.random.default_rng([self._seed, turn])
         for layers in self._kinds:
             still = (len(layers) + int(random.integers(2))) // 2
-            for place, layer in enumerate(random.permutation(len(layers)).tolist()):
-                for parameter in layers[layer]:
-                    parameter.requires_grad_(place >= still)
-                    if place < still:
-                        optimizer.state.pop(parameter, None)
+            order = random.permutation(len(layers)).tolist()
+            for parameter in (parameter for layer in order[still:] for parameter in layers[layer]):
+                parameter.requires_grad_(True)
+            for parameter in (parameter for layer in order[:still] for parameter in layers[layer]):
+                parameter.requires_grad_(False)
+                optimizer.state.pop(parameter, None)
 
 
 def _layers_by_type(block: nn.Module) -> list[list[list[Tensor]]]:

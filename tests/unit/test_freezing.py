@@ -141,7 +141,7 @@ def test_a_resumed_run_freezes_as_the_uninterrupted_one_and_so_do_two_workers(tm
     assert run.failure() is None
     straight, cut = final(tmp_path / "straight"), final(tmp_path / "cut")
     assert all(torch.equal(straight[name], cut[name]) for name in straight)
-    train_here(recipe(**changes, workers=1, batch=8), tmp_path / "one")
+    train_here(recipe(**changes | {"workers": 1, "batch": 8}), tmp_path / "one")
     for name, value in final(tmp_path / "one").items():
         torch.testing.assert_close(value, straight[name], rtol=1e-4, atol=1e-6)
 
