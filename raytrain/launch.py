@@ -1,4 +1,4 @@
-"""Runs a training recipe on Ray: this file and no other of the package knows Ray."""
+"""Runs a training recipe on Ray: one of the few files that know it."""
 
 import contextlib
 import hashlib
@@ -70,7 +70,7 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
     run_directory = RunDirectory(order.out.absolute())
     with run_directory.opened(resume=order.resume), Display(run_directory, recipe.steps) as display:
         display.say("starting Ray" if order.address is None else f"connecting to Ray at {order.address}")
-        with _cluster(order.address) as machines:
+        with joined(order.address) as machines:
             if order.address == "auto":
                 display.say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
             cpus = cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
@@ -124,7 +124,7 @@ class _Fit(threading.Thread):
 
 
 @contextlib.contextmanager
-def _cluster(address: str | None) -> Iterator[list[float]]:
+def joined(address: str | None) -> Iterator[list[float]]:
     """Join or start a Ray cluster, unless this process is in one, and return the processors of its machines."""
     if ray.is_initialized():
         yield _machines()

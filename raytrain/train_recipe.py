@@ -202,6 +202,8 @@ KIND = Kind(
     recipes=Path(__file__).parent / "recipes",
     run="raytrain.launch:run",
     evaluate="raytrain.finished:evaluate_run",
+    predict="raytrain.predict:predict_file",
+    export="raytrain.finished:export_run",
     tables={
         "tasks": TASKS,
         "adapters": ADAPTERS,
