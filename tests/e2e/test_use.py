@@ -30,7 +30,7 @@ def losses(model, batch):
     return (model(batch[0])[:, 0] - batch[1]).square()
 
 def inputs(path):
-    return [torch.tensor(json.loads(line)) for line in path.open()]
+    return [torch.tensor(json.loads(line)) for line in path.read_text().splitlines()]
 
 def predict(model, examples):
     if any(example.isinf().any() for example in examples):
@@ -68,7 +68,7 @@ def test_predictions_are_in_order_and_those_of_the_best_checkpoint(
 
 
 def test_an_error_on_a_worker_keeps_what_was_there(run: Path, ray_cluster: None, raytrain: Callable[..., Any]) -> None:
-    Path("points.jsonl").write_text("[1, 2]\n" * 9 + "[Infinity, 1]\n")
+    Path("points.jsonl").write_text("[1.0, 2.0]\n" * 9 + "[Infinity, 1.0]\n")
     Path("sums.jsonl").write_text("as it was")
     ended = raytrain("predict", "run", "--input", "points.jsonl", "--output", "sums.jsonl")
     assert ended.status == 1
