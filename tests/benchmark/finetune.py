@@ -4,8 +4,8 @@
 
 Each run is `raytrain train sst2-minilm` with two workers: every method with seeds 0, 1, 2 (with `--quick`: seed 0). The
 accuracy is that of the last evaluation, on the 872 sentences of dev.tsv, by which nothing was chosen. Memory is the
-most that a worker held at any time, and that minus what it held just before the model was made. The adapters' learning rates
-and sizes are usual ones.
+most that a worker held at any time, and that minus what it held just before the model was made. The adapters' learning
+rates and sizes are usual ones.
 """
 
 import json
