@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from raytrain.errors import TrainingError
+from raytrain.optimizer_extras import add_noise
 from raytrain.replica import Progress, Replica
 from raytrain.sampler import Sampler
 from raytrain.task import Batch, Examples, Task
@@ -34,6 +35,7 @@ class Plan:
         evaluate_every: 0: at the end only.
         checkpoint_every: 0: at the end only.
         patience: evaluations without a better metric after which training stops early; 0: never.
+        noise, noise_decay: variance of what is added to the gradient, and how it falls; see `add_noise`.
     """
 
     steps: int
@@ -46,6 +48,8 @@ class Plan:
     evaluate_every: int
     checkpoint_every: int
     patience: int
+    noise: float = 0.0
+    noise_decay: float = 0.55
 
 
 class Watch(Protocol):
@@ -93,6 +97,8 @@ def train(replica: Replica, task: Task, examples: Examples, plan: Plan, watch: W
         own_loss = backward(replica, task, examples, indices, plan)
         totals = sync.before_step(own_loss, watch.stop_requested())
         norm = clip(replica, plan.clip)
+        if plan.noise:
+            add_noise(replica.module, plan.seed, progress.step, plan.noise, plan.noise_decay)
 
         rate = plan.rate(progress.step)
         for group in optimizer.param_groups:

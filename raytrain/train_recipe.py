@@ -7,10 +7,11 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from raytrain.ema import averages
 from raytrain.kinds import Kind
 from raytrain.loop import Plan
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, options_of_optimizer
+from raytrain.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
 from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
 from raytrain.schedules import SCHEDULES, rate
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
@@ -21,7 +22,9 @@ LOGGERS: dict[str, str] = {
 }
 
 TaskField = Annotated[SerializeAsAny[Options], chosen(TASKS, "task", options_of_task)]
-OptimizerField = Annotated[SerializeAsAny[Options], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")]
+OptimizerField = Annotated[
+    SerializeAsAny[OptimizerOptions], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")
+]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
     chosen(SYNCHRONISERS, "sync", partial(declared_options, base=SyncOptions), "gradients"),
@@ -155,6 +158,8 @@ class TrainRecipe(Recipe):
     def _fit(self) -> Self:
         if self.accumulate > self.batch:
             raise ValueError(f"expected accumulate of at most batch = {self.batch}; got {self.accumulate}")
+        if self.ema and averages(self.optimizer.constructor):
+            raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
         return self
 
     def plan(self) -> Plan:
@@ -167,6 +172,8 @@ class TrainRecipe(Recipe):
             batch=self.batch,
             accumulate=self.accumulate,
             clip=self.clip,
+            noise=self.optimizer.gradient_noise,
+            noise_decay=self.optimizer.gradient_noise_decay,
             autocast=torch.bfloat16 if self.precision == "bfloat16" else None,
             rate=partial(
                 rate, shape, steps=self.steps, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay

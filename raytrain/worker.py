@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from raytrain.checkpoint import CheckpointStore, Manifest, load
-from raytrain.ema import Ema
+from raytrain.ema import average_of
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.loop import train
@@ -123,7 +123,7 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange) -> Replica:
         module=module.train(),
         optimizer=optimizer,
         options=recipe.optimizer,
-        ema=Ema(module, recipe.ema) if recipe.ema else None,
+        ema=average_of(module, optimizer, recipe.ema),
         sync=sync,
         progress=Progress(),
         device=transport.device,
