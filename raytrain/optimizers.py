@@ -169,10 +169,9 @@ def load_state_by_name(
 
 def state_bytes(optimizer: Optimizer, module: nn.Module) -> dict[str, int]:
     """Return how many bytes of the optimizer's state each parameter has, by its name; none before the first step."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     return {
-        names[parameter]: sum(entry.nbytes for entry in entries.values() if isinstance(entry, Tensor))
-        for parameter, entries in optimizer.state.items()
+        name: sum(entry.nbytes for entry in optimizer.state.get(parameter, {}).values() if isinstance(entry, Tensor))
+        for name, parameter in module.named_parameters()
     }
 
 

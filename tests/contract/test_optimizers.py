@@ -244,6 +244,18 @@ def test_muon_steps_along_nearly_orthogonal_matrices(rows: int, columns: int, se
     assert values.max() < 1.25
 
 
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_muon_is_that_of_torch_but_for_the_rounding_to_bfloat16(adjust: str) -> None:
+    ours, theirs = (nn.Sequential(nn.Linear(6, 9, bias=False), nn.Linear(9, 1)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, _ = made("muon", ours, lr=0.1, adjust_lr_fn=adjust)
+    muon = torch.optim.Muon([theirs[0].weight], lr=0.1, adjust_lr_fn=adjust)
+    for step in range(3):
+        step_with(optimizer, ours, step)
+        step_with(muon, theirs, step)
+    torch.testing.assert_close(ours[0].weight, theirs[0].weight, rtol=0.05, atol=0.01)
+
+
 def test_muon_leaves_all_but_hidden_matrices_to_adamw() -> None:
     ours, theirs = Model(), Model()
     optimizer, _ = made("muon", ours, lr=0.02, weight_decay=0.1)
