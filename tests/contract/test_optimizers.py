@@ -1,6 +1,7 @@
 """Every optimizer against what the loop, checkpoints and recipes count on, and each by the law that makes it itself."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from raytrain.optimizers import (
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.digits import DigitsOptions, digits
+from raytrain.train_recipe import TrainRecipe
 
 ROOT = Path(__file__).parents[2]
 RATES = {"sgd": 0.3, "prodigy": 1.0}
@@ -115,6 +117,11 @@ class TestEveryOptimizer:
         if average:
             module.load_state_dict(average.state_dict())
         assert (module(held_out).argmax(dim=1) == answers).float().mean() > 0.8
+
+    def test_a_recipe_that_names_it_survives_being_written_and_read(self, name: str) -> None:
+        recipe = TrainRecipe.parse({"kind": "train", "task": "digits", "optimizer": name})
+        assert TrainRecipe.parse(tomllib.loads(recipe.to_toml())) == recipe
+        assert TrainRecipe.parse(recipe.plain()) == recipe
 
     def test_a_saved_and_loaded_state_goes_on_to_the_bit(self, name: str, tmp_path: Path) -> None:
         straight = Model()
