@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from raytrain.errors import TrainingError
 from raytrain.feed import Feed
+from raytrain.optimizer_extras import add_noise
 from raytrain.replica import Progress, Replica
 from raytrain.task import Batch, Task
 from raytrain.tensors import moved, seed_step, weighed, weights_of
@@ -32,6 +33,7 @@ class Plan:
         evaluate_every: 0: at the end only.
         checkpoint_every: 0: at the end only.
         patience: evaluations without a better metric after which training stops early; 0: never.
+        noise, noise_decay: variance of what is added to the gradient, and how it falls; see `add_noise`.
     """
 
     steps: int
@@ -44,6 +46,8 @@ class Plan:
     evaluate_every: int
     checkpoint_every: int
     patience: int
+    noise: float = 0.0
+    noise_decay: float = 0.55
 
 
 class Watch(Protocol):
@@ -91,6 +95,8 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
         own_loss = backward(replica, task, feed, plan)
         totals = sync.before_step(own_loss, watch.stop_requested())
         norm = clip(replica, plan.clip)
+        if plan.noise:
+            add_noise(replica.module, plan.seed, progress.step, plan.noise, plan.noise_decay)
 
         rate = plan.rate(progress.step)
         for group in optimizer.param_groups:

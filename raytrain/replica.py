@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raytrain.ema import Ema
+from raytrain.ema import Average
 from raytrain.errors import CheckpointError
 from raytrain.freezing import Half
-from raytrain.optimizers import load_state_by_name, state_by_name
-from raytrain.recipe import Options
+from raytrain.optimizers import OptimizerOptions, load_state_by_name, state_by_name
 from raytrain.sync.synchroniser import Synchroniser
 
 
@@ -74,8 +73,8 @@ class Replica:
     base: str
     half: Half | None
     optimizer: Optimizer
-    options: Options
-    ema: Ema | None
+    options: OptimizerOptions
+    ema: Average | None
     sync: Synchroniser
     progress: Progress
     device: torch.device

@@ -8,10 +8,11 @@ import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from raytrain.adapters import ADAPTERS, AdapterOptions, options_of_adapter
+from raytrain.ema import averages
 from raytrain.kinds import Kind
 from raytrain.loop import Plan
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, options_of_optimizer
+from raytrain.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
 from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
 from raytrain.schedules import SCHEDULES, rate
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
@@ -22,8 +23,10 @@ LOGGERS: dict[str, str] = {
 }
 
 TaskField = Annotated[SerializeAsAny[Options], chosen(TASKS, "task", options_of_task)]
-OptimizerField = Annotated[SerializeAsAny[Options], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")]
 AdapterField = Annotated[SerializeAsAny[AdapterOptions], chosen(ADAPTERS, "adapter", options_of_adapter, "none")]
+OptimizerField = Annotated[
+    SerializeAsAny[OptimizerOptions], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")
+]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
     chosen(SYNCHRONISERS, "sync", partial(declared_options, base=SyncOptions), "gradients"),
@@ -175,6 +178,8 @@ class TrainRecipe(Recipe):
             raise ValueError(f"expected accumulate of at most batch = {self.batch}; got {self.accumulate}")
         if self.freeze.half and self.adapter.name != "none":
             raise ValueError("expected freeze.half = false with an adapter, beside which nothing else moves")
+        if self.ema and averages(self.optimizer.constructor):
+            raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
         return self
 
     def plan(self) -> Plan:
@@ -187,6 +192,8 @@ class TrainRecipe(Recipe):
             batch=self.batch,
             accumulate=self.accumulate,
             clip=self.clip,
+            noise=self.optimizer.gradient_noise,
+            noise_decay=self.optimizer.gradient_noise_decay,
             autocast=torch.bfloat16 if self.precision == "bfloat16" else None,
             rate=partial(
                 rate, shape, steps=self.steps, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay

@@ -14,7 +14,7 @@ import torch
 
 from raytrain.adapters import adapt
 from raytrain.checkpoint import CheckpointStore, Manifest, load
-from raytrain.ema import Ema
+from raytrain.ema import average_of
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.feed import Indexed
@@ -132,7 +132,7 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange) -> Replica:
         half=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.half else None,
         optimizer=optimizer,
         options=recipe.optimizer,
-        ema=Ema(module, recipe.ema) if recipe.ema else None,
+        ema=average_of(module, optimizer, recipe.ema),
         sync=sync,
         progress=Progress(),
         device=transport.device,

@@ -1,28 +1,20 @@
 """Every entry of every name table against the interface it is there for."""
 
-import struct
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tensorboardX.proto.event_pb2 import Event
-from torch import nn
 
-from raytrain.checkpoint import CheckpointStore, load
 from raytrain.evaluation import measure
 from raytrain.kinds import load_kinds
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, load_state_by_name, make_optimizer, options_of_optimizer, state_by_name
 from raytrain.recipe import declared_options, read_toml
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.synchroniser import SYNCHRONISERS
-from raytrain.sync.transport import LocalTransport
 from raytrain.task import TASKS, Task, make_task, options_of_task
 from raytrain.tensors import weights_of
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
-from raytrain.train_recipe import LOGGERS
 
 SMALL = {"text": {"layers": 1, "heads": 2, "width": 16, "block": 32}}
 
@@ -82,78 +74,6 @@ def test_tasks(name: str) -> None:
     assert all(value > 0 for value in task.references().values())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-class TestOptimizers:
-    def optimizer(self, name: str, module: nn.Module, **changes: Any) -> Any:
-        constructor = resolve(OPTIMIZERS, name, "optimizer.name")
-        options = options_of_optimizer(constructor)(name=name, **changes)
-        return make_optimizer(constructor, options, module), options
-
-    def steps(self, module: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
-        losses = []
-        for step in range(first, last):
-            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-            loss = (module(x) - x.sum(dim=1)).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-
-    def module(self) -> nn.Module:
-        torch.manual_seed(0)
-        return TinyModel(TinyOptions(name="tiny"))
-
-    def test_it_learns(self, name: str) -> None:
-        module = self.module()
-        optimizer, _ = self.optimizer(name, module, lr=0.03)
-        losses = self.steps(module, optimizer, 0, 120)
-        assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
-
-    def test_a_saved_and_loaded_state_goes_on_to_the_bit(self, name: str, tmp_path: Path) -> None:
-        straight = self.module()
-        optimizer, _ = self.optimizer(name, straight, lr=0.03)
-        self.steps(straight, optimizer, 0, 10)
-        first = self.module()
-        optimizer, _ = self.optimizer(name, first, lr=0.03)
-        self.steps(first, optimizer, 0, 5)
-        state = {"optimizer": state_by_name(optimizer, first)}
-        path = CheckpointStore(tmp_path, 1, ExactExchange(LocalTransport())).save(state, {"step": 5, "best_step": 0})
-        second = self.module()
-        second.load_state_dict(first.state_dict())
-        optimizer, options = self.optimizer(name, second, lr=0.03)
-        load_state_by_name(optimizer, second, load(path, 0)["optimizer"], options)
-        self.steps(second, optimizer, 5, 10)
-        assert all(map(torch.equal, straight.parameters(), second.parameters()))
-
-    def test_a_resumed_run_can_change_its_hyper_parameters(self, name: str) -> None:
-        module = self.module()
-        optimizer, _ = self.optimizer(name, module, lr=0.03)
-        self.steps(module, optimizer, 0, 2)
-        saved = state_by_name(optimizer, module)
-        changed, options = self.optimizer(name, module, lr=0.5)
-        load_state_by_name(changed, module, saved, options)
-        assert (
-            {group["lr"] for group in changed.param_groups}
-            == {group["initial_lr"] for group in changed.param_groups}
-            == {0.5}
-        )
-
-    def test_weight_decay_leaves_vectors_alone(self, name: str) -> None:
-        module = self.module()
-        optimizer, options = self.optimizer(name, module, lr=0.03)
-        if not hasattr(options, "weight_decay"):
-            pytest.fail(f"{name} has no weight decay: give it a test of its own")
-        optimizer, _ = self.optimizer(name, module, lr=0.03, weight_decay=0.1)
-        before = {key: value.detach().clone() for key, value in module.named_parameters()}
-        for value in module.parameters():
-            value.grad = torch.zeros_like(value)
-        optimizer.step()
-        assert torch.equal(module.out.bias, before["out.bias"])
-        assert not torch.equal(module.out.weight, before["out.weight"])
-        assert torch.equal(module.frozen.weight, before["frozen.weight"])
-
-
 @pytest.mark.parametrize("name", SYNCHRONISERS)
 def test_synchronisers_keep_replicas_equal(name: str) -> None:
     factory = resolve(SYNCHRONISERS, name, "sync.name")
@@ -182,35 +102,3 @@ def test_synchronisers_keep_replicas_equal(name: str) -> None:
 
     first, *others = ThreadGroup(3).run(replica)
     assert all(all(map(torch.equal, first, other)) for other in others)
-
-
-@pytest.mark.parametrize("name", LOGGERS)
-def test_loggers_take_rows(name: str, tmp_path: Path) -> None:
-    logger = resolve(LOGGERS, name, "log.to")(tmp_path, 0)
-    logger.write({"step": 10, "loss": 1.5, "seconds": 0.1})
-    logger.write({"step": 10, "valid": {"accuracy": 0.75}})
-    logger.close()
-    assert any(tmp_path.iterdir())
-
-
-def events(folder: Path) -> Iterator[Event]:
-    """Read event files: length, its check sum, the event, its check sum."""
-    for file in sorted(folder.glob("events*")):
-        content = file.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            yield Event.FromString(content[12 : 12 + length])
-            content = content[16 + length :]
-
-
-def test_tensorboard_can_read_what_was_logged(tmp_path: Path) -> None:
-    logger = resolve(LOGGERS, "tensorboard", "log.to")(tmp_path, 0)
-    logger.write({"step": 10, "loss": 1.5})
-    logger.write({"step": 20, "valid": {"accuracy": 0.75}})
-    logger.close()
-    found = [
-        (event.step, value.tag, value.simple_value)
-        for event in events(tmp_path / "tensorboard")
-        for value in event.summary.value
-    ]
-    assert found == [(10, "train/loss", 1.5), (20, "valid/accuracy", 0.75)]
