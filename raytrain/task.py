@@ -18,6 +18,8 @@ from raytrain.names import place_of
 from raytrain.recipe import Options, declared_options
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
 Batch = Any
@@ -26,6 +28,9 @@ Batch = Any
 TASKS: dict[str, str] = {
     "digits": "raytrain.tasks.digits:digits",
     "text": "raytrain.tasks.text:text",
+    "classify": "raytrain.tasks.classify:classify",
+    "causal-lm": "raytrain.tasks.causal_lm:causal_lm",
+    "instruct": "raytrain.tasks.instruct:instruct",
 }
 
 
@@ -80,6 +85,10 @@ class Task:
         metric: the name in `measure` that decides which checkpoint is best.
         better: whether a lower or a higher metric is better.
         references: () -> figures to stand beside the metrics in the result, found from the data without a model.
+        inputs: a file to predict on, without labels -> examples; RecipeError names file and row.
+        predict: (model in eval mode, examples) -> one JSON-able dict per example: label, scores, text, ...
+        export: writes a Hugging Face folder (weights as safetensors, config, tokenizer) that
+            AutoModel...from_pretrained loads with equal outputs.
     """
 
     model: Callable[[int], nn.Module]
@@ -91,6 +100,9 @@ class Task:
     metric: str = "loss"
     better: Literal["lower", "higher"] = "lower"
     references: Callable[[], Mapping[str, float]] = no_references
+    inputs: Callable[[Path], Examples] | None = None
+    predict: Callable[[nn.Module, Sequence[Any]], Sequence[Mapping[str, Any]]] | None = None
+    export: Callable[[nn.Module, Path], None] | None = None
 
     def improves(self, value: float, best: float | None) -> bool:
         """Return whether `value` of the metric is better than `best`; any number is better than None, NaN is never."""
