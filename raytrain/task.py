@@ -27,6 +27,9 @@ Batch = Any
 TASKS: dict[str, str] = {
     "digits": "raytrain.tasks.digits:digits",
     "text": "raytrain.tasks.text:text",
+    "classify": "raytrain.tasks.classify:classify",
+    "causal-lm": "raytrain.tasks.causal_lm:causal_lm",
+    "instruct": "raytrain.tasks.instruct:instruct",
 }
 
 
