@@ -1,6 +1,6 @@
 """A replica: one copy of what is trained, and its whole state."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from raytrain.ema import Ema
 from raytrain.errors import CheckpointError
 from raytrain.optimizers import load_state_by_name, state_by_name
 from raytrain.recipe import Options
+from raytrain.sync.sharded import Shards
 from raytrain.sync.synchroniser import Synchroniser
 
 
@@ -54,7 +55,7 @@ class Replica:
     """One copy of what is trained, and its place among the others.
 
     Attributes:
-        module: the model.
+        module: the model, to compute with.
         optimizer: over its trainable parameters.
         options: what the optimizer was made with.
         ema: the average of the weights that is evaluated in their place, if there is one.
@@ -62,6 +63,7 @@ class Replica:
         progress: where the run stands.
         device, dtype: of the parameters.
         rank: this replica's place among `members`.
+        shards: this replica's parts of the parameters, if it does not keep all of them.
     """
 
     module: nn.Module
@@ -74,6 +76,12 @@ class Replica:
     dtype: torch.dtype
     rank: int
     members: int
+    shards: Shards | None = None
+
+    @property
+    def parts(self) -> nn.Module:
+        """What this replica keeps of the model's parameters, to step and to average: all of it, unless sharded."""
+        return self.shards.parts if self.shards else self.module
 
 
 def state_of(replica: Replica) -> dict[str, Any]:
@@ -82,20 +90,24 @@ def state_of(replica: Replica) -> dict[str, Any]:
     There is no random state in it: what a step draws follows from the seed, the rank and the step.
     """
     own: dict[str, Any] = {"sync": replica.sync.state_dict()}
-    if replica.rank == 0:
-        own["model"] = dict(_tensors(replica.module))
-        own["optimizer"] = {"name": replica.options.name, **state_by_name(replica.optimizer, replica.module)}
-        own["ema"] = replica.ema.state_dict() if replica.ema else {}
-    return own
+    whole = replica.shards.whole if replica.shards else _as_it_is
+    average = replica.ema.state_dict() if replica.ema else {}
+    optimizer = state_by_name(replica.optimizer, replica.parts)
+    shared = {
+        "model": {name: whole(name, tensor) for name, tensor in _tensors(replica.module, replica.parts)},
+        "optimizer": {"name": replica.options.name, **optimizer, "state": _entries(optimizer["state"], whole)},
+        "ema": {name: whole(name, tensor) for name, tensor in average.items()},
+    }
+    return {**own, **shared} if replica.rank == 0 else own
 
 
-def load_model(module: nn.Module, saved: Mapping[str, Tensor], path: object) -> None:
-    """Copy saved parameters and buffers into `module`.
+def load_model(module: nn.Module, saved: Mapping[str, Tensor], path: object, shards: Shards | None = None) -> None:
+    """Copy saved parameters and buffers into `module`, or of each parameter this replica's part.
 
     Raises:
         CheckpointError: they are those of another model; the message names the first difference.
     """
-    ours = dict(_tensors(module))
+    ours = dict(_tensors(module, module))
     for name in sorted(ours.keys() | saved.keys()):
         there, here = saved.get(name), ours.get(name)
         if there is None or here is None or there.shape != here.shape:
@@ -103,9 +115,10 @@ def load_model(module: nn.Module, saved: Mapping[str, Tensor], path: object) -> 
                 f"{path}: this checkpoint is of another model: {name} is {_shape(there)} in the checkpoint and "
                 f"{_shape(here)} in the model; use the task options that the run was started with, or another --out"
             )
+    cut = shards.cut if shards else _as_it_is
     with torch.no_grad():
-        for name, tensor in ours.items():
-            tensor.copy_(saved[name])
+        for name, tensor in _tensors(module, shards.parts if shards else module):
+            tensor.copy_(cut(name, saved[name]))
 
 
 def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] | None, path: object) -> None:
@@ -120,24 +133,36 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
     Raises:
         CheckpointError: it is the state of another model or optimizer.
     """
-    load_model(replica.module, shared["model"], path)
+    load_model(replica.module, shared["model"], path, replica.shards)
     if shared["optimizer"]["name"] != replica.options.name:
         raise CheckpointError(
             f"{path}: this checkpoint's optimizer is {shared['optimizer']['name']}, and the recipe's is "
             f"{replica.options.name}; set optimizer.name={shared['optimizer']['name']} to continue"
         )
-    load_state_by_name(replica.optimizer, replica.module, shared["optimizer"], replica.options)
+    cut = replica.shards.cut if replica.shards else _as_it_is
+    optimizer = {**shared["optimizer"], "state": _entries(shared["optimizer"]["state"], cut)}
+    load_state_by_name(replica.optimizer, replica.parts, optimizer, replica.options)
     if replica.ema:
-        replica.ema.load_state_dict(shared["ema"] or shared["model"])  # a run that starts averaging now
+        average = shared["ema"] or shared["model"]  # a run that starts averaging now
+        replica.ema.load_state_dict({name: cut(name, tensor) for name, tensor in average.items()})
     if own is not None:
         replica.sync.load_state_dict(own["sync"])
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter once, tied ones included, and each buffer that belongs to the state."""
-    yield from ((name, parameter.data) for name, parameter in module.named_parameters())
+def _tensors(module: nn.Module, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter of `parts` once, tied ones included, and each buffer that belongs to the module's state."""
+    yield from ((name, parameter.data) for name, parameter in parts.named_parameters())
     persistent = module.state_dict(keep_vars=True)
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+
+
+def _entries(state: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, dict[str, Any]]:
+    """Return what an optimizer keeps for each parameter by name, each entry as `change` returns it."""
+    return {name: {key: change(name, value) for key, value in entries.items()} for name, entries in state.items()}
+
+
+def _as_it_is(name: str, value: Any) -> Any:  # noqa: ARG001 - takes the place of `Shards.whole` and `Shards.cut`
+    return value
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -119,6 +119,10 @@ class TrainRecipe(Recipe):
         accumulate: micro-batches that `batch` is cut into, for less memory; the step stays the same, unless the model
             takes statistics over what it sees at once, as BatchNorm does.
         precision: of the parameters; "bfloat16" keeps them in float32 and computes in bfloat16 where that is safe.
+        activation_checkpointing: whether each repeated block of the model forgets what it computed and computes it
+            again in the backward pass: less memory for about a third more time, and the same gradients.
+        compile: the backend of torch.compile for the model's repeated blocks, or for the whole model if it has none:
+            "inductor", which needs a C++ compiler on CPUs, or "aot_eager", which is for finding faults; "": none.
         clip: the largest norm of the gradient; 0: any.
         ema: decay of an average of the weights that is evaluated in their place; 0: none.
         max_failures: how often workers that die or hang are started again.
@@ -131,6 +135,8 @@ class TrainRecipe(Recipe):
     batch: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    activation_checkpointing: bool = False
+    compile: Literal["", "inductor", "aot_eager"] = ""
     clip: float = Field(1.0, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)
     max_failures: int = Field(3, ge=0)

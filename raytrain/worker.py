@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from raytrain.blocks import compile_blocks, recompute
 from raytrain.checkpoint import CheckpointStore, Manifest, load
 from raytrain.ema import Ema
 from raytrain.errors import RecipeError
@@ -23,6 +24,7 @@ from raytrain.optimizers import OPTIMIZERS, make_optimizer
 from raytrain.replica import Progress, Replica, load_state
 from raytrain.rundir import RunDirectory
 from raytrain.sync.exchange import ExactExchange, Exchange
+from raytrain.sync.sharded import ShardedGradients
 from raytrain.sync.synchroniser import SYNCHRONISERS
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
@@ -117,20 +119,28 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange) -> Replica:
     """Return a new replica of what the recipe trains."""
     transport = exchange.transport
     dtype = torch.float64 if recipe.precision == "float64" else torch.float32
-    module = task.model(recipe.seed).to(transport.device, dtype)
-    optimizer = make_optimizer(resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, module)
+    module = task.model(recipe.seed).to(dtype)
     sync = resolve(SYNCHRONISERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
+    if recipe.compile:
+        compile_blocks(module, recipe.compile, transport.device)
+    if recipe.activation_checkpointing:
+        recompute(module)
+    shards = sync.shard(module, recipe.plan().autocast) if isinstance(sync, ShardedGradients) else None
+    module = module.to(transport.device)
+    parts = shards.parts if shards else module
+    optimizer = make_optimizer(resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts)
     return Replica(
         module=module.train(),
         optimizer=optimizer,
         options=recipe.optimizer,
-        ema=Ema(module, recipe.ema) if recipe.ema else None,
+        ema=Ema(parts, recipe.ema) if recipe.ema else None,
         sync=sync,
         progress=Progress(),
         device=transport.device,
         dtype=dtype,
         rank=transport.rank,
         members=len(transport.members),
+        shards=shards,
     )
 
 
