@@ -28,9 +28,8 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     entries = [child for child in module.children() if any(True for _ in child.parameters())]
-    repeated = len(entries) > 1 and (
-        isinstance(module, CONTAINERS) or (isinstance(module, nn.Sequential) and len(set(map(type, entries))) == 1)
-    )
+    alike = isinstance(module, nn.Sequential) and len(set(map(type, module.children()))) == 1
+    repeated = len(entries) > 1 and (alike or isinstance(module, CONTAINERS))
     for entry in entries:
         if repeated and not isinstance(entry, CONTAINERS):
             yield entry

@@ -12,7 +12,7 @@ from raytrain.ema import Ema
 from raytrain.errors import CheckpointError
 from raytrain.optimizers import load_state_by_name, state_by_name
 from raytrain.recipe import Options
-from raytrain.sync.sharded import Shards
+from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
 
 

@@ -13,6 +13,7 @@ from raytrain.names import resolve
 from raytrain.optimizers import OPTIMIZERS, options_of_optimizer
 from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
 from raytrain.schedules import SCHEDULES, rate
+from raytrain.sync.shards import check_optimizer
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
 from raytrain.task import TASKS, options_of_task
 
@@ -161,6 +162,8 @@ class TrainRecipe(Recipe):
     def _fit(self) -> Self:
         if self.accumulate > self.batch:
             raise ValueError(f"expected accumulate of at most batch = {self.batch}; got {self.accumulate}")
+        if self.workers > 1 and getattr(self.sync, "shard", False):
+            check_optimizer(self.optimizer)
         return self
 
     def plan(self) -> Plan:

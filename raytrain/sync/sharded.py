@@ -8,76 +8,20 @@ tensors, the parts: an optimizer that moves each element by itself knows no diff
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from raytrain.blocks import blocks
 from raytrain.errors import RecipeError
 from raytrain.sync.exchange import Exchange
 from raytrain.sync.rest import Rest, persistent
+from raytrain.sync.shards import Shards, local_part
 from raytrain.sync.synchroniser import Totals
 from raytrain.sync.transport import GroupTransport, Pending
-
-
-class Shards:
-    """This replica's parts of a sharded model.
-
-    A parameter is cut along its first dimension into as many equal parts as there are replicas; the last parts may be
-    short or empty. One without dimensions stays whole on every replica.
-
-    Attributes:
-        parts: holds this replica's parts under the names that the parameters have in the model.
-
-    Args:
-        module: the model, sharded by torch's `fully_shard`.
-        transport: the replicas.
-    """
-
-    def __init__(self, module: nn.Module, transport: GroupTransport) -> None:
-        self._transport = transport
-        self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        self.parts = _mirror(module, {parameter: _part(parameter) for parameter in module.parameters()}, {})
-        self._parts = dict(self.parts.named_parameters())
-
-    def norm(self) -> Tensor:
-        """Return the norm of the whole gradient; all replicas call this together."""
-        first = self._transport.rank == 0
-        counted = [part for name, part in self._parts.items() if self._shapes[name] or first]
-        own = get_total_norm([part.grad for part in counted if part.grad is not None])
-        squares = own.to(self._transport.device, torch.float64).square().reshape(1)
-        return self._transport.all_reduce(squares).wait()[0].sqrt()
-
-    def whole(self, name: str, value: Any) -> Any:
-        """Return what this replica has a part of, on the CPU of the first replica; all replicas call this together.
-
-        Args:
-            name: of a parameter.
-            value: its part, or what an optimizer or an average keeps for it; unless it has the shape of the part, it is
-                returned as it is.
-        """
-        part = self._parts.get(name)
-        if part is None or not self._shapes[name] or not isinstance(value, Tensor) or value.shape != part.shape:
-            return value
-        padded = value.new_zeros(self._rows(name), *value.shape[1:])
-        padded[: len(value)] = value
-        flat = padded.new_empty(len(self._transport.members) * padded.numel())
-        self._transport.gather_into(flat, padded.flatten())
-        return flat[: self._shapes[name].numel()].view(self._shapes[name]).cpu() if self._transport.rank == 0 else value
-
-    def cut(self, name: str, value: Any) -> Any:
-        """Return this replica's part of `value`, if that has the shape of the whole parameter, or else `value`."""
-        if not isinstance(value, Tensor) or not value.shape or value.shape != self._shapes.get(name):
-            return value
-        rows = self._rows(name)
-        return value[rows * self._transport.rank :][:rows]
-
-    def _rows(self, name: str) -> int:
-        return -(-self._shapes[name][0] // len(self._transport.members))
 
 
 class ShardedGradients:
@@ -127,8 +71,8 @@ class ShardedGradients:
         mesh = transport.mesh()
         gather, scatter = _Wire(self, transport.gather_into), _Wire(self, transport.reduce_scatter)
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
-        for part in [*_separate(module), module]:
-            sharded: Any = fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=scalars)
+        for unit in [*_separate(module), module]:
+            sharded: Any = fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=scalars)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
             sharded.set_reduce_scatter_unused_params(True, recurse=False)
@@ -168,7 +112,7 @@ class ShardedGradients:
             gradient, known.grad = known.grad, None
             part.grad = None
             if users and gradient is not None:
-                part.grad = _local(gradient).div_(weight or 1.0)
+                part.grad = local_part(gradient).div_(weight or 1.0)
         return Totals(weight, loss, bool(stops))
 
     def after_step(self) -> None:
@@ -194,14 +138,13 @@ class ShardedGradients:
                 self._trained.append((names[known], known, part))
             if known.requires_grad and known is part:
                 known.register_post_accumulate_grad_hook(partial(self._on_gradient, names[known]))
-        for part_of_it in module.modules():
-            if isinstance(part_of_it, FSDPModule):
-                before = list(part_of_it.parameters())
-                part_of_it.unshard()
-                for known, whole in zip(before, part_of_it.parameters(), strict=True):
-                    if whole is not known and whole.requires_grad:
-                        whole.register_post_accumulate_grad_hook(partial(self._on_gradient, names[known]))
-                part_of_it.reshard()
+        for unit in (inner for inner in module.modules() if isinstance(inner, FSDPModule)):
+            before = list(unit.parameters())
+            unit.unshard()
+            for known, whole in zip(before, unit.parameters(), strict=True):
+                if whole is not known and whole.requires_grad:
+                    whole.register_post_accumulate_grad_hook(partial(self._on_gradient, names[known]))
+            unit.reshard()
 
     def _on_gradient(self, name: str, _: Tensor) -> None:
         self._used.add(name)
@@ -244,29 +187,3 @@ def _separate(module: nn.Module) -> list[nn.Module]:
     owners = Counter(parameter for block in found for parameter in block.parameters())
     owners.update({parameter for part in outside for parameter in part.parameters(recurse=False)})
     return [block for block in found if all(owners[parameter] == 1 for parameter in block.parameters())]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this replica's part of a tensor that torch knows to be distributed, in the same memory."""
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow to import
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _part(parameter: nn.Parameter) -> nn.Parameter:
-    """Return this replica's part as a parameter of its own, in the same memory; what is whole stays as it is."""
-    local = _local(parameter.detach())
-    return nn.Parameter(local, parameter.requires_grad) if parameter.dim() else parameter
-
-
-def _mirror(
-    module: nn.Module, parts: Mapping[nn.Parameter, nn.Parameter], made: dict[nn.Module, nn.Module]
-) -> nn.Module:
-    """Return a module like `module`, shared parts of it included, that holds nothing but `parts` of its parameters."""
-    if module not in made:
-        made[module] = nn.Module()
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            made[module].register_parameter(name, parts[parameter])
-        for name, child in module.named_children():
-            made[module].add_module(name, _mirror(child, parts, made))
-    return made[module]

@@ -91,7 +91,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("workers=two", r"^workers: expected a valid integer, unable to parse string as an integer; got 'two'$"),
         ("steps=0", r"^steps: expected greater than or equal to 1; got 0$"),
-        ("wrokers=2", r"^wrokers: no such field; did you mean workers\? known: accumulate, batch, .*workers$"),
+        ("wrokers=2", r"^wrokers: no such field; did you mean workers\? known: accumulate, .*workers$"),
         ("optimizer.lrr=1", r"^optimizer.lrr: no such field; did you mean lr\? known: .*lr, name, weight_decay$"),
         ("task.modell=mlp", r"^task.modell: no such field; did you mean model\? known: depth, dropout, model, name, "),
         (
