@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytrain.errors import TrainingError
 from raytrain.feed import Feed
@@ -180,7 +180,11 @@ def clip(replica: Replica, limit: float) -> float:
     """Scale the gradient down to the norm `limit`, if it is longer, and return the norm it had; 0: measure nothing."""
     if not limit:
         return 0.0
-    norm = float(clip_grad_norm_(replica.module.parameters(), limit))
+    parameters = list(replica.parts.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = replica.shards.norm() if replica.shards else get_total_norm(gradients)
+    clip_grads_with_norm_(parameters, limit, total)
+    norm = float(total)
     if not math.isfinite(norm):
         raise TrainingError(
             f"the norm of the gradient is {norm} in step {replica.progress.step + 1}, although the loss is finite; "

@@ -10,9 +10,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from raytrain.adapters import adapt
+from raytrain.blocks import compile_blocks, recompute
 from raytrain.checkpoint import CheckpointStore, Manifest, load
 from raytrain.ema import average_of
 from raytrain.errors import RecipeError
@@ -25,6 +24,7 @@ from raytrain.optimizers import OPTIMIZERS, make_optimizer
 from raytrain.replica import Progress, Replica, digest_of, load_state
 from raytrain.rundir import RunDirectory
 from raytrain.sync.exchange import ExactExchange, Exchange
+from raytrain.sync.sharded import ShardedGradients
 from raytrain.sync.synchroniser import SYNCHRONISERS
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
@@ -118,27 +118,37 @@ def task_of(recipe: TrainRecipe) -> Task:
 def build(recipe: TrainRecipe, task: Task, exchange: Exchange) -> Replica:
     """Return a new replica of what the recipe trains."""
     transport = exchange.transport
-    dtype = torch.float64 if recipe.precision == "float64" else torch.float32
     module = task.model(recipe.seed)
+    if recipe.precision == "float64":
+        module.double()
+    dtype = next(module.parameters()).dtype
     freeze(module, recipe.freeze.match)
     elsewhere = adapt(module, recipe.adapter, recipe.seed)
-    module.to(transport.device, dtype)
-    optimizer = make_optimizer(resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, module)
+    base = digest_of(module, elsewhere)
     sync = resolve(SYNCHRONISERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
+    if recipe.compile:
+        compile_blocks(module, recipe.compile, transport.device)
+    if recipe.activation_checkpointing:
+        recompute(module)
+    shards = sync.shard(module, recipe.plan().autocast) if isinstance(sync, ShardedGradients) else None
+    module = module.to(transport.device)
+    parts = shards.parts if shards else module
+    optimizer = make_optimizer(resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts)
     return Replica(
         module=module.train(),
         elsewhere=elsewhere,
-        base=digest_of(module, elsewhere),
+        base=base,
         half=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.half else None,
         optimizer=optimizer,
         options=recipe.optimizer,
-        ema=average_of(module, optimizer, recipe.ema),
+        ema=average_of(parts, optimizer, recipe.ema),
         sync=sync,
         progress=Progress(),
         device=transport.device,
         dtype=dtype,
         rank=transport.rank,
         members=len(transport.members),
+        shards=shards,
     )
 
 

@@ -102,7 +102,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(max_position_embeddings=128, **llama)).save_pretrained(folder / "llama")
     tokenizer.save_pretrained(folder / "llama")
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, **small)).save_pretrained(folder / "gpt2")
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, **small)).save_pretrained(
+        folder / "gpt2"
+    )
     tokenizer.save_pretrained(folder / "gpt2")
     chat = byte_tokenizer(eos_token="<|im_end|>", pad_token="<pad>", additional_special_tokens=["<|im_start|>"])
     chat.chat_template = CHATML
