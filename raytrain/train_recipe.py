@@ -10,6 +10,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from raytrain.adapters import ADAPTERS, AdapterOptions, options_of_adapter
 from raytrain.ema import averages
 from raytrain.kinds import Kind
+from raytrain.loggers import LOGGERS, logger_class
 from raytrain.loop import Plan
 from raytrain.names import resolve
 from raytrain.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
@@ -18,10 +19,6 @@ from raytrain.schedules import SCHEDULES, rate
 from raytrain.sync.shards import check_optimizer
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
 from raytrain.task import TASKS, options_of_task
-
-LOGGERS: dict[str, str] = {
-    "tensorboard": "raytrain.recorder:TensorBoard",
-}
 
 TaskField = Annotated[SerializeAsAny[Options], chosen(TASKS, "task", options_of_task)]
 AdapterField = Annotated[SerializeAsAny[AdapterOptions], chosen(ADAPTERS, "adapter", options_of_adapter, "none")]
@@ -125,7 +122,7 @@ class Log(Section):
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            resolve(LOGGERS, name, "log.to")
+            logger_class(name)
         return names
 
 

@@ -28,7 +28,7 @@ from raytrain.sync.sharded import ShardedGradients
 from raytrain.sync.synchroniser import SYNCHRONISERS
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
-from raytrain.train_recipe import LOGGERS, TrainRecipe
+from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch
 
 LOCK_WAIT_SECONDS = 30.0
@@ -105,7 +105,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     examples = task.data("train")
     if len(examples) == 0:
         raise RecipeError(f"task.name: {recipe.task.name} has no examples to train on: Task.data('train') is empty")
-    with watch.recording(replica.progress, [resolve(LOGGERS, name, "log.to") for name in recipe.log.to]):
+    with watch.recording(replica.progress, recipe.log.to):
         train(replica, task, Indexed(task, examples, recipe.seed), plan, watch)
     return watch.last
 

@@ -12,6 +12,8 @@ os.environ.update(
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     FLWR_TELEMETRY_ENABLED="0",
     HF_HUB_OFFLINE="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    WANDB_ERROR_REPORTING="false",
 )
 
 import pytest
