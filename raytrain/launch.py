@@ -1,7 +1,6 @@
 """Runs a training recipe on Ray: this file and no other of the package knows Ray."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import signal
@@ -21,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 import raytrain
-from raytrain.cluster import check_reachable, cpus_per_worker, own_cpus
+from raytrain.cluster import check_reachable, cpus_per_worker, fingerprint, own_cpus
 from raytrain.display import Display
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.finished import result_of
@@ -290,12 +289,3 @@ def cause(error: Exception) -> str:
 def hang_file(path: Path, rank: int) -> Path:
     """Return where the stack of a hanging worker goes."""
     return path / f"hang-worker-{rank}.txt"
-
-
-def fingerprint() -> str:
-    """Return a hash of this package's source, to tell whether two machines run the same."""
-    root = Path(raytrain.__file__).parent
-    total = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        total.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return total.hexdigest()
