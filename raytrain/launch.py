@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from raytrain.display import Display
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.finished import result_of
 from raytrain.kinds import Order, Result
-from raytrain.rundir import Failure, RunDirectory
+from raytrain.rundir import Failure, RunDirectory, elsewhere
 from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watchdog import Watchdog
@@ -270,20 +271,27 @@ class RestartNotes(ray.train.UserCallback):
             hang = hang_file(self._run.path, rank)
             if hang.exists() and hang.stat().st_size:
                 kept = hang.rename(hang.with_stem(f"{hang.stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
-                causes[str(rank)] = f"it hung, and was ended; its stack is in {kept}"
+                causes[str(rank)] = f"it hung, and was ended{elsewhere(_host(error))}; its stack is in {kept}"
             else:
                 causes[str(rank)] = cause(error)
         self._run.append(self._run.restarts, {"time": time.time(), "workers": causes})
 
 
 def cause(error: Exception) -> str:
-    """Return in a few words what happened to a worker."""
+    """Return in a few words what happened to a worker, and where, unless on this machine."""
     text = str(error).strip()
+    what = text.splitlines()[-1] if text else type(error).__name__
     if "PeerLostError" in text:
-        return "it lost another worker"
-    if "has died" in text or "died unexpectedly" in text:
-        return "its process died: killed, out of memory, or crashed"
-    return text.splitlines()[-1] if text else type(error).__name__
+        what = "it lost another worker"
+    elif "has died" in text or "died unexpectedly" in text:
+        what = "its process died: killed, out of memory, or crashed"
+    return what + elsewhere(_host(error))
+
+
+def _host(error: Exception) -> str:
+    """Return the machine of the worker that an error of Ray Train is about, which only the error's text tells."""
+    found = re.search(r"hostname='([^']+)'", str(error))
+    return found[1] if found else ""
 
 
 def hang_file(path: Path, rank: int) -> Path:
