@@ -121,7 +121,7 @@ def add_verbs(commands: Commands) -> None:
         server = _server(address)
         old = server.job(job)
         request = checked(commands, [*(word for word in old.words if word != "--resume"), *(more or [])])
-        name = new_id(request.name)
+        name = new_id(old.id.rpartition("-")[0])
         store = f"{old.store.rpartition('/')[0]}/{name}" if old.store else ""
         new = Job(name, (*request.words, "--resume"), old.run, store)
         return _start(server, new, request, detach=detach, with_code=with_code)
@@ -293,6 +293,8 @@ def _follow(server: "JobServer", name: str) -> int:
             server.stop(name)
             _say(f"{name} saves and ends; Ctrl-C to look no longer")
     _say(f"{name}: {trouble(job) or 'succeeded'}")
+    if job.exit_status not in (0, RecipeError.exit_status):
+        _say(f"go on from its newest checkpoint with: {_line(server, 'jobs resume', name)}")
     if job.exit_status != RecipeError.exit_status:  # which leaves no run
         _say(f"bring its run here with: {_line(server, 'fetch', name)}")
     if job.exit_status == INTERRUPTED:

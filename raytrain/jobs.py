@@ -29,8 +29,7 @@ from raytrain.storage import CHUNK_BYTES, LIST, Listing, parse
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ANSWER_SECONDS = 5.0  # for a server to say that it is there
-REQUEST_SECONDS = 60.0
-TRANSFER_SECONDS = 600.0
+WAIT_SECONDS = {"GET": 20.0, "POST": 60.0, "DELETE": 20.0, "PUT": 600.0}  # the last uploads
 SILENCE_SECONDS = 10.0  # without a line of the log, after which the server is asked whether it is still there
 RECONNECT_SECONDS = 60.0
 SERVE_SECONDS = 180.0
@@ -47,10 +46,9 @@ class _Client(JobSubmissionClient):
     """Ray's client, which waits for answers only so long, and whose errors can be told apart."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        known = getattr(self, "_server_ray_version", None) is not None
-        return super()._do_request(
-            method, endpoint, **{"timeout": (ANSWER_SECONDS, REQUEST_SECONDS if known else ANSWER_SECONDS), **options}
-        )
+        known = self._server_ray_version is not None
+        patience = WAIT_SECONDS[method] if known else ANSWER_SECONDS
+        return super()._do_request(method, endpoint, **{"timeout": (ANSWER_SECONDS, patience), **options})
 
     def _raise_error(self, response: Any) -> None:
         if response.status_code == 404:
@@ -283,9 +281,7 @@ class ClusterFolder:
 
     def _read(self, name: str) -> Iterator[bytes]:
         asked = {"node_id": self._node, "filename": f"{SERVED}{self._job.id}/{name}", "lines": -1, "timeout": 86400}
-        with self._server._client._do_request(
-            "GET", "/api/v0/logs/file", params=asked, stream=True, timeout=(ANSWER_SECONDS, TRANSFER_SECONDS)
-        ) as response:
+        with self._server._client._do_request("GET", "/api/v0/logs/file", params=asked, stream=True) as response:
             if response.status_code != 200:
                 raise FileNotFoundError(f"{name}: {response.text.strip()}")
             try:

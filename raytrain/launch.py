@@ -149,12 +149,17 @@ def start_ray(address: str | None, cpus: int) -> None:
     own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address or "local", **quiet, **({} if address else own))
+        ray.init(address or "local", **quiet, **(_joining(address) if address else own))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
     except (OSError, ValueError, RuntimeError, RayError) as error:
         what = f"--address: cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
         raise RecipeError(f"{what}: {error}") from error
+
+
+def _joining(address: str) -> dict[str, Any]:
+    """Return how to join a cluster: Ray Train's own helpers look for it anew, and may see another on their machine."""
+    return {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}} if address != "auto" else {}
 
 
 def _machines() -> list[float]:
