@@ -1,10 +1,13 @@
-"""Fitting workers onto machines, and asking early whether a cluster can be reached."""
+"""Fitting workers onto machines, and asking early whether a cluster can be reached and runs the same code."""
 
+import hashlib
 import math
 import os
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 
+import raytrain
 from raytrain.errors import RecipeError
 
 REACH_SECONDS = 5.0
@@ -67,3 +70,12 @@ def check_reachable(address: str) -> None:
             f"--address: no Ray cluster answers at {address} ({error}); is `ray start --head` running there, and its "
             "port open to this machine? Leave --address out to start Ray here"
         ) from None
+
+
+def fingerprint() -> str:
+    """Return a hash of this package's source, to tell whether two machines run the same."""
+    root = Path(raytrain.__file__).parent
+    total = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        total.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()

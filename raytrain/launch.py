@@ -1,9 +1,9 @@
 """Runs a training recipe on Ray: one of the few files that know it."""
 
 import contextlib
-import hashlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -21,12 +21,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 import raytrain
-from raytrain.cluster import check_reachable, cpus_per_worker, own_cpus
+from raytrain.cluster import check_reachable, cpus_per_worker, fingerprint, own_cpus
 from raytrain.display import Display
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.finished import result_of
 from raytrain.kinds import Order, Result
-from raytrain.rundir import Failure, RunDirectory
+from raytrain.rundir import Failure, RunDirectory, elsewhere
 from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watchdog import Watchdog
@@ -149,12 +149,17 @@ def start_ray(address: str | None, cpus: int) -> None:
     own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address or "local", **quiet, **({} if address else own))
+        ray.init(address or "local", **quiet, **(_joining(address) if address else own))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
     except (OSError, ValueError, RuntimeError, RayError) as error:
         what = f"--address: cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
         raise RecipeError(f"{what}: {error}") from error
+
+
+def _joining(address: str) -> dict[str, Any]:
+    """Return how to join a cluster: Ray Train's own helpers look for it anew, and may see another on their machine."""
+    return {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}} if address != "auto" else {}
 
 
 def _machines() -> list[float]:
@@ -271,31 +276,29 @@ class RestartNotes(ray.train.UserCallback):
             hang = hang_file(self._run.path, rank)
             if hang.exists() and hang.stat().st_size:
                 kept = hang.rename(hang.with_stem(f"{hang.stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
-                causes[str(rank)] = f"it hung, and was ended; its stack is in {kept}"
+                causes[str(rank)] = f"it hung, and was ended{elsewhere(_host(error))}; its stack is in {kept}"
             else:
                 causes[str(rank)] = cause(error)
         self._run.append(self._run.restarts, {"time": time.time(), "workers": causes})
 
 
 def cause(error: Exception) -> str:
-    """Return in a few words what happened to a worker."""
+    """Return in a few words what happened to a worker, and where, unless on this machine."""
     text = str(error).strip()
+    what = text.splitlines()[-1] if text else type(error).__name__
     if "PeerLostError" in text:
-        return "it lost another worker"
-    if "has died" in text or "died unexpectedly" in text:
-        return "its process died: killed, out of memory, or crashed"
-    return text.splitlines()[-1] if text else type(error).__name__
+        what = "it lost another worker"
+    elif "has died" in text or "died unexpectedly" in text:
+        what = "its process died: killed, out of memory, or crashed"
+    return what + elsewhere(_host(error))
+
+
+def _host(error: Exception) -> str:
+    """Return the machine of the worker that an error of Ray Train is about, which only the error's text tells."""
+    found = re.search(r"hostname='([^']+)'", str(error))
+    return found[1] if found else ""
 
 
 def hang_file(path: Path, rank: int) -> Path:
     """Return where the stack of a hanging worker goes."""
     return path / f"hang-worker-{rank}.txt"
-
-
-def fingerprint() -> str:
-    """Return a hash of this package's source, to tell whether two machines run the same."""
-    root = Path(raytrain.__file__).parent
-    total = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        total.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return total.hexdigest()
