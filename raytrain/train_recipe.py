@@ -13,14 +13,15 @@ from raytrain.names import resolve
 from raytrain.optimizers import OPTIMIZERS, options_of_optimizer
 from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
 from raytrain.schedules import SCHEDULES, rate
+from raytrain.source import SOURCES
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
-from raytrain.task import TASKS, options_of_task
+from raytrain.task import TASKS, TaskOptions, options_of_task
 
 LOGGERS: dict[str, str] = {
     "tensorboard": "raytrain.recorder:TensorBoard",
 }
 
-TaskField = Annotated[SerializeAsAny[Options], chosen(TASKS, "task", options_of_task)]
+TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task)]
 OptimizerField = Annotated[SerializeAsAny[Options], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
@@ -184,6 +185,7 @@ KIND = Kind(
     evaluate="raytrain.finished:evaluate_run",
     tables={
         "tasks": TASKS,
+        "sources": SOURCES,
         "optimizers": OPTIMIZERS,
         "schedules": SCHEDULES,
         "synchronisers": SYNCHRONISERS,
