@@ -145,16 +145,17 @@ class Lane:
         ray.wait([self._calls[0]])
 
     def pull(self) -> list[Row]:
-        """Return the next rows.
+        """Return the next rows, one at least.
 
         Raises:
             RayError: the actor died.
         """
         rows: list[Row] = ray.get(self._calls[0])
+        if not rows:
+            raise RuntimeError(f"{self.name} has nothing left, and the training takes more than it said")
         self._calls.popleft()
         self._calls.append(self._actor.more.remote())
-        if rows:
-            self._walk = self._walk.after(rows[-1][0])
+        self._walk = self._walk.after(rows[-1][0])
         return rows
 
     def end(self) -> None:

@@ -75,8 +75,13 @@ def declared_options(factory: Any, base: type[Options] = Options) -> type[Option
 
 
 @cache  # equal recipes need equal classes
-def combined(declared: type[Options], base: type[OptionsT]) -> type[OptionsT]:
-    """Return the options that have the fields of both; `declared` may be a subclass of `base` already.
+def combined(declared: type[Options], base: type[OptionsT], what: str) -> type[OptionsT]:
+    """Return the options that have the fields of both.
+
+    Args:
+        declared: by a thing; it may be a subclass of `base` already.
+        base: what all such things have.
+        what: the field that names the thing, for the error message.
 
     Raises:
         RecipeError: both have a field of the same name.
@@ -87,7 +92,7 @@ def combined(declared: type[Options], base: type[OptionsT]) -> type[OptionsT]:
         return base
     if twice := (declared.model_fields.keys() & base.model_fields.keys()) - Options.model_fields.keys():
         raise RecipeError(
-            f"{declared.__module__}:{declared.__qualname__} has a field {min(twice)!r}, which {base.__name__} has "
+            f"{what}: {declared.__module__}:{declared.__qualname__} has a field {min(twice)!r}, which {base.__name__} has "
             "already; give it another name"
         )
     bases: tuple[type[Any], ...] = (declared, base)

@@ -79,7 +79,7 @@ def options_of_source(found: Any) -> type[Source]:
             f"task.source.name: expected {', '.join(SOURCES)}, or a function seed -> iterator of examples, which may "
             f"also take options annotated with a subclass of raytrain.Options; got {found!r}"
         ) from None
-    return combined(own, Generators)
+    return combined(own, Generators, "task.source.name")
 
 
 SourceField = Annotated[SerializeAsAny[Source], chosen(SOURCES, "task.source", options_of_source, "local")]

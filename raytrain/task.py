@@ -131,7 +131,7 @@ def options_of_task(factory: Any) -> type[TaskOptions]:
             f"task.name: {factory.__module__}:{factory.__name__} must take nothing, or one parameter annotated with a "
             "subclass of raytrain.Options"
         )
-    return combined(options, TaskOptions)
+    return combined(options, TaskOptions, "task.name")
 
 
 def make_task(factory: Any, options: Options) -> Task:
