@@ -87,7 +87,6 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
     if progress.step and (progress.status != was or unmeasured(progress, plan)):
         settle(replica, task, plan, watch)  # the plan is another than it was, or the process died in an evaluation
     while progress.status == "running":
-        seed_step(plan.seed, replica.rank, progress.step)
         if replica.half:
             replica.half.choose(progress.step, optimizer)
 
@@ -146,6 +145,7 @@ def backward(replica: Replica, task: Task, feed: Feed, plan: Plan) -> float:
     progress = replica.progress
     position = progress.position + replica.rank * plan.batch
     batches = _take(replica, task, feed, position, plan)
+    seed_step(plan.seed, replica.rank, progress.step)  # after the feed, which may have drawn elsewhere
     divisor = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
     total = 0.0
     for place, (batch, weights) in enumerate(batches, start=1):

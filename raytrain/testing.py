@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raytrain.recipe import Options
+from raytrain.feed import Feeds, local_feed
 from raytrain.replica import Replica
 from raytrain.rundir import RunDirectory
 from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Pending
-from raytrain.task import Task
+from raytrain.task import Task, TaskOptions
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watchdog import Watchdog
 from raytrain.worker import work
@@ -172,7 +172,7 @@ class FaultPlan:
             raise RuntimeError(f"a fault on purpose at rank {place[0]}, step {place[1]}")
 
 
-class TinyOptions(Options):
+class TinyOptions(TaskOptions):
     """Options of the tiny task.
 
     Attributes:
@@ -228,10 +228,10 @@ def tiny(options: TinyOptions) -> Task:
     return Task(model=model, data=data, losses=losses, weights=lambda batch: batch["weight"])
 
 
-def train_here(recipe: TrainRecipe, folder: Path) -> RunDirectory:
+def train_here(recipe: TrainRecipe, folder: Path, feeds: Feeds = local_feed) -> RunDirectory:
     """Train in this process, as the only worker."""
     run = _begun(recipe, folder)
-    work(recipe, run, LocalTransport(), beat=_nothing)
+    work(recipe, run, LocalTransport(), beat=_nothing, feeds=feeds)
     return run
 
 

@@ -14,13 +14,14 @@ from raytrain.loggers import LOGGERS, logger_class
 from raytrain.loop import Plan
 from raytrain.names import resolve
 from raytrain.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
-from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
+from raytrain.recipe import Recipe, Section, chosen, declared_options
 from raytrain.schedules import SCHEDULES, rate
+from raytrain.source import SOURCES
 from raytrain.sync.shards import check_optimizer
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
-from raytrain.task import TASKS, options_of_task
+from raytrain.task import TASKS, TaskOptions, options_of_task
 
-TaskField = Annotated[SerializeAsAny[Options], chosen(TASKS, "task", options_of_task)]
+TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task)]
 AdapterField = Annotated[SerializeAsAny[AdapterOptions], chosen(ADAPTERS, "adapter", options_of_adapter, "none")]
 OptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")
@@ -223,6 +224,7 @@ KIND = Kind(
     tables={
         "tasks": TASKS,
         "adapters": ADAPTERS,
+        "sources": SOURCES,
         "optimizers": OPTIMIZERS,
         "schedules": SCHEDULES,
         "synchronisers": SYNCHRONISERS,

@@ -83,7 +83,28 @@ def hugging_face_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
 
 
-WORDS = "the a film is was good bad great awful plot acting story and but very quite question answer what of".split()
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "is",
+    "was",
+    "good",
+    "bad",
+    "great",
+    "awful",
+    "plot",
+    "acting",
+    "story",
+    "and",
+    "but",
+    "very",
+    "quite",
+    "question",
+    "answer",
+    "what",
+    "of",
+]
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
