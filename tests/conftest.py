@@ -77,7 +77,7 @@ def hugging_face_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
 
 
-WORDS = "the a film is was good bad great awful plot acting story and but very quite question answer what of".split()
+WORDS = "the a film is was good bad great awful plot acting story and but very question answer what of"
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -98,7 +98,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(max_position_embeddings=128, **llama)).save_pretrained(folder / "llama")
     tokenizer.save_pretrained(folder / "llama")
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, **small)).save_pretrained(folder / "gpt2")
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, **small)).save_pretrained(
+        folder / "gpt2"
+    )
     tokenizer.save_pretrained(folder / "gpt2")
     chat = byte_tokenizer(eos_token="<|im_end|>", pad_token="<pad>", additional_special_tokens=["<|im_start|>"])
     chat.chat_template = CHATML
@@ -124,7 +126,7 @@ def byte_tokenizer(**special: Any) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(special_tokens=names, initial_alphabet=sorted(alphabet), show_progress=False)
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 2, trainer)
+    tokenizer.train_from_iterator([WORDS] * 2, trainer)
     if "cls_token" in special:
         ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
         tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
