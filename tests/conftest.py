@@ -93,7 +93,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logging.disable_progress_bar()
     folder = tmp_path_factory.mktemp("models")
     tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>")
-    small = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1}
+    # Weights larger than usual, so that so small a model tells its inputs apart.
+    small = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
     llama = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **small}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(max_position_embeddings=128, **llama)).save_pretrained(folder / "llama")
@@ -104,12 +105,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder / "gpt2")
     chat = byte_tokenizer(eos_token="<|im_end|>", pad_token="<pad>", additional_special_tokens=["<|im_start|>"])
     chat.chat_template = CHATML
-    small = {"vocab_size": len(chat), "eos_token_id": 0}
+    small = {"vocab_size": len(chat), "eos_token_id": 0, "initializer_range": 0.2}
     LlamaForCausalLM(LlamaConfig(max_position_embeddings=256, **{**llama, **small})).save_pretrained(folder / "chat")
     chat.save_pretrained(folder / "chat")
     encoder = byte_tokenizer(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert = BertConfig(vocab_size=len(encoder), max_position_embeddings=64, pad_token_id=encoder.pad_token_id, **size)
+    small = {"vocab_size": len(encoder), "pad_token_id": encoder.pad_token_id, "initializer_range": 0.2}
+    bert = BertConfig(max_position_embeddings=64, **size, **small)
     BertModel(bert).save_pretrained(folder / "bert")
     encoder.save_pretrained(folder / "bert")
     return folder
