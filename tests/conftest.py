@@ -83,28 +83,7 @@ def hugging_face_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
 
 
-WORDS = [
-    "the",
-    "a",
-    "film",
-    "is",
-    "was",
-    "good",
-    "bad",
-    "great",
-    "awful",
-    "plot",
-    "acting",
-    "story",
-    "and",
-    "but",
-    "very",
-    "quite",
-    "question",
-    "answer",
-    "what",
-    "of",
-]
+WORDS = "the a film is was good bad great awful plot acting story and but very question answer what of"
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -120,7 +99,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logging.disable_progress_bar()
     folder = tmp_path_factory.mktemp("models")
     tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>")
-    small = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1}
+    # Weights larger than usual, so that so small a model tells its inputs apart.
+    small = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
     llama = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **small}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(max_position_embeddings=128, **llama)).save_pretrained(folder / "llama")
@@ -131,12 +111,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder / "gpt2")
     chat = byte_tokenizer(eos_token="<|im_end|>", pad_token="<pad>", additional_special_tokens=["<|im_start|>"])
     chat.chat_template = CHATML
-    small = {"vocab_size": len(chat), "eos_token_id": 0}
+    small = {"vocab_size": len(chat), "eos_token_id": 0, "initializer_range": 0.2}
     LlamaForCausalLM(LlamaConfig(max_position_embeddings=256, **{**llama, **small})).save_pretrained(folder / "chat")
     chat.save_pretrained(folder / "chat")
     encoder = byte_tokenizer(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert = BertConfig(vocab_size=len(encoder), max_position_embeddings=64, pad_token_id=encoder.pad_token_id, **size)
+    small = {"vocab_size": len(encoder), "pad_token_id": encoder.pad_token_id, "initializer_range": 0.2}
+    bert = BertConfig(max_position_embeddings=64, **size, **small)
     BertModel(bert).save_pretrained(folder / "bert")
     encoder.save_pretrained(folder / "bert")
     return folder
@@ -153,7 +134,7 @@ def byte_tokenizer(**special: Any) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(special_tokens=names, initial_alphabet=sorted(alphabet), show_progress=False)
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 2, trainer)
+    tokenizer.train_from_iterator([WORDS] * 2, trainer)
     if "cls_token" in special:
         ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
         tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)

@@ -54,6 +54,13 @@ def text_of(record: Record, role: str, given: str = "") -> str:
     value = record.fields[name]
     if not isinstance(value, str):
         raise RecipeError(f"task.{role}: {record.where}: expected text in column {name!r}; got {short(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"task.{role}: {record.where}: the text in column {name!r} has half a character (a lone surrogate) at "
+            f"{error.start}"
+        ) from None
     return value
 
 
