@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -174,16 +176,21 @@ class JobServer:
         Raises:
             TrainingError: the connection is lost for good.
         """
-        while True:
-            try:
-                asyncio.run(self._tail(name, log.reader()))
-                job = self.job(name)
-                if job.over:
-                    return job
-                raise LostError("the log ended before the job")
-            except LostError as error:
-                say(f"lost the connection to {self.address} ({error}); trying again for {RECONNECT_SECONDS:g} s")
-                self._wait_for_return(name)
+        while not (job := self._followed(name, log, say)):
+            self._wait_for_return(name)
+        return job
+
+    def _followed(self, name: str, log: Log, say: Callable[[str], None]) -> Job | None:
+        """Show the log of a job until it ends, or until the connection is lost."""
+        try:
+            asyncio.run(self._tail(name, log.reader()))
+            job = self.job(name)
+            if job.over:
+                return job
+            raise LostError("the log ended before the job")
+        except LostError as error:
+            say(f"lost the connection to {self.address} ({error}); trying again for {RECONNECT_SECONDS:g} s")
+            return None
 
     async def _tail(self, name: str, take: Callable[[str], None]) -> None:
         """Take the log until its end, or until the server does not answer."""
@@ -291,11 +298,18 @@ class ClusterFolder:
 
 
 def address_of(given: str | None) -> str:
-    """Return the address of the job server: as given, or by Ray's environment variables, or the default."""
+    """Return the address of the job server: as given, or by Ray's environment variables, or the default.
+
+    Raises:
+        RecipeError: it is not one of a dashboard.
+    """
     cluster = os.environ.get("RAY_ADDRESS", "")  # which Ray also takes for HOST:PORT of the cluster itself
     elsewhere = cluster if cluster.startswith(("http://", "https://")) else DEFAULT_ADDRESS
     address = given or os.environ.get(ADDRESS) or elsewhere
-    return (address if "://" in address else f"http://{address}").rstrip("/")
+    url = (address if "://" in address else f"http://{address}").rstrip("/")
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
+        raise RecipeError(f"--address: expected the cluster's dashboard, as http://HOST:8265; got {address!r}")
+    return url
 
 
 def taken_along(folder: Path) -> dict[str, int]:
@@ -367,9 +381,10 @@ def _explained_connection(address: str) -> Iterator[None]:
         ) from error
     except RaytrainError:
         raise
-    except (OSError, RuntimeError, ValueError, LookupError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
         raise RecipeError(
-            f"--address: what answers at {address} is not a Ray dashboard ({_reason(error)}); its port is usually 8265"
+            f"--address: what answers at {address} is not a Ray dashboard, whose port is usually 8265 "
+            f"({type(error).__name__}: {_line(str(error))})"
         ) from error
 
 
@@ -385,7 +400,14 @@ def _reason(error: BaseException) -> str:
     """Return the innermost cause of an error, in one line."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, HTTPException):
+        return "it does not speak HTTP"
+    return _line(str(error)) or type(error).__name__
+
+
+def _line(text: str) -> str:
+    """Return text in one line; what speaks another protocol may have answered in bytes that are none."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 @contextmanager
