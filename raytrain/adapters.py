@@ -148,12 +148,9 @@ def _linear_layers(module: nn.Module) -> list[str]:
     """Return the names of the linear layers inside the blocks; GPT-2's are of a class of their own."""
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - slow to import
 
-    inside = [
-        f"{prefix}.{name}"
-        for prefix, block in blocks(module).items()
-        for name, layer in block.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D)
-    ]
+    names = {layer: name for name, layer in module.named_modules()}
+    linear = (layer for block in blocks(module) for layer in block.modules() if isinstance(layer, nn.Linear | Conv1D))
+    inside = [names[layer] for layer in linear]
     if not inside:
         raise RecipeError(
             "adapter.target_modules: the model has no linear layers inside repeated blocks; name the layers to adapt, "

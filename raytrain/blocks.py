@@ -1,22 +1,122 @@
-"""The repeated blocks of a model: what is frozen, recomputed or sharded as one."""
+"""The repeated blocks of a model: found in any model, recomputed in the backward pass, compiled."""
 
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, update_wrapper
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from raytrain.errors import RecipeError
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
-def blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """Return name -> block, for each block of the model: what the outermost lists of modules hold.
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a model, each once, in the order of the model; none lies inside another.
 
-    A transformer's layers are one such list; a model without any has no blocks.
+    A block is an entry of an nn.ModuleList, or of an nn.Sequential of entries that are all of one class, where there
+    are at least two of them and they hold parameters. An entry that is a list itself, and so is never called, gives its
+    own entries.
     """
-    return dict(_blocks(module, ""))
+    return list(dict.fromkeys(_blocks(module)))
 
 
-def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if isinstance(child, nn.ModuleList):
-            yield from ((f"{path}.{place}", block) for place, block in child.named_children())
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    entries = [child for child in module.children() if any(True for _ in child.parameters())]
+    alike = isinstance(module, nn.Sequential) and len(set(map(type, module.children()))) == 1
+    repeated = len(entries) > 1 and (alike or isinstance(module, CONTAINERS))
+    for entry in entries:
+        if repeated and not isinstance(entry, CONTAINERS):
+            yield entry
         else:
-            yield from _blocks(child, f"{path}.")
+            yield from _blocks(entry)
+
+
+def recompute(module: nn.Module) -> None:
+    """Let each block forget what its forward pass computed, and compute it again in the backward pass.
+
+    The gradients stay equal to the bit, dropout included; running means of a BatchNorm move once. Names of parameters
+    stay as they are.
+
+    Raises:
+        RecipeError: the model has no repeated blocks.
+    """
+    found = blocks(module)
+    if not found:
+        raise RecipeError(
+            f"activation_checkpointing: {type(module).__name__} has no repeated blocks, as an nn.ModuleList of layers "
+            "is, and to recompute a whole model at once saves nothing; set activation_checkpointing=false"
+        )
+    for block in found:
+        _replace_forward(block, partial(_recomputed, block, block.forward))
+
+
+def compile_blocks(module: nn.Module, backend: str, device: torch.device) -> None:
+    """Compile each block, or the whole model if it has none; names of parameters stay as they are.
+
+    Args:
+        module: the model.
+        backend: of torch.compile.
+        device: where it will run.
+
+    Raises:
+        RecipeError: the backend needs a compiler that is not there.
+    """
+    if backend == "inductor" and device.type == "cpu":
+        _check_compiler()
+    for block in blocks(module) or [module]:
+        _replace_forward(block, torch.compile(block.forward, backend=backend))
+
+
+def _replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let `block` compute with `forward`, which looks as the one it had: hooks and names know no difference."""
+    vars(block)["forward"] = update_wrapper(forward, block.forward)
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _unmoved(list(block.buffers()))
+
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _unmoved(buffers: Sequence[Tensor]) -> Iterator[None]:
+    """Put buffers back at the end, so that computing a block a second time does not move them a second time."""
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, kept in zip(buffers, before, strict=True):
+            buffer.data.copy_(kept)  # `data`: the graph of the first time must not take this for a change
+
+
+def _check_compiler() -> None:
+    """Check that what torch.compile makes for CPUs can be built here.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - slow to import
+    from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415 - slow to import
+
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        missing = "a C++ compiler"
+    else:
+        missing = "" if header.is_file() else str(header)
+    if missing:
+        raise RecipeError(
+            f"compile: 'inductor' needs {missing} on every machine that trains on CPUs; install g++ and the headers of "
+            "Python, or set compile='' or compile='aot_eager', which needs neither and makes nothing faster"
+        )

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raytrain.errors import RaytrainError, RecipeError
+from raytrain.job_verbs import Commands, add_verbs
 from raytrain.kinds import Kind, Order, load_kinds
 from raytrain.names import near, resolve
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
@@ -172,6 +173,7 @@ def _add_kinds() -> None:
     for point in entry_points(group="raytrain.kinds"):
         about = f"Run a recipe of the kind {point.name}.\n\n{RECIPE_HELP}"
         app.command(point.name, help=about)(_runner(point.name))
+    add_verbs(Commands(app, _read, _parse))
 
 
 def _runner(verb: str) -> Callable[..., int]:

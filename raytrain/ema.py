@@ -123,4 +123,6 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._live.items():
-            parameter.data, self._mean[name] = self._mean[name], parameter.data
+            kept = parameter.clone()
+            parameter.copy_(self._mean[name])  # in place: whoever computes with the parameter knows its memory
+            self._mean[name].copy_(kept)

@@ -32,7 +32,8 @@ def evaluate(
     """Return the measured values over all the examples.
 
     Each replica measures a part of them, which may be empty; sums and counts are added in the order of the replicas, so
-    no value is a mean of means and all replicas return the same.
+    no value is a mean of means and all replicas return the same. All run the model equally often, as a sharded one asks
+    for: whoever has fewer batches runs an example for nothing, while the others are still at work.
 
     Args:
         task: what to measure.
@@ -49,14 +50,18 @@ def evaluate(
     transport = exchange.transport
     parameter = next(module.parameters())
     mine = share(len(examples), transport.rank, len(transport.members))
+    longest = -(-len(examples) // len(transport.members))
+    starts = range(mine.start, mine.start + longest, batch)
     was_training = module.training
     module.eval()
     sums: Sums = {}
     # Not inference_mode: what a model keeps from a forward pass (a mask, a table) must serve the next training step.
     with torch.no_grad(), torch.autocast(parameter.device.type, dtype=autocast, enabled=autocast is not None):
-        for start in range(mine.start, mine.stop, batch):
-            part = [examples[index] for index in range(start, min(start + batch, mine.stop))]
-            _add(sums, measure(task, module, moved(task.collate(part), parameter.device, parameter.dtype), len(part)))
+        for start in starts:
+            indices = range(start, min(start + batch, mine.stop))
+            part = [examples[index] for index in indices or [0]]
+            found = measure(task, module, moved(task.collate(part), parameter.device, parameter.dtype), len(part))
+            _add(sums, found if indices else {})
             beat()
     module.train(was_training)
     total: Sums = {}

@@ -49,7 +49,7 @@ class Half:
         self._seed = seed
         self._every = every
         self._round = -1
-        self._kinds = [kind for block in blocks(module).values() for kind in _layers_by_type(block)]
+        self._kinds = [kind for block in blocks(module) for kind in _layers_by_type(block)]
         if not self._kinds:
             raise RecipeError("freeze.half: the model has no repeated blocks to freeze a half of")
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytrain.errors import TrainingError
 from raytrain.feed import Feed
@@ -87,7 +87,6 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
     if progress.step and (progress.status != was or unmeasured(progress, plan)):
         settle(replica, task, plan, watch)  # the plan is another than it was, or the process died in an evaluation
     while progress.status == "running":
-        seed_step(plan.seed, replica.rank, progress.step)
         if replica.half:
             replica.half.choose(progress.step, optimizer)
 
@@ -146,6 +145,7 @@ def backward(replica: Replica, task: Task, feed: Feed, plan: Plan) -> float:
     progress = replica.progress
     position = progress.position + replica.rank * plan.batch
     batches = _take(replica, task, feed, position, plan)
+    seed_step(plan.seed, replica.rank, progress.step)  # after the feed, which may have drawn elsewhere
     divisor = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
     total = 0.0
     for place, (batch, weights) in enumerate(batches, start=1):
@@ -180,7 +180,11 @@ def clip(replica: Replica, limit: float) -> float:
     """Scale the gradient down to the norm `limit`, if it is longer, and return the norm it had; 0: measure nothing."""
     if not limit:
         return 0.0
-    norm = float(clip_grad_norm_(replica.module.parameters(), limit))
+    parameters = list(replica.parts.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = replica.shards.norm() if replica.shards else get_total_norm(gradients)
+    clip_grads_with_norm_(parameters, limit, total)
+    norm = float(total)
     if not math.isfinite(norm):
         raise TrainingError(
             f"the norm of the gradient is {norm} in step {replica.progress.step + 1}, although the loss is finite; "

@@ -1,7 +1,7 @@
 """A replica: one copy of what is trained, and its whole state."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from raytrain.ema import Average
 from raytrain.errors import CheckpointError
 from raytrain.freezing import Half
 from raytrain.optimizers import OptimizerOptions, load_state_by_name, state_by_name
+from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
 
 
@@ -55,7 +56,7 @@ class Replica:
     """One copy of what is trained, and its place among the others.
 
     Attributes:
-        module: the model.
+        module: the model, to compute with.
         elsewhere: names of parameters that an adapter stands beside: they never move, and are not saved.
         base: a hash of these, by which they are known again.
         half: freezes a half of each block at a time, if that is wanted.
@@ -66,6 +67,7 @@ class Replica:
         progress: where the run stands.
         device, dtype: of the parameters.
         rank: this replica's place among `members`.
+        shards: this replica's parts of the parameters, if it does not keep all of them.
     """
 
     module: nn.Module
@@ -81,6 +83,12 @@ class Replica:
     dtype: torch.dtype
     rank: int
     members: int
+    shards: Shards | None = None
+
+    @property
+    def parts(self) -> nn.Module:
+        """What this replica keeps of the model's parameters, to step and to average: all of it, unless sharded."""
+        return self.shards.parts if self.shards else self.module
 
 
 def state_of(replica: Replica) -> dict[str, Any]:
@@ -89,16 +97,20 @@ def state_of(replica: Replica) -> dict[str, Any]:
     There is no random state in it: what a step draws follows from the seed, the rank and the step.
     """
     own: dict[str, Any] = {"sync": replica.sync.state_dict()}
-    if replica.rank == 0:
-        own["model"] = dict(_tensors(replica.module, replica.elsewhere))
-        own["base"] = replica.base
-        own["optimizer"] = {"name": replica.options.name, **state_by_name(replica.optimizer, replica.module)}
-        own["ema"] = replica.ema.state_dict() if replica.ema else {}
-    return own
+    whole = replica.shards.whole if replica.shards else _as_it_is
+    average = replica.ema.state_dict() if replica.ema else {}
+    optimizer = state_by_name(replica.optimizer, replica.parts)
+    shared = {
+        "model": {name: whole(name, tensor) for name, tensor in _tensors(replica, replica.parts)},
+        "base": replica.base,
+        "optimizer": {"name": replica.options.name, **optimizer, "state": _entries(optimizer["state"], whole)},
+        "ema": {name: whole(name, tensor) for name, tensor in average.items()},
+    }
+    return {**own, **shared} if replica.rank == 0 else own
 
 
 def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, averaged: bool = False) -> None:
-    """Copy saved parameters and buffers into the model.
+    """Copy saved parameters and buffers into the model, or of each parameter this replica's part.
 
     Args:
         replica: newly made.
@@ -110,7 +122,7 @@ def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, ave
         CheckpointError: they are those of another model; the message names the first difference.
     """
     saved = {**shared["model"], **(shared["ema"] if averaged else {})}
-    ours = dict(_tensors(replica.module, replica.elsewhere))
+    ours = dict(_tensors(replica, replica.module))
     for name in sorted(ours.keys() | saved.keys()):
         there, here = saved.get(name), ours.get(name)
         if there is None or here is None or there.shape != here.shape:
@@ -123,9 +135,10 @@ def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, ave
             f"{path}: this checkpoint is of an adapter beside another model: the weights at task.model are not those "
             "that it was trained with"
         )
+    cut = replica.shards.cut if replica.shards else _as_it_is
     with torch.no_grad():
-        for name, tensor in ours.items():
-            tensor.copy_(saved[name])
+        for name, tensor in _tensors(replica, replica.parts):
+            tensor.copy_(cut(name, saved[name]))
 
 
 def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] | None, path: object) -> None:
@@ -146,18 +159,14 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
             f"{path}: this checkpoint's optimizer is {shared['optimizer']['name']}, and the recipe's is "
             f"{replica.options.name}; set optimizer.name={shared['optimizer']['name']} to continue"
         )
-    load_state_by_name(replica.optimizer, replica.module, shared["optimizer"], replica.options)
+    cut = replica.shards.cut if replica.shards else _as_it_is
+    optimizer = {**shared["optimizer"], "state": _entries(shared["optimizer"]["state"], cut)}
+    load_state_by_name(replica.optimizer, replica.parts, optimizer, replica.options)
     if replica.ema:
-        replica.ema.load_state_dict(shared["ema"] or shared["model"])  # a run that starts averaging now
+        average = shared["ema"] or shared["model"]  # a run that starts averaging now
+        replica.ema.load_state_dict({name: cut(name, tensor) for name, tensor in average.items()})
     if own is not None:
         replica.sync.load_state_dict(own["sync"])
-
-
-def _tensors(module: nn.Module, elsewhere: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter to save once, tied ones included, and each buffer that belongs to the state."""
-    yield from ((name, parameter.data) for name, parameter in module.named_parameters() if name not in elsewhere)
-    persistent = module.state_dict(keep_vars=True)
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
 
 
 def digest_of(module: nn.Module, names: frozenset[str]) -> str:
@@ -169,6 +178,23 @@ def digest_of(module: nn.Module, names: frozenset[str]) -> str:
         values = module.get_parameter(name).detach().cpu().contiguous()
         total.update(name.encode() + b"\0" + values.flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def _tensors(replica: Replica, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter of `parts` to save once, tied ones included, and each buffer of the model's state."""
+    named = parts.named_parameters()
+    yield from ((name, parameter.data) for name, parameter in named if name not in replica.elsewhere)
+    persistent = replica.module.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in replica.module.named_buffers() if name in persistent)
+
+
+def _entries(state: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, dict[str, Any]]:
+    """Return what an optimizer keeps for each parameter by name, each entry as `change` returns it."""
+    return {name: {key: change(name, value) for key, value in entries.items()} for name, entries in state.items()}
+
+
+def _as_it_is(name: str, value: Any) -> Any:  # noqa: ARG001 - takes the place of `Shards.whole` and `Shards.cut`
+    return value
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,16 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raytrain.recipe import Options
+from raytrain.feed import Feeds, local_feed
 from raytrain.replica import Replica
 from raytrain.rundir import RunDirectory
 from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Pending
-from raytrain.task import Task
+from raytrain.task import Task, TaskOptions
 from raytrain.train_recipe import TrainRecipe
+from raytrain.watchdog import Watchdog
 from raytrain.worker import work
 
 Answer = TypeVar("Answer")
 WAIT_SECONDS = 60.0
+ONE_AT_A_TIME = threading.Lock()
+"""Held by a thread that draws from the generator that all threads share."""
 PEER_LOST = 3
 """The exit status of a worker of `train_with_gloo` that lost another one."""
 
@@ -169,7 +172,7 @@ class FaultPlan:
             raise RuntimeError(f"a fault on purpose at rank {place[0]}, step {place[1]}")
 
 
-class TinyOptions(Options):
+class TinyOptions(TaskOptions):
     """Options of the tiny task.
 
     Attributes:
@@ -209,8 +212,9 @@ def tiny(options: TinyOptions) -> Task:
     """Return the task of fitting a random function, with examples that count differently."""
 
     def model(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return TinyModel(options)
+        with ONE_AT_A_TIME:
+            torch.manual_seed(seed)
+            return TinyModel(options)
 
     def data(split: str) -> list[dict[str, Tensor]]:
         count = options.examples if split == "train" else 13
@@ -224,10 +228,10 @@ def tiny(options: TinyOptions) -> Task:
     return Task(model=model, data=data, losses=losses, weights=lambda batch: batch["weight"])
 
 
-def train_here(recipe: TrainRecipe, folder: Path) -> RunDirectory:
+def train_here(recipe: TrainRecipe, folder: Path, feeds: Feeds = local_feed) -> RunDirectory:
     """Train in this process, as the only worker."""
     run = _begun(recipe, folder)
-    work(recipe, run, LocalTransport(), beat=_nothing)
+    work(recipe, run, LocalTransport(), beat=_nothing, feeds=feeds)
     return run
 
 
@@ -240,11 +244,18 @@ def train_with_threads(recipe: TrainRecipe, folder: Path) -> RunDirectory:
 
 def train_with_gloo(recipe: TrainRecipe, folder: Path) -> list[int]:
     """Train with workers that are processes of this machine; return their exit statuses, -9 for one that was killed."""
-    _begun(recipe, folder)
+    return train_each_with_gloo([(recipe, folder)])
+
+
+def train_each_with_gloo(runs: Sequence[tuple[TrainRecipe, Path]]) -> list[int]:
+    """Train one after the other, with the same processes: to start one takes longer than a tiny run."""
+    size, folder = runs[0][0].workers, runs[0][1]
+    for run in runs:
+        _begun(*run)
     store = folder / f".store-{time.time_ns()}"
     context = multiprocessing.get_context("spawn")
-    arguments = (recipe.plain(), str(folder), str(store))
-    workers = [context.Process(target=_gloo_worker, args=(rank, *arguments)) for rank in range(recipe.workers)]
+    arguments = (size, [(recipe.plain(), str(folder)) for recipe, folder in runs], str(store))
+    workers = [context.Process(target=_gloo_worker, args=(rank, *arguments)) for rank in range(size)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -259,15 +270,21 @@ def _begun(recipe: TrainRecipe, folder: Path) -> RunDirectory:
     return run
 
 
-def _gloo_worker(rank: int, plain: dict[str, Any], folder: str, store: str) -> None:
+def _gloo_worker(rank: int, size: int, runs: list[tuple[dict[str, Any], str]], store: str) -> None:
     torch.set_num_threads(1)
-    recipe = TrainRecipe.parse(plain)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=recipe.workers)
-    transport = GroupTransport(torch.device("cpu"), recipe.sync.timeout_seconds)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
-        work(recipe, RunDirectory(Path(folder)), transport, beat=_nothing)
+        for plain, folder in runs:
+            _gloo_run(rank, TrainRecipe.parse(plain), RunDirectory(Path(folder)))
     except PeerLostError:
         sys.exit(PEER_LOST)
+
+
+def _gloo_run(rank: int, recipe: TrainRecipe, run: RunDirectory) -> None:
+    seconds = recipe.sync.timeout_seconds
+    transport = GroupTransport(torch.device("cpu"), seconds)
+    with Watchdog(run.path / f"hang-{rank}.txt", seconds, lambda: transport.waiting) as watchdog:
+        work(recipe, run, transport, watchdog.beat)
 
 
 def _nothing(*_: object) -> None:

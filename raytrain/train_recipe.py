@@ -14,12 +14,14 @@ from raytrain.loggers import LOGGERS, logger_class
 from raytrain.loop import Plan
 from raytrain.names import resolve
 from raytrain.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
-from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
+from raytrain.recipe import Recipe, Section, chosen, declared_options
 from raytrain.schedules import SCHEDULES, rate
+from raytrain.source import SOURCES
+from raytrain.sync.shards import check_optimizer
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
-from raytrain.task import TASKS, options_of_task
+from raytrain.task import TASKS, TaskOptions, options_of_task
 
-TaskField = Annotated[SerializeAsAny[Options], chosen(TASKS, "task", options_of_task)]
+TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task)]
 AdapterField = Annotated[SerializeAsAny[AdapterOptions], chosen(ADAPTERS, "adapter", options_of_adapter, "none")]
 OptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")
@@ -134,7 +136,12 @@ class TrainRecipe(Recipe):
         batch: examples of each worker in each step, so a step takes workers * batch.
         accumulate: micro-batches that `batch` is cut into, for less memory; the step stays the same, unless the model
             takes statistics over what it sees at once, as BatchNorm does.
-        precision: of the parameters; "bfloat16" keeps them in float32 and computes in bfloat16 where that is safe.
+        precision: "float32" computes in the type of the parameters, which is float32 unless the task makes others;
+            "bfloat16" computes in bfloat16 where that is safe, and leaves the parameters; "float64" makes all float64.
+        activation_checkpointing: whether each repeated block of the model forgets what it computed and computes it
+            again in the backward pass: less memory for about a third more time, and the same gradients.
+        compile: the backend of torch.compile for the model's repeated blocks, or for the whole model if it has none:
+            "inductor", which needs a C++ compiler on CPUs, or "aot_eager", which is for finding faults; "": none.
         clip: the largest norm of the gradient; 0: any.
         ema: decay of an average of the weights that is evaluated in their place; 0: none.
         max_failures: how often workers that die or hang are started again.
@@ -147,6 +154,8 @@ class TrainRecipe(Recipe):
     batch: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    activation_checkpointing: bool = False
+    compile: Literal["", "inductor", "aot_eager"] = ""
     clip: float = Field(1.0, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)
     max_failures: int = Field(3, ge=0)
@@ -177,6 +186,10 @@ class TrainRecipe(Recipe):
             raise ValueError("expected freeze.half = false with an adapter, beside which nothing else moves")
         if self.ema and averages(self.optimizer.constructor):
             raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
+        if self.workers > 1 and getattr(self.sync, "shard", False):
+            check_optimizer(self.optimizer)
+            if self.freeze.half:
+                raise ValueError("sync.shard: expected freeze.half = false, because what is frozen is cut once")
         return self
 
     def plan(self) -> Plan:
@@ -211,6 +224,7 @@ KIND = Kind(
     tables={
         "tasks": TASKS,
         "adapters": ADAPTERS,
+        "sources": SOURCES,
         "optimizers": OPTIMIZERS,
         "schedules": SCHEDULES,
         "synchronisers": SYNCHRONISERS,

@@ -6,12 +6,14 @@ Every operation starts at once and returns a `Pending`; a tensor given to one mu
 import datetime
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 OWN_FAULTS = ("Invalid scalar type", "out of memory", "must be contiguous", "nsupported")
 """Parts of the messages of errors that this replica makes by itself, and would make again."""
@@ -123,7 +125,9 @@ class GroupTransport:
         self.members = tuple(range(dist.get_world_size()))
         self.device = device
         self.waiting = False
-        self._group: dist.ProcessGroup | None = dist.new_group(timeout=datetime.timedelta(seconds=timeout_seconds))
+        self._timeout = datetime.timedelta(seconds=timeout_seconds)
+        self._group: dist.ProcessGroup | None = dist.new_group(timeout=self._timeout)
+        self._apart: dist.ProcessGroup | None = None
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """Sum `flat` in place (a ring moves each byte 2 (n - 1) / n times)."""
@@ -148,21 +152,57 @@ class GroupTransport:
         raw = flat.view(-1).view(torch.uint8) if flat.is_contiguous() and flat.numel() else flat
         return self._start(lambda: dist.broadcast(raw, 0, group=self._group, async_op=True), flat, sent)
 
+    def gather_into(self, whole: Tensor, part: Tensor) -> int:
+        """Put the `part` of each replica into `whole`, one after the other, before anything else can read it.
+
+        Returns:
+            The bytes sent. On a GPU the call returns at once, and what comes after it on the GPU waits.
+        """
+        with self.waits(time.monotonic()):
+            # As bytes, because gloo knows few types.
+            dist.all_gather_single(whole.view(torch.uint8), part.view(torch.uint8), group=self._group)
+        return (len(self.members) - 1) * _bytes(part)
+
+    def reduce_scatter(self, part: Tensor, whole: Tensor) -> int:
+        """Put this replica's part of the sum of all `whole` into `part`; otherwise like `gather_into`."""
+        with self.waits(time.monotonic()):
+            dist.reduce_scatter_single(part, whole, group=self._group)
+        return (len(self.members) - 1) * _bytes(part)
+
+    def mesh(self) -> DeviceMesh:
+        """Return the replicas as torch's FSDP wants them described.
+
+        A group that FSDP keeps would not close when this replica leaves, so the description is of a group apart: what
+        is sent goes through the transport.
+        """
+        if self._apart is None:
+            with self.waits(time.monotonic()):
+                self._apart = dist.new_group(timeout=self._timeout)
+        return DeviceMesh.from_group(self._apart, self.device.type)
+
     def close(self) -> None:
         """Close the connections, which gloo does when nothing refers to the group any more."""
         group, self._group = self._group, None
         dist.destroy_process_group(group)
         del group
+        if self._apart is not None:
+            dist.destroy_process_group(self._apart)
         gc.collect()  # the hooks on parameters refer to exchanges under way, and these to the group
 
     def _start(self, launch: Callable[[], dist.Work], result: Tensor, bytes_sent: float) -> Pending:
         started = time.monotonic()
-        try:
+        with _lost(started):
             return _Work(self, launch(), result, int(bytes_sent), started)
-        except RuntimeError as error:
-            if any(sign in str(error) for sign in OWN_FAULTS):
-                raise
-            raise _lost(error, started) from error
+
+    @contextmanager
+    def waits(self, started: float) -> Iterator[None]:
+        """Say inside the `with` block that this replica waits, and what it means if that fails."""
+        self.waiting = True
+        try:
+            with _lost(started):
+                yield
+        finally:
+            self.waiting = False
 
 
 class _Work:
@@ -177,28 +217,27 @@ class _Work:
 
     def wait(self) -> Tensor:
         work, self._work = self._work, None  # a finished operation must not keep the connections open
-        self._transport.waiting = True
-        try:
+        with self._transport.waits(self._started):
             if work is not None:
                 work.wait()
-            if (
-                self._result.is_cuda
-            ):  # NCCL's wait only holds the GPU; a hang of another must be seen to be no hang of ours
+            # NCCL's wait only holds the GPU; a hang of another must be seen to be no hang of ours.
+            if self._result.is_cuda:
                 torch.cuda.current_stream(self._result.device).synchronize()
-        except RuntimeError as error:
-            if any(sign in str(error) for sign in OWN_FAULTS):
-                raise
-            raise _lost(error, self._started) from error
-        finally:
-            self._transport.waiting = False
         return self._result
 
 
-def _lost(error: RuntimeError, started: float) -> PeerLostError:
-    waited = time.monotonic() - started
-    return PeerLostError(
-        f"another worker died, hung or left during an exchange ({waited:.1f} s after its start): {error}"
-    )
+@contextmanager
+def _lost(started: float) -> Iterator[None]:
+    """Tell an operation that failed because of another replica from one that failed because of this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in OWN_FAULTS):
+            raise
+        waited = time.monotonic() - started
+        raise PeerLostError(
+            f"another worker died, hung or left during an exchange ({waited:.1f} s after its start): {error}"
+        ) from error
 
 
 def _bytes(flat: Tensor) -> int:

@@ -1,0 +1,113 @@
+"""The parts that one replica keeps of a model that is sharded over several."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from raytrain.optimizers import OPTIMIZERS, is_elementwise
+from raytrain.recipe import Options
+from raytrain.sync.transport import GroupTransport
+
+WHOLE = ("max_grad_norm", "gradient_noise")
+"""Options of optimizers that look at whole gradients, where they are not 0."""
+
+
+def check_optimizer(options: Options) -> None:
+    """Check that an optimizer steps the parts of a matrix as it would step the matrix.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not is_elementwise(options.name):
+        raise ValueError(
+            f"sync.shard: {options.name} is not known to step a part of a matrix as it steps the whole; expected "
+            f"optimizer.name to be one of {', '.join(filter(is_elementwise, OPTIMIZERS))}, or sync.shard = false"
+        )
+    for option in WHOLE:
+        if getattr(options, option, 0):
+            raise ValueError(f"sync.shard: expected optimizer.{option} = 0, because each worker knows only its share")
+
+
+class Shards:
+    """This replica's parts of a sharded model.
+
+    A parameter is cut along its first dimension into as many equal parts as there are replicas; the last parts may be
+    short or empty. One without dimensions stays whole on every replica.
+
+    Attributes:
+        parts: holds this replica's parts under the names that the parameters have in the model.
+
+    Args:
+        module: the model, sharded by torch's `fully_shard`.
+        transport: the replicas.
+    """
+
+    def __init__(self, module: nn.Module, transport: GroupTransport) -> None:
+        self._transport = transport
+        self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        self.parts = _mirror(module, {parameter: _part(parameter) for parameter in module.parameters()}, {})
+        self._parts = dict(self.parts.named_parameters())
+
+    def norm(self) -> Tensor:
+        """Return the norm of the whole gradient; all replicas call this together."""
+        first = self._transport.rank == 0
+        counted = [part for name, part in self._parts.items() if self._shapes[name] or first]
+        own = get_total_norm([part.grad for part in counted if part.grad is not None])
+        squares = own.to(self._transport.device, torch.float64).square().reshape(1)
+        return self._transport.all_reduce(squares).wait()[0].sqrt()
+
+    def whole(self, name: str, value: Any) -> Any:
+        """Return what this replica has a part of, on the CPU of the first replica; all replicas call this together.
+
+        Args:
+            name: of a parameter.
+            value: its part, or what an optimizer or an average keeps for it; unless it has the shape of the part, it is
+                returned as it is.
+        """
+        part = self._parts.get(name)
+        if part is None or not self._shapes[name] or not isinstance(value, Tensor) or value.shape != part.shape:
+            return value
+        padded = value.new_zeros(self._rows(name), *value.shape[1:])
+        padded[: len(value)] = value
+        flat = padded.new_empty(len(self._transport.members) * padded.numel())
+        self._transport.gather_into(flat, padded.flatten())
+        return flat[: self._shapes[name].numel()].view(self._shapes[name]).cpu() if self._transport.rank == 0 else value
+
+    def cut(self, name: str, value: Any) -> Any:
+        """Return this replica's part of `value`, if that has the shape of the whole parameter, or else `value`."""
+        if not isinstance(value, Tensor) or not value.shape or value.shape != self._shapes.get(name):
+            return value
+        rows = self._rows(name)
+        return value[rows * self._transport.rank :][:rows]
+
+    def _rows(self, name: str) -> int:
+        return -(-self._shapes[name][0] // len(self._transport.members))
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this replica's part of a tensor that torch knows to be distributed, in the same memory."""
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow to import
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _part(parameter: nn.Parameter) -> nn.Parameter:
+    """Return this replica's part as a parameter of its own, in the same memory; what is whole stays as it is."""
+    local = local_part(parameter.detach())
+    return nn.Parameter(local, parameter.requires_grad) if parameter.dim() else parameter
+
+
+def _mirror(
+    module: nn.Module, parts: Mapping[nn.Parameter, nn.Parameter], made: dict[nn.Module, nn.Module]
+) -> nn.Module:
+    """Return a module like `module`, shared parts of it included, that holds nothing but `parts` of its parameters."""
+    if module not in made:
+        made[module] = nn.Module()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            made[module].register_parameter(name, parts[parameter])
+        for name, child in module.named_children():
+            made[module].add_module(name, _mirror(child, parts, made))
+    return made[module]
