@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import time
 import tomllib
 import uuid
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from raytrain.errors import RecipeError, TrainingError
+from raytrain.files import write_whole
 from raytrain.names import resolve
 from raytrain.recipe import dotted_fields
+from raytrain.rundir import rows
 
 LOGGERS: dict[str, str] = {
     "tensorboard": "raytrain.loggers:TensorBoard",
@@ -25,7 +28,10 @@ PARAMETER_CHARACTERS = 6000
 
 
 class Logger(Protocol):
-    """Something that takes the rows of ``metrics.jsonl`` too, made with (the run's folder, the step it resumes at)."""
+    """Something that takes the rows of ``metrics.jsonl`` too.
+
+    It is made with (the run's folder, the step it resumes at), when that file ends where training resumes.
+    """
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row: "step" and other numbers, or dicts of numbers."""
@@ -74,14 +80,11 @@ def started(names: Iterable[str], folder: Path, step: int) -> dict[str, Logger]:
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a row but its step, under names as "train/loss" and "valid/accuracy"."""
-    flat: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}/{part}": number for part, number in value.items()}
-        elif name != "step":
-            flat[f"train/{name}"] = value
-    return flat
+    """Return the numbers of a row of training as "train/loss", or of one of an evaluation as "valid/loss"."""
+    parts = {name: value for name, value in row.items() if isinstance(value, dict)}
+    if not parts:
+        return {f"train/{name}": value for name, value in row.items() if name != "step"}
+    return {f"{name}/{measured}": number for name, part in parts.items() for measured, number in part.items()}
 
 
 class TensorBoard:
@@ -111,18 +114,17 @@ class Mlflow:
     """An MLflow run: in ``mlflow.db`` in the run's folder, or where MLFLOW_TRACKING_URI says.
 
     A resumed run goes on in the same MLflow run. What its first attempt logged beyond the checkpoint is not logged
-    again: it would be the same, unless the recipe changed.
+    again, as MLflow forgets nothing: it would be the same, unless the recipe changed.
 
     Args:
         folder: the run's folder.
-        step: not used; the MLflow run knows what it has.
+        step: not used; ``metrics.jsonl`` ends where training resumes.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("mlflow", "sqlalchemy", "alembic")
 
     def __init__(self, folder: Path, step: int) -> None:  # noqa: ARG002
         import mlflow  # noqa: PLC0415 - slow to import, and often not installed
-        from mlflow.environment_variables import MLFLOW_EXPERIMENT_NAME  # noqa: PLC0415
 
         local = f"sqlite:///{folder / 'mlflow.db'}"
         uri = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else local
@@ -133,46 +135,52 @@ class Mlflow:
             self._run = str(known["run"])
             self._client.update_run(self._run, status="RUNNING")
         else:
-            experiment = self._experiment(MLFLOW_EXPERIMENT_NAME.get() or PROJECT, folder if uri == local else None)
-            self._run = self._client.create_run(experiment, run_name=folder.name).info.run_id
-            fields = dotted_fields(_recipe(folder))
-            parameters = [mlflow.entities.Param(name, str(value)[:PARAMETER_CHARACTERS]) for name, value in fields]
-            self._client.log_batch(self._run, params=parameters)
-            _replace(note, {"uri": uri, "run": self._run})
+            self._run = self._created(folder, (folder / "mlflow-artifacts").as_uri() if uri == local else None)
+            write_whole(note, json.dumps({"uri": uri, "run": self._run}).encode())
         self._last = {
             name: max(metric.step for metric in self._client.get_metric_history(self._run, name))
             for name in self._client.get_run(self._run).data.metrics
         }
+        for row in rows(folder / "metrics.jsonl"):  # what an attempt that lost its connection could not log
+            self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row."""
         from mlflow.entities import Metric  # noqa: PLC0415
 
-        now = int(time.time() * 1000)
-        new = _new(scalars(row), row["step"], self._last)
-        self._client.log_batch(self._run, [Metric(name, number, now, row["step"]) for name, number in new.items()])
+        new = {name: number for name, number in scalars(row).items() if row["step"] > self._last.get(name, -1)}
+        if new:
+            now = int(time.time() * 1000)
+            self._client.log_batch(self._run, [Metric(name, number, now, row["step"]) for name, number in new.items()])
+            self._last.update(dict.fromkeys(new, row["step"]))
 
     def close(self) -> None:
         """Tell MLflow that the run ended."""
         self._client.set_terminated(self._run)
 
-    def _experiment(self, name: str, folder: Path | None) -> str:
-        """Return the id of an experiment, made if it is not there; `folder`: the run's, if the experiment is in it."""
+    def _created(self, folder: Path, artifacts: str | None) -> str:
+        """Return the id of a new run, which has the recipe's fields as parameters."""
+        from mlflow.entities import Param  # noqa: PLC0415
+        from mlflow.environment_variables import MLFLOW_EXPERIMENT_NAME  # noqa: PLC0415
+
+        name = MLFLOW_EXPERIMENT_NAME.get() or PROJECT
         found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        return str(self._client.create_experiment(name, (folder / "mlflow-artifacts").as_uri() if folder else None))
+        experiment = found.experiment_id if found else self._client.create_experiment(name, artifacts)
+        run: str = self._client.create_run(experiment, run_name=folder.name).info.run_id
+        fields = dotted_fields(_recipe(folder))
+        self._client.log_batch(run, params=[Param(key, str(value)[:PARAMETER_CHARACTERS]) for key, value in fields])
+        return run
 
 
 class WandB:
     """A run of Weights & Biases: on its server, or without a key in ``wandb/``, for ``wandb sync``.
 
-    WANDB_MODE, WANDB_PROJECT and the like hold. A resumed run goes on in the same run there, and what its first
-    attempt logged beyond the checkpoint is not logged again.
+    WANDB_MODE, WANDB_PROJECT and the like hold. A resumed run goes on in the same run there. In ``wandb/`` it is
+    written anew from ``metrics.jsonl``, because a killed process loses the last seconds.
 
     Args:
         folder: the run's folder.
-        step: not used; ``wandb.json`` knows what was logged.
+        step: not used; ``metrics.jsonl`` ends where training resumes.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("wandb",)
@@ -180,17 +188,19 @@ class WandB:
     def __init__(self, folder: Path, step: int) -> None:  # noqa: ARG002
         import wandb  # noqa: PLC0415 - slow to import, and often not installed
 
-        self._note = folder / "wandb.json"
-        known = json.loads(self._note.read_text()) if self._note.is_file() else {}
-        self._id = str(known.get("id") or uuid.uuid4().hex[:12])
-        self._last: dict[str, int] = known.get("last", {})
+        note = folder / "wandb.json"
+        if not note.is_file():
+            write_whole(note, json.dumps({"id": uuid.uuid4().hex[:12]}).encode())
+        name = json.loads(note.read_text())["id"]
+        for earlier in (folder / "wandb").glob(f"offline-run-*-{name}"):
+            shutil.rmtree(earlier)
         settings = wandb.setup().settings
         without_key = settings.mode == "online" and not wandb.login(prompt=False)
         mode: Any = "offline" if without_key else settings.mode
         self._run = wandb.init(
             project=settings.project or PROJECT,
             name=settings.run_name or folder.name,
-            id=self._id,
+            id=name,
             dir=folder,
             config=_recipe(folder),
             mode=mode,
@@ -199,33 +209,20 @@ class WandB:
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")  # its own count of steps could not go back on a resume
+        self._last = int(self._run.summary.get("step", -1))  # what the server has of a run that is resumed
+        for row in rows(folder / "metrics.jsonl"):
+            self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row."""
-        new = _new(scalars(row), row["step"], self._last)
-        if new:
-            self._run.log({"step": row["step"], **new})
-            _replace(self._note, {"id": self._id, "last": self._last})
+        if row["step"] > self._last:
+            self._run.log({"step": row["step"], **scalars(row)})
 
     def close(self) -> None:
         """Send what is left."""
         self._run.finish()
 
 
-def _new(numbers: dict[str, float], step: int, last: dict[str, int]) -> dict[str, float]:
-    """Return those of the numbers of a step that were not logged yet, and note in `last` that they are now."""
-    new = {name: number for name, number in numbers.items() if step > last.get(name, -1)}
-    last.update(dict.fromkeys(new, step))
-    return new
-
-
 def _recipe(folder: Path) -> dict[str, Any]:
     file = folder / "recipe.toml"
     return tomllib.loads(file.read_text()) if file.is_file() else {}
-
-
-def _replace(file: Path, value: dict[str, Any]) -> None:
-    """Write a file that a killed process leaves whole; unlike `write_whole`, it does not wait for the disk."""
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(value))
-    aside.replace(file)

@@ -1,12 +1,12 @@
 """What the first worker writes while it trains: ``metrics.jsonl``, and the same to loggers."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from raytrain.files import to_json, write_whole
-from raytrain.loggers import Logger
+from raytrain.loggers import started
 from raytrain.rundir import RunDirectory, rows
 
 
@@ -20,15 +20,19 @@ class Recorder:
         run: the run.
         step: the step that training resumes at; 0: from the start.
         evaluated: the last step whose evaluation the checkpoint knows of.
-        loggers: what else takes the rows, by name.
+        loggers: names of what else takes the rows.
+
+    Raises:
+        RecipeError: there is no such logger, or it is not installed.
+        TrainingError: a logger cannot start.
     """
 
-    def __init__(self, run: RunDirectory, step: int, evaluated: int, loggers: Mapping[str, Logger]) -> None:
+    def __init__(self, run: RunDirectory, step: int, evaluated: int, loggers: Iterable[str]) -> None:
         kept = [row for row in rows(run.metrics) if row["step"] <= (evaluated if "valid" in row else step)]
         write_whole(run.metrics, "".join(to_json(row) + "\n" for row in kept).encode())
+        self._loggers = started(loggers, run.path, step)
         self._path = run.metrics
         self._file = run.metrics.open("a", buffering=1)
-        self._loggers = dict(loggers)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one row."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from raytrain.checkpoint import CheckpointStore
 from raytrain.errors import TrainingError
-from raytrain.loggers import started
 from raytrain.loop import due
 from raytrain.recorder import Recorder
 from raytrain.replica import Progress, Replica, plain, state_of
@@ -51,8 +50,7 @@ class RunWatch:
         if self.exchange.transport.rank > 0:
             yield
             return
-        to = started(loggers, self.run.path, progress.step)
-        self._recorder = Recorder(self.run, progress.step, progress.evaluated, to)
+        self._recorder = Recorder(self.run, progress.step, progress.evaluated, loggers)
         try:
             yield
         finally:

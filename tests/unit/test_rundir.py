@@ -134,14 +134,14 @@ def test_an_error_of_the_users_code_comes_with_its_place(run: RunDirectory) -> N
 
 
 def test_a_resumed_recorder_drops_what_is_done_again(run: RunDirectory) -> None:
-    recorder = Recorder(run, 0, 0, {})
+    recorder = Recorder(run, 0, 0, [])
     for step in range(1, 8):
         recorder.write({"step": step, "loss": 1.0})
     recorder.close()
     with run.metrics.open("a") as lines:
         lines.write('{"step": 8, "lo')  # the process was killed here
     assert [row["step"] for row in rows(run.metrics)] == [1, 2, 3, 4, 5, 6, 7]
-    again = Recorder(run, 4, 0, {})
+    again = Recorder(run, 4, 0, [])
     again.write({"step": 5, "loss": 2.0})
     again.close()
     assert [(row["step"], row["loss"]) for row in rows(run.metrics)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)]
@@ -151,7 +151,7 @@ def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(run: RunDire
     for step in (2, 4):
         run.append(run.metrics, {"step": step, "loss": 1.0})
         run.append(run.metrics, {"step": step, "valid": {"loss": 1.0}})
-    Recorder(run, 4, 2, {}).close()
+    Recorder(run, 4, 2, []).close()
     assert [(row["step"], "valid" in row) for row in rows(run.metrics)] == [(2, False), (2, True), (4, False)]
 
 
@@ -166,7 +166,7 @@ def test_a_tail_follows_a_file_that_is_added_to_and_replaced(run: RunDirectory) 
         lines.write("2}\n")
     assert tail.new() == [{"step": 2}]
     assert tail.new() == []
-    recorder = Recorder(run, 1, 0, {})  # replaces the file
+    recorder = Recorder(run, 1, 0, [])  # replaces the file
     recorder.write({"step": 2})
     recorder.close()
     assert tail.new() == [{"step": 1}, {"step": 2}]
