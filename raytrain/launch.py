@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 import raytrain
-from raytrain.cluster import check_reachable, cpus_per_worker, own_cpus
+from raytrain.cluster import Node, check_reachable, cpus_per_worker, machines_for, own_cpus
 from raytrain.display import Display
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.finished import result_of
@@ -66,15 +66,18 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
     if order.address is not None:
         check_reachable(order.address)
     elif not ray.is_initialized():
-        cpus_per_worker([own_cpus()], recipe.workers, recipe.resources.cpus)
+        here: Node = ({"CPU": own_cpus()}, {})
+        machines = machines_for([here], recipe.workers, recipe.resources.custom, recipe.resources.labels)
+        cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
     run_directory = RunDirectory(order.out.absolute())
     with run_directory.opened(resume=order.resume), Display(run_directory, recipe.steps) as display:
         display.say("starting Ray" if order.address is None else f"connecting to Ray at {order.address}")
-        with _cluster(order.address) as machines:
+        with _cluster(order.address) as nodes:
             if order.address == "auto":
                 display.say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
+            machines = machines_for(nodes, recipe.workers, _beside_cpus(recipe), recipe.resources.labels)
             cpus = cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
-            _check_room(recipe, cpus, display)
+            _say_room(recipe, cpus, display)
             run_directory.begin(recipe.to_toml())
             fit = _Fit(_trainer(recipe, run_directory, cpus, TorchTrainer if order.address else _OwnClusterTrainer))
             ended = display.follow(fit.ended)
@@ -124,8 +127,8 @@ class _Fit(threading.Thread):
 
 
 @contextlib.contextmanager
-def _cluster(address: str | None) -> Iterator[list[float]]:
-    """Join or start a Ray cluster, unless this process is in one, and return the processors of its machines."""
+def _cluster(address: str | None) -> Iterator[list[Node]]:
+    """Join or start a Ray cluster, unless this process is in one, and return its machines."""
     if ray.is_initialized():
         yield _machines()
         return
@@ -157,22 +160,18 @@ def start_ray(address: str | None, cpus: int) -> None:
         raise RecipeError(f"{what}: {error}") from error
 
 
-def _machines() -> list[float]:
-    return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+def _machines() -> list[Node]:
+    return [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
-def _check_room(recipe: TrainRecipe, cpus: float, display: Display) -> None:
-    """Say what the workers get, and whether they have to wait for it.
+def _beside_cpus(recipe: TrainRecipe) -> dict[str, float]:
+    """Return what each worker takes beside processors."""
+    gpus = {"GPU": recipe.resources.gpus} if recipe.resources.gpus else {}
+    return {**gpus, **recipe.resources.custom}
 
-    Raises:
-        RecipeError: the cluster does not have enough GPUs.
-    """
-    gpus, there = recipe.workers * recipe.resources.gpus, ray.cluster_resources().get("GPU", 0.0)
-    if gpus > there:
-        raise RecipeError(
-            f"resources.gpus: {recipe.workers} workers of {recipe.resources.gpus:g} GPU each do not fit on {there:g} "
-            "GPU(s); set resources.gpus=0 to train on CPUs, or workers to fewer"
-        )
+
+def _say_room(recipe: TrainRecipe, cpus: float, display: Display) -> None:
+    """Say what the workers get, and whether they have to wait for it."""
     display.say(f"starting {recipe.workers} worker(s) with {cpus:g} CPU each")
     free = ray.available_resources().get("CPU", 0.0)
     if recipe.workers * cpus > free:
@@ -196,7 +195,6 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, cpus: float, kind
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_seconds)
     # What an earlier command left would make Ray believe in checkpoints that are gone; ours are found on the disk.
     (run_directory.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    gpus = {"GPU": resources.gpus} if resources.gpus else {}
     return kind(
         _worker,
         train_loop_config={
@@ -207,12 +205,13 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, cpus: float, kind
             "code": fingerprint(),
         },
         torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=max(1, round(timeout_seconds))
+            backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo", timeout_s=max(1, round(timeout_seconds))
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,
-            use_gpu=bool(gpus),
-            resources_per_worker={"CPU": cpus, **gpus},
+            use_gpu=bool(resources.gpus),
+            resources_per_worker={"CPU": cpus, **_beside_cpus(recipe)},
+            label_selector=resources.labels or None,
             placement_strategy=resources.placement,
         ),
         run_config=ray.train.RunConfig(

@@ -63,9 +63,9 @@ class ShardedGradients:
                 f"sync.shard: expected workers that are processes; got {type(transport).__name__}; set sync.shard=false"
             )
         for tensor in persistent(module):
-            there = tensor.data.to(transport.device)
+            there = tensor.data.to(transport.device).contiguous()  # FSDP knows no other
             self._await(transport.broadcast(there))
-            tensor.data.copy_(there)
+            tensor.data = there.to(tensor.device)  # not the whole model on a GPU
         scalars = {parameter for parameter in module.parameters() if not parameter.dim()}
         for scalar in scalars:
             scalar.data = scalar.data.to(transport.device)
