@@ -22,7 +22,17 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 import raytrain
-from raytrain.cluster import Share, check_reachable, cpus_per_worker, fingerprint, own_cpus, share_cpus
+from raytrain.cluster import (
+    Machine,
+    Node,
+    Share,
+    check_reachable,
+    cpus_per_worker,
+    fingerprint,
+    machines_for,
+    own_cpus,
+    share_cpus,
+)
 from raytrain.display import Display
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.feed import Feeds, local_feed
@@ -69,15 +79,15 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
     if order.address is not None:
         check_reachable(order.address)
     elif not ray.is_initialized():
-        _share([own_cpus()], recipe)
+        _share(machines_here(recipe), recipe)
     run_directory = RunDirectory(order.out.absolute())
     with run_directory.opened(resume=order.resume), Display(run_directory, recipe.steps) as display:
         display.say("starting Ray" if order.address is None else f"connecting to Ray at {order.address}")
-        with joined(order.address) as machines:
+        with joined(order.address, recipe) as machines:
             if order.address == "auto":
                 display.say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
             share = _share(machines, recipe)
-            _check_room(recipe, share, display)
+            _say_room(recipe, share, display)
             run_directory.begin(recipe.to_toml())
             fit = _Fit(_trainer(recipe, run_directory, share, TorchTrainer if order.address else _OwnClusterTrainer))
             ended = display.follow(fit.ended)
@@ -127,14 +137,18 @@ class _Fit(threading.Thread):
 
 
 @contextlib.contextmanager
-def joined(address: str | None) -> Iterator[list[float]]:
-    """Join or start a Ray cluster, unless this process is in one, and return the processors of its machines."""
+def joined(address: str | None, recipe: TrainRecipe) -> Iterator[list[Machine]]:
+    """Join or start a Ray cluster, unless this process is in one, and return the machines for the recipe's workers.
+
+    Raises:
+        RecipeError: there is no such cluster, or too few machines have what a worker takes.
+    """
     if ray.is_initialized():
-        yield _machines()
+        yield _machines(recipe)
         return
     start_ray(address, own_cpus())
     try:
-        yield _machines()
+        yield _machines(recipe)
     finally:
         ray.shutdown()
 
@@ -165,11 +179,28 @@ def _joining(address: str) -> dict[str, Any]:
     return {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}} if address != "auto" else {}
 
 
-def _machines() -> list[float]:
-    return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+def machines_here(recipe: TrainRecipe) -> list[Machine]:
+    """Return this machine, as it will be in a cluster of its own.
+
+    Raises:
+        RecipeError: it has not what a worker takes.
+    """
+    here: Node = ({"CPU": own_cpus()}, {})
+    return machines_for([here], recipe.workers, recipe.resources.custom, recipe.resources.labels)
 
 
-def _share(machines: list[float], recipe: TrainRecipe) -> Share:
+def _machines(recipe: TrainRecipe) -> list[Machine]:
+    nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+    return machines_for(nodes, recipe.workers, _beside_cpus(recipe), recipe.resources.labels)
+
+
+def _beside_cpus(recipe: TrainRecipe) -> dict[str, float]:
+    """Return what each worker takes beside processors."""
+    gpus = {"GPU": recipe.resources.gpus} if recipe.resources.gpus else {}
+    return {**gpus, **recipe.resources.custom}
+
+
+def _share(machines: list[Machine], recipe: TrainRecipe) -> Share:
     """Return what each worker gets of the processors.
 
     Raises:
@@ -181,18 +212,8 @@ def _share(machines: list[float], recipe: TrainRecipe) -> Share:
     return Share(cpus_per_worker(machines, recipe.workers, cpus))
 
 
-def _check_room(recipe: TrainRecipe, share: Share, display: Display) -> None:
-    """Say what the workers get, and whether they have to wait for it.
-
-    Raises:
-        RecipeError: the cluster does not have enough GPUs.
-    """
-    gpus, there = recipe.workers * recipe.resources.gpus, ray.cluster_resources().get("GPU", 0.0)
-    if gpus > there:
-        raise RecipeError(
-            f"resources.gpus: {recipe.workers} workers of {recipe.resources.gpus:g} GPU each do not fit on {there:g} "
-            "GPU(s); set resources.gpus=0 to train on CPUs, or workers to fewer"
-        )
+def _say_room(recipe: TrainRecipe, share: Share, display: Display) -> None:
+    """Say what the workers get, and whether they have to wait for it."""
     display.say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
     free, wanted = ray.available_resources().get("CPU", 0.0), recipe.workers * share.total
     if wanted > free:
@@ -224,7 +245,6 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kin
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_seconds)
     # What an earlier command left would make Ray believe in checkpoints that are gone; ours are found on the disk.
     (run_directory.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    gpus = {"GPU": resources.gpus} if resources.gpus else {}
     return kind(
         _worker,
         train_loop_config={
@@ -237,12 +257,13 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kin
             "code": fingerprint(),
         },
         torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=max(1, round(timeout_seconds))
+            backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo", timeout_s=max(1, round(timeout_seconds))
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,
-            use_gpu=bool(gpus),
-            resources_per_worker={"CPU": share.cpus, **gpus},
+            use_gpu=bool(resources.gpus),
+            resources_per_worker={"CPU": share.cpus, **_beside_cpus(recipe)},
+            label_selector=resources.labels or None,
             placement_strategy=resources.placement,
         ),
         run_config=ray.train.RunConfig(

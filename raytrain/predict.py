@@ -13,10 +13,10 @@ import torch
 from ray.exceptions import RayError
 from ray.util import ActorPool
 
-from raytrain.cluster import check_reachable, cpus_per_worker, own_cpus
+from raytrain.cluster import check_reachable, cpus_per_worker
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.finished import best_of, recipe_of
-from raytrain.launch import joined
+from raytrain.launch import joined, machines_here
 from raytrain.names import place_of
 from raytrain.task import Examples, Task
 from raytrain.train_recipe import TrainRecipe
@@ -45,10 +45,10 @@ def predict_file(folder: Path, overrides: Mapping[str, Any], source: Path, targe
     if address is not None:
         check_reachable(address)
     else:
-        cpus_per_worker([own_cpus()], recipe.workers, recipe.resources.cpus)
+        cpus_per_worker(machines_here(recipe), recipe.workers, recipe.resources.cpus)
     aside = target.absolute().with_name(f".{target.name}.partial")
     try:
-        with aside.open("w", encoding="utf-8") as lines, joined(address) as machines:
+        with aside.open("w", encoding="utf-8") as lines, joined(address, recipe) as machines:
             cpus = cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
             for line in _lines(recipe, cpus, count, (folder.absolute(), dict(overrides), source.absolute())):
                 lines.write(line + "\n")

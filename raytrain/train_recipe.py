@@ -100,12 +100,24 @@ class Resources(Section):
     Attributes:
         cpus: processors, which are also its threads; 0: an equal share of the machine's.
         gpus: GPUs; above 0, the worker computes on one.
+        custom: what else, by the names and amounts that machines were given by `ray start --resources`.
+        labels: on which machines, by labels that Ray gives ("ray.io/accelerator-type") or `ray start --labels` gave:
+            a value, "!value", "in(one, other)" or "!in(one, other)".
         placement: how Ray spreads workers over machines.
     """
 
     cpus: float = Field(0, ge=0)
     gpus: float = Field(0, ge=0)
+    custom: dict[str, Annotated[float, Field(gt=0)]] = {}
+    labels: dict[str, Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w., -]+\))$")]] = {}
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+
+    @field_validator("custom")
+    @classmethod
+    def _others(cls, custom: dict[str, float]) -> dict[str, float]:
+        for name in custom.keys() & {"CPU", "GPU", "TPU"}:
+            raise ValueError(f"expected names of custom resources, and {name} is none; see resources.cpus and gpus")
+        return custom
 
 
 class Log(Section):

@@ -148,8 +148,7 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange) -> Replica:
     if recipe.activation_checkpointing:
         recompute(module)
     shards = sync.shard(module, recipe.plan().autocast) if isinstance(sync, ShardedGradients) else None
-    module = module.to(transport.device)
-    parts = shards.parts if shards else module
+    parts = shards.parts if shards else module.to(transport.device)
     optimizer = make_optimizer(resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts)
     return Replica(
         module=module.train(),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from raytrain.blocks import blocks
 from raytrain.errors import RecipeError
@@ -49,7 +50,7 @@ class ShardedGradients:
         Args:
             module: equal in shape on all replicas; sharded in place, and moved to where the replicas compute.
             compute: the type to gather parameters in and to compute in, or None for that of the parameters; gradients
-                are summed in float32.
+                are summed in float32, and a BatchNorm keeps its parameters in the type of its running means.
 
         Raises:
             RecipeError: the replicas are not processes.
@@ -62,17 +63,19 @@ class ShardedGradients:
                 f"sync.shard: expected workers that are processes; got {type(transport).__name__}; set sync.shard=false"
             )
         for tensor in persistent(module):
-            there = tensor.data.to(transport.device)
+            there = tensor.data.to(transport.device).contiguous()  # FSDP knows no other
             self._await(transport.broadcast(there))
-            tensor.data.copy_(there)
+            tensor.data = there.to(tensor.device)  # not the whole model on a GPU
         scalars = {parameter for parameter in module.parameters() if not parameter.dim()}
         for scalar in scalars:
             scalar.data = scalar.data.to(transport.device)
         mesh = transport.mesh()
         gather, scatter = _Wire(self, transport.gather_into), _Wire(self, transport.reduce_scatter)
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
-        for unit in [*_separate(module), module]:
-            sharded: Any = fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=scalars)
+        exact = [inner for inner in module.modules() if isinstance(inner, _NormBase)] if compute else []
+        for unit in [*exact, *_separate(module), module]:
+            kept = MixedPrecisionPolicy() if unit in exact else policy
+            sharded: Any = fully_shard(unit, mesh=mesh, mp_policy=kept, ignored_params=scalars)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
             sharded.set_reduce_scatter_unused_params(True, recurse=False)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.cluster import MOST_ACTORS, Share, check_reachable, cpus_per_worker, share_cpus
+from raytrain.cluster import MOST_ACTORS, Node, Share, check_reachable, cpus_per_worker, machines_for, share_cpus
 from raytrain.errors import RecipeError
 
 
@@ -88,6 +88,89 @@ def test_cpus_can_be_shared_by_asking_for_it() -> None:
     assert cpus_per_worker([2.0], 4, 0.5) == 0.5
     with pytest.raises(RecipeError, match="3 workers of 2 CPU each do not fit on 2 machine"):
         cpus_per_worker([3.0, 3.0], 3, 2.0)
+
+
+MIXED: list[Node] = [
+    ({"CPU": 8.0, "GPU": 4.0, "node:10.0.0.1": 1.0}, {"ray.io/accelerator-type": "A100", "ray.io/node-id": "1"}),
+    ({"CPU": 8.0, "GPU": 1.0, "fast": 2.0, "memory": 1e9}, {"ray.io/accelerator-type": "T4", "room": "west"}),
+    ({"CPU": 2.0, "fast": 1.0}, {}),
+]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 16), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4),
+    st.integers(1, 12),
+    st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    st.sampled_from([0.0, 1.0, 2.0]),
+)
+def test_workers_are_given_no_more_cpus_than_ray_can_place(
+    sizes: list[tuple[int, int, int]], workers: int, gpus: float, fast: float
+) -> None:
+    """Or Ray would wait for ever: every machine takes as many as all that they ask for lets it."""
+    nodes: list[Node] = [({"CPU": cpu, "GPU": gpu, "fast": quick}, {}) for cpu, gpu, quick in sizes]
+    each = {name: amount for name, amount in (("GPU", gpus), ("fast", fast)) if amount}
+
+    def places(cpus: float) -> int:
+        return sum(
+            min([int(have["CPU"] // cpus), *(int(have[name] // amount) for name, amount in each.items())])
+            for have, _ in nodes
+        )
+
+    try:
+        cpus = cpus_per_worker(machines_for(nodes, workers, each, {}), workers, 0)
+    except RecipeError:
+        assert places(1) < workers
+    else:
+        assert places(cpus) >= workers > places(cpus + 1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({}, [8, 8, 2]),
+        ({"room": "west"}, [8]),
+        ({"ray.io/accelerator-type": "in(A100, H100)"}, [8]),
+        ({"ray.io/accelerator-type": "!A100"}, [8, 2]),
+        ({"ray.io/accelerator-type": "!in(A100,T4)"}, [2]),
+        ({"ray.io/accelerator-type": "T4", "room": "!east"}, [8]),
+    ],
+)
+def test_labels_choose_machines(wanted: dict[str, str], expected: list[int]) -> None:
+    assert machines_for(MIXED, 1, {}, wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("workers", "each", "labels", "message"),
+    [
+        (
+            6, {"GPU": 1.0}, {},
+            "resources.gpus: 6 workers of 1 GPU each do not fit on 5 GPU(s); set resources.gpus=0 to train on CPUs, or "
+            "workers to fewer",
+        ),
+        (
+            2, {"fast": 2.0}, {},
+            "resources.custom.fast: 2 workers of 2 each do not fit on machines that have 2 + 1; set workers to fewer",
+        ),
+        (
+            1, {"slow": 1.0}, {},
+            "resources.custom.slow: no machine has it; there are CPU, GPU, fast; a machine gets it by "
+            """`ray start --resources='{"slow": 1}'`""",
+        ),
+        (2, {"GPU": 1.0, "fast": 1.0}, {}, "workers: 2 workers of 1 GPU, 1 fast each do not fit on 3 machine(s); set "
+            "workers=1"),
+        (
+            1, {}, {"room": "east"},
+            "resources.labels: no machine has room=east; there are ray.io/accelerator-type=A100, "
+            "ray.io/accelerator-type=T4, room=west; a machine gets labels by `ray start --labels`",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_machine_has_is_told(
+    workers: int, each: dict[str, float], labels: dict[str, str], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        machines_for(MIXED, workers, each, labels)
+    assert str(caught.value) == message
 
 
 def test_an_address_must_answer() -> None:

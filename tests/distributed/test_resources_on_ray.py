@@ -1,0 +1,69 @@
+"""Workers on the machines that the recipe asks for."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain.errors import RecipeError
+from raytrain.kinds import Order
+from raytrain.rundir import rows
+from raytrain.train_recipe import TrainRecipe
+
+
+@pytest.fixture
+def second_machine(ray_cluster: None) -> Iterator[str]:
+    """A machine with things that the first one has not; what is yielded is its id."""
+    import ray
+
+    words = ["--num-cpus=2", '--resources={"fast": 2}', "--labels=room=west", "--object-store-memory=100000000"]
+    address = f"--address={ray.get_runtime_context().gcs_address}"
+    command = [str(Path(sys.executable).parent / "ray"), "start", address, "--block", *words]
+    machine = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        give_up = time.monotonic() + 60
+        while not (found := [node for node in ray.nodes() if node["Alive"] and "fast" in node["Resources"]]):
+            assert time.monotonic() < give_up, "the second machine did not come"
+            time.sleep(0.2)
+        yield found[0]["NodeID"]
+    finally:
+        machine.terminate()
+        machine.wait()
+
+
+def recipe(**resources: Any) -> TrainRecipe:
+    return TrainRecipe.parse(
+        {
+            "kind": "train",
+            "task": "raytrain.testing:tiny",
+            "workers": 2,
+            "steps": 2,
+            "log": {"to": []},
+            "callbacks": ["where:note"],
+            "resources": resources,
+        }
+    )
+
+
+def test_workers_go_where_the_recipe_says(second_machine: str, workplace: Path) -> None:
+    from raytrain.launch import run
+
+    (workplace / "where.py").write_text(
+        "import ray\nfrom pathlib import Path\n\n"
+        "def note(replica):\n"
+        f"    place = Path({str(workplace)!r}) / f'machine-{{replica.rank}}'\n"
+        "    place.write_text(ray.get_runtime_context().get_node_id())\n"
+    )
+    asked = recipe(custom={"fast": 1}, labels={"room": "in(west, east)"})
+    assert run(asked, Order(workplace / "run")).status == "done"
+    assert [(workplace / f"machine-{rank}").read_text() for rank in range(2)] == [second_machine] * 2
+    assert len(rows(workplace / "run" / "attempts.jsonl")) == 1
+    with pytest.raises(RecipeError, match=r"^resources.custom.fast: 2 workers of 2 each do not fit on machines that"):
+        run(recipe(custom={"fast": 2}), Order(workplace / "large"))
+    with pytest.raises(RecipeError, match=r"^resources.labels: no machine has room=north; there are .*room=west"):
+        run(recipe(labels={"room": "north"}), Order(workplace / "north"))
+    assert not (workplace / "north").exists()
