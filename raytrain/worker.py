@@ -116,7 +116,9 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange) -> Replica:
     """Return a new replica of what the recipe trains."""
     transport = exchange.transport
     dtype = torch.float64 if recipe.precision == "float64" else torch.float32
-    module = task.model(recipe.seed).to(transport.device, dtype)
+    module = task.model(recipe.seed).to(transport.device)
+    if all(parameter.element_size() > 2 for parameter in module.parameters()):  # a task may choose half precision
+        module = module.to(dtype)
     optimizer = make_optimizer(resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, module)
     sync = resolve(SYNCHRONISERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
     return Replica(
