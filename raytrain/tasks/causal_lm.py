@@ -133,13 +133,17 @@ class _CausalLm:
         return (each for one in self._documents(part) for each in alone(one, self._length, self._options.long))
 
     def _documents(self, part: Part) -> Iterator[Document]:
+        empty = True
         for record in self._splits.records(part):
             text = text_of(record, "text", self._options.text)
             if text.strip():
+                empty = False
                 tokens, ends = self._pretrained.tokens_and_ends(text)
                 tokens.append(self._end)
                 widths = byte_widths(text, np.array([*ends, len(text)])) if ends else np.zeros(len(tokens), np.int64)
                 yield Document(np.array(tokens), widths, record.where, domain_of(record, self._options.domain))
+        if empty:
+            raise RecipeError(f"task.path: the {part} part of {self._options.path} has no text")
 
 
 def byte_widths(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:

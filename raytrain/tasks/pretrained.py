@@ -37,7 +37,7 @@ class PretrainedOptions(Options):
 
     model: Source = Field(min_length=1)
     fresh: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     attention: str = ""
     checkpointing: bool = False
 

@@ -1,11 +1,14 @@
 """Every entry of every name table against the interface it is there for."""
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from raytrain.errors import RecipeError
 from raytrain.evaluation import measure
 from raytrain.kinds import load_kinds
 from raytrain.names import resolve
@@ -15,8 +18,6 @@ from raytrain.sync.synchroniser import SYNCHRONISERS
 from raytrain.task import TASKS, Task, make_task, options_of_task
 from raytrain.tensors import weights_of
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
-
-SMALL = {"text": {"layers": 1, "heads": 2, "width": 16, "block": 32}}
 
 
 def entries() -> Iterator[Any]:
@@ -42,14 +43,31 @@ def test_every_kind_can_run_and_evaluate(name: str) -> None:
         assert file.read_text().startswith("# "), "`raytrain list` prints a recipe's first comment"
 
 
-def made(name: str) -> Task:
+@pytest.fixture(scope="session")
+def small(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Options that make each task small, with the models and the data that it needs."""
+    folder = tmp_path_factory.mktemp("records")
+    lines = [{"text": f"the film was {'good' if place % 2 else 'bad'}", "label": place % 2} for place in range(40)]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pairs = [{"prompt": f"what of {place}", "answer": "very good"} for place in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    texts = {"path": str(folder / "texts.jsonl")}
+    return {
+        "text": {"layers": 1, "heads": 2, "width": 16, "block": 32},
+        "classify": {**texts, "model": str(models / "bert")},
+        "causal-lm": {**texts, "model": str(models / "llama"), "fresh": True, "length": 8},
+        "instruct": {"path": str(folder / "pairs.jsonl"), "model": str(models / "chat"), "fresh": True, "generate": 2},
+    }
+
+
+@pytest.fixture
+def task(name: str, small: dict[str, dict[str, Any]]) -> Task:
     factory = resolve(TASKS, name, "task.name")
-    return make_task(factory, options_of_task(factory)(name=name, **SMALL.get(name, {})))
+    return make_task(factory, options_of_task(factory)(name=name, **small.get(name, {})))
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_tasks(name: str) -> None:
-    task = made(name)
+def test_tasks(task: Task) -> None:
     one, same, other = task.model(0), task.model(0), task.model(1)
     assert all(map(torch.equal, one.parameters(), same.parameters()))
     assert not all(map(torch.equal, one.parameters(), other.parameters()))
@@ -72,6 +90,45 @@ def test_tasks(name: str) -> None:
     assert all(count > 0 for _, count in measured.values())
     assert measured["loss"][0] == pytest.approx(float(losses @ weights), rel=1e-4)
     assert all(value > 0 for value in task.references().values())
+
+
+HUGGING_FACE = {"classify": "AutoModelForSequenceClassification"} | dict.fromkeys(
+    ("causal-lm", "instruct"), "AutoModelForCausalLM"
+)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_that_predict_take_a_file_and_give_json(name: str, task: Task, tmp_path: Path) -> None:
+    if task.predict is None:
+        assert task.inputs is None
+        assert name not in HUGGING_FACE
+        return
+    (tmp_path / "in.txt").write_text("the film was great\n\nwhat of it?\n")
+    examples = task.inputs(tmp_path / "in.txt")
+    predicted = task.predict(task.model(0).eval(), [examples[place] for place in range(len(examples))])
+    assert len(predicted) == 2
+    assert json.loads(json.dumps(predicted)) == list(predicted)
+    (tmp_path / "in.txt").write_text(" \n")
+    with pytest.raises(RecipeError, match=r"in.txt has no records$"):
+        task.inputs(tmp_path / "in.txt")
+    with pytest.raises(RecipeError, match=r"^no such file or folder: .*gone.txt$"):
+        task.inputs(tmp_path / "gone.txt")
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "prompt": "a"}\n{"text": 1, "prompt": 1}')
+    with pytest.raises(RecipeError, match=r"in.jsonl, line 2: expected text in column '(text|prompt)'; got 1$"):
+        task.inputs(tmp_path / "in.jsonl")
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_tasks_export_what_hugging_face_loads(name: str, task: Task, tmp_path: Path) -> None:
+    import transformers
+
+    module = task.model(1).eval()
+    task.export(module, tmp_path / "out")
+    loaded = getattr(transformers, HUGGING_FACE[name]).from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("the film was a question", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, module(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("name", SYNCHRONISERS)
