@@ -20,7 +20,6 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
     """
 
     base_model_prefix = "encoder"
-    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -32,14 +32,12 @@ class PretrainedOptions(Options):
         fresh: start from random weights, and take only the architecture and the tokenizer from there.
         dtype: of the parameters.
         attention: how attention is computed: "sdpa", "eager", "flash_attention_2", ...; default: the model's choice.
-        checkpointing: compute activations again in the backward pass instead of keeping them: slower, in less memory.
     """
 
     model: Source = Field(min_length=1)
     fresh: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: str = ""
-    checkpointing: bool = False
 
 
 class Pretrained:
@@ -208,14 +206,9 @@ class Pretrained:
         return module.train()
 
     def prepare(self, module: Any) -> Any:
-        """Return the module as it is trained: without a cache of what it saw, and with checkpointing if wanted."""
+        """Return the module as it is trained: without a cache of what it saw."""
         if hasattr(module.config, "use_cache"):
             module.config.use_cache = False
-        if self._options.checkpointing:
-            try:
-                module.activation_checkpointing_enable()
-            except ValueError as error:
-                raise RecipeError(f"task.checkpointing: {_first(error)}") from None
         return module.train()
 
     def export(self, module: Any, folder: Path) -> None:
@@ -287,10 +280,10 @@ def _folder(model: str, fresh: bool) -> str:
             "model.safetensors and the files of its tokenizer"
         )
     if not fresh and not any(path.glob("*.safetensors")):
-        pickled = any(path.glob("*.bin"))
+        unsafe = any(path.glob("*.bin"))
         raise RecipeError(
             f"task.model: {path} has no weights (*.safetensors)"
-            f"{', only pickled ones (*.bin), which are never loaded' if pickled else ''}; save them there with "
+            f"{', only *.bin, which can hold programs and are never loaded' if unsafe else ''}; save them there with "
             "model.save_pretrained(), or set task.fresh=true to start from random ones"
         )
     return str(path)

@@ -264,7 +264,7 @@ def corpus(folder: Path) -> Path:
     return folder / "corpus.jsonl"
 
 
-@pytest.mark.parametrize("task", [{"fresh": True}, {"fresh": True, "packed": False, "checkpointing": True}])
+@pytest.mark.parametrize("task", [{"fresh": True}, {"fresh": True, "packed": False}])
 def test_it_learns(models: Path, texts: Path, tmp_path: Path, task: dict[str, Any]) -> None:
     raw = {
         "kind": "train", "steps": 60, "batch": 4, "optimizer": {"name": "adamw", "lr": 0.02}, "log": {"to": []},

@@ -314,7 +314,7 @@ def test_options_must_fit(options: dict[str, Any], message: str) -> None:
     ("model", "task"),
     [
         ("bert", {"head": "mean"}),
-        ("bert", {"head": "mean", "dtype": "bfloat16", "checkpointing": True}),
+        ("bert", {"head": "mean", "dtype": "bfloat16"}),
         ("llama", {"head": "words", "words": [" bad", " good"], "prompt": "{text}. It was"}),
     ],
 )
