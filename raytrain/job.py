@@ -1,5 +1,6 @@
 """What a job is, and what can be said of one without asking the cluster."""
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from raytrain.errors import RecipeError
 from raytrain.storage import check_storage
 
 INTERRUPTED = 130
+NO_PROGRAM = 127  # as a shell tells
 RUNS = "~/raytrain-runs"  # on the machine that runs the job's command: the cluster's head
 SERVED = "raytrain-"  # begins the name of what a job leaves among Ray's logs
 SHOWN_FOLDERS = 5
@@ -23,6 +25,7 @@ class Job:
         words: of the command that it runs.
         run: the run's folder, as the cluster sees it.
         store: URL that the folder is copied to at the end, or nothing.
+        with_code: whether it uses the raytrain of the machine that submitted it.
         status: "PENDING", "RUNNING", "SUCCEEDED", "FAILED" or "STOPPED".
         message: what Ray says of it.
         exit_code: of the command, where Ray tells.
@@ -34,6 +37,7 @@ class Job:
     words: tuple[str, ...]
     run: str
     store: str = ""
+    with_code: bool = False
     status: str = "PENDING"
     message: str = ""
     exit_code: int | None = None
@@ -45,6 +49,12 @@ class Job:
     def over(self) -> bool:
         """Whether it has ended."""
         return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
+
+    @property
+    def began(self) -> bool:
+        """Whether there was a raytrain to run it."""
+        missing = self.exit_code == NO_PROGRAM or re.search(r"No module named '?raytrain", self.message)
+        return not (self.status == "FAILED" and missing)
 
     @property
     def exit_status(self) -> int:
@@ -143,9 +153,9 @@ def trouble(job: Job) -> str:
         return ""
     if job.status == "STOPPED":
         return "stopped"
-    if job.exit_code == 127:
+    if job.exit_code == NO_PROGRAM:
         return "failed: the cluster's head has no `python` on its PATH; start Ray there in raytrain's environment"
-    if "No module named raytrain" in job.message or "No module named 'raytrain" in job.message:
+    if not job.began:
         return "failed: the cluster has no raytrain, or an older one; install the same there, or submit --with-code"
     if job.exit_code is None:
         return f"failed: {job.message.strip() or 'Ray does not say why'}"

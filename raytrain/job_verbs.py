@@ -107,7 +107,7 @@ def add_verbs(commands: Commands) -> None:
         job = new_id(name or request.name)
         run, store = place(job, request.out, storage)
         words_there = (*request.words, "--resume") if request.resume else request.words
-        return _start(_server(address), Job(job, words_there, run, store), request, detach=detach, with_code=with_code)
+        return _start(_server(address), Job(job, words_there, run, store, with_code), request, detach=detach)
 
     @jobs_app.command()
     def resume(
@@ -123,8 +123,8 @@ def add_verbs(commands: Commands) -> None:
         request = checked(commands, [*(word for word in old.words if word != "--resume"), *(more or [])])
         name = new_id(old.id.rpartition("-")[0])
         store = f"{old.store.rpartition('/')[0]}/{name}" if old.store else ""
-        new = Job(name, (*request.words, "--resume"), old.run, store)
-        return _start(server, new, request, detach=detach, with_code=with_code)
+        new = Job(name, (*request.words, "--resume"), old.run, store, with_code or old.with_code)
+        return _start(server, new, request, detach=detach)
 
 
 @jobs_app.callback()
@@ -260,14 +260,14 @@ def _named_files(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Path]]:
             yield f"{field}: {value.relative_to(folder)}", value
 
 
-def _start(server: "JobServer", job: Job, request: Request, *, detach: bool, with_code: bool) -> int:
+def _start(server: "JobServer", job: Job, request: Request, *, detach: bool) -> int:
     from raytrain import jobs  # noqa: PLC0415 - slow to import
 
     folder = Path.cwd()
     files = jobs.taken_along(folder)
     check_upload(files, jobs.upload_limit(), folder)
     check_taken(request.needed, files, folder)
-    server.submit(job, folder, with_code=with_code)
+    server.submit(job, folder)
     _say(f"submitted as {job.id}, with {len(files)} files; its run: {job.store or job.run}")
     if detach:
         _say(f"follow it with: {_line(server, 'jobs follow', job.id)}")
@@ -293,9 +293,9 @@ def _follow(server: "JobServer", name: str) -> int:
             server.stop(name)
             _say(f"{name} saves and ends; Ctrl-C to look no longer")
     _say(f"{name}: {trouble(job) or 'succeeded'}")
-    if job.exit_status not in (0, RecipeError.exit_status):
-        _say(f"go on from its newest checkpoint with: {_line(server, 'jobs resume', name)}")
-    if job.exit_status != RecipeError.exit_status:  # which leaves no run
+    if job.began and job.exit_status != RecipeError.exit_status:  # else there is no run
+        if job.exit_status:
+            _say(f"go on from its newest checkpoint with: {_line(server, 'jobs resume', name)}")
         _say(f"bring its run here with: {_line(server, 'fetch', name)}")
     if job.exit_status == INTERRUPTED:
         raise SystemExit(INTERRUPTED)

@@ -111,13 +111,12 @@ class JobServer:
                 "version on both"
             )
 
-    def submit(self, job: Job, folder: Path, *, with_code: bool) -> None:
+    def submit(self, job: Job, folder: Path) -> None:
         """Start a job.
 
         Args:
             job: its name, words and place.
             folder: what it takes along.
-            with_code: whether it also takes the raytrain of this machine along, to be used instead of the cluster's.
 
         Raises:
             RecipeError: the server refuses it.
@@ -129,14 +128,15 @@ class JobServer:
             "excludes": left_out(folder),
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", STOP_SECONDS)},
         }
-        if with_code:
-            environment["py_modules"] = [str(path) for path in own_code()]
+        if job.with_code:
+            environment["py_modules"] = own_code()
         about = {
             "job_name": job.id,
             "raytrain": raytrain.__version__,
             "raytrain_words": shlex.join(job.words),
             "raytrain_run": job.run,
             "raytrain_store": job.store,
+            "raytrain_code": "of the submitter" if job.with_code else "",
         }
         with self._explained():
             self._client.submit_job(
@@ -263,9 +263,14 @@ class ClusterFolder:
         """Return what there is, listed by a small job on the machine where the folder is."""
         client, name = self._server._client, f"fetch-{self._job.id}-{time.time_ns():x}"
         words = ["python", "-m", "raytrain.job_entry", "list", "--out", self._job.run, "--job", self._job.id]
-        where = {"entrypoint_label_selector": {"ray.io/node-id": self._job.node}} if self._job.node else {}
         with self._server._explained():
-            client.submit_job(entrypoint=shlex.join(words), submission_id=name, metadata={"job_name": name}, **where)
+            client.submit_job(
+                entrypoint=shlex.join(words),
+                submission_id=name,
+                runtime_env={"py_modules": own_code(), "excludes": ["__pycache__"]} if self._job.with_code else {},
+                metadata={"job_name": name},
+                entrypoint_label_selector={"ray.io/node-id": self._job.node} if self._job.node else None,
+            )
             details = self._ended(name)
             if details.status != "SUCCEEDED":
                 client.stop_job(name)
@@ -338,22 +343,24 @@ def left_out(folder: Path) -> list[str]:
     return [*LEFT_OUT, *(f"/{package}" for package in PACKAGES if own)]
 
 
-def own_code() -> list[Path]:
+def own_code() -> list[str]:
     """Return the folders of the raytrain of this machine, that of its metadata included, which names its kinds."""
     root = Path(raytrain.__file__).parents[1]
     metadata = next(file for file in distribution("raytrain").files or [] if file.name == "METADATA")
-    return [*(root / package for package in PACKAGES if (root / package).is_dir()), Path(str(metadata.locate())).parent]
+    folders = [*(root / package for package in PACKAGES), Path(str(metadata.locate())).parent]
+    return [str(folder) for folder in folders if folder.is_dir()]
 
 
 def _job_of(details: JobDetails) -> Job | None:
     about: Mapping[str, str] = details.metadata or {}
-    if "raytrain" not in about:
+    if not {"raytrain_words", "raytrain_run"} <= about.keys():
         return None
     return Job(
         id=str(details.submission_id),
         words=tuple(shlex.split(about["raytrain_words"])),
         run=about["raytrain_run"],
-        store=about["raytrain_store"],
+        store=about.get("raytrain_store", ""),
+        with_code=bool(about.get("raytrain_code")),
         status=str(details.status),
         message=details.message or "",
         exit_code=details.driver_exit_code,
