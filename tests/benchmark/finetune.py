@@ -42,7 +42,7 @@ class NotedOptions(ClassifyOptions):
 
 def noted(options: NotedOptions) -> Task:
     """Return the task `classify`, whose workers note their memory before the model is made."""
-    task = classify(ClassifyOptions(**{**options.model_dump(), "name": "classify"}))
+    task = classify(options)
 
     def model(seed: int) -> nn.Module:
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
