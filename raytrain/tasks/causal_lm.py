@@ -88,6 +88,8 @@ class _CausalLm:
         self._options = options
         self._pretrained = Pretrained(options, "AutoModelForCausalLM")
         self._splits = Splits(options, (options.text,), options.document)
+        for record in self._splits.first():  # errors are better here than after the start of workers
+            text_of(record, "text", options.text)
         self._length = self._pretrained.context(options.length, LENGTH)
         self._end = self._pretrained.end()
         self.data = cache(self._data)  # the examples go when the task does

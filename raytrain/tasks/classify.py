@@ -90,6 +90,9 @@ class _Classifier:
         self._pretrained = Pretrained(options, LOADERS[options.head])
         self._columns = (options.text, options.label)
         self._splits = Splits(options, self._columns)
+        for record in self._splits.first():  # errors are better here than after the start of workers
+            text_of(record, "text", options.text)
+            label_of(record, options.label)
         self._length = self._pretrained.context(options.length, LENGTH)
         self._filler = self._pretrained.pad()
         self.data = cache(self._data)  # the examples go when the task does

@@ -74,6 +74,8 @@ class _Instruct:
         self._chat = Chat(self._pretrained)
         self._columns = (options.messages, options.prompt, options.answer, options.context)
         self._splits = Splits(options, self._columns)
+        for record in self._splits.first():  # errors are better here than after the start of workers
+            self._conversation(record)
         self._length = self._pretrained.context(options.length, LENGTH)
         self.data = cache(self._data)  # the examples go when the task does
 

@@ -66,7 +66,7 @@ class Pretrained:
 
         try:
             with _quiet():
-                return AutoConfig.from_pretrained(self.source)
+                return AutoConfig.from_pretrained(self.source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             if is_local(self.source):
                 raise RecipeError(f"task.model: {self.source} cannot be loaded: {_first(error)}") from error
@@ -83,7 +83,7 @@ class Pretrained:
 
         try:
             with _quiet():
-                tokenizer = AutoTokenizer.from_pretrained(self.source)
+                tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise RecipeError(
                 f"task.model: {self.source} has no tokenizer that can be loaded (tokenizer.json and "
@@ -193,14 +193,14 @@ class Pretrained:
         loader, how = getattr(transformers, self._loader), self._how()
         torch.manual_seed(seed)
         with _quiet():
-            config = transformers.AutoConfig.from_pretrained(self.source, **changes)
+            config = transformers.AutoConfig.from_pretrained(self.source, trust_remote_code=False, **changes)
             try:
                 if self._options.fresh:
                     module = loader.from_config(config, **how)
                 else:
                     module, found = loader.from_pretrained(
                         self.source, config=config, use_safetensors=True, ignore_mismatched_sizes=True,
-                        output_loading_info=True, **how,
+                        output_loading_info=True, trust_remote_code=False, **how,
                     )  # fmt: skip
                     self._check_weights(module, found)
             except (OSError, ValueError, ImportError) as error:

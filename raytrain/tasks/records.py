@@ -235,7 +235,19 @@ class Splits:
                 empty = False
                 yield record
         if empty:
-            raise RecipeError(f"task.path: the {split} part of {self._path} has no records")
+            raise self._empty(split)
+
+    def first(self) -> Iterator[Record]:
+        """Yield the first record of each part, by which to see early that columns are missing.
+
+        Raises:
+            RecipeError: it cannot be read, or there is none.
+        """
+        for data, split in self._parts.values():
+            record = next(data.records(split), None)
+            if record is None:
+                raise self._empty(split)
+            yield record
 
     def stamp(self, part: Part) -> str:
         """Return what changes when the records of a part do."""
@@ -259,6 +271,9 @@ class Splits:
                 f"task.held_out: {held_out} has the splits {', '.join(other.splits)}; name one file of it"
             )
         return other, other.splits[0]
+
+    def _empty(self, split: str) -> RecipeError:
+        return RecipeError(f"task.path: the {split} part of {self._path} has no records")
 
     @cached_property
     def _held(self) -> frozenset[int]:
