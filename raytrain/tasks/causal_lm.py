@@ -20,7 +20,8 @@ from raytrain.tasks.columns import domain_of, text_of
 from raytrain.tasks.generation import continuations
 from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
 from raytrain.tasks.readers import Unit
-from raytrain.tasks.records import Part, RecordOptions, Splits, of_file
+from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.sources import of_file
 from raytrain.tasks.stored import Example, StoredExamples
 
 LENGTH = 512

@@ -18,7 +18,8 @@ from raytrain.tasks import prototypes
 from raytrain.tasks.batches import inputs
 from raytrain.tasks.columns import Label, domain_of, label_of, text_of
 from raytrain.tasks.pretrained import Loader, Pretrained, PretrainedOptions
-from raytrain.tasks.records import Part, Record, RecordOptions, Splits, of_file
+from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.sources import Record, of_file
 from raytrain.tasks.stored import Example, StoredExamples
 from raytrain.tasks.words import HOLE, Words
 from raytrain.tensors import moved, wide

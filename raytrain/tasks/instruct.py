@@ -16,7 +16,8 @@ from raytrain.tasks.chat import Chat, Message, checked
 from raytrain.tasks.columns import column, domain_of, text_of, usual
 from raytrain.tasks.generation import continuations, rouge_l
 from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
-from raytrain.tasks.records import Part, Record, RecordOptions, Splits, of_file
+from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.sources import Record, of_file
 from raytrain.tasks.stored import Example, StoredExamples
 
 LENGTH = 1024

@@ -104,10 +104,9 @@ def _parquet(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: A
     number = 0
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches(1000):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", fields
+            rows = (fields for batch in file.iter_batches(1000) for fields in batch.to_pylist())
+            for number, fields in enumerate(rows, start=1):
+                yield f"row {number}", fields
     except pyarrow.ArrowException as error:
         raise BadRowError(f"row {number + 1}: not Parquet: {error}") from None
 

@@ -152,8 +152,8 @@ BROKEN: list[tuple[str, Any, Callable[[Path], None], str]] = [
      "with config.json, model.safetensors and the files of its tokenizer"),
     ("llama", CAUSAL, without("model.safetensors"), "@ has no weights (*.safetensors); save them there with "
      "model.save_pretrained(), or set task.fresh=true to start from random ones"),
-    ("llama", CAUSAL, pickled, "@ has no weights (*.safetensors), only pickled ones (*.bin), which are never loaded; "
-     "save them there with model.save_pretrained(), or set task.fresh=true to start from random ones"),
+    ("llama", CAUSAL, pickled, "@ has no weights (*.safetensors), only *.bin, which could run any code and are never "
+     "loaded; save them there with model.save_pretrained(), or set task.fresh=true to start from random ones"),
     ("llama", CAUSAL, without("tokenizer.json", "tokenizer_config.json"), "@ has no tokenizer that can be loaded "
      "(tokenizer.json and tokenizer_config.json): ..."),
     ("llama", CAUSAL, written("{"), "@ cannot be loaded: It looks like the config file at '@/config.json' is not a "
