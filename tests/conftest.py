@@ -52,6 +52,14 @@ def shakespeare(data_folder: Path) -> Path:
 
 
 @pytest.fixture
+def sst2(data_folder: Path) -> Path:
+    folder = data_folder / "sst2"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: name the folder of the data sets with --data")
+    return folder
+
+
+@pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder, from which modules can be imported as from a user's."""
     monkeypatch.chdir(tmp_path)

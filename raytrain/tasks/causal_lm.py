@@ -20,7 +20,8 @@ from raytrain.tasks.columns import domain_of, text_of
 from raytrain.tasks.generation import continuations
 from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
 from raytrain.tasks.readers import Unit
-from raytrain.tasks.records import Part, RecordOptions, Splits, of_file
+from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.sources import of_file
 from raytrain.tasks.stored import Example, StoredExamples
 
 LENGTH = 512
@@ -88,6 +89,8 @@ class _CausalLm:
         self._options = options
         self._pretrained = Pretrained(options, "AutoModelForCausalLM")
         self._splits = Splits(options, (options.text,), options.document)
+        for record in self._splits.first():  # errors are better here than after the start of workers
+            text_of(record, "text", options.text)
         self._length = self._pretrained.context(options.length, LENGTH)
         self._end = self._pretrained.end()
         self.data = cache(self._data)  # the examples go when the task does

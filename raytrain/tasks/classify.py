@@ -18,7 +18,8 @@ from raytrain.tasks import prototypes
 from raytrain.tasks.batches import inputs
 from raytrain.tasks.columns import Label, domain_of, label_of, text_of
 from raytrain.tasks.pretrained import Loader, Pretrained, PretrainedOptions
-from raytrain.tasks.records import Part, Record, RecordOptions, Splits, of_file
+from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.sources import Record, of_file
 from raytrain.tasks.stored import Example, StoredExamples
 from raytrain.tasks.words import HOLE, Words
 from raytrain.tensors import moved, wide
@@ -90,6 +91,9 @@ class _Classifier:
         self._pretrained = Pretrained(options, LOADERS[options.head])
         self._columns = (options.text, options.label)
         self._splits = Splits(options, self._columns)
+        for record in self._splits.first():  # errors are better here than after the start of workers
+            text_of(record, "text", options.text)
+            label_of(record, options.label)
         self._length = self._pretrained.context(options.length, LENGTH)
         self._filler = self._pretrained.pad()
         self.data = cache(self._data)  # the examples go when the task does

@@ -6,7 +6,7 @@ from typing import Any
 from raytrain.errors import RecipeError
 from raytrain.names import near
 from raytrain.tasks.readers import USUAL
-from raytrain.tasks.records import Record
+from raytrain.tasks.sources import Record
 
 LONGEST_LABEL = 64
 """Characters; what is longer is a text."""

@@ -16,7 +16,8 @@ from raytrain.tasks.chat import Chat, Message, checked
 from raytrain.tasks.columns import column, domain_of, text_of, usual
 from raytrain.tasks.generation import continuations, rouge_l
 from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
-from raytrain.tasks.records import Part, Record, RecordOptions, Splits, of_file
+from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.sources import Record, of_file
 from raytrain.tasks.stored import Example, StoredExamples
 
 LENGTH = 1024
@@ -74,6 +75,8 @@ class _Instruct:
         self._chat = Chat(self._pretrained)
         self._columns = (options.messages, options.prompt, options.answer, options.context)
         self._splits = Splits(options, self._columns)
+        for record in self._splits.first():  # errors are better here than after the start of workers
+            self._conversation(record)
         self._length = self._pretrained.context(options.length, LENGTH)
         self.data = cache(self._data)  # the examples go when the task does
 

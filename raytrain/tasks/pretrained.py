@@ -1,7 +1,6 @@
 """Models and tokenizers of Hugging Face folders: found, checked, loaded, and written."""
 
 import hashlib
-import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -15,9 +14,8 @@ from pydantic import Field
 
 from raytrain.errors import RecipeError
 from raytrain.recipe import Options
-from raytrain.tasks.records import Source, is_local
-
-PACKAGE = "package:"
+from raytrain.tasks.folders import folder_of
+from raytrain.tasks.sources import Source, is_local
 
 Loader = Literal["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"]
 """What of transformers loads a folder."""
@@ -54,7 +52,7 @@ class Pretrained:
     def __init__(self, options: PretrainedOptions, loader: Loader) -> None:
         self._options = options
         self._loader = loader
-        self.source = _folder(options.model, options.fresh)
+        self.source = folder_of(options.model, options.fresh)
         self._check_kind()
 
     @cached_property
@@ -64,7 +62,7 @@ class Pretrained:
 
         try:
             with _quiet():
-                return AutoConfig.from_pretrained(self.source)
+                return AutoConfig.from_pretrained(self.source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             if is_local(self.source):
                 raise RecipeError(f"task.model: {self.source} cannot be loaded: {_first(error)}") from error
@@ -81,7 +79,7 @@ class Pretrained:
 
         try:
             with _quiet():
-                tokenizer = AutoTokenizer.from_pretrained(self.source)
+                tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise RecipeError(
                 f"task.model: {self.source} has no tokenizer that can be loaded (tokenizer.json and "
@@ -191,14 +189,14 @@ class Pretrained:
         loader, how = getattr(transformers, self._loader), self._how()
         torch.manual_seed(seed)
         with _quiet():
-            config = transformers.AutoConfig.from_pretrained(self.source, **changes)
+            config = transformers.AutoConfig.from_pretrained(self.source, trust_remote_code=False, **changes)
             try:
                 if self._options.fresh:
                     module = loader.from_config(config, **how)
                 else:
                     module, found = loader.from_pretrained(
                         self.source, config=config, use_safetensors=True, ignore_mismatched_sizes=True,
-                        output_loading_info=True, **how,
+                        output_loading_info=True, trust_remote_code=False, **how,
                     )  # fmt: skip
                     self._check_weights(module, found)
             except (OSError, ValueError, ImportError) as error:
@@ -261,44 +259,6 @@ class Pretrained:
                 f"task.model: {self.source} lacks weights that a {type(module).__name__} has, or has them in another "
                 f"shape: {', '.join(sorted(lacking)[:2])}{more}; they are those of another architecture"
             )
-
-
-def _folder(model: str, fresh: bool) -> str:
-    """Return the folder that `task.model` means, or the name on the hub.
-
-    Raises:
-        RecipeError: there is no such folder, or it lacks files.
-    """
-    if not model.startswith(PACKAGE) and not is_local(model):
-        return model
-    path = _of_package(model.removeprefix(PACKAGE)) if model.startswith(PACKAGE) else Path(model)
-    if not path.is_dir():
-        raise RecipeError(f"task.model: no such folder: {path}")
-    if not (path / "config.json").is_file():
-        raise RecipeError(
-            f"task.model: {path} has no config.json; expected the folder of a Hugging Face model, with config.json, "
-            "model.safetensors and the files of its tokenizer"
-        )
-    if not fresh and not any(path.glob("*.safetensors")):
-        unsafe = any(path.glob("*.bin"))
-        raise RecipeError(
-            f"task.model: {path} has no weights (*.safetensors)"
-            f"{', only *.bin, which can hold programs and are never loaded' if unsafe else ''}; save them there with "
-            "model.save_pretrained(), or set task.fresh=true to start from random ones"
-        )
-    return str(path)
-
-
-def _of_package(name: str) -> Path:
-    try:
-        return Path(importlib.import_module(name).MODEL_DIR)
-    except ImportError:
-        raise RecipeError(
-            f"task.model: there is no Python package {name!r} here; pip install {name.replace('_', '-')}, or name a "
-            "folder"
-        ) from None
-    except AttributeError:
-        raise RecipeError(f"task.model: the Python package {name!r} has no MODEL_DIR, which names its model") from None
 
 
 @contextmanager

