@@ -153,7 +153,8 @@ class TrainRecipe(Recipe):
         activation_checkpointing: whether each repeated block of the model forgets what it computed and computes it
             again in the backward pass: less memory for about a third more time, and the same gradients.
         compile: the backend of torch.compile for the model's repeated blocks, or for the whole model if it has none:
-            "inductor", which needs a C++ compiler on CPUs, or "aot_eager", which is for finding faults; "": none.
+            "inductor", which needs a C++ compiler on CPUs, or "aot_eager", which is for finding faults; "": none. The
+            first step compiles, and must end within sync.timeout_seconds as any other.
         clip: the largest norm of the gradient; 0: any.
         ema: decay of an average of the weights that is evaluated in their place; 0: none.
         max_failures: how often workers that die or hang are started again.

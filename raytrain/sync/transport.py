@@ -166,7 +166,12 @@ class GroupTransport:
     def reduce_scatter(self, part: Tensor, whole: Tensor) -> int:
         """Put this replica's part of the sum of all `whole` into `part`; otherwise like `gather_into`."""
         with self.waits(time.monotonic()):
-            dist.reduce_scatter_single(part, whole, group=self._group)
+            if self.device.type == "cpu":  # gloo's own sums everything everywhere: twice the bytes
+                received = torch.empty_like(whole)
+                dist.all_to_all_single(received, whole, group=self._group)
+                torch.sum(received.view(len(self.members), -1), dim=0, out=part)
+            else:
+                dist.reduce_scatter_single(part, whole, group=self._group)
         return (len(self.members) - 1) * _bytes(part)
 
     def mesh(self) -> DeviceMesh:

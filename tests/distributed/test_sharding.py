@@ -214,6 +214,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         copytree(made.folder / "mixed", made.folder / "mixed-unsharded")
         two = {
             "failing": made.sharded(TINY, 2, callbacks=["probe:fails"]),
+            "unbroken": made.sharded(TINY, 2),
             "llama-two": made.sharded(LLAMA, 2, batch=4, activation_checkpointing=True, compile="aot_eager"),
             "gpt-ema-two": made.sharded(GPT, 2, batch=4, accumulate=2, clip=0.1, ema=0.9),
             "gpt-bfloat16": made.sharded(GPT, 2, batch=4, precision="bfloat16", callbacks=["probe:weigh"]),
@@ -221,7 +222,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             "mixed": made.sharded(LLAMA, 2, batch=4),
             "mixed-unsharded": made.recipe(LLAMA, workers=2, batch=4),
             "odd-bfloat16": made.sharded(ODD, 2, precision="bfloat16", activation_checkpointing=True),
-            "unbroken": made.sharded(TINY, 2),
         }
         assert train_each_with_gloo([(recipe, made.folder / name) for name, recipe in two.items()]) == [0] * 2
         yield made
@@ -299,8 +299,8 @@ def test_an_error_of_one_worker_ends_the_others_at_once(runs: Runs) -> None:
     """Not after the timeout of 100 s: the processes live on, and the connections close although FSDP keeps groups."""
     failure = runs.folder / "failing" / "failure.json"
     assert runs.failure("failing").message == "worker 1: RuntimeError: a fault on purpose at rank 1, step 3"
-    following = rows(runs.folder / "llama-two" / "attempts.jsonl")[0]["time"]
-    assert following - failure.stat().st_mtime < 50
+    following = rows(runs.folder / "unbroken" / "attempts.jsonl")[0]["time"]
+    assert following - failure.stat().st_mtime < 80
 
 
 def test_a_worker_that_hangs_ends_and_the_other_learns_of_it(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
