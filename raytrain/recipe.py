@@ -92,8 +92,8 @@ def combined(declared: type[Options], base: type[OptionsT], what: str) -> type[O
         return base
     if twice := (declared.model_fields.keys() & base.model_fields.keys()) - Options.model_fields.keys():
         raise RecipeError(
-            f"{what}: {declared.__module__}:{declared.__qualname__} has a field {min(twice)!r}, which {base.__name__} has "
-            "already; give it another name"
+            f"{what}: {declared.__module__}:{declared.__qualname__} has a field {min(twice)!r}, which {base.__name__} "
+            "has already; give it another name"
         )
     bases: tuple[type[Any], ...] = (declared, base)
     return create_model(declared.__name__, __base__=bases, __module__=declared.__module__, __doc__=declared.__doc__)
