@@ -6,6 +6,8 @@ the order of its steps. The actors belong to the worker: they end with it, howev
 
 import logging
 import sys
+import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +30,15 @@ from raytrain.source import Generators, RayData
 from raytrain.task import TASKS, Task, TaskOptions, make_task, options_of_task
 from raytrain.wire import decode, encode
 
-STEPS_PER_BLOCK = 16
-MOST_BLOCKS = 2000  # each takes a millisecond to set up; the blocks of a longer run are larger
-BLOCK_BYTES = 1 << 20
+MOST_STEPS = 16  # that are sent together: more would spare nothing
+SEND_SECONDS = 0.1
 PULLED_BLOCKS = 2
+DEALING = "dealing"  # the threads that answer the actors of a pipeline
 
 Row = tuple[int, str, bytes]
 """A position, and the packet of its batches; with "" for the containers, the trace of an error."""
+
+ROWS = pa.list_(pa.struct([("position", pa.int64()), ("shape", pa.string()), ("content", pa.large_binary())]))
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +104,8 @@ def ray_feed(
     def start(part: Walk, life: int) -> ActorHandle:
         brief = Brief(plain, list(sys.path), part, life)
         if isinstance(source, RayData):
-            return ray.remote(Pipeline).options(num_cpus=0).remote(brief, actors, cpus, source.ahead_bytes)
+            pipeline = ray.remote(num_cpus=0, concurrency_groups={DEALING: actors})(Pipeline)
+            return pipeline.remote(brief, actors, cpus, source.ahead_bytes)
         return ray.remote(Generator).options(num_cpus=cpus).remote(brief)
 
     what, count, ahead = (
@@ -244,6 +249,9 @@ class Generator:
 class Pipeline:
     """Runs a Ray Data pipeline, in a process of its own so that it does not hold up the training.
 
+    Each actor of the pipeline asks for steps, prepares them and asks for more, so the quick ones do more of the work.
+    What is dealt out and not yet taken is bounded here, and put in order here.
+
     Args:
         brief: what to prepare.
         actors: how many prepare it.
@@ -252,47 +260,84 @@ class Pipeline:
     """
 
     def __init__(self, brief: Brief, actors: int, cpus: float, ahead_bytes: int) -> None:
+        self._walk = brief.walk
+        self._actors = actors
+        self._ahead_bytes = ahead_bytes
+        self._step_bytes = ahead_bytes  # of the largest step so far; as long as there is none, few are dealt out
+        self._dealt = 0
+        self._taken = 0
+        self._room = threading.Condition()
+        self._early: dict[int, Row] = {}
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.target_max_block_size = BLOCK_BYTES
-        context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-            object_store_memory=ahead_bytes
-        )
-        # Blocks from here and not `ray.data.range`, whose tasks would each need a processor.
-        steps, size = brief.walk.steps, max(STEPS_PER_BLOCK, -(-brief.walk.steps // MOST_BLOCKS))
-        blocks = [pa.table({"step": range(start, min(start + size, steps))}) for start in range(0, steps, size)]
-        batches = ray.data.from_blocks(blocks).map_batches(
+        context.target_max_block_size = 1  # so that what an actor yields is sent at once
+        # A row for each actor, from here: `ray.data.range` has tasks of its own, for which no processor may be left.
+        rows = ray.data.from_blocks([pa.table({"actor": [place]}) for place in range(actors)]).map_batches(
             Preparer,
-            fn_constructor_args=(brief,),
+            fn_constructor_args=(brief, ray.get_runtime_context().current_actor),
             batch_format="pyarrow",
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
             num_cpus=cpus,
             max_restarts=0,  # the worker starts the pipeline again, counts how often, and says so
         )
-        self._blocks = iter(batches.iter_batches(batch_size=None, batch_format="pyarrow"))
+        # Nothing prefetched: the iterator would keep back a row until there is another, which may wait for this one.
+        self._blocks = iter(rows.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0))
+
+    def deal(self) -> range:
+        """Return the next steps to prepare, when there is room for them; none at the end."""
+        with self._room:
+            self._room.wait_for(lambda: self._dealt < min(self._taken + self._window(), self._walk.steps + 1))
+            steps = max(1, min(MOST_STEPS, self._window() // (2 * self._actors)))
+            dealt = range(self._dealt, min(self._dealt + steps, self._walk.steps))
+            self._dealt = dealt.stop
+        return dealt
 
     def more(self) -> list[Row]:
-        """Return the rows of the next block."""
-        block = next(self._blocks, None)
-        return [] if block is None else [tuple(row.values()) for row in block.to_pylist()]
+        """Return the rows of the next steps, as many as are there; none at the end."""
+        while self._walk.position(self._taken) not in self._early:
+            block = next(self._blocks, None)
+            if block is None:
+                return []
+            (rows,) = block["rows"].to_pylist()
+            self._early.update((row["position"], tuple(row.values())) for row in rows)
+        ready: list[Row] = []
+        while row := self._early.pop(self._walk.position(self._taken + len(ready)), None):
+            ready.append(row)
+        with self._room:
+            largest = max(len(content) for _, _, content in ready)
+            self._step_bytes = max(largest, self._step_bytes if self._taken else 1)
+            self._taken += len(ready)
+            self._room.notify_all()
+        return ready
+
+    def _window(self) -> int:
+        """Return how many steps may be prepared ahead: enough to keep all actors busy, however large they are."""
+        return max(2 * self._actors, self._ahead_bytes // self._step_bytes)
 
 
 class Preparer:
-    """Prepares batches of the task's own examples, in an actor of Ray Data."""
+    """Prepares batches of the task's own examples, in an actor of Ray Data.
 
-    def __init__(self, brief: Brief) -> None:
+    Args:
+        brief: what to prepare.
+        pipeline: the actor that deals out the steps.
+    """
+
+    def __init__(self, brief: Brief, pipeline: ActorHandle) -> None:
         self._brief = brief
+        self._pipeline = pipeline
 
-    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        """Yield a row for each step."""
-        for step in block["step"].to_pylist():
-            position, shape, content = self._brief.row(lambda: self._feed, step)
-            yield pa.table(
-                {"position": [position], "shape": [shape], "content": pa.array([content], pa.large_binary())}
-            )
+    def __call__(self, _: pa.Table) -> Iterator[pa.Table]:
+        """Yield rows for the steps that are dealt out, until there are none left."""
+        while steps := ray.get(self._pipeline.deal.options(concurrency_group=DEALING).remote()):
+            rows, began = [], time.monotonic()
+            for step in steps:
+                rows.append(self._brief.row(lambda: self._feed, step))
+                if step == steps[-1] or time.monotonic() > began + SEND_SECONDS:
+                    yield pa.table({"rows": pa.array([rows], ROWS)})
+                    rows, began = [], time.monotonic()
 
     @cached_property
     def _feed(self) -> Indexed:
