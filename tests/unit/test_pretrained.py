@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from raytrain.adapters import ADAPTERS, adapt, options_of_adapter
 from raytrain.blocks import recompute
 from raytrain.errors import RecipeError
+from raytrain.names import resolve
 from raytrain.tasks.batches import scored, token_losses
 from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
 
@@ -264,22 +266,18 @@ def test_loading_is_silent(models: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 asks for it
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("around", [True, False])
-def test_models_take_adapters(models: Path, name: str, around: bool) -> None:
-    """Of peft, around the model or inside it."""
-    from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-
-    pretrained = opened(models / name, checkpointing=True)
+def test_models_take_adapters_in_every_layer_of_their_blocks(models: Path, name: str) -> None:
+    pretrained = opened(models / name)
     module = pretrained.prepare(pretrained.module(0)).eval()
     batch = scored([[2, 3, 4], [5, 6]], [[3, 4, 5], [6, 7]], 1)
     before = token_losses(module, batch).detach()
-    layers = ["q_proj", "v_proj"] if name == "llama" else ["c_attn"]
-    adapters = LoraConfig(r=2, target_modules=layers, fan_in_fan_out=name == "gpt2")
-    module = get_peft_model(module, adapters) if around else inject_adapter_in_model(adapters, module)
+    lora = options_of_adapter(resolve(ADAPTERS, "lora", "adapter.name"))
+    adapt(module, lora(name="lora", r=2, fan_in_fan_out=name == "gpt2"), seed=0)
     losses = token_losses(module.eval(), batch)
     torch.testing.assert_close(losses, before)
     losses.sum().backward()
     changed = {key for key, value in module.named_parameters() if value.grad is not None}
+    inner = {"llama": ["q", "k", "v", "o", "gate", "up", "down"], "gpt2": ["c_attn", "c_proj", "c_fc"]}[name]
+    assert all(any(part in key for key in changed) for part in inner)
     assert changed == {key for key, _ in module.named_parameters() if "lora" in key}
