@@ -101,3 +101,25 @@ def test_what_is_wrong_is_said_before_anything_starts(
     assert message in ended.err
     assert ended.status == 2
     assert sorted(path.name for path in run.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_an_exported_folder_gives_the_logits_of_the_best_checkpoint(
+    adapter: str, models: Path, workplace: Path, raytrain: Callable[..., Any]
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    (workplace / "films.tsv").write_text("a good film\tfine\na bad film\tdull\nthe plot is great\tfine\n" * 10)
+    raw = {"kind": "train", "steps": 12, "batch": 4, "log": {"to": []}, "adapter": adapter, "optimizer": {"lr": 0.01}}
+    task = {"name": "classify", "model": str(models / "bert"), "path": "films.tsv"}
+    run = train_here(TrainRecipe.parse({**raw, "task": task}).with_overrides({"ema": 0.9}), workplace / "run")
+    assert run.failure() is None
+    ended = raytrain("export", "run", "out")
+    assert (ended.status, ended.err) == (0, "")
+    best = best_of(run.path, {})
+    theirs = AutoModelForSequenceClassification.from_pretrained("out").eval()
+    assert set(theirs.config.label2id) == {"fine", "dull"}
+    batch = AutoTokenizer.from_pretrained("out")(["a good plot", "bad"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        ours = best.replica.module.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        torch.testing.assert_close(theirs(**batch).logits, ours, rtol=0, atol=1e-6)
