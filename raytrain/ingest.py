@@ -30,8 +30,8 @@ from raytrain.source import Generators, RayData
 from raytrain.task import TASKS, Task, TaskOptions, make_task, options_of_task
 from raytrain.wire import decode, encode
 
-MOST_STEPS = 16  # that are sent together: more would spare nothing
-SEND_SECONDS = 0.1
+MOST_STEPS = 64  # that are sent together; more would spare nothing
+SEND_SECONDS = 0.05
 PULLED_BLOCKS = 2
 DEALING = "dealing"  # the threads that answer the actors of a pipeline
 

@@ -45,7 +45,7 @@ class RayData(ActorSource):
         ahead_bytes: about how much it may prepare ahead for each worker.
     """
 
-    ahead_bytes: int = Field(32 << 20, ge=1)
+    ahead_bytes: int = Field(8 << 20, ge=1)
 
 
 class Generators(ActorSource):
