@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -66,6 +66,33 @@ class Job:
         if not self.exit_code:
             return 1
         return self.exit_code if self.exit_code > 0 else 128 - self.exit_code  # as a shell tells of a signal
+
+
+@dataclass
+class Log:
+    """What has been shown of a job's log, which the server sends from its start after each connection.
+
+    Attributes:
+        show: takes the text.
+        shown: how many characters it took.
+    """
+
+    show: Callable[[str], object]
+    shown: int = 0
+
+    def reader(self) -> Callable[[str], None]:
+        """Return what takes the log from its start, and shows what is new."""
+        place = 0
+
+        def take(text: str) -> None:
+            nonlocal place
+            new = text[max(0, self.shown - place) :]
+            place += len(text)
+            if new:
+                self.show(new)
+                self.shown = place
+
+        return take
 
 
 def new_id(name: str) -> str:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from raytrain.errors import RecipeError
-from raytrain.job import INTERRUPTED, Job, check_taken, check_upload, new_id, place, trouble
+from raytrain.job import INTERRUPTED, Job, Log, check_taken, check_upload, new_id, place, trouble
 from raytrain.kinds import load_kinds
 from raytrain.names import near
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides
@@ -277,8 +277,6 @@ def _start(server: "JobServer", job: Job, request: Request, *, detach: bool) -> 
 
 def _follow(server: "JobServer", name: str) -> int:
     """Show a job's log until it ends, say how to get its run, and return its exit status."""
-    from raytrain.jobs import Log  # noqa: PLC0415 - slow to import
-
     log, stopping = Log(_show), False
     while True:
         try:

@@ -8,7 +8,6 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.metadata import distribution
 from pathlib import Path
@@ -25,7 +24,7 @@ from ray.job_submission import JobSubmissionClient
 import raytrain
 from raytrain.cluster import fingerprint
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
-from raytrain.job import SERVED, Job
+from raytrain.job import SERVED, Job, Log
 from raytrain.storage import CHUNK_BYTES, LIST, Listing, parse
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
@@ -59,33 +58,6 @@ class _Client(JobSubmissionClient):
         if response.status_code in (502, 503, 504):
             raise ConnectionError(last)  # something before the server answers in its place
         raise RuntimeError(f"the job server answered with status {response.status_code}: {last}")
-
-
-@dataclass
-class Log:
-    """What has been shown of a job's log, which the server sends from its start after each connection.
-
-    Attributes:
-        show: takes the text.
-        shown: how many characters it took.
-    """
-
-    show: Callable[[str], object]
-    shown: int = 0
-
-    def reader(self) -> Callable[[str], None]:
-        """Return what takes the log from its start, and shows what is new."""
-        place = 0
-
-        def take(text: str) -> None:
-            nonlocal place
-            new = text[max(0, self.shown - place) :]
-            place += len(text)
-            if new:
-                self.show(new)
-                self.shown = place
-
-        return take
 
 
 class JobServer:
