@@ -236,7 +236,8 @@ def checked(commands: Commands, words: list[str]) -> Request:
         needed[source] = file.absolute()
         if Path(source).is_relative_to(folder):
             source = str(Path(source).relative_to(folder))
-    return Request((verb, source, *changes), recipe.name, given["resume"], given["out"], needed)
+    out = Path(given["out"]) if given["out"] is not None else None
+    return Request((verb, source, *changes), recipe.name, given["resume"], out, needed)
 
 
 def _check_relative(raw: Mapping[str, Any], folder: Path) -> None:

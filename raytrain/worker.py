@@ -204,7 +204,7 @@ def _check_shared(run: RunDirectory, exchange: Exchange) -> None:
     if blind:
         raise RecipeError(
             f"--out: {run.path} is not the same folder on {', '.join(blind)} as for worker 0; on more than one machine "
-            "it must be on a file system that they share"
+            "it must be on a file system that they share (for a job, name one with raytrain submit --storage)"
         )
 
 

@@ -28,6 +28,6 @@ def test_all_workers_must_see_the_runs_folder(tmp_path: Path, monkeypatch: pytes
     assert failure.exit_status == 2
     assert failure.message == (
         f"--out: {run.path} is not the same folder on elsewhere as for worker 0; on more than one machine it must be "
-        "on a file system that they share"
+        "on a file system that they share (for a job, name one with raytrain submit --storage)"
     )
     assert not (tmp_path / "not mounted here").exists()
