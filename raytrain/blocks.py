@@ -19,8 +19,8 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 def blocks(module: nn.Module) -> list[nn.Module]:
     """Return the repeated blocks of a model, each once, in the order of the model; none lies inside another.
 
-    A block is an entry of an nn.ModuleList, or of an nn.Sequential of entries that are all of one class, where there
-    are at least two of them and they hold parameters. An entry that is a list itself, and so is never called, gives its
+    A block is an entry of an nn.ModuleList, or of an nn.Sequential of two or more entries that are all of one class, if
+    it holds parameters. An entry that is a list itself, and so is never called, gives its
     own entries.
     """
     return list(dict.fromkeys(_blocks(module)))
@@ -29,7 +29,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     entries = [child for child in module.children() if any(True for _ in child.parameters())]
     alike = isinstance(module, nn.Sequential) and len(set(map(type, module.children()))) == 1
-    repeated = len(entries) > 1 and (alike or isinstance(module, CONTAINERS))
+    repeated = isinstance(module, CONTAINERS) or (alike and len(entries) > 1)
     for entry in entries:
         if repeated and not isinstance(entry, CONTAINERS):
             yield entry

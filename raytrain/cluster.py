@@ -1,20 +1,82 @@
-"""Fitting workers onto machines, and asking early whether a cluster can be reached."""
+"""Fitting workers onto machines, and asking early whether a cluster can be reached and runs the same code."""
 
+import hashlib
 import math
 import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
+import raytrain
 from raytrain.errors import RecipeError
 
 REACH_SECONDS = 5.0
+MOST_ACTORS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What each worker gets of the processors.
+
+    Attributes:
+        cpus: for itself.
+        actors: how many actors prepare its data.
+        actor_cpus: for each of them; 0: they share its own.
+    """
+
+    cpus: float
+    actors: int = 0
+    actor_cpus: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Return all that the worker and its actors get."""
+        return self.cpus + self.actors * self.actor_cpus
 
 
 def own_cpus() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def share_cpus(machines: Sequence[float], workers: int, cpus: float, actors: int, actor_cpus: float) -> Share:
+    """Return what each worker gets, and the actors that prepare its data.
+
+    Actors for which nothing is left share the processors of their worker, because a worker whose actors cannot start
+    would wait for ever.
+
+    Args:
+        machines: processors of each machine.
+        workers: how many there are to place.
+        cpus: what the recipe asks for each worker; 0: as many whole ones as leave room for its actors.
+        actors: how many each worker has; 0: as many as there is room for beside the workers, at least one.
+        actor_cpus: what each actor takes.
+
+    Raises:
+        RecipeError: the workers do not fit.
+    """
+    for each in _choices(machines, cpus):
+        room = _room(machines, workers, each, actor_cpus) // workers
+        if room >= max(1, actors):
+            return Share(each, actors or min(room, MOST_ACTORS), actor_cpus)
+    return Share(cpus_per_worker(machines, workers, cpus), max(1, actors))
+
+
+def _room(machines: Sequence[float], workers: int, cpus: float, actor_cpus: float) -> int:
+    """Return how many actors fit beside workers that fill one machine after the other; 0 if these do not fit."""
+    room = 0
+    for machine in machines:
+        here = min(workers, _fitting(machine, cpus))
+        workers -= here
+        room += _fitting(machine - here * cpus, actor_cpus)
+    return 0 if workers else room
+
+
+def _choices(machines: Sequence[float], cpus: float) -> Sequence[float]:
+    return [cpus] if cpus else range(int(max(machines, default=0)), 0, -1)
 
 
 class Machine(float):
@@ -112,7 +174,7 @@ def cpus_per_worker(machines: Sequence[float], workers: int, cpus: float) -> flo
     Raises:
         RecipeError: the workers do not fit.
     """
-    for each in [cpus] if cpus else range(int(max(machines, default=0)), 0, -1):
+    for each in _choices(machines, cpus):
         if sum(_fitting(machine, each) for machine in machines) >= workers:
             return each
     each = cpus or 1
@@ -154,3 +216,12 @@ def check_reachable(address: str) -> None:
             f"--address: no Ray cluster answers at {address} ({error}); is `ray start --head` running there, and its "
             "port open to this machine? Leave --address out to start Ray here"
         ) from None
+
+
+def fingerprint() -> str:
+    """Return a hash of this package's source, to tell whether two machines run the same."""
+    root = Path(raytrain.__file__).parent
+    total = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        total.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()

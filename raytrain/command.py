@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raytrain.errors import RaytrainError, RecipeError
+from raytrain.job_verbs import Commands, add_verbs
 from raytrain.kinds import Kind, Order, load_kinds
 from raytrain.names import near, resolve
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
@@ -47,6 +48,11 @@ More = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in --set optimizer.lr=1e-3."),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN")]
+Address = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_ADDRESS", help="A running Ray cluster: auto or HOST:PORT [default: start Ray here]."),
 ]
 
 
@@ -116,19 +122,49 @@ def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = 
 
 
 @app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN")],
+def evaluate(run: Run, more: More = None, changes: Changes = None) -> None:
+    """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the values as JSON."""
+    metrics = resolve({}, _kind_of(run).evaluate, "evaluate")(run, parse_overrides([*(changes or []), *(more or [])]))
+    print(json.dumps(metrics, indent=2))
+
+
+@app.command()
+def predict(
+    run: Run,
+    source: Annotated[Path, typer.Option("--input", help="What to predict on.")],
+    target: Annotated[Path, typer.Option("--output", help="Where a line of JSON goes for each example.")],
+    more: More = None,
+    changes: Changes = None,
+    address: Address = None,
+) -> None:
+    """Predict for each example of a file with the best checkpoint of the run in the folder RUN."""
+    overrides = parse_overrides([*(changes or []), *(more or [])])
+    count = resolve({}, _kind_of(run).predict, "predict")(run, overrides, source, target, address or None)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"{count} predictions in {target}", markup=False)
+
+
+@app.command()
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
     more: More = None,
     changes: Changes = None,
 ) -> None:
-    """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the values as JSON."""
+    """Write the best model of the run in the folder RUN to DIR, as Hugging Face's `from_pretrained` reads it."""
+    resolve({}, _kind_of(run).export, "export")(run, parse_overrides([*(changes or []), *(more or [])]), folder)
+
+
+def _kind_of(run: Path) -> Kind:
+    """Return the kind of the run in a folder.
+
+    Raises:
+        RecipeError: there is none.
+    """
     file = run / "recipe.toml"
     if not file.is_file():
         raise RecipeError(f"{run}: there is no run here (no recipe.toml); a run's folder is what --out named")
     raw, _ = _read(str(file), None)
-    kind = load_kinds()[raw["kind"]]
-    metrics = resolve({}, kind.evaluate, "evaluate")(run, parse_overrides([*(changes or []), *(more or [])]))
-    print(json.dumps(metrics, indent=2))
+    return load_kinds()[raw["kind"]]
 
 
 @cache
@@ -137,6 +173,7 @@ def _add_kinds() -> None:
     for point in entry_points(group="raytrain.kinds"):
         about = f"Run a recipe of the kind {point.name}.\n\n{RECIPE_HELP}"
         app.command(point.name, help=about)(_runner(point.name))
+    add_verbs(Commands(app, _read, _parse))
 
 
 def _runner(verb: str) -> Callable[..., int]:
@@ -148,12 +185,7 @@ def _runner(verb: str) -> Callable[..., int]:
         changes: Changes = None,
         out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-TIME].")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RECIPE's folder or --out.")] = False,
-        address: Annotated[
-            str | None,
-            typer.Option(
-                envvar="RAY_ADDRESS", help="A running Ray cluster: auto or HOST:PORT [default: start Ray here]."
-            ),
-        ] = None,
+        address: Address = None,
     ) -> int:
         raw, _ = _read(recipe, verb)
         kind = load_kinds()[verb]

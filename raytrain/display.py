@@ -34,6 +34,8 @@ class Display:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._metrics = Tail(run.metrics)
         self._restarts = Tail(run.restarts, from_end=True)
+        self._attempts = Tail(run.attempts, from_end=True)
+        self._working = False
         self._step = 0
         self._pace: tuple[float, float] = (0.0, 0.0)  # (steps, samples) per second
         self._last: dict[str, Any] = {}
@@ -70,6 +72,9 @@ class Display:
         """Show progress until the run has ended; return False if it was interrupted twice and still goes on.
 
         The first Ctrl-C asks the workers to save and end.
+
+        Raises:
+            KeyboardInterrupt: there are no workers yet, which may have to wait long for a place on a busy cluster.
         """
         asked = False
         while True:
@@ -79,6 +84,9 @@ class Display:
                     return True
                 self._look()
             except KeyboardInterrupt:
+                self._working = self._working or bool(self._attempts.new())
+                if not self._working:
+                    raise
                 if asked:
                     return False
                 asked = True

@@ -1,18 +1,22 @@
 """A run that ended, or still goes on, read from what it left on the disk."""
 
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytrain.adapters import merge
 from raytrain.checkpoint import CheckpointStore, Manifest, load, read_manifest, step_name
-from raytrain.errors import CheckpointError
+from raytrain.errors import CheckpointError, RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.kinds import Result
 from raytrain.recipe import read_toml
-from raytrain.replica import load_model
+from raytrain.replica import Replica, load_model
 from raytrain.rundir import Failure, RunDirectory, rows
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
+from raytrain.task import Task
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import build, task_of
 
@@ -53,8 +57,35 @@ def result_of(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -
     )
 
 
-def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> dict[str, float]:
-    """Return the held-out metrics of the best checkpoint of the run in `folder`, measured in this process.
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best checkpoint of a run, as something that can be used.
+
+    Attributes:
+        recipe: of the run, with changes.
+        task: what it was trained on.
+        replica: holds the model, with the averaged weights if there are any.
+        path: of the checkpoint.
+    """
+
+    recipe: TrainRecipe
+    task: Task
+    replica: Replica
+    path: Path
+
+
+def recipe_of(folder: Path, overrides: Mapping[str, Any]) -> TrainRecipe:
+    """Return the recipe of the run in `folder`, with changes.
+
+    Raises:
+        RecipeError: the changes do not fit it.
+    """
+    raw, _ = read_toml(str(RunDirectory(folder).recipe), [])
+    return TrainRecipe.parse(raw).with_overrides(overrides)
+
+
+def best_of(folder: Path, overrides: Mapping[str, Any]) -> Best:
+    """Return the best checkpoint of the run in `folder`, in this process.
 
     Args:
         folder: the run's.
@@ -64,22 +95,59 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> dict[str, float]
         RecipeError: the changes do not fit the recipe.
         CheckpointError: there is no checkpoint yet, it is damaged, or the changes make another model.
     """
-    run = RunDirectory(folder)
-    raw, _ = read_toml(str(run.recipe), [])
-    recipe = TrainRecipe.parse(raw).with_overrides(overrides)
+    run, recipe = RunDirectory(folder), recipe_of(folder, overrides)
     newest = _newest(run)
     if newest is None:
         raise CheckpointError(f"{folder}: there is no complete checkpoint yet")
     best = run.checkpoints / step_name(newest.progress["best_step"])
     path = best if best.is_dir() else newest.path
-    exchange = ExactExchange(LocalTransport())
     task = task_of(recipe)
-    module = build(recipe, task, exchange).module
-    saved = load(path, 0)
-    load_model(module, {**saved["model"], **saved["ema"]}, path)
-    autocast = recipe.plan().autocast
-    metrics = evaluate(task, module, task.data("valid"), recipe.evaluation.batch, exchange, autocast=autocast)
-    return {"step": read_manifest(path).step, **metrics}
+    replica = build(recipe, task, ExactExchange(LocalTransport()))
+    load_model(replica, load(path, 0), path, averaged=True)
+    return Best(recipe, task, replica, path)
+
+
+def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> dict[str, float]:
+    """Return the held-out metrics of the best checkpoint of a run, measured in this process.
+
+    Raises:
+        RaytrainError: as `best_of`.
+    """
+    best = best_of(folder, overrides)
+    task, module, exchange = best.task, best.replica.module, ExactExchange(LocalTransport())
+    autocast = best.recipe.plan().autocast
+    metrics = evaluate(task, module, task.data("valid"), best.recipe.evaluation.batch, exchange, autocast=autocast)
+    return {"step": read_manifest(best.path).step, **metrics}
+
+
+def export_run(folder: Path, overrides: Mapping[str, Any], target: Path) -> None:
+    """Write the best model of a run as a folder that Hugging Face's `from_pretrained` reads, adapters worked in.
+
+    Args:
+        folder: the run's.
+        overrides: changes to its recipe.
+        target: a folder that does not exist or is empty; it is complete afterwards, or as it was.
+
+    Raises:
+        RaytrainError: as `best_of`; the task's model has no such form, or the folder is not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RecipeError(f"DIR: {target} exists and is not an empty folder; name another")
+    best = best_of(folder, overrides)
+    if best.task.export is None:
+        raise RecipeError(f"task.name: the model of {best.recipe.task.name} has no form to export: Task.export is None")
+    if best.recipe.adapter.name != "none":
+        merge(best.replica.module)
+    aside = target.absolute().with_name(f".{target.absolute().name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        best.task.export(best.replica.module.eval(), aside)
+        aside.rename(target)
+    except OSError as error:
+        raise RecipeError(f"DIR: cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _newest(run: RunDirectory) -> Manifest | None:

@@ -66,6 +66,8 @@ class Kind:
         recipes: the folder of its shipped recipes.
         run: "module:attribute" of (recipe, Order) -> Result; imported only to run.
         evaluate: "module:attribute" of (run's folder, overrides) -> metrics.
+        predict: "module:attribute" of (run's folder, overrides, input file, output file, address) -> lines written.
+        export: "module:attribute" of (run's folder, overrides, folder to write).
         tables: what can be chosen by name -> the table.
     """
 
@@ -73,6 +75,8 @@ class Kind:
     recipes: Path
     run: str
     evaluate: str
+    predict: str
+    export: str
     tables: Mapping[str, Mapping[str, str]]
 
 

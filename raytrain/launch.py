@@ -1,15 +1,16 @@
-"""Runs a training recipe on Ray: this file and no other of the package knows Ray."""
+"""Runs a training recipe on Ray: one of the few files that know it."""
 
 import contextlib
-import hashlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,24 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 import raytrain
-from raytrain.cluster import Node, check_reachable, cpus_per_worker, machines_for, own_cpus
+from raytrain.cluster import (
+    Machine,
+    Node,
+    Share,
+    check_reachable,
+    cpus_per_worker,
+    fingerprint,
+    machines_for,
+    own_cpus,
+    share_cpus,
+)
 from raytrain.display import Display
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
+from raytrain.feed import Feeds, local_feed
 from raytrain.finished import result_of
 from raytrain.kinds import Order, Result
-from raytrain.rundir import Failure, RunDirectory
+from raytrain.rundir import Failure, RunDirectory, elsewhere
+from raytrain.source import ActorSource
 from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watchdog import Watchdog
@@ -66,20 +79,17 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
     if order.address is not None:
         check_reachable(order.address)
     elif not ray.is_initialized():
-        here: Node = ({"CPU": own_cpus()}, {})
-        machines = machines_for([here], recipe.workers, recipe.resources.custom, recipe.resources.labels)
-        cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
+        _share(machines_here(recipe), recipe)
     run_directory = RunDirectory(order.out.absolute())
     with run_directory.opened(resume=order.resume), Display(run_directory, recipe.steps) as display:
         display.say("starting Ray" if order.address is None else f"connecting to Ray at {order.address}")
-        with _cluster(order.address) as nodes:
+        with joined(order.address, recipe) as machines:
             if order.address == "auto":
                 display.say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
-            machines = machines_for(nodes, recipe.workers, _beside_cpus(recipe), recipe.resources.labels)
-            cpus = cpus_per_worker(machines, recipe.workers, recipe.resources.cpus)
-            _say_room(recipe, cpus, display)
+            share = _share(machines, recipe)
+            _say_room(recipe, share, display)
             run_directory.begin(recipe.to_toml())
-            fit = _Fit(_trainer(recipe, run_directory, cpus, TorchTrainer if order.address else _OwnClusterTrainer))
+            fit = _Fit(_trainer(recipe, run_directory, share, TorchTrainer if order.address else _OwnClusterTrainer))
             ended = display.follow(fit.ended)
         failure = run_directory.failure() or (Failure(_summary(fit.error)) if ended and fit.error else None)
         if not run_directory.recipe.is_file():
@@ -127,14 +137,18 @@ class _Fit(threading.Thread):
 
 
 @contextlib.contextmanager
-def _cluster(address: str | None) -> Iterator[list[Node]]:
-    """Join or start a Ray cluster, unless this process is in one, and return its machines."""
+def joined(address: str | None, recipe: TrainRecipe) -> Iterator[list[Machine]]:
+    """Join or start a Ray cluster, unless this process is in one, and return the machines for the recipe's workers.
+
+    Raises:
+        RecipeError: there is no such cluster, or too few machines have what a worker takes.
+    """
     if ray.is_initialized():
-        yield _machines()
+        yield _machines(recipe)
         return
     start_ray(address, own_cpus())
     try:
-        yield _machines()
+        yield _machines(recipe)
     finally:
         ray.shutdown()
 
@@ -152,7 +166,7 @@ def start_ray(address: str | None, cpus: int) -> None:
     own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address or "local", **quiet, **({} if address else own))
+        ray.init(address or "local", **quiet, **(_joining(address) if address else own))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
     except (OSError, ValueError, RuntimeError, RayError) as error:
@@ -160,8 +174,24 @@ def start_ray(address: str | None, cpus: int) -> None:
         raise RecipeError(f"{what}: {error}") from error
 
 
-def _machines() -> list[Node]:
-    return [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+def _joining(address: str) -> dict[str, Any]:
+    """Return how to join a cluster: Ray Train's own helpers look for it anew, and may see another on their machine."""
+    return {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}} if address != "auto" else {}
+
+
+def machines_here(recipe: TrainRecipe) -> list[Machine]:
+    """Return this machine, as it will be in a cluster of its own.
+
+    Raises:
+        RecipeError: it has not what a worker takes.
+    """
+    here: Node = ({"CPU": own_cpus()}, {})
+    return machines_for([here], recipe.workers, recipe.resources.custom, recipe.resources.labels)
+
+
+def _machines(recipe: TrainRecipe) -> list[Machine]:
+    nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+    return machines_for(nodes, recipe.workers, _beside_cpus(recipe), recipe.resources.labels)
 
 
 def _beside_cpus(recipe: TrainRecipe) -> dict[str, float]:
@@ -170,12 +200,32 @@ def _beside_cpus(recipe: TrainRecipe) -> dict[str, float]:
     return {**gpus, **recipe.resources.custom}
 
 
-def _say_room(recipe: TrainRecipe, cpus: float, display: Display) -> None:
+def _share(machines: list[Machine], recipe: TrainRecipe) -> Share:
+    """Return what each worker gets of the processors.
+
+    Raises:
+        RecipeError: the workers do not fit.
+    """
+    cpus, source = recipe.resources.cpus, recipe.task.source
+    if isinstance(source, ActorSource):
+        return share_cpus(machines, recipe.workers, cpus, source.actors, source.cpus)
+    return Share(cpus_per_worker(machines, recipe.workers, cpus))
+
+
+def _say_room(recipe: TrainRecipe, share: Share, display: Display) -> None:
     """Say what the workers get, and whether they have to wait for it."""
-    display.say(f"starting {recipe.workers} worker(s) with {cpus:g} CPU each")
-    free = ray.available_resources().get("CPU", 0.0)
-    if recipe.workers * cpus > free:
-        display.say(f"the cluster is busy: waiting for {recipe.workers * cpus:g} CPUs, of which {free:g} are free")
+    display.say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
+    free, wanted = ray.available_resources().get("CPU", 0.0), recipe.workers * share.total
+    if wanted > free:
+        display.say(f"the cluster is busy: waiting for {wanted:g} CPUs, of which {free:g} are free")
+
+
+def _actors(workers: int, share: Share) -> str:
+    """Return what there is to say of the actors that prepare data."""
+    if not share.actors:
+        return ""
+    theirs = f"{share.actor_cpus:g} CPU each" if share.actor_cpus else "no CPU left for them: they share the workers'"
+    return f", and {workers * share.actors} actor(s) that prepare data with {theirs}"
 
 
 class _OwnClusterTrainer(TorchTrainer):
@@ -189,7 +239,7 @@ class _OwnClusterTrainer(TorchTrainer):
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
-def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, cpus: float, kind: type[TorchTrainer]) -> TorchTrainer:
+def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kind: type[TorchTrainer]) -> TorchTrainer:
     resources = recipe.resources
     timeout_seconds = recipe.sync.timeout_seconds
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_seconds)
@@ -200,7 +250,9 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, cpus: float, kind
         train_loop_config={
             "recipe": recipe.plain(),
             "run": str(run_directory.path),
-            "threads": max(1, int(cpus)),
+            "threads": max(1, int(share.cpus)),
+            "actors": share.actors,
+            "actor_cpus": share.actor_cpus,
             "import_from": os.getcwd(),
             "code": fingerprint(),
         },
@@ -210,7 +262,7 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, cpus: float, kind
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,
             use_gpu=bool(resources.gpus),
-            resources_per_worker={"CPU": cpus, **_beside_cpus(recipe)},
+            resources_per_worker={"CPU": share.cpus, **_beside_cpus(recipe)},
             label_selector=resources.labels or None,
             placement_strategy=resources.placement,
         ),
@@ -246,7 +298,8 @@ def _worker(config: dict[str, Any]) -> None:
         return
     seen = run_directory.path if run_directory.path.is_dir() else Path(tempfile.gettempdir())
     with Watchdog(hang_file(seen, rank), timeout_seconds, lambda: transport.waiting) as watchdog:
-        last = work(recipe, run_directory, transport, watchdog.beat)
+        feeds = _feeds(config["actors"], config["actor_cpus"], recipe.max_failures)
+        last = work(recipe, run_directory, transport, watchdog.beat, feeds)
     if last:  # only the last one: Ray takes one report in each of its polls, which is slower than we write them
         path, metrics = last
         ray.train.report(
@@ -255,6 +308,14 @@ def _worker(config: dict[str, Any]) -> None:
             checkpoint_dir_name=path.name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
         )
+
+
+def _feeds(actors: int, cpus: float, lives: int) -> Feeds:
+    if not actors:
+        return local_feed
+    from raytrain.ingest import ray_feed  # noqa: PLC0415 - slow to import
+
+    return partial(ray_feed, actors=actors, cpus=cpus, lives=lives)
 
 
 class RestartNotes(ray.train.UserCallback):
@@ -270,31 +331,29 @@ class RestartNotes(ray.train.UserCallback):
             hang = hang_file(self._run.path, rank)
             if hang.exists() and hang.stat().st_size:
                 kept = hang.rename(hang.with_stem(f"{hang.stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
-                causes[str(rank)] = f"it hung, and was ended; its stack is in {kept}"
+                causes[str(rank)] = f"it hung, and was ended{elsewhere(_host(error))}; its stack is in {kept}"
             else:
                 causes[str(rank)] = cause(error)
         self._run.append(self._run.restarts, {"time": time.time(), "workers": causes})
 
 
 def cause(error: Exception) -> str:
-    """Return in a few words what happened to a worker."""
+    """Return in a few words what happened to a worker, and where, unless on this machine."""
     text = str(error).strip()
+    what = text.splitlines()[-1] if text else type(error).__name__
     if "PeerLostError" in text:
-        return "it lost another worker"
-    if "has died" in text or "died unexpectedly" in text:
-        return "its process died: killed, out of memory, or crashed"
-    return text.splitlines()[-1] if text else type(error).__name__
+        what = "it lost another worker"
+    elif "has died" in text or "died unexpectedly" in text:
+        what = "its process died: killed, out of memory, or crashed"
+    return what + elsewhere(_host(error))
+
+
+def _host(error: Exception) -> str:
+    """Return the machine of the worker that an error of Ray Train is about, which only the error's text tells."""
+    found = re.search(r"hostname='([^']+)'", str(error))
+    return found[1] if found else ""
 
 
 def hang_file(path: Path, rank: int) -> Path:
     """Return where the stack of a hanging worker goes."""
     return path / f"hang-worker-{rank}.txt"
-
-
-def fingerprint() -> str:
-    """Return a hash of this package's source, to tell whether two machines run the same."""
-    root = Path(raytrain.__file__).parent
-    total = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        total.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return total.hexdigest()

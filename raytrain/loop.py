@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytrain.errors import TrainingError
 from raytrain.feed import Feed
+from raytrain.optimizer_extras import add_noise
 from raytrain.replica import Progress, Replica
 from raytrain.task import Batch, Task
 from raytrain.tensors import moved, seed_step, weighed, weights_of
@@ -32,6 +33,7 @@ class Plan:
         evaluate_every: 0: at the end only.
         checkpoint_every: 0: at the end only.
         patience: evaluations without a better metric after which training stops early; 0: never.
+        noise, noise_decay: variance of what is added to the gradient, and how it falls; see `add_noise`.
     """
 
     steps: int
@@ -44,6 +46,8 @@ class Plan:
     evaluate_every: int
     checkpoint_every: int
     patience: int
+    noise: float = 0.0
+    noise_decay: float = 0.55
 
 
 class Watch(Protocol):
@@ -83,12 +87,15 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
     if progress.step and (progress.status != was or unmeasured(progress, plan)):
         settle(replica, task, plan, watch)  # the plan is another than it was, or the process died in an evaluation
     while progress.status == "running":
-        seed_step(plan.seed, replica.rank, progress.step)
+        if replica.half:
+            replica.half.choose(progress.step, optimizer)
 
         # Forward and backward over this replica's share of the step; then every gradient is the mean over the replicas.
         own_loss = backward(replica, task, feed, plan)
         totals = sync.before_step(own_loss, watch.stop_requested())
         norm = clip(replica, plan.clip)
+        if plan.noise:
+            add_noise(replica.module, plan.seed, progress.step, plan.noise, plan.noise_decay)
 
         rate = plan.rate(progress.step)
         for group in optimizer.param_groups:
@@ -138,6 +145,7 @@ def backward(replica: Replica, task: Task, feed: Feed, plan: Plan) -> float:
     progress = replica.progress
     position = progress.position + replica.rank * plan.batch
     batches = _take(replica, task, feed, position, plan)
+    seed_step(plan.seed, replica.rank, progress.step)  # after the feed, which may have drawn elsewhere
     divisor = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
     total = 0.0
     for place, (batch, weights) in enumerate(batches, start=1):

@@ -10,11 +10,21 @@ import os
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from raytrain.errors import RecipeError
@@ -49,6 +59,9 @@ class Options(Section):
     name: str
 
 
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
 def declared_options(factory: Any, base: type[Options] = Options) -> type[Options]:
     """Return the options that a factory takes: the annotation of its parameter that is a subclass of `Options`.
 
@@ -59,6 +72,31 @@ def declared_options(factory: Any, base: type[Options] = Options) -> type[Option
         hint for key, hint in hints.items() if key != "return" and isinstance(hint, type) and issubclass(hint, Options)
     ]
     return found[0] if found else base
+
+
+@cache  # equal recipes need equal classes
+def combined(declared: type[Options], base: type[OptionsT], what: str) -> type[OptionsT]:
+    """Return the options that have the fields of both.
+
+    Args:
+        declared: by a thing; it may be a subclass of `base` already.
+        base: what all such things have.
+        what: the field that names the thing, for the error message.
+
+    Raises:
+        RecipeError: both have a field of the same name.
+    """
+    if issubclass(declared, base):
+        return declared
+    if issubclass(base, declared):
+        return base
+    if twice := (declared.model_fields.keys() & base.model_fields.keys()) - Options.model_fields.keys():
+        raise RecipeError(
+            f"{what}: {declared.__module__}:{declared.__qualname__} has a field {min(twice)!r}, which {base.__name__} "
+            "has already; give it another name"
+        )
+    bases: tuple[type[Any], ...] = (declared, base)
+    return create_model(declared.__name__, __base__=bases, __module__=declared.__module__, __doc__=declared.__doc__)
 
 
 def chosen(

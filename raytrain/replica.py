@@ -1,5 +1,6 @@
 """A replica: one copy of what is trained, and its whole state."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raytrain.ema import Ema
+from raytrain.ema import Average
 from raytrain.errors import CheckpointError
-from raytrain.optimizers import load_state_by_name, state_by_name
-from raytrain.recipe import Options
+from raytrain.freezing import Half
+from raytrain.optimizers import OptimizerOptions, load_state_by_name, state_by_name
 from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
 
@@ -56,6 +57,9 @@ class Replica:
 
     Attributes:
         module: the model, to compute with.
+        elsewhere: names of parameters that an adapter stands beside: they never move, and are not saved.
+        base: a hash of these, by which they are known again.
+        half: freezes a half of each block at a time, if that is wanted.
         optimizer: over its trainable parameters.
         options: what the optimizer was made with.
         ema: the average of the weights that is evaluated in their place, if there is one.
@@ -67,9 +71,12 @@ class Replica:
     """
 
     module: nn.Module
+    elsewhere: frozenset[str]
+    base: str
+    half: Half | None
     optimizer: Optimizer
-    options: Options
-    ema: Ema | None
+    options: OptimizerOptions
+    ema: Average | None
     sync: Synchroniser
     progress: Progress
     device: torch.device
@@ -94,20 +101,28 @@ def state_of(replica: Replica) -> dict[str, Any]:
     average = replica.ema.state_dict() if replica.ema else {}
     optimizer = state_by_name(replica.optimizer, replica.parts)
     shared = {
-        "model": {name: whole(name, tensor) for name, tensor in _tensors(replica.module, replica.parts)},
+        "model": {name: whole(name, tensor) for name, tensor in _tensors(replica, replica.parts)},
+        "base": replica.base,
         "optimizer": {"name": replica.options.name, **optimizer, "state": _entries(optimizer["state"], whole)},
         "ema": {name: whole(name, tensor) for name, tensor in average.items()},
     }
     return {**own, **shared} if replica.rank == 0 else own
 
 
-def load_model(module: nn.Module, saved: Mapping[str, Tensor], path: object, shards: Shards | None = None) -> None:
-    """Copy saved parameters and buffers into `module`, or of each parameter this replica's part.
+def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, averaged: bool = False) -> None:
+    """Copy saved parameters and buffers into the model, or of each parameter this replica's part.
+
+    Args:
+        replica: newly made.
+        shared: what the first replica saved.
+        path: where it came from, for the error message.
+        averaged: take the average of the weights, if there is one.
 
     Raises:
         CheckpointError: they are those of another model; the message names the first difference.
     """
-    ours = dict(_tensors(module, module))
+    saved = {**shared["model"], **(shared["ema"] if averaged else {})}
+    ours = dict(_tensors(replica, replica.module))
     for name in sorted(ours.keys() | saved.keys()):
         there, here = saved.get(name), ours.get(name)
         if there is None or here is None or there.shape != here.shape:
@@ -115,9 +130,14 @@ def load_model(module: nn.Module, saved: Mapping[str, Tensor], path: object, sha
                 f"{path}: this checkpoint is of another model: {name} is {_shape(there)} in the checkpoint and "
                 f"{_shape(here)} in the model; use the task options that the run was started with, or another --out"
             )
-    cut = shards.cut if shards else _as_it_is
+    if shared["base"] != replica.base:
+        raise CheckpointError(
+            f"{path}: this checkpoint is of an adapter beside another model: the weights at task.model are not those "
+            "that it was trained with"
+        )
+    cut = replica.shards.cut if replica.shards else _as_it_is
     with torch.no_grad():
-        for name, tensor in _tensors(module, shards.parts if shards else module):
+        for name, tensor in _tensors(replica, replica.parts):
             tensor.copy_(cut(name, saved[name]))
 
 
@@ -133,7 +153,7 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
     Raises:
         CheckpointError: it is the state of another model or optimizer.
     """
-    load_model(replica.module, shared["model"], path, replica.shards)
+    load_model(replica, shared, path)
     if shared["optimizer"]["name"] != replica.options.name:
         raise CheckpointError(
             f"{path}: this checkpoint's optimizer is {shared['optimizer']['name']}, and the recipe's is "
@@ -149,11 +169,23 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
         replica.sync.load_state_dict(own["sync"])
 
 
-def _tensors(module: nn.Module, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter of `parts` once, tied ones included, and each buffer that belongs to the module's state."""
-    yield from ((name, parameter.data) for name, parameter in parts.named_parameters())
-    persistent = module.state_dict(keep_vars=True)
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+def digest_of(module: nn.Module, names: frozenset[str]) -> str:
+    """Return a hash of the parameters of these names; "" without any."""
+    if not names:
+        return ""
+    total = hashlib.sha256()
+    for name in sorted(names):
+        values = module.get_parameter(name).detach().cpu().contiguous()
+        total.update(name.encode() + b"\0" + values.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _tensors(replica: Replica, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter of `parts` to save once, tied ones included, and each buffer of the model's state."""
+    named = parts.named_parameters()
+    yield from ((name, parameter.data) for name, parameter in named if name not in replica.elsewhere)
+    persistent = replica.module.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in replica.module.named_buffers() if name in persistent)
 
 
 def _entries(state: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, dict[str, Any]]:

@@ -5,11 +5,12 @@ import json
 import os
 import platform
 import shutil
+import socket
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -29,11 +30,13 @@ class Failure:
         message: for the user.
         exit_status: of the command.
         trace: where in the code, if it is code that failed.
+        host: the machine that it failed on.
     """
 
     message: str
     exit_status: int = 1
     trace: str = ""
+    host: str = ""
 
 
 class RunDirectory:
@@ -173,22 +176,24 @@ class RunDirectory:
         if not self.path.is_dir():
             return
         self._reserve.unlink(missing_ok=True)
+        host = socket.gethostname()
         if isinstance(error, RaytrainError):
-            failure = Failure(str(error), error.exit_status)
+            failure = Failure(str(error), error.exit_status, host=host)
         else:
             lines = "".join(traceback.format_exception(error))
-            failure = Failure(f"worker {worker}: {type(error).__name__}: {error}", trace=lines)
+            failure = Failure(f"worker {worker}: {type(error).__name__}: {error}", trace=lines, host=host)
         if not self._failure.exists():
             write_whole(self._failure, json.dumps(asdict(failure)).encode())
 
     def failure(self, wait_seconds: float = 0.0) -> Failure | None:
-        """Return what `record_failure` left, waiting for it a little."""
+        """Return what `record_failure` left, waiting for it a little; it says where, unless on this machine."""
         give_up = time.monotonic() + wait_seconds
         while not self._failure.exists():
             if time.monotonic() >= give_up:
                 return None
             time.sleep(0.05)
-        return Failure(**json.loads(self._failure.read_bytes()))
+        failure = Failure(**json.loads(self._failure.read_bytes()))
+        return replace(failure, message=failure.message + elsewhere(failure.host))
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`."""
@@ -207,6 +212,11 @@ def _take(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def elsewhere(host: str) -> str:
+    """Return " (on HOST)", for the end of a message, unless that is this machine or not known."""
+    return f" (on {host})" if host not in ("", socket.gethostname()) else ""
 
 
 def versions() -> str:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from raytrain.errors import RecipeError
 from raytrain.names import place_of
-from raytrain.recipe import Options, declared_options
+from raytrain.recipe import Options, combined, declared_options
+from raytrain.source import Local, SourceField
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,7 +28,20 @@ Batch = Any
 TASKS: dict[str, str] = {
     "digits": "raytrain.tasks.digits:digits",
     "text": "raytrain.tasks.text:text",
+    "classify": "raytrain.tasks.classify:classify",
+    "causal-lm": "raytrain.tasks.causal_lm:causal_lm",
+    "instruct": "raytrain.tasks.instruct:instruct",
 }
+
+
+class TaskOptions(Options):
+    """What every task takes beside the options that it declares.
+
+    Attributes:
+        source: where the training examples come from: "local", "ray", or a function of the user's that makes them.
+    """
+
+    source: SourceField = Local(name="local")
 
 
 class Examples(Protocol):
@@ -104,14 +118,14 @@ class Task:
         return math.isfinite(value) and (best is None or (value < best if self.better == "lower" else value > best))
 
 
-def options_of_task(factory: Any) -> type[Options]:
-    """Return the options of a task: none for a `Task` or a function that takes nothing.
+def options_of_task(factory: Any) -> type[TaskOptions]:
+    """Return the options of a task: those of every task for a `Task` or a function that takes nothing.
 
     Raises:
         RecipeError: `factory` is neither, nor a function of one parameter annotated with a subclass of `Options`.
     """
     if isinstance(factory, Task):
-        return Options
+        return TaskOptions
     if not callable(factory):
         raise RecipeError(f"task.name: expected a raytrain.Task or a function that returns one; got {factory!r}")
     options = declared_options(factory)
@@ -120,7 +134,7 @@ def options_of_task(factory: Any) -> type[Options]:
             f"task.name: {factory.__module__}:{factory.__name__} must take nothing, or one parameter annotated with a "
             "subclass of raytrain.Options"
         )
-    return options
+    return combined(options, TaskOptions, "task.name")
 
 
 def make_task(factory: Any, options: Options) -> Task:
@@ -132,7 +146,7 @@ def make_task(factory: Any, options: Options) -> Task:
     if isinstance(factory, Task):
         return factory
     try:
-        task = factory() if type(options) is Options else factory(options)
+        task = factory() if type(options) is TaskOptions else factory(options)
     except RecipeError:
         raise
     except Exception as error:

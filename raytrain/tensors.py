@@ -47,13 +47,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def seed_step(seed: int, rank: int, step: int) -> None:
+def seed_step(seed: int, *place: int) -> None:
     """Seed the generators that dropout, augmentation and the like draw from.
 
-    What a step draws depends on (seed, rank, step) alone. So there is no random state to save, an evaluation in between
-    changes nothing, and a resumed run draws what the uninterrupted one would.
+    What a step draws depends on the seed and its place alone: (rank, step) for the model, (position, count, parts) for
+    its examples. So there is no random state to save, an evaluation in between changes nothing, and a resumed run draws
+    what the uninterrupted one would, wherever its examples are prepared.
     """
-    mixed = np.random.SeedSequence([seed % 2**64, rank, step]).generate_state(1, np.uint64).item()
+    mixed = np.random.SeedSequence([seed % 2**64, *place]).generate_state(1, np.uint64).item()
     torch.default_generator.manual_seed(mixed)  # torch.manual_seed also asks after every accelerator: 100 times slower
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(mixed)

@@ -14,17 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raytrain.recipe import Options
+from raytrain.feed import Feeds, local_feed
 from raytrain.replica import Replica
 from raytrain.rundir import RunDirectory
 from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Pending
-from raytrain.task import Task
+from raytrain.task import Task, TaskOptions
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watchdog import Watchdog
 from raytrain.worker import work
 
 Answer = TypeVar("Answer")
 WAIT_SECONDS = 60.0
+ONE_AT_A_TIME = threading.Lock()
+"""Held by a thread that draws from the generator that all threads share."""
 PEER_LOST = 3
 """The exit status of a worker of `train_with_gloo` that lost another one."""
 
@@ -170,7 +172,7 @@ class FaultPlan:
             raise RuntimeError(f"a fault on purpose at rank {place[0]}, step {place[1]}")
 
 
-class TinyOptions(Options):
+class TinyOptions(TaskOptions):
     """Options of the tiny task.
 
     Attributes:
@@ -210,8 +212,9 @@ def tiny(options: TinyOptions) -> Task:
     """Return the task of fitting a random function, with examples that count differently."""
 
     def model(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return TinyModel(options)
+        with ONE_AT_A_TIME:
+            torch.manual_seed(seed)
+            return TinyModel(options)
 
     def data(split: str) -> list[dict[str, Tensor]]:
         count = options.examples if split == "train" else 13
@@ -225,10 +228,10 @@ def tiny(options: TinyOptions) -> Task:
     return Task(model=model, data=data, losses=losses, weights=lambda batch: batch["weight"])
 
 
-def train_here(recipe: TrainRecipe, folder: Path) -> RunDirectory:
+def train_here(recipe: TrainRecipe, folder: Path, feeds: Feeds = local_feed) -> RunDirectory:
     """Train in this process, as the only worker."""
     run = _begun(recipe, folder)
-    work(recipe, run, LocalTransport(), beat=_nothing)
+    work(recipe, run, LocalTransport(), beat=_nothing, feeds=feeds)
     return run
 
 

@@ -7,22 +7,25 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from raytrain.adapters import ADAPTERS, AdapterOptions, options_of_adapter
+from raytrain.ema import averages
 from raytrain.kinds import Kind
+from raytrain.loggers import LOGGERS, logger_class
 from raytrain.loop import Plan
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, options_of_optimizer
-from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
+from raytrain.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
+from raytrain.recipe import Recipe, Section, chosen, declared_options
 from raytrain.schedules import SCHEDULES, rate
+from raytrain.source import SOURCES
 from raytrain.sync.shards import check_optimizer
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
-from raytrain.task import TASKS, options_of_task
+from raytrain.task import TASKS, TaskOptions, options_of_task
 
-LOGGERS: dict[str, str] = {
-    "tensorboard": "raytrain.recorder:TensorBoard",
-}
-
-TaskField = Annotated[SerializeAsAny[Options], chosen(TASKS, "task", options_of_task)]
-OptimizerField = Annotated[SerializeAsAny[Options], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")]
+TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task)]
+AdapterField = Annotated[SerializeAsAny[AdapterOptions], chosen(ADAPTERS, "adapter", options_of_adapter, "none")]
+OptimizerField = Annotated[
+    SerializeAsAny[OptimizerOptions], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")
+]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
     chosen(SYNCHRONISERS, "sync", partial(declared_options, base=SyncOptions), "gradients"),
@@ -49,6 +52,20 @@ class Schedule(Section):
     def _known(cls, name: str) -> str:
         resolve(SCHEDULES, name, "schedule.name")
         return name
+
+
+class Freeze(Section):
+    """What of the model does not move.
+
+    Attributes:
+        match: patterns of names of parameters that stay as they are, as in "*embeddings*".
+        half: whether a random half of each block's layers stands still too (half fine-tuning).
+        every: steps after which another half does; 0: the same for the whole run.
+    """
+
+    match: tuple[str, ...] = ()
+    half: bool = False
+    every: int = Field(0, ge=0)
 
 
 class Evaluation(Section):
@@ -118,7 +135,7 @@ class Log(Section):
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            resolve(LOGGERS, name, "log.to")
+            logger_class(name)
         return names
 
 
@@ -131,7 +148,8 @@ class TrainRecipe(Recipe):
         batch: examples of each worker in each step, so a step takes workers * batch.
         accumulate: micro-batches that `batch` is cut into, for less memory; the step stays the same, unless the model
             takes statistics over what it sees at once, as BatchNorm does.
-        precision: of the parameters; "bfloat16" keeps them in float32 and computes in bfloat16 where that is safe.
+        precision: "float32" computes in the type of the parameters, which is float32 unless the task makes others;
+            "bfloat16" computes in bfloat16 where that is safe, and leaves the parameters; "float64" makes all float64.
         activation_checkpointing: whether each repeated block of the model forgets what it computed and computes it
             again in the backward pass: less memory for about a third more time, and the same gradients.
         compile: the backend of torch.compile for the model's repeated blocks, or for the whole model if it has none:
@@ -156,6 +174,8 @@ class TrainRecipe(Recipe):
     max_failures: int = Field(3, ge=0)
     callbacks: tuple[str, ...] = ()
     task: TaskField
+    adapter: AdapterField = Field(default={}, validate_default=True)
+    freeze: Freeze = Freeze()
     optimizer: OptimizerField = Field(default={}, validate_default=True)
     schedule: Schedule = Schedule()
     sync: SyncField = Field(default={}, validate_default=True)
@@ -175,8 +195,14 @@ class TrainRecipe(Recipe):
     def _fit(self) -> Self:
         if self.accumulate > self.batch:
             raise ValueError(f"expected accumulate of at most batch = {self.batch}; got {self.accumulate}")
+        if self.freeze.half and self.adapter.name != "none":
+            raise ValueError("expected freeze.half = false with an adapter, beside which nothing else moves")
+        if self.ema and averages(self.optimizer.constructor):
+            raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
         if self.workers > 1 and getattr(self.sync, "shard", False):
             check_optimizer(self.optimizer)
+            if self.freeze.half:
+                raise ValueError("sync.shard: expected freeze.half = false, because what is frozen is cut once")
         return self
 
     def plan(self) -> Plan:
@@ -189,6 +215,8 @@ class TrainRecipe(Recipe):
             batch=self.batch,
             accumulate=self.accumulate,
             clip=self.clip,
+            noise=self.optimizer.gradient_noise,
+            noise_decay=self.optimizer.gradient_noise_decay,
             autocast=torch.bfloat16 if self.precision == "bfloat16" else None,
             rate=partial(
                 rate, shape, steps=self.steps, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
@@ -204,8 +232,12 @@ KIND = Kind(
     recipes=Path(__file__).parent / "recipes",
     run="raytrain.launch:run",
     evaluate="raytrain.finished:evaluate_run",
+    predict="raytrain.predict:predict_file",
+    export="raytrain.finished:export_run",
     tables={
         "tasks": TASKS,
+        "adapters": ADAPTERS,
+        "sources": SOURCES,
         "optimizers": OPTIMIZERS,
         "schedules": SCHEDULES,
         "synchronisers": SYNCHRONISERS,

@@ -9,7 +9,7 @@ from pathlib import Path
 from raytrain.checkpoint import CheckpointStore
 from raytrain.errors import TrainingError
 from raytrain.loop import due
-from raytrain.recorder import Logger, Recorder
+from raytrain.recorder import Recorder
 from raytrain.replica import Progress, Replica, plain, state_of
 from raytrain.rundir import RunDirectory
 from raytrain.state import finite
@@ -45,13 +45,12 @@ class RunWatch:
     _next_stop_check: float = 0.0
 
     @contextmanager
-    def recording(self, progress: Progress, loggers: Sequence[Callable[[Path, int], Logger]]) -> Iterator[None]:
-        """Record inside the `with` block, from where the run stands; only the first worker does."""
+    def recording(self, progress: Progress, loggers: Sequence[str]) -> Iterator[None]:
+        """Record inside the `with` block, from where the run stands, to loggers too; only the first worker does."""
         if self.exchange.transport.rank > 0:
             yield
             return
-        made = [logger(self.run.path, progress.step) for logger in loggers]
-        self._recorder = Recorder(self.run, progress.step, progress.evaluated, made)
+        self._recorder = Recorder(self.run, progress.step, progress.evaluated, loggers)
         try:
             yield
         finally:

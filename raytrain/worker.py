@@ -10,25 +10,25 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
-
+from raytrain.adapters import adapt
 from raytrain.blocks import compile_blocks, recompute
 from raytrain.checkpoint import CheckpointStore, Manifest, load
-from raytrain.ema import Ema
+from raytrain.ema import average_of
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
-from raytrain.feed import Indexed
-from raytrain.loop import train
+from raytrain.feed import Feeds, Walk, local_feed
+from raytrain.freezing import Half, freeze
+from raytrain.loop import Plan, train
 from raytrain.names import resolve
 from raytrain.optimizers import OPTIMIZERS, make_optimizer
-from raytrain.replica import Progress, Replica, load_state
+from raytrain.replica import Progress, Replica, digest_of, load_state
 from raytrain.rundir import RunDirectory
 from raytrain.sync.exchange import ExactExchange, Exchange
 from raytrain.sync.sharded import ShardedGradients
 from raytrain.sync.synchroniser import SYNCHRONISERS
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
-from raytrain.train_recipe import LOGGERS, TrainRecipe
+from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch
 
 LOCK_WAIT_SECONDS = 30.0
@@ -39,7 +39,13 @@ Last = tuple[Path, Mapping[str, float]] | None
 """The newest checkpoint that was written, and its metrics."""
 
 
-def work(recipe: TrainRecipe, run: RunDirectory, transport: Transport, beat: Callable[[], None]) -> Last:
+def work(
+    recipe: TrainRecipe,
+    run: RunDirectory,
+    transport: Transport,
+    beat: Callable[[], None],
+    feeds: Feeds = local_feed,
+) -> Last:
     """Train as one of the workers, from the newest complete checkpoint of the run if there is one.
 
     An error that starting again would only repeat is left in the run's folder, and the function returns: whoever
@@ -50,6 +56,7 @@ def work(recipe: TrainRecipe, run: RunDirectory, transport: Transport, beat: Cal
         run: where; all workers see this folder.
         transport: the other workers.
         beat: called at every sign of progress.
+        feeds: where the examples come from.
 
     Returns:
         The last checkpoint, on every worker, if all of them came to the end.
@@ -60,7 +67,7 @@ def work(recipe: TrainRecipe, run: RunDirectory, transport: Transport, beat: Cal
     try:
         with run.locked("worker", LOCK_WAIT_SECONDS) if transport.rank == 0 else nullcontext():
             exchange = ExactExchange(transport)
-            last = _train(recipe, run, exchange, beat)
+            last = _train(recipe, run, exchange, beat, feeds)
             exchange.gather(b"")  # all came to the end
             return last
     except PeerLostError:
@@ -73,7 +80,7 @@ def work(recipe: TrainRecipe, run: RunDirectory, transport: Transport, beat: Cal
     return None
 
 
-def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Callable[[], None]) -> Last:
+def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Callable[[], None], feeds: Feeds) -> Last:
     _check_shared(run, exchange)
     if exchange.gather(b"failed" if run.failure() else b"")[0]:
         return None  # an earlier attempt did, before all of its workers knew
@@ -102,12 +109,22 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         log_every=recipe.log.every,
         beat=beat,
     )
-    examples = task.data("train")
-    if len(examples) == 0:
-        raise RecipeError(f"task.name: {recipe.task.name} has no examples to train on: Task.data('train') is empty")
-    with watch.recording(replica.progress, [resolve(LOGGERS, name, "log.to") for name in recipe.log.to]):
-        train(replica, task, Indexed(task, examples, recipe.seed), plan, watch)
+    with feeds(task, recipe.task, _walk(replica, plan)) as feed, watch.recording(replica.progress, recipe.log.to):
+        train(replica, task, feed, plan, watch)
     return watch.last
+
+
+def _walk(replica: Replica, plan: Plan) -> Walk:
+    """Return the positions that the loop will take examples from."""
+    return Walk(
+        seed=plan.seed,
+        rank=replica.rank,
+        first=replica.progress.position + replica.rank * plan.batch,
+        stride=replica.members * plan.batch,
+        steps=max(0, plan.steps - replica.progress.step),
+        count=plan.batch,
+        parts=plan.accumulate,
+    )
 
 
 def task_of(recipe: TrainRecipe) -> Task:
@@ -118,8 +135,13 @@ def task_of(recipe: TrainRecipe) -> Task:
 def build(recipe: TrainRecipe, task: Task, exchange: Exchange) -> Replica:
     """Return a new replica of what the recipe trains."""
     transport = exchange.transport
-    dtype = torch.float64 if recipe.precision == "float64" else torch.float32
-    module = task.model(recipe.seed).to(dtype)
+    module = task.model(recipe.seed)
+    if recipe.precision == "float64":
+        module.double()
+    dtype = next(module.parameters()).dtype
+    freeze(module, recipe.freeze.match)
+    elsewhere = adapt(module, recipe.adapter, recipe.seed)
+    base = digest_of(module, elsewhere)
     sync = resolve(SYNCHRONISERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
     if recipe.compile:
         compile_blocks(module, recipe.compile, transport.device)
@@ -130,9 +152,12 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange) -> Replica:
     optimizer = make_optimizer(resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts)
     return Replica(
         module=module.train(),
+        elsewhere=elsewhere,
+        base=base,
+        half=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.half else None,
         optimizer=optimizer,
         options=recipe.optimizer,
-        ema=Ema(parts, recipe.ema) if recipe.ema else None,
+        ema=average_of(parts, optimizer, recipe.ema),
         sync=sync,
         progress=Progress(),
         device=transport.device,

@@ -5,16 +5,23 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     FLWR_TELEMETRY_ENABLED="0",
     HF_HUB_OFFLINE="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    WANDB_ERROR_REPORTING="false",
 )
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.load_profile("patient")
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +52,14 @@ def shakespeare(data_folder: Path) -> Path:
 
 
 @pytest.fixture
+def sst2(data_folder: Path) -> Path:
+    folder = data_folder / "sst2"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: name the folder of the data sets with --data")
+    return folder
+
+
+@pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder, from which modules can be imported as from a user's."""
     monkeypatch.chdir(tmp_path)
@@ -67,6 +82,71 @@ def ray_cluster() -> Iterator[None]:
     start_ray(None, cpus=4)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hugging_face_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep out of the user's cache; the libraries read this when they are first imported."""
+    for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
+        os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
+
+
+WORDS = "the a film is was good bad great awful plot acting story and but very question answer what of"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small Hugging Face models with random weights: bert, gpt2, llama, and chat, a llama with ChatML."""
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>")
+    # Weights larger than usual, so that so small a model tells its inputs apart.
+    small = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
+    llama = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **small}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(max_position_embeddings=128, **llama)).save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, **small)).save_pretrained(
+        folder / "gpt2"
+    )
+    tokenizer.save_pretrained(folder / "gpt2")
+    chat = byte_tokenizer(eos_token="<|im_end|>", pad_token="<pad>", additional_special_tokens=["<|im_start|>"])
+    chat.chat_template = CHATML
+    small = {"vocab_size": len(chat), "eos_token_id": 0, "initializer_range": 0.2}
+    LlamaForCausalLM(LlamaConfig(max_position_embeddings=256, **{**llama, **small})).save_pretrained(folder / "chat")
+    chat.save_pretrained(folder / "chat")
+    encoder = byte_tokenizer(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {"vocab_size": len(encoder), "pad_token_id": encoder.pad_token_id, "initializer_range": 0.2}
+    bert = BertConfig(max_position_embeddings=64, **size, **small)
+    BertModel(bert).save_pretrained(folder / "bert")
+    encoder.save_pretrained(folder / "bert")
+    return folder
+
+
+def byte_tokenizer(**special: Any) -> Any:
+    """A byte-level BPE tokenizer whose merges are those of a few words; an encoder's puts [CLS] and [SEP] around."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [name for value in special.values() for name in ([value] if isinstance(value, str) else value)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=names, initial_alphabet=sorted(alphabet), show_progress=False)
+    tokenizer.train_from_iterator([WORDS] * 2, trainer)
+    if "cls_token" in special:
+        ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from raytrain.optimizers import OPTIMIZERS, is_elementwise
 from raytrain.recipe import Options
 from raytrain.sync.transport import GroupTransport
 
-ELEMENTWISE = ("sgd", "adam", "adamw", "nadam", "radam", "adagrad", "rmsprop", "adabelief", "adan", "lion")
-"""Optimizers that move each element of a matrix by itself, and so can step a part of it."""
-
-WHOLE = ("max_grad_norm",)
-"""Options of theirs that look at the whole gradient, where they are not 0."""
+WHOLE = ("max_grad_norm", "gradient_noise")
+"""Options of optimizers that look at whole gradients, where they are not 0."""
 
 
 def check_optimizer(options: Options) -> None:
@@ -23,10 +21,10 @@ def check_optimizer(options: Options) -> None:
     Raises:
         ValueError: it does not.
     """
-    if options.name not in ELEMENTWISE:
+    if not is_elementwise(options.name):
         raise ValueError(
             f"sync.shard: {options.name} is not known to step a part of a matrix as it steps the whole; expected "
-            f"optimizer.name to be one of {', '.join(ELEMENTWISE)}, or sync.shard = false"
+            f"optimizer.name to be one of {', '.join(filter(is_elementwise, OPTIMIZERS))}, or sync.shard = false"
         )
     for option in WHOLE:
         if getattr(options, option, 0):

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raytrain.errors import RecipeError
-from raytrain.recipe import Options
-from raytrain.task import Task
+from raytrain.task import Task, TaskOptions
 from raytrain.tensors import wide
 
 SIDE = 8
 CLASSES = 10
 
 
-class DigitsOptions(Options):
+class DigitsOptions(TaskOptions):
     """Options of `digits`.
 
     Attributes:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raytrain.errors import RecipeError
-from raytrain.recipe import AbsolutePath, Options
-from raytrain.task import Task
+from raytrain.recipe import AbsolutePath
+from raytrain.task import Task, TaskOptions
 from raytrain.tasks import corpus
 from raytrain.tasks.corpus import Bytes, Characters, Document
 from raytrain.tensors import wide
@@ -29,7 +29,7 @@ Window = tuple[NDArray[np.uint16], int]
 """Tokens, one more than the model sees, and how many of its predictions are not scored."""
 
 
-class TextOptions(Options):
+class TextOptions(TaskOptions):
     """Options of `text`.
 
     Attributes:

@@ -121,7 +121,7 @@ class NotedOptions(TextOptions):
 
 def noted(options: NotedOptions) -> Task:
     """Return the task `text`, whose worker notes its memory before the model is built."""
-    task = text(TextOptions(**{**options.model_dump(), "name": "text"}))
+    task = text(options)
 
     def model(seed: int) -> nn.Module:
         (Path(os.environ["LOOP_OVERHEAD_NOTES"]) / "before").write_text(str(resident_bytes()))

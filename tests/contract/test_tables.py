@@ -1,30 +1,23 @@
 """Every entry of every name table against the interface it is there for."""
 
-import struct
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tensorboardX.proto.event_pb2 import Event
-from torch import nn
 
-from raytrain.checkpoint import CheckpointStore, load
+from raytrain.errors import RecipeError
 from raytrain.evaluation import measure
 from raytrain.kinds import load_kinds
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, load_state_by_name, make_optimizer, options_of_optimizer, state_by_name
 from raytrain.recipe import declared_options, read_toml
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.synchroniser import SYNCHRONISERS
-from raytrain.sync.transport import LocalTransport
 from raytrain.task import TASKS, Task, make_task, options_of_task
 from raytrain.tensors import weights_of
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
-from raytrain.train_recipe import LOGGERS
-
-SMALL = {"text": {"layers": 1, "heads": 2, "width": 16, "block": 32}}
 
 
 def entries() -> Iterator[Any]:
@@ -50,14 +43,31 @@ def test_every_kind_can_run_and_evaluate(name: str) -> None:
         assert file.read_text().startswith("# "), "`raytrain list` prints a recipe's first comment"
 
 
-def made(name: str) -> Task:
+@pytest.fixture(scope="session")
+def small(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Options that make each task small, with the models and the data that it needs."""
+    folder = tmp_path_factory.mktemp("records")
+    lines = [{"text": f"the film was {'good' if place % 2 else 'bad'}", "label": place % 2} for place in range(40)]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pairs = [{"prompt": f"what of {place}", "answer": "very good"} for place in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    texts = {"path": str(folder / "texts.jsonl")}
+    return {
+        "text": {"layers": 1, "heads": 2, "width": 16, "block": 32},
+        "classify": {**texts, "model": str(models / "bert")},
+        "causal-lm": {**texts, "model": str(models / "llama"), "fresh": True, "length": 8},
+        "instruct": {"path": str(folder / "pairs.jsonl"), "model": str(models / "chat"), "fresh": True, "generate": 2},
+    }
+
+
+@pytest.fixture
+def task(name: str, small: dict[str, dict[str, Any]]) -> Task:
     factory = resolve(TASKS, name, "task.name")
-    return make_task(factory, options_of_task(factory)(name=name, **SMALL.get(name, {})))
+    return make_task(factory, options_of_task(factory)(name=name, **small.get(name, {})))
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_tasks(name: str) -> None:
-    task = made(name)
+def test_tasks(task: Task) -> None:
     one, same, other = task.model(0), task.model(0), task.model(1)
     assert all(map(torch.equal, one.parameters(), same.parameters()))
     assert not all(map(torch.equal, one.parameters(), other.parameters()))
@@ -82,76 +92,43 @@ def test_tasks(name: str) -> None:
     assert all(value > 0 for value in task.references().values())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-class TestOptimizers:
-    def optimizer(self, name: str, module: nn.Module, **changes: Any) -> Any:
-        constructor = resolve(OPTIMIZERS, name, "optimizer.name")
-        options = options_of_optimizer(constructor)(name=name, **changes)
-        return make_optimizer(constructor, options, module), options
+HUGGING_FACE = {"classify": "AutoModelForSequenceClassification"} | dict.fromkeys(
+    ("causal-lm", "instruct"), "AutoModelForCausalLM"
+)
 
-    def steps(self, module: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
-        losses = []
-        for step in range(first, last):
-            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-            loss = (module(x) - x.sum(dim=1)).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
 
-    def module(self) -> nn.Module:
-        torch.manual_seed(0)
-        return TinyModel(TinyOptions(name="tiny"))
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_that_predict_take_a_file_and_give_json(name: str, task: Task, tmp_path: Path) -> None:
+    if task.predict is None:
+        assert task.inputs is None
+        assert name not in HUGGING_FACE
+        return
+    (tmp_path / "in.txt").write_text("the film was great\n\nwhat of it?\n")
+    examples = task.inputs(tmp_path / "in.txt")
+    predicted = task.predict(task.model(0).eval(), [examples[place] for place in range(len(examples))])
+    assert len(predicted) == 2
+    assert json.loads(json.dumps(predicted)) == list(predicted)
+    (tmp_path / "in.txt").write_text(" \n")
+    with pytest.raises(RecipeError, match=r"in.txt has no records$"):
+        task.inputs(tmp_path / "in.txt")
+    with pytest.raises(RecipeError, match=r"^no such file or folder: .*gone.txt$"):
+        task.inputs(tmp_path / "gone.txt")
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "prompt": "a"}\n{"text": 1, "prompt": 1}')
+    with pytest.raises(RecipeError, match=r"in.jsonl, line 2: expected text in column '(text|prompt)'; got 1$"):
+        task.inputs(tmp_path / "in.jsonl")
 
-    def test_it_learns(self, name: str) -> None:
-        module = self.module()
-        optimizer, _ = self.optimizer(name, module, lr=0.03)
-        losses = self.steps(module, optimizer, 0, 120)
-        assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
-    def test_a_saved_and_loaded_state_goes_on_to_the_bit(self, name: str, tmp_path: Path) -> None:
-        straight = self.module()
-        optimizer, _ = self.optimizer(name, straight, lr=0.03)
-        self.steps(straight, optimizer, 0, 10)
-        first = self.module()
-        optimizer, _ = self.optimizer(name, first, lr=0.03)
-        self.steps(first, optimizer, 0, 5)
-        state = {"optimizer": state_by_name(optimizer, first)}
-        path = CheckpointStore(tmp_path, 1, ExactExchange(LocalTransport())).save(state, {"step": 5, "best_step": 0})
-        second = self.module()
-        second.load_state_dict(first.state_dict())
-        optimizer, options = self.optimizer(name, second, lr=0.03)
-        load_state_by_name(optimizer, second, load(path, 0)["optimizer"], options)
-        self.steps(second, optimizer, 5, 10)
-        assert all(map(torch.equal, straight.parameters(), second.parameters()))
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_tasks_export_what_hugging_face_loads(name: str, task: Task, tmp_path: Path) -> None:
+    import transformers
 
-    def test_a_resumed_run_can_change_its_hyper_parameters(self, name: str) -> None:
-        module = self.module()
-        optimizer, _ = self.optimizer(name, module, lr=0.03)
-        self.steps(module, optimizer, 0, 2)
-        saved = state_by_name(optimizer, module)
-        changed, options = self.optimizer(name, module, lr=0.5)
-        load_state_by_name(changed, module, saved, options)
-        assert (
-            {group["lr"] for group in changed.param_groups}
-            == {group["initial_lr"] for group in changed.param_groups}
-            == {0.5}
-        )
-
-    def test_weight_decay_leaves_vectors_alone(self, name: str) -> None:
-        module = self.module()
-        optimizer, options = self.optimizer(name, module, lr=0.03)
-        if not hasattr(options, "weight_decay"):
-            pytest.fail(f"{name} has no weight decay: give it a test of its own")
-        optimizer, _ = self.optimizer(name, module, lr=0.03, weight_decay=0.1)
-        before = {key: value.detach().clone() for key, value in module.named_parameters()}
-        for value in module.parameters():
-            value.grad = torch.zeros_like(value)
-        optimizer.step()
-        assert torch.equal(module.out.bias, before["out.bias"])
-        assert not torch.equal(module.out.weight, before["out.weight"])
-        assert torch.equal(module.frozen.weight, before["frozen.weight"])
+    module = task.model(1).eval()
+    task.export(module, tmp_path / "out")
+    loaded = getattr(transformers, HUGGING_FACE[name]).from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("the film was a question", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, module(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("name", SYNCHRONISERS)
@@ -182,35 +159,3 @@ def test_synchronisers_keep_replicas_equal(name: str) -> None:
 
     first, *others = ThreadGroup(3).run(replica)
     assert all(all(map(torch.equal, first, other)) for other in others)
-
-
-@pytest.mark.parametrize("name", LOGGERS)
-def test_loggers_take_rows(name: str, tmp_path: Path) -> None:
-    logger = resolve(LOGGERS, name, "log.to")(tmp_path, 0)
-    logger.write({"step": 10, "loss": 1.5, "seconds": 0.1})
-    logger.write({"step": 10, "valid": {"accuracy": 0.75}})
-    logger.close()
-    assert any(tmp_path.iterdir())
-
-
-def events(folder: Path) -> Iterator[Event]:
-    """Read event files: length, its check sum, the event, its check sum."""
-    for file in sorted(folder.glob("events*")):
-        content = file.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            yield Event.FromString(content[12 : 12 + length])
-            content = content[16 + length :]
-
-
-def test_tensorboard_can_read_what_was_logged(tmp_path: Path) -> None:
-    logger = resolve(LOGGERS, "tensorboard", "log.to")(tmp_path, 0)
-    logger.write({"step": 10, "loss": 1.5})
-    logger.write({"step": 20, "valid": {"accuracy": 0.75}})
-    logger.close()
-    found = [
-        (event.step, value.tag, value.simple_value)
-        for event in events(tmp_path / "tensorboard")
-        for value in event.summary.value
-    ]
-    assert found == [(10, "train/loss", 1.5), (20, "valid/accuracy", 0.75)]

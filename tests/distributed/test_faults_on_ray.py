@@ -1,5 +1,6 @@
 """Faults in workers that Ray started: what can be survived is, and what cannot is told at once."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,22 @@ def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: No
     assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")
     assert len(rows(workplace / "run" / "attempts.jsonl")) == 1
     assert '"status": "failed"' in (workplace / "run" / "result.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            "Worker(hostname='node-b')\nThe actor died unexpectedly before",
+            "its process died: killed, out of memory, or ",
+        ),
+        ("Worker(hostname='node-b')\nPeerLostError: x", "it lost another worker (on node-b)"),
+        ("Worker(hostname='node-b')\nit is too late", "it is too late (on node-b)"),
+    ],
+)
+def test_a_fault_on_another_machine_says_where(text: str, what: str) -> None:
+    from raytrain.launch import cause
+
+    assert cause(RuntimeError(text)).startswith(what)
+    assert cause(RuntimeError(text)).endswith(" (on node-b)")
+    assert "(on" not in cause(RuntimeError(text.replace("node-b", socket.gethostname())))

@@ -16,11 +16,20 @@ SMALLER: dict[str, dict[str, Any]] = {
 }
 
 
+def sentences(folder: Path) -> Path:
+    """Write a file of a few sentences to measure on."""
+    (folder / "few.tsv").write_text("a great film\t1\nan awful plot\t0\n")
+    return folder / "few.tsv"
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in KIND.recipes.glob("*.toml")))
 def test_recipes_train(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     changes = {"steps": 4, "evaluation.every": 2, "log.every": 1, "log.to": [], **SMALLER.get(name, {})}
     if name.startswith("shakespeare"):
         changes["task.path"] = str(request.getfixturevalue("shakespeare"))
+    if name.startswith("sst2"):
+        changes["task.path"] = str(request.getfixturevalue("sst2"))
+        changes["task.held_out"] = str(sentences(tmp_path))
     raw, _ = read_toml(name, [KIND.recipes])
     run = train_here(TrainRecipe.parse(merged(raw, changes)), tmp_path / "run")
     assert run.failure() is None

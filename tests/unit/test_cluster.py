@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.cluster import Node, check_reachable, cpus_per_worker, machines_for
+from raytrain.cluster import MOST_ACTORS, Node, Share, check_reachable, cpus_per_worker, machines_for, share_cpus
 from raytrain.errors import RecipeError
 
 
@@ -29,6 +29,48 @@ def test_the_message_says_what_would_fit() -> None:
         "workers: 4 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs; set workers=2, or resources.cpus=0.5 "
         "to share CPUs"
     )
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "cpus", "actors", "expected"),
+    [
+        ([1.0], 1, 0, 0, Share(1, 1, 0)),  # nothing left: they share
+        ([2.0], 1, 0, 0, Share(1, 1, 1)),
+        ([2.0], 2, 0, 0, Share(1, 1, 0)),
+        ([2.0], 1, 2, 0, Share(2, 1, 0)),
+        ([2.0], 1, 0, 3, Share(2, 3, 0)),
+        ([4.0], 1, 0, 0, Share(3, 1, 1)),
+        ([4.0], 1, 1, 0, Share(1, 3, 1)),
+        ([4.0], 1, 0, 2, Share(2, 2, 1)),
+        ([64.0], 1, 1, 0, Share(1, MOST_ACTORS, 1)),
+        ([8.0, 8.0], 1, 0, 0, Share(8, 8, 1)),  # on the other machine
+        ([8.0, 8.0], 2, 0, 0, Share(7, 1, 1)),
+        ([8.0, 8.0], 2, 4, 0, Share(4, 4, 1)),
+        ([4.0], 2, 0.5, 0, Share(0.5, 1, 1)),
+    ],
+)
+def test_actors_that_prepare_data_get_what_the_workers_leave(
+    machines: list[float], workers: int, cpus: float, actors: int, expected: Share
+) -> None:
+    assert share_cpus(machines, workers, cpus, actors, 1.0) == expected
+
+
+@given(
+    st.lists(st.integers(1, 64).map(float), min_size=1, max_size=6),
+    st.integers(1, 20),
+    st.integers(0, 9),
+    st.sampled_from([0.5, 1.0, 2.0]),
+)
+def test_workers_and_actors_fit_together(machines: list[float], workers: int, actors: int, actor_cpus: float) -> None:
+    """Or Ray would wait for ever."""
+    if sum(machines) < workers:
+        with pytest.raises(RecipeError, match="do not fit"):
+            share_cpus(machines, workers, 0, actors, actor_cpus)
+        return
+    share = share_cpus(machines, workers, 0, actors, actor_cpus)
+    assert workers * share.total <= sum(machines)
+    assert share.actors == actors or (not actors and share.actors >= 1)
+    assert share.cpus >= 1
 
 
 @given(st.integers(1, 16), st.integers(2, 40))

@@ -1,9 +1,18 @@
 import contextlib
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from raytrain.checkpoint import listed, load
 from raytrain.ema import Ema
+from raytrain.errors import RecipeError
+from raytrain.finished import evaluate_run, result_of
+from raytrain.rundir import RunDirectory
+from raytrain.testing import train_here, train_with_threads
+from raytrain.train_recipe import TrainRecipe
 
 
 def test_the_average_is_the_recursion_of_the_definition() -> None:
@@ -43,3 +52,45 @@ def test_tied_parameters_are_averaged_once() -> None:
     ema.update(10)
     with ema.applied():
         assert torch.equal(module[0].weight, module[1].weight)
+
+
+def schedulefree(**changes: Any) -> TrainRecipe:
+    base = {"kind": "train", "task": "raytrain.testing:tiny", "optimizer": "schedulefree", "seed": 3, "steps": 8}
+    more = {"schedule.name": "constant", "evaluation.every": 2, "checkpoint.every": 2, "log.to": [], "batch": 8}
+    return TrainRecipe.parse(base).with_overrides({**more, **changes})
+
+
+def state(run: RunDirectory) -> dict[str, torch.Tensor]:
+    saved = load(listed(run.checkpoints)[-1], 0)
+    return {**saved["model"], **{f"average {name}": value for name, value in saved["ema"].items()}}
+
+
+def equal(one: RunDirectory, other: RunDirectory) -> bool:
+    first, second = state(one), state(other)
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_an_optimizer_that_averages_is_evaluated_with_its_average(tmp_path: Path) -> None:
+    run = train_here(schedulefree(), tmp_path / "run")
+    saved = state(run)
+    assert not torch.equal(saved["out.weight"], saved["average out.weight"])
+    best = result_of(schedulefree(), run, None).best
+    evaluated = evaluate_run(run.path, {})
+    assert (evaluated["step"], evaluated["loss"]) == (best["step"], best["value"])
+
+
+def test_its_run_goes_on_to_the_bit_whether_or_not_it_is_evaluated(tmp_path: Path) -> None:
+    straight = train_here(schedulefree(), tmp_path / "straight")
+    rare = train_here(schedulefree(**{"evaluation.every": 0, "checkpoint.every": 0}), tmp_path / "rare")
+    train_here(schedulefree(steps=5), tmp_path / "resumed")
+    resumed = train_here(schedulefree(), tmp_path / "resumed")
+    workers = train_with_threads(schedulefree(workers=2, batch=4), tmp_path / "workers")
+    assert equal(straight, rare)
+    assert equal(straight, resumed)
+    for name, value in state(workers).items():
+        torch.testing.assert_close(value, state(straight)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_averages_are_one_too_many() -> None:
+    with pytest.raises(RecipeError, match=r"^recipe: expected ema = 0, because schedulefree averages by itself; got 0"):
+        schedulefree(ema=0.9)

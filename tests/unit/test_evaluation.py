@@ -24,7 +24,7 @@ def test_shares_cover_everything_once(count: int, members: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 7))
 def test_values_are_exact_on_any_number_of_replicas(count: int, members: int, batch: int) -> None:
     """Whole numbers, which floats add up exactly: any error of counting shows."""

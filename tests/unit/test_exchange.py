@@ -8,7 +8,7 @@ from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(-100, 100), st.floats(0, 50, allow_subnormal=False)), min_size=1, max_size=4))
 def test_the_mean_counts_by_weight(contributions: list[tuple[float, float]]) -> None:
     weight = sum(weight for _, weight in contributions)
@@ -23,7 +23,7 @@ def test_the_mean_counts_by_weight(contributions: list[tuple[float, float]]) -> 
         assert found == pytest.approx(mean, abs=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=4))
 def test_everybody_gets_every_payload(payloads: list[bytes]) -> None:
     answers = ThreadGroup(len(payloads)).run(

@@ -36,7 +36,7 @@ def backward(module: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> float
     return total.item()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any),
     st.sampled_from([1, 70, 10_000]),

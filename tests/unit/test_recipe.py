@@ -96,7 +96,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("task.modell=mlp", r"^task.modell: no such field; did you mean model\? known: depth, dropout, model, name, "),
         (
             "task.name=digit",
-            r"^task.name: no such name 'digit'; did you mean digits\? known: digits, text, or your own",
+            r"^task.name: no such name 'digit'; did you mean digits\? known: causal-lm, classify, digits, instruct",
         ),
         ("optimizer.name=adamm", r"^optimizer.name: no such name 'adamm'; did you mean adam"),
         ("schedule.name=cosin", r"^schedule.name: no such name 'cosin'; did you mean cosine\?"),
@@ -112,7 +112,7 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("optimizer.betas=[0.9]", r"^optimizer.betas.1: required, and not given$"),
         ("accumulate=99", r"^recipe: expected accumulate of at most batch = 32; got 99$"),
         ("steps.x=1", r"^steps.x: steps is not a section but 10$"),
-        ("task=3", r"^task: expected a table with a name; known: digits, text; got 3$"),
+        ("task=3", r"^task: expected a table with a name; known: causal-lm, classify, digits, instruct, text; got 3$"),
         ("sync.timeout_seconds=0", r"^sync.timeout_seconds: expected greater than 0; got 0$"),
         ("ema=1", r"^ema: expected less than 1; got 1$"),
     ],

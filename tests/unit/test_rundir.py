@@ -1,11 +1,13 @@
 import json
 import multiprocessing
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from raytrain.display import Tail
+from raytrain import rundir
+from raytrain.display import Display, Tail
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import Result
 from raytrain.recorder import Recorder
@@ -131,6 +133,32 @@ def test_an_error_of_the_users_code_comes_with_its_place(run: RunDirectory) -> N
     failure = run.failure()
     assert (failure.message, failure.exit_status) == ("worker 3: KeyError: 'x'", 1)
     assert "test_rundir.py" in failure.trace
+
+
+def test_a_failure_on_another_machine_says_where(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir.socket, "gethostname", lambda: "node-b")
+    run.record_failure(ValueError("boom"), 1)
+    assert run.failure().message == "worker 1: ValueError: boom"
+    monkeypatch.setattr(rundir.socket, "gethostname", lambda: "head")
+    assert run.failure().message == "worker 1: ValueError: boom (on node-b)"
+
+
+class Interrupted(threading.Event):
+    """An end that is waited for until somebody loses patience."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_without_workers_has_nothing_to_wait_for(run: RunDirectory) -> None:
+    run.append(run.attempts, {"from_step": 0})  # of an earlier command
+    display = Display(run, 10)
+    with pytest.raises(KeyboardInterrupt):
+        display.follow(Interrupted())
+    assert not run.stop_requested()
+    run.append(run.attempts, {"from_step": 0})
+    assert display.follow(Interrupted()) is False
+    assert run.stop_requested()
 
 
 def test_a_resumed_recorder_drops_what_is_done_again(run: RunDirectory) -> None:

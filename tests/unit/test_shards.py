@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, make_optimizer, options_of_optimizer
+from raytrain.optimizers import OPTIMIZERS, is_elementwise, make_optimizer, options_of_optimizer
 from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.shards import ELEMENTWISE
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task
 from raytrain.testing import ThreadGroup, ThreadTransport
@@ -29,7 +28,7 @@ class Held(nn.Module):
         self.held = nn.ParameterList(nn.Parameter(tensor.clone()) for tensor in tensors)
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if is_elementwise(name)])
 @settings(max_examples=5, deadline=None)
 @given(rows=st.integers(1, 7), at=st.integers(0, 7), seed=st.integers(0, 2**31), decay=st.sampled_from([0.0, 0.1]))
 def test_an_elementwise_optimizer_steps_parts_as_the_whole(
@@ -66,7 +65,7 @@ def test_other_optimizers_are_refused() -> None:
         recipe(optimizer="lamb")
     assert str(caught.value) == (
         "recipe: sync.shard: lamb is not known to step a part of a matrix as it steps the whole; expected "
-        f"optimizer.name to be one of {', '.join(ELEMENTWISE)}, or sync.shard = false"
+        f"optimizer.name to be one of {', '.join(filter(is_elementwise, OPTIMIZERS))}, or sync.shard = false"
     )
     with pytest.raises(
         RecipeError, match=r"sync.shard: expected optimizer.max_grad_norm = 0, because each worker knows"

@@ -1,0 +1,129 @@
+"""What a Ray job runs: ``python -m raytrain.job_entry run|list``, in words that `jobs.py` writes."""
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import raytrain
+from raytrain.cluster import fingerprint
+from raytrain.errors import RaytrainError, RecipeError
+from raytrain.files import write_whole
+from raytrain.job import SERVED
+from raytrain.storage import LIST, Store, dump, list_files
+
+JOB_LOG = "job-driver-"
+
+
+def main() -> None:
+    """Run or list, and exit as the command `raytrain` does."""
+    parser = argparse.ArgumentParser(prog="raytrain.job_entry")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run_parser = verbs.add_parser("run", help="run the command in the run's folder, and store what it left there")
+    run_parser.add_argument("--out", required=True, help="the run's folder")
+    run_parser.add_argument("--store", help="URL to copy it to at the end")
+    run_parser.add_argument("--code", required=True, help="fingerprint of the raytrain that submitted the job")
+    run_parser.add_argument("words", nargs="+", help="of the command")
+    list_parser = verbs.add_parser("list", help="let the job server serve the run's folder, and list its files")
+    list_parser.add_argument("--out", required=True, help="the run's folder")
+    list_parser.add_argument("--job", required=True, help="whose it is")
+    options = parser.parse_args()
+    out = Path(options.out).expanduser()
+    try:
+        if options.verb == "run":
+            status = run(options.words, out, options.store, options.code)
+        else:
+            status = serve(out, _log_folder() / f"{SERVED}{options.job}")
+    except RaytrainError as error:
+        print(f"raytrain: {error}", file=sys.stderr)
+        status = error.exit_status
+    sys.exit(status)
+
+
+def run(words: list[str], out: Path, store_url: str | None, code: str) -> int:
+    """Run the command, then copy the run's folder to the store, however it ended; return the exit status.
+
+    Raises:
+        RecipeError: this is another raytrain than the one that checked the recipe, or the store cannot be written.
+    """
+    if code != fingerprint():
+        raise RecipeError(
+            f"raytrain {raytrain.__version__} at {Path(raytrain.__file__).parent} on {socket.gethostname()}, which runs"
+            " the job, is not the raytrain that submitted it; install the same on the cluster, or submit --with-code"
+        )
+    store = Store(store_url) if store_url else None
+    if store:
+        store.announce(f"raytrain {shlex.join(words)}\n")
+    stored = True
+    try:
+        status = _command([*words, "--out", str(out)])
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job that is stopped now has only this left to do
+        if store and out.is_dir():
+            stored = _stored(store, str(store_url), out)
+    return status or int(not stored)
+
+
+def _command(words: list[str]) -> int:
+    """Run the command `raytrain` in this process, which is the one that gets the signals, and return its status."""
+    from raytrain.command import main as command  # noqa: PLC0415 - slow to import
+
+    sys.argv = ["raytrain", *words]
+    try:
+        command()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+
+
+def _stored(store: Store, url: str, out: Path) -> bool:
+    """Copy the run's folder to the store, and return whether it worked; if not, the folder is still there."""
+    try:
+        count = store.put(out)
+    except Exception as error:  # of any package
+        print(
+            f"raytrain: {out} could not be stored at {url}: {type(error).__name__}: {error}\n"
+            f"it stays where it is on {socket.gethostname()}, from where `raytrain fetch {out.name}` brings it",
+            file=sys.stderr,
+        )
+        return False
+    print(f"stored at {url}: {count / 2**20:.1f} MiB")
+    return True
+
+
+def serve(out: Path, served: Path) -> int:
+    """Put a link to a run's folder, and a list of its files, where Ray's dashboard serves files from: among its logs.
+
+    Raises:
+        RecipeError: there is no run.
+    """
+    if not out.is_dir():
+        raise RecipeError(f"there is no run in {out} on {socket.gethostname()}: the job left none, or it was removed")
+    served.mkdir(exist_ok=True)
+    link = served / "run"
+    if not link.is_symlink() or link.readlink() != out:
+        link.unlink(missing_ok=True)
+        link.symlink_to(out)
+    write_whole(served / LIST, dump(list_files(out)))
+    return 0
+
+
+def _log_folder() -> Path:
+    """Return the folder of Ray's logs on this machine, which is where the output of a job goes.
+
+    Raises:
+        RecipeError: this is not a job, or not on Linux.
+    """
+    try:
+        log = Path(os.readlink("/proc/self/fd/1"))
+    except OSError as error:
+        raise RecipeError(f"cannot find Ray's logs on this machine: {error}; use submit --storage") from error
+    if not log.name.startswith(JOB_LOG):
+        raise RecipeError(f"this is for a Ray job, whose output goes to a file {JOB_LOG}*; here it goes to {log}")
+    return log.parent
+
+
+if __name__ == "__main__":
+    main()

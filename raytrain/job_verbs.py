@@ -1,0 +1,336 @@
+"""The command's verbs for jobs on a Ray cluster: submit, jobs, fetch."""
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from raytrain.errors import RecipeError
+from raytrain.job import INTERRUPTED, Job, Log, check_taken, check_upload, new_id, place, trouble
+from raytrain.kinds import load_kinds
+from raytrain.names import near
+from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides
+
+if TYPE_CHECKING:
+    from raytrain.jobs import JobServer
+    from raytrain.storage import Source
+
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="The cluster's dashboard [default: $RAY_API_SERVER_ADDRESS, or on this machine]."),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB")]
+Detach = Annotated[bool, typer.Option("--detach", "--no-follow", help="Leave the job alone once it is submitted.")]
+WithCode = Annotated[bool, typer.Option("--with-code", help="Take this machine's raytrain along, and use it there.")]
+
+jobs_app = typer.Typer(
+    invoke_without_command=True,
+    no_args_is_help=False,
+    rich_markup_mode="markdown",
+    suggest_commands=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """What the verbs need to know of the command that they are part of.
+
+    Attributes:
+        app: it has the verbs that run recipes.
+        read: (RECIPE, verb) -> the recipe's data, and its file.
+        parse: (data, overrides) -> the recipe.
+    """
+
+    app: typer.Typer
+    read: Callable[[str, str | None], tuple[dict[str, Any], Path]]
+    parse: Callable[[dict[str, Any], dict[str, Any]], Recipe]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The words of a job, checked.
+
+    Attributes:
+        words: the verb, the recipe and its changes.
+        name: the recipe's.
+        resume: whether they say so.
+        out: --out, if they name one.
+        needed: files of the current folder that the recipe names: how it names them -> where they are.
+    """
+
+    words: tuple[str, ...]
+    name: str
+    resume: bool
+    out: Path | None
+    needed: Mapping[str, Path]
+
+
+def add_verbs(commands: Commands) -> None:
+    """Add the verbs to the command."""
+    commands.app.add_typer(jobs_app, name="jobs")
+    commands.app.command()(fetch)
+
+    @commands.app.command(context_settings={"allow_interspersed_args": False})
+    def submit(
+        words: Annotated[list[str], typer.Argument(metavar="-- train RECIPE [FIELD=VALUE]...")],
+        address: Address = None,
+        storage: Annotated[
+            str | None,
+            typer.Option(
+                metavar="URL",
+                help="Where to leave the run: a folder that the cluster's machines share, or s3://bucket/runs "
+                "[default: the disk of the cluster's head].",
+            ),
+        ] = None,
+        name: Annotated[str | None, typer.Option(help="Begins the job's name [default: that of the recipe].")] = None,
+        detach: Detach = False,
+        with_code: WithCode = False,
+    ) -> int:
+        """Run a recipe as a job on a Ray cluster, show its log, and return its exit status.
+
+        The job takes the current folder along, without runs/, .venv/, .git/ and what .gitignore names.
+        """
+        request = checked(commands, words)
+        if request.resume and request.out is None:
+            raise RecipeError("--resume: raytrain jobs resume JOB goes on with a run that is on the cluster")
+        if name is not None and not re.fullmatch(r"[\w.-]+", name):
+            raise RecipeError(f"--name: expected letters, digits, '.', '_' and '-'; got {name!r}")
+        job = new_id(name or request.name)
+        run, store = place(job, request.out, storage)
+        words_there = (*request.words, "--resume") if request.resume else request.words
+        return _start(_server(address), Job(job, words_there, run, store, with_code), request, detach=detach)
+
+    @jobs_app.command()
+    def resume(
+        job: JobName,
+        more: Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")] = None,
+        address: Address = None,
+        detach: Detach = False,
+        with_code: WithCode = False,
+    ) -> int:
+        """Go on with a job's run where it is on the cluster, as a new job, from the newest complete checkpoint."""
+        server = _server(address)
+        old = server.job(job)
+        request = checked(commands, [*(word for word in old.words if word != "--resume"), *(more or [])])
+        name = new_id(old.id.rpartition("-")[0])
+        store = f"{old.store.rpartition('/')[0]}/{name}" if old.store else ""
+        new = Job(name, (*request.words, "--resume"), old.run, store, with_code or old.with_code)
+        return _start(server, new, request, detach=detach)
+
+
+@jobs_app.callback()
+def list_jobs(context: typer.Context, address: Address = None) -> None:
+    """List the jobs of a cluster; or follow, stop or resume one."""
+    if context.invoked_subcommand is not None:
+        if address is not None:
+            raise click.UsageError(f"--address goes behind {context.invoked_subcommand}")
+        return
+    jobs = _server(address).jobs()
+    if not jobs:
+        _say("no job of this cluster was submitted with raytrain submit")
+    width = max((len(job.id) for job in jobs), default=0)
+    for job in jobs:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started))
+        took = f"{(job.ended or time.time()) - job.started:.0f} s"
+        print(f"{job.id:<{width}}  {job.status:<9}  {began}  {took:>8}  {shlex.join(job.words)}")
+
+
+@jobs_app.command()
+def follow(job: JobName, address: Address = None) -> int:
+    """Show a job's log until it ends, and return its exit status."""
+    server = _server(address)
+    server.job(job)
+    return _follow(server, job)
+
+
+@jobs_app.command()
+def stop(job: JobName, address: Address = None) -> int:
+    """Stop a job: it saves a checkpoint and ends."""
+    server = _server(address)
+    found = server.job(job)
+    if found.over:
+        _say(f"{job} has ended already: {found.status}")
+        return 0
+    server.stop(job)
+    _say(f"{job} saves and ends")
+    while not (found := server.job(job)).over:
+        time.sleep(0.5)
+    _say(f"{job} has ended: {found.status}")
+    _say(f"bring its run here with: {_line(server, 'fetch', job)}")
+    return 0
+
+
+def fetch(
+    job: Annotated[str, typer.Argument(metavar="JOB")],
+    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]")] = None,
+    address: Address = None,
+) -> None:
+    """Bring a job's run to the folder DIR, by default runs/JOB, and verify it.
+
+    JOB is the name of a job, or the folder or the URL where its run was left.
+    """
+    from raytrain import storage  # noqa: PLC0415 - slow to import
+
+    name = job.rstrip("/").rpartition("/")[2]
+    target = folder or Path("runs") / name
+    storage.fetch(_stored(job) if "/" in job else _left_by(_server(address), job), target, _say)
+    _say(f"the run of {name} is in {target}; its files and checkpoints are as they were written")
+
+
+def _stored(place_of_run: str) -> "Source":
+    """Return where to read a run from, by the folder or URL where it was left."""
+    from raytrain.storage import Folder, Store, check_storage  # noqa: PLC0415 - slow to import
+
+    where = check_storage(place_of_run if "://" in place_of_run else str(Path(place_of_run).absolute()))
+    if not where.startswith("/"):
+        return Store(where)
+    if not Path(where).is_dir():
+        raise RecipeError(f"{place_of_run}: there is no such folder on this machine")
+    return Folder(Path(where))
+
+
+def _left_by(server: "JobServer", name: str) -> "Source":
+    """Return where to read a job's run from: a store, a folder that this machine shares, or the cluster."""
+    from raytrain.storage import Folder, Store  # noqa: PLC0415 - slow to import
+
+    job = server.job(name)
+    if job.store and (store := Store(job.store)).complete():
+        return store
+    if (Path(job.run) / "recipe.toml").is_file():
+        return Folder(Path(job.run))
+    return server.folder_of(job)
+
+
+def checked(commands: Commands, words: list[str]) -> Request:
+    """Check the words of a job as the command would that they are for, and start nothing.
+
+    Raises:
+        RecipeError: they are wrong, or of no use in a job.
+        click.UsageError: they are not what the verb takes.
+    """
+    kinds = load_kinds()
+    verb, *rest = words
+    group = typer.main.get_command(commands.app)
+    if verb not in kinds or not isinstance(group, click.Group):
+        raise RecipeError(f"{verb!r} does not run a recipe, as in raytrain submit -- train digits; {near(verb, kinds)}")
+    context = group.commands[verb].make_context(f"raytrain {verb}", rest)
+    given = context.params
+    if context.get_parameter_source("address") is click.core.ParameterSource.COMMANDLINE:
+        raise RecipeError("--address: it goes before the words of the job, which runs where it is submitted to")
+    raw, file = commands.read(given["recipe"], verb)
+    changes = [*(given["changes"] or []), *(given["more"] or [])]
+    recipe = commands.parse(raw, parse_overrides(changes))
+    folder = Path.cwd()
+    _check_relative(merged(raw, parse_overrides(changes)), folder)
+    source, needed = given["recipe"], dict(_named_files(recipe, folder))
+    if file.is_file() and not any(file.is_relative_to(kind.recipes) for kind in kinds.values()):
+        needed[source] = file.absolute()
+        if Path(source).is_relative_to(folder):
+            source = str(Path(source).relative_to(folder))
+    return Request((verb, source, *changes), recipe.name, given["resume"], given["out"], needed)
+
+
+def _check_relative(raw: Mapping[str, Any], folder: Path) -> None:
+    """Check that what is taken along is not named by a path of this machine.
+
+    Raises:
+        RecipeError: it is.
+    """
+    for field, value in dotted_fields(raw):
+        if isinstance(value, str) and value.startswith("/") and Path(value).is_relative_to(folder):
+            raise RecipeError(
+                f"{field}: {value} is in the current folder, which the job finds elsewhere; name it relative to it, "
+                f"as {str(Path(value).relative_to(folder))!r}"
+            )
+
+
+def _named_files(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files and folders in the current one that a recipe names, with the field."""
+    for field, value in dotted_fields(recipe.model_dump()):
+        if isinstance(value, Path) and value.is_relative_to(folder):
+            yield f"{field}: {value.relative_to(folder)}", value
+
+
+def _start(server: "JobServer", job: Job, request: Request, *, detach: bool) -> int:
+    from raytrain import jobs  # noqa: PLC0415 - slow to import
+
+    folder = Path.cwd()
+    files = jobs.taken_along(folder)
+    check_upload(files, jobs.upload_limit(), folder)
+    check_taken(request.needed, files, folder)
+    server.submit(job, folder)
+    _say(f"submitted as {job.id}, with {len(files)} files; its run: {job.store or job.run}")
+    if detach:
+        _say(f"follow it with: {_line(server, 'jobs follow', job.id)}")
+        return 0
+    return _follow(server, job.id)
+
+
+def _follow(server: "JobServer", name: str) -> int:
+    """Show a job's log until it ends, say how to get its run, and return its exit status."""
+    log, stopping = Log(_show), False
+    while True:
+        try:
+            job = server.follow(name, log, _say)
+            break
+        except KeyboardInterrupt:
+            if stopping or not _asked_to_stop():
+                _say(f"{name} runs on; follow it with: {_line(server, 'jobs follow', name)}")
+                _say(f"stop it with: {_line(server, 'jobs stop', name)}")
+                raise SystemExit(INTERRUPTED) from None  # quietly: nothing but the looking on was interrupted
+            stopping = True
+            server.stop(name)
+            _say(f"{name} saves and ends; Ctrl-C to look no longer")
+    _say(f"{name}: {trouble(job) or 'succeeded'}")
+    if job.began and job.exit_status != RecipeError.exit_status:  # else there is no run
+        if job.exit_status:
+            _say(f"go on from its newest checkpoint with: {_line(server, 'jobs resume', name)}")
+        _say(f"bring its run here with: {_line(server, 'fetch', name)}")
+    if job.exit_status == INTERRUPTED:
+        raise SystemExit(INTERRUPTED)
+    return job.exit_status
+
+
+def _asked_to_stop() -> bool:
+    """Ask, on a terminal, whether to stop the job."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    try:
+        answer = click.prompt(
+            "\nstop the job, or leave it running? [s/L]", default="L", show_default=False, prompt_suffix=" ", err=True
+        )
+    except click.Abort:
+        return False
+    return str(answer).strip().lower() in ("s", "stop")
+
+
+def _line(server: "JobServer", verb: str, job: str) -> str:
+    """Return a command line that the user can repeat."""
+    from raytrain.jobs import address_of  # noqa: PLC0415 - slow to import
+
+    address = [] if server.address == address_of(None) else ["--address", server.address]
+    return shlex.join(["raytrain", *verb.split(), job, *address])
+
+
+def _server(address: str | None) -> "JobServer":
+    from raytrain.jobs import JobServer, address_of  # noqa: PLC0415 - slow to import
+
+    return JobServer(address_of(address))
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)

@@ -1,0 +1,85 @@
+"""Where training examples come from: the options `task.source` of every task.
+
+"local" and "ray" are two ways to the same batches, equal to the bit and in the same order. Any other source is a live
+one: a user's function from a seed to an iterator of examples, such as a simulator, that actors run beside the training.
+"""
+
+import inspect
+from typing import Annotated, Any
+
+from pydantic import Field, SerializeAsAny
+
+from raytrain.errors import RecipeError
+from raytrain.recipe import Options, chosen, combined, declared_options
+
+SOURCES: dict[str, str] = {
+    "local": "raytrain.source:Local",
+    "ray": "raytrain.source:RayData",
+}
+
+
+class Source(Options):
+    """The options of a source."""
+
+
+class Local(Source):
+    """Each worker reads and collates its examples itself, between its steps."""
+
+
+class ActorSource(Source):
+    """What every source takes that works in actors beside the training.
+
+    Attributes:
+        actors: of each worker; 0: one for each processor that the workers leave, at least one and at most 8.
+        cpus: processors of each actor. Where there are none left, the actors share those of the workers.
+    """
+
+    actors: int = Field(0, ge=0)
+    cpus: float = Field(1, gt=0)
+
+
+class RayData(ActorSource):
+    """A Ray Data pipeline prepares the batches of "local" beside the training, in the same order.
+
+    Attributes:
+        ahead_bytes: about how much it may prepare ahead for each worker.
+    """
+
+    ahead_bytes: int = Field(8 << 20, ge=1)
+
+
+class Generators(ActorSource):
+    """Actors run a function of the user's, seed -> iterator of examples, and the training takes what they make.
+
+    Each batch is made by one actor, and batches are taken from the actors in turn.
+
+    Attributes:
+        ahead: how many batches each actor may be ahead of the training.
+    """
+
+    ahead: int = Field(4, ge=1)
+
+
+def options_of_source(found: Any) -> type[Source]:
+    """Return the options of a source: a class of this module, or those of a function that makes examples.
+
+    Such a function takes a seed, and may take options of its own: a parameter annotated with a subclass of `Options`.
+
+    Raises:
+        RecipeError: `found` is no such function.
+    """
+    if isinstance(found, type) and issubclass(found, Source):
+        return found
+    own = declared_options(found)
+    given = (0,) if own is Options else (0, own)
+    try:
+        inspect.signature(found).bind(*given)
+    except (TypeError, ValueError):
+        raise RecipeError(
+            f"task.source.name: expected {', '.join(SOURCES)}, or a function seed -> iterator of examples, which may "
+            f"also take options annotated with a subclass of raytrain.Options; got {found!r}"
+        ) from None
+    return combined(own, Generators, "task.source.name")
+
+
+SourceField = Annotated[SerializeAsAny[Source], chosen(SOURCES, "task.source", options_of_source, "local")]

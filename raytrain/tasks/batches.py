@@ -1,0 +1,66 @@
+"""Batches of texts of different lengths, and what a causal model loses on their tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from raytrain.tensors import wide
+
+UNSCORED = -100
+"""The target of a prediction that does not count."""
+
+Tokens = Sequence[int]
+
+
+def padded(rows: Sequence[Tokens], filler: int, *, left: bool = False) -> Tensor:
+    """Return the rows filled up to the longest, shape (rows, longest)."""
+    longest = max(len(row) for row in rows)
+    table = np.full((len(rows), longest), filler, np.int64)
+    for place, row in enumerate(rows):
+        table[place, slice(longest - len(row), None) if left else slice(len(row))] = row
+    return torch.from_numpy(table)
+
+
+def inputs(rows: Sequence[Tokens], filler: int, *, left: bool = False) -> dict[str, Tensor]:
+    """Return {"input_ids", "attention_mask"}, each of shape (rows, longest); the mask is 0 on what fills up."""
+    ones = [[1] * len(row) for row in rows]
+    return {"input_ids": padded(rows, filler, left=left), "attention_mask": padded(ones, 0, left=left)}
+
+
+def scored(rows: Sequence[Tokens], targets: Sequence[Tokens], filler: int) -> dict[str, Tensor]:
+    """Return a batch for `token_losses`.
+
+    Args:
+        rows: what the model sees.
+        targets: for each token of a row the one that is to follow it, or `UNSCORED`.
+        filler: the token that fills short rows up.
+
+    Returns:
+        What `inputs` returns; "keep", the places at which any row is scored, shape (kept,); and "targets" at these,
+        shape (rows, kept).
+    """
+    table = padded(targets, UNSCORED)
+    keep = (table != UNSCORED).any(dim=0).nonzero()[:, 0]
+    return {**inputs(rows, filler), "keep": keep, "targets": table[:, keep]}
+
+
+def kept_logits(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits of a causal model at the kept places, shape (rows, kept, tokens), at least in float32."""
+    keep = batch["keep"]
+    seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    logits = module(**seen, use_cache=False, logits_to_keep=keep).logits
+    return wide(logits if logits.shape[1] == len(keep) else logits[:, keep])  # some models ignore logits_to_keep
+
+
+def token_losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the loss of each kept place, shape (rows * kept,), 0 where it is not scored."""
+    logits = kept_logits(module, batch).flatten(0, 1)
+    return cross_entropy(logits, batch["targets"].flatten(), reduction="none", ignore_index=UNSCORED)
+
+
+def token_weights(batch: dict[str, Tensor]) -> Tensor:
+    """Return 1 for each kept place that is scored and 0 for the others, shape (rows * kept,)."""
+    return (batch["targets"].flatten() != UNSCORED).float()

@@ -1,0 +1,201 @@
+"""Causal language modelling with any Hugging Face model, pretrained or fresh, on documents of any kind."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from raytrain.errors import RecipeError
+from raytrain.task import Task
+from raytrain.tasks.batches import scored, token_losses, token_weights
+from raytrain.tasks.columns import domain_of, text_of
+from raytrain.tasks.generation import continuations
+from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
+from raytrain.tasks.readers import Unit
+from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.sources import of_file
+from raytrain.tasks.stored import Example, StoredExamples
+
+LENGTH = 512
+
+Long = Literal["error", "cut", "split"]
+
+
+class CausalLmOptions(RecordOptions, PretrainedOptions):
+    """Options of `causal-lm`; those of its data and of its model come first.
+
+    Attributes:
+        text: the column of the documents; default: one that is called so.
+        document: what a document of a .txt file is.
+        length: tokens that the model sees at once; 0: as many as it can, at most 512.
+        packed: join all documents, each with an end-of-text token after it, and cut them into pieces of `length`; or
+            else each example is a document.
+        long: what becomes of a document that does not fit into `length` if they are not packed: an error, its beginning
+            ("cut"), or several examples ("split").
+        new_tokens: how many tokens `predict` adds to a text, at most.
+    """
+
+    text: str = ""
+    document: Unit = "line"
+    length: int = Field(0, ge=0)
+    packed: bool = True
+    long: Long = "split"
+    new_tokens: int = Field(64, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text in tokens.
+
+    Attributes:
+        tokens: the text's, with what the tokenizer puts before it and the end-of-text token after it, shape (n,).
+        widths: how many bytes of the text each of them stands for, shape (n,); zeros if that is not known.
+        where: its place, for error messages.
+        domain: where it comes from.
+    """
+
+    tokens: NDArray[np.int64]
+    widths: NDArray[np.int64]
+    where: str
+    domain: str
+
+
+def causal_lm(options: CausalLmOptions) -> Task:
+    """Return the task of predicting the next token of documents."""
+    made = _CausalLm(options)
+    return Task(
+        model=made.model,
+        data=made.data,
+        losses=token_losses,
+        weights=token_weights,
+        collate=made.collate,
+        measure=made.measure,
+        inputs=made.inputs,
+        predict=made.predict,
+        export=made.export,
+    )
+
+
+class _CausalLm:
+    def __init__(self, options: CausalLmOptions) -> None:
+        self._options = options
+        self._pretrained = Pretrained(options, "AutoModelForCausalLM")
+        self._splits = Splits(options, (options.text,), options.document)
+        for record in self._splits.first():  # errors are better here than after the start of workers
+            text_of(record, "text", options.text)
+        self._length = self._pretrained.context(options.length, LENGTH)
+        self._end = self._pretrained.end()
+        self.data = cache(self._data)  # the examples go when the task does
+
+    def model(self, seed: int) -> nn.Module:
+        module: nn.Module = self._pretrained.prepare(self._pretrained.module(seed))
+        return module
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        rows = [example["tokens"] for example in examples]
+        batch = scored([row[:-1] for row in rows], [row[1:] for row in rows], self._end)
+        return {**batch, "bytes": torch.tensor([example["bytes"] for example in examples])}
+
+    def measure(self, module: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+        loss = float(token_losses(module, batch).double().sum())
+        size = float(batch["bytes"].sum())
+        known = {"bits_per_byte": (loss / math.log(2), size)} if size else {}
+        return {"loss": (loss, float(token_weights(batch).sum())), **known}
+
+    def inputs(self, path: Path) -> list[Example]:
+        column = self._options.text
+        texts = (text_of(record, "text", column) for record in of_file(path, (column,)))
+        return [{"tokens": self._pretrained.tokens(text)} for text in texts]
+
+    def predict(self, module: nn.Module, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        prompts = [example["tokens"] for example in examples]
+        written = continuations(module, self._pretrained, prompts, self._options.new_tokens, [self._end])
+        return [{"text": text} for text in written]
+
+    def export(self, module: nn.Module, folder: Path) -> None:
+        self._pretrained.export(module, folder)
+
+    def _data(self, part: Part) -> StoredExamples:
+        options = self._options
+        asked = [options.text, options.domain, options.packed, options.long]
+        key = [self._splits.stamp(part), self._pretrained.stamp, self._length, asked]
+        columns = {"tokens": "tokens", "bytes": "int64", "domain": "string"}
+        return StoredExamples(lambda: self._examples(part), columns, key)
+
+    def _examples(self, part: Part) -> Iterator[Example]:
+        if self._options.packed:
+            return packed(self._documents(part), self._length)
+        return (each for one in self._documents(part) for each in alone(one, self._length, self._options.long))
+
+    def _documents(self, part: Part) -> Iterator[Document]:
+        empty = True
+        for record in self._splits.records(part):
+            text = text_of(record, "text", self._options.text)
+            if text.strip():
+                empty = False
+                tokens, ends = self._pretrained.tokens_and_ends(text)
+                tokens.append(self._end)
+                widths = byte_widths(text, np.array([*ends, len(text)])) if ends else np.zeros(len(tokens), np.int64)
+                yield Document(np.array(tokens), widths, record.where, domain_of(record, self._options.domain))
+        if empty:
+            raise RecipeError(f"task.path: the {part} part of {self._options.path} has no text")
+
+
+def byte_widths(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many bytes of `text` each token stands for, shape (n,), so that their sum is that of all its bytes.
+
+    Args:
+        text: what was cut into tokens.
+        ends: the offset in characters at which each token ends, shape (n,); tokens that stand for nothing end anywhere.
+    """
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return np.diff(offsets[np.maximum.accumulate(ends)], prepend=0)
+
+
+def alone(document: Document, length: int, long: Long) -> Iterator[Example]:
+    """Yield the examples of one document: of `length` tokens at most, and the one that follows.
+
+    Raises:
+        RecipeError: it does not fit, and that is an error.
+    """
+    predicted = len(document.tokens) - 1
+    if predicted > length and long == "error":
+        raise RecipeError(
+            f"task.long: {document.where}: the document has {predicted} tokens, and task.length is {length}; set "
+            "task.long=cut to take its beginning, task.long=split to make several examples of it, or task.packed=true"
+        )
+    for start in range(0, length if long == "cut" else predicted, length):
+        piece = slice(start, start + length + 1)
+        yield _example(document.tokens[piece], document.widths[piece], document.domain)
+
+
+def packed(documents: Iterable[Document], length: int) -> Iterator[Example]:
+    """Yield pieces of all documents joined: of `length` tokens, and the one that follows; the last may be shorter.
+
+    A piece begins with the token that the one before it ended with, so that each token but the first is predicted once.
+    """
+    domains: list[str] = []
+    stream = np.zeros((3, 0), np.int64)  # tokens, widths, places among the domains
+    for document in documents:
+        domains.append(document.domain)
+        place = np.full(len(document.tokens), len(domains) - 1)
+        stream = np.concatenate([stream, np.stack([document.tokens, document.widths, place])], axis=1)
+        while stream.shape[1] > length:
+            yield _example(stream[0, : length + 1], stream[1, : length + 1], domains[stream[2, 0]])
+            stream = stream[:, length:]
+    if stream.shape[1] > 1:
+        yield _example(stream[0], stream[1], domains[stream[2, 0]])
+
+
+def _example(tokens: NDArray[np.int64], widths: NDArray[np.int64], domain: str) -> Example:
+    return {"tokens": tokens, "bytes": int(widths[1:].sum()), "domain": domain}

@@ -1,0 +1,239 @@
+"""Classification of texts with a Hugging Face model: an encoder with a head, or the words of a causal model."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from raytrain.errors import RecipeError
+from raytrain.task import Task
+from raytrain.tasks import prototypes
+from raytrain.tasks.batches import inputs
+from raytrain.tasks.columns import Label, domain_of, label_of, text_of
+from raytrain.tasks.pretrained import Loader, Pretrained, PretrainedOptions
+from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.sources import Record, of_file
+from raytrain.tasks.stored import Example, StoredExamples
+from raytrain.tasks.words import HOLE, Words
+from raytrain.tensors import moved, wide
+
+LENGTH = 512
+LOADERS: dict[str, Loader] = {
+    "own": "AutoModelForSequenceClassification",
+    "mean": "AutoModel",
+    "words": "AutoModelForCausalLM",
+}
+MANY = 20
+"""Different labels from which on they must not be as many as half of the texts."""
+
+
+class ClassifyOptions(RecordOptions, PretrainedOptions):
+    """Options of `classify`; those of its data and of its model come first.
+
+    Attributes:
+        text, label: columns; default: one that is called so, or first and last if columns have no names.
+        length: tokens of a text that are looked at; 0: as many as the model can see, at most 512.
+        head: "own", what transformers gives the model (a BERT's looks at the first token); "mean", a linear layer on
+            the mean of the model's vectors, as sentence encoders want it; or "words", nothing new: how likely a causal
+            model finds the class's word after a prompt.
+        start: of a new head: "random", or "prototypes", nearest to the mean features of a few training examples.
+        shots: how many of each class.
+        prompt: what stands around a text for "words", with {text} in its place.
+        words: what stands for the classes in their order, for "words"; default: " " and the label.
+    """
+
+    text: str = ""
+    label: str = ""
+    length: int = Field(0, ge=0)
+    head: Literal["own", "mean", "words"] = "own"
+    start: Literal["random", "prototypes"] = "random"
+    shots: int = Field(16, ge=1)
+    prompt: str = "{text}\nLabel:"
+    words: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.prompt.count(HOLE) != 1:
+            raise ValueError(f"expected task.prompt with {HOLE} in it once; got {self.prompt!r}")
+        if self.head == "words" and self.start == "prototypes":
+            raise ValueError("expected task.start = 'random' with task.head = 'words', which has no head to start")
+        return self
+
+
+def classify(options: ClassifyOptions) -> Task:
+    """Return the task of telling texts of some classes apart."""
+    made = _Classifier(options)
+    return Task(
+        model=made.model,
+        data=made.data,
+        losses=made.losses,
+        collate=made.collate,
+        measure=made.measure,
+        metric="accuracy",
+        better="higher",
+        references=made.references,
+        inputs=made.inputs,
+        predict=made.predict,
+        export=made.export,
+    )
+
+
+class _Classifier:
+    def __init__(self, options: ClassifyOptions) -> None:
+        self._options = options
+        self._pretrained = Pretrained(options, LOADERS[options.head])
+        self._columns = (options.text, options.label)
+        self._splits = Splits(options, self._columns)
+        for record in self._splits.first():  # errors are better here than after the start of workers
+            text_of(record, "text", options.text)
+            label_of(record, options.label)
+        self._length = self._pretrained.context(options.length, LENGTH)
+        self._filler = self._pretrained.pad()
+        self.data = cache(self._data)  # the examples go when the task does
+
+    def model(self, seed: int) -> nn.Module:
+        module = self._module(seed)
+        module.config.id2label = {place: str(label) for place, label in enumerate(self._classes)}
+        module.config.label2id = {str(label): place for place, label in enumerate(self._classes)}
+        module.config.pad_token_id = self._filler
+        if self._options.start == "prototypes":
+            train = self.data("train")
+            places = prototypes.chosen(train.labels, self._options.shots, seed)
+            batches = [self.collate([train[place] for place in batch]) for batch in places]
+            prototypes.start(module, batches, self._scores)
+        prepared: nn.Module = self._pretrained.prepare(module)
+        return prepared
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        rows = [example["tokens"] for example in examples]
+        batch = self._words.collate(rows) if self._words else inputs(rows, self._filler)
+        labels = [example["label"] for example in examples if "label" in example]
+        return {**batch, "labels": torch.tensor(labels)} if labels else batch
+
+    def losses(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return cross_entropy(self._scores(module, batch), batch["labels"], reduction="none")
+
+    def measure(self, module: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+        scores, labels = self._scores(module, batch).double(), batch["labels"]
+        right = (scores.argmax(dim=1) == labels).sum()
+        loss = cross_entropy(scores, labels, reduction="sum")
+        return {"loss": (float(loss), len(labels)), "accuracy": (float(right), len(labels))}
+
+    def references(self) -> dict[str, float]:
+        labels = self.data("valid").labels
+        return {"accuracy_of_commonest_class": float(np.bincount(labels).max() / len(labels))}
+
+    def inputs(self, path: Path) -> list[Example]:
+        return [self._encoded(record) for record in of_file(path, self._columns)]
+
+    def predict(self, module: nn.Module, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        parameter = next(module.parameters())
+        with torch.no_grad():
+            scores = self._scores(module, moved(self.collate(examples), parameter.device, parameter.dtype))
+        return [
+            {
+                "label": self._classes[int(row.argmax())],
+                "scores": {str(label): float(score) for label, score in zip(self._classes, row, strict=True)},
+            }
+            for row in scores.softmax(dim=1)
+        ]
+
+    def export(self, module: nn.Module, folder: Path) -> None:
+        self._pretrained.export(module, folder)
+
+    def _module(self, seed: int) -> Any:
+        classes = len(self._classes)
+        if self._options.head == "words":
+            return self._pretrained.module(seed)
+        if self._options.head == "own":
+            return self._pretrained.module(seed, num_labels=classes)
+        from raytrain.tasks.mean_pooling import with_mean_pooling  # noqa: PLC0415 - it imports transformers
+
+        return with_mean_pooling(self._pretrained.module(seed, num_labels=classes))
+
+    def _scores(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Return the logits of the classes, shape (texts, classes), at least in float32."""
+        if self._words:
+            return self._words.scores(module, batch)
+        return wide(module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+
+    def _data(self, part: Part) -> StoredExamples:
+        options = self._options
+        asked = [options.text, options.label, options.domain, options.head, options.prompt, options.words]
+        key = [self._splits.stamp(part), self._pretrained.stamp, self._length, [str(c) for c in self._classes], asked]
+        columns = {"tokens": "tokens", "label": "int64", "domain": "string"}
+        return StoredExamples(lambda: self._labelled(part), columns, key)
+
+    def _labelled(self, part: Part) -> Iterator[Example]:
+        places = {label: place for place, label in enumerate(self._classes)}
+        for record in self._splits.records(part):
+            label = label_of(record, self._options.label)
+            if label not in places:
+                raise RecipeError(
+                    f"task.label: {record.where}: the label {label!r} is not one of the training data's: "
+                    f"{', '.join(map(repr, self._classes))}"
+                )
+            domain = domain_of(record, self._options.domain)
+            yield {**self._encoded(record), "label": places[label], "domain": domain}
+
+    def _encoded(self, record: Record) -> Example:
+        text = text_of(record, "text", self._options.text)
+        if self._words:
+            return {"tokens": self._words.encode(text)}
+        return {"tokens": self._pretrained.tokenizer(text, truncation=True, max_length=self._length)["input_ids"]}
+
+    @cached_property
+    def _words(self) -> Words | None:
+        options = self._options
+        if options.head != "words":
+            return None
+        words = options.words or [f" {label}" for label in self._classes]
+        if len(words) != len(self._classes):
+            raise RecipeError(
+                f"task.words: expected a word for each of the {len(self._classes)} classes "
+                f"({', '.join(map(str, self._classes))}); got {len(words)}"
+            )
+        return Words(self._pretrained, options.prompt, words, self._length)
+
+    @cached_property
+    def _classes(self) -> list[Label]:
+        """The labels of the training data, sorted."""
+        return classes(self._splits.records("train"), self._options.label)
+
+
+def classes(records: Iterator[Record], column: str) -> list[Label]:
+    """Return the labels there are, sorted.
+
+    Raises:
+        RecipeError: there are too few or too many for labels, or some are integers and others are not.
+    """
+    first: dict[Label, Record] = {}
+    counts: Counter[bool] = Counter()
+    for record in records:
+        label = label_of(record, column)
+        first.setdefault(label, record)
+        counts[isinstance(label, int)] += 1
+    if len(counts) == 2:
+        rarer = min(counts, key=lambda kind: counts[kind])
+        label, record = next((label, record) for label, record in first.items() if isinstance(label, int) == rarer)
+        raise RecipeError(
+            f"task.label: {record.where}: the label is {label!r}, while most are {'text' if rarer else 'integers'}; if "
+            "these are the names of columns, say which with task.text and task.label"
+        )
+    if len(first) < 2:
+        raise RecipeError(
+            f"task.label: all {counts.total()} training texts have the label {min(first)!r}; expected two or more"
+        )
+    if len(first) > max(MANY, counts.total() // 2):
+        raise RecipeError(
+            f"task.label: {counts.total()} training texts have {len(first)} different labels, as {min(first)!r}; name "
+            "the column of their classes"
+        )
+    return sorted(first)

@@ -1,0 +1,205 @@
+"""Instruction tuning: a causal model learns answers to prompts, in the format of its chat template."""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+from torch import nn
+
+from raytrain.errors import RecipeError
+from raytrain.task import Examples, Task
+from raytrain.tasks.batches import UNSCORED, Tokens, scored, token_losses, token_weights
+from raytrain.tasks.chat import Chat, Message, checked
+from raytrain.tasks.columns import column, domain_of, text_of, usual
+from raytrain.tasks.generation import continuations, rouge_l
+from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
+from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.sources import Record, of_file
+from raytrain.tasks.stored import Example, StoredExamples
+
+LENGTH = 1024
+
+
+class InstructOptions(RecordOptions, PretrainedOptions):
+    """Options of `instruct`; those of its data and of its model come first.
+
+    A record has either messages, each with a "role" and a "content", or a prompt and an answer. They are written by the
+    tokenizer's chat template; a tokenizer without one gets a plain one ("### user:" on a line before a message, "###
+    assistant:" before an answer), and is exported with it.
+
+    Attributes:
+        messages, prompt, answer: columns; default: those that are called so.
+        context: a column whose text follows the prompt, where there is any; default: one that is called so.
+        turns: which messages of the assistant are answers to learn, each after all that came before: "all" or "last".
+        length: tokens of prompt and answer together; 0: as many as the model can see, at most 1024.
+        long: what becomes of records that do not fit: an error, their answers are cut ("cut"), or they are left out
+            ("skip").
+        generate: of how many held-out records the answers are also written, greedily, and compared; 0: of none.
+        new_tokens: how many tokens such an answer has at most, and one of `predict`.
+    """
+
+    messages: str = ""
+    prompt: str = ""
+    answer: str = ""
+    context: str = ""
+    turns: Literal["all", "last"] = "all"
+    length: int = Field(0, ge=0)
+    long: Literal["error", "cut", "skip"] = "error"
+    generate: int = Field(0, ge=0)
+    new_tokens: int = Field(128, ge=1)
+
+
+def instruct(options: InstructOptions) -> Task:
+    """Return the task of answering as in given conversations."""
+    made = _Instruct(options)
+    return Task(
+        model=made.model,
+        data=made.data,
+        losses=token_losses,
+        weights=token_weights,
+        collate=made.collate,
+        measure=made.measure,
+        inputs=made.inputs,
+        predict=made.predict,
+        export=made.export,
+    )
+
+
+class _Instruct:
+    def __init__(self, options: InstructOptions) -> None:
+        self._options = options
+        self._pretrained = Pretrained(options, "AutoModelForCausalLM")
+        self._chat = Chat(self._pretrained)
+        self._columns = (options.messages, options.prompt, options.answer, options.context)
+        self._splits = Splits(options, self._columns)
+        for record in self._splits.first():  # errors are better here than after the start of workers
+            self._conversation(record)
+        self._length = self._pretrained.context(options.length, LENGTH)
+        self.data = cache(self._data)  # the examples go when the task does
+
+    def model(self, seed: int) -> nn.Module:
+        module: nn.Module = self._pretrained.prepare(self._pretrained.module(seed))
+        return module
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        rows = [example["tokens"][:-1] for example in examples]
+        targets = [[UNSCORED] * (each["prompt"] - 1) + each["tokens"][each["prompt"] :] for each in examples]
+        written = [example for example in examples if "answer" in example]
+        prompts = [example["tokens"][: example["prompt"]] for example in written]
+        more = {"prompts": prompts, "answers": [example["answer"] for example in written]} if written else {}
+        return {**scored(rows, targets, self._chat.stops[0]), **more}
+
+    def measure(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, tuple[float, float]]:
+        loss = float(token_losses(module, batch).double().sum())
+        measured = {"loss": (loss, float(token_weights(batch).sum()))}
+        if "prompts" not in batch:
+            return measured
+        pairs = list(zip(self._written(module, batch["prompts"]), batch["answers"], strict=True))
+        rouge = sum(rouge_l(written, answer) for written, answer in pairs)
+        exact = sum(written == answer.strip() for written, answer in pairs)
+        return {**measured, "rouge_l": (rouge, len(pairs)), "exact_match": (exact, len(pairs))}
+
+    def inputs(self, path: Path) -> list[Example]:
+        conversations = (self._conversation(record, asked=True) for record in of_file(path, self._columns))
+        return [{"tokens": self._chat.prompt(messages)} for messages in conversations]
+
+    def predict(self, module: nn.Module, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        return [{"text": text} for text in self._written(module, [example["tokens"] for example in examples])]
+
+    def export(self, module: nn.Module, folder: Path) -> None:
+        self._pretrained.export(module, folder)
+
+    def _written(self, module: nn.Module, prompts: Sequence[Tokens]) -> list[str]:
+        texts = continuations(module, self._pretrained, prompts, self._options.new_tokens, self._chat.stops)
+        return [text.strip() for text in texts]
+
+    def _data(self, part: Part) -> Examples:
+        options = self._options
+        asked = [*self._columns, options.domain, options.turns, options.long]
+        key = [self._splits.stamp(part), self._pretrained.stamp, self._length, asked]
+        columns = {"tokens": "tokens", "prompt": "int64", "answer": "string", "domain": "string"}
+        stored = StoredExamples(lambda: self._examples(part), columns, key)
+        return Asked(stored, options.generate if part == "valid" else 0)
+
+    def _examples(self, part: Part) -> Iterator[Example]:
+        empty = True
+        for record in self._splits.records(part):
+            messages = self._conversation(record)
+            answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+            for place in answers if self._options.turns == "all" else answers[-1:]:
+                tokens, prompt = self._fitted(*self._chat.pair(messages[: place + 1], record.where), record)
+                if tokens:
+                    empty = False
+                    domain = domain_of(record, self._options.domain)
+                    yield {"tokens": tokens, "prompt": prompt, "answer": messages[place]["content"], "domain": domain}
+        if empty:
+            raise RecipeError(f"task.long: no record of the {part} part fits into task.length = {self._length}")
+
+    def _fitted(self, prompt: list[int], answer: list[int], record: Record) -> tuple[list[int], int]:
+        """Return prompt and answer as they fit together, and the length of the prompt; nothing if they are left out."""
+        room = self._length + 1 - len(prompt)  # the last token is predicted, and not seen
+        if len(answer) <= room or (self._options.long == "cut" and room > 0):
+            return prompt + answer[:room], len(prompt)
+        if self._options.long == "skip":
+            return [], 0
+        raise RecipeError(
+            f"task.long: {record.where}: the prompt has {len(prompt)} tokens and the answer {len(answer)}, and "
+            f"task.length is {self._length}; set {'task.long=cut to cut answers, or ' if room > 0 else ''}"
+            "task.long=skip to leave such records out"
+        )
+
+    def _conversation(self, record: Record, asked: bool = False) -> list[Message]:
+        """Return the messages of a record; if they are only `asked`, without an answer at the end.
+
+        Raises:
+            RecipeError: it has none, or no answer where there should be one.
+        """
+        options = self._options
+        name = column(record, "messages", options.messages) if options.messages else usual(record, "messages")
+        if name is not None and not options.prompt:
+            messages = checked(record.fields[name], record.where)
+            while asked and messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+        else:
+            messages = [{"role": "user", "content": self._question(record)}]
+            if not asked:
+                messages.append({"role": "assistant", "content": text_of(record, "answer", options.answer)})
+        if not messages or not (asked or any(message["role"] == "assistant" for message in messages)):
+            role = "user" if asked else "assistant"
+            raise RecipeError(f"task.messages: {record.where}: expected a message with the role {role!r}")
+        return messages
+
+    def _question(self, record: Record) -> str:
+        prompt = column(record, "prompt", self._options.prompt)
+        context = self._options.context or usual(record, "context") or prompt
+        parts = [text_of(record, "prompt", prompt)]
+        if context != prompt and record.fields.get(context):
+            parts.append(text_of(record, "context", context))
+        return "\n\n".join(parts)
+
+
+class Asked:
+    """Examples, some of which are also to be answered by the model.
+
+    Args:
+        examples: all of them.
+        count: how many are to be answered, evenly spread; the others lose their "answer".
+    """
+
+    def __init__(self, examples: StoredExamples, count: int) -> None:
+        self._examples = examples
+        self._asked = frozenset(np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int).tolist())
+        self.label = examples.label
+        self.domain = examples.domain
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        """Return example `index`, with its "answer" if it is to be answered."""
+        example = self._examples[index]
+        return example if index in self._asked else {key: example[key] for key in ("tokens", "prompt")}

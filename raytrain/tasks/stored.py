@@ -1,0 +1,100 @@
+"""Examples that were made of records once, and lie on the disk from then on.
+
+They are Arrow tables in the cache of the `datasets` library, mapped into memory: workers of one machine share them, and
+the first that needs one makes it while the others wait for its lock.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytrain.errors import RecipeError
+
+Example = dict[str, Any]
+
+
+class StoredExamples:
+    """Examples on the disk.
+
+    Args:
+        make: yields the examples; called only if they are not there yet.
+        columns: column -> its type: "tokens" (a list of integers), "int64" or "string". There is a column "domain"; a
+            column "label" holds classes, and without one a class is the place of an example's domain among all.
+        key: what the examples depend on, as plain data.
+
+    Raises:
+        RecipeError: `make` did.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Example]], columns: Mapping[str, str], key: Any) -> None:
+        from datasets import Dataset, Features, List, Value  # noqa: PLC0415 - slow to import
+        from datasets.exceptions import DatasetGenerationError  # noqa: PLC0415
+
+        types = {"tokens": List(Value("int32"))}
+        features = Features({name: types.get(kind) or Value(kind) for name, kind in columns.items()})
+        fingerprint = hashlib.sha256(json.dumps([key, dict(columns), _code()]).encode()).hexdigest()[:32]
+        try:
+            with _quiet():
+                self._table = Dataset.from_generator(make, features=features, fingerprint=fingerprint)
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, RecipeError):
+                raise error.__cause__ from None
+            raise
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Example:
+        """Return example `index`, with lists of tokens."""
+        example: Example = self._table[index]
+        return example
+
+    def domain(self, index: int) -> str:
+        """Return where the example comes from."""
+        return self._domains[index]
+
+    def label(self, index: int) -> int:
+        """Return its class."""
+        return int(self.labels[index])
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """The classes of all examples, shape (n,)."""
+        if "label" in self._table.column_names:
+            return np.asarray(self._table.data.column("label").to_numpy())
+        return np.unique(np.array(self._domains), return_inverse=True)[1]
+
+    @cached_property
+    def _domains(self) -> list[str]:
+        domains: list[str] = self._table.data.column("domain").to_pylist()
+        return domains
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Show no progress bar, which workers would draw over each other."""
+    from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled  # noqa: PLC0415
+
+    shown = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def _code() -> str:
+    """Return a hash of the source that makes examples, so that another version does not take what an older one left."""
+    total = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        total.update(file.read_bytes())
+    return total.hexdigest()

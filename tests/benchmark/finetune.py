@@ -1,0 +1,124 @@
+"""Fine-tuning a small encoder on SST-2, in full, half of it at a time, and through adapters.
+
+    python tests/benchmark/finetune.py
+
+Each run is `raytrain train sst2-minilm` with two workers: every method with seeds 0, 1, 2 (with `--quick`: seed 0). The
+accuracy is that of the last evaluation, on the 872 sentences of dev.tsv, by which nothing was chosen. Memory is the
+most that a worker held at any time, and that minus what it held just before the model was made. The adapters' learning
+rates and sizes are usual ones.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench import arguments, finish
+from torch import nn
+
+from raytrain.replica import Replica
+from raytrain.task import Task
+from raytrain.tasks.classify import ClassifyOptions, classify
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "half": {"freeze.half": True},
+    "half, another every 100 steps": {"freeze.half": True, "freeze.every": 100},
+    "lora": {"adapter.name": "lora", "adapter.r": 8, "adapter.lora_alpha": 16, "optimizer.lr": 1e-3},
+    "randlora": {"adapter.name": "randlora", "adapter.r": 16, "adapter.randlora_alpha": 320, "optimizer.lr": 1e-3},
+}
+KEYS = {"full": "full", "half": "half", "half, another every 100 steps": "half_rotated"}
+
+
+class NotedOptions(ClassifyOptions):
+    """The options of `classify`."""
+
+
+def noted(options: NotedOptions) -> Task:
+    """Return the task `classify`, whose workers note their memory before the model is made."""
+    task = classify(options)
+
+    def model(seed: int) -> nn.Module:
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        (Path(os.environ["FINETUNE_NOTES"]) / f"before-{os.getpid()}").write_text(str(before))
+        return task.model(seed)
+
+    return replace(task, model=model)
+
+
+def note_peak(replica: Replica) -> None:
+    """Note the peak and the trained parameters once in a while, so rarely that it costs nothing."""
+    if replica.progress.step % 20 == 0:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        folder = Path(os.environ["FINETUNE_NOTES"])
+        (folder / f"peak-{os.getpid()}").write_text(str(peak))
+        trained = sum(value.numel() for value in replica.module.parameters() if value.requires_grad)
+        (folder / f"trained-{os.getpid()}").write_text(str(trained))
+
+
+def run(data: Path, seed: int, changes: dict[str, Any]) -> dict[str, float]:
+    """Train once; return the accuracy, the seconds of training and the memory of a worker."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        fields = {
+            "task.name": "finetune:noted",
+            "task.path": data / "sst2",
+            "workers": 2,
+            "seed": seed,
+            "callbacks": ["finetune:note_peak"],
+            "log.to": [],
+            **changes,
+        }
+        words = [
+            f"{field}={json.dumps(value) if isinstance(value, bool) else value}" for field, value in fields.items()
+        ]
+        subprocess.run(
+            [sys.executable, "-m", "raytrain", "train", "sst2-minilm", *words, "--out", str(out)],
+            check=True,
+            cwd=Path(__file__).parent,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"FINETUNE_NOTES": folder},
+        )
+        result = json.loads((out / "result.json").read_text())
+        notes = {
+            kind: max(int(file.read_text()) for file in Path(folder).glob(f"{kind}-*"))
+            for kind in ("before", "peak", "trained")
+        }
+    return {
+        "accuracy": result["metrics"]["accuracy"],
+        "seconds": result["seconds"],
+        "trained": notes["trained"],
+        "peak_megabytes": notes["peak"] / 1e6,
+        "added_megabytes": (notes["peak"] - notes["before"]) / 1e6,
+    }
+
+
+def main() -> None:
+    """Measure and report."""
+    options = arguments(__doc__.partition("\n")[0])
+    table, headline = [], {}
+    for method, changes in METHODS.items():
+        runs = [run(options.data.absolute(), seed, changes) for seed in ((0,) if options.quick else (0, 1, 2))]
+        accuracies = [each["accuracy"] for each in runs]
+        row = {
+            "method": method,
+            "accuracy": statistics.mean(accuracies),
+            "low": min(accuracies),
+            "high": max(accuracies),
+        }
+        row |= {key: statistics.mean(each[key] for each in runs) for key in runs[0] if key != "accuracy"}
+        table.append(row)
+        headline[f"accuracy_{KEYS.get(method, method)}"] = row["accuracy"]
+        print(row, flush=True)
+    finish("finetune", table, headline, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Every adapter: it starts as the model, moves nothing else, goes into few tensors, and merges into the model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from raytrain.adapters import ADAPTERS, AdapterOptions, adapt, merge, options_of_adapter
+from raytrain.checkpoint import listed, load
+from raytrain.errors import CheckpointError, RecipeError
+from raytrain.finished import evaluate_run
+from raytrain.names import resolve
+from raytrain.recipe import Options
+from raytrain.rundir import RunDirectory
+from raytrain.task import Task
+from raytrain.testing import train_here
+from raytrain.train_recipe import TrainRecipe
+
+WIDTH = 16
+OPTIONS: dict[str, dict[str, Any]] = {  # sizes that fit layers of 16 x 16
+    "miss": {"r": 8},
+    "shira": {"r": 2},
+    "oft": {"oft_block_size": 8},
+}
+NAMES = [name for name in ADAPTERS if name != "none"]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.outer = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(x + self.outer(torch.tanh(self.inner(x))))
+        return result
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.classifier = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        result: torch.Tensor = self.classifier(x)
+        return result
+
+
+def model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def data(split: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    points = torch.randn(60 if split == "train" else 20, WIDTH, generator=torch.Generator().manual_seed(len(split)))
+    return [(point, (point[0] > 0).long() + (point[1] > 0.5)) for point in points]
+
+
+def losses(module: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+
+blocks_task = Task(model=model, data=data, losses=losses)
+
+
+class Other(Options):
+    width: int = 1
+
+
+def another_base(options: Other) -> Task:
+    return Task(model=lambda seed: model(seed + options.width), data=data, losses=losses)
+
+
+def chosen(name: str) -> AdapterOptions:
+    options = options_of_adapter(resolve(ADAPTERS, name, "adapter.name"))(name=name, **OPTIONS.get(name, {}))
+    assert isinstance(options, AdapterOptions)
+    return options
+
+
+def recipe(name: str, **changes: Any) -> TrainRecipe:
+    raw = {"kind": "train", "task": "test_adapters:blocks_task", "adapter": {"name": name, **OPTIONS.get(name, {})}}
+    base = {"steps": 40, "batch": 16, "optimizer.lr": 0.02, "log.to": [], "evaluation.every": 20}
+    return TrainRecipe.parse(raw).with_overrides(base | changes)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_starts_as_the_model_and_moves_only_itself_and_the_head(name: str) -> None:
+    module, plain = model(0), model(0)
+    elsewhere = adapt(module, chosen(name), seed=0)
+    x = torch.randn(8, WIDTH)
+    torch.testing.assert_close(module(x), plain(x), rtol=1e-5, atol=1e-5)
+    trained = {key for key, value in module.named_parameters() if value.requires_grad}
+    assert {"classifier.weight", "classifier.bias"} < trained
+    assert trained | elsewhere == dict(module.named_parameters()).keys()
+    before = {key: module.get_parameter(key).clone() for key in elsewhere}
+    optimizer = torch.optim.Adam([value for value in module.parameters() if value.requires_grad], lr=0.01)
+    for _ in range(3):
+        module(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(module.get_parameter(key), value) for key, value in before.items())
+    assert not torch.allclose(module(x), plain(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_saves_little_and_merges_into_a_plain_model(name: str, tmp_path: Path) -> None:
+    run = train_here(recipe(name), tmp_path / "run")
+    assert run.failure() is None
+    saved = load(listed(run.checkpoints)[-1], 0)["model"]
+    assert not any("base_layer" in key for key in saved)
+    losses_measured = [row["valid"]["loss"] for row in rows_of(run)]
+    assert losses_measured[-1] < losses_measured[0]
+    assert evaluate_run(run.path, {})["loss"] == pytest.approx(min(losses_measured), rel=1e-5)
+
+    module = model(0)
+    adapt(module, chosen(name), seed=0)
+    module.load_state_dict(saved, strict=False)
+    x = torch.randn(50, WIDTH)
+    with torch.no_grad():
+        adapted = module.eval()(x)
+        merge(module)
+        torch.testing.assert_close(module(x), adapted, rtol=1e-4, atol=1e-5)
+    assert module.state_dict().keys() == model(0).state_dict().keys()
+
+
+def rows_of(run: RunDirectory) -> list[dict[str, Any]]:
+    from raytrain.rundir import rows
+
+    return [row for row in rows(run.metrics) if "valid" in row]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
+    train_here(recipe(name, steps=15, **{"schedule.name": "constant"}), tmp_path / "cut")
+    straight = train_here(recipe(name, steps=20, **{"schedule.name": "constant"}), tmp_path / "straight-20")
+    cut = train_here(recipe(name, steps=20, **{"schedule.name": "constant"}), tmp_path / "cut")
+    assert cut.failure() is None
+    one, other = (load(listed(run.checkpoints)[-1], 0)["model"] for run in (straight, cut))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_another_model_beneath_an_adapter_is_noticed(tmp_path: Path) -> None:
+    train_here(recipe("lora", task={"name": "test_adapters:another_base"}, steps=2), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"this checkpoint is of an adapter beside another model: the weights at"):
+        evaluate_run(tmp_path / "run", {"task.width": 2})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"r": 0},
+            r"adapter: lora does not fit the model: `r` should be a positive integer value",
+        ),
+        ({"rank": 4}, r"adapter.rank: no such field; known: .*, r, rank_pattern"),
+        ({"name": "lorra"}, r"adapter.name: no such name 'lorra'; did you mean lora"),
+        ({"target_modules": ["query"]}, r"adapter: lora does not fit the model: .*query.* not found in the base model"),
+        ({"name": "prefix"}, r"adapter.name: no such name 'prefix'; "),
+    ],
+)
+def test_errors_say_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    section = {"name": "lora", **change}
+    with pytest.raises(RecipeError, match=message):
+        adapt(model(0), TrainRecipe.parse({"kind": "train", "task": "digits", "adapter": section}).adapter, 0)
+
+
+def test_a_model_without_blocks_must_name_its_layers() -> None:
+    with pytest.raises(RecipeError, match=r"adapter.target_modules: the model has no linear layers inside repeated bl"):
+        adapt(nn.Sequential(nn.Linear(2, 2)), chosen("lora"), 0)

@@ -1,0 +1,205 @@
+"""Every logger: what it leaves can be read, a resumed run goes on in it, and a failing one ends no training."""
+
+import json
+import signal
+import struct
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from raytrain.errors import RecipeError
+from raytrain.loggers import LOGGERS, logger_class, scalars
+from raytrain.rundir import RunDirectory, rows
+from raytrain.testing import train_here, train_with_gloo
+from raytrain.train_recipe import TrainRecipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*``noload`` loader strategy", "ignore:::mlflow", "ignore:::wandb")
+
+Point = tuple[int, str, float]
+"""A step, a name and a number that was logged."""
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A place for MLflow that several tests share, because it takes seconds to make."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/shared.db"
+
+
+@pytest.fixture(autouse=True)
+def without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # or a process that is started and killed here would share ours
+    monkeypatch.setenv("NETRC", "/nowhere")
+
+
+def in_tensorboard(folder: Path) -> Iterator[Point]:
+    """Read event files: length, its check sum, the event, its check sum."""
+    for file in sorted((folder / "tensorboard").glob("events*")):
+        content = file.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
+            content = content[16 + length :]
+
+
+def in_mlflow(folder: Path) -> Iterator[Point]:
+    from mlflow import MlflowClient
+
+    note = json.loads((folder / "mlflow.json").read_text())
+    client = MlflowClient(tracking_uri=note["uri"])
+    for name in client.get_run(note["run"]).data.metrics:
+        for metric in client.get_metric_history(note["run"], name):
+            yield metric.step, name, metric.value
+
+
+def in_wandb(folder: Path) -> Iterator[Point]:
+    """Read what `wandb sync` would send: a LevelDB log of protocol buffers, in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for file in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
+        content, place, record = file.read_bytes(), 7, b""
+        while place + 7 <= len(content):
+            _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+            record += content[place + 7 : place + 7 + length]
+            place += 7 + length
+            place += -place % 32768 if -place % 32768 < 7 else 0
+            if kind in (1, 4):  # whole, or the last part
+                items = {
+                    item.key or item.nested_key[0]: item.value_json for item in Record.FromString(record).history.item
+                }
+                step = json.loads(items.get("step", "0"))
+                yield from ((step, name, json.loads(text)) for name, text in items.items() if "/" in name)
+                record = b""
+
+
+READERS: dict[str, Callable[[Path], Iterator[Point]]] = {
+    "tensorboard": in_tensorboard,
+    "mlflow": in_mlflow,
+    "wandb": in_wandb,
+}
+
+
+def recipe(*loggers: str, **changes: Any) -> TrainRecipe:
+    base = {"kind": "train", "task": "raytrain.testing:tiny", "seed": 3, "steps": 6, "schedule": {"name": "constant"}}
+    return TrainRecipe.parse(base).with_overrides(
+        {"log.to": list(loggers), "log.every": 1, "evaluation.every": 2, "checkpoint.every": 3, **changes}
+    )
+
+
+def in_metrics(run: RunDirectory) -> Counter[Point]:
+    return Counter((row["step"], name, number) for row in rows(run.metrics) for name, number in scalars(row).items())
+
+
+def rounded(points: Iterator[Point] | Counter[Point]) -> Counter[tuple[int, str, str]]:
+    """Return the points to the six digits of a float32, without times."""
+    every = points.elements() if isinstance(points, Counter) else points
+    return Counter((step, name, f"{number:.5e}") for step, name, number in every if name != "train/seconds")
+
+
+def test_all_can_be_read() -> None:
+    assert READERS.keys() == LOGGERS.keys()
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_it_holds_the_rows_of_the_run(name: str, tmp_path: Path) -> None:
+    run = train_here(recipe(name), tmp_path / "run")
+    assert run.failure() is None
+    assert rounded(READERS[name](run.path)) == rounded(in_metrics(run))
+    assert (4, "valid/loss") in {point[:2] for point in READERS[name](run.path)}
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_resumed_run_goes_on_in_the_same_place_and_logs_nothing_twice(
+    name: str, tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    folder, seldom = tmp_path / "run", {"evaluation.every": 0}
+    statuses = train_with_gloo(recipe(name, callbacks=["tests_of_loggers:plan"], **seldom), folder)
+    assert statuses == [-signal.SIGKILL]
+    run = train_here(recipe(name, **seldom), folder)
+    assert run.failure() is None
+    assert [row["from_step"] for row in rows(run.attempts)] == [0, 3]
+    points = rounded(READERS[name](folder))
+    assert set(points.values()) == {1}
+    assert set(points) == set(rounded(in_metrics(run)))
+
+
+@pytest.fixture(autouse=True)
+def faults(workplace: Path) -> None:
+    (workplace / "tests_of_loggers.py").write_text(
+        f"""
+from pathlib import Path
+from raytrain.testing import FaultPlan
+
+plan = FaultPlan(Path({str(workplace)!r})).at(0, 5, "kill")
+
+class Breaking:
+    def __init__(self, folder, step):
+        self.closed = False
+
+    def write(self, row):
+        if row["step"] == 3:
+            raise ConnectionError("no route to host")
+
+    def close(self):
+        raise ConnectionError("still no route")
+
+class Refusing:
+    def __init__(self, folder, step):
+        raise PermissionError("the key is wrong")
+"""
+    )
+
+
+def test_mlflow_goes_where_it_is_told(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "letters")
+    run = train_here(recipe("mlflow"), tmp_path / "run")
+    assert not (run.path / "mlflow.db").exists()
+    client = MlflowClient(tracking_uri=database)
+    (found,) = client.search_runs([client.get_experiment_by_name("letters").experiment_id])
+    assert found.info.run_name == "run"
+    assert found.info.status == "FINISHED"
+    assert found.data.params["optimizer.name"] == "adamw"
+
+
+def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = train_here(recipe("tests_of_loggers:Breaking", "tensorboard"), tmp_path / "run")
+    assert run.failure() is None
+    assert capfd.readouterr().err.splitlines() == [
+        "raytrain: log.to: tests_of_loggers:Breaking failed, and gets no more of this attempt: ConnectionError: no "
+        f"route to host; all metrics are in {run.metrics}"
+    ]
+    assert rounded(in_tensorboard(run.path)) == rounded(in_metrics(run))
+
+
+def test_a_logger_that_cannot_start_ends_the_run(tmp_path: Path) -> None:
+    failure = train_here(recipe("tests_of_loggers:Refusing"), tmp_path / "run").failure()
+    assert failure is not None
+    assert failure.exit_status == 1
+    assert failure.message == (
+        "log.to: tests_of_loggers:Refusing cannot start: PermissionError: the key is wrong; mend this, or train "
+        "without tests_of_loggers:Refusing"
+    )
+
+
+@pytest.mark.parametrize(("name", "package"), [("mlflow", "mlflow"), ("wandb", "wandb")])
+def test_what_is_not_installed_is_told_before_anything_starts(
+    name: str, package: str, raytrain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, workplace: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(RecipeError, match=rf"^log.to: {name} needs {package}: pip install raytrain\[{name}\]$"):
+        logger_class(name)
+    ended = raytrain("train", "digits", f"log.to=['{name}']")
+    assert ended.status == 2
+    assert ended.err == f"raytrain: log.to: {name} needs {package}: pip install raytrain[{name}]\n"
+    assert not (workplace / "runs").exists()

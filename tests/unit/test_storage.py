@@ -1,0 +1,201 @@
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytrain.errors import RecipeError, TrainingError
+from raytrain.storage import (
+    LIST,
+    Folder,
+    Listing,
+    Store,
+    check_storage,
+    dump,
+    fetch,
+    list_files,
+    measured,
+    parse,
+)
+
+names = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map("/".join)
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write(tmp_path / "run", {"metrics.jsonl": b"{}\n", "checkpoints/a": b"x" * 5000, "empty": b""})
+    return tmp_path / "run"
+
+
+class Flaky(Folder):
+    """A folder that is read badly a few times.
+
+    Args:
+        path: the folder.
+        times: how often.
+        data: what comes then, before it breaks off.
+    """
+
+    def __init__(self, path: Path, times: int, data: bytes = b"", *, breaks: bool = True) -> None:
+        super().__init__(path)
+        self.times, self.data, self.breaks = times, data, breaks
+        self.reads: list[str] = []
+
+    def read(self, name: str) -> Iterator[bytes]:
+        self.reads.append(name)
+        if self.times == 0:
+            yield from super().read(name)
+            return
+        self.times -= 1
+        yield self.data
+        if self.breaks:
+            raise ConnectionError("the line is dead")
+
+
+@given(st.dictionaries(names, st.binary(max_size=50), min_size=1, max_size=5))
+def test_a_copy_equals_what_was_copied(files: dict[str, bytes]) -> None:
+    # A name cannot be a file and a folder at once.
+    files = {name: data for name, data in files.items() if not any(other.startswith(f"{name}/") for other in files)}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write(folder / "run", files)
+        write(folder / "run", {".command.lock": b"1", "checkpoints/.step-1.partial/x": b"half"})
+        fetch(Folder(folder / "run"), folder / "copy", lambda _: None)
+        assert contents(folder / "copy") == files
+        assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+@given(st.binary(max_size=3000), st.integers(1, 1000))
+def test_size_and_hash_do_not_depend_on_the_pieces(data: bytes, size: int) -> None:
+    assert measured(data[at : at + size] for at in range(0, len(data), size)) == measured([data])
+
+
+def test_a_list_survives_being_written_and_read(run: Path) -> None:
+    listing = list_files(run)
+    assert parse(dump(listing)) == listing
+    assert list(listing) == ["checkpoints/a", "empty", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x"])
+def test_a_list_cannot_name_what_is_outside(name: str) -> None:
+    with pytest.raises(TrainingError, match=r"which is outside the run's folder$"):
+        parse(dump({name: measured([b"x"])}))
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"a": 1}', b'{"a": {"bytes": 1}}'])
+def test_a_damaged_list_is_refused(text: bytes) -> None:
+    with pytest.raises(TrainingError, match=r"^files.json is damaged: "):
+        parse(text)
+
+
+def test_what_broke_off_is_tried_again_and_what_came_is_kept(run: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    source = Flaky(run, 1, b"xx")
+    fetch(source, tmp_path / "copy", said.append)
+    assert contents(tmp_path / "copy") == contents(run)
+    assert said[1] == "the line is dead; trying again"
+    dead = Flaky(run, 99)
+    with pytest.raises(TrainingError, match=r"^the line is dead; what has come is kept in .*: try again$"):
+        fetch(dead, tmp_path / "other", said.append)
+    assert not (tmp_path / "other").exists()
+    (tmp_path / ".other.partial" / "left").write_text("of an older list")
+    (tmp_path / ".other.partial" / "checkpoints" / "a").write_bytes(b"x" * 5000)
+    again = Flaky(run, 0)
+    fetch(again, tmp_path / "other", said.append)
+    assert contents(tmp_path / "other") == contents(run)
+    assert again.reads == ["metrics.jsonl"]  # the other was there, and is as it should be
+
+
+def test_what_is_not_as_listed_is_not_taken(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^checkpoints/a: expected 5000 bytes, and 2 came, or others; what has"):
+        fetch(Flaky(run, 99, b"yy", breaks=False), tmp_path / "copy", lambda _: None)
+    with pytest.raises(TrainingError, match=r"^checkpoints/a: expected 5000 bytes, and 5000 came, or others"):
+        fetch(Flaky(run, 99, b"y" * 5000, breaks=False), tmp_path / "copy", lambda _: None)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_file_that_grows_is_taken_as_it_was_listed(run: Path, tmp_path: Path) -> None:
+    class Growing(Folder):
+        def listing(self) -> Listing:
+            listing = super().listing()
+            with (run / "metrics.jsonl").open("ab") as file:
+                file.write(b"more\n")
+            return listing
+
+    fetch(Growing(run), tmp_path / "copy", lambda _: None)
+    assert (tmp_path / "copy" / "metrics.jsonl").read_bytes() == b"{}\n"
+
+
+def test_a_damaged_checkpoint_does_not_arrive(run: Path, tmp_path: Path) -> None:
+    write(run, {"checkpoints/step-00000002/manifest.json": b"{"})
+    with pytest.raises(TrainingError, match=r"step-00000002/manifest.json: cannot be read"):
+        fetch(Folder(run), tmp_path / "copy", lambda _: None)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    write(tmp_path / "copy", {"mine": b""})
+    with pytest.raises(RecipeError, match=r"copy is there already, and not empty; name another folder$"):
+        fetch(Folder(run), tmp_path / "copy", lambda _: None)
+    (tmp_path / "fresh").mkdir()
+    fetch(Folder(run), tmp_path / "fresh", lambda _: None)
+
+
+def test_a_store_holds_what_was_put_there_once_its_list_is_there(run: Path, tmp_path: Path) -> None:
+    store = Store(f"memory:/{tmp_path}/run")
+    store.announce("train digits")
+    assert not store.complete()
+    with pytest.raises(RecipeError, match=r"there is no files.json, which is stored last: the job still runs"):
+        fetch(store, tmp_path / "copy", lambda _: None)
+    assert store.put(run) == 5003
+    assert store.complete()
+    fetch(store, tmp_path / "copy", lambda _: None)
+    assert contents(tmp_path / "copy") == contents(run)
+    assert fsspec.filesystem("memory").exists(f"{tmp_path}/run/{LIST}")
+
+
+@pytest.mark.parametrize(
+    ("storage", "where"),
+    [
+        ("/shared/runs", "/shared/runs"),
+        ("/shared/runs/", "/shared/runs"),
+        ("file:///shared/runs/", "/shared/runs"),
+        ("s3://bucket/runs/", "s3://bucket/runs"),
+        ("local:///runs", "local:///runs"),
+    ],
+)
+def test_a_place_is_a_folder_or_a_url(storage: str, where: str) -> None:
+    assert check_storage(storage) == where
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ("runs", "--storage: expected an absolute path that the cluster's machines share, or a URL as s3://"),
+        ("~/runs", "--storage: expected an absolute path"),
+        ("s4://bucket", "--storage: no such protocol 's4'; known: "),
+        ("memory://runs", "--storage: memory:// ends with the job; name a shared folder"),
+    ],
+)
+def test_other_places_are_refused(storage: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_storage(storage)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_store_without_its_package_is_said() -> None:
+    with pytest.raises(RecipeError, match=r"^s3://bucket/run cannot be used: ImportError: Install s3fs"):
+        Store("s3://bucket/run")
