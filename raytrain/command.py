@@ -124,7 +124,7 @@ def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = 
 @app.command()
 def evaluate(run: Run, more: More = None, changes: Changes = None) -> None:
     """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the values as JSON."""
-    metrics = resolve({}, _kind_of(run).evaluate, "evaluate")(run, parse_overrides([*(changes or []), *(more or [])]))
+    metrics = _ability(run, "evaluate")(run, parse_overrides([*(changes or []), *(more or [])]))
     print(json.dumps(metrics, indent=2))
 
 
@@ -139,7 +139,7 @@ def predict(
 ) -> None:
     """Predict for each example of a file with the best checkpoint of the run in the folder RUN."""
     overrides = parse_overrides([*(changes or []), *(more or [])])
-    count = resolve({}, _kind_of(run).predict, "predict")(run, overrides, source, target, address or None)
+    count = _ability(run, "predict")(run, overrides, source, target, address or None)
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"{count} predictions in {target}", markup=False)
 
 
@@ -151,20 +151,23 @@ def export(
     changes: Changes = None,
 ) -> None:
     """Write the best model of the run in the folder RUN to DIR, as Hugging Face's `from_pretrained` reads it."""
-    resolve({}, _kind_of(run).export, "export")(run, parse_overrides([*(changes or []), *(more or [])]), folder)
+    _ability(run, "export")(run, parse_overrides([*(changes or []), *(more or [])]), folder)
 
 
-def _kind_of(run: Path) -> Kind:
-    """Return the kind of the run in a folder.
+def _ability(run: Path, verb: str) -> Any:
+    """Return the function by which the kind of the run in a folder does what `verb` says.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is no run, or its kind cannot.
     """
     file = run / "recipe.toml"
     if not file.is_file():
         raise RecipeError(f"{run}: there is no run here (no recipe.toml); a run's folder is what --out named")
     raw, _ = _read(str(file), None)
-    return load_kinds()[raw["kind"]]
+    target = getattr(load_kinds()[raw["kind"]], verb)
+    if not target:
+        raise RecipeError(f"kind: {run} is a run of the kind {raw['kind']}, which cannot {verb}")
+    return resolve({}, target, verb)
 
 
 @cache

@@ -66,18 +66,19 @@ class Kind:
         recipes: the folder of its shipped recipes.
         run: "module:attribute" of (recipe, Order) -> Result; imported only to run.
         evaluate: "module:attribute" of (run's folder, overrides) -> metrics.
-        predict: "module:attribute" of (run's folder, overrides, input file, output file, address) -> lines written.
-        export: "module:attribute" of (run's folder, overrides, folder to write).
         tables: what can be chosen by name -> the table.
+        predict: "module:attribute" of (run's folder, overrides, input file, output file, address) -> lines written;
+            "": its runs cannot.
+        export: "module:attribute" of (run's folder, overrides, folder to write); "": its runs cannot.
     """
 
     recipe: type[Recipe]
     recipes: Path
     run: str
     evaluate: str
-    predict: str
-    export: str
     tables: Mapping[str, Mapping[str, str]]
+    predict: str = ""
+    export: str = ""
 
 
 def load_kinds() -> dict[str, Kind]:
