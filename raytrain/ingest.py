@@ -22,6 +22,7 @@ import ray.data
 import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain.errors import TrainingError
 from raytrain.feed import Batches, Feed, Generated, Indexed, Walk, indexed
@@ -104,8 +105,9 @@ def ray_feed(
     def start(part: Walk, life: int) -> ActorHandle:
         brief = Brief(plain, list(sys.path), part, life)
         if isinstance(source, RayData):
-            pipeline = ray.remote(num_cpus=0, concurrency_groups={DEALING: actors})(Pipeline)
-            return pipeline.remote(brief, actors, cpus, source.ahead_bytes)
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            remote = ray.remote(num_cpus=0, scheduling_strategy=here, concurrency_groups={DEALING: actors})
+            return remote(Pipeline).remote(brief, actors, cpus, source.ahead_bytes)
         return ray.remote(Generator).options(num_cpus=cpus).remote(brief)
 
     what, count, ahead = (

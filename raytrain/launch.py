@@ -224,8 +224,8 @@ def _actors(workers: int, share: Share) -> str:
     """Return what there is to say of the actors that prepare data."""
     if not share.actors:
         return ""
-    theirs = f"{share.actor_cpus:g} CPU each" if share.actor_cpus else "no CPU left for them: they share the workers'"
-    return f", and {workers * share.actors} actor(s) that prepare data with {theirs}"
+    theirs = f" with {share.actor_cpus:g} CPU each" if share.actor_cpus else ", which share them"
+    return f", and {workers * share.actors} actor(s) that prepare data{theirs}"
 
 
 class _OwnClusterTrainer(TorchTrainer):
