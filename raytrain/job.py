@@ -5,8 +5,10 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from raytrain.errors import RecipeError
+from raytrain.recipe import dotted_fields
 from raytrain.storage import check_storage
 
 INTERRUPTED = 130
@@ -172,6 +174,12 @@ def check_taken(needed: Mapping[str, Path], files: Mapping[str, int], folder: Pa
                 f"{name} is not taken along to the job: runs/, .venv/, .git/ and what .gitignore or .rayignore names "
                 "stay here; copy it elsewhere"
             )
+
+
+def taken_files(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields of a job's recipe that name files which it took along -> the files, as they were here."""
+    found = {field: re.search(r"/_ray_pkg_[0-9a-f]+/(.+)", str(value)) for field, value in dotted_fields(raw)}
+    return {field: match[1] for field, match in found.items() if match}
 
 
 def trouble(job: Job) -> str:

@@ -1,5 +1,6 @@
 """The command's verbs for jobs on a Ray cluster: submit, jobs, fetch."""
 
+import os
 import re
 import shlex
 import sys
@@ -14,10 +15,10 @@ import typer
 from rich.console import Console
 
 from raytrain.errors import RecipeError
-from raytrain.job import INTERRUPTED, Job, Log, check_taken, check_upload, new_id, place, trouble
+from raytrain.job import INTERRUPTED, Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
 from raytrain.kinds import load_kinds
 from raytrain.names import near
-from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides
+from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
 
 if TYPE_CHECKING:
     from raytrain.jobs import JobServer
@@ -64,14 +65,14 @@ class Request:
         name: the recipe's.
         resume: whether they say so.
         out: --out, if they name one.
-        needed: files of the current folder that the recipe names: how it names them -> where they are.
+        files: how many the job takes along.
     """
 
     words: tuple[str, ...]
     name: str
     resume: bool
     out: Path | None
-    needed: Mapping[str, Path]
+    files: int
 
 
 def add_verbs(commands: Commands) -> None:
@@ -184,6 +185,10 @@ def fetch(
     target = folder or Path("runs") / name
     storage.fetch(_stored(job) if "/" in job else _left_by(_server(address), job), target, _say)
     _say(f"the run of {name} is in {target}; its files and checkpoints are as they were written")
+    raw = read_toml(str(target), [])[0] if (target / "recipe.toml").is_file() else {}
+    if there := taken_files(raw):
+        here = " ".join(f"{field}={file}" for field, file in there.items())
+        _say(f"its recipe names files as the job found them; here, add: {here}")
 
 
 def _stored(place_of_run: str) -> "Source":
@@ -214,9 +219,11 @@ def checked(commands: Commands, words: list[str]) -> Request:
     """Check the words of a job as the command would that they are for, and start nothing.
 
     Raises:
-        RecipeError: they are wrong, or of no use in a job.
+        RecipeError: they are wrong, or of no use in a job, which takes the current folder along.
         click.UsageError: they are not what the verb takes.
     """
+    from raytrain import jobs  # noqa: PLC0415 - slow to import
+
     kinds = load_kinds()
     verb, *rest = words
     group = typer.main.get_command(commands.app)
@@ -233,11 +240,14 @@ def checked(commands: Commands, words: list[str]) -> Request:
     _check_relative(merged(raw, parse_overrides(changes)), folder)
     source, needed = given["recipe"], dict(_named_files(recipe, folder))
     if file.is_file() and not any(file.is_relative_to(kind.recipes) for kind in kinds.values()):
-        needed[source] = file.absolute()
-        if Path(source).is_relative_to(folder):
-            source = str(Path(source).relative_to(folder))
+        needed[source] = Path(os.path.abspath(file))
+        inside = Path(os.path.abspath(source))
+        source = str(inside.relative_to(folder)) if inside.is_relative_to(folder) else source
+    files = jobs.taken_along(folder)
+    check_upload(files, jobs.upload_limit(), folder)
+    check_taken(needed, files, folder)
     out = Path(given["out"]) if given["out"] is not None else None
-    return Request((verb, source, *changes), recipe.name, given["resume"], out, needed)
+    return Request((verb, source, *changes), recipe.name, given["resume"], out, len(files))
 
 
 def _check_relative(raw: Mapping[str, Any], folder: Path) -> None:
@@ -262,14 +272,8 @@ def _named_files(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _start(server: "JobServer", job: Job, request: Request, *, detach: bool) -> int:
-    from raytrain import jobs  # noqa: PLC0415 - slow to import
-
-    folder = Path.cwd()
-    files = jobs.taken_along(folder)
-    check_upload(files, jobs.upload_limit(), folder)
-    check_taken(request.needed, files, folder)
-    server.submit(job, folder)
-    _say(f"submitted as {job.id}, with {len(files)} files; its run: {job.store or job.run}")
+    server.submit(job, Path.cwd())
+    _say(f"submitted as {job.id}, with {request.files} file(s); its run: {job.store or job.run}")
     if detach:
         _say(f"follow it with: {_line(server, 'jobs follow', job.id)}")
         return 0

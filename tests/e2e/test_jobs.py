@@ -453,6 +453,19 @@ def test_what_is_no_job_server_is_said_at_once(
         (["submit", "--name", "a b", "--", "train", "digits"], "--name: expected letters, digits, '.', '_' and '-'"),
         (["submit", "--storage", "runs", "--", "train", "digits"], "--storage: expected an absolute path that the clu"),
         (["submit", "--", "train", "text.toml", "task.path={}/data.txt"], "it relative to it, as 'data.txt'"),
+        (
+            ["submit", "--", "train", "text.toml", "task.path=hidden/a.txt"],
+            "task.path: hidden/a.txt is not taken along ",
+        ),
+        (["submit", "--", "train", "runs/x"], "runs/x is not taken along to the job: runs/, .venv/, .git/ and what "),
+        (
+            ["submit", "--", "train", "../other.toml"],
+            "../other.toml is outside the current folder, which is what a job",
+        ),
+        (
+            ["submit", "--", "train", "digits", "name=big"],
+            "holds 200.0 MiB, where Ray takes at most 100.0 MiB; the larg",
+        ),
         (["jobs", "--address", "x", "stop", "y"], "--address goes behind stop"),
         (["fetch", "/no/where"], "/no/where: there is no such folder on this machine"),
     ],
@@ -460,7 +473,18 @@ def test_what_is_no_job_server_is_said_at_once(
 def test_what_is_wrong_is_said_before_anything_is_sent(
     raytrain: Callable[..., Any], workplace: Path, words: list[str], message: str
 ) -> None:
-    (workplace / "text.toml").write_text('task.name = "text"\n')
+    for name, text in {
+        "text.toml": 'task.name = "text"\n',
+        "../other.toml": 'task = "digits"\n',
+        "runs/x/recipe.toml": 'task = "digits"\n',
+        ".gitignore": "hidden/\n",
+        "hidden/a.txt": "",
+    }.items():
+        (workplace / name).parent.mkdir(parents=True, exist_ok=True)
+        (workplace / name).write_text(text)
+    if "name=big" in words:
+        (workplace / "sparse.bin").touch()
+        os.truncate(workplace / "sparse.bin", 200 << 20)
     ended = raytrain(*(word.format(workplace) for word in words))
     assert ended.status == 2
     assert message in re.sub(r"\s+", " ", ended.err.replace("│", ""))

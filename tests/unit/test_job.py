@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from raytrain import job_entry
 from raytrain.cluster import fingerprint
 from raytrain.errors import RecipeError
-from raytrain.job import Job, Log, check_taken, check_upload, new_id, place, trouble
+from raytrain.job import Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
 from raytrain.storage import LIST, list_files, parse
 
 
@@ -113,6 +113,12 @@ def test_what_a_recipe_names_must_be_taken_along(tmp_path: Path) -> None:
         check_taken({"runs/x": tmp_path / "runs/x/recipe.toml"}, files, tmp_path)
     with pytest.raises(RecipeError, match=r"^../other.toml is outside the current folder, which is what a job takes"):
         check_taken({"../other.toml": tmp_path.parent / "other.toml"}, files, tmp_path)
+
+
+def test_files_that_were_taken_along_are_named_as_they_were() -> None:
+    there = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_4fe73a14/data/text.txt"
+    raw = {"task": {"name": "text", "path": there}, "steps": 3, "log": {"to": []}}
+    assert taken_files(raw) == {"task.path": "data/text.txt"}
 
 
 def test_a_run_is_served_by_a_link_and_a_list(tmp_path: Path) -> None:
