@@ -20,8 +20,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     """Return the repeated blocks of a model, each once, in the order of the model; none lies inside another.
 
     A block is an entry of an nn.ModuleList, or of an nn.Sequential of two or more entries that are all of one class, if
-    it holds parameters. An entry that is a list itself, and so is never called, gives its
-    own entries.
+    it holds parameters. An entry that is a list itself, and so is never called, gives its own entries.
     """
     return list(dict.fromkeys(_blocks(module)))
 

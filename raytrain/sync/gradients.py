@@ -28,7 +28,8 @@ class GradientOptions(SyncOptions):
         shard: whether each worker keeps only its share of the parameters, of the gradients and of the optimizer's
             state, and gathers the parameters block by block to compute (FSDP), in bfloat16 if that is the recipe's
             precision: for models that are too large for one worker, at the price of sending one and a half times as
-            much. The task must call the model as a whole, and equally often on each worker. Checkpoints are the same.
+            much, and that for each micro-batch. The task must call the model as a whole, and equally often on each
+            worker. Checkpoints are the same.
     """
 
     name: str = "gradients"

@@ -221,6 +221,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             "reloaded": made.sharded(GPT, 2, batch=4, ema=0.9, callbacks=["probe:reload"]),
             "mixed": made.sharded(LLAMA, 2, batch=4),
             "mixed-unsharded": made.recipe(LLAMA, workers=2, batch=4),
+            "adapted": made.sharded(LLAMA, 2, batch=4, adapter__name="lora"),
+            "adapted-whole": made.recipe(LLAMA, workers=2, batch=4, adapter__name="lora"),
+            "averaging": made.sharded(TINY, 2, optimizer__name="schedulefree"),
+            "averaging-whole": made.recipe(TINY, workers=2, optimizer__name="schedulefree"),
             "odd-bfloat16": made.sharded(ODD, 2, precision="bfloat16", activation_checkpointing=True),
         }
         assert train_each_with_gloo([(recipe, made.folder / name) for name, recipe in two.items()]) == [0] * 2
@@ -250,6 +254,16 @@ def test_tied_weights_clipping_averages_and_micro_batches_change_nothing(runs: R
 def test_sharded_workers_equal_workers_that_keep_everything(runs: Runs, name: str) -> None:
     """Uneven weights, buffers that move, and parameters that are frozen, shared, without dimensions or not used."""
     runs.check_equal(name, f"{name}-whole", atol=1e-10)
+
+
+def test_adapters_are_sharded_with_what_they_stand_beside(runs: Runs) -> None:
+    runs.check_equal("adapted", "adapted-whole", atol=1e-5)
+    assert all("lora_" in name for name in runs.final("adapted"))
+
+
+def test_an_optimizer_that_averages_by_itself_averages_parts(runs: Runs) -> None:
+    runs.check_equal("averaging", "averaging-whole", atol=1e-10)
+    assert any(name.endswith(" average") for name in runs.final("averaging"))
 
 
 def test_a_worker_keeps_its_share_only(runs: Runs) -> None:
