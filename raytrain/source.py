@@ -41,8 +41,11 @@ class ActorSource(Source):
 class RayData(ActorSource):
     """A Ray Data pipeline prepares the batches of "local" beside the training, in the same order.
 
+    Its actors read the task's examples by index, as the workers would; data sets of Hugging Face are mapped into memory
+    for this and not loaded.
+
     Attributes:
-        ahead_bytes: about how much it may prepare ahead for each worker.
+        ahead_bytes: about how much it may prepare ahead for each worker; a step or two for each actor at least.
     """
 
     ahead_bytes: int = Field(8 << 20, ge=1)
@@ -51,7 +54,8 @@ class RayData(ActorSource):
 class Generators(ActorSource):
     """Actors run a function of the user's, seed -> iterator of examples, and the training takes what they make.
 
-    Each batch is made by one actor, and batches are taken from the actors in turn.
+    Each batch is made by one actor, and batches are taken from the actors in turn. An iterator that ends is followed by
+    one of another seed. It may as well read a stream of files that are too large to be indexed.
 
     Attributes:
         ahead: how many batches each actor may be ahead of the training.

@@ -86,7 +86,7 @@ class Task:
 
     Attributes:
         model: seed -> the model, with equal parameters for equal seeds.
-        data: "train" or "valid" -> the examples of that split.
+        data: "train" or "valid" -> the examples of that split; a source of the user's takes the place of "train".
         losses: (model, batch) -> the loss of each example or token, float, shape (n,), with its graph.
         weights: batch -> what each of those losses counts, shape (n,), not negative; None: each counts 1.
         collate: examples -> a batch; the default stacks them as torch's DataLoader does.

@@ -188,6 +188,7 @@ def main() -> None:
         build(Path(folder))
         alone = [sys.executable, __file__, "--pull", folder, "3" if options.quick else "6"]
         pure = json.loads(subprocess.run(alone, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        print(pure, flush=True)
         for source in SOURCES:
             figures = trained(source, Path(folder), 300 if options.quick else 1500)
             table.append({"source": source, **figures, "samples_per_second_without_training": pure[source]})
