@@ -60,15 +60,22 @@ def sst2(data_folder: Path) -> Path:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workplace(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """An empty current folder, from which modules can be imported as from a user's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    known = set(sys.modules)
+    forget_modules(tmp_path_factory.getbasetemp())
     yield tmp_path
-    for name in set(sys.modules) - known:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and Path(file).is_relative_to(tmp_path):
+    forget_modules(tmp_path)
+
+
+def forget_modules(folder: Path) -> None:
+    """Let what was imported from a folder be imported anew: each test has its own `mine.py`."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).is_relative_to(folder):
             del sys.modules[name]
 
 
@@ -165,6 +172,7 @@ def raytrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
     def call(*words: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["raytrain", *words])
+        monkeypatch.setattr(sys, "path", list(sys.path))  # the command adds the current folder
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
