@@ -210,7 +210,7 @@ def _left_by(server: "JobServer", name: str) -> "Source":
     job = server.job(name)
     if job.store and (store := Store(job.store)).complete():
         return store
-    if (Path(job.run) / "recipe.toml").is_file():
+    if Path(job.run).name == name and (Path(job.run) / "recipe.toml").is_file():  # another's would not be named so
         return Folder(Path(job.run))
     return server.folder_of(job)
 
