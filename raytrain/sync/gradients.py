@@ -1,9 +1,7 @@
 """Gradient averaging: every replica takes the step that one replica with all the examples would take."""
 
-import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -13,7 +11,7 @@ from raytrain.errors import TrainingError
 from raytrain.sync.exchange import Exchange
 from raytrain.sync.rest import Rest, persistent
 from raytrain.sync.sharded import ShardedGradients
-from raytrain.sync.synchroniser import SyncOptions, Totals
+from raytrain.sync.synchroniser import EveryStep, SyncOptions, Totals
 from raytrain.sync.transport import Pending
 
 
@@ -44,7 +42,7 @@ def gradients(exchange: Exchange, options: GradientOptions) -> "GradientAveragin
     return GradientAveraging(exchange, options.bucket_bytes)
 
 
-class GradientAveraging:
+class GradientAveraging(EveryStep):
     """Average gradients over replicas, piece by piece while the backward pass runs.
 
     The result is the exact weighted mean: sum of weight * gradient over sum of weight, so uneven shards count by what
@@ -57,8 +55,7 @@ class GradientAveraging:
     """
 
     def __init__(self, exchange: Exchange, bucket_bytes: int) -> None:
-        self.bytes_sent = 0
-        self.waited_seconds = 0.0
+        super().__init__()
         self._exchange = exchange
         self._alone = len(exchange.transport.members) == 1
         self._bucket_bytes = bucket_bytes
@@ -112,19 +109,6 @@ class GradientAveraging:
         self._put_in_place(users)
         return Totals(weight, loss, bool(stops))
 
-    def after_step(self) -> None:
-        """Do nothing: equal gradients moved equal parameters."""
-
-    def finish(self) -> None:
-        """Do nothing: nothing is under way between steps."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: no state lives from step to step."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing."""
-
     def _on_gradient(self, bucket: "_Bucket", place: int, parameter: Tensor) -> None:
         if self._armed:
             if bucket.used[place]:
@@ -149,12 +133,6 @@ class GradientAveraging:
         views = [view for bucket in self._buckets for view in bucket.views]
         for parameter, view, count in zip(parameters, views, users, strict=True):
             parameter.grad = view if count else None
-
-    def _await(self, pending: Pending) -> None:
-        started = time.perf_counter()
-        pending.wait()
-        self.waited_seconds += time.perf_counter() - started
-        self.bytes_sent += pending.bytes_sent
 
 
 def cut(tensors: Iterable[Tensor], limit_bytes: int) -> list[list[Tensor]]:

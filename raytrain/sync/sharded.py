@@ -21,11 +21,11 @@ from raytrain.errors import RecipeError
 from raytrain.sync.exchange import Exchange
 from raytrain.sync.rest import Rest, persistent
 from raytrain.sync.shards import Shards, local_part
-from raytrain.sync.synchroniser import Totals
-from raytrain.sync.transport import GroupTransport, Pending
+from raytrain.sync.synchroniser import EveryStep, Totals
+from raytrain.sync.transport import GroupTransport
 
 
-class ShardedGradients:
+class ShardedGradients(EveryStep):
     """Sum gradients over replicas, each into the part of it that this replica keeps.
 
     The result is the exact weighted mean, as of `GradientAveraging`. Every micro-batch is summed at once, which sends
@@ -37,8 +37,7 @@ class ShardedGradients:
     """
 
     def __init__(self, exchange: Exchange) -> None:
-        self.bytes_sent = 0
-        self.waited_seconds = 0.0
+        super().__init__()
         self._transport = exchange.transport
         self._weight = 0.0
         self._used: set[str] = set()
@@ -118,19 +117,6 @@ class ShardedGradients:
                 part.grad = local_part(gradient).div_(weight or 1.0)
         return Totals(weight, loss, bool(stops))
 
-    def after_step(self) -> None:
-        """Do nothing: each part moved on the replica that keeps it."""
-
-    def finish(self) -> None:
-        """Do nothing: nothing is under way between steps."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: no state lives from step to step."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing."""
-
     def _watch(self, module: nn.Module, shards: Shards) -> None:
         """Note which parameters get a gradient: FSDP gives zeros to those that get none."""
         from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - slow to import
@@ -151,12 +137,6 @@ class ShardedGradients:
 
     def _on_gradient(self, name: str, _: Tensor) -> None:
         self._used.add(name)
-
-    def _await(self, pending: Pending) -> None:
-        started = time.perf_counter()
-        pending.wait()
-        self.waited_seconds += time.perf_counter() - started
-        self.bytes_sent += pending.bytes_sent
 
 
 class _Wire:

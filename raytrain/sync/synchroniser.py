@@ -1,5 +1,6 @@
 """What the training loop calls to keep replicas together."""
 
+import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -7,6 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from raytrain.recipe import Options
+from raytrain.sync.transport import Pending
 
 SYNCHRONISERS: dict[str, str] = {
     "gradients": "raytrain.sync.gradients:gradients",
@@ -89,3 +91,30 @@ class Synchroniser(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` returned."""
         ...
+
+
+class EveryStep:
+    """The part of a synchroniser that has replicas equal after every step: nothing is under way, nothing is kept."""
+
+    def __init__(self) -> None:
+        self.bytes_sent = 0
+        self.waited_seconds = 0.0
+
+    def after_step(self) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing."""
+
+    def _await(self, pending: Pending) -> None:
+        started = time.perf_counter()
+        pending.wait()
+        self.waited_seconds += time.perf_counter() - started
+        self.bytes_sent += pending.bytes_sent
