@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.job_verbs import Commands, add_verbs
+from raytrain.jobs.verbs import Commands, add_verbs
 from raytrain.kinds import Kind, Order, load_kinds
 from raytrain.names import near, resolve
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrain.adapters import merge
 from raytrain.checkpoint import CheckpointStore, Manifest, load, read_manifest, step_name
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.kinds import Result
+from raytrain.model.adapters import merge
 from raytrain.recipe import read_toml
 from raytrain.replica import Replica, load_model
 from raytrain.rundir import Failure, RunDirectory, rows

@@ -33,13 +33,13 @@ from raytrain.cluster import (
     own_cpus,
     share_cpus,
 )
+from raytrain.data.feed import Feeds, local_feed
+from raytrain.data.source import ActorSource
 from raytrain.display import Display
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
-from raytrain.feed import Feeds, local_feed
 from raytrain.finished import result_of
 from raytrain.kinds import Order, Result
 from raytrain.rundir import Failure, RunDirectory, elsewhere
-from raytrain.source import ActorSource
 from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watchdog import Watchdog
@@ -313,7 +313,7 @@ def _worker(config: dict[str, Any]) -> None:
 def _feeds(actors: int, cpus: float, lives: int) -> Feeds:
     if not actors:
         return local_feed
-    from raytrain.ingest import ray_feed  # noqa: PLC0415 - slow to import
+    from raytrain.data.ingest import ray_feed  # noqa: PLC0415 - slow to import
 
     return partial(ray_feed, actors=actors, cpus=cpus, lives=lives)
 

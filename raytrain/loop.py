@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from raytrain.data.feed import Feed
 from raytrain.errors import TrainingError
-from raytrain.feed import Feed
-from raytrain.optimizer_extras import add_noise
+from raytrain.optim.extras import add_noise
 from raytrain.replica import Progress, Replica
 from raytrain.task import Batch, Task
 from raytrain.tensors import moved, seed_step, weighed, weights_of

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raytrain.ema import Average
 from raytrain.errors import CheckpointError
-from raytrain.freezing import Half
-from raytrain.optimizers import OptimizerOptions, load_state_by_name, state_by_name
+from raytrain.model.freezing import Half
+from raytrain.optim.ema import Average
+from raytrain.optim.optimizers import OptimizerOptions, load_state_by_name, state_by_name
 from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from raytrain.data.source import Local, SourceField
 from raytrain.errors import RecipeError
 from raytrain.names import place_of
 from raytrain.recipe import Options, combined, declared_options
-from raytrain.source import Local, SourceField
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

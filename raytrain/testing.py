@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raytrain.feed import Feeds, local_feed
+from raytrain.data.feed import Feeds, local_feed
 from raytrain.replica import Replica
 from raytrain.rundir import RunDirectory
 from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Pending

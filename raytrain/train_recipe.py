@@ -7,16 +7,16 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from raytrain.adapters import ADAPTERS, AdapterOptions, options_of_adapter
-from raytrain.ema import averages
+from raytrain.data.source import SOURCES
 from raytrain.kinds import Kind
 from raytrain.loggers import LOGGERS, logger_class
 from raytrain.loop import Plan
+from raytrain.model.adapters import ADAPTERS, AdapterOptions, options_of_adapter
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
+from raytrain.optim.ema import averages
+from raytrain.optim.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
+from raytrain.optim.schedules import SCHEDULES, rate
 from raytrain.recipe import Recipe, Section, chosen, declared_options
-from raytrain.schedules import SCHEDULES, rate
-from raytrain.source import SOURCES
 from raytrain.sync.shards import check_optimizer
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
 from raytrain.task import TASKS, TaskOptions, options_of_task

@@ -10,17 +10,17 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from raytrain.adapters import adapt
-from raytrain.blocks import compile_blocks, recompute
 from raytrain.checkpoint import CheckpointStore, Manifest, load
-from raytrain.ema import average_of
+from raytrain.data.feed import Feeds, Walk, local_feed
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
-from raytrain.feed import Feeds, Walk, local_feed
-from raytrain.freezing import Half, freeze
 from raytrain.loop import Plan, train
+from raytrain.model.adapters import adapt
+from raytrain.model.blocks import compile_blocks, recompute
+from raytrain.model.freezing import Half, freeze
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, make_optimizer
+from raytrain.optim.ema import average_of
+from raytrain.optim.optimizers import OPTIMIZERS, make_optimizer
 from raytrain.replica import Progress, Replica, digest_of, load_state
 from raytrain.rundir import RunDirectory
 from raytrain.sync.exchange import ExactExchange, Exchange

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from raytrain.blocks import blocks
 from raytrain.errors import RecipeError
+from raytrain.model.blocks import blocks
 from raytrain.sync.exchange import Exchange
 from raytrain.sync.rest import Rest, persistent
 from raytrain.sync.shards import Shards, local_part

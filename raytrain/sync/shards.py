@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from raytrain.optimizers import OPTIMIZERS, is_elementwise
+from raytrain.optim.optimizers import OPTIMIZERS, is_elementwise
 from raytrain.recipe import Options
 from raytrain.sync.transport import GroupTransport
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from bench import arguments, finish
 
-from raytrain.feed import Feed, Walk, local_feed
+from raytrain.data.feed import Feed, Walk, local_feed
 from raytrain.recipe import AbsolutePath, merged
 from raytrain.task import Task
 from raytrain.tasks import corpus
@@ -165,7 +165,7 @@ def opened(settings: TrainRecipe, walk: Walk) -> AbstractContextManager[Feed]:
     """Return the feed of a recipe."""
     if settings.task.source.name == "local":
         return local_feed(task_of(settings), settings.task, walk)
-    from raytrain.ingest import ray_feed
+    from raytrain.data.ingest import ray_feed
 
     return partial(ray_feed, actors=1, cpus=1, lives=0)(task_of(settings), settings.task, walk)
 

@@ -28,9 +28,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from raytrain.launch import WORKER_ENVIRONMENT
+from raytrain.optim.schedules import cosine, rate
 from raytrain.replica import Replica
 from raytrain.rundir import rows
-from raytrain.schedules import cosine, rate
 from raytrain.task import Task
 from raytrain.tasks.text import TextOptions, text
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from raytrain.adapters import ADAPTERS, AdapterOptions, adapt, merge, options_of_adapter
 from raytrain.checkpoint import listed, load
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.finished import evaluate_run
+from raytrain.model.adapters import ADAPTERS, AdapterOptions, adapt, merge, options_of_adapter
 from raytrain.names import resolve
 from raytrain.recipe import Options
 from raytrain.rundir import RunDirectory

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from raytrain.ema import averages
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, make_optimizer, options_of_optimizer
+from raytrain.optim.ema import averages
+from raytrain.optim.optimizers import OPTIMIZERS, make_optimizer, options_of_optimizer
 
 Array = NDArray[np.float64]
 Recursion = Callable[[Array], Iterator[Array]]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raytrain.checkpoint import CheckpointStore, load
-from raytrain.ema import average_of
 from raytrain.names import resolve
-from raytrain.optimizers import (
+from raytrain.optim.ema import average_of
+from raytrain.optim.optimizers import (
     ONE_RATE,
     OPTIMIZERS,
     WHOLE,

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from raytrain.checkpoint import listed, load
+from raytrain.data.feed import Batches, Feed, Generated, Walk, local_feed
 from raytrain.errors import TrainingError
-from raytrain.feed import Batches, Feed, Generated, Walk, local_feed
 from raytrain.kinds import Order
 from raytrain.recipe import merged
 from raytrain.rundir import rows
@@ -119,7 +119,7 @@ def walk(steps: int, first: int = 0, stride: int = 8) -> Walk:
 
 
 def opened(settings: TrainRecipe, way: Walk, actors: int = 2, lives: int = 1) -> Any:
-    from raytrain.ingest import ray_feed
+    from raytrain.data.ingest import ray_feed
 
     return ray_feed(task_of(settings), settings.task, way, actors=actors, cpus=0.5, lives=lives)
 
@@ -255,7 +255,7 @@ def test_actors_that_die_too_often_end_the_run(mine: Path) -> None:
 
 
 def test_an_error_of_a_generator_ends_the_run_with_its_trace(mine: Path) -> None:
-    from raytrain.ingest import ray_feed
+    from raytrain.data.ingest import ray_feed
 
     feeds = partial(ray_feed, actors=1, cpus=0.5, lives=1)
     failure = train_here(recipe(task__source="mine:fail_at_five"), mine / "run", feeds).failure()

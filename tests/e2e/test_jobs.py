@@ -49,7 +49,7 @@ def fail(replica):
         raise ValueError("boom")
 """
 # A command that does not wait long for a server that is gone.
-IMPATIENT = "import raytrain.jobs as jobs; jobs.RECONNECT_SECONDS = 3; from raytrain.command import main; main()"
+IMPATIENT = "import raytrain.jobs.client as jobs; jobs.RECONNECT_SECONDS = 3; from raytrain.command import main; main()"
 
 
 @dataclass(frozen=True)
@@ -491,7 +491,7 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
 
 
 def test_a_job_takes_along_what_git_would(workplace: Path) -> None:
-    from raytrain.jobs import left_out, taken_along
+    from raytrain.jobs.client import left_out, taken_along
 
     files = ["mine.py", "data/a.txt", "data/big.bin", "deep/runs/x", "runs/y", ".git/z", ".venv/z", "a/__pycache__/z"]
     for name in files:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raytrain import blocks as tested
-from raytrain.blocks import blocks, compile_blocks, recompute
 from raytrain.errors import RecipeError
+from raytrain.model import blocks as tested
+from raytrain.model.blocks import blocks, compile_blocks, recompute
 
 CPU = torch.device("cpu")
 # Dynamo looks at the gradient of every tensor, and silences the warning itself unless it is an error.

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from raytrain.checkpoint import listed, load
-from raytrain.ema import Ema
 from raytrain.errors import RecipeError
 from raytrain.finished import evaluate_run, result_of
+from raytrain.optim.ema import Ema
 from raytrain.rundir import RunDirectory
 from raytrain.testing import train_here, train_with_threads
 from raytrain.train_recipe import TrainRecipe

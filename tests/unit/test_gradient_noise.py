@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from raytrain.data.feed import Indexed
 from raytrain.evaluation import evaluate
-from raytrain.feed import Indexed
 from raytrain.loop import train
-from raytrain.optimizer_extras import add_noise
+from raytrain.optim.extras import add_noise
 from raytrain.rundir import rows
 from raytrain.sync.exchange import ExactExchange
 from raytrain.testing import ThreadGroup, ThreadTransport, tiny, train_here

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain import job_entry
 from raytrain.cluster import fingerprint
 from raytrain.errors import RecipeError
-from raytrain.job import Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
-from raytrain.storage import LIST, list_files, parse
+from raytrain.jobs import entry as job_entry
+from raytrain.jobs.job import Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
+from raytrain.jobs.storage import LIST, list_files, parse
 
 
 def ended(status: str, exit_code: int | None = None, message: str = "") -> Job:
@@ -38,7 +38,7 @@ def test_what_goes_wrong_is_explained() -> None:
     assert trouble(ended("STOPPED")) == "stopped"
     assert trouble(ended("FAILED", 1, "Job entrypoint command failed")) == "failed with exit status 1"
     assert trouble(ended("FAILED", None, "runtime_env setup failed")) == "failed: runtime_env setup failed"
-    for message in ("python: No module named raytrain.job_entry", "ModuleNotFoundError: No module named 'raytrain')"):
+    for message in ("python: No module named raytrain.jobs.entry", "ModuleNotFoundError: No module named 'raytrain')"):
         assert "the cluster has no raytrain, or an older one" in trouble(ended("FAILED", 1, message))
         assert not ended("FAILED", 1, message).began
     assert "no `python` on its PATH" in trouble(ended("FAILED", 127))

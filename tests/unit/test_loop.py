@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from raytrain.data.feed import Indexed
+from raytrain.data.sampler import Sampler
 from raytrain.errors import TrainingError
 from raytrain.evaluation import evaluate
-from raytrain.feed import Indexed
 from raytrain.loop import Plan, due, status, train
+from raytrain.optim.schedules import linear, rate
 from raytrain.replica import Progress, Replica
-from raytrain.sampler import Sampler
-from raytrain.schedules import linear, rate
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task

@@ -8,8 +8,8 @@ from torch import nn
 
 from raytrain.errors import RecipeError
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, make_optimizer
-from raytrain.parameter_groups import outer_parameters
+from raytrain.optim.groups import outer_parameters
+from raytrain.optim.optimizers import OPTIMIZERS, make_optimizer
 from raytrain.recipe import parse_overrides
 from raytrain.train_recipe import TrainRecipe
 

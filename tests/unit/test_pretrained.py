@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytrain.adapters import ADAPTERS, adapt, options_of_adapter
-from raytrain.blocks import recompute
 from raytrain.errors import RecipeError
+from raytrain.model.adapters import ADAPTERS, adapt, options_of_adapter
+from raytrain.model.blocks import recompute
 from raytrain.names import resolve
 from raytrain.tasks.batches import scored, token_losses
 from raytrain.tasks.pretrained import Pretrained, PretrainedOptions

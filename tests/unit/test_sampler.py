@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.sampler import Sampler
+from raytrain.data.sampler import Sampler
 
 sizes = st.integers(1, 400)
 seeds = st.integers(-(2**70), 2**70)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain.names import resolve
-from raytrain.schedules import SCHEDULES, rate
+from raytrain.optim.schedules import SCHEDULES, rate
 
 shapes = st.sampled_from(sorted(SCHEDULES))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.names import resolve
-from raytrain.optimizers import OPTIMIZERS, is_elementwise, make_optimizer, options_of_optimizer
+from raytrain.optim.optimizers import OPTIMIZERS, is_elementwise, make_optimizer, options_of_optimizer
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from raytrain.data.source import Generators, Local, RayData
 from raytrain.errors import RecipeError
-from raytrain.source import Generators, Local, RayData
 from raytrain.train_recipe import TrainRecipe
 
 MINE = """

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.storage import (
+from raytrain.jobs.storage import (
     LIST,
     Folder,
     Listing,

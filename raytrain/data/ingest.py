@@ -24,12 +24,12 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raytrain.data.feed import Batches, Feed, Generated, Indexed, Walk, indexed
+from raytrain.data.source import Generators, RayData
+from raytrain.data.wire import decode, encode
 from raytrain.errors import TrainingError
-from raytrain.feed import Batches, Feed, Generated, Indexed, Walk, indexed
 from raytrain.names import resolve
-from raytrain.source import Generators, RayData
 from raytrain.task import TASKS, Task, TaskOptions, make_task, options_of_task
-from raytrain.wire import decode, encode
 
 MOST_STEPS = 64  # that are sent together; more would spare nothing
 SEND_SECONDS = 0.05

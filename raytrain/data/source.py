@@ -13,8 +13,8 @@ from raytrain.errors import RecipeError
 from raytrain.recipe import Options, chosen, combined, declared_options
 
 SOURCES: dict[str, str] = {
-    "local": "raytrain.source:Local",
-    "ray": "raytrain.source:RayData",
+    "local": "raytrain.data.source:Local",
+    "ray": "raytrain.data.source:RayData",
 }
 
 

@@ -1,4 +1,4 @@
-"""What a Ray job runs: ``python -m raytrain.job_entry run|list``, in words that `jobs.py` writes."""
+"""What a Ray job runs: ``python -m raytrain.jobs.entry run|list``, in words that `client.py` writes."""
 
 import argparse
 import os
@@ -12,15 +12,15 @@ import raytrain
 from raytrain.cluster import fingerprint
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.files import write_whole
-from raytrain.job import SERVED
-from raytrain.storage import LIST, Store, dump, list_files
+from raytrain.jobs.job import SERVED
+from raytrain.jobs.storage import LIST, Store, dump, list_files
 
 JOB_LOG = "job-driver-"
 
 
 def main() -> None:
     """Run or list, and exit as the command `raytrain` does."""
-    parser = argparse.ArgumentParser(prog="raytrain.job_entry")
+    parser = argparse.ArgumentParser(prog="raytrain.jobs.entry")
     verbs = parser.add_subparsers(dest="verb", required=True)
     run_parser = verbs.add_parser("run", help="run the command in the run's folder, and store what it left there")
     run_parser.add_argument("--out", required=True, help="the run's folder")

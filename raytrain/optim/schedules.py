@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable
 
 SCHEDULES: dict[str, str] = {
-    "constant": "raytrain.schedules:constant",
-    "linear": "raytrain.schedules:linear",
-    "cosine": "raytrain.schedules:cosine",
-    "wsd": "raytrain.schedules:wsd",
+    "constant": "raytrain.optim.schedules:constant",
+    "linear": "raytrain.optim.schedules:linear",
+    "cosine": "raytrain.optim.schedules:cosine",
+    "wsd": "raytrain.optim.schedules:wsd",
 }
 
 Shape = Callable[[float, float], float]

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raytrain.blocks import blocks
 from raytrain.errors import RecipeError
+from raytrain.model.blocks import blocks
 from raytrain.names import near
 
 

@@ -12,12 +12,12 @@ import torch
 from pydantic import create_model, model_validator
 from torch import nn
 
-from raytrain.blocks import blocks
 from raytrain.errors import RecipeError
+from raytrain.model.blocks import blocks
 from raytrain.recipe import Options
 
 ADAPTERS: dict[str, str] = {
-    "none": "raytrain.adapters:none",
+    "none": "raytrain.model.adapters:none",
     "lora": "peft:LoraConfig",
     "randlora": "peft:RandLoraConfig",
     "loha": "peft:LoHaConfig",

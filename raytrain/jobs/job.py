@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raytrain.errors import RecipeError
+from raytrain.jobs.storage import check_storage
 from raytrain.recipe import dotted_fields
-from raytrain.storage import check_storage
 
 INTERRUPTED = 130
 NO_PROGRAM = 127  # as a shell tells

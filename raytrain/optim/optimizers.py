@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytrain.errors import RecipeError
-from raytrain.parameter_groups import GroupRule, parameter_groups
+from raytrain.optim.groups import GroupRule, parameter_groups
 from raytrain.recipe import Options
 
 OPTIMIZERS: dict[str, str] = {
@@ -20,20 +20,20 @@ OPTIMIZERS: dict[str, str] = {
     "adam": "torch.optim:Adam",
     "adamw": "torch.optim:AdamW",
     "nadam": "torch.optim:NAdam",
-    "nadamw": "raytrain.optimizer_extras:NAdamW",
+    "nadamw": "raytrain.optim.extras:NAdamW",
     "radam": "torch.optim:RAdam",
     "adagrad": "torch.optim:Adagrad",
     "rmsprop": "torch.optim:RMSprop",
     "adabelief": "pytorch_optimizer:AdaBelief",
     "adan": "pytorch_optimizer:Adan",
-    "lamb": "raytrain.optimizer_extras:Lamb",
+    "lamb": "raytrain.optim.extras:Lamb",
     "lion": "pytorch_optimizer:Lion",
     "prodigy": "pytorch_optimizer:Prodigy",
     "schedulefree": "pytorch_optimizer:ScheduleFreeAdamW",
-    "sgdsai": "raytrain.optimizer_extras:SGDSaI",
-    "muon": "raytrain.matrix_optimizers:Muon",
-    "galore": "raytrain.matrix_optimizers:GaLore",
-    "fira": "raytrain.matrix_optimizers:Fira",
+    "sgdsai": "raytrain.optim.extras:SGDSaI",
+    "muon": "raytrain.optim.matrices:Muon",
+    "galore": "raytrain.optim.matrices:GaLore",
+    "fira": "raytrain.optim.matrices:Fira",
 }
 
 WHOLE = frozenset({"lamb", "prodigy", "sgdsai", "muon", "galore", "fira"})

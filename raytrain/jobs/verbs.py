@@ -15,14 +15,14 @@ import typer
 from rich.console import Console
 
 from raytrain.errors import RecipeError
-from raytrain.job import INTERRUPTED, Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
+from raytrain.jobs.job import INTERRUPTED, Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
 from raytrain.kinds import load_kinds
 from raytrain.names import near
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
 
 if TYPE_CHECKING:
-    from raytrain.jobs import JobServer
-    from raytrain.storage import Source
+    from raytrain.jobs.client import JobServer
+    from raytrain.jobs.storage import Source
 
 Address = Annotated[
     str | None,
@@ -179,7 +179,7 @@ def fetch(
 
     JOB is the name of a job, or the folder or the URL where its run was left.
     """
-    from raytrain import storage  # noqa: PLC0415 - slow to import
+    from raytrain.jobs import storage  # noqa: PLC0415 - slow to import
 
     name = job.rstrip("/").rpartition("/")[2]
     target = folder or Path("runs") / name
@@ -193,7 +193,7 @@ def fetch(
 
 def _stored(place_of_run: str) -> "Source":
     """Return where to read a run from, by the folder or URL where it was left."""
-    from raytrain.storage import Folder, Store, check_storage  # noqa: PLC0415 - slow to import
+    from raytrain.jobs.storage import Folder, Store, check_storage  # noqa: PLC0415 - slow to import
 
     where = check_storage(place_of_run if "://" in place_of_run else str(Path(place_of_run).absolute()))
     if not where.startswith("/"):
@@ -205,7 +205,7 @@ def _stored(place_of_run: str) -> "Source":
 
 def _left_by(server: "JobServer", name: str) -> "Source":
     """Return where to read a job's run from: a store, a folder that this machine shares, or the cluster."""
-    from raytrain.storage import Folder, Store  # noqa: PLC0415 - slow to import
+    from raytrain.jobs.storage import Folder, Store  # noqa: PLC0415 - slow to import
 
     job = server.job(name)
     if job.store and (store := Store(job.store)).complete():
@@ -222,7 +222,7 @@ def checked(commands: Commands, words: list[str]) -> Request:
         RecipeError: they are wrong, or of no use in a job, which takes the current folder along.
         click.UsageError: they are not what the verb takes.
     """
-    from raytrain import jobs  # noqa: PLC0415 - slow to import
+    from raytrain.jobs import client as jobs  # noqa: PLC0415 - slow to import
 
     kinds = load_kinds()
     verb, *rest = words
@@ -320,14 +320,14 @@ def _asked_to_stop() -> bool:
 
 def _line(server: "JobServer", verb: str, job: str) -> str:
     """Return a command line that the user can repeat."""
-    from raytrain.jobs import address_of  # noqa: PLC0415 - slow to import
+    from raytrain.jobs.client import address_of  # noqa: PLC0415 - slow to import
 
     address = [] if server.address == address_of(None) else ["--address", server.address]
     return shlex.join(["raytrain", *verb.split(), job, *address])
 
 
 def _server(address: str | None) -> "JobServer":
-    from raytrain.jobs import JobServer, address_of  # noqa: PLC0415 - slow to import
+    from raytrain.jobs.client import JobServer, address_of  # noqa: PLC0415 - slow to import
 
     return JobServer(address_of(address))
 

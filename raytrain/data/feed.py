@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from raytrain.data.sampler import Sampler
+from raytrain.data.source import Generators, Local
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.recipe import Options
-from raytrain.sampler import Sampler
-from raytrain.source import Generators, Local
 from raytrain.task import Batch, Examples, Task, TaskOptions
 from raytrain.tensors import seed_step
 

@@ -1,4 +1,4 @@
-"""Submits, follows, stops and fetches Ray jobs: beside `launch.py`, the one file of the package that knows Ray."""
+"""Submits, follows, stops and fetches Ray jobs: one of the few files that know Ray."""
 
 import asyncio
 import logging
@@ -24,8 +24,8 @@ from ray.job_submission import JobSubmissionClient
 import raytrain
 from raytrain.cluster import fingerprint
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
-from raytrain.job import SERVED, Job, Log
-from raytrain.storage import CHUNK_BYTES, LIST, Listing, parse
+from raytrain.jobs.job import SERVED, Job, Log
+from raytrain.jobs.storage import CHUNK_BYTES, LIST, Listing, parse
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -93,7 +93,7 @@ class JobServer:
         Raises:
             RecipeError: the server refuses it.
         """
-        entry = ["python", "-m", "raytrain.job_entry", "run", "--out", job.run, "--code", fingerprint()]
+        entry = ["python", "-m", "raytrain.jobs.entry", "run", "--out", job.run, "--code", fingerprint()]
         store = ["--store", job.store] if job.store else []
         environment: dict[str, Any] = {
             "working_dir": str(folder),
@@ -234,7 +234,7 @@ class ClusterFolder:
     def listing(self) -> Listing:
         """Return what there is, listed by a small job on the machine where the folder is."""
         client, name = self._server._client, f"fetch-{self._job.id}-{time.time_ns():x}"
-        words = ["python", "-m", "raytrain.job_entry", "list", "--out", self._job.run, "--job", self._job.id]
+        words = ["python", "-m", "raytrain.jobs.entry", "list", "--out", self._job.run, "--job", self._job.id]
         with self._server._explained():
             client.submit_job(
                 entrypoint=shlex.join(words),

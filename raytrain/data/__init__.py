@@ -1,0 +1,1 @@
+"""Where training examples come from, and how they reach the loop."""
