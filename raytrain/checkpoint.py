@@ -62,10 +62,16 @@ class CheckpointStore:
         self._exchange = exchange
 
     def clean(self) -> None:
-        """Remove what a killed attempt left half-written; only for those who are about to write."""
+        """Put back what a killed attempt was about to replace, and remove what it left half-written or half-removed.
+
+        This is only for those who are about to write.
+        """
         if self._exchange.transport.rank == 0:
-            for partial in self._folder.glob(".step-*.partial"):
-                shutil.rmtree(partial)
+            for replaced in self._folder.glob(".step-*.replaced"):
+                if not (place := self._folder / replaced.stem.removeprefix(".")).exists():
+                    replaced.rename(place)
+            for leftover in self._folder.glob(".step-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, state: Mapping[str, Any], progress: Mapping[str, Any]) -> Path:
         """Write a checkpoint and return its folder.
@@ -133,9 +139,10 @@ class CheckpointStore:
         try:
             write_whole(aside / MANIFEST, dumps(manifest))
             flush(aside)
-            shutil.rmtree(self._folder / name, ignore_errors=True)  # a damaged one of the same step
+            replaced = self._hidden(self._folder / name, "replaced")  # one of the same step, which may be the only one
             aside.rename(self._folder / name)
             flush(self._folder)
+            shutil.rmtree(replaced, ignore_errors=True)
             self._rotate(name, manifest["progress"]["best_step"])
         except OSError as error:
             return f"worker 0: {error}"
@@ -146,7 +153,15 @@ class CheckpointStore:
         newest = [path for path in listed(self._folder) if path.name <= name][-self._keep :]
         for path in listed(self._folder):
             if path not in newest and path.name != step_name(best_step):
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(self._hidden(path, "removed"), ignore_errors=True)
+
+    def _hidden(self, path: Path, why: str) -> Path:
+        """Rename a checkpoint's folder, if it is there, so that nobody takes what is left of it for a checkpoint."""
+        hidden = self._folder / f".{path.name}.{why}"
+        if path.exists():
+            shutil.rmtree(hidden, ignore_errors=True)
+            path.rename(hidden)
+        return hidden
 
     def _agree(self, name: str, failure: str | None) -> None:
         """Raise on every replica if the first one failed."""

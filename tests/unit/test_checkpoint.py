@@ -139,6 +139,60 @@ def test_a_half_written_one_is_none(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class KilledError(BaseException):
+    """Where a process is killed."""
+
+
+@pytest.mark.parametrize("files", ["rename", "rmtree", "unlink"])
+@pytest.mark.parametrize("survived", [0, 1, 2])
+def test_a_kill_while_a_step_is_saved_again_loses_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: str, survived: int
+) -> None:
+    first = store(tmp_path, keep=1).save({"w": torch.zeros(5)}, progress(1))
+    calls = []
+
+    def killed(real: Any) -> Any:
+        def call(*given: Any, **more: Any) -> Any:
+            calls.append(given)
+            if len(calls) > survived:
+                raise KilledError
+            return real(*given, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        where: Any = shutil if files == "rmtree" else Path
+        patch.setattr(where, files, killed(getattr(where, files)))
+        try:
+            store(tmp_path, keep=1).save({"w": torch.ones(5)}, progress(1))
+        except KilledError:
+            pass
+        else:
+            assert len(calls) <= survived
+    store(tmp_path).clean()
+    assert store(tmp_path).newest() == read_manifest(first)
+    assert set(load(first, 0)["w"].tolist()) in ({0.0}, {1.0})
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(tmp_path, keep=1).save({"w": torch.ones(5)}, progress(1))
+
+    def killed(path: Path, **_: Any) -> None:
+        if path.name.endswith(".removed") and path.exists():
+            (path / MANIFEST).unlink()
+            raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(shutil, "rmtree", killed)
+        store(tmp_path, keep=1).save({"w": torch.ones(5)}, progress(2))
+    assert names(tmp_path) == ["step-00000002"]
+    store(tmp_path).clean()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
 def test_if_one_replica_cannot_write_none_has_a_checkpoint(tmp_path: Path) -> None:
     blocked = tmp_path / "blocked"
     blocked.mkdir()
