@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` beside `path`, flush it to the disk and rename it into place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # workers on two machines may have one number
     try:
         with aside.open("wb") as file:
             file.write(data)

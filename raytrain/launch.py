@@ -39,7 +39,7 @@ from raytrain.display import Display
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.finished import result_of
 from raytrain.kinds import Order, Result
-from raytrain.rundir import Failure, RunDirectory, elsewhere
+from raytrain.rundir import Failure, RunDirectory, Trace, elsewhere
 from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watchdog import Watchdog
@@ -88,14 +88,11 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
                 display.say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
             share = _share(machines, recipe)
             _say_room(recipe, share, display)
+            before = run_directory.trace()
             run_directory.begin(recipe.to_toml())
             fit = _Fit(_trainer(recipe, run_directory, share, TorchTrainer if order.address else _OwnClusterTrainer))
             ended = display.follow(fit.ended)
-        failure = run_directory.failure() or (Failure(_summary(fit.error)) if ended and fit.error else None)
-        if not run_directory.recipe.is_file():
-            raise TrainingError(f"{run_directory.path} was removed or emptied while the run went on")
-        if failure and failure.exit_status == RecipeError.exit_status:
-            raise RecipeError(failure.message)
+        failure = _failure(run_directory, before, fit.error if ended else None)
         result = result_of(recipe, run_directory, failure)
         try:
             run_directory.write_result(result)
@@ -106,6 +103,28 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
         kept = f"the last complete checkpoint is {result.checkpoint}" if result.checkpoint else "there is no checkpoint"
         raise TrainingError(f"{failure.trace}{failure.message}\n{kept}")
     return result
+
+
+def _failure(run_directory: RunDirectory, before: Trace, error: Exception | None) -> Failure | None:
+    """Return what failed, if anything did.
+
+    Args:
+        run_directory: the run's.
+        before: what was there when it began.
+        error: of Ray Train.
+
+    Raises:
+        RecipeError: it failed before there was any training.
+        TrainingError: the folder is gone; or the run that was to be resumed is as it was, and so is its result.
+    """
+    if not run_directory.recipe.is_file():
+        raise TrainingError(f"{run_directory.path} was removed or emptied while the run went on")
+    failure, after = run_directory.failure() or (Failure(_summary(error)) if error else None), run_directory.trace()
+    if failure and failure.exit_status == RecipeError.exit_status and not after.trained(before):
+        raise RecipeError(failure.message)
+    if failure and before.checkpoints and after == before:
+        raise TrainingError(failure.trace + failure.message)
+    return failure
 
 
 def _summary(error: Exception) -> str:
@@ -294,7 +313,8 @@ def _worker(config: dict[str, Any]) -> None:
         timeout_seconds = recipe.sync.timeout_seconds
         transport = GroupTransport(device, timeout_seconds) if members > 1 else LocalTransport(device)
     except RaytrainError as error:
-        run_directory.record_failure(error, rank)
+        if not run_directory.record_failure(error, rank):
+            raise
         return
     seen = run_directory.path if run_directory.path.is_dir() else Path(tempfile.gettempdir())
     with Watchdog(hang_file(seen, rank), timeout_seconds, lambda: transport.waiting) as watchdog:

@@ -39,6 +39,25 @@ class Failure:
     host: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What training leaves in a run's folder.
+
+    Attributes:
+        attempts: how often workers found that the recipe fits and began.
+        restarts: how often they had to be started again.
+        checkpoints: their names.
+    """
+
+    attempts: int
+    restarts: int
+    checkpoints: frozenset[str]
+
+    def trained(self, before: "Trace") -> bool:
+        """Return whether there was training since `before`."""
+        return self.restarts > before.restarts or self.checkpoints != before.checkpoints
+
+
 class RunDirectory:
     """The files of a run.
 
@@ -80,7 +99,7 @@ class RunDirectory:
             try:
                 yield
             except (RecipeError, KeyboardInterrupt):
-                if not resume and not rows(self.metrics):
+                if not resume and not rows(self.metrics) and not self.trace().checkpoints:
                     self._clear(made)
                 raise
 
@@ -95,7 +114,7 @@ class RunDirectory:
         """
         with self._writing():
             self.checkpoints.mkdir(exist_ok=True)
-            for leftover in (self._failure, self._stop, self.result):
+            for leftover in (self._failure, self._stop):
                 leftover.unlink(missing_ok=True)
             if not self.recipe.is_file():
                 self.write_recipe(recipe)
@@ -104,6 +123,23 @@ class RunDirectory:
     def write_recipe(self, recipe: str) -> None:
         """Write `recipe.toml`, headed by the versions that run it."""
         write_whole(self.recipe, f"# {versions()}\n{recipe}".encode())
+
+    def announce(self, recipe: str, step: int, workers: list[dict[str, Any]]) -> None:
+        """Note who trains from which step, by a recipe that fits the run: what there was of another can go.
+
+        Args:
+            recipe: TOML.
+            step: where they begin.
+            workers: what there is to say of each.
+        """
+        self.write_recipe(recipe)
+        self.result.unlink(missing_ok=True)
+        self.append(self.attempts, {"time": time.time(), "from_step": step, "workers": workers})
+
+    def trace(self) -> "Trace":
+        """Return what tells whether there was training."""
+        checkpoints = [path.name for path in self.checkpoints.glob("step-*")]
+        return Trace(len(rows(self.attempts)), len(rows(self.restarts)), frozenset(checkpoints))
 
     def _check(self, resume: bool) -> None:
         if resume and not self.recipe.is_file():
@@ -168,13 +204,16 @@ class RunDirectory:
         """Return whether they were asked to."""
         return self._stop.exists()
 
-    def record_failure(self, error: BaseException, worker: int) -> None:
+    def record_failure(self, error: BaseException, worker: int) -> bool:
         """Leave word of why the run ends here, for the other workers and for the command; the first word stays.
 
-        On a full disk there is room for it, because some was kept. A worker that does not see the folder says nothing.
+        On a full disk there is room for it, because some was kept.
+
+        Returns:
+            Whether there is word; a machine that does not see the folder cannot leave any.
         """
         if not self.path.is_dir():
-            return
+            return False
         self._reserve.unlink(missing_ok=True)
         host = socket.gethostname()
         if isinstance(error, RaytrainError):
@@ -184,6 +223,7 @@ class RunDirectory:
             failure = Failure(f"worker {worker}: {type(error).__name__}: {error}", trace=lines, host=host)
         if not self._failure.exists():
             write_whole(self._failure, json.dumps(asdict(failure)).encode())
+        return True
 
     def failure(self, wait_seconds: float = 0.0) -> Failure | None:
         """Return what `record_failure` left, waiting for it a little; it says where, unless on this machine."""

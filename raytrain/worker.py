@@ -31,9 +31,14 @@ from raytrain.task import TASKS, Task, make_task
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch
 
-LOCK_WAIT_SECONDS = 30.0
+LOCK_WAIT_SECONDS = 120.0  # NFS keeps the locks of a machine that died for the 90 s of its lease
 SHARED_WAIT_SECONDS = 10.0
 FAILURE_WAIT_SECONDS = 2.0
+
+
+class NotSharedError(RecipeError):
+    """A worker does not see the run's folder: all workers know, and the first one leaves word of it."""
+
 
 Last = tuple[Path, Mapping[str, float]] | None
 """The newest checkpoint that was written, and its metrics."""
@@ -49,7 +54,8 @@ def work(
     """Train as one of the workers, from the newest complete checkpoint of the run if there is one.
 
     An error that starting again would only repeat is left in the run's folder, and the function returns: whoever
-    started the workers looks there. So do workers that lost a peer, who would otherwise wait for it.
+    started the workers looks there. So do workers that lost a peer, who would otherwise wait for it. A worker that
+    cannot see the folder raises its error.
 
     Args:
         recipe: what to train.
@@ -74,7 +80,8 @@ def work(
         if run.failure(FAILURE_WAIT_SECONDS) is None:
             raise
     except (Exception, SystemExit) as error:  # the user's code or ours: it would happen again
-        run.record_failure(error, transport.rank)
+        if not run.record_failure(error, transport.rank) and not isinstance(error, NotSharedError):
+            raise
     finally:
         transport.close()
     return None
@@ -184,7 +191,7 @@ def _check_shared(run: RunDirectory, exchange: Exchange) -> None:
     """Check that all workers see the run's folder, which on several machines takes a shared file system.
 
     Raises:
-        RecipeError: one of them does not.
+        NotSharedError: one of them does not.
     """
     rank = exchange.transport.rank
     token = run.path / f".token-{uuid.uuid4().hex}"
@@ -202,7 +209,7 @@ def _check_shared(run: RunDirectory, exchange: Exchange) -> None:
     if rank == 0:
         token.unlink()
     if blind:
-        raise RecipeError(
+        raise NotSharedError(
             f"--out: {run.path} is not the same folder on {', '.join(blind)} as for worker 0; on more than one machine "
             "it must be on a file system that they share (for a job, name one with raytrain submit --storage)"
         )
@@ -213,5 +220,4 @@ def _announce(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, step: 
     mine = {"pid": os.getpid(), "host": socket.gethostname()}
     workers = [json.loads(answer) for answer in exchange.gather(json.dumps(mine).encode())]
     if exchange.transport.rank == 0:
-        run.write_recipe(recipe.to_toml())
-        run.append(run.attempts, {"time": time.time(), "from_step": step, "workers": workers})
+        run.announce(recipe.to_toml(), step, workers)

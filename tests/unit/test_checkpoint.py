@@ -185,9 +185,10 @@ def test_a_kill_while_an_old_one_is_removed_leaves_no_part_of_it(
             (path / MANIFEST).unlink()
             raise KilledError
 
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
-        store(tmp_path, keep=1).save({"w": torch.ones(5)}, progress(2))
+        with pytest.raises(KilledError):
+            store(tmp_path, keep=1).save({"w": torch.ones(5)}, progress(2))
     assert names(tmp_path) == ["step-00000002"]
     store(tmp_path).clean()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

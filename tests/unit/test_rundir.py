@@ -60,6 +60,35 @@ def test_a_run_that_took_a_step_stays(run: RunDirectory, tmp_path: Path, resume:
     assert run.recipe.is_file()
 
 
+def test_a_new_run_with_a_checkpoint_stays_even_if_nothing_was_logged(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+
+    def refused() -> None:
+        with run.opened(resume=False):
+            run.begin("")
+            before = run.trace()
+            (run.checkpoints / "step-00000004").mkdir()
+            assert run.trace().trained(before)
+            raise RecipeError("too late")
+
+    with pytest.raises(RecipeError, match="too late"):
+        refused()
+    assert (run.checkpoints / "step-00000004").is_dir()
+
+
+def test_workers_that_had_to_be_started_again_have_trained(run: RunDirectory) -> None:
+    before = run.trace()
+    run.announce("x = 1\n", 0, [])
+    assert not run.trace().trained(before)
+    run.append(run.restarts, {"workers": {}})
+    assert run.trace().trained(before)
+
+
+def test_a_machine_without_the_folder_cannot_leave_word(tmp_path: Path) -> None:
+    assert not RunDirectory(tmp_path / "not mounted here").record_failure(ValueError("x"), 0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_in_use_is_left_as_it_is(run: RunDirectory) -> None:
     run.write_result(Result("done"))
     run.request_stop()
@@ -91,7 +120,10 @@ def test_what_an_earlier_attempt_asked_for_is_forgotten(run: RunDirectory) -> No
     opened(run, "", resume=True)
     assert not run.stop_requested()
     assert run.failure() is None
+    assert run.result.is_file()  # until the checkpoint is known to fit
+    run.announce("x = 2\n", 4, [{"pid": 1}])
     assert not run.result.exists()
+    assert [row["from_step"] for row in rows(run.attempts)] == [4]
 
 
 def hold(path: Path, seconds: float) -> None:

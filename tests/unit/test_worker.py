@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from raytrain import worker
+from raytrain.errors import RecipeError
 from raytrain.rundir import RunDirectory
+from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import work
@@ -31,3 +33,10 @@ def test_all_workers_must_see_the_runs_folder(tmp_path: Path, monkeypatch: pytes
         "on a file system that they share (for a job, name one with raytrain submit --storage)"
     )
     assert not (tmp_path / "not mounted here").exists()
+
+
+def test_a_worker_that_cannot_leave_word_raises_its_error(tmp_path: Path) -> None:
+    recipe = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny"})
+    nowhere = RunDirectory(tmp_path / "not mounted here")
+    with pytest.raises(RecipeError, match="^--out: cannot write to .*not mounted here: No such file or directory$"):
+        work(recipe, nowhere, LocalTransport(), beat=lambda: None)
