@@ -100,7 +100,11 @@ Node = tuple[Mapping[str, float], Mapping[str, str]]
 
 
 def machines_for(
-    nodes: Sequence[Node], workers: int, each: Mapping[str, float], labels: Mapping[str, str]
+    nodes: Sequence[Node],
+    workers: int,
+    each: Mapping[str, float],
+    labels: Mapping[str, str],
+    placement: str = "PACK",
 ) -> list[Machine]:
     """Return the machines that workers can be placed on.
 
@@ -109,6 +113,7 @@ def machines_for(
         workers: how many workers there are to place.
         each: what a worker takes beside processors, by the cluster's names.
         labels: what the labels of a machine must be: "value", "!value", "in(one, other)" or "!in(one, other)".
+        placement: "STRICT_SPREAD": one worker on each; "STRICT_PACK": all on one, which is the one returned.
 
     Raises:
         RecipeError: there are too few, and the workers would wait for ever.
@@ -129,7 +134,28 @@ def machines_for(
             f"workers: {workers} workers of {', '.join(f'{each[name]:g} {name}' for name in each)} each do not fit on "
             f"{len(fit)} machine(s); set workers={max(1, sum(int(machine.places) for machine in machines))}"
         )
-    return machines
+    return _strict(machines, workers, placement)
+
+
+def _strict(machines: Sequence[Machine], workers: int, placement: str) -> list[Machine]:
+    """Return the machines as a strict placement sees them."""
+    if placement == "STRICT_SPREAD":
+        if len(machines) < workers:
+            raise RecipeError(
+                f"resources.placement: STRICT_SPREAD takes a machine for each of {workers} workers, and there are "
+                f"{len(machines)} that have what a worker takes; set resources.placement=SPREAD, or workers to fewer"
+            )
+        return [Machine(machine, min(machine.places, 1)) for machine in machines]
+    if placement == "STRICT_PACK":
+        roomy = [machine for machine in machines if machine.places >= workers]
+        if not roomy:
+            raise RecipeError(
+                f"resources.placement: STRICT_PACK takes one machine for {workers} workers, and the largest has room "
+                f"for {max(int(machine.places) for machine in machines)}; set resources.placement=PACK, or workers to "
+                "fewer"
+            )
+        return [max(roomy)]
+    return list(machines)
 
 
 def _places(resources: Mapping[str, float], each: Mapping[str, float]) -> float:

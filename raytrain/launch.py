@@ -205,12 +205,14 @@ def machines_here(recipe: TrainRecipe) -> list[Machine]:
         RecipeError: it has not what a worker takes.
     """
     here: Node = ({"CPU": own_cpus()}, {})
-    return machines_for([here], recipe.workers, recipe.resources.custom, recipe.resources.labels)
+    resources = recipe.resources
+    return machines_for([here], recipe.workers, resources.custom, resources.labels, resources.placement)
 
 
 def _machines(recipe: TrainRecipe) -> list[Machine]:
     nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
-    return machines_for(nodes, recipe.workers, _beside_cpus(recipe), recipe.resources.labels)
+    resources = recipe.resources
+    return machines_for(nodes, recipe.workers, _beside_cpus(recipe), resources.labels, resources.placement)
 
 
 def _beside_cpus(recipe: TrainRecipe) -> dict[str, float]:
@@ -234,9 +236,11 @@ def _share(machines: list[Machine], recipe: TrainRecipe) -> Share:
 def _say_room(recipe: TrainRecipe, share: Share, display: Display) -> None:
     """Say what the workers get, and whether they have to wait for it."""
     display.say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
-    free, wanted = ray.available_resources().get("CPU", 0.0), recipe.workers * share.total
-    if wanted > free:
-        display.say(f"the cluster is busy: waiting for {wanted:g} CPUs, of which {free:g} are free")
+    there = ray.available_resources()
+    for name, amount in {"CPU": share.total, **_beside_cpus(recipe)}.items():
+        free, wanted = there.get(name, 0.0), recipe.workers * amount
+        if wanted > free:
+            display.say(f"the cluster is busy: waiting for {wanted:g} {name}, of which {free:g} is free")
 
 
 def _actors(workers: int, share: Share) -> str:

@@ -75,9 +75,10 @@ def _inputs(recipe: TrainRecipe, task: Task, source: Path) -> Examples:
 
 def _lines(recipe: TrainRecipe, cpus: float, count: int, model: tuple[Path, dict[str, Any], Path]) -> Iterator[str]:
     """Yield what is predicted, in order, as JSON."""
-    batch, gpus = recipe.evaluation.batch, recipe.resources.gpus
+    batch, resources = recipe.evaluation.batch, recipe.resources
     workers = min(recipe.workers, math.ceil(count / batch))
-    kind = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Predictor)
+    where = {"resources": resources.custom, "label_selector": resources.labels or None}
+    kind = ray.remote(num_cpus=cpus, num_gpus=resources.gpus, **where)(_Predictor)
     pool = ActorPool([kind.remote(*model, max(1, int(cpus)), os.getcwd()) for _ in range(workers)])
     ranges = [(start, min(start + batch, count)) for start in range(0, count, batch)]
     try:

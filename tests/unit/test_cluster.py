@@ -84,6 +84,43 @@ def test_the_advice_works(machine: int, workers: int) -> None:
         assert cpus_per_worker([machine], fewer, 0) >= 1
 
 
+@given(st.lists(st.integers(0, 8).map(float), min_size=1, max_size=5), st.integers(1, 6))
+def test_strict_placements_get_no_more_than_ray_can_place(cpus: list[float], workers: int) -> None:
+    """Or Ray would wait for ever."""
+    nodes: list[Node] = [({"CPU": each}, {}) for each in cpus]
+
+    def given_cpus(placement: str) -> float:
+        try:
+            return cpus_per_worker(machines_for(nodes, workers, {}, {}, placement), workers, 0)
+        except RecipeError:
+            return 0
+
+    assert given_cpus("STRICT_SPREAD") == (sorted(cpus, reverse=True)[workers - 1] if workers <= len(cpus) else 0)
+    assert given_cpus("STRICT_PACK") == max(cpus) // workers
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (
+            "STRICT_SPREAD",
+            "resources.placement: STRICT_SPREAD takes a machine for each of 3 workers, and there are 2 that have what "
+            "a worker takes; set resources.placement=SPREAD, or workers to fewer",
+        ),
+        (
+            "STRICT_PACK",
+            "resources.placement: STRICT_PACK takes one machine for 3 workers, and the largest has room for 2; set "
+            "resources.placement=PACK, or workers to fewer",
+        ),
+    ],
+)
+def test_strict_placements_that_cannot_be_are_refused(placement: str, message: str) -> None:
+    nodes: list[Node] = [({"CPU": 8.0, "GPU": 2.0}, {}), ({"CPU": 8.0, "GPU": 1.0}, {})]
+    with pytest.raises(RecipeError) as caught:
+        machines_for(nodes, 3, {"GPU": 1.0}, {}, placement)
+    assert str(caught.value) == message
+
+
 def test_cpus_can_be_shared_by_asking_for_it() -> None:
     assert cpus_per_worker([2.0], 4, 0.5) == 0.5
     with pytest.raises(RecipeError, match="3 workers of 2 CPU each do not fit on 2 machine"):
