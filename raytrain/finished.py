@@ -1,6 +1,7 @@
 """A run that ended, or still goes on, read from what it left on the disk."""
 
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from raytrain.errors import CheckpointError, RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.kinds import Result
 from raytrain.model.adapters import merge
+from raytrain.names import place_of
 from raytrain.recipe import read_toml
 from raytrain.replica import Replica, load_model
 from raytrain.rundir import Failure, RunDirectory, rows
@@ -45,7 +47,7 @@ def result_of(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -
         status=progress["status"] if ended else "failed" if failure else "interrupted",
         metrics=next((row["valid"] for row in reversed(rows(run.metrics)) if "valid" in row), {}),
         best=best if progress["best_step"] else {},
-        references=task.references() if ended else {},
+        references=_references(task) if ended else {},
         steps=progress["step"],
         samples=progress["position"],
         seconds=round(progress["seconds"], 3),
@@ -55,6 +57,15 @@ def result_of(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -
         checkpoint=str(last.path),
         error=error,
     )
+
+
+def _references(task: Task) -> Mapping[str, float]:
+    """Return what the task compares itself with; the user's code may fail there, and the run is done all the same."""
+    try:
+        return task.references()
+    except Exception as error:
+        print(f"raytrain: Task.references failed: {type(error).__name__}: {error}{place_of(error)}", file=sys.stderr)
+        return {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ class Logger(Protocol):
         """Take a row: "step" and other numbers, or dicts of numbers."""
         ...
 
-    def close(self) -> None:
-        """Write what is left."""
+    def close(self, failed: bool) -> None:
+        """Write what is left of an attempt that failed, or came to its end, or was asked to stop."""
         ...
 
 
@@ -98,14 +98,14 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         from tensorboardX import SummaryWriter  # noqa: PLC0415 - slow to import
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row."""
         for name, number in scalars(row).items():
             self._writer.add_scalar(name, number, row["step"])
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:  # noqa: ARG002
         """Write what is left."""
         self._writer.close()
 
@@ -154,9 +154,9 @@ class Mlflow:
             self._client.log_batch(self._run, [Metric(name, number, now, row["step"]) for name, number in new.items()])
             self._last.update(dict.fromkeys(new, row["step"]))
 
-    def close(self) -> None:
-        """Tell MLflow that the run ended."""
-        self._client.set_terminated(self._run)
+    def close(self, failed: bool) -> None:
+        """Tell MLflow how the run ended."""
+        self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
 
     def _created(self, folder: Path, artifacts: str | None) -> str:
         """Return the id of a new run, which has the recipe's fields as parameters."""
@@ -218,9 +218,9 @@ class WandB:
         if row["step"] > self._last:
             self._run.log({"step": row["step"], **scalars(row)})
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """Send what is left."""
-        self._run.finish()
+        self._run.finish(exit_code=int(failed))
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

@@ -40,11 +40,11 @@ class Recorder:
         for name, logger in list(self._loggers.items()):
             self._try(name, partial(logger.write, row))
 
-    def close(self) -> None:
-        """Write what is left."""
+    def close(self, failed: bool = False) -> None:
+        """Write what is left, and tell the loggers how the attempt ended."""
         self._file.close()
         for name, logger in list(self._loggers.items()):
-            self._try(name, logger.close)
+            self._try(name, partial(logger.close, failed))
 
     def _try(self, name: str, act: Callable[[], None]) -> None:
         try:

@@ -53,8 +53,10 @@ class RunWatch:
         self._recorder = Recorder(self.run, progress.step, progress.evaluated, loggers)
         try:
             yield
-        finally:
-            self._recorder.close()
+        except BaseException:
+            self._recorder.close(failed=True)
+            raise
+        self._recorder.close()
 
     def stop_requested(self) -> bool:
         """Look for a request in the folder, on the first worker and not at every step."""

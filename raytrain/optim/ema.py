@@ -116,9 +116,9 @@ class Ema:
         return dict(self._mean)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Put back what `state_dict` returned; what was frozen then begins as the parameter, which did not move."""
         for name, value in self._mean.items():
-            value.copy_(state[name])
+            value.copy_(state.get(name, self._live[name].detach()))
 
     @torch.no_grad()
     def _swap(self) -> None:

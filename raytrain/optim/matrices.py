@@ -206,7 +206,8 @@ class GaLore(MatrixOptimizer):
             state["exp_avg"] = gradient.new_zeros(rank, gradient.shape[1])
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if state["step"] % group["update_proj_gap"] == 0:
-            state["basis"] = torch.linalg.svd(gradient, full_matrices=False).U[:, :rank].contiguous()
+            basis = torch.linalg.svd(wide(gradient), full_matrices=False).U[:, :rank]
+            state["basis"] = basis.to(gradient.dtype).contiguous()
         low = state["basis"].T @ gradient
         state["step"] += 1
         first, second = group["betas"]

@@ -67,7 +67,7 @@ class OptimizerOptions(Options):
     def arguments(self) -> dict[str, Any]:
         """Return what the constructor takes."""
         arguments = self.model_dump(exclude=set(OptimizerOptions.model_fields))
-        if arguments.get("fused", False) is None and self.constructor in FUSED:
+        if arguments.get("fused", False) is None and not arguments["foreach"] and self.constructor in FUSED:
             arguments["fused"] = True
         return arguments
 
@@ -183,7 +183,7 @@ def is_elementwise(name: str) -> bool:
 def _construct(constructor: Callable[..., Optimizer], name: str, params: Any, arguments: dict[str, Any]) -> Optimizer:
     try:
         return constructor(params, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{name} refuses its options: {error}") from error
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from raytrain.errors import RecipeError
-from raytrain.loggers import LOGGERS, logger_class, scalars
+from raytrain.loggers import LOGGERS, TensorBoard, logger_class, scalars
 from raytrain.rundir import RunDirectory, rows
 from raytrain.testing import train_here, train_with_gloo
 from raytrain.train_recipe import TrainRecipe
@@ -38,15 +38,19 @@ def without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETRC", "/nowhere")
 
 
-def in_tensorboard(folder: Path) -> Iterator[Point]:
+def events(folder: Path) -> Iterator[Event]:
     """Read event files: length, its check sum, the event, its check sum."""
     for file in sorted((folder / "tensorboard").glob("events*")):
         content = file.read_bytes()
         while content:
             (length,) = struct.unpack("<Q", content[:8])
-            event = Event.FromString(content[12 : 12 + length])
-            yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
+            yield Event.FromString(content[12 : 12 + length])
             content = content[16 + length :]
+
+
+def in_tensorboard(folder: Path) -> Iterator[Point]:
+    for event in events(folder):
+        yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
 
 
 def in_mlflow(folder: Path) -> Iterator[Point]:
@@ -148,8 +152,22 @@ class Breaking:
         if row["step"] == 3:
             raise ConnectionError("no route to host")
 
-    def close(self):
+    def close(self, failed):
         raise ConnectionError("still no route")
+
+class Noting:
+    def __init__(self, folder, step):
+        self.note = folder / "how it ended"
+
+    def write(self, row):
+        pass
+
+    def close(self, failed):
+        self.note.write_text(str(failed))
+
+def break_down(replica):
+    if replica.progress.step == 4:
+        raise ZeroDivisionError
 
 class Refusing:
     def __init__(self, folder, step):
@@ -180,6 +198,21 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, cap
         f"route to host; all metrics are in {run.metrics}"
     ]
     assert rounded(in_tensorboard(run.path)) == rounded(in_metrics(run))
+
+
+def test_a_logger_learns_whether_the_run_failed(tmp_path: Path) -> None:
+    run = train_here(recipe("tests_of_loggers:Noting"), tmp_path / "run")
+    assert (run.path / "how it ended").read_text() == "False"
+    run = train_here(recipe("tests_of_loggers:Noting", callbacks=["tests_of_loggers:break_down"]), tmp_path / "other")
+    assert run.failure() is not None
+    assert (run.path / "how it ended").read_text() == "True"
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_tensorboard_forgets_what_a_killed_attempt_logged_too_much(tmp_path: Path, step: int) -> None:
+    TensorBoard(tmp_path, step).close(failed=False)
+    starts = [event for event in events(tmp_path) if event.session_log.status == SessionLog.START]
+    assert [event.step for event in starts] == [step + 1]
 
 
 def test_a_logger_that_cannot_start_ends_the_run(tmp_path: Path) -> None:

@@ -94,6 +94,14 @@ def copies(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
+def test_the_foreach_kernels_can_be_asked_for() -> None:
+    module = Model()
+    optimizer, _ = made("adamw", module, foreach=True)
+    assert (optimizer.defaults["foreach"], optimizer.defaults["fused"]) == (True, None)
+    with pytest.raises(ValueError, match="adamw refuses its options: `fused` and `foreach` cannot be `True` together"):
+        made("adamw", module, foreach=True, fused=True)
+
+
 @every_optimizer
 class TestEveryOptimizer:
     def test_it_fits_a_function(self, name: str) -> None:
@@ -101,6 +109,16 @@ class TestEveryOptimizer:
         optimizer, _ = made(name, module, lr=RATES.get(name, 0.01))
         losses = train(module, optimizer, 0, 120)
         assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+    def test_it_steps_in_bfloat16(self, name: str) -> None:
+        module = Model().bfloat16()
+        optimizer, _ = made(name, module, lr=RATES.get(name, 0.01))
+        before = copies(module)
+        train(module, optimizer, 0, 5)
+        for each, value in module.named_parameters():
+            assert value.dtype == torch.bfloat16
+            assert value.isfinite().all()
+            assert not torch.equal(value, before[each])
 
     def test_it_learns_to_tell_digits_apart(self, name: str) -> None:
         task = digits(DigitsOptions(name="digits", model="mlp", widths=(64, 64)))

@@ -44,6 +44,20 @@ def test_the_module_holds_the_average_inside_the_block_only() -> None:
     assert module.weight.data_ptr() == before
 
 
+def test_what_was_frozen_begins_with_its_parameter() -> None:
+    module = nn.Linear(3, 2)
+    module.bias.requires_grad_(False)
+    saved = Ema(module, 0.5).state_dict()
+    module.bias.requires_grad_(True)
+    module.bias.data.fill_(3.0)
+    ema = Ema(nn.Linear(3, 2), 0.5)
+    ema.load_state_dict(saved)
+    assert torch.equal(ema.state_dict()["weight"], module.weight)
+    ema = Ema(module, 0.5)
+    ema.load_state_dict(saved)
+    assert ema.state_dict()["bias"].tolist() == [3.0, 3.0]
+
+
 def test_tied_parameters_are_averaged_once() -> None:
     module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     module[1].weight = module[0].weight

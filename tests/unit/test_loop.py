@@ -158,6 +158,11 @@ def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not() -> None:
     assert not all(map(torch.equal, weights(first), weights(other)))
 
 
+def test_what_is_not_measured_is_not_logged() -> None:
+    _, watch = run(replace(PLAN, clip=0.0))
+    assert watch.rows[0].keys() == {"loss", "lr"}
+
+
 def test_gradients_are_clipped() -> None:
     _, free = run(replace(PLAN, clip=1e9))
     replica, _ = run(replace(PLAN, clip=1e-6, steps=1), **{"optimizer.name": "sgd", "optimizer.lr": 1.0})
