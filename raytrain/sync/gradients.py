@@ -132,7 +132,7 @@ class GradientAveraging(EveryStep):
         parameters = [parameter for bucket in self._buckets for parameter in bucket.parameters]
         views = [view for bucket in self._buckets for view in bucket.views]
         for parameter, view, count in zip(parameters, views, users, strict=True):
-            parameter.grad = view if count else None
+            parameter.grad = view.to(parameter.dtype) if count else None
 
 
 def cut(tensors: Iterable[Tensor], limit_bytes: int) -> list[list[Tensor]]:
@@ -157,12 +157,13 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class _Bucket:
-    """Some gradients in one flat buffer, with room for the weight at the end."""
+    """Some gradients in one flat buffer, with room for the weight at the end; narrow types are summed in float32."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
         sizes = [parameter.numel() for parameter in parameters]
-        self.flat = torch.zeros(sum(sizes) + 1, dtype=parameters[0].dtype, device=parameters[0].device)
+        dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+        self.flat = torch.zeros(sum(sizes) + 1, dtype=dtype, device=parameters[0].device)
         self.views = [part.view_as(like) for part, like in zip(self.flat[:-1].split(sizes), parameters, strict=True)]
         self.clear()
 

@@ -72,6 +72,29 @@ def test_the_mean_is_that_of_one_replica_with_everything(sizes: list[int], bucke
                 torch.testing.assert_close(gradients[name], value.grad, rtol=1e-12, atol=1e-14)
 
 
+@given(st.sampled_from([torch.bfloat16, torch.float16]), st.lists(st.integers(0, 70_000), min_size=2, max_size=3))
+def test_weights_and_gradients_of_narrow_types_are_rounded_once(dtype: torch.dtype, weights: list[int]) -> None:
+    """Token counts above 256 are no bfloat16, and above 65504 no float16."""
+    own = torch.linspace(-1, 1, 7, dtype=torch.float64)[None] * torch.arange(1.0, len(weights) + 1)[:, None]
+    counts = torch.tensor(weights, dtype=torch.float64)[:, None]
+    exact = (counts * own.to(dtype).double()).sum(0) / (counts.sum() or 1.0)
+
+    def replica(transport: ThreadTransport) -> torch.Tensor | None:
+        module = nn.Linear(7, 1, bias=False).to(dtype)
+        sync = GradientAveraging(ExactExchange(transport), 0)
+        sync.start(module)
+        sync.begin(weights[transport.rank])
+        sync.before_backward()
+        module.weight.grad = own[transport.rank][None].to(dtype)
+        sync.before_step(0.0, stop=False)
+        return module.weight.grad
+
+    for gradient in ThreadGroup(len(weights)).run(replica):
+        assert gradient.dtype == dtype
+        if sum(weights):
+            torch.testing.assert_close(gradient[0].double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 def test_replicas_start_as_the_first_one() -> None:
     def replica(transport: ThreadTransport) -> list[torch.Tensor]:
         module = TinyModel(TinyOptions(name="tiny", norm=True))
