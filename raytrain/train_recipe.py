@@ -203,6 +203,10 @@ class TrainRecipe(Recipe):
             check_optimizer(self.optimizer)
             if self.freeze.half:
                 raise ValueError("sync.shard: expected freeze.half = false, because what is frozen is cut once")
+            if getattr(self.task, "generate", 0):
+                raise ValueError(
+                    "sync.shard: expected task.generate = 0, because answers call the model unequally often"
+                )
         return self
 
     def plan(self) -> Plan:

@@ -81,6 +81,15 @@ def test_a_worker_that_is_alone_keeps_everything() -> None:
     assert replica.parts is replica.module
 
 
+def test_sharded_workers_write_no_answers() -> None:
+    """They would take unequal numbers of forward passes, in each of which all workers gather the parameters."""
+    task = {"name": "instruct", "path": "x", "model": "y", "generate": 4}
+    base = {"kind": "train", "task": task, "workers": 2, "optimizer": "adamw"}
+    TrainRecipe.parse(base)
+    with pytest.raises(RecipeError, match=r"sync.shard: expected task.generate = 0, because answers call the model"):
+        TrainRecipe.parse({**base, "sync": {"shard": True}})
+
+
 def test_threads_cannot_shard() -> None:
     two = recipe()
 
