@@ -17,10 +17,20 @@ RESULTS = Path(__file__).parent / "results"
 
 def arguments(description: str) -> argparse.Namespace:
     """Return the arguments that every benchmark takes."""
+    return parse(parser_of(description))
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """Return a parser of these arguments, for a benchmark that takes more."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument("--quick", action="store_true", help="smaller, at most five minutes on 2 cores")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the arguments, with the environment set for what the benchmark starts."""
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", HF_HUB_OFFLINE="1")
     return parser.parse_args()
 

@@ -2,10 +2,11 @@
 
     python tests/benchmark/finetune.py
 
-Each run is `raytrain train sst2-minilm` with two workers: every method with seeds 0, 1, 2 (with `--quick`: seed 0). The
-accuracy is that of the last evaluation, on the 872 sentences of dev.tsv, by which nothing was chosen. Memory is the
-most that a worker held at any time, and that minus what it held just before the model was made. The adapters' learning
-rates and sizes are usual ones.
+Each run is `raytrain train sst2-minilm` with two workers: every method with seeds 0, 1, 2 (with `--quick`: seed 0), two
+hours on two cores, which `--methods`, `--seeds` and `--runs FILE` cut into pieces. "half" trains a random half of each
+block's layers, "half-rotated" another one every 100 steps. The accuracy is that of the last evaluation, on the 872
+sentences of dev.tsv, by which nothing was chosen. Memory is the most that a worker held at any time, and that minus
+what it held just before the model was made. The adapters' learning rates and sizes are usual ones.
 """
 
 import json
@@ -16,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench import arguments, finish
+from bench import finish, parse, parser_of
 from torch import nn
 
 from raytrain.replica import Replica
@@ -29,11 +31,10 @@ from raytrain.tasks.classify import ClassifyOptions, classify
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "half": {"freeze.half": True},
-    "half, another every 100 steps": {"freeze.half": True, "freeze.every": 100},
+    "half-rotated": {"freeze.half": True, "freeze.every": 100},
     "lora": {"adapter.name": "lora", "adapter.r": 8, "adapter.lora_alpha": 16, "optimizer.lr": 1e-3},
     "randlora": {"adapter.name": "randlora", "adapter.r": 16, "adapter.randlora_alpha": 320, "optimizer.lr": 1e-3},
 }
-KEYS = {"full": "full", "half": "half", "half, another every 100 steps": "half_rotated"}
 
 
 class NotedOptions(ClassifyOptions):
@@ -100,24 +101,42 @@ def run(data: Path, seed: int, changes: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def table(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return a row for each method, the mean over its seeds, and the headline."""
+    rows, headline = [], {}
+    for method in METHODS:
+        mine = [each for each in runs if each["method"] == method]
+        if mine:
+            accuracies = [each["accuracy"] for each in mine]
+            row = {"method": method, "seeds": len(mine), "accuracy": statistics.mean(accuracies)}
+            row |= {"low": min(accuracies), "high": max(accuracies)}
+            row |= {
+                key: statistics.mean(each[key] for each in mine)
+                for key in mine[0]
+                if key not in ("method", "seed", "accuracy")
+            }
+            rows.append(row)
+            headline[f"accuracy_{method.replace('-', '_')}"] = row["accuracy"]
+    return rows, headline
+
+
 def main() -> None:
-    """Measure and report."""
-    options = arguments(__doc__.partition("\n")[0])
-    table, headline = [], {}
-    for method, changes in METHODS.items():
-        runs = [run(options.data.absolute(), seed, changes) for seed in ((0,) if options.quick else (0, 1, 2))]
-        accuracies = [each["accuracy"] for each in runs]
-        row = {
-            "method": method,
-            "accuracy": statistics.mean(accuracies),
-            "low": min(accuracies),
-            "high": max(accuracies),
-        }
-        row |= {key: statistics.mean(each[key] for each in runs) for key in runs[0] if key != "accuracy"}
-        table.append(row)
-        headline[f"accuracy_{KEYS.get(method, method)}"] = row["accuracy"]
-        print(row, flush=True)
-    finish("finetune", table, headline, options)
+    """Measure what is not measured yet, and report."""
+    parser = parser_of(__doc__.partition("\n")[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, help="a file that keeps the runs: those that it holds are not made again")
+    options = parse(parser)
+    seeds = [0] if options.quick else options.seeds
+    runs = json.loads(options.runs.read_text()) if options.runs and options.runs.is_file() else []
+    for seed, method in product(seeds, options.methods):
+        if any((each["method"], each["seed"]) == (method, seed) for each in runs):
+            continue
+        runs.append({"method": method, "seed": seed, **run(options.data.absolute(), seed, METHODS[method])})
+        print(runs[-1], flush=True)
+        if options.runs:
+            options.runs.write_text(json.dumps(runs))
+    finish("finetune", *table(runs), options)
 
 
 if __name__ == "__main__":
