@@ -8,13 +8,14 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import ray
+import requests
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -25,7 +26,7 @@ import raytrain
 from raytrain.cluster import fingerprint
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.jobs.job import SERVED, Job, Log
-from raytrain.jobs.storage import CHUNK_BYTES, LIST, Listing, parse
+from raytrain.jobs.storage import CHUNK_BYTES, LIST, ChangedError, Listing, parse
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -33,14 +34,16 @@ ANSWER_SECONDS = 5.0  # for a server to say that it is there
 WAIT_SECONDS = {"GET": 20.0, "POST": 60.0, "DELETE": 20.0, "PUT": 600.0}  # the last uploads
 SILENCE_SECONDS = 10.0  # without a line of the log, after which the server is asked whether it is still there
 RECONNECT_SECONDS = 60.0
-SERVE_SECONDS = 180.0
+RETRY_SECONDS = 1.0
+LOG_ATTEMPTS = 3  # to read more of a log while the server answers, before it is said that it cannot be read
+START_SECONDS = 180.0  # for the small job that lists a run's files
 STOP_SECONDS = "300"  # that Ray leaves a stopped job to save; its own default is 3
 LEFT_OUT = (".git", ".venv", "venv", "__pycache__", "/runs")
 PACKAGES = ("raytrain", "search", "federated")
 
 
-class LostError(TrainingError):
-    """The job server does not answer any more."""
+class LostError(TrainingError, ConnectionError):
+    """The job server does not answer any more, or fails."""
 
 
 class _Client(JobSubmissionClient):
@@ -55,9 +58,22 @@ class _Client(JobSubmissionClient):
         if response.status_code == 404:
             raise RecipeError(f"{response.text}; raytrain jobs lists those that there are")
         last = response.text.strip().rpartition("\n")[2]
-        if response.status_code in (502, 503, 504):
-            raise ConnectionError(last)  # something before the server answers in its place
-        raise RuntimeError(f"the job server answered with status {response.status_code}: {last}")
+        answer = f"the job server answered with status {response.status_code}: {last}"
+        if response.status_code >= 500:
+            raise ConnectionError(answer)  # it, or something before it, fails: that says nothing of the request
+        raise RuntimeError(answer)
+
+    def stream(self, endpoint: str, asked: Mapping[str, Any]) -> requests.Response:
+        """Ask for what may be large; `_do_request` reads all of any answer as text, to look for a refused token."""
+        return requests.get(
+            f"{self._address}{endpoint}",
+            params=asked,
+            headers=self._headers,
+            cookies=self._cookies,
+            verify=self._verify,
+            timeout=(ANSWER_SECONDS, WAIT_SECONDS["GET"]),
+            stream=True,
+        )
 
 
 class JobServer:
@@ -92,6 +108,7 @@ class JobServer:
 
         Raises:
             RecipeError: the server refuses it.
+            LostError: the server is gone; the job may run all the same.
         """
         entry = ["python", "-m", "raytrain.jobs.entry", "run", "--out", job.run, "--code", fingerprint()]
         store = ["--store", job.store] if job.store else []
@@ -110,7 +127,7 @@ class JobServer:
             "raytrain_store": job.store,
             "raytrain_code": "of the submitter" if job.with_code else "",
         }
-        with self._explained():
+        with self._explained(job.id):
             self._client.submit_job(
                 entrypoint=shlex.join([*entry, *store, "--", *job.words]),
                 submission_id=job.id,
@@ -124,7 +141,7 @@ class JobServer:
         Raises:
             RecipeError: there is none of that name, or it is not one of ours.
         """
-        with self._explained():
+        with self._explained(name):
             details = self._client.get_job_info(name)
         job = _job_of(details)
         if job is None:
@@ -139,30 +156,36 @@ class JobServer:
 
     def stop(self, name: str) -> None:
         """Ask a job to save and end; whether it has ended is another question."""
-        with self._explained():
+        with self._explained(name):
             self._client.stop_job(name)
 
     def follow(self, name: str, log: Log, say: Callable[[str], None]) -> Job:
         """Show the log of a job until it ends, over a lost connection too, and return how it ended.
 
+        Where the server answers and the log cannot be read, as behind a proxy without WebSockets or when the machine
+        that writes it is gone, this waits for the job's end all the same.
+
         Raises:
             TrainingError: the connection is lost for good.
         """
-        while not (job := self._followed(name, log, say)):
-            self._wait_for_return(name)
-        return job
-
-    def _followed(self, name: str, log: Log, say: Callable[[str], None]) -> Job | None:
-        """Show the log of a job until it ends, or until the connection is lost."""
-        try:
-            asyncio.run(self._tail(name, log.reader()))
-            job = self.job(name)
-            if job.over:
+        failures, told = 0, False
+        while True:
+            shown, broken = log.shown, ""
+            try:
+                asyncio.run(self._tail(name, log.reader()))
+            except LostError as error:
+                broken = _reason(error)
+            job = self._found_again(name, say)
+            if job.over and not broken:
                 return job
-            raise LostError("the log ended before the job")
-        except LostError as error:
-            say(f"lost the connection to {self.address} ({error}); trying again for {RECONNECT_SECONDS:g} s")
-            return None
+            failures = failures + 1 if log.shown == shown else 0
+            if failures >= LOG_ATTEMPTS:
+                if not told:
+                    say(_unreadable(name, broken or "it ends before the job"))
+                told = True
+                if job.over:
+                    return job
+            time.sleep(RETRY_SECONDS if failures < LOG_ATTEMPTS else SILENCE_SECONDS)
 
     async def _tail(self, name: str, take: Callable[[str], None]) -> None:
         """Take the log until its end, or until the server does not answer."""
@@ -182,27 +205,34 @@ class JobServer:
                 return
             take(text)
 
-    def _wait_for_return(self, name: str) -> None:
-        give_up = time.monotonic() + RECONNECT_SECONDS
+    def _found_again(self, name: str, say: Callable[[str], None]) -> Job:
+        """Return what the server knows of a job, and wait for one that does not answer."""
+        give_up, told = time.monotonic() + RECONNECT_SECONDS, False
         while True:
-            time.sleep(1.0)
             try:
-                self.job(name)
-                return
+                return self.job(name)
             except LostError as error:
+                reason = _reason(error)
                 if time.monotonic() > give_up:
                     raise TrainingError(
-                        f"no connection to {self.address} for {RECONNECT_SECONDS:g} s ({error}). If the cluster still "
+                        f"no connection to {self.address} for {RECONNECT_SECONDS:g} s ({reason}). If the cluster still "
                         f"runs, so does the job: raytrain jobs follow {name} --address {self.address}"
                     ) from error
+            if not told:
+                say(f"lost the connection to {self.address} ({reason}); trying again for {RECONNECT_SECONDS:g} s")
+            told = True
+            time.sleep(RETRY_SECONDS)
 
     def folder_of(self, job: Job) -> "ClusterFolder":
         """Return the folder of a job's run, as it lies on the cluster."""
         return ClusterFolder(self, job)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, job: str = "") -> Iterator[None]:
         """Tell a server that is gone from one that refuses.
+
+        Args:
+            job: of which it is not known then what became of it.
 
         Raises:
             LostError: it is gone.
@@ -213,7 +243,8 @@ class JobServer:
         except AuthenticationError as error:
             raise RecipeError(_token_advice(self.address, str(error))) from error
         except OSError as error:
-            raise LostError(_reason(error)) from error
+            way_out = f"; raytrain jobs --address {self.address} shows whether {job} runs" if job else ""
+            raise LostError(f"no good answer from {self.address} ({_reason(error)}){way_out}") from error
         except RuntimeError as error:
             raise RecipeError(f"{self.address}: {error}") from error
 
@@ -246,32 +277,37 @@ class ClusterFolder:
             details = self._ended(name)
             if details.status != "SUCCEEDED":
                 client.stop_job(name)
-                raise RecipeError(_last_words(details) or f"the machine of {self._job.id} cannot list its files")
+                raise RecipeError(f"{self._job.id}: {_why_no_list(details)}")
             self._node = str(details.driver_node_id)
             client.delete_job(name)
-        return parse(b"".join(self._read(LIST)))
+            return parse(b"".join(self._read(LIST)))
 
     def _ended(self, name: str) -> JobDetails:
-        give_up = time.monotonic() + SERVE_SECONDS
+        """Wait for a small job to start, but not for ever, and then to end: a large run takes long to read."""
+        give_up = time.monotonic() + START_SECONDS
         while True:
             details = self._server._client.get_job_info(name)
-            if details.status.is_terminal() or time.monotonic() > give_up:
+            late = details.status == "PENDING" and time.monotonic() > give_up
+            if late or details.status.is_terminal():
                 return details
             time.sleep(0.2)
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield a file in pieces."""
-        return self._read(f"run/{name}")
+        return self._read(name, "run/")
 
-    def _read(self, name: str) -> Iterator[bytes]:
-        asked = {"node_id": self._node, "filename": f"{SERVED}{self._job.id}/{name}", "lines": -1, "timeout": 86400}
-        with self._server._client._do_request("GET", "/api/v0/logs/file", params=asked, stream=True) as response:
-            if response.status_code != 200:
-                raise FileNotFoundError(f"{name}: {response.text.strip()}")
-            try:
+    def _read(self, name: str, folder: str = "") -> Iterator[bytes]:
+        file = f"{SERVED}{self._job.id}/{folder}{name}"
+        asked = {"node_id": self._node, "filename": file, "lines": -1, "timeout": 86400}
+        try:
+            with self._server._client.stream("/api/v0/logs/file", asked) as response:
+                if response.status_code != 200:
+                    raise ChangedError(f"{name}: {response.text.strip()}")
                 yield from response.iter_content(CHUNK_BYTES)
-            except OSError as error:
-                raise OSError(f"{name} broke off ({_reason(error)}); Ray's dashboard gives each file 300 s") from error
+        except OSError as error:
+            raise OSError(
+                f"{name} broke off ({_reason(error)}); Ray's dashboard, {self._server.address}, gives each file 300 s"
+            ) from error
 
 
 def address_of(given: str | None) -> str:
@@ -342,9 +378,22 @@ def _job_of(details: JobDetails) -> Job | None:
     )
 
 
-def _last_words(details: JobDetails) -> str:
-    """Return the last line that a small job printed."""
-    return (details.message or "").strip().rpartition("\n")[2].removeprefix("raytrain: ")
+def _why_no_list(details: JobDetails) -> str:
+    """Return why the small job that lists a run's files has not done so."""
+    if details.status == "PENDING":
+        return (
+            f"its machine did not start to list the run's files within {START_SECONDS:g} s; it is busy, or gone: try "
+            "again later"
+        )
+    last = (details.message or "").strip().rpartition("\n")[2].removeprefix("raytrain: ")
+    return last or f"its machine cannot list the run's files: {details.status.lower()}"
+
+
+def _unreadable(name: str, reason: str) -> str:
+    return (
+        f"the log of {name} cannot be read from here ({reason}); it is job-driver-{name}.log among Ray's logs on the "
+        "machine that runs the job. Waiting for the job's end"
+    )
 
 
 @contextmanager
@@ -379,7 +428,7 @@ def _reason(error: BaseException) -> str:
     """Return the innermost cause of an error, in one line."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
-    if isinstance(error, HTTPException):
+    if isinstance(error, HTTPException) and not isinstance(error, ConnectionError | IncompleteRead):
         return "it does not speak HTTP"
     return _line(str(error)) or type(error).__name__
 

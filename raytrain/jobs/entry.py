@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def run(words: list[str], out: Path, store_url: str | None, code: str) -> int:
-    """Run the command, then copy the run's folder to the store, however it ended; return the exit status.
+    """Run the command, then copy the run's folder to the store, however the run ended; return the exit status.
 
     Raises:
         RecipeError: this is another raytrain than the one that checked the recipe, or the store cannot be written.
@@ -57,12 +57,13 @@ def run(words: list[str], out: Path, store_url: str | None, code: str) -> int:
     store = Store(store_url) if store_url else None
     if store:
         store.announce(f"raytrain {shlex.join(words)}\n")
-    stored = True
+    stored, status = True, 1
     try:
         status = _command([*words, "--out", str(out)])
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job that is stopped now has only this left to do
-        if store and out.is_dir():
+        refused = status == RecipeError.exit_status  # then what lies in the folder is of another run
+        if store and not refused and out.is_dir():
             stored = _stored(store, str(store_url), out)
     return status or int(not stored)
 

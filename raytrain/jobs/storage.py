@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import fsspec
 
-from raytrain.errors import RecipeError, TrainingError
+from raytrain.errors import CheckpointError, RecipeError, TrainingError
 from raytrain.names import near
 
 LIST = "files.json"
@@ -45,7 +45,11 @@ class Source(Protocol):
     """Where a run's folder can be read from."""
 
     def listing(self) -> Listing:
-        """Return what there is."""
+        """Return what there is.
+
+        Raises:
+            OSError: it cannot be listed now.
+        """
         ...
 
     def read(self, name: str) -> Iterator[bytes]:
@@ -157,10 +161,10 @@ def check_storage(storage: str) -> str:
     """Return where jobs are to leave their runs: a folder as "/path", or the URL of a store.
 
     Raises:
-        RecipeError: it is neither, or a store that ends with the process.
+        RecipeError: it is neither, or a store that ends with the process, or it holds a password.
     """
     place = "/" + storage.removeprefix(LOCAL).strip("/") if storage.startswith(LOCAL) else storage.rstrip("/")
-    protocol, separator, _ = place.partition("://")
+    protocol, separator, rest = place.partition("://")
     if not separator and not place.startswith("/"):
         raise RecipeError(
             f"--storage: expected an absolute path that the cluster's machines share, or a URL as s3://bucket/runs; "
@@ -170,6 +174,12 @@ def check_storage(storage: str) -> str:
         raise RecipeError(f"--storage: no such protocol {protocol!r}; {near(protocol, fsspec.available_protocols())}")
     if separator and protocol == "memory":
         raise RecipeError("--storage: memory:// ends with the job; name a shared folder, or a URL as s3://bucket/runs")
+    user, _, host = rest.partition("/")[0].rpartition("@")
+    if ":" in user:
+        raise RecipeError(
+            f"--storage: the password for {protocol}://{host} would be seen in the list of jobs and in their logs; "
+            f"leave it out, and set FSSPEC_{protocol.upper()}_PASSWORD, or a file in ~/.config/fsspec, on each machine"
+        )
     return place
 
 
@@ -231,38 +241,61 @@ def fetch(source: Source, target: Path, say: Callable[[str], None]) -> None:
         RecipeError: there is something at `target`, or nothing to copy.
         TrainingError: it did not work.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RecipeError(f"{target} is there already, and not empty; name another folder")
+    _check_target(target)
     aside = target.with_name(f".{target.name}.partial")
     for attempt in range(1, ATTEMPTS + 1):
-        listing = source.listing()
-        if not listing:
-            raise RecipeError("the run's folder is empty")
-        say(f"fetching {len(listing)} files, {sum(entry.bytes for entry in listing.values()) / 2**20:.1f} MiB")
         try:
+            listing = source.listing()
+            if not listing:
+                raise RecipeError("the run's folder is empty")
+            say(f"fetching {len(listing)} files, {sum(entry.bytes for entry in listing.values()) / 2**20:.1f} MiB")
             _copy(source, listing, aside)
             break
         except (ChangedError, OSError) as error:
             if attempt == ATTEMPTS:
-                raise TrainingError(f"{error}; what has come is kept in {aside}: try again") from error
+                kept = f"what has come is kept in {aside}: " if aside.exists() else ""
+                raise TrainingError(f"{error}; {kept}try again") from error
             say(f"{error}; trying again")
     _keep_only(listing, aside)
-    check_checkpoints(aside)
+    check_checkpoints(aside, say)
     if target.is_dir():
         target.rmdir()
     aside.rename(target)
 
 
-def check_checkpoints(run: Path) -> None:
-    """Check that the checkpoints of the run in `run` are complete.
+def check_checkpoints(run: Path, say: Callable[[str], None]) -> None:
+    """Check that a checkpoint of the run in `run` is complete, and name those that are not.
+
+    A run that was killed, or that goes on, may have removed an old one in part.
 
     Raises:
-        CheckpointError: one is not.
+        CheckpointError: there are checkpoints, and none of them is complete.
     """
     from raytrain.checkpoint import listed, verify  # noqa: PLC0415 - slow to import
 
-    for path in listed(run / "checkpoints"):
-        verify(path)
+    checkpoints, damaged = listed(run / "checkpoints"), []
+    for path in checkpoints:
+        try:
+            verify(path)
+        except CheckpointError as error:
+            damaged.append(str(error).replace(f"{run}/", ""))
+    if damaged and len(damaged) == len(checkpoints):
+        problems = "\n".join(damaged)
+        raise CheckpointError(f"no checkpoint of the run can be read; its files are kept in {run}\n{problems}")
+    for problem in damaged:
+        say(f"a checkpoint of the run is damaged, and others are complete: {problem}")
+
+
+def _check_target(target: Path) -> None:
+    """Check that a folder can be renamed to `target`.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    if target.is_symlink() or target.is_mount() or target.resolve() == Path.cwd():
+        raise RecipeError(f"{target} is a link, a mount point or the current folder; name another, or a new one in it")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RecipeError(f"{target} is there already, and not empty; name another folder")
 
 
 def _copy(source: Source, listing: Listing, aside: Path) -> None:

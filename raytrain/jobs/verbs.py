@@ -14,7 +14,7 @@ import click
 import typer
 from rich.console import Console
 
-from raytrain.errors import RecipeError
+from raytrain.errors import RecipeError, TrainingError
 from raytrain.jobs.job import INTERRUPTED, Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
 from raytrain.kinds import load_kinds
 from raytrain.names import near
@@ -184,7 +184,7 @@ def fetch(
     name = job.rstrip("/").rpartition("/")[2]
     target = folder or Path("runs") / name
     storage.fetch(_stored(job) if "/" in job else _left_by(_server(address), job), target, _say)
-    _say(f"the run of {name} is in {target}; its files and checkpoints are as they were written")
+    _say(f"the run of {name} is in {target}; each of its files is as it was there")
     raw = read_toml(str(target), [])[0] if (target / "recipe.toml").is_file() else {}
     if there := taken_files(raw):
         here = " ".join(f"{field}={file}" for field, file in there.items())
@@ -208,8 +208,12 @@ def _left_by(server: "JobServer", name: str) -> "Source":
     from raytrain.jobs.storage import Folder, Store  # noqa: PLC0415 - slow to import
 
     job = server.job(name)
-    if job.store and (store := Store(job.store)).complete():
-        return store
+    if job.store:
+        try:
+            if (store := Store(job.store)).complete():
+                return store
+        except RecipeError as error:
+            _say(f"{error}; looking on the cluster instead")
     if Path(job.run).name == name and (Path(job.run) / "recipe.toml").is_file():  # another's would not be named so
         return Folder(Path(job.run))
     return server.folder_of(job)
@@ -281,20 +285,15 @@ def _start(server: "JobServer", job: Job, request: Request, *, detach: bool) -> 
 
 
 def _follow(server: "JobServer", name: str) -> int:
-    """Show a job's log until it ends, say how to get its run, and return its exit status."""
-    log, stopping = Log(_show), False
-    while True:
-        try:
-            job = server.follow(name, log, _say)
-            break
-        except KeyboardInterrupt:
-            if stopping or not _asked_to_stop():
-                _say(f"{name} runs on; follow it with: {_line(server, 'jobs follow', name)}")
-                _say(f"stop it with: {_line(server, 'jobs stop', name)}")
-                raise SystemExit(INTERRUPTED) from None  # quietly: nothing but the looking on was interrupted
-            stopping = True
-            server.stop(name)
-            _say(f"{name} saves and ends; Ctrl-C to look no longer")
+    """Show a job's log until it ends, say how to get its run, and return its exit status.
+
+    Raises:
+        TrainingError: the server is gone, or refuses to tell; either way the job was started.
+    """
+    try:
+        job = _looked_on(server, name)
+    except RecipeError as error:
+        raise TrainingError(str(error)) from error
     _say(f"{name}: {trouble(job) or 'succeeded'}")
     if job.began and job.exit_status != RecipeError.exit_status:  # else there is no run
         if job.exit_status:
@@ -303,6 +302,22 @@ def _follow(server: "JobServer", name: str) -> int:
     if job.exit_status == INTERRUPTED:
         raise SystemExit(INTERRUPTED)
     return job.exit_status
+
+
+def _looked_on(server: "JobServer", name: str) -> Job:
+    """Show a job's log until it ends, or until Ctrl-C."""
+    log, stopping = Log(_show), False
+    while True:
+        try:
+            return server.follow(name, log, _say)
+        except KeyboardInterrupt:
+            if stopping or not _asked_to_stop():
+                _say(f"{name} runs on; follow it with: {_line(server, 'jobs follow', name)}")
+                _say(f"stop it with: {_line(server, 'jobs stop', name)}")
+                raise SystemExit(INTERRUPTED) from None  # quietly: nothing but the looking on was interrupted
+            stopping = True
+            server.stop(name)
+            _say(f"{name} saves and ends; Ctrl-C to look no longer")
 
 
 def _asked_to_stop() -> bool:

@@ -149,9 +149,19 @@ def test_a_run_is_stored_however_it_ended(
     assert capsys.readouterr().out == f"stored at {url}: 0.0 MiB\n"
 
 
+def test_a_run_that_is_refused_does_not_store_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be another's: of --out that is not empty, or of a resume of a run in use."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr("raytrain.command.main", lambda: leave(tmp_path / "run", 2))
+    monkeypatch.setattr(job_entry.signal, "signal", lambda *_: None)
+    assert job_entry.run(["train", "digits"], tmp_path / "run", f"local://{tmp_path}/store/x", fingerprint()) == 2
+    assert [path.name for path in (tmp_path / "store" / "x").iterdir()] == ["job.txt"]
+
+
 def leave(run: Path, status: int) -> None:
     assert sys.argv == ["raytrain", "train", "digits", "--out", str(run)]
-    run.mkdir()
+    run.mkdir(exist_ok=True)
     (run / "result.json").write_text(str(status))
     sys.exit(status)
 

@@ -139,11 +139,43 @@ def test_a_file_that_grows_is_taken_as_it_was_listed(run: Path, tmp_path: Path) 
     assert (tmp_path / "copy" / "metrics.jsonl").read_bytes() == b"{}\n"
 
 
-def test_a_damaged_checkpoint_does_not_arrive(run: Path, tmp_path: Path) -> None:
-    write(run, {"checkpoints/step-00000002/manifest.json": b"{"})
-    with pytest.raises(TrainingError, match=r"step-00000002/manifest.json: cannot be read"):
+def test_a_damaged_checkpoint_is_named_and_arrives_with_a_complete_one(run: Path, tmp_path: Path) -> None:
+    """A run that was killed while it removed an old one can be resumed, and so it can be fetched."""
+    write(run, {"checkpoints/step-00000002/rank-00000.safetensors": b"half removed"})
+    with pytest.raises(
+        TrainingError, match=r"^no checkpoint of the run can be read; its files are kept in .*partial\nch"
+    ):
         fetch(Folder(run), tmp_path / "copy", lambda _: None)
     assert not (tmp_path / "copy").exists()
+    write(run, {"checkpoints/step-00000004/manifest.json": b'{"format": 1, "parts": []}'})
+    said: list[str] = []
+    fetch(Folder(run), tmp_path / "copy", said.append)
+    assert contents(tmp_path / "copy") == contents(run)
+    assert said[-1].startswith(
+        "a checkpoint of the run is damaged, and others are complete: checkpoints/step-00000002/manifest.json: cannot "
+    )
+    assert str(tmp_path) not in said[-1]  # where it was for a while
+
+
+def test_a_list_that_does_not_come_is_asked_for_again(run: Path, tmp_path: Path) -> None:
+    class Gone(Flaky):
+        def listing(self) -> Listing:
+            if self.times:
+                self.times -= 1
+                raise ConnectionError("the line is dead")
+            return super().listing()
+
+    said: list[str] = []
+    fetch(Gone(run, 2), tmp_path / "copy", said.append)
+    assert said[:2] == ["the line is dead; trying again"] * 2
+    assert contents(tmp_path / "copy") == contents(run)
+    with pytest.raises(TrainingError, match=r"^the line is dead; try again$"):
+        fetch(Gone(run, 99), tmp_path / "other", said.append)
+    (tmp_path / ".other.partial").mkdir()
+    with pytest.raises(
+        TrainingError, match=r"^the line is dead; what has come is kept in .*/.other.partial: try again$"
+    ):
+        fetch(Gone(run, 99), tmp_path / "other", said.append)
 
 
 def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
@@ -152,6 +184,30 @@ def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
         fetch(Folder(run), tmp_path / "copy", lambda _: None)
     (tmp_path / "fresh").mkdir()
     fetch(Folder(run), tmp_path / "fresh", lambda _: None)
+
+
+def test_what_cannot_be_replaced_is_refused_before_anything_comes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mount")
+    source = Flaky(run, 0)
+    for target in (
+        Path(),
+        tmp_path / "empty",
+        Path("new/.."),
+        *(tmp_path / name for name in ("link", "dangling", "mount")),
+    ):
+        with pytest.raises(
+            RecipeError, match=r" is a link, a mount point or the current folder; name another, or a new"
+        ):
+            fetch(source, target, lambda _: None)
+    assert source.reads == []
+    fetch(source, Path("new"), lambda _: None)
+    assert contents(tmp_path / "empty" / "new") == contents(run)
 
 
 def test_a_store_holds_what_was_put_there_once_its_list_is_there(run: Path, tmp_path: Path) -> None:
@@ -175,6 +231,7 @@ def test_a_store_holds_what_was_put_there_once_its_list_is_there(run: Path, tmp_
         ("file:///shared/runs/", "/shared/runs"),
         ("s3://bucket/runs/", "s3://bucket/runs"),
         ("local:///runs", "local:///runs"),
+        ("sftp://me@host:22/a:b@c", "sftp://me@host:22/a:b@c"),
     ],
 )
 def test_a_place_is_a_folder_or_a_url(storage: str, where: str) -> None:
@@ -194,6 +251,14 @@ def test_other_places_are_refused(storage: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         check_storage(storage)
     assert str(caught.value).startswith(message)
+
+
+def test_a_password_is_not_taken_and_not_shown() -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_storage("sftp://me:secret@host:22/runs")
+    assert str(caught.value).startswith("--storage: the password for sftp://host:22 would be seen in the list of jobs")
+    assert "FSSPEC_SFTP_PASSWORD" in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_store_without_its_package_is_said() -> None:
