@@ -1,0 +1,182 @@
+"""Local updates: replicas step on their own, and now and then share what it came to."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytrain.sync.exchange import Exchange
+from raytrain.sync.outer import OuterStep
+from raytrain.sync.rest import persistent
+from raytrain.sync.synchroniser import Totals
+from raytrain.sync.transport import Pending
+
+
+class LocalUpdates:
+    """Exchange how far each replica got every so many steps, and apply the mean some steps later.
+
+    At a round's end a replica sends the difference between where its round began and where it is, notes where that is,
+    and goes on. When the mean is due, the shared point X takes an outer step, and the replica continues from
+    X + (where it is - where it was when it sent): its movement meanwhile is kept, and becomes part of its next
+    difference. With delay 0 that is DiLoCo, SlowMo or local SGD, by the outer step; with a delay of a whole round and
+    no momentum CoCoD-SGD (Shen et al. 2019). Without `keep` a replica goes on from X when it has sent, and what it did
+    comes back with the mean only: a round late, that is CO2 (Sun et al. 2024).
+
+    Args:
+        exchange: the replicas.
+        outer: the outer step.
+        every: steps in a round.
+        delay: steps from sending to applying, at most `every`.
+        keep: whether a replica goes on from where it is.
+    """
+
+    apart = True
+
+    def __init__(self, exchange: Exchange, outer: OuterStep, *, every: int, delay: int, keep: bool) -> None:
+        self.bytes_sent = 0
+        self.waited_seconds = 0.0
+        self._exchange = exchange
+        self._outer = outer
+        self._every = every
+        self._delay = delay
+        self._keep = keep
+        self._pending: Pending | None = None
+        self._arrived = False
+        self._steps = 0  # since the round's start
+        self._samples = 0.0  # in this round
+        self._weight = 0.0  # of this step
+        self._asked = False
+        self._stop = False
+        self._loaded: dict[str, Any] | None = None
+
+    def start(self, module: nn.Module) -> None:
+        """Begin a round at the first replica's parameters and buffers, or go on with the one that was loaded."""
+        parameters = [value for value in module.parameters() if value.requires_grad]
+        ours = {id(value) for value in parameters}
+        tensors = [*persistent(module)]
+        buffers = [value for value in tensors if not isinstance(value, nn.Parameter) and value.is_floating_point()]
+        self._live = [value.data for value in [*parameters, *buffers]]
+        self._stepped = sum(value.numel() for value in parameters)
+        for value in tensors:
+            if self._loaded is None or id(value) not in ours:
+                self._await(self._exchange.transport.broadcast(value.data))
+        size = sum(value.numel() for value in self._live)
+        self._send = _flat(self._live, size + 2)  # room for a wish to stop, and for the weight
+        self._views = _views(self._send, self._live)
+        self._gather()
+        self._begun = self._send[:size].clone()
+        point = self._begun.clone()
+        self._outer.begin(point[: self._stepped])
+        self._point = point
+
+    def begin(self, weight: float) -> float:
+        """Return the weight itself: the gradient is that of this replica's own mean."""
+        self._weight = weight
+        return weight
+
+    def before_backward(self) -> None:
+        """Do nothing: gradients stay here."""
+
+    def before_step(self, loss: float, stop: bool) -> Totals:
+        """Return what this replica's own step came to, and whether a replica asked to stop, as far as all know."""
+        self._asked = self._asked or stop
+        return Totals(self._weight, loss, self._stop)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Apply what is due, and send what a round came to."""
+        self._steps += 1
+        self._samples += self._weight
+        if self._pending is not None and self._steps == self._delay:
+            self._apply()
+        if self._steps == self._every:
+            self._launch()
+            if self._delay == 0:
+                self._apply()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Apply what is under way, and the plain mean of what was done since; afterwards the replicas are equal."""
+        if self._pending is not None:
+            self._apply()
+        if self._steps:
+            self._launch()
+            mean = self._receive()
+            self._point.sub_(mean)
+            self._begun.copy_(self._point)
+            self._put(self._point)
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Let the module hold the point that all replicas share inside the `with` block."""
+        aside = [value.clone() for value in self._live]
+        self._put(self._point)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._live, aside)
+
+    def _launch(self) -> None:
+        """Send how far this replica got in its round, and begin the next one."""
+        size = self._begun.numel()
+        self._gather()
+        here = self._send[:size]
+        torch.sub(self._begun, here, out=here)
+        if self._keep:
+            torch._foreach_copy_(_views(self._begun, self._live), self._live)
+        else:
+            self._begun.copy_(self._point)
+            self._put(self._point)
+        self._send[size] = float(self._asked)
+        self._pending = self._exchange.mean(self._send, self._samples)
+        self._steps, self._samples = 0, 0.0
+
+    def _apply(self) -> None:
+        """Take the outer step, and go on from there with what was done since this was sent."""
+        mean = self._receive()
+        self._outer(mean[: self._stepped])
+        self._point[self._stepped :].sub_(mean[self._stepped :])
+        here = mean  # which is used up
+        self._gather()
+        here.sub_(self._begun).add_(self._point)
+        torch._foreach_copy_(self._live, self._views)
+        self._begun.copy_(self._point)
+
+    def _receive(self) -> Tensor:
+        """Wait for the mean, shape (n,)."""
+        assert self._pending is not None
+        self._await(self._pending)
+        self._pending = None
+        size = self._begun.numel()
+        self._stop = bool(self._send[size] > 0)
+        return self._send[:size]
+
+    def _gather(self) -> None:
+        """Copy the parameters and buffers into the message."""
+        torch._foreach_copy_(self._views, self._live)
+
+    def _put(self, flat: Tensor) -> None:
+        torch._foreach_copy_(self._live, _views(flat, self._live))
+
+    def _await(self, pending: Pending) -> None:
+        started = time.perf_counter()
+        pending.wait()
+        self.waited_seconds += time.perf_counter() - started
+        self.bytes_sent += pending.bytes_sent
+
+
+def _flat(tensors: Sequence[Tensor], size: int) -> Tensor:
+    """Return room for `size` numbers of the widest type of `tensors`, at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return torch.zeros(size, dtype=dtype, device=tensors[0].device)
+
+
+def _views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of `flat`, in the shapes of `tensors`."""
+    parts = flat[: sum(tensor.numel() for tensor in tensors)].split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

@@ -1,0 +1,221 @@
+"""The laws of local updates, with replicas that are threads, on a quadratic whose minimum differs from one to the next."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.gradients import GradientAveraging
+from raytrain.sync.local import LocalUpdates
+from raytrain.sync.outer import OuterStep
+from raytrain.testing import ThreadGroup, ThreadTransport
+
+WIDTH = 3
+
+
+class Quadratic(nn.Module):
+    """A point, and the loss |point - target|^2 / 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.point = nn.Parameter(torch.arange(float(WIDTH), dtype=torch.float64))
+
+    def forward(self, target: Tensor) -> Tensor:
+        return (self.point - target).square().sum() / 2
+
+
+Make = Callable[[ExactExchange], Any]
+
+
+def targets(seed: int, rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1000 + rank * 100 + step)
+    return torch.randn(WIDTH, generator=generator, dtype=torch.float64)
+
+
+def run(make: Make, members: int, steps: int, *, seed: int = 0, lr: float = 0.3, momentum: float = 0.0) -> list[Any]:
+    """Train replicas; return for each (its points after every step, its point at the end, the synchroniser)."""
+
+    def replica(transport: ThreadTransport) -> Any:
+        module = Quadratic()
+        optimizer = torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum)
+        sync = make(ExactExchange(transport))
+        sync.start(module)
+        points = []
+        for step in range(steps):
+            sync.begin(1.0)
+            sync.before_backward()
+            loss = module(targets(seed, transport.rank, step))
+            loss.backward()
+            sync.before_step(loss.item(), stop=False)
+            optimizer.step()
+            optimizer.zero_grad()
+            sync.after_step()
+            points.append(module.point.detach().clone())
+        sync.finish()
+        return points, module.point.detach().clone(), sync
+
+    return ThreadGroup(members).run(replica)
+
+
+def local(every: int, delay: int = 0, *, keep: bool = True, **outer: Any) -> Make:
+    return lambda exchange: LocalUpdates(exchange, OuterStep(**outer), every=every, delay=delay, keep=keep)
+
+
+SETTINGS = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 13), st.integers(0, 99))
+
+
+@settings(max_examples=30)
+@given(SETTINGS, st.data())
+def test_replicas_are_equal_to_the_bit_afterwards(setting: tuple[int, int, int, int], data: st.DataObject) -> None:
+    members, every, steps, seed = setting
+    make = local(
+        every,
+        data.draw(st.integers(0, every)),
+        keep=data.draw(st.booleans()),
+        rate=data.draw(st.floats(0.1, 1.0)),
+        beta=data.draw(st.sampled_from([0.0, 0.5, 0.9])),
+        nesterov=data.draw(st.booleans()),
+        clip=data.draw(st.sampled_from([0.0, 0.1])),
+    )
+    (_, first, _), *others = run(make, members, steps, seed=seed)
+    for _, point, _ in others:
+        assert torch.equal(point, first)
+
+
+@settings(max_examples=20)
+@given(SETTINGS)
+def test_local_sgd_with_one_local_step_is_data_parallel_sgd(setting: tuple[int, int, int, int]) -> None:
+    members, _, steps, seed = setting
+    expected = run(lambda exchange: GradientAveraging(exchange, 0), members, steps, seed=seed)
+    for (points, _, _), (others, _, _) in zip(expected, run(local(1), members, steps, seed=seed), strict=True):
+        torch.testing.assert_close(points, others, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=20)
+@given(SETTINGS, st.sampled_from([0.0, 0.5]), st.booleans())
+def test_the_outer_step_is_torchs_sgd(setting: tuple[int, int, int, int], beta: float, nesterov: bool) -> None:
+    """On the mean of the differences, which are found here by local runs from the shared point."""
+    members, every, rounds, seed = setting
+    outer = {"rate": 0.7, "beta": beta, "nesterov": nesterov and beta > 0}
+    (points, _, _), *_ = run(local(every, **outer), members, every * rounds, seed=seed)
+    shared = nn.Parameter(Quadratic().point.detach().clone())
+    optimizer = torch.optim.SGD([shared], lr=0.7, momentum=beta, nesterov=outer["nesterov"])
+    for turn in range(rounds):
+        ends = []
+        for rank in range(members):
+            point = shared.detach().clone()
+            for step in range(turn * every, (turn + 1) * every):
+                point -= 0.3 * (point - targets(seed, rank, step))
+            ends.append(point)
+        shared.grad = shared.detach() - torch.stack(ends).mean(0)
+        optimizer.step()
+        torch.testing.assert_close(points[(turn + 1) * every - 1], shared.detach(), rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=20)
+@given(SETTINGS, st.sampled_from([0.0, 0.5]))
+def test_co2_without_delay_is_slowmo(setting: tuple[int, int, int, int], beta: float) -> None:
+    members, every, steps, seed = setting
+    one = run(local(every, 0, keep=False, beta=beta), members, steps, seed=seed)
+    other = run(local(every, 0, keep=True, beta=beta), members, steps, seed=seed)
+    for (points, last, _), (others, final, _) in zip(one, other, strict=True):
+        torch.testing.assert_close(points, others, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(last, final, rtol=1e-12, atol=1e-12)
+
+
+def co2_as_published(members: int, every: int, rounds: int, seed: int, beta: float, clip: float) -> Tensor:
+    """Return where the algorithm of the paper ends, written out for all replicas at once."""
+    shared = Quadratic().point.detach().clone()
+    momentum, last = torch.zeros_like(shared), None
+    for turn in range(rounds):
+        ends = []
+        for rank in range(members):
+            point = shared.clone()
+            for step in range(turn * every, (turn + 1) * every):
+                point -= 0.3 * (point - targets(seed, rank, step))
+            ends.append(point)
+        difference = shared - torch.stack(ends).mean(0)
+        if last is not None:
+            momentum = (beta * momentum + last).clamp(-clip, clip)
+            shared = shared - momentum
+        last = difference
+    return shared - (beta * momentum + last).clamp(-clip, clip)
+
+
+@settings(max_examples=20)
+@given(SETTINGS, st.sampled_from([0.0, 0.2]), st.sampled_from([0.05, 9.0]))
+def test_a_round_late_and_without_what_came_since_it_is_co2(
+    setting: tuple[int, int, int, int], beta: float, clip: float
+) -> None:
+    members, every, rounds, seed = setting
+    expected = co2_as_published(members, every, rounds, seed, beta, clip)
+    for _, point, _ in run(local(every, every, keep=False, beta=beta, clip=clip), members, every * rounds, seed=seed):
+        torch.testing.assert_close(point, expected, rtol=1e-9, atol=1e-11)
+
+
+def cocod_as_published(members: int, every: int, rounds: int, seed: int) -> list[Tensor]:
+    """Return where each replica is after its rounds: x_{t+1} = mean_j x_t^j + the own movement of round t."""
+    points = [Quadratic().point.detach().clone() for _ in range(members)]
+    for turn in range(rounds):
+        mean = torch.stack(points).mean(0)
+        for rank in range(members):
+            point = points[rank].clone()
+            for step in range(turn * every, (turn + 1) * every):
+                point -= 0.3 * (point - targets(seed, rank, step))
+            points[rank] = mean + (point - points[rank])
+    return points
+
+
+@settings(max_examples=20)
+@given(SETTINGS)
+def test_a_round_late_with_what_came_since_it_is_cocod(setting: tuple[int, int, int, int]) -> None:
+    members, every, rounds, seed = setting
+    expected = cocod_as_published(members, every, rounds, seed)
+    found = run(local(every, every), members, every * rounds, seed=seed)
+    for rank, (points, _, _) in enumerate(found):
+        torch.testing.assert_close(points[-1], expected[rank], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2, 0.5, 0.9])
+def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
+    """On a quadratic that local steps shrink by 1 - c: rate * c < 1 - beta with delay, < 2 (1 + beta) without."""
+
+    def last(rate: float, delay: int) -> float:
+        class Still(Quadratic):
+            def forward(self, target: Tensor) -> Tensor:
+                return self.point.square().sum() / 2
+
+        def replica(transport: ThreadTransport) -> float:
+            module = Still()
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+            sync = local(1, delay, keep=False, rate=rate, beta=beta)(ExactExchange(transport))
+            sync.start(module)
+            for _ in range(2000):
+                sync.begin(1.0)
+                module(torch.zeros(WIDTH)).backward()
+                sync.before_step(0.0, stop=False)
+                optimizer.step()
+                optimizer.zero_grad()
+                sync.after_step()
+                if not module.point.abs().max() < 1e6:
+                    break
+            return module.point.abs().max().item()
+
+        return ThreadGroup(1).run(replica)[0]
+
+    for delay, limit in ((1, 1 - beta), (0, 2 * (1 + beta))):
+        assert last(0.95 * limit / 0.5, delay) < 0.1
+        assert last(1.05 * limit / 0.5, delay) > 1e3
+
+
+@settings(max_examples=20)
+@given(SETTINGS, st.floats(0.01, 0.5))
+def test_the_momentum_is_never_longer_than_the_clip(setting: tuple[int, int, int, int], clip: float) -> None:
+    members, every, steps, seed = setting
+    for _, _, sync in run(local(every, beta=0.9, clip=clip), members, steps, seed=seed):
+        assert sync._outer.momentum.abs().max() <= clip
