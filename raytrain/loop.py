@@ -120,7 +120,7 @@ def settle(replica: Replica, task: Task, plan: Plan, watch: Watch) -> None:
     """Save and evaluate, where this is due after a step; first save, so that an evaluation that fails costs nothing."""
     progress = replica.progress
     saved = progress.status != "running" or due(progress.step, plan.checkpoint_every)
-    if progress.status != "running":
+    if progress.status not in ("running", "interrupted"):  # an interrupted run goes on as if it had not been
         replica.sync.finish()
     if saved:
         watch.save(replica)

@@ -1,18 +1,71 @@
 """Local updates: replicas step on their own, and now and then share what it came to."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from raytrain.sync.exchange import Exchange
 from raytrain.sync.outer import OuterStep
 from raytrain.sync.rest import persistent
-from raytrain.sync.synchroniser import Totals
-from raytrain.sync.transport import Pending
+from raytrain.sync.synchroniser import SyncOptions, Totals
+from raytrain.sync.transport import Arrived, Pending
+
+
+class LocalOptions(SyncOptions):
+    """Options of local SGD: every so many steps the replicas go on from their mean.
+
+    Attributes:
+        every: steps in a round.
+    """
+
+    name: str = "local-sgd"
+    every: int = Field(12, ge=1)
+
+
+class MomentumOptions(LocalOptions):
+    """Options of an outer step with momentum.
+
+    Attributes:
+        rate: of the outer step.
+        momentum: of the outer step.
+    """
+
+    rate: float = Field(1.0, gt=0)
+    momentum: float = Field(0.5, ge=0, lt=1)
+
+
+class NesterovOptions(MomentumOptions):
+    """Options of an outer step with Nesterov's momentum; the defaults are those of DiLoCo."""
+
+    rate: float = Field(0.7, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+
+
+def local_sgd(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
+    """Return local SGD (Stich 2019): the replicas go on from their mean."""
+    return LocalUpdates(exchange, OuterStep(), every=options.every, delay=0, keep=True)
+
+
+def slowmo(exchange: Exchange, options: MomentumOptions) -> "LocalUpdates":
+    """Return SlowMo (Wang et al. 2020): an outer step with momentum, of differences that are not divided by a rate."""
+    outer = OuterStep(rate=options.rate, beta=options.momentum)
+    return LocalUpdates(exchange, outer, every=options.every, delay=0, keep=True)
+
+
+def diloco(exchange: Exchange, options: NesterovOptions) -> "LocalUpdates":
+    """Return DiLoCo (Douillard et al. 2023): an outer step with Nesterov's momentum."""
+    outer = OuterStep(rate=options.rate, beta=options.momentum, nesterov=True)
+    return LocalUpdates(exchange, outer, every=options.every, delay=0, keep=True)
+
+
+def cocod(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
+    """Return CoCoD-SGD (Shen et al. 2019): the mean comes a round late, on top of what was done since."""
+    return LocalUpdates(exchange, OuterStep(), every=options.every, delay=options.every, keep=True)
 
 
 class LocalUpdates:
@@ -44,33 +97,33 @@ class LocalUpdates:
         self._delay = delay
         self._keep = keep
         self._pending: Pending | None = None
-        self._arrived = False
         self._steps = 0  # since the round's start
         self._samples = 0.0  # in this round
         self._weight = 0.0  # of this step
         self._asked = False
         self._stop = False
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._momentum: Tensor | None = None  # that was loaded
 
     def start(self, module: nn.Module) -> None:
         """Begin a round at the first replica's parameters and buffers, or go on with the one that was loaded."""
         parameters = [value for value in module.parameters() if value.requires_grad]
-        ours = {id(value) for value in parameters}
         tensors = [*persistent(module)]
         buffers = [value for value in tensors if not isinstance(value, nn.Parameter) and value.is_floating_point()]
         self._live = [value.data for value in [*parameters, *buffers]]
         self._stepped = sum(value.numel() for value in parameters)
         for value in tensors:
-            if self._loaded is None or id(value) not in ours:
-                self._await(self._exchange.transport.broadcast(value.data))
+            self._await(self._exchange.transport.broadcast(value.data))
         size = sum(value.numel() for value in self._live)
         self._send = _flat(self._live, size + 2)  # room for a wish to stop, and for the weight
         self._views = _views(self._send, self._live)
         self._gather()
         self._begun = self._send[:size].clone()
         point = self._begun.clone()
-        self._outer.begin(point[: self._stepped])
+        self._outer.begin(point[: self._stepped], self._momentum)
         self._point = point
+        if self._loaded is not None:
+            self._go_on(self._loaded)
 
     def begin(self, weight: float) -> float:
         """Return the weight itself: the gradient is that of this replica's own mean."""
@@ -119,6 +172,37 @@ class LocalUpdates:
         finally:
             torch._foreach_copy_(self._live, aside)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return where this replica is, and what is under way, after waiting for it: it is not applied earlier."""
+        size = self._begun.numel()
+        mean = None
+        if self._pending is not None:
+            mean = self._receive().clone()
+            self._pending = Arrived(self._send)
+        self._gather_into(here := self._begun.new_empty(size))
+        return {
+            "steps": self._steps,
+            "samples": self._samples,
+            "stop": self._stop,
+            "here": here,
+            "begun": self._begun,
+            "mean": mean,
+            "momentum": self._outer.momentum if self._exchange.transport.rank == 0 else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, first: Mapping[str, Any]) -> None:
+        """Take where this replica was; among more or fewer replicas it begins a round at the shared point."""
+        self._loaded = state
+        self._momentum = first["momentum"]
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        self._steps, self._samples = state["steps"], state["samples"]
+        self._begun.copy_(state["begun"])
+        self._put(state["here"])
+        if state["mean"] is not None:
+            self._send[: self._begun.numel()].copy_(state["mean"])
+            self._pending = Arrived(self._send)
+
     def _launch(self) -> None:
         """Send how far this replica got in its round, and begin the next one."""
         size = self._begun.numel()
@@ -126,7 +210,7 @@ class LocalUpdates:
         here = self._send[:size]
         torch.sub(self._begun, here, out=here)
         if self._keep:
-            torch._foreach_copy_(_views(self._begun, self._live), self._live)
+            self._gather_into(self._begun)
         else:
             self._begun.copy_(self._point)
             self._put(self._point)
@@ -151,12 +235,15 @@ class LocalUpdates:
         self._await(self._pending)
         self._pending = None
         size = self._begun.numel()
-        self._stop = bool(self._send[size] > 0)
+        self._stop = self._stop or bool(self._send[size] > 0)
         return self._send[:size]
 
     def _gather(self) -> None:
         """Copy the parameters and buffers into the message."""
         torch._foreach_copy_(self._views, self._live)
+
+    def _gather_into(self, flat: Tensor) -> None:
+        torch._foreach_copy_(_views(flat, self._live), self._live)
 
     def _put(self, flat: Tensor) -> None:
         torch._foreach_copy_(self._live, _views(flat, self._live))

@@ -1,7 +1,7 @@
 """The outer step: how the point that all replicas share moves by the mean of what each of them did on its own."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,10 +39,11 @@ class OuterStep:
     point: Tensor = field(default_factory=lambda: torch.zeros(0))
     momentum: Tensor | None = None
 
-    def begin(self, point: Tensor) -> None:
-        """Take the point that all replicas begin with."""
+    def begin(self, point: Tensor, momentum: Tensor | None) -> None:
+        """Take the point that all replicas begin with, and the momentum that there was, if a run goes on."""
         self.point = point
-        self.momentum = torch.zeros_like(point) if self.beta else None
+        if self.beta:
+            self.momentum = torch.zeros_like(point) if momentum is None else momentum.to(point)
 
     def __call__(self, difference: Tensor, beta: float | None = None) -> None:
         """Move the point; `difference` is used up."""
@@ -57,7 +58,3 @@ class OuterStep:
                 self.momentum.clamp_(-self.clip, self.clip)
             step = difference.add_(self.momentum, alpha=beta) if self.nesterov else self.momentum
         self.point.add_(step, alpha=-self.rate)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the point and the momentum."""
-        return {"point": self.point, "momentum": self.momentum}
