@@ -78,6 +78,7 @@ def causal_lm(options: CausalLmOptions) -> Task:
         weights=token_weights,
         collate=made.collate,
         measure=made.measure,
+        settle=made.settle,
         inputs=made.inputs,
         predict=made.predict,
         export=made.export,
@@ -89,11 +90,14 @@ class _CausalLm:
         self._options = options
         self._pretrained = Pretrained(options, "AutoModelForCausalLM")
         self._splits = Splits(options, (options.text,), options.document)
-        for record in self._splits.first():  # errors are better here than after the start of workers
-            text_of(record, "text", options.text)
         self._length = self._pretrained.context(options.length, LENGTH)
         self._end = self._pretrained.end()
         self.data = cache(self._data)  # the examples go when the task does
+
+    def settle(self) -> dict[str, Any]:
+        for record in self._splits.first():
+            text_of(record, "text", self._options.text)
+        return {}
 
     def model(self, seed: int) -> nn.Module:
         module: nn.Module = self._pretrained.prepare(self._pretrained.module(seed))

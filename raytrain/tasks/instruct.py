@@ -62,6 +62,7 @@ def instruct(options: InstructOptions) -> Task:
         weights=token_weights,
         collate=made.collate,
         measure=made.measure,
+        settle=made.settle,
         inputs=made.inputs,
         predict=made.predict,
         export=made.export,
@@ -75,10 +76,13 @@ class _Instruct:
         self._chat = Chat(self._pretrained)
         self._columns = (options.messages, options.prompt, options.answer, options.context)
         self._splits = Splits(options, self._columns)
-        for record in self._splits.first():  # errors are better here than after the start of workers
-            self._conversation(record)
         self._length = self._pretrained.context(options.length, LENGTH)
         self.data = cache(self._data)  # the examples go when the task does
+
+    def settle(self) -> dict[str, Any]:
+        for record in self._splits.first():
+            self._conversation(record)
+        return {}
 
     def model(self, seed: int) -> nn.Module:
         module: nn.Module = self._pretrained.prepare(self._pretrained.module(seed))
