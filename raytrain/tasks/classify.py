@@ -201,8 +201,10 @@ class _Classifier:
     def _encoded(self, record: Record) -> Example:
         text = text_of(record, "text", self._options.text)
         if self._words:
-            return {"tokens": self._words.encode(text)}
-        return {"tokens": self._pretrained.tokenizer(text, truncation=True, max_length=self._length)["input_ids"]}
+            tokens = self._words.encode(text)
+        else:
+            tokens = self._pretrained.tokenizer(text, truncation=True, max_length=self._length)["input_ids"]
+        return {"tokens": tokens or [self._filler]}  # some tokenizers put nothing around a text
 
     @cached_property
     def _words(self) -> Words | None:

@@ -94,7 +94,7 @@ class _Instruct:
         written = [example for example in examples if "answer" in example]
         prompts = [example["tokens"][: example["prompt"]] for example in written]
         more = {"prompts": prompts, "answers": [example["answer"] for example in written]} if written else {}
-        return {**scored(rows, targets, self._chat.stops[0]), **more}
+        return {**scored(rows, targets, self._pretrained.end()), **more}
 
     def measure(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, tuple[float, float]]:
         loss = float(token_losses(module, batch).double().sum())
@@ -178,9 +178,10 @@ class _Instruct:
 
     def _question(self, record: Record) -> str:
         prompt = column(record, "prompt", self._options.prompt)
-        context = self._options.context or usual(record, "context") or prompt
+        given = self._options.context
+        context = column(record, "context", given) if given else usual(record, "context") or prompt
         parts = [text_of(record, "prompt", prompt)]
-        if context != prompt and record.fields.get(context):
+        if context != prompt and record.fields[context]:
             parts.append(text_of(record, "context", context))
         return "\n\n".join(parts)
 

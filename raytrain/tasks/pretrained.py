@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 
 from raytrain.errors import RecipeError
 from raytrain.model.adapters import mark_new
@@ -204,6 +205,11 @@ class Pretrained:
                     lacking = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
                     self._check_weights(module, lacking)
                     mark_new(parameter for name, parameter in module.named_parameters() if name in lacking)
+            except SafetensorError as error:
+                raise RecipeError(
+                    f"task.model: {self._unreadable()} is no file of weights that can be read: {_first(error)}; it may "
+                    "be cut off, or only git's pointer to it: download it again, or run git lfs pull there"
+                ) from error
             except (OSError, ValueError, ImportError) as error:
                 raise RecipeError(f"task.model: {self.source} cannot be loaded: {_first(error)}") from error
         return module.train()
@@ -233,6 +239,16 @@ class Pretrained:
     def _how(self) -> dict[str, Any]:
         attention = {"attn_implementation": self._options.attention} if self._options.attention else {}
         return {"dtype": getattr(torch, self._options.dtype), **attention}
+
+    def _unreadable(self) -> str:
+        """Return the file of weights that cannot be read, or the source if it is not a folder."""
+        for file in sorted(Path(self.source).glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError:
+                return str(file)
+        return self.source
 
     def _check_kind(self) -> None:
         from transformers.models.auto import modeling_auto as auto  # noqa: PLC0415

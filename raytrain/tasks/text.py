@@ -13,16 +13,15 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from raytrain.errors import RecipeError
 from raytrain.recipe import AbsolutePath
 from raytrain.task import Task, TaskOptions
 from raytrain.tasks import corpus
+from raytrain.tasks.batches import UNSCORED, losses_of, token_weights
 from raytrain.tasks.corpus import Bytes, Characters, Document
 from raytrain.tensors import wide
 
-UNSCORED = -100
 XZ_LIMIT_BYTES = 64 << 20
 
 Window = tuple[NDArray[np.uint16], int]
@@ -155,7 +154,7 @@ def text(options: TextOptions) -> Task:
         model=model,
         data=data,
         losses=_losses,
-        weights=lambda batch: (batch["targets"].flatten() != UNSCORED).float(),
+        weights=token_weights,
         collate=_collate,
         measure=measure,
         settle=settle,
@@ -164,10 +163,7 @@ def text(options: TextOptions) -> Task:
 
 
 def _losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    logits = module(input_ids=batch["inputs"]).logits
-    return cross_entropy(
-        wide(logits).flatten(0, 1), batch["targets"].flatten(), reduction="none", ignore_index=UNSCORED
-    )
+    return losses_of(wide(module(input_ids=batch["inputs"]).logits), batch["targets"])
 
 
 def _collate(windows: Sequence[Window]) -> dict[str, Tensor]:

@@ -200,7 +200,5 @@ def test_patterns_of_what_is_trained_beside_an_adapter_must_fit() -> None:
     adapt(module, options(name="lora", beside=("*norm*", "score*")), 0)
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
     assert {key.split(".")[2] for key in trained if "lora" not in key} == {"norm"}
-    with pytest.raises(
-        RecipeError, match=r"^adapter.beside: 'clasifier\*' matches no parameter of the model; did y"
-    ):
+    with pytest.raises(RecipeError, match=r"^adapter.beside: 'clasifier\*' matches no parameter of the model; did y"):
         adapt(model(0), options(name="lora", beside=("clasifier*",)), 0)

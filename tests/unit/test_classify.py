@@ -1,4 +1,5 @@
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -192,6 +193,19 @@ def test_words_are_scored_by_their_likelihood(models: Path, reviews: Path, words
     torch.testing.assert_close(task.losses(module, task.collate(examples)), losses.float())
     shown = tokenizer.decode(examples[0]["tokens"])
     assert shown == f"<s>It is: {(reviews / 'dev.tsv').read_text().split(chr(9))[0]} ->".removeprefix("<s>")
+
+
+@pytest.mark.parametrize("head", ["own", "mean", "words"])
+def test_an_empty_text_is_a_text_too(models: Path, tmp_path: Path, head: Any) -> None:
+    """A Llama's tokenizer puts nothing around a text here."""
+    (tmp_path / "train.tsv").write_text("good\t1\n\t0\nbad\t0\nvery good\t1\n")
+    (tmp_path / "dev.tsv").write_text("\t0\n")
+    task = made(models, tmp_path, "llama", head=head, prompt="{text}")
+    module, examples = task.model(0).eval(), some(task.data("train"), 4)
+    together, alone = task.losses(module, task.collate(examples)), task.losses(module, task.collate(examples[1:2]))
+    assert together.isfinite().all()
+    torch.testing.assert_close(alone[0], together[1])
+    assert math.isfinite(measured(task, module)["loss"])
 
 
 def test_long_texts_are_cut(models: Path, tmp_path: Path) -> None:

@@ -146,6 +146,18 @@ def with_other(name: str, *files: str) -> Callable[[Path], None]:
     return replace
 
 
+def holding(content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors").write_bytes(content) and None
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 def written(text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "config.json").write_text(text) and None
 
@@ -160,6 +172,11 @@ BROKEN: list[tuple[str, Any, Callable[[Path], None], str]] = [
      "loaded; save them there with model.save_pretrained(), or set task.fresh=true to start from random ones"),
     ("llama", CAUSAL, without("tokenizer.json", "tokenizer_config.json"), "@ has no tokenizer that can be loaded "
      "(tokenizer.json and tokenizer_config.json): ..."),
+    ("llama", CAUSAL, holding(POINTER), "@/model.safetensors is no file of weights that can be read: Error while "
+     "deserializing header: header too large; it may be cut off, or only git's pointer to it: download it again, or "
+     "run git lfs pull there"),
+    ("bert", HEADED, cut_off, "@/model.safetensors is no file of weights that can be read: Error while deserializing "
+     "header: incomplete metadata, file not fully covered; it may be cut off..."),
     ("llama", CAUSAL, written("{"), "@ cannot be loaded: It looks like the config file at '@/config.json' is not a "
      "valid JSON file."),
     ("llama", CAUSAL, written('{"model_type": "nonesuch"}'), "@ cannot be loaded: The checkpoint you are trying to "

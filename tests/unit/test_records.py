@@ -120,6 +120,13 @@ def test_files_are_splits_by_their_names(
     assert {record.where.split(",")[0] for record in found.records("valid")} == set(valid)
 
 
+def test_a_long_document_is_a_field_of_a_table(tmp_path: Path) -> None:
+    rows = [{"text": "long " * 100_000, "label": "a"}, {"text": "short", "label": "b"}]
+    write(tmp_path / "x.csv", rows)
+    csv.field_size_limit(131_072)
+    assert [dict(record.fields) for record in of_file(tmp_path / "x.csv")] == rows
+
+
 def test_a_glob_is_split_by_names_too(tmp_path: Path) -> None:
     for name in ("a/train.txt", "b/train.txt", "b/dev.txt", "b/skip.csv"):
         write(tmp_path / name, [{"text": name}, {"text": f"{name} again"}])

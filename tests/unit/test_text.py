@@ -12,8 +12,9 @@ from raytrain.evaluation import evaluate
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks import corpus
+from raytrain.tasks.batches import UNSCORED
 from raytrain.tasks.corpus import Bytes, Characters, Document
-from raytrain.tasks.text import UNSCORED, TextExamples, TextOptions, _collate, text
+from raytrain.tasks.text import TextExamples, TextOptions, _collate, text
 
 texts = st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=4)
 
