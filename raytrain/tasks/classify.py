@@ -120,6 +120,8 @@ class _Classifier:
 
     def start(self, module: nn.Module, seed: int) -> None:
         train = self.data("train")
+        for place in set(range(len(self._classes))).difference(train.labels.tolist()):
+            raise RecipeError(f"task.start: no training text is of the class {self._classes[place]!r}, to start from")
         places = prototypes.chosen(train.labels, self._options.shots, seed)
         batches = [self.collate([train[place] for place in batch]) for batch in places]
         prototypes.start(module, batches, self._scores)

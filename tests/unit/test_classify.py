@@ -300,6 +300,7 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any], str]] = [
      "task.length is 128"),
     ("llama", {"start": "prototypes"}, "start: a LlamaForSequenceClassification has no linear layer with a bias on one "
      'vector for each text, which prototypes can be put into; use task.head = "mean", or task.start = "random"'),
+    ("bert", {"start": "prototypes", "classes": (0, 1, 2)}, "start: no training text is of the class 2, to start from"),
     ("bert", WORDS, "model: .*bert is a bert, an encoder, whose tokens see what comes after them; expected a causal"),
     ("bert", {"length": 65}, "length: .*bert sees 64 tokens at most; got 65"),
 ]  # fmt: skip

@@ -302,6 +302,7 @@ NAME = "; name the column of the labels with task.label"
         (text_of, {"text": None}, "", "expected text in column 'text'; got None"),
         (text_of, {"text": "a\ud800"}, "", "the text in column 'text' has half a character (a lone surrogate) at 1"),
         (label_of, {"label": "so long " * 20}, "", f"{LABEL} '{'so long ' * 9}so l...{NAME}"),
+        (label_of, {"label": "a\ud800"}, "", "the text in column 'label' has half a character (a lone surrogate) at 1"),
         (label_of, {"label": None}, "", f"{LABEL} None{NAME}"),
         (label_of, {"label": 0.5}, "", f"{LABEL} 0.5{NAME}"),
         (label_of, {"a": "x", "stars": 3}, "star", "there is no column 'star'; did you mean stars? known: a, stars"),
