@@ -121,10 +121,15 @@ def best_of(folder: Path, overrides: Mapping[str, Any]) -> Best:
 def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> dict[str, float]:
     """Return the held-out metrics of the best checkpoint of a run, measured in this process.
 
+    Args:
+        folder: the run's.
+        overrides: changes to its recipe; of data at another place, all is held out.
+
     Raises:
         RaytrainError: as `best_of`.
     """
-    best = best_of(folder, overrides)
+    changed = recipe_of(folder, overrides).task.on_other_data(recipe_of(folder, {}).task)
+    best = best_of(folder, {f"task.{name}": value for name, value in changed.items()} | dict(overrides))
     task, module, exchange = best.task, best.replica.module, ExactExchange(LocalTransport())
     autocast = best.recipe.plan().autocast
     metrics = evaluate(task, module, task.data("valid"), best.recipe.evaluation.batch, exchange, autocast=autocast)

@@ -43,7 +43,7 @@ from raytrain.rundir import Failure, RunDirectory, Trace, elsewhere
 from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watchdog import Watchdog
-from raytrain.worker import task_of, work
+from raytrain.worker import settled, work
 
 # Ray Train reads these when it starts; what the user has set stays. Without the first, a report takes 2 s.
 SETTINGS = {
@@ -75,12 +75,12 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
         RecipeError: the recipe, the folder or the cluster does not allow it.
         TrainingError: the run failed; what was computed is in its folder.
     """
-    task_of(recipe)  # its errors are better here than in a worker
+    run_directory = RunDirectory(order.out.absolute())
+    recipe, _ = settled(recipe, run_directory)  # its errors are better here than in a worker
     if order.address is not None:
         check_reachable(order.address)
     elif not ray.is_initialized():
         _share(machines_here(recipe), recipe)
-    run_directory = RunDirectory(order.out.absolute())
     with run_directory.opened(resume=order.resume), Display(run_directory, recipe.steps) as display:
         display.say("starting Ray" if order.address is None else f"connecting to Ray at {order.address}")
         with joined(order.address, recipe) as machines:

@@ -43,6 +43,13 @@ class TaskOptions(Options):
 
     source: SourceField = Local(name="local")
 
+    def on_other_data(self, trained: TaskOptions) -> Mapping[str, Any]:  # noqa: ARG002 - those that have data look
+        """Return which options change to measure with these what was `trained` with others: none.
+
+        Options of data that has another place hold all of it out, because nothing of it was learned from.
+        """
+        return {}
+
 
 class Examples(Protocol):
     """A split of the data: anything with a length and items, a list or a torch Dataset included."""
@@ -75,8 +82,8 @@ def collate_default(examples: Sequence[Any]) -> Batch:
     return default_collate(list(examples))
 
 
-def no_references() -> dict[str, float]:
-    """Return nothing to compare with."""
+def nothing() -> dict[str, Any]:
+    """Return no figures to compare with, or no options to settle."""
     return {}
 
 
@@ -85,13 +92,18 @@ class Task:
     """A model, its data and its loss.
 
     Attributes:
-        model: seed -> the model, with equal parameters for equal seeds.
+        model: seed -> the model, with equal parameters for equal seeds. It looks at no data, so that it can be made
+            anew where there is none.
         data: "train" or "valid" -> the examples of that split; a source of the user's takes the place of "train".
         losses: (model, batch) -> the loss of each example or token, float, shape (n,), with its graph.
         weights: batch -> what each of those losses counts, shape (n,), not negative; None: each counts 1.
         collate: examples -> a batch; the default stacks them as torch's DataLoader does.
         measure: (model, batch) -> name -> (sum, count), added up over batches and workers and then divided; None: the
             weighted mean of the losses under the name "loss". Called without gradients and in evaluation mode.
+        settle: () -> options of the task that its training data decides and that must stay with the run, as the classes
+            there are; not those that are given. Called before anything starts: what is wrong with the data is best
+            said here.
+        start: (a new model, seed) -> puts into it what the training data says, in place; None: nothing.
         metric: the name in `measure` that decides which checkpoint is best.
         better: whether a lower or a higher metric is better.
         references: () -> figures to stand beside the metrics in the result, found from the data without a model.
@@ -106,9 +118,11 @@ class Task:
     weights: Callable[[Batch], Tensor] | None = None
     collate: Callable[[Sequence[Any]], Batch] = collate_default
     measure: Callable[[nn.Module, Batch], Mapping[str, tuple[float, float]]] | None = None
+    settle: Callable[[], Mapping[str, Any]] = nothing
+    start: Callable[[nn.Module, int], None] | None = None
     metric: str = "loss"
     better: Literal["lower", "higher"] = "lower"
-    references: Callable[[], Mapping[str, float]] = no_references
+    references: Callable[[], Mapping[str, float]] = nothing
     inputs: Callable[[Path], Examples] | None = None
     predict: Callable[[nn.Module, Sequence[Any]], Sequence[Mapping[str, Any]]] | None = None
     export: Callable[[nn.Module, Path], None] | None = None

@@ -21,6 +21,7 @@ from raytrain.model.freezing import Half, freeze
 from raytrain.names import resolve
 from raytrain.optim.ema import average_of
 from raytrain.optim.optimizers import OPTIMIZERS, make_optimizer
+from raytrain.recipe import read_toml
 from raytrain.replica import Progress, Replica, digest_of, load_state
 from raytrain.rundir import RunDirectory
 from raytrain.sync.exchange import ExactExchange, Exchange
@@ -91,11 +92,12 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     _check_shared(run, exchange)
     if exchange.gather(b"failed" if run.failure() else b"")[0]:
         return None  # an earlier attempt did, before all of its workers knew
-    task = task_of(recipe)
-    replica = build(recipe, task, exchange)
+    recipe, task = settled(recipe, run)
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, exchange)
     store.clean()
-    if found := store.newest():
+    found = store.newest()
+    replica = build(recipe, task, exchange, new=found is None)
+    if found:
         restore(replica, found)
     _announce(recipe, run, exchange, replica.progress.step)
     plan = recipe.plan()
@@ -139,10 +141,33 @@ def task_of(recipe: TrainRecipe) -> Task:
     return make_task(resolve(TASKS, recipe.task.name, "task.name"), recipe.task)
 
 
-def build(recipe: TrainRecipe, task: Task, exchange: Exchange) -> Replica:
-    """Return a new replica of what the recipe trains."""
+def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
+    """Return the recipe with the options that its training data decides, and its task.
+
+    What the run has decided before holds, whatever became of the data since.
+
+    Raises:
+        RecipeError: the task cannot be made, or its data does not fit.
+    """
+    task = task_of(recipe)
+    found = task.settle()
+    if not found:
+        return recipe, task
+    before = read_toml(str(run.path), [])[0]["task"] if run.recipe.is_file() else {}
+    settled = recipe.with_overrides({f"task.{name}": before.get(name) or value for name, value in found.items()})
+    return settled, task_of(settled)
+
+
+def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = False) -> Replica:
+    """Return a replica of what the recipe trains; if it is `new`, and not to be read from a checkpoint, as it starts.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+    """
     transport = exchange.transport
     module = task.model(recipe.seed)
+    if new and task.start:
+        task.start(module, recipe.seed)
     if recipe.precision == "float64":
         module.double()
     dtype = next(module.parameters()).dtype

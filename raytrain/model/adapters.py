@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -14,6 +14,7 @@ from torch import nn
 
 from raytrain.errors import RecipeError
 from raytrain.model.blocks import blocks
+from raytrain.names import near
 from raytrain.recipe import Options
 
 ADAPTERS: dict[str, str] = {
@@ -41,6 +42,12 @@ NOT_OPTIONS = {
     "modules_to_save",
 }  # fmt: skip
 
+HEADS = ("classifier*", "score*")
+"""What heads are usually called."""
+
+NEW = "_raytrain_new"
+"""The attribute of parameters that are not those of a pretrained model."""
+
 PLAIN = {str, int, float, bool, type(None), list, dict, ...}
 
 
@@ -48,12 +55,13 @@ class AdapterOptions(Options):
     """What every adapter takes beside the fields of its configuration in peft.
 
     Attributes:
-        beside: patterns of parameters that are trained in full beside the adapter: a new head is.
+        beside: patterns of parameters that are trained in full beside the adapter. What a pretrained model lacks is in
+            any case, as the layers of a new head.
     """
 
     config: ClassVar[Callable[..., Any] | None] = None
     name: str = "none"
-    beside: tuple[str, ...] = ("classifier*", "score*")
+    beside: tuple[str, ...] = HEADS
 
     @model_validator(mode="after")
     def _accepted(self) -> Self:
@@ -102,6 +110,7 @@ def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[st
 
     Returns:
         The names of the parameters that are frozen for it: they are what `Task.model` made, and need not be saved.
+        New ones are not among them, even if they are frozen.
 
     Raises:
         RecipeError: the model has no place for it, or an option does not fit the model.
@@ -113,17 +122,32 @@ def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[st
 
     if getattr(config, "target_modules", None) is None:
         config.target_modules = _linear_layers(module)
-    frozen_before = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    beside = {name for pattern in options.beside for name in _matching(module, pattern)}
+    trained = [
+        parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and (name in beside or is_new(parameter))
+    ]
     torch.manual_seed(seed)
     try:
         inject_adapter_in_model(config, module)
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise RecipeError(f"adapter: {options.name} does not fit the model: {error}") from error
-    for name, parameter in module.named_parameters():
-        plain = name.replace(".base_layer.", ".")
-        if plain not in frozen_before and any(fnmatchcase(plain, pattern) for pattern in options.beside):
-            parameter.requires_grad_(True)
-    return frozenset(name for name, parameter in module.named_parameters() if not parameter.requires_grad)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return frozenset(name for name, parameter in frozen.items() if not is_new(parameter))
+
+
+def mark_new(parameters: Iterable[nn.Parameter]) -> None:
+    """Mark parameters that are not those of a pretrained model, for `adapt`."""
+    for parameter in parameters:
+        setattr(parameter, NEW, True)
+
+
+def is_new(parameter: nn.Parameter) -> bool:
+    """Return whether `mark_new` marked the parameter."""
+    return getattr(parameter, NEW, False)
 
 
 def merge(module: nn.Module) -> None:
@@ -142,6 +166,19 @@ def merge(module: nn.Module) -> None:
                 raise RecipeError(f"the adapter of {name} cannot be merged: {error}") from error
             module.set_submodule(name, layer.get_base_layer())
     module.requires_grad_(True)
+
+
+def _matching(module: nn.Module, pattern: str) -> list[str]:
+    """Return the names of the parameters that match a pattern of `beside`.
+
+    Raises:
+        RecipeError: there are none, and it is not one of the usual patterns.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found and pattern not in HEADS:
+        raise RecipeError(f"adapter.beside: {pattern!r} matches no parameter of the model; {near(pattern, names)}")
+    return found
 
 
 def _linear_layers(module: nn.Module) -> list[str]:

@@ -57,8 +57,17 @@ def kept_logits(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def token_losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return the loss of each kept place, shape (rows * kept,), 0 where it is not scored."""
-    logits = kept_logits(module, batch).flatten(0, 1)
-    return cross_entropy(logits, batch["targets"].flatten(), reduction="none", ignore_index=UNSCORED)
+    return losses_of(kept_logits(module, batch), batch["targets"])
+
+
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each prediction, shape (rows * predictions,), 0 where it is not scored.
+
+    Args:
+        logits: shape (rows, predictions, tokens).
+        targets: shape (rows, predictions).
+    """
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=UNSCORED)
 
 
 def token_weights(batch: dict[str, Tensor]) -> Tensor:

@@ -52,7 +52,7 @@ class CausalLmOptions(RecordOptions, PretrainedOptions):
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class Tokenized:
     """A text in tokens.
 
     Attributes:
@@ -78,6 +78,7 @@ def causal_lm(options: CausalLmOptions) -> Task:
         weights=token_weights,
         collate=made.collate,
         measure=made.measure,
+        settle=made.settle,
         inputs=made.inputs,
         predict=made.predict,
         export=made.export,
@@ -89,11 +90,14 @@ class _CausalLm:
         self._options = options
         self._pretrained = Pretrained(options, "AutoModelForCausalLM")
         self._splits = Splits(options, (options.text,), options.document)
-        for record in self._splits.first():  # errors are better here than after the start of workers
-            text_of(record, "text", options.text)
         self._length = self._pretrained.context(options.length, LENGTH)
         self._end = self._pretrained.end()
         self.data = cache(self._data)  # the examples go when the task does
+
+    def settle(self) -> dict[str, Any]:
+        for record in self._splits.first():
+            text_of(record, "text", self._options.text)
+        return {}
 
     def model(self, seed: int) -> nn.Module:
         module: nn.Module = self._pretrained.prepare(self._pretrained.module(seed))
@@ -135,7 +139,7 @@ class _CausalLm:
             return packed(self._documents(part), self._length)
         return (each for one in self._documents(part) for each in alone(one, self._length, self._options.long))
 
-    def _documents(self, part: Part) -> Iterator[Document]:
+    def _documents(self, part: Part) -> Iterator[Tokenized]:
         empty = True
         for record in self._splits.records(part):
             text = text_of(record, "text", self._options.text)
@@ -144,7 +148,7 @@ class _CausalLm:
                 tokens, ends = self._pretrained.tokens_and_ends(text)
                 tokens.append(self._end)
                 widths = byte_widths(text, np.array([*ends, len(text)])) if ends else np.zeros(len(tokens), np.int64)
-                yield Document(np.array(tokens), widths, record.where, domain_of(record, self._options.domain))
+                yield Tokenized(np.array(tokens), widths, record.where, domain_of(record, self._options.domain))
         if empty:
             raise RecipeError(f"task.path: the {part} part of {self._options.path} has no text")
 
@@ -162,7 +166,7 @@ def byte_widths(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.diff(offsets[np.maximum.accumulate(ends)], prepend=0)
 
 
-def alone(document: Document, length: int, long: Long) -> Iterator[Example]:
+def alone(document: Tokenized, length: int, long: Long) -> Iterator[Example]:
     """Yield the examples of one document: of `length` tokens at most, and the one that follows.
 
     Raises:
@@ -179,7 +183,7 @@ def alone(document: Document, length: int, long: Long) -> Iterator[Example]:
         yield _example(document.tokens[piece], document.widths[piece], document.domain)
 
 
-def packed(documents: Iterable[Document], length: int) -> Iterator[Example]:
+def packed(documents: Iterable[Tokenized], length: int) -> Iterator[Example]:
     """Yield pieces of all documents joined: of `length` tokens, and the one that follows; the last may be shorter.
 
     A piece begins with the token that the one before it ended with, so that each token but the first is predicted once.

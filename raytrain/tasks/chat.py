@@ -1,6 +1,7 @@
 """Conversations in the format of a model, and where in them an answer begins and ends."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -40,8 +41,11 @@ class Chat:
     @cached_property
     def stops(self) -> list[int]:
         """The tokens that end an answer: the end-of-text token, and what the template puts after answers."""
-        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        return list(dict.fromkeys([self._end, self.pair(probe, "an example")[1][-1]]))
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        for probe in (talk, [{"role": "system", "content": "."}, *talk]):  # some templates refuse one or the other
+            with suppress(RecipeError):
+                return list(dict.fromkeys([self._end, self.pair(probe, "an example")[1][-1]]))
+        return [self._end]
 
     def prompt(self, messages: Sequence[Message], where: str = "") -> list[int]:
         """Return the tokens after which the assistant's answer to `messages` begins."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raytrain.errors import RecipeError
+from raytrain.model.adapters import mark_new
 from raytrain.task import Task
 from raytrain.tasks import prototypes
 from raytrain.tasks.batches import inputs
@@ -39,6 +40,7 @@ class ClassifyOptions(RecordOptions, PretrainedOptions):
 
     Attributes:
         text, label: columns; default: one that is called so, or first and last if columns have no names.
+        classes: the labels in their order; default: those of the training data, sorted. A run keeps them.
         length: tokens of a text that are looked at; 0: as many as the model can see, at most 512.
         head: "own", what transformers gives the model (a BERT's looks at the first token); "mean", a linear layer on
             the mean of the model's vectors, as sentence encoders want it; or "words", nothing new: how likely a causal
@@ -51,6 +53,7 @@ class ClassifyOptions(RecordOptions, PretrainedOptions):
 
     text: str = ""
     label: str = ""
+    classes: tuple[Label, ...] = ()
     length: int = Field(0, ge=0)
     head: Literal["own", "mean", "words"] = "own"
     start: Literal["random", "prototypes"] = "random"
@@ -60,6 +63,8 @@ class ClassifyOptions(RecordOptions, PretrainedOptions):
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
+        if self.classes and len(set(self.classes)) < max(2, len(self.classes)):
+            raise ValueError(f"expected task.classes of two or more labels, all different; got {list(self.classes)}")
         if self.prompt.count(HOLE) != 1:
             raise ValueError(f"expected task.prompt with {HOLE} in it once; got {self.prompt!r}")
         if self.head == "words" and self.start == "prototypes":
@@ -76,6 +81,8 @@ def classify(options: ClassifyOptions) -> Task:
         losses=made.losses,
         collate=made.collate,
         measure=made.measure,
+        settle=made.settle,
+        start=made.start if options.start == "prototypes" else None,
         metric="accuracy",
         better="higher",
         references=made.references,
@@ -91,12 +98,15 @@ class _Classifier:
         self._pretrained = Pretrained(options, LOADERS[options.head])
         self._columns = (options.text, options.label)
         self._splits = Splits(options, self._columns)
-        for record in self._splits.first():  # errors are better here than after the start of workers
-            text_of(record, "text", options.text)
-            label_of(record, options.label)
         self._length = self._pretrained.context(options.length, LENGTH)
         self._filler = self._pretrained.pad()
         self.data = cache(self._data)  # the examples go when the task does
+
+    def settle(self) -> dict[str, Any]:
+        for record in self._splits.first():
+            text_of(record, "text", self._options.text)
+            label_of(record, self._options.label)
+        return {} if self._options.classes else {"classes": self._classes}
 
     def model(self, seed: int) -> nn.Module:
         module = self._module(seed)
@@ -104,12 +114,17 @@ class _Classifier:
         module.config.label2id = {str(label): place for place, label in enumerate(self._classes)}
         module.config.pad_token_id = self._filler
         if self._options.start == "prototypes":
-            train = self.data("train")
-            places = prototypes.chosen(train.labels, self._options.shots, seed)
-            batches = [self.collate([train[place] for place in batch]) for batch in places]
-            prototypes.start(module, batches, self._scores)
+            mark_new(prototypes.head_of(module, len(self._classes)).parameters())
         prepared: nn.Module = self._pretrained.prepare(module)
         return prepared
+
+    def start(self, module: nn.Module, seed: int) -> None:
+        train = self.data("train")
+        for place in set(range(len(self._classes))).difference(train.labels.tolist()):
+            raise RecipeError(f"task.start: no training text is of the class {self._classes[place]!r}, to start from")
+        places = prototypes.chosen(train.labels, self._options.shots, seed)
+        batches = [self.collate([train[place] for place in batch]) for batch in places]
+        prototypes.start(module, batches, self._scores)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         rows = [example["tokens"] for example in examples]
@@ -156,7 +171,9 @@ class _Classifier:
             return self._pretrained.module(seed, num_labels=classes)
         from raytrain.tasks.mean_pooling import with_mean_pooling  # noqa: PLC0415 - it imports transformers
 
-        return with_mean_pooling(self._pretrained.module(seed, num_labels=classes))
+        module = with_mean_pooling(self._pretrained.module(seed, num_labels=classes))
+        mark_new(module.classifier.parameters())
+        return module
 
     def _scores(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Return the logits of the classes, shape (texts, classes), at least in float32."""
@@ -177,8 +194,8 @@ class _Classifier:
             label = label_of(record, self._options.label)
             if label not in places:
                 raise RecipeError(
-                    f"task.label: {record.where}: the label {label!r} is not one of the training data's: "
-                    f"{', '.join(map(repr, self._classes))}"
+                    f"task.label: {record.where}: the label {label!r} is not one of task.classes, which are those of "
+                    f"the training data unless you name them: {', '.join(map(repr, self._classes))}"
                 )
             domain = domain_of(record, self._options.domain)
             yield {**self._encoded(record), "label": places[label], "domain": domain}
@@ -186,8 +203,10 @@ class _Classifier:
     def _encoded(self, record: Record) -> Example:
         text = text_of(record, "text", self._options.text)
         if self._words:
-            return {"tokens": self._words.encode(text)}
-        return {"tokens": self._pretrained.tokenizer(text, truncation=True, max_length=self._length)["input_ids"]}
+            tokens = self._words.encode(text)
+        else:
+            tokens = self._pretrained.tokenizer(text, truncation=True, max_length=self._length)["input_ids"]
+        return {"tokens": tokens or [self._filler]}  # some tokenizers put nothing around a text
 
     @cached_property
     def _words(self) -> Words | None:
@@ -204,8 +223,8 @@ class _Classifier:
 
     @cached_property
     def _classes(self) -> list[Label]:
-        """The labels of the training data, sorted."""
-        return classes(self._splits.records("train"), self._options.label)
+        """The labels, by which class is which."""
+        return list(self._options.classes) or classes(self._splits.records("train"), self._options.label)
 
 
 def classes(records: Iterator[Record], column: str) -> list[Label]:

@@ -54,14 +54,7 @@ def text_of(record: Record, role: str, given: str = "") -> str:
     value = record.fields[name]
     if not isinstance(value, str):
         raise RecipeError(f"task.{role}: {record.where}: expected text in column {name!r}; got {short(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RecipeError(
-            f"task.{role}: {record.where}: the text in column {name!r} has half a character (a lone surrogate) at "
-            f"{error.start}"
-        ) from None
-    return value
+    return _whole(value, record, role, name)
 
 
 def label_of(record: Record, given: str = "") -> Label:
@@ -77,7 +70,7 @@ def label_of(record: Record, given: str = "") -> Label:
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     if isinstance(value, str) and 0 < len(value.strip()) <= LONGEST_LABEL:
-        return value.strip()
+        return _whole(value.strip(), record, "label", name)
     raise RecipeError(
         f"task.label: {record.where}: expected a label in column {name!r}, an integer or a few words; got "
         f"{short(value)}; name the column of the labels with task.label"
@@ -95,6 +88,17 @@ def domain_of(record: Record, given: str) -> str:
     if given not in record.fields:
         raise RecipeError(f"task.domain: {record.where}: there is no column {given!r}; {near(given, record.fields)}")
     return str(record.fields[given])
+
+
+def _whole(text: str, record: Record, role: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"task.{role}: {record.where}: the text in column {name!r} has half a character (a lone surrogate) at "
+            f"{error.start}"
+        ) from None
+    return text
 
 
 def short(value: Any) -> str:

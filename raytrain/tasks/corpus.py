@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import sys
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,10 +74,12 @@ def read(path: Path, pattern: str) -> list[Document]:
 
 
 def held_out(documents: list[Document], share: float) -> dict[Literal["train", "valid"], list[Document]]:
-    """Split a corpus: by document, or a single document by offset, its end being held out.
+    """Split a corpus: by document, or a single document by offset, its end being held out; a share of 1 is all of it.
 
     Which documents are held out depends on the hashes of their names, so it looks random and is the same everywhere.
     """
+    if share == 1:
+        return {"train": [], "valid": documents}
     if len(documents) == 1:
         whole = documents[0]
         at = round(len(whole.text) * (1 - share))
@@ -87,6 +90,15 @@ def held_out(documents: list[Document], share: float) -> dict[Literal["train", "
     count = min(len(ordered) - 1, max(1, round(len(ordered) * share)))
     by_name = {"train": ordered[count:], "valid": ordered[:count]}
     return {"train": sorted(by_name["train"], key=_name), "valid": sorted(by_name["valid"], key=_name)}
+
+
+def alphabet_of(documents: Iterable[Document]) -> str:
+    """Return the characters that there are, in order of their code points.
+
+    Raises:
+        RecipeError: a document is not UTF-8.
+    """
+    return "".join(sorted(set().union(*(_decoded(document) for document in documents))))
 
 
 class Bytes:
@@ -111,26 +123,33 @@ class Bytes:
 
 
 class Characters:
-    """Tokens that are the characters of a corpus, in order of their code points; the last one begins a document.
+    """Tokens that are the characters of an alphabet, in their order; the last one begins a document.
 
     Args:
-        documents: the corpus.
-
-    Raises:
-        RecipeError: a document is not UTF-8.
+        alphabet: the characters.
     """
 
-    def __init__(self, documents: Iterable[Document]) -> None:
-        self._alphabet = sorted(set().union(*(_decoded(document) for document in documents)))
-        self._table = np.zeros(ord(self._alphabet[-1]) + 1, np.uint16)
-        self._table[[ord(character) for character in self._alphabet]] = np.arange(len(self._alphabet))
-        self.begin = len(self._alphabet)
+    def __init__(self, alphabet: str) -> None:
+        self._alphabet = alphabet
+        self.begin = len(alphabet)
         self.size = self.begin + 1
+        self._table = np.full(sys.maxunicode + 1, self.begin, np.uint16)
+        self._table[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
 
     def encode(self, document: Document) -> NDArray[np.uint16]:
-        """Return the document's tokens, the first of which begins it, shape (characters + 1,)."""
-        points = np.frombuffer(_decoded(document).encode("utf-32-le"), np.uint32)
-        return np.concatenate([np.array([self.begin], np.uint16), self._table[points]])
+        """Return the document's tokens, the first of which begins it, shape (characters + 1,).
+
+        Raises:
+            RecipeError: it is not UTF-8, or has a character that the alphabet has not.
+        """
+        text = _decoded(document)
+        tokens = self._table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
+        if (strange := tokens == self.begin).any():
+            raise RecipeError(
+                f"task.path: {document.name} has the character {text[int(strange.argmax())]!r}, which is not one of "
+                f"task.alphabet, the {len(self._alphabet)} of the text that was learned from"
+            )
+        return np.concatenate([np.array([self.begin], np.uint16), tokens])
 
     def count(self, text: bytes) -> int:
         """Return how many tokens the text has, without the one that begins a document."""

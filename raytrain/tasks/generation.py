@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raytrain.tasks.batches import Tokens, inputs
 from raytrain.tasks.pretrained import Pretrained
@@ -15,32 +16,47 @@ WORD = re.compile(r"\w+")
 def continuations(
     module: Any, pretrained: Pretrained, prompts: Sequence[Tokens], new_tokens: int, stops: Sequence[int]
 ) -> list[str]:
-    """Return what the model writes after each prompt, special tokens left out.
+    """Return what the model writes after each prompt, special tokens left out, whichever prompts are asked together.
 
     Args:
-        module: a causal model of transformers; it is left in the mode it was in.
+        module: a causal model of transformers; it is left as it was.
         pretrained: the folder that it comes from.
-        prompts: tokens; of one that leaves no room for the answer, only the end is read.
-        new_tokens: the longest answer.
+        prompts: tokens; of one that alone fills what the model can see, only the end is read.
+        new_tokens: the longest answer; after a long prompt it ends where the model sees no further.
         stops: tokens that end an answer.
     """
+    limit = pretrained.limit
+    read = [list(prompt[-(limit - 1) :]) or list(stops[:1]) for prompt in prompts]
+    rooms = [min(new_tokens, limit - len(prompt)) for prompt in read]
+    texts = [""] * len(read)
+    for room in sorted(set(rooms)):
+        places = [place for place, each in enumerate(rooms) if each == room]
+        answers = _greedy(module, [read[place] for place in places], room, stops)
+        written: list[str] = pretrained.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        for place, text in zip(places, written, strict=True):
+            texts[place] = text
+    return texts
+
+
+def _greedy(module: Any, prompts: Sequence[Tokens], new_tokens: int, stops: Sequence[int]) -> Tensor:
+    """Return the likeliest tokens after each prompt, shape (prompts, longest answer)."""
     from transformers import GenerationConfig  # noqa: PLC0415 - slow to import
 
-    new_tokens = min(new_tokens, pretrained.limit - 1)
-    prompts = [prompt[-(pretrained.limit - new_tokens) :] or stops[:1] for prompt in prompts]
     device = next(module.parameters()).device
     batch = {name: part.to(device) for name, part in inputs(prompts, stops[0], left=True).items()}
     how = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0], use_cache=True
     )
-    training = module.training
+    training, usual = module.training, module.generation_config
     module.eval()
-    with torch.no_grad():
-        written = module.generate(**batch, generation_config=how)
-    module.train(training)
-    answers = written[:, batch["input_ids"].shape[1] :]
-    texts: list[str] = pretrained.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return texts
+    module.generation_config = how  # `generate` would take what is not said here from the model's own
+    try:
+        with torch.no_grad():
+            written: Tensor = module.generate(**batch, generation_config=how)
+    finally:
+        module.generation_config = usual
+        module.train(training)
+    return written[:, batch["input_ids"].shape[1] :]
 
 
 def rouge_l(written: str, reference: str) -> float:

@@ -62,6 +62,7 @@ def instruct(options: InstructOptions) -> Task:
         weights=token_weights,
         collate=made.collate,
         measure=made.measure,
+        settle=made.settle,
         inputs=made.inputs,
         predict=made.predict,
         export=made.export,
@@ -75,10 +76,13 @@ class _Instruct:
         self._chat = Chat(self._pretrained)
         self._columns = (options.messages, options.prompt, options.answer, options.context)
         self._splits = Splits(options, self._columns)
-        for record in self._splits.first():  # errors are better here than after the start of workers
-            self._conversation(record)
         self._length = self._pretrained.context(options.length, LENGTH)
         self.data = cache(self._data)  # the examples go when the task does
+
+    def settle(self) -> dict[str, Any]:
+        for record in self._splits.first():
+            self._conversation(record)
+        return {}
 
     def model(self, seed: int) -> nn.Module:
         module: nn.Module = self._pretrained.prepare(self._pretrained.module(seed))
@@ -90,7 +94,7 @@ class _Instruct:
         written = [example for example in examples if "answer" in example]
         prompts = [example["tokens"][: example["prompt"]] for example in written]
         more = {"prompts": prompts, "answers": [example["answer"] for example in written]} if written else {}
-        return {**scored(rows, targets, self._chat.stops[0]), **more}
+        return {**scored(rows, targets, self._pretrained.end()), **more}
 
     def measure(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, tuple[float, float]]:
         loss = float(token_losses(module, batch).double().sum())
@@ -174,9 +178,10 @@ class _Instruct:
 
     def _question(self, record: Record) -> str:
         prompt = column(record, "prompt", self._options.prompt)
-        context = self._options.context or usual(record, "context") or prompt
+        given = self._options.context
+        context = column(record, "context", given) if given else usual(record, "context") or prompt
         parts = [text_of(record, "prompt", prompt)]
-        if context != prompt and record.fields.get(context):
+        if context != prompt and record.fields[context]:
             parts.append(text_of(record, "context", context))
         return "\n\n".join(parts)
 

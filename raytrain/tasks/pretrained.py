@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 
 from raytrain.errors import RecipeError
+from raytrain.model.adapters import mark_new
 from raytrain.recipe import Options
 from raytrain.tasks.folders import folder_of
-from raytrain.tasks.sources import Source, is_local
+from raytrain.tasks.sources import Location, is_local
 
 Loader = Literal["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"]
 """What of transformers loads a folder."""
@@ -32,7 +34,7 @@ class PretrainedOptions(Options):
         attention: how attention is computed: "sdpa", "eager", "flash_attention_2", ...; default: the model's choice.
     """
 
-    model: Source = Field(min_length=1)
+    model: Location = Field(min_length=1)
     fresh: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: str = ""
@@ -177,6 +179,8 @@ class Pretrained:
     def module(self, seed: int, **changes: Any) -> Any:
         """Return the model in training mode; what the folder has no weights for is random, and a function of `seed`.
 
+        These parameters are marked as new, so that they are trained beside any adapter.
+
         Args:
             seed: of random weights.
             **changes: to the model's configuration.
@@ -198,7 +202,14 @@ class Pretrained:
                         self.source, config=config, use_safetensors=True, ignore_mismatched_sizes=True,
                         output_loading_info=True, trust_remote_code=False, **how,
                     )  # fmt: skip
-                    self._check_weights(module, found)
+                    lacking = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+                    self._check_weights(module, lacking)
+                    mark_new(parameter for name, parameter in module.named_parameters() if name in lacking)
+            except SafetensorError as error:
+                raise RecipeError(
+                    f"task.model: {self._unreadable()} is no file of weights that can be read: {_first(error)}; it may "
+                    "be cut off, or only git's pointer to it: download it again, or run git lfs pull there"
+                ) from error
             except (OSError, ValueError, ImportError) as error:
                 raise RecipeError(f"task.model: {self.source} cannot be loaded: {_first(error)}") from error
         return module.train()
@@ -229,6 +240,16 @@ class Pretrained:
         attention = {"attn_implementation": self._options.attention} if self._options.attention else {}
         return {"dtype": getattr(torch, self._options.dtype), **attention}
 
+    def _unreadable(self) -> str:
+        """Return the file of weights that cannot be read, or the source if it is not a folder."""
+        for file in sorted(Path(self.source).glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError:
+                return str(file)
+        return self.source
+
     def _check_kind(self) -> None:
         from transformers.models.auto import modeling_auto as auto  # noqa: PLC0415
 
@@ -246,9 +267,8 @@ class Pretrained:
                 "a causal model, as gpt2 or llama; the task classify takes encoders"
             )
 
-    def _check_weights(self, module: Any, found: Any) -> None:
+    def _check_weights(self, module: Any, lacking: set[str]) -> None:
         """Check that what was not in the folder is no more than a new head."""
-        lacking = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         if self._loader == "AutoModelForSequenceClassification":
             lacking = {key for key in lacking if key.startswith(f"{module.base_model_prefix}.")}
         if self._loader != "AutoModelForCausalLM":

@@ -21,6 +21,11 @@ def chosen(labels: NDArray[np.int64], shots: int, seed: int) -> list[list[int]]:
     return [places[at : at + BATCH] for at in range(0, len(places), BATCH)]
 
 
+def head_of(module: nn.Module, classes: int) -> nn.Linear:
+    """Return the last linear layer of one output per class."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear) and layer.out_features == classes][-1]
+
+
 def start(module: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Module, Any], Tensor]) -> None:
     """Set the head of a classifier to the posterior of Gaussian classes around the mean features of some examples.
 
@@ -38,7 +43,7 @@ def start(module: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Modul
     """
     labels = torch.cat([batch["labels"] for batch in batches])
     classes = int(labels.max()) + 1
-    head = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and layer.out_features == classes][-1]
+    head = head_of(module, classes)
     seen: list[Tensor] = []
     watch = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double()))
     training = module.training

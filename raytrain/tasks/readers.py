@@ -6,6 +6,7 @@ of each record, the place as "line 3".
 
 import csv
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -47,6 +48,7 @@ def _tsv(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG00
 
 def _csv(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001
     """Read comma-separated values with quoting, whose first line names the columns."""
+    csv.field_size_limit(sys.maxsize)  # of the process: a document is longer than what is usual
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         header = next(reader, [])

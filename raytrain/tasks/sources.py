@@ -36,7 +36,7 @@ def absolute(source: str) -> str:
     return os.path.abspath(os.path.expanduser(source)) if source and is_local(source) else source
 
 
-Source = Annotated[str, AfterValidator(absolute)]
+Location = Annotated[str, AfterValidator(absolute)]
 """Files, or a name on the hub; a path is made absolute, because workers do not share the current folder."""
 
 

@@ -2,27 +2,26 @@
 
 import lzma
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from raytrain.errors import RecipeError
 from raytrain.recipe import AbsolutePath
 from raytrain.task import Task, TaskOptions
 from raytrain.tasks import corpus
+from raytrain.tasks.batches import UNSCORED, losses_of, token_weights
 from raytrain.tasks.corpus import Bytes, Characters, Document
 from raytrain.tensors import wide
 
-UNSCORED = -100
 XZ_LIMIT_BYTES = 64 << 20
 
 Window = tuple[NDArray[np.uint16], int]
@@ -36,7 +35,9 @@ class TextOptions(TaskOptions):
         path: a text file, or a folder of them; without it, the source text of the Python standard library.
         pattern: which files of a folder.
         tokens: "bytes" or "chars".
-        valid: share that is held out: of the files, or of a single file its end.
+        alphabet: the characters that are tokens; default: those of the text. A run keeps them.
+        valid: share that is held out: of the files, or of a single file its end; 1: all of it, as `evaluate` does with
+            text at another path than the run's.
         block: the longest context, in tokens.
         stride: how far apart held-out windows start, at most `block`; a smaller one scores each token with more context
             before it and takes longer; 0: `block`.
@@ -48,7 +49,8 @@ class TextOptions(TaskOptions):
     path: AbsolutePath | None = None
     pattern: str = "**/*"
     tokens: Literal["bytes", "chars"] = "bytes"
-    valid: float = Field(0.1, gt=0, lt=1)
+    alphabet: str = ""
+    valid: float = Field(0.1, gt=0, le=1)
     block: int = Field(256, ge=2)
     stride: int = Field(0, ge=0)
     model: Literal["gpt", "llama"] = "llama"
@@ -66,6 +68,10 @@ class TextOptions(TaskOptions):
         if self.dropout and self.model == "llama":
             raise ValueError("expected task.dropout = 0, because a Llama has no dropout; or task.model = 'gpt'")
         return self
+
+    def on_other_data(self, trained: TaskOptions) -> Mapping[str, Any]:
+        """Return that all of it is held out, unless it is the text that was `trained` on."""
+        return {} if self.path == getattr(trained, "path", self.path) else {"valid": 1.0}
 
 
 class TextExamples:
@@ -88,7 +94,7 @@ class TextExamples:
         self._block = block
         self._windows = _held_out_windows(begins, block, stride) if stride else None
         self._starts = np.concatenate(
-            [begin + _starts(part, tokens) for begin, part in zip(begins[:-1], documents, strict=True)]
+            [begins[:0], *(begin + _starts(part, tokens) for begin, part in zip(begins[:-1], documents, strict=True))]
         )
         self._domains = [domain for document in documents for _, domain in document.domains]
         self._classes = {domain: place for place, domain in enumerate(sorted(set(self._domains)))}
@@ -116,16 +122,23 @@ class TextExamples:
 
 def text(options: TextOptions) -> Task:
     """Return the task of predicting the next token of a text."""
-    if options.path is not None:
-        corpus.check(options.path, options.pattern)
+
+    @cache
+    def tokens() -> Bytes | Characters:
+        return Bytes() if options.tokens == "bytes" else Characters(options.alphabet or _corpus(options)[1])
+
+    def settle() -> dict[str, str]:
+        if options.path is not None:
+            corpus.check(options.path, options.pattern)
+        learns = options.tokens == "chars" and not options.alphabet
+        return {"alphabet": _corpus(options)[1]} if learns else {}
 
     def model(seed: int) -> nn.Module:
-        return _model(options, _corpus(options)[1].size, seed)
+        return _model(options, tokens().size, seed)
 
     def data(split: Literal["train", "valid"]) -> TextExamples:
-        documents, tokens = _corpus(options)
         stride = (options.stride or options.block) if split == "valid" else 0
-        examples = TextExamples(documents[split], tokens, options.block, stride)
+        examples = TextExamples(_corpus(options)[0][split], tokens(), options.block, stride)
         if len(examples) == 0:
             raise RecipeError(f"task.path: the {split} part of the text is shorter than task.block = {options.block}")
         return examples
@@ -134,25 +147,23 @@ def text(options: TextOptions) -> Task:
         loss = float(_losses(module, batch).double().sum())
         targets = batch["targets"].flatten()
         scored = targets[targets != UNSCORED].cpu().numpy()
-        text_bytes = int(_corpus(options)[1].widths()[scored].sum())
+        text_bytes = int(tokens().widths()[scored].sum())
         return {"loss": (loss, len(scored)), "bits_per_byte": (loss / math.log(2), text_bytes)}
 
     return Task(
         model=model,
         data=data,
         losses=_losses,
-        weights=lambda batch: (batch["targets"].flatten() != UNSCORED).float(),
+        weights=token_weights,
         collate=_collate,
         measure=measure,
+        settle=settle,
         references=lambda: _xz(_corpus(options)[0]["valid"]),
     )
 
 
 def _losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    logits = module(input_ids=batch["inputs"]).logits
-    return cross_entropy(
-        wide(logits).flatten(0, 1), batch["targets"].flatten(), reduction="none", ignore_index=UNSCORED
-    )
+    return losses_of(wide(module(input_ids=batch["inputs"]).logits), batch["targets"])
 
 
 def _collate(windows: Sequence[Window]) -> dict[str, Tensor]:
@@ -193,16 +204,18 @@ def _held_out_windows(begins: NDArray[np.int64], block: int, stride: int) -> NDA
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
-def _corpus(options: TextOptions) -> tuple[dict[Literal["train", "valid"], list[Document]], Bytes | Characters]:
-    return _corpus_at(options.path, options.pattern, options.tokens, options.valid)
+Corpus = tuple[Mapping[Literal["train", "valid"], Sequence[Document]], str]
+"""Documents by split, and the characters of all, where these are tokens and not given."""
+
+
+def _corpus(options: TextOptions) -> Corpus:
+    return _corpus_at(options.path, options.pattern, options.valid, options.tokens == "chars" and not options.alphabet)
 
 
 @cache
-def _corpus_at(
-    path: Path | None, pattern: str, tokens: str, valid: float
-) -> tuple[dict[Literal["train", "valid"], list[Document]], Bytes | Characters]:
+def _corpus_at(path: Path | None, pattern: str, valid: float, learns: bool) -> Corpus:
     documents = corpus.standard_library() if path is None else corpus.read(path, pattern)
-    return corpus.held_out(documents, valid), Bytes() if tokens == "bytes" else Characters(documents)
+    return corpus.held_out(documents, valid), corpus.alphabet_of(documents) if learns else ""
 
 
 def _model(options: TextOptions, size: int, seed: int) -> nn.Module:

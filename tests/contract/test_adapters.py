@@ -10,7 +10,7 @@ from torch import nn
 from raytrain.checkpoint import listed, load
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.finished import evaluate_run
-from raytrain.model.adapters import ADAPTERS, AdapterOptions, adapt, merge, options_of_adapter
+from raytrain.model.adapters import ADAPTERS, AdapterOptions, adapt, mark_new, merge, options_of_adapter
 from raytrain.names import resolve
 from raytrain.recipe import Options
 from raytrain.rundir import RunDirectory
@@ -179,3 +179,26 @@ def test_errors_say_what_does_not_fit(change: dict[str, Any], message: str) -> N
 def test_a_model_without_blocks_must_name_its_layers() -> None:
     with pytest.raises(RecipeError, match=r"adapter.target_modules: the model has no linear layers inside repeated bl"):
         adapt(nn.Sequential(nn.Linear(2, 2)), chosen("lora"), 0)
+
+
+def test_new_parameters_are_trained_or_at_least_saved() -> None:
+    module = model(0)
+    mark_new(module.layers[0].norm.parameters())
+    mark_new(module.layers[1].norm.parameters())
+    module.layers[1].norm.requires_grad_(False)  # freeze.match
+    elsewhere = adapt(module, chosen("lora"), 0)
+    trained = {key for key, value in module.named_parameters() if value.requires_grad}
+    assert {key for key in trained if "lora" not in key} == {
+        "layers.0.norm.weight", "layers.0.norm.bias", "classifier.weight", "classifier.bias",
+    }  # fmt: skip
+    assert not any("norm" in key for key in elsewhere), "no folder has them"
+
+
+def test_patterns_of_what_is_trained_beside_an_adapter_must_fit() -> None:
+    options = options_of_adapter(resolve(ADAPTERS, "lora", "adapter.name"))
+    module = model(0)
+    adapt(module, options(name="lora", beside=("*norm*", "score*")), 0)
+    trained = {key for key, value in module.named_parameters() if value.requires_grad}
+    assert {key.split(".")[2] for key in trained if "lora" not in key} == {"norm"}
+    with pytest.raises(RecipeError, match=r"^adapter.beside: 'clasifier\*' matches no parameter of the model; did y"):
+        adapt(model(0), options(name="lora", beside=("clasifier*",)), 0)

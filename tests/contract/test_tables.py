@@ -92,6 +92,30 @@ def test_tasks(task: Task) -> None:
     assert all(value > 0 for value in task.references().values())
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_what_tasks_settle_makes_the_same_model_where_there_is_no_data(
+    name: str, task: Task, small: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    factory = resolve(TASKS, name, "task.name")
+    options = options_of_task(factory)(name=name, **small.get(name, {}))
+    kept = options.model_validate(json.loads(json.dumps(options.model_dump(mode="json"))) | dict(task.settle()))
+    again = make_task(factory, kept)
+    assert again.settle() == {}
+    gone = kept.model_copy(update={"path": str(tmp_path / "gone.jsonl")} if "path" in small.get(name, {}) else {})
+    without = make_task(factory, gone)
+    one, other = task.model(0), without.model(0)
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+    if task.predict is None:
+        return
+    (tmp_path / "in.txt").write_text("the film was great\n")
+    examples = without.inputs(tmp_path / "in.txt")
+    assert without.predict(other.eval(), examples) == task.predict(one.eval(), task.inputs(tmp_path / "in.txt"))
+    without.export(other, tmp_path / "out")
+    for use in (without.settle, lambda: without.data("train")):
+        with pytest.raises(RecipeError, match=r"^task.path: no such file or folder: .*gone.jsonl$"):
+            use()
+
+
 HUGGING_FACE = {"classify": "AutoModelForSequenceClassification"} | dict.fromkeys(
     ("causal-lm", "instruct"), "AutoModelForCausalLM"
 )

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.finished import best_of
+from raytrain.errors import RecipeError
+from raytrain.finished import best_of, evaluate_run, recipe_of
+from raytrain.rundir import RunDirectory
 from raytrain.testing import train_here
 from raytrain.train_recipe import TrainRecipe
 
@@ -123,3 +125,72 @@ def test_an_exported_folder_gives_the_logits_of_the_best_checkpoint(
     with torch.no_grad():
         ours = best.replica.module.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         torch.testing.assert_close(theirs(**batch).logits, ours, rtol=0, atol=1e-6)
+
+
+FILMS = ["the film is good\tpos", "a good plot\tpos", "the film is bad\tneg", "bad acting\tneg"]
+
+
+@pytest.fixture
+def films(models: Path, workplace: Path) -> RunDirectory:
+    """A run that learned to tell "neg" from "pos"."""
+    (workplace / "films.tsv").write_text("\n".join(FILMS * 5))
+    raw = {"kind": "train", "steps": 30, "batch": 8, "log": {"to": []}, "optimizer": {"lr": 0.01}}
+    task = {"name": "classify", "model": str(models / "bert"), "path": "films.tsv", "head": "mean"}
+    run = train_here(TrainRecipe.parse({**raw, "task": {**task, "start": "prototypes"}}), workplace / "run")
+    assert run.failure() is None
+    assert recipe_of(run.path, {}).task.classes == ("neg", "pos")
+    assert evaluate_run(run.path, {})["accuracy"] == 1
+    return run
+
+
+def test_classes_stay_with_the_run_whatever_data_it_is_measured_on(films: RunDirectory, workplace: Path) -> None:
+    (workplace / "one.tsv").write_text("\n".join(FILMS[:2]))
+    (workplace / "strange.tsv").write_text("a good film\tpos\nno film\tzzz\n")
+    (workplace / "folder").mkdir()
+    (workplace / "folder" / "test.tsv").write_text("\n".join([*FILMS, "the plot is bad\tpos"]))
+    assert evaluate_run(films.path, {"task.path": "one.tsv"})["accuracy"] == 1, "one class, which is not the first"
+    assert evaluate_run(films.path, {"task.path": "folder/test.tsv"})["accuracy"] == 0.8, "all of the file"
+    assert evaluate_run(films.path, {"task.path": "folder"})["accuracy"] == 0.8, "a test split alone"
+    assert evaluate_run(films.path, {"task.held_out": str(workplace / "one.tsv")})["accuracy"] == 1
+    with pytest.raises(RecipeError, match=r"^task.label: strange.tsv, line 2: the label 'zzz' is not one of task.clas"):
+        evaluate_run(films.path, {"task.path": "strange.tsv"})
+
+
+def test_a_trained_model_is_used_without_its_data(
+    films: RunDirectory, workplace: Path, ray_cluster: None, raytrain: Callable[..., Any]
+) -> None:
+    (workplace / "films.tsv").unlink()
+    (workplace / "new.txt").write_text("a good film\na bad film\n")
+    ended = raytrain("predict", "run", "--input", "new.txt", "--output", "labels.jsonl")
+    assert ended.status == 0, ended.err
+    found = [json.loads(line) for line in (workplace / "labels.jsonl").read_text().splitlines()]
+    assert [each["label"] for each in found] == ["pos", "neg"]
+    ended = raytrain("export", "run", "out")
+    assert ended.status == 0, ended.err
+    config = json.loads((workplace / "out" / "config.json").read_text())
+    assert config["id2label"] == {"0": "neg", "1": "pos"}
+
+
+def test_a_run_that_goes_on_keeps_its_classes(films: RunDirectory, workplace: Path) -> None:
+    more = [f"a story {place}\taaa" for place in range(3)]
+    recipe = recipe_of(films.path, {"task.classes": [], "steps": 32})  # as one that was never run
+    (workplace / "films.tsv").write_text("\n".join([*FILMS * 5, *more]))
+    again = train_here(recipe, films.path)
+    assert again.failure().message.startswith("task.label: films.tsv, line 21: the label 'aaa' is not one of task.cla")
+    (workplace / "films.tsv").write_text("\n".join(FILMS[:2] * 5 + ["one more\tneg"]))
+    again = train_here(recipe, films.path)
+    assert again.failure() is None
+    assert recipe_of(films.path, {}).task.classes == ("neg", "pos")
+
+
+def test_an_alphabet_stays_with_the_run(workplace: Path) -> None:
+    for name in ("abcd", "wxyz", "dabc"):
+        (workplace / f"{name}.txt").write_text(name * 50)
+    task = {"name": "text", "tokens": "chars", "path": "abcd.txt", "block": 16, "layers": 1, "heads": 1, "width": 16}
+    raw = {"kind": "train", "steps": 20, "batch": 8, "log": {"to": []}, "optimizer": {"lr": 0.02}, "task": task}
+    run = train_here(TrainRecipe.parse(raw), workplace / "run")
+    assert run.failure() is None
+    assert recipe_of(run.path, {}).task.alphabet == "abcd"
+    assert evaluate_run(run.path, {"task.path": "dabc.txt"})["loss"] < 0.5
+    with pytest.raises(RecipeError, match=r"^task.path: wxyz.txt has the character 'w', which is not one of task.alph"):
+        evaluate_run(run.path, {"task.path": "wxyz.txt"})

@@ -18,18 +18,18 @@ from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task
 from raytrain.tasks.batches import UNSCORED, inputs, kept_logits, padded, scored, token_losses, token_weights
-from raytrain.tasks.causal_lm import CausalLmOptions, Document, alone, byte_widths, causal_lm, packed
+from raytrain.tasks.causal_lm import CausalLmOptions, Tokenized, alone, byte_widths, causal_lm, packed
 from raytrain.testing import train_here
 from raytrain.train_recipe import TrainRecipe
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 
 
-def documents(sizes: list[int]) -> list[Document]:
+def documents(sizes: list[int]) -> list[Tokenized]:
     """Documents of so many tokens, all different; token n stands for n % 5 bytes."""
     begins = np.cumsum([0, *sizes])
     tokens = [np.arange(begin, begin + size) for begin, size in zip(begins, sizes, strict=False)]
-    return [Document(part, part % 5, f"line {place}", f"from {place}") for place, part in enumerate(tokens)]
+    return [Tokenized(part, part % 5, f"line {place}", f"from {place}") for place, part in enumerate(tokens)]
 
 
 @settings(deadline=None)
@@ -244,6 +244,9 @@ def test_predictions_go_on_greedily_whoever_shares_the_batch(models: Path, tmp_p
     module, examples = task.model(0).eval(), task.inputs(tmp_path / "in.txt")
     tokenizer = task.predict.__self__._pretrained.tokenizer
     found = [each["text"] for each in task.predict(module, examples)]
+    module.generation_config.update(repetition_penalty=9.0, no_repeat_ngram_size=1, suppress_tokens=[7], min_length=20)
+    assert [each["text"] for each in task.predict(module, examples)] == found, "whatever the model's own file says"
+    assert module.generation_config.repetition_penalty == 9.0, "which is left as it was"
     for example, text in zip(examples, found, strict=True):
         tokens = list(example["tokens"])
         for _ in range(6):
@@ -256,7 +259,25 @@ def test_predictions_go_on_greedily_whoever_shares_the_batch(models: Path, tmp_p
 def test_a_prompt_that_leaves_no_room_is_read_from_its_end(models: Path, tmp_path: Path) -> None:
     task = made(models, corpus(tmp_path), "gpt2", new_tokens=50)
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": "very good " * 300}) + '\n{"text": ""}')
-    assert len(task.predict(task.model(0).eval(), task.inputs(tmp_path / "in.jsonl"))) == 2
+    module, prompts = task.model(0).eval(), task.inputs(tmp_path / "in.jsonl")
+    assert len(prompts[0]["tokens"]) > 64 - 1
+    found = task.predict(module, prompts)
+    assert found == task.predict(module, [{"tokens": prompts[0]["tokens"][-63:]}, {"tokens": [1]}])
+    assert found[0] != task.predict(module, [{"tokens": prompts[0]["tokens"][-14:]}])[0]
+
+
+@pytest.mark.parametrize("size", [20, 31, 63])
+def test_a_prompt_that_fits_is_read_as_a_whole(models: Path, tmp_path: Path, size: int) -> None:
+    """The model sees 64 tokens: the answer is as long as there is room for."""
+    task = made(models, corpus(tmp_path), "gpt2", new_tokens=128)
+    module, prompt = task.model(0).eval(), [2 + place * 7 % 300 for place in range(size)]
+    tokenizer = task.predict.__self__._pretrained.tokenizer
+    alone_ = task.predict(module, [{"tokens": prompt}])[0]["text"]
+    assert task.predict(module, [{"tokens": part} for part in ([5], prompt, [9] * 40)])[1]["text"] == alone_
+    tokens = list(prompt)
+    while len(tokens) < 64 and tokens[-1] != tokenizer.eos_token_id:
+        tokens.append(int(module(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert alone_ == tokenizer.decode(tokens[size:], skip_special_tokens=True)
 
 
 def corpus(folder: Path) -> Path:

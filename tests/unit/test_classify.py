@@ -1,4 +1,5 @@
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -45,6 +46,12 @@ def made(models: Path, path: Path | str, model: str = "bert", **options: Any) ->
 
 def some(examples: Any, count: int) -> list[Any]:
     return [examples[place] for place in range(min(count, len(examples)))]
+
+
+def started(task: Task, seed: int) -> Any:
+    module = task.model(seed)
+    task.start(module, seed)
+    return module
 
 
 def measured(task: Task, module: Any, part: Any = "valid") -> dict[str, float]:
@@ -129,7 +136,7 @@ def features(module: Any, batch: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("head", ["own", "mean"])
 def test_prototypes_are_the_nearest_centroids_of_a_few_examples(models: Path, reviews: Path, head: Any) -> None:
     task = made(models, reviews, head=head, start="prototypes", shots=99)  # all there are
-    module, examples = task.model(0).eval(), some(task.data("train"), 96)
+    module, examples = started(task, 0).eval(), some(task.data("train"), 96)
     by_class = [task.collate([example for example in examples if example["label"] == label]) for label in (0, 1)]
     means = torch.stack([features(module, batch).double().mean(dim=0) for batch in by_class])
     each = features(module, task.collate(examples))
@@ -144,7 +151,7 @@ def test_prototypes_are_the_nearest_centroids_of_a_few_examples(models: Path, re
 @pytest.mark.parametrize("head", ["own", "mean"])
 def test_prototypes_are_a_function_of_the_seed(models: Path, reviews: Path, head: Any) -> None:
     task = made(models, reviews, head=head, start="prototypes", shots=4)
-    one, same, other = (task.model(seed).classifier for seed in (0, 0, 1))
+    one, same, other = (started(task, seed).classifier for seed in (0, 0, 1))
     assert torch.equal(one.weight, same.weight)
     assert torch.equal(one.bias, same.bias)
     assert not torch.equal(one.weight, other.weight), "other examples are drawn"
@@ -161,7 +168,7 @@ def test_prototypes_classify_far_above_chance_before_any_step(models: Path, tmp_
     (tmp_path / "dev.tsv").write_text("\n".join(lines[100:]))
     for seed in range(3):
         task = made(models, tmp_path, head="mean", start="prototypes", shots=16)
-        found = measured(task, task.model(seed))
+        found = measured(task, started(task, seed))
         assert found["accuracy"] >= 0.75
         assert found["loss"] < 0.6, "it also knows how sure it can be"
 
@@ -186,6 +193,19 @@ def test_words_are_scored_by_their_likelihood(models: Path, reviews: Path, words
     torch.testing.assert_close(task.losses(module, task.collate(examples)), losses.float())
     shown = tokenizer.decode(examples[0]["tokens"])
     assert shown == f"<s>It is: {(reviews / 'dev.tsv').read_text().split(chr(9))[0]} ->".removeprefix("<s>")
+
+
+@pytest.mark.parametrize("head", ["own", "mean", "words"])
+def test_an_empty_text_is_a_text_too(models: Path, tmp_path: Path, head: Any) -> None:
+    """A Llama's tokenizer puts nothing around a text here."""
+    (tmp_path / "train.tsv").write_text("good\t1\n\t0\nbad\t0\nvery good\t1\n")
+    (tmp_path / "dev.tsv").write_text("\t0\n")
+    task = made(models, tmp_path, "llama", head=head, prompt="{text}")
+    module, examples = task.model(0).eval(), some(task.data("train"), 4)
+    together, alone = task.losses(module, task.collate(examples)), task.losses(module, task.collate(examples[1:2]))
+    assert together.isfinite().all()
+    torch.testing.assert_close(alone[0], together[1])
+    assert math.isfinite(measured(task, module)["loss"])
 
 
 def test_long_texts_are_cut(models: Path, tmp_path: Path) -> None:
@@ -238,9 +258,9 @@ BAD_DATA: list[tuple[dict[str, str], dict[str, str], str]] = [
     ({"train.tsv": "ok\tyes\nbad\tno\nso so\t7"}, {}, "label: train.tsv, line 3: the label is 7, while most are text"),
     ({"train.tsv": "good\t1\ngreat\t1"}, {}, "label: all 2 training texts have the label 1; expected two or more"),
     ({"train.tsv": "good\t1\nbad\t0", "dev.tsv": "fine\t1\nnot\t2"}, {}, "label: dev.tsv, line 2: the label 2 is not "
-     "one of the training data's: 0, 1"),
+     "one of task.classes, which are those of the training data unless you name them: 0, 1"),
     ({"train.tsv": "good\tyes\nbad\tno", "dev.tsv": "fine\t1"}, {}, "label: dev.tsv, line 1: the label 1 is not one of "
-     "the training data's: 'no', 'yes'"),
+     "task.classes, which are those of the training data unless you name them: 'no', 'yes'"),
     ({"train.tsv": MANY}, {}, "label: 40 training texts have 40 different labels, as 'text 0'; name the column of "
      "their classes"),
     ({"train.tsv": f"0\t{'a long text ' * 9}\n"}, {}, "label: train.tsv, line 1: expected a label in column '2', an "
@@ -280,6 +300,7 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any], str]] = [
      "task.length is 128"),
     ("llama", {"start": "prototypes"}, "start: a LlamaForSequenceClassification has no linear layer with a bias on one "
      'vector for each text, which prototypes can be put into; use task.head = "mean", or task.start = "random"'),
+    ("bert", {"start": "prototypes", "classes": (0, 1, 2)}, "start: no training text is of the class 2, to start from"),
     ("bert", WORDS, "model: .*bert is a bert, an encoder, whose tokens see what comes after them; expected a causal"),
     ("bert", {"length": 65}, "length: .*bert sees 64 tokens at most; got 65"),
 ]  # fmt: skip
@@ -292,7 +313,7 @@ def test_options_that_do_not_fit_the_model_are_refused(
     def use() -> None:
         task = made(models, reviews, model, **options)
         task.data("train")
-        task.model(0)
+        started(task, 0) if task.start else task.model(0)
 
     with pytest.raises(RecipeError, match=f"^task.{message}"):
         use()
@@ -305,6 +326,11 @@ def test_options_that_do_not_fit_the_model_are_refused(
         (
             {"head": "words", "start": "prototypes"},
             "expected task.start = 'random' with task.head = 'words', which has no head",
+        ),
+        ({"classes": ("a",)}, r"expected task.classes of two or more labels, all different; got \['a'\]"),
+        (
+            {"classes": ("a", 1, "a")},
+            r"expected task.classes of two or more labels, all different; got \['a', 1, 'a'\]",
         ),
         ({"model": ""}, "should have at least 1 character"),
     ],
@@ -339,5 +365,5 @@ def test_minilm_with_prototypes_knows_sentiment_without_a_step(sst2: Path) -> No
     task = classify(ClassifyOptions(name="classify", head="mean", start="prototypes", **options))
     valid = task.data("valid")
     assert (len(task.data("train")), len(valid)) == (6920, 872)
-    predicted = task.predict(task.model(0).eval(), some(valid, 200))
+    predicted = task.predict(started(task, 0).eval(), some(valid, 200))
     assert sum(each["label"] == valid.label(place) for place, each in enumerate(predicted)) >= 140

@@ -259,6 +259,18 @@ def test_what_a_template_refuses_is_named(models: Path, pairs: Path) -> None:
     assert str(refused.value) == ("task.messages: train.jsonl, line 1: the chat template refuses it: no system message")
 
 
+def test_a_template_that_wants_a_system_message_gets_it_from_the_data(models: Path, tmp_path: Path) -> None:
+    chatml = (Path(models) / "chat" / "chat_template.jinja").read_text()
+    folder = with_template(models, tmp_path / "more", ORDER + chatml.replace("<|im_end|>", "<pad>"))
+    for name in ("train", "dev"):
+        write(tmp_path / f"{name}.jsonl", [{"messages": TALK}] * 2)
+    task = made(folder, tmp_path, generate=2, new_tokens=4)
+    task.settle()
+    found = evaluate(task, task.model(0), task.data("valid"), 2, ExactExchange(LocalTransport()))
+    assert found["exact_match"] == 0
+    assert tokenizer_of(task).decode(task.predict.__self__._chat.stops) == "<|im_end|><pad>"
+
+
 HELLO = {"role": "user", "content": "hello"}
 
 
@@ -276,6 +288,8 @@ LIST = 'expected a list of messages, each with a text as "role" and as "content"
         ({"prompt": "a", "y": "b"}, {}, "answer", "no column is called answer or response or output or completion or "
          "target; name one of: prompt, y"),
         ({"prompt": "a", "answer": 3}, {}, "answer", "expected text in column 'answer'; got 3"),
+        ({"prompt": "a", "context": "c", "answer": "b"}, {"context": "contxt"}, "context", "there is no column "
+         "'contxt'; did you mean context? known: answer, context, prompt"),
         ({"prompt": "a", "answer": "b"}, {"messages": "talk"}, "messages", "there is no column 'talk'; known: answer, "
          "prompt"),
     ],

@@ -146,6 +146,18 @@ def with_other(name: str, *files: str) -> Callable[[Path], None]:
     return replace
 
 
+def holding(content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors").write_bytes(content) and None
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 def written(text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "config.json").write_text(text) and None
 
@@ -160,6 +172,11 @@ BROKEN: list[tuple[str, Any, Callable[[Path], None], str]] = [
      "loaded; save them there with model.save_pretrained(), or set task.fresh=true to start from random ones"),
     ("llama", CAUSAL, without("tokenizer.json", "tokenizer_config.json"), "@ has no tokenizer that can be loaded "
      "(tokenizer.json and tokenizer_config.json): ..."),
+    ("llama", CAUSAL, holding(POINTER), "@/model.safetensors is no file of weights that can be read: Error while "
+     "deserializing header: header too large; it may be cut off, or only git's pointer to it: download it again, or "
+     "run git lfs pull there"),
+    ("bert", HEADED, cut_off, "@/model.safetensors is no file of weights that can be read: Error while deserializing "
+     "header: incomplete metadata, file not fully covered; it may be cut off..."),
     ("llama", CAUSAL, written("{"), "@ cannot be loaded: It looks like the config file at '@/config.json' is not a "
      "valid JSON file."),
     ("llama", CAUSAL, written('{"model_type": "nonesuch"}'), "@ cannot be loaded: The checkpoint you are trying to "
@@ -281,3 +298,37 @@ def test_models_take_adapters_in_every_layer_of_their_blocks(models: Path, name:
     inner = {"llama": ["q", "k", "v", "o", "gate", "up", "down"], "gpt2": ["c_attn", "c_proj", "c_fc"]}[name]
     assert all(any(part in key for key in changed) for part in inner)
     assert changed == {key for key, _ in module.named_parameters() if "lora" in key}
+
+
+SIZES = {
+    "vocab_size": 330, "hidden_dim": 32, "dim": 16, "d_model": 16, "hidden_size": 16, "intermediate_size": 32,
+    "n_layers": 1, "n_heads": 2, "num_hidden_layers": 1, "num_attention_heads": 2, "encoder_layers": 1,
+    "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32, "pad_token_id": 1, "num_labels": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "new"),
+    [
+        ("distilbert", "AutoModelForMaskedLM", {"pre_classifier", "classifier"}),
+        ("deberta-v2", "AutoModelForMaskedLM", {"pooler", "classifier"}),
+        ("bert", "AutoModelForMaskedLM", {"bert.pooler", "classifier"}),
+        ("bert", "AutoModelForSequenceClassification", set()),
+        ("bart", "AutoModel", {"classification_head"}),
+    ],
+)
+def test_all_that_a_folder_lacks_is_trained_beside_an_adapter(
+    tmp_path: Path, kind: str, base: str, new: set[str]
+) -> None:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(kind, **SIZES)
+    getattr(transformers, base).from_config(config).save_pretrained(tmp_path / "model")
+    module = opened(tmp_path / "model", HEADED).module(0, num_labels=3)
+    lora = options_of_adapter(resolve(ADAPTERS, "lora", "adapter.name"))
+    elsewhere = adapt(module, lora(name="lora", r=2, beside=()), seed=0)
+    beside = {key for key, value in module.named_parameters() if value.requires_grad and "lora" not in key}
+    assert {place for key in beside for place in new if key.startswith(f"{place}.")} == new
+    assert all(key.startswith(tuple(f"{place}." for place in new)) for key in beside)
+    assert not beside & elsewhere

@@ -120,6 +120,13 @@ def test_files_are_splits_by_their_names(
     assert {record.where.split(",")[0] for record in found.records("valid")} == set(valid)
 
 
+def test_a_long_document_is_a_field_of_a_table(tmp_path: Path) -> None:
+    rows = [{"text": "long " * 100_000, "label": "a"}, {"text": "short", "label": "b"}]
+    write(tmp_path / "x.csv", rows)
+    csv.field_size_limit(131_072)
+    assert [dict(record.fields) for record in of_file(tmp_path / "x.csv")] == rows
+
+
 def test_a_glob_is_split_by_names_too(tmp_path: Path) -> None:
     for name in ("a/train.txt", "b/train.txt", "b/dev.txt", "b/skip.csv"):
         write(tmp_path / name, [{"text": name}, {"text": f"{name} again"}])
@@ -155,6 +162,29 @@ def test_something_else_can_be_held_out(tmp_path: Path) -> None:
     write(tmp_path / "train.tsv", [{"text": f"{place}", "label": 0} for place in range(10)])
     assert len(read(tmp_path)) == 9
     assert len(read(tmp_path, held_out="test")) == 10
+
+
+@settings(deadline=None, max_examples=20)
+@given(names=st.sets(st.sampled_from(["train", "dev", "test"]), min_size=1))
+def test_data_that_nothing_is_learned_from_is_measured_as_a_whole(tmp_path_factory: Any, names: set[str]) -> None:
+    folder = tmp_path_factory.mktemp("other")
+    for name in names:
+        write(folder / f"{name}.tsv", [{"text": f"{place} of {name}", "label": 0} for place in range(20)])
+    measured = next(name for name in ("dev", "test", "train") if name in names)
+    expected = [f"{place} of {measured}" for place in range(20)]
+    learned = RecordOptions(name="x", path=str(folder / "elsewhere.tsv"), held_out="/gone.tsv")
+    given_ = RecordOptions(name="x", path=str(folder), held_out="/gone.tsv")
+    options = given_.model_copy(update=given_.on_other_data(learned))
+    assert [record.fields["1"] for record in Splits(options).records("valid")] == expected
+    alone = read(folder / f"{measured}.tsv", "valid", valid=1)
+    assert [row["1"] for row in alone] == expected
+    assert given_.on_other_data(given_) == {}, "of the run's own data, what was learned from is not measured on"
+
+
+def test_what_nothing_is_learned_from_cannot_be_learned(tmp_path: Path) -> None:
+    write(tmp_path / "train.txt", [{"text": "a"}, {"text": "b"}])
+    with pytest.raises(RecipeError, match=r"^task.valid: 1 holds out all of .*, and leaves nothing to learn from$"):
+        read(tmp_path, valid=1)
 
 
 def test_paths_become_absolute_and_hub_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +240,7 @@ MISSING: list[tuple[dict[str, bytes], dict[str, str], str]] = [
     (ONE, {}, "path: {} has 1 record(s), too few to hold some out; give it a validation split, or set task.held_out"),
     ({"train.txt": b"", "dev.txt": b"a"}, {}, "path: the train part of {} has no records"),
     ({"train.txt": b"a", "dev.txt": b""}, {}, "path: the valid part of {} has no records"),
-    ({"test.txt": b"a"}, {}, "path: {} has no training records, only test; to measure a model on other data, set"),
+    ({"test.txt": b"a"}, {}, "path: {} has no training records, only test; to measure a trained model on them, use"),
     (TWO, {"held_out": "dev"}, "held_out: 'dev' is neither a file nor a split of {}; known: test, train"),
     (ONE, {"held_out": "{}/gone.txt"}, "held_out: '{}/gone.txt' is neither a file nor a split of {}; known: train"),
     (TWO, {"held_out": "{}"}, "held_out: {} has the splits test, train; name one file of it"),
@@ -235,7 +265,7 @@ def test_missing_and_empty_data_is_refused(
 
 def test_a_data_set_of_the_hub_without_a_network_says_what_to_do() -> None:
     with pytest.raises(RecipeError) as refused:
-        splits("org/name:config")
+        read("org/name:config")
     assert str(refused.value) == (
         "task.path: 'org/name:config' is neither a file or folder here nor a data set that could be had from the "
         "Hugging Face hub (Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)); to use a local copy, run `hf "
@@ -272,6 +302,7 @@ NAME = "; name the column of the labels with task.label"
         (text_of, {"text": None}, "", "expected text in column 'text'; got None"),
         (text_of, {"text": "a\ud800"}, "", "the text in column 'text' has half a character (a lone surrogate) at 1"),
         (label_of, {"label": "so long " * 20}, "", f"{LABEL} '{'so long ' * 9}so l...{NAME}"),
+        (label_of, {"label": "a\ud800"}, "", "the text in column 'label' has half a character (a lone surrogate) at 1"),
         (label_of, {"label": None}, "", f"{LABEL} None{NAME}"),
         (label_of, {"label": 0.5}, "", f"{LABEL} 0.5{NAME}"),
         (label_of, {"a": "x", "stars": 3}, "star", "there is no column 'star'; did you mean stars? known: a, stars"),

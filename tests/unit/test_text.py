@@ -12,8 +12,9 @@ from raytrain.evaluation import evaluate
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks import corpus
+from raytrain.tasks.batches import UNSCORED
 from raytrain.tasks.corpus import Bytes, Characters, Document
-from raytrain.tasks.text import UNSCORED, TextExamples, TextOptions, _collate, text
+from raytrain.tasks.text import TextExamples, TextOptions, _collate, text
 
 texts = st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=4)
 
@@ -63,7 +64,7 @@ def test_batches_are_shifted_padded_and_marked() -> None:
 @given(st.lists(st.text(min_size=1, max_size=20, alphabet=st.characters(codec="utf-8")), min_size=1, max_size=3))
 def test_characters_are_encoded_and_counted(contents: list[str]) -> None:
     written = documents([content.encode() for content in contents])
-    characters = Characters(written)
+    characters = Characters(corpus.alphabet_of(written))
     alphabet = sorted(set("".join(contents)))
     assert characters.size == len(alphabet) + 1
     for document, content in zip(written, contents, strict=True):
@@ -139,7 +140,7 @@ def test_a_single_file_is_never_cut_inside_a_character(content: str, share: floa
 def test_missing_and_empty_text_is_refused_before_anything_starts(tmp_path: Path, make: object, message: str) -> None:
     make(tmp_path / "corpus")
     with pytest.raises(RecipeError, match=message):
-        text(TextOptions(name="text", path=tmp_path / "corpus"))
+        text(TextOptions(name="text", path=tmp_path / "corpus")).settle()
 
 
 def test_short_text_and_text_without_characters_are_refused(tmp_path: Path) -> None:
@@ -203,3 +204,34 @@ def test_references_are_xz_on_the_held_out_text(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name * 1000)
     found = text(TextOptions(name="text", path=tmp_path, valid=0.2)).references()
     assert found["bits_per_byte_of_xz_together"] < found["bits_per_byte_of_xz_each_file"]
+
+
+def test_a_run_keeps_its_alphabet(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_text("abcd" * 20)
+    options = TextOptions(name="text", path=tmp_path / "old.txt", tokens="chars", block=4)
+    settled = text(options).settle()
+    assert settled == {"alphabet": "abcd"}
+    kept = options.model_copy(update=settled)
+    assert text(kept).settle() == {}
+    (tmp_path / "some.txt").write_text("dcca")
+    other = kept.model_copy(update={"path": tmp_path / "some.txt"})
+    other = other.model_copy(update=other.on_other_data(kept))
+    valid = text(other).data("valid")
+    assert [token for place in range(len(valid)) for token in valid[place][0][1:].tolist()] == [3, 2, 2, 0], "all of it"
+    (tmp_path / "strange.txt").write_text("abé wxyz")
+    with pytest.raises(RecipeError) as refused:
+        text(other.model_copy(update={"path": tmp_path / "strange.txt"})).data("valid")
+    assert str(refused.value) == (
+        "task.path: strange.txt has the character 'é', which is not one of task.alphabet, the 4 of the text that was "
+        "learned from"
+    )
+
+
+@pytest.mark.parametrize("tokens", ["bytes", "chars"])
+def test_text_that_nothing_is_learned_from_is_measured_as_a_whole(tmp_path: Path, tokens: str) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(name * 50)
+    task = text(TextOptions(name="text", path=tmp_path, tokens=tokens, block=8, valid=1))
+    assert sum(len(tokens) - 1 - unscored for tokens, unscored in task.data("valid")) == 150
+    with pytest.raises(RecipeError, match=r"^task.path: the train part of the text is shorter than task.block = 8$"):
+        task.data("train")
