@@ -15,7 +15,7 @@ from raytrain.train_recipe import TrainRecipe
 
 TINY = {
     "kind": "train",
-    "task": {"name": "raytrain.testing:tiny", "norm": True, "dropout": 0.2},
+    "task": {"name": "raytrain.testing:tiny", "norm": True},
     "workers": 2,
     "steps": 50,
     "batch": 4,
@@ -59,7 +59,7 @@ def test_threads_equal_gloo_processes_to_the_bit(tmp_path: Path, method: str) ->
 def test_it_learns(tmp_path: Path, method: str) -> None:
     train_with_threads(recipe(sync__name=method, steps=150), tmp_path / "run")
     losses = [row["valid"]["loss"] for row in history(tmp_path / "run") if "valid" in row]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def faulty(workplace: Path, *faults: str) -> dict[str, Any]:
