@@ -3,14 +3,15 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from raytrain.names import resolve
 from raytrain.sync.exchange import Exchange
-from raytrain.sync.outer import OuterStep
+from raytrain.sync.outer import PENALTIES, OuterStep
 from raytrain.sync.rest import persistent
 from raytrain.sync.synchroniser import SyncOptions, Totals
 from raytrain.sync.transport import Arrived, Pending
@@ -46,6 +47,45 @@ class NesterovOptions(MomentumOptions):
     momentum: float = Field(0.9, ge=0, lt=1)
 
 
+class LateOptions(LocalOptions):
+    """Options of the outer step that comes late, on top of what was done since.
+
+    Attributes:
+        delay: steps from sending to applying, at most `every`; default: a quarter of a round.
+        rate: of the outer step.
+        momentum: of the outer step, by Nesterov; default: 0.9 at once, down to 0.8 a round late.
+    """
+
+    delay: int | None = Field(None, ge=0)
+    rate: float = Field(0.7, gt=0)
+    momentum: float | None = Field(None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.delay is not None and self.delay > self.every:
+            raise ValueError(f"expected sync.delay of at most sync.every = {self.every}; got {self.delay}")
+        return self
+
+
+class Co2Options(MomentumOptions):
+    """Options of CO2 as published.
+
+    Attributes:
+        penalty: what a difference is divided by, because it is late: "none", "gap-aware" or "secant".
+        clip: the largest element of the momentum; 0: any.
+    """
+
+    momentum: float = Field(0.2, ge=0, lt=1)
+    penalty: str = "secant"
+    clip: float = Field(1.0, ge=0)
+
+    @field_validator("penalty")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        resolve(PENALTIES, name, "sync.penalty")
+        return name
+
+
 def local_sgd(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
     """Return local SGD (Stich 2019): the replicas go on from their mean."""
     return LocalUpdates(exchange, OuterStep(), every=options.every, delay=0, keep=True)
@@ -66,6 +106,21 @@ def diloco(exchange: Exchange, options: NesterovOptions) -> "LocalUpdates":
 def cocod(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
     """Return CoCoD-SGD (Shen et al. 2019): the mean comes a round late, on top of what was done since."""
     return LocalUpdates(exchange, OuterStep(), every=options.every, delay=options.every, keep=True)
+
+
+def late(exchange: Exchange, options: LateOptions) -> "LocalUpdates":
+    """Return DiLoCo whose outer step comes some steps late, so that the exchange hides behind them."""
+    delay = options.every // 4 if options.delay is None else options.delay
+    momentum = 0.9 - 0.1 * delay / options.every if options.momentum is None else options.momentum
+    outer = OuterStep(rate=options.rate, beta=momentum, nesterov=True)
+    return LocalUpdates(exchange, outer, every=options.every, delay=delay, keep=True)
+
+
+def co2(exchange: Exchange, options: Co2Options) -> "LocalUpdates":
+    """Return CO2 (Sun et al. 2024): what a replica did in a round comes back a round later, with a penalty."""
+    penalty = resolve(PENALTIES, options.penalty, "sync.penalty")()
+    outer = OuterStep(rate=options.rate, beta=options.momentum, clip=options.clip, penalty=penalty)
+    return LocalUpdates(exchange, outer, every=options.every, delay=options.every, keep=False)
 
 
 class LocalUpdates:
@@ -103,7 +158,7 @@ class LocalUpdates:
         self._asked = False
         self._stop = False
         self._loaded: Mapping[str, Any] | None = None
-        self._momentum: Tensor | None = None  # that was loaded
+        self._before: Mapping[str, Any] | None = None  # of the outer step, that was loaded
 
     def start(self, module: nn.Module) -> None:
         """Begin a round at the first replica's parameters and buffers, or go on with the one that was loaded."""
@@ -120,7 +175,7 @@ class LocalUpdates:
         self._gather()
         self._begun = self._send[:size].clone()
         point = self._begun.clone()
-        self._outer.begin(point[: self._stepped], self._momentum)
+        self._outer.begin(point[: self._stepped], self._before)
         self._point = point
         if self._loaded is not None:
             self._go_on(self._loaded)
@@ -187,13 +242,13 @@ class LocalUpdates:
             "here": here,
             "begun": self._begun,
             "mean": mean,
-            "momentum": self._outer.momentum if self._exchange.transport.rank == 0 else None,
+            "outer": self._outer.state_dict() if self._exchange.transport.rank == 0 else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None, first: Mapping[str, Any]) -> None:
         """Take where this replica was; among more or fewer replicas it begins a round at the shared point."""
         self._loaded = state
-        self._momentum = first["momentum"]
+        self._before = first["outer"]
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         self._steps, self._samples = state["steps"], state["samples"]

@@ -18,6 +18,8 @@ SYNCHRONISERS: dict[str, str] = {
     "slowmo": "raytrain.sync.local:slowmo",
     "diloco": "raytrain.sync.local:diloco",
     "cocod": "raytrain.sync.local:cocod",
+    "late": "raytrain.sync.local:late",
+    "co2": "raytrain.sync.local:co2",
 }
 
 

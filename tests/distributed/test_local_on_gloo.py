@@ -26,7 +26,7 @@ TINY = {
     "log": {"every": 1, "to": []},
     "sync": {"name": "cocod", "every": 7, "timeout_seconds": 20},
 }
-METHODS = ["local-sgd", "slowmo", "diloco", "cocod"]
+METHODS = ["local-sgd", "slowmo", "diloco", "cocod", "late", "co2"]
 
 
 def recipe(**changes: Any) -> TrainRecipe:

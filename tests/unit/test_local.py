@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.gradients import GradientAveraging
 from raytrain.sync.local import LocalUpdates
-from raytrain.sync.outer import OuterStep
+from raytrain.sync.outer import GapAware, OuterStep, Secant
 from raytrain.testing import ThreadGroup, ThreadTransport
 
 WIDTH = 3
@@ -211,6 +211,29 @@ def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
     for delay, limit in ((1, 1 - beta), (0, 2 * (1 + beta))):
         assert last(0.8 * limit / 0.5, delay) < 1e-3
         assert last(1.25 * limit / 0.5, delay) > 1e3
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("shrink", [0.05, 0.3, 0.9])
+def test_the_secant_finds_how_fast_local_rounds_shrink_and_keeps_the_delay_stable(beta: float, shrink: float) -> None:
+    """On a quadratic they shrink the error by 1 - c, whatever the momentum does."""
+    outer = OuterStep(beta=beta, penalty=(penalty := Secant()))
+    outer.begin(point := torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), None)
+    differences = [shrink * point]
+    for _ in range(400):
+        differences.append(shrink * point)  # made from here, and applied a round later
+        outer(differences.pop(0).clone())
+    assert penalty.curvature == pytest.approx(shrink, rel=1e-3)
+    assert point.abs().max() < 1e-2
+
+
+def test_the_gap_is_the_last_outer_step() -> None:
+    outer = OuterStep(rate=0.5, penalty=GapAware())
+    outer.begin(torch.zeros(2), None)
+    outer(torch.tensor([3.0, 4.0]))
+    assert outer.point.tolist() == [-1.5, -2.0]  # there was no step before: 1
+    outer(torch.tensor([0.0, 5.0]))
+    assert outer.point.tolist() == pytest.approx([-1.5, -2.0 - 0.5 * 5.0 / 1.5])  # the step was 0.5 * 5
 
 
 @settings(max_examples=20)
