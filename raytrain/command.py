@@ -23,7 +23,7 @@ from rich.table import Table
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.jobs.verbs import Commands, add_verbs
 from raytrain.kinds import Kind, Order, load_kinds
-from raytrain.names import near, resolve
+from raytrain.names import line_about, near, resolve
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
 
 INTERRUPTED = 130
@@ -110,7 +110,7 @@ def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = 
     tables: dict[str, dict[str, str]] = {"recipes": {}}
     for kind in load_kinds().values():
         tables["recipes"] |= {file.stem: _first_comment(file) for file in sorted(kind.recipes.glob("*.toml"))}
-        tables |= {title: {name: _first_line(table, name) for name in table} for title, table in kind.tables.items()}
+        tables |= {title: {name: line_about(table, name) for name in table} for title, table in kind.tables.items()}
     if what is not None and what not in tables:
         raise RecipeError(f"{what!r} is not a table; {near(what, tables)}")
     for title, lines in tables.items():
@@ -232,11 +232,6 @@ def _parse(raw: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
 def _first_comment(file: Path) -> str:
     first = file.read_text().partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
-
-
-def _first_line(table: Any, name: str) -> str:
-    document = resolve(table, name, name).__doc__ or ""
-    return document.strip().partition("\n")[0]
 
 
 def _complain(message: str, status: int) -> int:

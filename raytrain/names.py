@@ -1,5 +1,7 @@
 """Short names for things: plain tables of ``short name -> "module:attribute"``.
 
+Where the docstring of what is named does not say it well, a line follows: ``"module:attribute what it is"``.
+
 A table is data: it is the same in every process, it loads nothing until a name is used, and it is the list that the
 contract tests run over. Any other value with a colon is imported as it stands, so what a user wrote needs no
 registration.
@@ -41,9 +43,9 @@ def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
     Raises:
         RecipeError: the name is not in the table, or its module or attribute cannot be imported.
     """
-    target = name if ":" in name else table.get(name)
-    if target is None:
+    if ":" not in name and name not in table:
         raise RecipeError(f"{what}: no such name {name!r}; {near(name, table)}, or your own as module:attribute")
+    target, _, _ = table.get(name, name).partition(" ")
     module_name, _, attribute = target.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
@@ -58,3 +60,10 @@ def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
             public = [key for key in vars(found) if not key.startswith("_")]
             raise RecipeError(f"{what}: {module_name!r} has no {attribute!r}; {near(part, public)}") from None
     return found
+
+
+def line_about(table: Mapping[str, str], name: str) -> str:
+    """Return in one line what a name of a table stands for."""
+    _, _, line = table[name].partition(" ")
+    document = resolve(table, name, name).__doc__ or ""
+    return line or document.strip().partition("\n")[0]

@@ -19,17 +19,17 @@ from raytrain.recipe import Options
 
 ADAPTERS: dict[str, str] = {
     "none": "raytrain.model.adapters:none",
-    "lora": "peft:LoraConfig",
-    "randlora": "peft:RandLoraConfig",
-    "loha": "peft:LoHaConfig",
-    "lokr": "peft:LoKrConfig",
-    "hira": "peft:HiraConfig",
-    "gralora": "peft:GraloraConfig",
-    "delora": "peft:DeloraConfig",
-    "miss": "peft:MissConfig",
-    "shira": "peft:ShiraConfig",
-    "oft": "peft:OFTConfig",
-    "hra": "peft:HRAConfig",
+    "lora": "peft:LoraConfig Add the product of two matrices of low rank (Hu et al. 2022).",
+    "randlora": "peft:RandLoraConfig Add a full rank from random bases with trained scales (Albert et al. 2025).",
+    "loha": "peft:LoHaConfig Add the product by element of two updates of low rank (Hyeon-Woo et al. 2022).",
+    "lokr": "peft:LoKrConfig Add a Kronecker product of small matrices (Yeh et al. 2024).",
+    "hira": "peft:HiraConfig Add the weight times an update of low rank, by element (Huang et al. 2025).",
+    "gralora": "peft:GraloraConfig Add an update of low rank to each block of the matrix (Jung et al. 2025).",
+    "delora": "peft:DeloraConfig Add an update of low rank whose length is bounded (Bini et al. 2025).",
+    "miss": "peft:MissConfig Add a small matrix, repeated over shards of the weight (Kang and Yin 2024).",
+    "shira": "peft:ShiraConfig Train a few entries of the weight, chosen at random (Bhardwaj et al. 2024).",
+    "oft": "peft:OFTConfig Turn the weight by rotations of blocks (Qiu et al. 2023).",
+    "hra": "peft:HRAConfig Turn the weight by a chain of Householder reflections (Yuan et al. 2024).",
 }
 """Those of peft that live inside the layers of any model and start as what it is.
 
