@@ -115,6 +115,8 @@ class _Gathered:
         self, group: ThreadGroup, given: dict[int, Tensor], combine: Callable[[list[Tensor]], Tensor], flat: Tensor
     ) -> None:
         self.bytes_sent = flat.numel() * flat.element_size()
+        self.seconds = 0.0
+        self._started = time.monotonic()
         self._group = group
         self._given = given
         self._combine = combine
@@ -127,6 +129,7 @@ class _Gathered:
             )
         if not arrived or self._given.keys() != everyone:
             raise PeerLostError(f"replicas {sorted(everyone - self._given.keys())} are lost")
+        self.seconds = time.monotonic() - self._started
         return self._combine([self._given[rank] for rank in sorted(everyone)])
 
 

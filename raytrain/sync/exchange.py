@@ -65,6 +65,10 @@ class _Mean:
         self.bytes_sent = pending.bytes_sent
         self._pending = pending
 
+    @property
+    def seconds(self) -> float:
+        return self._pending.seconds
+
     def wait(self) -> Tensor:
         flat = self._pending.wait()
         flat[:-1].div_(flat[-1].masked_fill(flat[-1] == 0, 1.0))  # nobody contributed: 0, not NaN

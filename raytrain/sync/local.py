@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from raytrain.names import resolve
 from raytrain.sync.exchange import Exchange
 from raytrain.sync.outer import PENALTIES, OuterStep
+from raytrain.sync.pace import Clock, Pace
 from raytrain.sync.rest import persistent
 from raytrain.sync.synchroniser import SyncOptions, Totals
 from raytrain.sync.transport import Arrived, Pending
+
+NUMBERS = 4
+"""What travels with the differences: a wish to stop, and what a step and an exchange take."""
 
 
 class LocalOptions(SyncOptions):
@@ -51,18 +55,20 @@ class LateOptions(LocalOptions):
     """Options of the outer step that comes late, on top of what was done since.
 
     Attributes:
-        delay: steps from sending to applying, at most `every`; default: a quarter of a round.
+        every: steps in a round; "auto": as few as hide the exchange, and keep its processor time below 3 % of theirs.
+        delay: steps from sending to applying, at most `every`; "auto": as few as hide the exchange.
         rate: of the outer step.
         momentum: of the outer step, by Nesterov; default: 0.9 at once, down to 0.8 a round late.
     """
 
-    delay: int | None = Field(None, ge=0)
+    every: Annotated[int, Field(ge=1)] | Literal["auto"] = 12  # type: ignore[assignment]
+    delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     rate: float = Field(0.7, gt=0)
     momentum: float | None = Field(None, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
-        if self.delay is not None and self.delay > self.every:
+        if self.every != "auto" and self.delay != "auto" and self.delay > self.every:
             raise ValueError(f"expected sync.delay of at most sync.every = {self.every}; got {self.delay}")
         return self
 
@@ -88,39 +94,39 @@ class Co2Options(MomentumOptions):
 
 def local_sgd(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
     """Return local SGD (Stich 2019): the replicas go on from their mean."""
-    return LocalUpdates(exchange, OuterStep(), every=options.every, delay=0, keep=True)
+    return LocalUpdates(exchange, OuterStep(), Pace(options.every, 0), keep=True)
 
 
 def slowmo(exchange: Exchange, options: MomentumOptions) -> "LocalUpdates":
     """Return SlowMo (Wang et al. 2020): an outer step with momentum, of differences that are not divided by a rate."""
     outer = OuterStep(rate=options.rate, beta=options.momentum)
-    return LocalUpdates(exchange, outer, every=options.every, delay=0, keep=True)
+    return LocalUpdates(exchange, outer, Pace(options.every, 0), keep=True)
 
 
 def diloco(exchange: Exchange, options: NesterovOptions) -> "LocalUpdates":
     """Return DiLoCo (Douillard et al. 2023): an outer step with Nesterov's momentum."""
     outer = OuterStep(rate=options.rate, beta=options.momentum, nesterov=True)
-    return LocalUpdates(exchange, outer, every=options.every, delay=0, keep=True)
+    return LocalUpdates(exchange, outer, Pace(options.every, 0), keep=True)
 
 
 def cocod(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
     """Return CoCoD-SGD (Shen et al. 2019): the mean comes a round late, on top of what was done since."""
-    return LocalUpdates(exchange, OuterStep(), every=options.every, delay=options.every, keep=True)
+    return LocalUpdates(exchange, OuterStep(), Pace(options.every, options.every), keep=True)
 
 
 def late(exchange: Exchange, options: LateOptions) -> "LocalUpdates":
     """Return DiLoCo whose outer step comes some steps late, so that the exchange hides behind them."""
-    delay = options.every // 4 if options.delay is None else options.delay
-    momentum = 0.9 - 0.1 * delay / options.every if options.momentum is None else options.momentum
+    pace = Pace(options.every, options.delay)
+    momentum = (lambda: 0.9 - 0.1 * pace.delay / pace.every) if options.momentum is None else options.momentum
     outer = OuterStep(rate=options.rate, beta=momentum, nesterov=True)
-    return LocalUpdates(exchange, outer, every=options.every, delay=delay, keep=True)
+    return LocalUpdates(exchange, outer, pace, keep=True)
 
 
 def co2(exchange: Exchange, options: Co2Options) -> "LocalUpdates":
     """Return CO2 (Sun et al. 2024): what a replica did in a round comes back a round later, with a penalty."""
     penalty = resolve(PENALTIES, options.penalty, "sync.penalty")()
     outer = OuterStep(rate=options.rate, beta=options.momentum, clip=options.clip, penalty=penalty)
-    return LocalUpdates(exchange, outer, every=options.every, delay=options.every, keep=False)
+    return LocalUpdates(exchange, outer, Pace(options.every, options.every), keep=False)
 
 
 class LocalUpdates:
@@ -136,21 +142,22 @@ class LocalUpdates:
     Args:
         exchange: the replicas.
         outer: the outer step.
-        every: steps in a round.
-        delay: steps from sending to applying, at most `every`.
+        pace: steps in a round, and from sending to applying.
         keep: whether a replica goes on from where it is.
     """
 
     apart = True
 
-    def __init__(self, exchange: Exchange, outer: OuterStep, *, every: int, delay: int, keep: bool) -> None:
+    def __init__(self, exchange: Exchange, outer: OuterStep, pace: Pace, *, keep: bool) -> None:
         self.bytes_sent = 0
         self.waited_seconds = 0.0
+        self.exchange_seconds = 0.0
         self._exchange = exchange
         self._outer = outer
-        self._every = every
-        self._delay = delay
+        self._pace = pace
         self._keep = keep
+        self._clock = Clock()
+        self._due = 0  # steps of the next round after which the mean is applied
         self._pending: Pending | None = None
         self._steps = 0  # since the round's start
         self._samples = 0.0  # in this round
@@ -170,7 +177,7 @@ class LocalUpdates:
         for value in tensors:
             self._await(self._exchange.transport.broadcast(value.data))
         size = sum(value.numel() for value in self._live)
-        self._send = _flat(self._live, size + 2)  # room for a wish to stop, and for the weight
+        self._send = _flat(self._live, size + NUMBERS + 1)  # the last is room for the weight
         self._views = _views(self._send, self._live)
         self._gather()
         self._begun = self._send[:size].clone()
@@ -198,11 +205,11 @@ class LocalUpdates:
         """Apply what is due, and send what a round came to."""
         self._steps += 1
         self._samples += self._weight
-        if self._pending is not None and self._steps == self._delay:
+        if self._pending is not None and self._steps >= self._due:
             self._apply()
-        if self._steps == self._every:
+        if self._steps >= self._pace.every:
             self._launch()
-            if self._delay == 0:
+            if self._due == 0:
                 self._apply()
 
     @torch.no_grad()
@@ -238,6 +245,9 @@ class LocalUpdates:
         return {
             "steps": self._steps,
             "samples": self._samples,
+            "due": self._due,
+            "every": self._pace.every,
+            "delay": self._pace.delay,
             "stop": self._stop,
             "here": here,
             "begun": self._begun,
@@ -251,7 +261,8 @@ class LocalUpdates:
         self._before = first["outer"]
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
-        self._steps, self._samples = state["steps"], state["samples"]
+        self._steps, self._samples, self._due = state["steps"], state["samples"], state["due"]
+        self._pace.go_on(state["every"], state["delay"])
         self._begun.copy_(state["begun"])
         self._put(state["here"])
         if state["mean"] is not None:
@@ -269,9 +280,10 @@ class LocalUpdates:
         else:
             self._begun.copy_(self._point)
             self._put(self._point)
-        self._send[size] = float(self._asked)
+        numbers = [float(self._asked), *self._clock.lap(self._steps, self.waited_seconds)]
+        self._send[size:-1] = torch.tensor(numbers, dtype=torch.float64)
         self._pending = self._exchange.mean(self._send, self._samples)
-        self._steps, self._samples = 0, 0.0
+        self._steps, self._samples, self._due = 0, 0.0, self._pace.delay
 
     def _apply(self) -> None:
         """Take the outer step, and go on from there with what was done since this was sent."""
@@ -288,9 +300,14 @@ class LocalUpdates:
         """Wait for the mean, shape (n,)."""
         assert self._pending is not None
         self._await(self._pending)
+        if self._pending.seconds:
+            self._clock.exchange_seconds = self._pending.seconds
+            self.exchange_seconds += self._pending.seconds
         self._pending = None
         size = self._begun.numel()
-        self._stop = self._stop or bool(self._send[size] > 0)
+        asked, *measured = self._send[size:-1].tolist()
+        self._stop = self._stop or asked > 0
+        self._pace.learn(*measured)
         return self._send[:size]
 
     def _gather(self) -> None:

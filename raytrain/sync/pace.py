@@ -2,7 +2,9 @@
 
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +45,11 @@ class Pace:
         """Whether nothing that is measured changes anything."""
         return "auto" not in self._fixed
 
+    def go_on(self, every: int, delay: int) -> None:
+        """Go on from where a run was, unless it is given."""
+        self.every = every if self._fixed[0] == "auto" else self.every
+        self.delay = delay if self._fixed[1] == "auto" else self.delay
+
     def learn(self, step_seconds: float, exchange_seconds: float, cost_seconds: float) -> None:
         """Choose anew from the means over the replicas.
 
@@ -61,21 +68,48 @@ class Pace:
         self.delay = min(self.every, hidden) if delay == "auto" else delay
 
 
-class Meter:
-    """The processor time of the threads that send and receive, which work beside those that compute."""
+class Clock:
+    """Measures the rounds of one replica."""
 
-    def __init__(self, names: Sequence[str] = ("gloo",)) -> None:
-        self._names = names
-        self._ticks = os.sysconf("SC_CLK_TCK")
+    def __init__(self) -> None:
+        self.exchange_seconds = 0.0  # of the last one
+        self._began = time.perf_counter()
+        self._waited = 0.0
+        self._worked = _worked()
+        self._packed = 0.0
 
-    def seconds(self) -> float:
-        """Return how long these threads of this process have worked; 0 where the system does not tell."""
-        total = 0
-        for task in Path("/proc/self/task").glob("*"):
-            try:
-                if any(name in (task / "comm").read_text() for name in self._names):
-                    fields = (task / "stat").read_text().rpartition(")")[2].split()
-                    total += int(fields[11]) + int(fields[12])
-            except OSError:
-                continue  # it has ended meanwhile
-        return total / self._ticks
+    @contextmanager
+    def packing(self) -> Iterator[None]:
+        """Count the time inside the `with` block as the exchange's."""
+        began = time.perf_counter()
+        yield
+        self._packed += time.perf_counter() - began
+
+    def lap(self, steps: int, waited: float) -> list[float]:
+        """End a round of `steps` steps, and return what `Pace.learn` takes.
+
+        Args:
+            steps: how many there were.
+            waited: seconds that the loop has waited for others, in all rounds.
+        """
+        now, worked = time.perf_counter(), _worked()
+        cost = worked - self._worked + self._packed
+        step = max(now - self._began - (waited - self._waited) - self._packed, 0.0) / max(steps, 1)
+        self._began, self._waited, self._worked, self._packed = now, waited, worked, 0.0
+        return [step, self.exchange_seconds, cost]
+
+
+def _worked() -> float:
+    """Return the processor time of gloo's threads in this process, which work beside those that compute.
+
+    Where the system does not tell, 0: then the cost of exchanges is what packing takes.
+    """
+    ticks = 0
+    for task in Path("/proc/self/task").glob("*"):
+        try:
+            if "gloo" in (task / "comm").read_text():
+                fields = (task / "stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        except OSError:
+            continue  # it has ended meanwhile
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -32,6 +32,11 @@ class Pending(Protocol):
 
     bytes_sent: int
 
+    @property
+    def seconds(self) -> float:
+        """From its start to its arrival; known after `wait`."""
+        ...
+
     def wait(self) -> Tensor:
         """Return the result once it has arrived.
 
@@ -77,6 +82,7 @@ class Arrived:
     """A `Pending` that has nothing to wait for."""
 
     bytes_sent = 0
+    seconds = 0.0
 
     def __init__(self, result: Tensor) -> None:
         self._result = result
@@ -215,10 +221,16 @@ class _Work:
         self, transport: GroupTransport, work: dist.Work, result: Tensor, bytes_sent: int, started: float
     ) -> None:
         self.bytes_sent = bytes_sent
+        self.seconds = 0.0
         self._transport = transport
         self._work: dist.Work | None = work
         self._result = result
         self._started = started
+        if not result.is_cuda:
+            work.get_future().add_done_callback(self._arrive)
+
+    def _arrive(self, _: object) -> None:
+        self.seconds = time.monotonic() - self._started
 
     def wait(self) -> Tensor:
         work, self._work = self._work, None  # a finished operation must not keep the connections open
@@ -228,6 +240,7 @@ class _Work:
             # NCCL's wait only holds the GPU; a hang of another must be seen to be no hang of ours.
             if self._result.is_cuda:
                 torch.cuda.current_stream(self._result.device).synchronize()
+        self.seconds = self.seconds or time.monotonic() - self._started
         return self._result
 
 

@@ -13,6 +13,7 @@ from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.gradients import GradientAveraging
 from raytrain.sync.local import LocalUpdates
 from raytrain.sync.outer import GapAware, OuterStep, Secant
+from raytrain.sync.pace import Pace
 from raytrain.testing import ThreadGroup, ThreadTransport
 
 WIDTH = 3
@@ -63,7 +64,7 @@ def run(make: Make, members: int, steps: int, *, seed: int = 0, lr: float = 0.3,
 
 
 def local(every: int, delay: int = 0, *, keep: bool = True, **outer: Any) -> Make:
-    return lambda exchange: LocalUpdates(exchange, OuterStep(**outer), every=every, delay=delay, keep=keep)
+    return lambda exchange: LocalUpdates(exchange, OuterStep(**outer), Pace(every, delay), keep=keep)
 
 
 SETTINGS = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 13), st.integers(0, 99))
