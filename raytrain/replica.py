@@ -31,6 +31,8 @@ class Progress:
         seconds: time spent training, over all attempts.
         stalled_seconds: how much of it the first replica waited for data.
         bytes_sent: bytes that the first replica put on the wire, over all attempts.
+        exchange_seconds: how long its exchanges were under way, one after the other.
+        waited_seconds: how much of that it stood still for.
         status: "running", or why it ended: "done", "stopped early", "interrupted".
     """
 
@@ -43,6 +45,8 @@ class Progress:
     seconds: float = 0.0
     stalled_seconds: float = 0.0
     bytes_sent: int = 0
+    exchange_seconds: float = 0.0
+    waited_seconds: float = 0.0
     status: str = "running"
 
 

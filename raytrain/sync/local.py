@@ -302,7 +302,6 @@ class LocalUpdates:
         self._await(self._pending)
         if self._pending.seconds:
             self._clock.exchange_seconds = self._pending.seconds
-            self.exchange_seconds += self._pending.seconds
         self._pending = None
         size = self._begun.numel()
         asked, *measured = self._send[size:-1].tolist()
@@ -324,6 +323,7 @@ class LocalUpdates:
         started = time.perf_counter()
         pending.wait()
         self.waited_seconds += time.perf_counter() - started
+        self.exchange_seconds += pending.seconds
         self.bytes_sent += pending.bytes_sent
 
 

@@ -54,11 +54,13 @@ class Synchroniser(Protocol):
     Attributes:
         apart: whether replicas differ between exchanges, so that each has a state of its own to save.
         bytes_sent: what this replica has put on the wire since `start`.
+        exchange_seconds: how long its exchanges were under way since `start`, one after the other.
         waited_seconds: how long the loop has stood still for others since `start`.
     """
 
     apart: bool
     bytes_sent: int
+    exchange_seconds: float
     waited_seconds: float
 
     def start(self, module: nn.Module) -> None:
@@ -119,6 +121,7 @@ class EveryStep:
 
     def __init__(self) -> None:
         self.bytes_sent = 0
+        self.exchange_seconds = 0.0
         self.waited_seconds = 0.0
 
     def after_step(self) -> None:
@@ -142,4 +145,5 @@ class EveryStep:
         started = time.perf_counter()
         pending.wait()
         self.waited_seconds += time.perf_counter() - started
+        self.exchange_seconds += pending.seconds
         self.bytes_sent += pending.bytes_sent

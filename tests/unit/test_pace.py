@@ -11,7 +11,9 @@ SECONDS = st.floats(1e-3, 10.0)
 
 
 @given(SECONDS, SECONDS, st.floats(0.0, 10.0))
-def test_a_round_is_as_short_as_hides_the_exchange_and_bears_its_cost(step: float, exchange: float, cost: float) -> None:
+def test_a_round_is_as_short_as_hides_the_exchange_and_bears_its_cost(
+    step: float, exchange: float, cost: float
+) -> None:
     pace = Pace("auto", "auto")
     pace.learn(step, exchange, cost)
     enough = max(SLACK * exchange / step, cost / (SHARE * step))
