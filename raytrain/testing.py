@@ -91,6 +91,10 @@ class ThreadTransport:
         """Return all, stacked."""
         return self._start(flat, torch.stack)
 
+    def all_to_all(self, rows: Tensor) -> Pending:
+        """Take the rows that are for this replica."""
+        return self._start(rows, lambda parts: torch.stack([part[self.rank] for part in parts]))
+
     def broadcast(self, flat: Tensor) -> Pending:
         """Overwrite with the first replica's."""
         return self._start(flat, lambda parts: flat.copy_(parts[0]))

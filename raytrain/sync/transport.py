@@ -69,6 +69,10 @@ class Transport(Protocol):
         """Return the `flat` of each replica, all of one shape, as shape (members, *flat.shape)."""
         ...
 
+    def all_to_all(self, rows: Tensor) -> Pending:
+        """Send row i of `rows`, shape (members, n), to replica i; return the rows that came, in the replicas' order."""
+        ...
+
     def broadcast(self, flat: Tensor) -> Pending:
         """Overwrite `flat` with that of the first replica."""
         ...
@@ -110,6 +114,10 @@ class LocalTransport:
         """Return `flat` with a dimension for the one replica."""
         return Arrived(flat.unsqueeze(0))
 
+    def all_to_all(self, rows: Tensor) -> Pending:
+        """Return `rows`: the one replica's own."""
+        return Arrived(rows)
+
     def broadcast(self, flat: Tensor) -> Pending:
         """Return `flat`."""
         return Arrived(flat)
@@ -149,6 +157,15 @@ class GroupTransport:
         parts = list(all_flat.unbind(0))
         return self._start(
             lambda: dist.all_gather(parts, flat, group=self._group, async_op=True), all_flat, (size - 1) * _bytes(flat)
+        )
+
+    def all_to_all(self, rows: Tensor) -> Pending:
+        """Send each row to its replica."""
+        size, received = len(self.members), torch.empty_like(rows)
+        return self._start(
+            lambda: dist.all_to_all_single(received, rows, group=self._group, async_op=True),
+            received,
+            (size - 1) / size * _bytes(rows),
         )
 
     def broadcast(self, flat: Tensor) -> Pending:
