@@ -6,7 +6,8 @@ Each run is `raytrain train sst2-minilm` with two workers: every method with see
 hours on two cores, which `--methods`, `--seeds` and `--runs FILE` cut into pieces. "half" trains a random half of each
 block's layers, "half-rotated" another one every 100 steps. The accuracy is that of the last evaluation, on the 872
 sentences of dev.tsv, by which nothing was chosen. Memory is the most that a worker held at any time, and that minus
-what it held just before the model was made. The adapters' learning rates and sizes are usual ones.
+what it held just before the model was made. LoRA's learning rate and size are usual ones; RandLoRA learned nothing at a
+rate of 1e-3, and in 60 steps more at 3e-4 than at 1e-4.
 """
 
 import json
@@ -33,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "half": {"freeze.half": True},
     "half-rotated": {"freeze.half": True, "freeze.every": 100},
     "lora": {"adapter.name": "lora", "adapter.r": 8, "adapter.lora_alpha": 16, "optimizer.lr": 1e-3},
-    "randlora": {"adapter.name": "randlora", "adapter.r": 16, "adapter.randlora_alpha": 320, "optimizer.lr": 1e-3},
+    "randlora": {"adapter.name": "randlora", "adapter.r": 16, "adapter.randlora_alpha": 320, "optimizer.lr": 3e-4},
 }
 
 
