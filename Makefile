@@ -1,14 +1,14 @@
 # Everything on a machine that has only Python 3.11+ and make. A second call installs nothing.
 #   make demo    train on built-in data, in an environment of its own
 #   make test    all tests            make lint    style, imports, types
-#   make bench   all benchmarks (an hour); make bench BENCH=loop_overhead for one
+#   make bench   benchmarks (an hour); make bench BENCH=finetune for one that takes longer
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
-BENCH ?= loop_overhead resume
+BENCH ?= loop_overhead resume ingest
 
 export RAY_USAGE_STATS_ENABLED ?= 0
 export FLWR_TELEMETRY_ENABLED ?= 0
