@@ -122,32 +122,27 @@ class _TwoPhases:
         self.seconds = 0.0
 
     def wait(self) -> Tensor:
-        self._forward()
-        assert self._second is not None
-        parts = self._second.wait()
+        second = self._second or self._forward()
+        parts = second.wait()
         codec = self._exchange.codec
         values = codec.decode(parts.reshape(-1, codec.block_bytes)).flatten()
         self._flat[:-1] = values[: self._flat.numel() - 1]
         self._flat[-1] = self._total
-        self.bytes_sent = self._first.bytes_sent + self._second.bytes_sent
-        self.seconds = self._first.seconds + self._second.seconds
+        self.bytes_sent = self._first.bytes_sent + second.bytes_sent
+        self.seconds = self._first.seconds + second.seconds
         return self._flat
 
-    def _forward(self) -> None:
+    def _forward(self) -> Pending:
         """Sum this replica's part, and send it."""
-        if self._second is not None:
-            return
         exchange, codec = self._exchange, self._exchange.codec
         parts = self._first.wait()
         weights = parts[:, :8].flatten().clone().view(torch.float64)
         self._total = float(weights.sum())
-        mean: Tensor | None = None
+        mean = torch.zeros_like(exchange.left[0]) if exchange.left_of_sum is None else exchange.left_of_sum
         for weight, part in zip(weights.tolist(), parts[:, 8:], strict=True):
-            own = codec.decode(part.contiguous().view(-1, codec.block_bytes)).mul_(weight / (self._total or 1.0))
-            mean = own if mean is None else mean.add_(own)
-        assert mean is not None
-        if exchange.left_of_sum is not None:
-            mean += exchange.left_of_sum
+            own = codec.decode(part.contiguous().view(-1, codec.block_bytes))
+            mean.add_(own, alpha=weight / (self._total or 1.0))
         coded = codec.encode(mean)
         exchange.left_of_sum = mean.sub_(codec.decode(coded))
         self._second = exchange.transport.all_gather(coded)
+        return self._second

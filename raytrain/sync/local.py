@@ -206,20 +206,19 @@ class LocalUpdates:
         self._steps += 1
         self._samples += self._weight
         if self._pending is not None and self._steps >= self._due:
-            self._apply()
+            self._apply(self._pending)
         if self._steps >= self._pace.every:
-            self._launch()
+            pending = self._launch()
             if self._due == 0:
-                self._apply()
+                self._apply(pending)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Apply what is under way, and the plain mean of what was done since; afterwards the replicas are equal."""
         if self._pending is not None:
-            self._apply()
+            self._apply(self._pending)
         if self._steps:
-            self._launch()
-            mean = self._receive()
+            mean = self._receive(self._launch())
             self._point.sub_(mean)
             self._begun.copy_(self._point)
             self._put(self._point)
@@ -239,7 +238,7 @@ class LocalUpdates:
         size = self._begun.numel()
         mean = None
         if self._pending is not None:
-            mean = self._receive().clone()
+            mean = self._receive(self._pending).clone()
             self._pending = Arrived(self._send)
         self._gather_into(here := self._begun.new_empty(size))
         return {
@@ -269,7 +268,7 @@ class LocalUpdates:
             self._send[: self._begun.numel()].copy_(state["mean"])
             self._pending = Arrived(self._send)
 
-    def _launch(self) -> None:
+    def _launch(self) -> Pending:
         """Send how far this replica got in its round, and begin the next one."""
         size = self._begun.numel()
         self._gather()
@@ -282,12 +281,13 @@ class LocalUpdates:
             self._put(self._point)
         numbers = [float(self._asked), *self._clock.lap(self._steps, self.waited_seconds)]
         self._send[size:-1] = torch.tensor(numbers, dtype=torch.float64)
-        self._pending = self._exchange.mean(self._send, self._samples)
+        self._pending = pending = self._exchange.mean(self._send, self._samples)
         self._steps, self._samples, self._due = 0, 0.0, self._pace.delay
+        return pending
 
-    def _apply(self) -> None:
+    def _apply(self, pending: Pending) -> None:
         """Take the outer step, and go on from there with what was done since this was sent."""
-        mean = self._receive()
+        mean = self._receive(pending)
         self._outer(mean[: self._stepped])
         self._point[self._stepped :].sub_(mean[self._stepped :])
         here = mean  # which is used up
@@ -296,12 +296,11 @@ class LocalUpdates:
         torch._foreach_copy_(self._live, self._views)
         self._begun.copy_(self._point)
 
-    def _receive(self) -> Tensor:
+    def _receive(self, pending: Pending) -> Tensor:
         """Wait for the mean, shape (n,)."""
-        assert self._pending is not None
-        self._await(self._pending)
-        if self._pending.seconds:
-            self._clock.exchange_seconds = self._pending.seconds
+        self._await(pending)
+        if pending.seconds:
+            self._clock.exchange_seconds = pending.seconds
         self._pending = None
         size = self._begun.numel()
         asked, *measured = self._send[size:-1].tolist()

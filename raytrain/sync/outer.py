@@ -56,6 +56,11 @@ class OuterStep:
         """How much of the momentum stays."""
         return self._beta() if callable(self._beta) else self._beta
 
+    @property
+    def last(self) -> Tensor:
+        """The last step over the rate, if a penalty looks back at it."""
+        return torch.zeros_like(self.point) if self.momentum is None else self.momentum
+
     def begin(self, point: Tensor, state: Any) -> None:
         """Take the point that all replicas begin with, and what `state_dict` returned if a run goes on."""
         self.point = point
@@ -135,9 +140,8 @@ class GapAware(NoPenalty):
 
     def __call__(self, outer: OuterStep, difference: Tensor) -> float:
         """Return the divisor."""
-        assert outer.momentum is not None
         length = float(difference.norm())
-        return 1.0 + outer.rate * float(outer.momentum.norm()) / length if length else 1.0
+        return 1.0 + outer.rate * float(outer.last.norm()) / length if length else 1.0
 
 
 class Secant:
@@ -158,7 +162,6 @@ class Secant:
 
     def __call__(self, outer: OuterStep, difference: Tensor) -> float:
         """Return the divisor."""
-        assert outer.momentum is not None
         if self._older is None:
             self._older = torch.zeros_like(difference)
         length = float(self._older.dot(self._older))
@@ -166,7 +169,7 @@ class Secant:
             turn = -(float(self._older.dot(difference)) - self._along) / (outer.rate * length)
             found = min(max(turn, 0.0), 1.0)
             self.curvature = found if self.curvature is None else MEMORY * self.curvature + (1 - MEMORY) * found
-        self._older.copy_(outer.momentum)
+        self._older.copy_(outer.last)
         self._along = float(self._older.dot(difference))
         return max(1.0, KAPPA * outer.rate * (1.0 if self.curvature is None else self.curvature) / (1 - outer.beta))
 
