@@ -138,7 +138,9 @@ class _TwoPhases:
         parts = self._first.wait()
         weights = parts[:, :8].flatten().clone().view(torch.float64)
         self._total = float(weights.sum())
-        mean = torch.zeros_like(exchange.left[0]) if exchange.left_of_sum is None else exchange.left_of_sum
+        mean = exchange.left_of_sum
+        if mean is None:
+            mean = torch.zeros(parts[0, 8:].numel() // codec.block_bytes, codec.block, device=parts.device)
         for weight, part in zip(weights.tolist(), parts[:, 8:], strict=True):
             own = codec.decode(part.contiguous().view(-1, codec.block_bytes))
             mean.add_(own, alpha=weight / (self._total or 1.0))
