@@ -73,7 +73,7 @@ class Brief:
         position = self.walk.position(step)
         try:
             return position, *encode(feed().take(position, self.walk.count, self.walk.parts))
-        except Exception:
+        except Exception:  # in the user's code: the worker that takes this row raises it, in the place of the batches
             return position, "", traceback.format_exc().encode()
 
 
