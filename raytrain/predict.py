@@ -44,7 +44,7 @@ def predict_file(folder: Path, overrides: Mapping[str, Any], source: Path, targe
     count = len(_inputs(recipe, task_of(recipe), source))
     if address is not None:
         check_reachable(address)
-    else:
+    elif not ray.is_initialized():
         cpus_per_worker(machines_here(recipe), recipe.workers, recipe.resources.cpus)
     aside = target.absolute().with_name(f".{target.name}.partial")
     try:

@@ -34,6 +34,7 @@ from raytrain.task import TASKS, Task, TaskOptions, make_task, options_of_task
 MOST_STEPS = 64  # that are sent together; more would spare nothing
 SEND_SECONDS = 0.05
 PULLED_BLOCKS = 2
+HELD_BLOCKS = PULLED_BLOCKS + 1  # that the worker may hold: the calls that wait, and the rows it is taking
 DEALING = "dealing"  # the threads that answer the actors of a pipeline
 
 Row = tuple[int, str, bytes]
@@ -73,7 +74,7 @@ class Brief:
         position = self.walk.position(step)
         try:
             return position, *encode(feed().take(position, self.walk.count, self.walk.parts))
-        except Exception:
+        except Exception:  # in the user's code: the worker that takes this row raises it, in the place of the batches
             return position, "", traceback.format_exc().encode()
 
 
@@ -297,7 +298,7 @@ class Pipeline:
         return dealt
 
     def more(self) -> list[Row]:
-        """Return the rows of the next steps, as many as are there; none at the end."""
+        """Return the rows of the next steps that are there, not too many; none at the end."""
         while self._walk.position(self._taken) not in self._early:
             block = next(self._blocks, None)
             if block is None:
@@ -305,7 +306,9 @@ class Pipeline:
             (rows,) = block["rows"].to_pylist()
             self._early.update((row["position"], tuple(row.values())) for row in rows)
         ready: list[Row] = []
-        while row := self._early.pop(self._walk.position(self._taken + len(ready)), None):
+        while len(ready) < self._most() and (
+            row := self._early.pop(self._walk.position(self._taken + len(ready)), None)
+        ):
             ready.append(row)
         with self._room:
             largest = max(len(content) for _, _, content in ready)
@@ -315,8 +318,12 @@ class Pipeline:
         return ready
 
     def _window(self) -> int:
-        """Return how many steps may be prepared ahead: enough to keep all actors busy, however large they are."""
-        return max(2 * self._actors, self._ahead_bytes // self._step_bytes)
+        """Return how many steps may be prepared and not yet sent: enough to keep all actors busy, however large."""
+        return max(2 * self._actors, self._ahead_bytes // self._step_bytes - HELD_BLOCKS * self._most())
+
+    def _most(self) -> int:
+        """Return how many steps may be sent together: what the worker holds takes up at most half of the room."""
+        return max(1, self._ahead_bytes // self._step_bytes // (2 * HELD_BLOCKS))
 
 
 class Preparer:

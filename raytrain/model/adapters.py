@@ -131,6 +131,7 @@ def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[st
     torch.manual_seed(seed)
     try:
         inject_adapter_in_model(config, module)
+    # Where an option, or a layer's kind or shape, does not suit an adapter; peft has no type of its own for that.
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise RecipeError(f"adapter: {options.name} does not fit the model: {error}") from error
     for parameter in trained:

@@ -39,7 +39,7 @@ def recipe(**resources: Any) -> TrainRecipe:
     return TrainRecipe.parse(
         {
             "kind": "train",
-            "task": "raytrain.testing:tiny",
+            "task": "where:task",
             "workers": 2,
             "steps": 2,
             "log": {"to": []},
@@ -51,9 +51,15 @@ def recipe(**resources: Any) -> TrainRecipe:
 
 def test_workers_go_where_the_recipe_says(second_machine: str, workplace: Path) -> None:
     from raytrain.launch import run
+    from raytrain.predict import predict_file
 
     (workplace / "where.py").write_text(
-        "import ray\nfrom pathlib import Path\n\n"
+        "import ray\nfrom dataclasses import replace\nfrom pathlib import Path\n"
+        "from raytrain.testing import TinyOptions, tiny\n\n"
+        "def here(module, examples):\n"
+        "    return [ray.get_runtime_context().get_node_id() for _ in examples]\n\n"
+        "def task(options: TinyOptions):\n"
+        "    return replace(tiny(options), inputs=lambda path: [1, 2, 3], predict=here)\n\n"
         "def note(replica):\n"
         f"    place = Path({str(workplace)!r}) / f'machine-{{replica.rank}}'\n"
         "    place.write_text(ray.get_runtime_context().get_node_id())\n"
@@ -62,6 +68,8 @@ def test_workers_go_where_the_recipe_says(second_machine: str, workplace: Path) 
     assert run(asked, Order(workplace / "run")).status == "done"
     assert [(workplace / f"machine-{rank}").read_text() for rank in range(2)] == [second_machine] * 2
     assert len(rows(workplace / "run" / "attempts.jsonl")) == 1
+    predict_file(workplace / "run", {}, workplace / "in", workplace / "out", None)
+    assert (workplace / "out").read_text().split() == [f'"{second_machine}"'] * 3
     with pytest.raises(RecipeError, match=r"^resources.custom.fast: 2 workers of 2 each do not fit on machines that"):
         run(recipe(custom={"fast": 2}), Order(workplace / "large"))
     with pytest.raises(RecipeError, match=r"^resources.labels: no machine has room=north; there are .*room=west"):
