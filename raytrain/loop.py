@@ -114,7 +114,9 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
         if replica.ema:
             replica.ema.update(progress.step)
         loss, lr = totals.loss / (totals.weight or 1.0), optimizer.param_groups[0]["lr"]
-        watch.stepped(replica, {"loss": loss, "lr": lr, **({"gradient_norm": norm} if plan.clip else {})})
+        watch.stepped(
+            replica, {"loss": loss, "lr": lr, **({"gradient_norm": norm} if plan.clip else {}), **sync.figures()}
+        )
         settle(replica, task, plan, watch)
 
 

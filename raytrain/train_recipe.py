@@ -17,7 +17,9 @@ from raytrain.optim.ema import averages
 from raytrain.optim.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
 from raytrain.optim.schedules import SCHEDULES, rate
 from raytrain.recipe import Recipe, Section, chosen, declared_options
+from raytrain.sync.compressed import CODECS
 from raytrain.sync.local import LocalOptions
+from raytrain.sync.outer import PENALTIES
 from raytrain.sync.shards import check_optimizer
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
 from raytrain.task import TASKS, TaskOptions, options_of_task
@@ -251,6 +253,8 @@ KIND = Kind(
         "optimizers": OPTIMIZERS,
         "schedules": SCHEDULES,
         "synchronisers": SYNCHRONISERS,
+        "codecs": CODECS,
+        "penalties": PENALTIES,
         "loggers": LOGGERS,
     },
 )

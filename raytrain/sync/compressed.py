@@ -1,11 +1,12 @@
 """Compressed exchanges: fewer bytes on the wire, and what rounding leaves out is sent next time.
 
 In two phases, as in 1-bit Adam (Tang et al. 2021): each replica sends each other one a part of its values, compressed,
-sums the parts that it gets, and sends the sum to all, compressed again. So all replicas hold the same bits, whatever
-the codec. What is lost in compressing is added to what is compressed the next time (error feedback, Seide et al. 2014,
-Karimireddy et al. 2019), by who sends as by who sums: over time the sums are exact.
+averages the parts that it gets, and sends the mean to all, compressed again. So all replicas hold the same bits,
+whatever the codec. What is lost in compressing is added to what is compressed the next time (error feedback, Seide et
+al. 2014, Karimireddy et al. 2019), by who sends as by who averages: over time the means are exact.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -74,7 +75,7 @@ class Int8:
 
 
 class CompressedExchange(ExactExchange):
-    """Averages through a codec, with error feedback on both sides.
+    """Averages through a codec, with error feedback on both sides; one mean at a time.
 
     Args:
         transport: the replicas.
@@ -84,67 +85,73 @@ class CompressedExchange(ExactExchange):
     def __init__(self, transport: Transport, codec: Codec) -> None:
         super().__init__(transport)
         self.codec = codec
+        self.second = transport.lane()  # a replica starts the second phase when it has what came in the first
         self.left: Tensor | None = None  # what this replica's last values lost, shape (members, k, block)
         self.left_of_sum: Tensor | None = None  # what the last sum that it sent lost, shape (k, block)
 
-    def mean(self, flat: Tensor, weight: float) -> Pending:
-        """Start the weighted mean; weights travel exactly, beside the values."""
-        return _TwoPhases(self, flat, weight)
+    def mean(self, flat: Tensor, weight: float, exact: int = 0) -> Pending:
+        """Start the weighted mean; weights and `exact` values travel as float64 beside the coded ones."""
+        return _TwoPhases(self, flat, weight, exact)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is still to be sent."""
+        """Return what was lost and is still to be sent."""
         return {"left": self.left, "left_of_sum": self.left_of_sum}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` returned."""
         self.left, self.left_of_sum = state["left"], state["left_of_sum"]
 
 
 class _TwoPhases:
-    def __init__(self, exchange: CompressedExchange, flat: Tensor, weight: float) -> None:
+    def __init__(self, exchange: CompressedExchange, flat: Tensor, weight: float, exact: int) -> None:
         codec, members = exchange.codec, len(exchange.transport.members)
         self._exchange = exchange
         self._flat = flat
-        count = flat.numel() - 1
+        self._count = count = flat.numel() - 1 - exact
         blocks = -(-count // (codec.block * members))
-        values = flat.new_zeros(members * blocks * codec.block, dtype=torch.float32)
-        values[:count] = flat[:-1]
+        values = torch.zeros(members * blocks * codec.block, device=flat.device)
+        values[:count] = flat[:count]
         values = values.view(members, blocks, codec.block)
         if exchange.left is not None:
             values += exchange.left
         coded = codec.encode(values.view(-1, codec.block))
         exchange.left = values.sub_(codec.decode(coded).view_as(values))
-        head = torch.tensor([weight], dtype=torch.float64).view(torch.uint8).expand(members, 8)
-        self._first = exchange.transport.all_to_all(torch.cat([head, coded.view(members, -1)], dim=1))
+        head = torch.cat([flat.new_tensor([weight], dtype=torch.float64), flat[count:-1].double()])
+        self._head_bytes = 8 * head.numel()
+        rows = torch.cat([head.view(torch.uint8).expand(members, -1), coded.view(members, -1)], dim=1)
+        self._first = exchange.transport.all_to_all(rows)
         self._second: Pending | None = None
-        self._total = 0.0
         self.bytes_sent = self._first.bytes_sent
         self.seconds = 0.0
 
+    def advance(self) -> bool:
+        if self._second is None and self._first.advance():
+            self._second = self._forward()
+        return self._second is not None and self._second.advance()
+
     def wait(self) -> Tensor:
-        second = self._second or self._forward()
-        parts = second.wait()
-        codec = self._exchange.codec
-        values = codec.decode(parts.reshape(-1, codec.block_bytes)).flatten()
-        self._flat[:-1] = values[: self._flat.numel() - 1]
-        self._flat[-1] = self._total
-        self.bytes_sent = self._first.bytes_sent + second.bytes_sent
-        self.seconds = self._first.seconds + second.seconds
+        self._second = self._second or self._forward()
+        parts, codec = self._second.wait(), self._exchange.codec
+        self._flat[: self._count] = codec.decode(parts.reshape(-1, codec.block_bytes)).flatten()[: self._count]
+        self.bytes_sent = self._first.bytes_sent + self._second.bytes_sent
+        self.seconds = self._first.seconds + self._second.seconds
         return self._flat
 
     def _forward(self) -> Pending:
-        """Sum this replica's part, and send it."""
+        """Sum this replica's part, and send it; what is exact has arrived."""
         exchange, codec = self._exchange, self._exchange.codec
         parts = self._first.wait()
-        weights = parts[:, :8].flatten().clone().view(torch.float64)
-        self._total = float(weights.sum())
+        heads = parts[:, : self._head_bytes].flatten().clone().view(torch.float64).view(len(parts), -1)
+        weights, total = heads[:, 0].tolist(), float(heads[:, 0].sum())
+        self._flat[self._count : -1] = heads[:, 0] @ heads[:, 1:] / (total or 1.0)
+        self._flat[-1] = total
+        coded = parts[:, self._head_bytes :]
         mean = exchange.left_of_sum
         if mean is None:
-            mean = torch.zeros(parts[0, 8:].numel() // codec.block_bytes, codec.block, device=parts.device)
-        for weight, part in zip(weights.tolist(), parts[:, 8:], strict=True):
+            mean = torch.zeros(coded[0].numel() // codec.block_bytes, codec.block, device=parts.device)
+        for weight, part in zip(weights, coded, strict=True):
             own = codec.decode(part.contiguous().view(-1, codec.block_bytes))
-            mean.add_(own, alpha=weight / (self._total or 1.0))
+            mean.add_(own, alpha=weight / (total or 1.0))
         coded = codec.encode(mean)
         exchange.left_of_sum = mean.sub_(codec.decode(coded))
-        self._second = exchange.transport.all_gather(coded)
-        return self._second
+        return exchange.second.all_gather(coded)

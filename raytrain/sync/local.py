@@ -1,5 +1,6 @@
 """Local updates: replicas step on their own, and now and then share what it came to."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from raytrain.names import resolve
-from raytrain.sync.exchange import Exchange
-from raytrain.sync.outer import PENALTIES, OuterStep
+from raytrain.sync.compressed import CODECS, CompressedExchange
+from raytrain.sync.exchange import ExactExchange, Exchange
+from raytrain.sync.outer import PENALTIES, OuterStep, stable_below
 from raytrain.sync.pace import Clock, Pace
 from raytrain.sync.rest import persistent
 from raytrain.sync.synchroniser import SyncOptions, Totals
@@ -20,16 +22,30 @@ from raytrain.sync.transport import Arrived, Pending
 NUMBERS = 4
 """What travels with the differences: a wish to stop, and what a step and an exchange take."""
 
+logger = logging.getLogger(__name__)
+
 
 class LocalOptions(SyncOptions):
     """Options of local SGD: every so many steps the replicas go on from their mean.
 
     Attributes:
         every: steps in a round.
+        codec: how differences are sent: "bfloat16", "int8", or as they are; what rounding leaves out is sent later.
+        buffers: "mean": buffers such as the running means of BatchNorm are averaged as parameters are; "local": each
+            worker keeps its own, and they are averaged at the end.
     """
 
     name: str = "local-sgd"
     every: int = Field(12, ge=1)
+    codec: str | None = None
+    buffers: Literal["mean", "local"] = "mean"
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, name: str | None) -> str | None:
+        if name is not None:
+            resolve(CODECS, name, "sync.codec")
+        return name
 
 
 class MomentumOptions(LocalOptions):
@@ -77,7 +93,7 @@ class Co2Options(MomentumOptions):
     """Options of CO2 as published.
 
     Attributes:
-        penalty: what a difference is divided by, because it is late: "none", "gap-aware" or "secant".
+        penalty: what a difference is divided by, because it is late: "none", "constant", "gap-aware" or "secant".
         clip: the largest element of the momentum; 0: any.
     """
 
@@ -87,46 +103,71 @@ class Co2Options(MomentumOptions):
 
     @field_validator("penalty")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _known_penalty(cls, name: str) -> str:
         resolve(PENALTIES, name, "sync.penalty")
         return name
 
 
 def local_sgd(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
     """Return local SGD (Stich 2019): the replicas go on from their mean."""
-    return LocalUpdates(exchange, OuterStep(), Pace(options.every, 0), keep=True)
+    return _made(exchange, options, OuterStep(), Pace(options.every, 0))
 
 
 def slowmo(exchange: Exchange, options: MomentumOptions) -> "LocalUpdates":
     """Return SlowMo (Wang et al. 2020): an outer step with momentum, of differences that are not divided by a rate."""
-    outer = OuterStep(rate=options.rate, beta=options.momentum)
-    return LocalUpdates(exchange, outer, Pace(options.every, 0), keep=True)
+    return _made(exchange, options, OuterStep(rate=options.rate, beta=options.momentum), Pace(options.every, 0))
 
 
 def diloco(exchange: Exchange, options: NesterovOptions) -> "LocalUpdates":
     """Return DiLoCo (Douillard et al. 2023): an outer step with Nesterov's momentum."""
     outer = OuterStep(rate=options.rate, beta=options.momentum, nesterov=True)
-    return LocalUpdates(exchange, outer, Pace(options.every, 0), keep=True)
+    return _made(exchange, options, outer, Pace(options.every, 0))
 
 
 def cocod(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
     """Return CoCoD-SGD (Shen et al. 2019): the mean comes a round late, on top of what was done since."""
-    return LocalUpdates(exchange, OuterStep(), Pace(options.every, options.every), keep=True)
+    return _made(exchange, options, OuterStep(), Pace(options.every, options.every))
 
 
 def late(exchange: Exchange, options: LateOptions) -> "LocalUpdates":
     """Return DiLoCo whose outer step comes some steps late, so that the exchange hides behind them."""
     pace = Pace(options.every, options.delay)
     momentum = (lambda: 0.9 - 0.1 * pace.delay / pace.every) if options.momentum is None else options.momentum
-    outer = OuterStep(rate=options.rate, beta=momentum, nesterov=True)
-    return LocalUpdates(exchange, outer, pace, keep=True)
+    return _made(exchange, options, OuterStep(rate=options.rate, beta=momentum, nesterov=True), pace)
 
 
 def co2(exchange: Exchange, options: Co2Options) -> "LocalUpdates":
     """Return CO2 (Sun et al. 2024): what a replica did in a round comes back a round later, with a penalty."""
     penalty = resolve(PENALTIES, options.penalty, "sync.penalty")()
     outer = OuterStep(rate=options.rate, beta=options.momentum, clip=options.clip, penalty=penalty)
-    return LocalUpdates(exchange, outer, Pace(options.every, options.every), keep=False)
+    return _made(exchange, options, outer, Pace(options.every, options.every), keep=False)
+
+
+def _made(
+    exchange: Exchange, options: LocalOptions, outer: OuterStep, pace: Pace, *, keep: bool = True
+) -> "LocalUpdates":
+    if options.codec is not None:
+        exchange = CompressedExchange(exchange.transport, resolve(CODECS, options.codec, "sync.codec")())
+    if exchange.transport.rank == 0:
+        _warn(outer, pace, keep=keep)
+    return LocalUpdates(exchange, outer, pace, keep=keep, share_buffers=options.buffers == "mean")
+
+
+def _warn(outer: OuterStep, pace: Pace, *, keep: bool) -> None:
+    """Say if the outer step is unstable where local steps reach their minimum within a round."""
+    if keep and pace.delay:
+        return  # what was done meanwhile is kept, which holds the point back
+    rate, limit = outer.rate / outer.penalty.least(outer), stable_below(outer, late=not keep)
+    if rate >= limit:
+        logger.warning(
+            "sync.rate%s = %.3g can diverge: with sync.momentum = %.3g it is stable below %.3g / c, where c, from 0 to "
+            "1, is how much of the way to the minimum local steps go in a round%s",
+            "" if rate == outer.rate else " over the penalty",
+            rate,
+            outer.beta,
+            limit,
+            "" if keep else '; sync.penalty = "secant" measures c and keeps below',
+        )
 
 
 class LocalUpdates:
@@ -144,11 +185,14 @@ class LocalUpdates:
         outer: the outer step.
         pace: steps in a round, and from sending to applying.
         keep: whether a replica goes on from where it is.
+        share_buffers: whether buffers are averaged too, and not only at the end.
     """
 
     apart = True
 
-    def __init__(self, exchange: Exchange, outer: OuterStep, pace: Pace, *, keep: bool) -> None:
+    def __init__(
+        self, exchange: Exchange, outer: OuterStep, pace: Pace, *, keep: bool, share_buffers: bool = True
+    ) -> None:
         self.bytes_sent = 0
         self.waited_seconds = 0.0
         self.exchange_seconds = 0.0
@@ -156,6 +200,7 @@ class LocalUpdates:
         self._outer = outer
         self._pace = pace
         self._keep = keep
+        self._share_buffers = share_buffers
         self._clock = Clock()
         self._due = 0  # steps of the next round after which the mean is applied
         self._pending: Pending | None = None
@@ -172,7 +217,8 @@ class LocalUpdates:
         parameters = [value for value in module.parameters() if value.requires_grad]
         tensors = [*persistent(module)]
         buffers = [value for value in tensors if not isinstance(value, nn.Parameter) and value.is_floating_point()]
-        self._live = [value.data for value in [*parameters, *buffers]]
+        self._live = [value.data for value in [*parameters, *(buffers if self._share_buffers else [])]]
+        self._own_buffers = [] if self._share_buffers else buffers
         self._stepped = sum(value.numel() for value in parameters)
         for value in tensors:
             self._await(self._exchange.transport.broadcast(value.data))
@@ -203,14 +249,18 @@ class LocalUpdates:
     @torch.no_grad()
     def after_step(self) -> None:
         """Apply what is due, and send what a round came to."""
+        began, waited = time.perf_counter(), self.waited_seconds
         self._steps += 1
         self._samples += self._weight
-        if self._pending is not None and self._steps >= self._due:
-            self._apply(self._pending)
+        if self._pending is not None:
+            self._pending.advance()
+            if self._steps >= self._due:
+                self._apply(self._pending)
         if self._steps >= self._pace.every:
             pending = self._launch()
             if self._due == 0:
                 self._apply(pending)
+        self._clock.pack(time.perf_counter() - began - (self.waited_seconds - waited))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -222,6 +272,11 @@ class LocalUpdates:
             self._point.sub_(mean)
             self._begun.copy_(self._point)
             self._put(self._point)
+        if self._own_buffers:
+            message = _flat(self._own_buffers, sum(value.numel() for value in self._own_buffers) + 1)
+            torch._foreach_copy_(views := _views(message, self._own_buffers), self._own_buffers)
+            self._await(ExactExchange(self._exchange.transport).mean(message, 1.0))
+            torch._foreach_copy_(self._own_buffers, views)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -232,6 +287,10 @@ class LocalUpdates:
             yield
         finally:
             torch._foreach_copy_(self._live, aside)
+
+    def figures(self) -> dict[str, float]:
+        """Return the pace and what it was chosen from, if it is chosen."""
+        return self._pace.figures()
 
     def state_dict(self) -> dict[str, Any]:
         """Return where this replica is, and what is under way, after waiting for it: it is not applied earlier."""
@@ -251,6 +310,8 @@ class LocalUpdates:
             "here": here,
             "begun": self._begun,
             "mean": mean,
+            "buffers": [value.clone() for value in self._own_buffers],
+            "exchange": self._exchange.state_dict(),
             "outer": self._outer.state_dict() if self._exchange.transport.rank == 0 else None,
         }
 
@@ -264,6 +325,9 @@ class LocalUpdates:
         self._pace.go_on(state["every"], state["delay"])
         self._begun.copy_(state["begun"])
         self._put(state["here"])
+        self._exchange.load_state_dict(state["exchange"])
+        if self._own_buffers:
+            torch._foreach_copy_(self._own_buffers, state["buffers"])
         if state["mean"] is not None:
             self._send[: self._begun.numel()].copy_(state["mean"])
             self._pending = Arrived(self._send)
@@ -281,7 +345,7 @@ class LocalUpdates:
             self._put(self._point)
         numbers = [float(self._asked), *self._clock.lap(self._steps, self.waited_seconds)]
         self._send[size:-1] = torch.tensor(numbers, dtype=torch.float64)
-        self._pending = pending = self._exchange.mean(self._send, self._samples)
+        self._pending = pending = self._exchange.mean(self._send, self._samples, exact=NUMBERS)
         self._steps, self._samples, self._due = 0, 0.0, self._pace.delay
         return pending
 

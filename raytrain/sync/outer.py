@@ -8,6 +8,7 @@ from torch import Tensor
 
 PENALTIES: dict[str, str] = {
     "none": "raytrain.sync.outer:NoPenalty",
+    "constant": "raytrain.sync.outer:Constant",
     "gap-aware": "raytrain.sync.outer:GapAware",
     "secant": "raytrain.sync.outer:Secant",
 }
@@ -44,12 +45,12 @@ class OuterStep:
         penalty: "Penalty | None" = None,
     ) -> None:
         self.rate = rate
+        self.nesterov = nesterov
         self.clip = clip
         self._beta = beta
         self.penalty: Penalty = penalty or NoPenalty()
         self.point = torch.zeros(0)
         self.momentum: Tensor | None = None
-        self._nesterov = nesterov
 
     @property
     def beta(self) -> float:
@@ -82,13 +83,30 @@ class OuterStep:
             step = self.momentum
         if self.clip:
             step.clamp_(-self.clip, self.clip)
-        if self._nesterov and self.momentum is not None:
+        if self.nesterov and self.momentum is not None:
             step = difference.add_(self.momentum, alpha=self.beta)
         self.point.add_(step, alpha=-self.rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but the point."""
         return {"momentum": self.momentum, "penalty": self.penalty.state_dict()}
+
+
+def stable_below(outer: OuterStep, *, late: bool) -> float:
+    """Return what rate / L must stay below on a quadratic where local steps go all the way to the minimum in a round.
+
+    Where they go a share c of it, rate * c / L must. The characteristic polynomials are z^2 - (1 + beta) z + beta +
+    rate c / L a round late, z^2 - (1 + beta - rate c / L) z + beta at once, and by Nesterov
+    z^2 - (1 + beta - (1 + beta) rate c / L) z + beta (1 - rate c / L).
+
+    Args:
+        outer: the outer step.
+        late: whether differences come a round late.
+    """
+    beta = outer.beta
+    if late:
+        return 1.0 - beta
+    return 2.0 * (1.0 + beta) / (1.0 + 2.0 * beta if outer.nesterov else 1.0)
 
 
 class Penalty(Protocol):
@@ -104,6 +122,10 @@ class Penalty(Protocol):
         """Return the divisor for the difference that has just arrived."""
         ...
 
+    def least(self, outer: OuterStep) -> float:
+        """Return the smallest divisor where local steps go all the way to the minimum in a round."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Return what it remembers."""
         ...
@@ -114,16 +136,17 @@ class Penalty(Protocol):
 
 
 class NoPenalty:
-    """Divide by a constant, as CO2's released code does."""
+    """Divide by 1."""
 
     looks_back = False
 
-    def __init__(self, divisor: float = 1.0) -> None:
-        self._divisor = divisor
-
     def __call__(self, outer: OuterStep, difference: Tensor) -> float:  # noqa: ARG002
-        """Return it."""
-        return self._divisor
+        """Return 1."""
+        return 1.0
+
+    def least(self, outer: OuterStep) -> float:  # noqa: ARG002
+        """Return 1."""
+        return 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing."""
@@ -131,6 +154,18 @@ class NoPenalty:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take nothing."""
+
+
+class Constant(NoPenalty):
+    """Divide by 2 * rate / (1 - beta), whatever is measured: twice what is stable for the fastest local steps."""
+
+    def __call__(self, outer: OuterStep, difference: Tensor) -> float:  # noqa: ARG002
+        """Return it."""
+        return self.least(outer)
+
+    def least(self, outer: OuterStep) -> float:
+        """Return it."""
+        return 2.0 * outer.rate / (1 - outer.beta)
 
 
 class GapAware(NoPenalty):
@@ -172,6 +207,10 @@ class Secant:
         self._older.copy_(outer.last)
         self._along = float(self._older.dot(difference))
         return max(1.0, KAPPA * outer.rate * (1.0 if self.curvature is None else self.curvature) / (1 - outer.beta))
+
+    def least(self, outer: OuterStep) -> float:
+        """Return what it divides by where it measures c = 1."""
+        return max(1.0, KAPPA * outer.rate / (1 - outer.beta))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it remembers."""

@@ -3,8 +3,6 @@
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +37,7 @@ class Pace:
         self._fixed = (every, delay)
         self.every = FIRST if every == "auto" else every
         self.delay = self.every if delay == "auto" else delay
+        self._measured: dict[str, float] = {}
 
     @property
     def is_fixed(self) -> bool:
@@ -60,12 +59,21 @@ class Pace:
         """
         if self.is_fixed or not step_seconds or not exchange_seconds:
             return
+        self._measured = {
+            "step_seconds": step_seconds,
+            "exchange_seconds": exchange_seconds,
+            "exchange_cost_seconds": cost_seconds,
+        }
         every, delay = self._fixed
         hidden = max(1, math.ceil(SLACK * exchange_seconds / step_seconds))
         if every == "auto":
             least = max(hidden, math.ceil(cost_seconds / (SHARE * step_seconds)))
             self.every = min(LONGEST, least if delay == "auto" else max(least, delay))
         self.delay = min(self.every, hidden) if delay == "auto" else delay
+
+    def figures(self) -> dict[str, float]:
+        """Return the choice and what it was made from, as the newest means over the replicas; {} if all is given."""
+        return {"every": self.every, "delay": self.delay, **self._measured} if self._measured else {}
 
 
 class Clock:
@@ -78,12 +86,9 @@ class Clock:
         self._worked = _worked()
         self._packed = 0.0
 
-    @contextmanager
-    def packing(self) -> Iterator[None]:
-        """Count the time inside the `with` block as the exchange's."""
-        began = time.perf_counter()
-        yield
-        self._packed += time.perf_counter() - began
+    def pack(self, seconds: float) -> None:
+        """Count time of the loop as the exchange's."""
+        self._packed += seconds
 
     def lap(self, steps: int, waited: float) -> list[float]:
         """End a round of `steps` steps, and return what `Pace.learn` takes.

@@ -100,6 +100,10 @@ class Synchroniser(Protocol):
         """Let the module hold what is equal on all replicas inside the `with` block, to measure and to save it."""
         ...
 
+    def figures(self) -> dict[str, float]:
+        """Return what was decided along the way and belongs into the log."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Return what this replica needs to resume beside what is shared, as nested plain data and tensors."""
         ...
@@ -133,6 +137,10 @@ class EveryStep:
     def shared(self) -> AbstractContextManager[None]:
         """Change nothing: all is equal."""
         return nullcontext()
+
+    def figures(self) -> dict[str, float]:
+        """Return nothing: nothing is decided."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing."""

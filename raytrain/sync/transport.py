@@ -37,6 +37,10 @@ class Pending(Protocol):
         """From its start to its arrival; known after `wait`."""
         ...
 
+    def advance(self) -> bool:
+        """Do what can be done without waiting, and return whether the result has arrived."""
+        ...
+
     def wait(self) -> Tensor:
         """Return the result once it has arrived.
 
@@ -53,13 +57,16 @@ class Transport(Protocol):
         rank: this replica's place in `members`.
         members: the replicas of the group, in order.
         device: where tensors must be.
-        waiting: whether this replica stands still for others just now.
     """
 
     rank: int
     members: tuple[int, ...]
     device: torch.device
-    waiting: bool
+
+    @property
+    def waiting(self) -> bool:
+        """Whether this replica stands still for others just now."""
+        ...
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """Sum `flat` over the replicas, in place; the result is equal to the bit on all of them."""
@@ -77,6 +84,13 @@ class Transport(Protocol):
         """Overwrite `flat` with that of the first replica."""
         ...
 
+    def lane(self) -> "Transport":
+        """Return the same replicas, for operations that each of them may start before or after others' on this one.
+
+        Every replica asks for its lanes in the same order; they close with this one.
+        """
+        ...
+
     def close(self) -> None:
         """Leave the group; replicas that still wait for this one learn that it is lost."""
         ...
@@ -90,6 +104,10 @@ class Arrived:
 
     def __init__(self, result: Tensor) -> None:
         self._result = result
+
+    def advance(self) -> bool:
+        """Return that it has arrived."""
+        return True
 
     def wait(self) -> Tensor:
         """Return the result."""
@@ -122,6 +140,10 @@ class LocalTransport:
         """Return `flat`."""
         return Arrived(flat)
 
+    def lane(self) -> "LocalTransport":
+        """Return itself: nothing is ever under way."""
+        return self
+
     def close(self) -> None:
         """Do nothing: nobody waits."""
 
@@ -138,10 +160,21 @@ class GroupTransport:
         self.rank = dist.get_rank()
         self.members = tuple(range(dist.get_world_size()))
         self.device = device
-        self.waiting = False
+        self._waits = False
+        self._lanes: list[GroupTransport] = []
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         self._group: dist.ProcessGroup | None = dist.new_group(timeout=self._timeout)
         self._apart: dist.ProcessGroup | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether this replica stands still, here or in a lane."""
+        return self._waits or any(lane.waiting for lane in self._lanes)
+
+    def lane(self) -> "GroupTransport":
+        """Return another process group."""
+        self._lanes.append(GroupTransport(self.device, self._timeout.total_seconds()))
+        return self._lanes[-1]
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """Sum `flat` in place (a ring moves each byte 2 (n - 1) / n times)."""
@@ -210,6 +243,8 @@ class GroupTransport:
 
     def close(self) -> None:
         """Close the connections, which gloo does when nothing refers to the group any more."""
+        for lane in self._lanes:
+            lane.close()
         group, self._group = self._group, None
         dist.destroy_process_group(group)
         del group
@@ -225,12 +260,12 @@ class GroupTransport:
     @contextmanager
     def waits(self, started: float) -> Iterator[None]:
         """Say inside the `with` block that this replica waits, and what it means if that fails."""
-        self.waiting = True
+        self._waits = True
         try:
             with _lost(started):
                 yield
         finally:
-            self.waiting = False
+            self._waits = False
 
 
 class _Work:
@@ -248,6 +283,9 @@ class _Work:
 
     def _arrive(self, _: object) -> None:
         self.seconds = time.monotonic() - self._started
+
+    def advance(self) -> bool:
+        return self._work is None or self._work.is_completed()
 
     def wait(self) -> Tensor:
         work, self._work = self._work, None  # a finished operation must not keep the connections open

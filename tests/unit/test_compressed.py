@@ -16,7 +16,7 @@ every_codec = pytest.mark.parametrize("name", CODECS)
 
 
 def codec(name: str) -> Any:
-    return resolve(CODECS, name, "sync.exchange")()
+    return resolve(CODECS, name, "sync.codec")()
 
 
 @every_codec

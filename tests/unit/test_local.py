@@ -9,11 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from raytrain.names import resolve
+from raytrain.recipe import declared_options
+from raytrain.sync.compressed import CODECS, CompressedExchange
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.gradients import GradientAveraging
 from raytrain.sync.local import LocalUpdates
-from raytrain.sync.outer import GapAware, OuterStep, Secant
+from raytrain.sync.outer import GapAware, OuterStep, Secant, stable_below
 from raytrain.sync.pace import Pace
+from raytrain.sync.synchroniser import SYNCHRONISERS
+from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 
 WIDTH = 3
@@ -186,7 +191,7 @@ def test_a_round_late_with_what_came_since_it_is_cocod(setting: tuple[int, int, 
 def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
     """On a quadratic that local steps shrink by 1 - c: rate * c < 1 - beta with delay, < 2 (1 + beta) without."""
 
-    def last(rate: float, delay: int) -> float:
+    def last(rate: float, delay: int, *, nesterov: bool = False) -> float:
         class Still(Quadratic):
             def forward(self, target: Tensor) -> Tensor:
                 return self.point.square().sum() / 2
@@ -194,7 +199,7 @@ def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
         def replica(transport: ThreadTransport) -> float:
             module = Still()
             optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-            sync = local(1, delay, keep=False, rate=rate, beta=beta)(ExactExchange(transport))
+            sync = local(1, delay, keep=False, rate=rate, beta=beta, nesterov=nesterov)(ExactExchange(transport))
             sync.start(module)
             for _ in range(2000):
                 sync.begin(1.0)
@@ -209,9 +214,113 @@ def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
 
         return ThreadGroup(1).run(replica)[0]
 
-    for delay, limit in ((1, 1 - beta), (0, 2 * (1 + beta))):
-        assert last(0.8 * limit / 0.5, delay) < 1e-3
-        assert last(1.25 * limit / 0.5, delay) > 1e3
+    for delay, nesterov, expected in (
+        (1, False, 1 - beta),
+        (0, False, 2 * (1 + beta)),
+        (0, True, 2 * (1 + beta) / (1 + 2 * beta)),
+    ):
+        limit = stable_below(OuterStep(beta=beta, nesterov=nesterov), late=bool(delay))
+        assert limit == pytest.approx(expected)
+        assert last(0.8 * limit / 0.5, delay, nesterov=nesterov) < 1e-3
+        assert last(1.25 * limit / 0.5, delay, nesterov=nesterov) > 1e3
+
+
+@pytest.mark.parametrize(
+    ("sync", "warned"),
+    [
+        ({"name": "co2", "penalty": "none"}, "stable below 0.8 / c"),
+        ({"name": "co2", "penalty": "gap-aware", "momentum": 0.5}, "stable below 0.5 / c"),
+        ({"name": "co2", "penalty": "constant"}, ""),
+        ({"name": "co2"}, ""),
+        ({"name": "slowmo", "rate": 3.5}, "sync.rate = 3.5 can diverge"),
+        ({"name": "diloco", "rate": 1.4}, "stable below 1.36 / c"),
+        ({"name": "diloco"}, ""),
+        ({"name": "late", "rate": 3.0, "delay": 5}, ""),
+        ({"name": "late", "rate": 3.0, "delay": 0}, "can diverge"),
+    ],
+)
+def test_an_outer_step_that_may_diverge_is_told(
+    sync: dict[str, Any], warned: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    factory = resolve(SYNCHRONISERS, sync["name"], "sync.name")
+    factory(ExactExchange(LocalTransport()), declared_options(factory)(**sync))
+    assert [warned in message for message in caplog.messages] == ([True] if warned else [])
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 99),
+)
+def test_the_mean_of_a_round_is_over_the_samples_of_those_who_did_any(weights: list[list[int]], seed: int) -> None:
+    """Each list is of what a replica's four steps count: any of them, or all, may be 0."""
+
+    def replica(transport: ThreadTransport) -> tuple[Tensor, Tensor]:
+        module = Quadratic()
+        sync = local(4)(ExactExchange(transport))
+        sync.start(module)
+        for step, weight in enumerate(weights[transport.rank]):
+            sync.begin(float(weight))
+            sync.before_step(0.0, stop=False)
+            with torch.no_grad():
+                if weight:
+                    module.point += targets(seed, transport.rank, step)
+                own = module.point.detach().clone()
+            sync.after_step()
+        return own, module.point.detach().clone()
+
+    found = ThreadGroup(len(weights)).run(replica)
+    samples = torch.tensor([float(sum(own)) for own in weights], dtype=torch.float64)
+    ends = torch.stack([own for own, _ in found])
+    expected = samples @ ends / samples.sum() if samples.sum() else Quadratic().point.detach()
+    for _, point in found:
+        torch.testing.assert_close(point, expected)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("delay", [0, 3])
+def test_coded_differences_train_as_exact_ones_and_are_equal_on_all(codec: str, delay: int) -> None:
+    def make(exchange: ExactExchange) -> LocalUpdates:
+        return local(4, delay)(CompressedExchange(exchange.transport, resolve(CODECS, codec, "sync.codec")()))
+
+    expected = run(local(4, delay), 3, 80)
+    found = run(make, 3, 80)
+    for (_, one, _), (_, other, sync) in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.02)
+        assert torch.equal(other, found[0][1])
+        assert not torch.equal(one, other)
+        assert sync.bytes_sent > 0
+
+
+class Counting(Quadratic):
+    """Counts in a buffer what it saw, as a BatchNorm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_buffers_are_averaged_or_stay_local_until_the_end(shared: bool) -> None:
+    def replica(transport: ThreadTransport) -> list[float]:
+        module = Counting()
+        sync = LocalUpdates(ExactExchange(transport), OuterStep(), Pace(2, 0), keep=True, share_buffers=shared)
+        sync.start(module)
+        seen = []
+        for _ in range(5):
+            sync.begin(1.0)
+            module.seen += 1.0 + 2.0 * transport.rank
+            sync.before_step(0.0, stop=False)
+            sync.after_step()
+            seen.append(module.seen.item())
+        state = sync.state_dict()
+        assert [value.item() for value in state["buffers"]] == ([] if shared else [seen[-1]])
+        sync.finish()
+        return [*seen, module.seen.item()]
+
+    averaged = [[1, 4, 5, 8, 9, 10], [3, 4, 7, 8, 11, 10]]
+    apart = [[1, 2, 3, 4, 5, 10], [3, 6, 9, 12, 15, 10]]
+    assert ThreadGroup(2).run(replica) == (averaged if shared else apart)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2, 0.5])

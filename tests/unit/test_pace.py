@@ -35,8 +35,8 @@ def test_what_is_given_stays(step: float, exchange: float, cost: float, every: i
 def test_a_clock_tells_steps_from_waiting_and_packing() -> None:
     clock = Clock()
     time.sleep(0.2)
-    with clock.packing():
-        time.sleep(0.05)
+    time.sleep(0.05)
+    clock.pack(0.05)
     step, exchange, cost = clock.lap(2, waited=0.1)
     assert (step, exchange, cost) == (pytest.approx(0.05, abs=0.04), 0.0, pytest.approx(0.05, abs=0.04))
     clock.exchange_seconds = 0.3
