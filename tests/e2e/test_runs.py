@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +93,23 @@ def test_a_run_leaves_what_is_promised(straight: Path) -> None:
     assert re.match(r"# raytrain \S+, ray \S+, torch \S+", (straight / "recipe.toml").read_text())
 
 
-@pytest.mark.parametrize("ask", [os.killpg, os.kill])
-def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(straight: Path, tmp_path: Path, ask: Any) -> None:
-    command = start(tmp_path, "train", "digits", *QUICK, "--out", "run")
-    wait_for_step(tmp_path / "run", 50)
-    ask(command.pid, signal.SIGINT if ask is os.killpg else signal.SIGTERM)
-    status, _, err = finish(command)
-    assert status == 130, err
-    assert "stopping: the workers save and end after the step they are at" in err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["status"] == "interrupted"
-    hint = re.search(r"continue with: raytrain (.*)", err).group(1).split()
-    status, _, err = finish(start(tmp_path, *hint))
+def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(straight: Path, tmp_path: Path) -> None:
+    words = ["train", "digits", *QUICK, "--out", "run"]
+    result = {"steps": 50}
+    for attempt, (ask, what) in enumerate([(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]):
+        command = start(tmp_path, *words)
+        wait_for_step(tmp_path / "run", result["steps"] + 1)
+        ask(command.pid, what)
+        status, _, err = finish(command)
+        assert status == 130, err
+        assert "stopping: the workers save and end after the step they are at" in err
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert result["status"] == "interrupted"
+        words = re.search(r"continue with: raytrain (.*)", err).group(1).split()
+        assert len(rows(tmp_path / "run" / "attempts.jsonl")) == attempt + 1
+    status, _, err = finish(start(tmp_path, *words))
     assert status == 0, err
-    assert rows(tmp_path / "run" / "attempts.jsonl")[1]["from_step"] == result["steps"]
+    assert rows(tmp_path / "run" / "attempts.jsonl")[2]["from_step"] == result["steps"]
     assert equal(straight, tmp_path / "run")
 
 
@@ -165,10 +168,12 @@ def test_kill_9_of_the_command_leaves_nothing_running_and_resume_goes_on_to_the_
     assert not any(psutil.pid_exists(pid) for pid in workers)
 
 
-def test_the_recipe_of_a_run_repeats_it(straight: Path, tmp_path: Path) -> None:
-    status, _, err = finish(start(tmp_path, "train", str(straight / "recipe.toml"), "--out", "again"))
-    assert status == 0, err
-    assert equal(straight, tmp_path / "again")
+def test_the_recipe_of_a_run_repeats_it(
+    straight: Path, ray_cluster: None, raytrain: Callable[..., Any], workplace: Path
+) -> None:
+    ended = raytrain("train", str(straight / "recipe.toml"), "--out", "again", "resources.cpus=1")
+    assert ended.status == 0, ended.err
+    assert equal(straight, workplace / "again")
 
 
 @pytest.fixture
@@ -202,10 +207,9 @@ def head(tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_running_cluster_is_used_and_left_running(straight: Path, head: str, tmp_path: Path) -> None:
-    for attempt in ("one", "two"):
-        status, _, err = finish(start(tmp_path, "train", "digits", *QUICK, "--address", head, "--out", attempt))
-        assert status == 0, err
-        assert equal(straight, tmp_path / attempt)
+    status, _, err = finish(start(tmp_path, "train", "digits", *QUICK, "--address", head, "--out", "one"))
+    assert status == 0, err
+    assert equal(straight, tmp_path / "one")
     status, _, err = finish(start(tmp_path, "train", "digits", "workers=3", "--address", head, "--out", "three"))
     assert status == 2
     assert "workers: 3 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs" in err
