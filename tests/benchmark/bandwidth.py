@@ -91,21 +91,24 @@ METHODS: dict[str, Fields] = {
 class Meter:
     """The loop's `Watch`: notes when steps and exchanges end, and stops when enough of them did."""
 
-    def __init__(self, warmup: int, rounds: int, seconds: float) -> None:
+    def __init__(self, leads: bool, exchanges: bool, warmup: int, rounds: int, seconds: float) -> None:
+        self._leads, self._exchanges = leads, exchanges
         self._warmup, self._rounds, self._seconds = warmup, rounds, seconds
         self._marks: list[tuple[int, float, float, int]] = []
         self._pace: dict[str, float] = {}
-        self._bytes = -1
+        self._bytes = 0
 
     def stop_requested(self) -> bool:
-        """Return whether all that is wanted was seen."""
+        """Return whether all that is wanted was seen, if this is the worker that leads or nothing is exchanged."""
+        if self._exchanges and not self._leads:
+            return False
         done = self._marks[self._warmup :]
         return len(done) > self._rounds and done[-1][1] - done[0][1] >= self._seconds
 
     def stepped(self, replica: Replica, values: dict[str, float]) -> None:
         """Note a step that ends with an exchange, or any step where there are none."""
         progress = replica.progress
-        if progress.bytes_sent != self._bytes or progress.bytes_sent == 0:
+        if progress.bytes_sent != self._bytes or not self._exchanges:
             self._bytes = progress.bytes_sent
             self._marks.append((progress.step, time.perf_counter(), progress.waited_seconds, wire_bytes()))
             names = ("every", "delay", "step_seconds", "exchange_cost_seconds")
@@ -188,7 +191,7 @@ def measure(order: Fields) -> dict[str, float]:
         plan = replace(plan, steps=order["until"])  # with the learning rates of the whole run
         meter: Meter | Evaluating = Evaluating(task, plan)
     else:
-        meter = Meter(**order["window"])
+        meter = Meter(transport.rank == 0, method != "none", **order["window"])
     with local_feed(task, recipe.task, _walk(replica, plan)) as feed:
         if method == "ddp-powersgd":
             train_with_power_sgd(replica, task, feed, plan, meter)
@@ -209,9 +212,12 @@ class _Wrapped:
 
 
 def train_with_power_sgd(replica: Replica, task: Task, feed: Any, plan: Plan, meter: Meter) -> None:
-    """Train with torch's data-parallel wrapper and its PowerSGD hook, of rank 1, from the third step on."""
+    """Train with torch's data-parallel wrapper and its PowerSGD hook, of rank 1, from the third step on.
+
+    In one bucket: the hook sends from callbacks, and on gloo those of several buckets meet in the wrong order.
+    """
     group = dist.new_group()
-    module: nn.Module = DistributedDataParallel(replica.module, process_group=group)
+    module: nn.Module = DistributedDataParallel(replica.module, process_group=group, bucket_cap_mb=1000)
     module.register_comm_hook(PowerSGDState(group, matrix_approximation_rank=1, start_powerSGD_iter=2), powerSGD_hook)
     replica.module, replica.sync = module, _Wrapped()
     stop = torch.zeros(1)
@@ -337,7 +343,8 @@ class Pair:
 
 def recipe(model: str, sync: Mapping[str, Any], data: Path, **more: Any) -> Fields:
     """Return the recipe of a run of two workers, as plain data."""
-    fields = {"kind": "train", "workers": 2, "steps": ENDLESS, "log": {"to": []}, **MODELS[model], "sync": sync, **more}
+    fields = {"kind": "train", "workers": 2, "steps": ENDLESS, "log": {"to": []}, **MODELS[model], "sync": sync}
+    fields |= {"evaluation": {"every": 0}, "checkpoint": {"every": 0}, **more}
     if model == "gpt":
         fields["task.path"] = str(data / "tinyshakespeare" / "input.txt")
     return TrainRecipe.parse(merged({}, fields)).plain()
