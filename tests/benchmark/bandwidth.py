@@ -384,7 +384,7 @@ def table(pair: Pair, network: Network, options: Namespace) -> Iterator[dict[str
                 every = int(row["every"]) or METHODS[method].get("every", 1)
                 least = row["exchange_cost_seconds"] / (SHARE * row["step_seconds"]) if row["every"] else 0.0
                 exchange = 8 * row["bytes_per_step"] * every / raw  # T, in seconds, at the raw rate
-                yield {
+                line = {
                     "mbits": rate,
                     "raw_mbits": raw / 1e6,
                     "model": model,
@@ -398,13 +398,14 @@ def table(pair: Pair, network: Network, options: Namespace) -> Iterator[dict[str
                     "megabytes_per_step": row["bytes_per_step"] / 1e6,
                     "waited_share": row["waited_seconds"] / row["seconds"],
                 }
-                print(model, method, f"eta {row['steps_per_second'] / fastest:.3f}", f"tau {every}", flush=True)
+                print(line, flush=True)
+                yield line
 
 
 def curves(tau: int, delay: int, options: Namespace) -> dict[str, list[tuple[int, float]]]:
     """Return (steps, held-out loss) on the way, of averaged gradients and of the default method at a fixed pace."""
-    steps = 480 if options.quick else 1920
-    more = {"steps": steps, "evaluation": {"every": 96}, "checkpoint": {"keep": 1}}
+    steps = 240 if options.quick else 960
+    more = {"steps": steps, "evaluation": {"every": steps // 10}, "checkpoint": {"keep": 1}}
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             "ddp": recipe("gpt", METHODS["ddp"], options.data, **more),
