@@ -1,19 +1,19 @@
 """How well replicas learn that meet rarely, late, or both: every synchroniser against averaged gradients.
 
-    python tests/benchmark/convergence.py [--runs FOLDER]
+    python tests/benchmark/convergence.py [--runs FILE]
 
 Four workers take equal samples, in 1,920 steps (40 rounds of 48): the GPT of `shakespeare-cpu` with AdamW, batches of
-4, and the digits CNN with SGD and momentum, batches of 8. Rounds of tau = 4, 12 and 48 steps; averaged gradients and
-the default method have seeds 0 to 4, the others 0 and 1. Gaps are means over seeds of (method - gradients) with the
-same seed, with the half-width of the 95 % interval by Student's t. Workers are gloo processes; a folder of runs keeps
-what was done already. With `--quick`: 96 steps, one seed.
+3, which makes 12 as there, and the digits CNN with SGD and momentum, batches of 8. Rounds of tau = 4, 12 and 48 steps;
+averaged gradients and the default method have seeds 0 to 4, the others 0 and 1. Gaps are means over seeds of (method -
+gradients) with the same seed, with the half-width of the 95 % interval by Student's t. Workers are gloo processes;
+`--runs` keeps what was done already. With `--quick`: 96 steps, one seed.
 """
 
+import json
 import math
 import statistics
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +29,7 @@ from raytrain.train_recipe import TrainRecipe
 WORKERS = 4
 ROUNDS = (4, 12, 48)
 FEW, ALL = range(2), range(5)
+AT_ONCE = 4  # runs of one set of processes
 
 Fields = dict[str, Any]
 
@@ -38,7 +39,7 @@ TASKS: dict[str, tuple[str, Fields]] = {
         {
             "task": {"name": "text", "tokens": "chars", "model": "gpt", "layers": 4, "heads": 4, "width": 128},
             "task.block": 64,
-            "batch": 4,
+            "batch": 3,
             "optimizer": {"name": "adamw", "lr": 4e-3, "betas": [0.9, 0.99], "weight_decay": 0.1},
             "schedule": {"name": "cosine", "warmup": 100, "floor": 0.1},
         },
@@ -75,12 +76,12 @@ def methods(tau: int) -> Iterator[tuple[str, Fields, range]]:
 
 
 def cases() -> Iterator[tuple[str, int, str, Fields, range]]:
-    """Yield (task, tau, method, options, seeds) of every row of the table, those of the headline first."""
+    """Yield (task, tau, method, options, seeds) of every row of the table."""
     every = [(task, 1, "gradients", {"name": "gradients"}, ALL) for task in TASKS]
     for task in TASKS:
         for tau in ROUNDS:
             every += [(task, tau, name, {**sync, "every": tau}, seeds) for name, sync, seeds in methods(tau)]
-    yield from sorted(every, key=lambda case: (-len(case[4]), case[1] != 12))
+    yield from every
 
 
 def recipe(task: str, sync: Fields, seed: int, options: Namespace) -> TrainRecipe:
@@ -99,36 +100,53 @@ def recipe(task: str, sync: Fields, seed: int, options: Namespace) -> TrainRecip
     return TrainRecipe.parse(merged({}, fields))
 
 
-def measured(folder: Path, metric: str) -> float | None:
-    """Return what a run came to, or None if it has not ended; nan for one whose loss was no number any more."""
+Runs = dict[tuple[str, int, str, int], float]
+"""(task, tau, method, seed) -> loss or accuracy; nan where the loss was no number any more."""
+
+
+def measured(folder: Path, metric: str) -> float:
+    """Return what a run came to."""
     run = RunDirectory(folder)
     if run.failure():
         return math.nan
-    found = [row["valid"][metric] for row in rows(run.metrics) if "valid" in row] if run.metrics.is_file() else []
-    return float(found[-1]) if found else None
+    return float(next(row["valid"][metric] for row in reversed(rows(run.metrics)) if "valid" in row))
 
 
-Runs = dict[tuple[str, int, str, int], float]
-"""(task, tau, method, seed) -> loss or accuracy."""
+def wanted(options: Namespace) -> list[tuple[tuple[str, int, str, int], TrainRecipe]]:
+    """Return all runs: seed by seed, those of the headline first."""
+    every = [
+        ((task, tau, name, seed), recipe(task, sync, seed, options), len(seeds))
+        for task, tau, name, sync, seeds in cases()
+        for seed in (seeds[:1] if options.quick else seeds)
+        if task in options.tasks
+    ]
+    every.sort(key=lambda run: (run[2] != len(ALL), run[0][3], run[0][0] != "gpt", run[0][1] != 12))
+    return [(key, plain) for key, plain, _ in every]
 
 
-def run_all(options: Namespace, folder: Path) -> Runs:
-    """Train all that is not yet done."""
-    wanted = {}
-    for task, tau, name, sync, seeds in cases():
-        for seed in seeds[:1] if options.quick else seeds:
-            place = folder / f"{task}-{tau}-{name}-{seed}".replace(" ", "-")
-            wanted[task, tau, name, seed] = (recipe(task, sync, seed, options), place)
-    left = [(plain, place) for (task, *_), (plain, place) in wanted.items() if measured(place, TASKS[task][0]) is None]
-    if left and any(train_each_with_gloo(left)):
-        raise SystemExit("a worker died; the command goes on from here with --runs")
-    return {key: measured(place, TASKS[key[0]][0]) or math.nan for key, (_, place) in wanted.items()}
+def run_all(options: Namespace, runs: Runs) -> None:
+    """Train all that is not done, some runs at a time, and keep what they come to."""
+    left = [(key, plain) for key, plain in wanted(options) if key not in runs]
+    for first in range(0, len(left), AT_ONCE):
+        with TemporaryDirectory() as folder:
+            places = {key: Path(folder) / str(place) for place, (key, _) in enumerate(left[first : first + AT_ONCE])}
+            if any(train_each_with_gloo([(plain, places[key]) for key, plain in left[first : first + AT_ONCE]])):
+                raise RuntimeError("a worker died")
+            runs |= {key: measured(place, TASKS[key[0]][0]) for key, place in places.items()}
+        for key in places:
+            print(*key, runs[key], flush=True)
+        if options.runs:
+            options.runs.write_text(json.dumps([[*key, value] for key, value in sorted(runs.items())], indent=0) + "\n")
 
 
 def against(runs: Runs, task: str, tau: int, method: str) -> dict[str, float]:
     """Return the mean of a method over its seeds, how far it is from averaged gradients, and how sure that is."""
     values = {seed: value for (*key, seed), value in runs.items() if key == [task, tau, method]}
-    gaps = [value - runs[task, 1, "gradients", seed] for seed, value in values.items()]
+    gaps = [
+        value - runs[task, 1, "gradients", seed]
+        for seed, value in values.items()
+        if (task, 1, "gradients", seed) in runs
+    ]
     wide = (
         stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
     )
@@ -141,31 +159,37 @@ def against(runs: Runs, task: str, tau: int, method: str) -> dict[str, float]:
 
 
 def report(runs: Runs) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Return a row for each method, and the headline."""
+    """Return a row for each method, and the headline, of the runs there are."""
     table = []
     for task, tau, method in sorted({key[:3] for key in runs}):
         table.append({"task": task, "tau": tau, "method": method, **against(runs, task, tau, method)})
-    whole = statistics.mean(value for (*key, _), value in runs.items() if key == ["gpt", 1, "gradients"])
+    found = {(row["task"], row["tau"], row["method"]): row for row in table}
     headline = {}
     for name, tau, delay in (("tau12", 12, 3), ("tau12_full_round", 12, 12), ("tau48", 48, 12)):
-        row = against(runs, "gpt", tau, f"late d={delay}")
-        headline[f"gpt_relative_gap_{name}"] = row["gap"] / whole
-        headline[f"gpt_relative_gap_{name}_half_width"] = row["half_width"] / whole
-    row = against(runs, "digits", 12, "late d=3")
-    headline["digits_accuracy_gap_tau12"] = -row["gap"]
-    headline["digits_accuracy_gap_tau12_half_width"] = row["half_width"]
+        if row := found.get(("gpt", tau, f"late d={delay}")):
+            whole = found["gpt", 1, "gradients"]["mean"]
+            headline[f"gpt_relative_gap_{name}"] = row["gap"] / whole
+            headline[f"gpt_relative_gap_{name}_half_width"] = row["half_width"] / whole
+    if row := found.get(("digits", 12, "late d=3")):
+        headline["digits_accuracy_gap_tau12"] = -row["gap"]
+        headline["digits_accuracy_gap_tau12_half_width"] = row["half_width"]
     return table, headline
 
 
 def main() -> None:
-    """Train, and report."""
+    """Train what is not done, and report."""
     parser = parser_of(__doc__.partition("\n")[0])
     parser.add_argument(
-        "--runs", type=Path, help="a folder that keeps the runs: those that it holds are not made again"
+        "--runs", type=Path, help="a file that keeps what runs came to: those that it holds are not made"
     )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     options = parse(parser)
-    with TemporaryDirectory() if options.runs is None else nullcontext(options.runs) as folder:
-        finish("convergence", *report(run_all(options, Path(folder).absolute())), options)
+    options.data = options.data.absolute()
+    runs: Runs = {}
+    if options.runs and options.runs.is_file():
+        runs = {(task, tau, name, seed): value for task, tau, name, seed, value in json.loads(options.runs.read_text())}
+    run_all(options, runs)
+    finish("convergence", *report(runs), options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The laws of local updates: replicas are threads, on a quadratic whose minimum differs from one to the next."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -290,6 +290,51 @@ def test_coded_differences_train_as_exact_ones_and_are_equal_on_all(codec: str, 
         assert torch.equal(other, found[0][1])
         assert not torch.equal(one, other)
         assert sync.bytes_sent > 0
+
+
+@pytest.mark.parametrize(
+    ("sync", "buffers"),
+    [
+        ({"name": "local-sgd"}, 3),
+        ({"name": "cocod"}, 3),
+        ({"name": "slowmo"}, 4),
+        ({"name": "diloco"}, 4),
+        ({"name": "late", "delay": 2}, 4),
+        ({"name": "co2", "penalty": "constant"}, 4),
+        ({"name": "co2", "penalty": "secant"}, 5),
+        ({"name": "late", "delay": 2, "codec": "int8"}, 4 + 1 + 1 / 2),
+    ],
+)
+def test_a_replica_keeps_as_many_buffers_as_the_readme_says(sync: dict[str, Any], buffers: float) -> None:
+    size = 64 * 1024
+    factory = resolve(SYNCHRONISERS, sync["name"], "sync.name")
+    options = declared_options(factory)(every=3, **sync)
+
+    def replica(transport: ThreadTransport) -> float:
+        module = nn.Linear(1024, 64, bias=False)
+        one = factory(ExactExchange(transport), options)
+        one.start(module)
+        for _ in range(10):
+            one.begin(1.0)
+            one.before_step(0.0, stop=False)
+            one.after_step()
+        one.finish()
+        return sum(tensor.numel() for tensor in kept(one, {module.weight.data_ptr()})) / size
+
+    for found in ThreadGroup(2).run(replica):
+        assert found == pytest.approx(buffers, abs=0.001)
+
+
+def kept(thing: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield each tensor that an object of ours holds, one for each piece of memory."""
+    for value in vars(thing).values():
+        if isinstance(value, Tensor):
+            if value.untyped_storage().data_ptr() not in seen:
+                seen.add(value.untyped_storage().data_ptr())
+                yield value
+        elif type(value).__module__.startswith("raytrain.sync") and id(value) not in seen:
+            seen.add(id(value))
+            yield from kept(value, seen)
 
 
 class Counting(Quadratic):
