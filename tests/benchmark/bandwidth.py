@@ -5,8 +5,9 @@
 Each worker is a process on one core, in a network namespace of its own; the pair of interfaces between them is slowed
 by `tc tbf` in both directions (latency is not changed). The raw rate is that of a plain TCP stream, measured first, and
 bytes are those that the interface counted. eta is steps per second over those without communication, which are
-measured before and after the others at each rate; the ceiling is min(1, tau C / T), with C the seconds of a step
-without communication and T what the bytes of an exchange take at the raw rate. Two models: the GPT of
+measured before and after each other measurement; the default method is measured three times, and the median counts.
+The ceiling is min(1, tau C / T), with C the seconds of a step without communication and T what the bytes of an exchange
+take at the raw rate. Two models: the GPT of
 `shakespeare-cpu`, and an MLP on digits with two layers of 1,024, wide and cheap per byte: 1.1 million parameters that
 see 32 examples a step, so that an exchange at 100 Mbit/s takes as long as some dozens of steps.
 
@@ -83,6 +84,7 @@ METHODS: dict[str, Fields] = {
     "late": ASYNC,
     "late-int8": {**ASYNC, "codec": "int8"},
 }
+ORDER = ("late", "ddp", "ddp-powersgd", "late-int8", "local-sgd", "late", "diloco", "co2", "late-int8", "late")
 
 
 # What a worker does.
@@ -187,6 +189,8 @@ def measure(order: Fields) -> dict[str, float]:
     transport = LocalTransport() if method == "none" else GroupTransport(torch.device("cpu"), 300.0)
     replica = build(recipe, task := task_of(recipe), ExactExchange(transport), new=True)
     plan = recipe.plan()
+    if "pace" in order:
+        replica.sync._pace.go_on(*order["pace"])
     if "until" in order:
         plan = replace(plan, steps=order["until"])  # with the learning rates of the whole run
         meter: Meter | Evaluating = Evaluating(task, plan)
@@ -350,23 +354,55 @@ def recipe(model: str, sync: Mapping[str, Any], data: Path, **more: Any) -> Fiel
     return TrainRecipe.parse(merged({}, fields)).plain()
 
 
-def window(method: str, *, quick: bool) -> Fields:
+def window(method: str, *, again: bool) -> Fields:
     """Return how long to measure: some exchanges to warm up, and how many at least, in how many seconds at least."""
     if method == "none":
-        return {"warmup": 20, "rounds": 50, "seconds": 6.0}
+        return {"warmup": 3, "rounds": 10, "seconds": 3.0}
     if method in ("ddp", "ddp-powersgd"):
-        return {"warmup": 4, "rounds": 4, "seconds": 4.0}
+        return {"warmup": 3, "rounds": 3, "seconds": 4.0}
     if METHODS[method]["every"] == "auto":
-        return {"warmup": 6, "rounds": 3, "seconds": 5.0 if quick else 12.0}
-    return {"warmup": 2, "rounds": 3, "seconds": 4.0}
+        return {"warmup": 2 if again else 6, "rounds": 3, "seconds": 5.0}
+    return {"warmup": 1, "rounds": 2, "seconds": 4.0}
 
 
-def cell(pair: Pair, model: str, method: str, options: Namespace, **changes: Any) -> dict[str, float]:
-    """Measure a method, and return the steps per second and the rest of the slower worker."""
+def cell(pair: Pair, model: str, method: str, options: Namespace, before: Fields | None = None) -> Fields:
+    """Measure a method, and return the steps per second and the rest of the slower worker.
+
+    Args:
+        pair: the workers.
+        model: of `MODELS`.
+        method: of `METHODS`.
+        options: of the command.
+        before: what an earlier call returned, whose pace is gone on with.
+    """
     order = {"method": method, "recipe": recipe(model, METHODS[method], options.data)}
-    answers = pair.ask({**order, "window": {**window(method, quick=options.quick), **changes}})
+    if before and before["every"]:
+        order["pace"] = (int(before["every"]), int(before["delay"]))
+    answers = pair.ask({**order, "window": window(method, again=before is not None)})
     slower = max(answers, key=lambda answer: answer["seconds"] / answer["steps"])
     return {**slower, "steps_per_second": slower["steps"] / slower["seconds"]}
+
+
+def side_by_side(pair: Pair, model: str, options: Namespace) -> tuple[float, dict[str, Fields]]:
+    """Return the steps per second without communication, and what each method came to.
+
+    The machine is faster at one time than at another, so each measurement stands between two without communication.
+    """
+    alone = [cell(pair, model, "none", options)["steps_per_second"]]
+    found: dict[str, list[Fields]] = {method: [] for method in METHODS if method != "none"}
+    for method in ORDER:
+        row = cell(pair, model, method, options, found[method][-1] if found[method] else None)
+        alone.append(cell(pair, model, "none", options)["steps_per_second"])
+        found[method].append({**row, "eta": row["steps_per_second"] / statistics.mean(alone[-2:])})
+    return statistics.median(alone), {
+        method: {
+            **rows[-1],
+            "etas": [round(row["eta"], 4) for row in rows],
+            "eta": statistics.median(row["eta"] for row in rows),
+            "steps_per_second": statistics.median(row["steps_per_second"] for row in rows),
+        }
+        for method, rows in found.items()
+    }
 
 
 def table(pair: Pair, network: Network, options: Namespace) -> Iterator[dict[str, Any]]:
@@ -374,13 +410,9 @@ def table(pair: Pair, network: Network, options: Namespace) -> Iterator[dict[str
     for rate in (100, 1000) if options.quick else RATES:
         network.limit(rate)
         raw = pair.ask("rate")[0]
-        print(f"{rate} Mbit/s: {raw / 1e6:.1f} Mbit/s of TCP", flush=True)
         for model in MODELS:
-            alone = [cell(pair, model, "none", options)]
-            found = {method: cell(pair, model, method, options) for method in METHODS if method != "none"}
-            alone.append(cell(pair, model, "none", options))
-            fastest = statistics.mean(each["steps_per_second"] for each in alone)
-            for method, row in {"none": alone[0], **found}.items():
+            alone, found = side_by_side(pair, model, options)
+            for method, row in found.items():
                 every = int(row["every"]) or METHODS[method].get("every", 1)
                 least = row["exchange_cost_seconds"] / (SHARE * row["step_seconds"]) if row["every"] else 0.0
                 exchange = 8 * row["bytes_per_step"] * every / raw  # T, in seconds, at the raw rate
@@ -391,10 +423,12 @@ def table(pair: Pair, network: Network, options: Namespace) -> Iterator[dict[str
                     "method": method,
                     "tau": every,
                     "delay": int(row["delay"]),
-                    "least_tau": math.ceil(max(least, exchange * fastest, 1.0)),
-                    "steps_per_second": fastest if method == "none" else row["steps_per_second"],
-                    "eta": 1.0 if method == "none" else row["steps_per_second"] / fastest,
-                    "ceiling": min(1.0, every / fastest / exchange) if exchange else 1.0,
+                    "least_tau": math.ceil(max(least, exchange * alone, 1.0)),
+                    "steps_per_second": row["steps_per_second"],
+                    "steps_per_second_alone": alone,
+                    "eta": row["eta"],
+                    "etas": row["etas"],
+                    "ceiling": min(1.0, every / alone / exchange),
                     "megabytes_per_step": row["bytes_per_step"] / 1e6,
                     "waited_share": row["waited_seconds"] / row["seconds"],
                 }
