@@ -290,6 +290,7 @@ class Network:
             _ip("-n", name, "addr", "add", f"{address(rank)}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", "eth0", "up")
+            _ip("-n", name, "route", "add", "default", "dev", "eth0")  # by which Ray finds the address of its node
         return self
 
     def __exit__(self, *_: object) -> None:
