@@ -74,12 +74,12 @@ class LateOptions(LocalOptions):
         every: steps in a round; "auto": as few as hide the exchange, and keep its processor time below 3 % of theirs.
         delay: steps from sending to applying, at most `every`; "auto": as few as hide the exchange.
         rate: of the outer step.
-        momentum: of the outer step, by Nesterov; default: 0.9 at once, down to 0.8 a round late.
+        momentum: of the outer step, by Nesterov; default: 0.8 at once, down to 0.5 a round late.
     """
 
     every: Annotated[int, Field(ge=1)] | Literal["auto"] = 12  # type: ignore[assignment]
     delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    rate: float = Field(0.7, gt=0)
+    rate: float = Field(0.6, gt=0)
     momentum: float | None = Field(None, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -132,7 +132,7 @@ def cocod(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
 def late(exchange: Exchange, options: LateOptions) -> "LocalUpdates":
     """Return DiLoCo whose outer step comes some steps late, so that the exchange hides behind them."""
     pace = Pace(options.every, options.delay)
-    momentum = (lambda: 0.9 - 0.1 * pace.delay / pace.every) if options.momentum is None else options.momentum
+    momentum = (lambda: 0.8 - 0.3 * pace.delay / pace.every) if options.momentum is None else options.momentum
     return _made(exchange, options, OuterStep(rate=options.rate, beta=momentum, nesterov=True), pace)
 
 

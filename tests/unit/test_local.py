@@ -243,6 +243,7 @@ def test_an_outer_step_that_may_diverge_is_told(
     sync: dict[str, Any], warned: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     factory = resolve(SYNCHRONISERS, sync["name"], "sync.name")
+    caplog.set_level("WARNING")
     factory(ExactExchange(LocalTransport()), declared_options(factory)(**sync))
     assert [warned in message for message in caplog.messages] == ([True] if warned else [])
 
