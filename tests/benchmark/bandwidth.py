@@ -525,6 +525,7 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, places = pyplot.subplots(1, len(MODELS), figsize=(11, 4.2), sharey=True)
+    titles = {"gpt": "GPT of 0.8M parameters", "mlp": "MLP of 1.1M parameters"}
     for place, model in zip(places, MODELS, strict=True):
         mine = [row for row in found if row["model"] == model]
         rates = sorted({row["mbits"] for row in mine})
@@ -534,12 +535,12 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
                 place.plot(rates, etas, marker="o", linewidth=3 if method == "late" else 1.2, label=method)
         top = [row["ceiling"] for rate in rates for row in mine if (row["mbits"], row["method"]) == (rate, "late")]
         place.plot(rates, top, color="black", linestyle=":", label="ceiling of late")
-        place.set(xscale="log", xlabel="Mbit/s between the workers", title=model, ylim=(0, 1.08))
+        place.set(xscale="log", xlabel="Mbit/s between the workers", title=titles[model], ylim=(0, 1.12))
         place.set_xticks(rates, [str(rate) for rate in rates])
         place.grid(alpha=0.3)
     places[0].set_ylabel("steps per second over those without communication")
-    places[-1].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
+    figure.legend(*places[0].get_legend_handles_labels(), fontsize=8, loc="center right")
+    figure.tight_layout(rect=(0, 0, 0.87, 1))
     figure.savefig(file)
 
 

@@ -116,7 +116,7 @@ def test_a_worker_that_hangs_ends_the_attempt_in_time(workplace: Path, monkeypat
     statuses = train_with_gloo(hung, workplace / "hung")
     assert statuses[0] == PEER_LOST
     assert statuses[1] != 0
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 150, "half of what it waits where nothing is configured"
     assert "testing.py" in (workplace / "hung" / "hang-1.txt").read_text()
 
 

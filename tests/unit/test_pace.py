@@ -1,10 +1,10 @@
 import math
-import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytrain.sync import pace as pace_module
 from raytrain.sync.pace import LONGEST, SHARE, SLACK, Clock, Pace
 
 SECONDS = st.floats(1e-3, 10.0)
@@ -32,14 +32,15 @@ def test_what_is_given_stays(step: float, exchange: float, cost: float, every: i
         assert not fixed or (pace.every, pace.delay) == (every, delay)
 
 
-def test_a_clock_tells_steps_from_waiting_and_packing() -> None:
+def test_a_clock_tells_steps_from_waiting_and_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, worked = [100.0], [7.0]
+    monkeypatch.setattr(pace_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pace_module, "_worked", lambda: worked[0])
     clock = Clock()
-    time.sleep(0.2)
-    time.sleep(0.05)
+    now[0] += 0.25
+    worked[0] += 0.5
     clock.pack(0.05)
-    step, exchange, cost = clock.lap(2, waited=0.1)
-    assert (step, exchange, cost) == (pytest.approx(0.05, abs=0.04), 0.0, pytest.approx(0.05, abs=0.04))
+    assert clock.lap(2, waited=0.1) == pytest.approx([0.05, 0.0, 0.55])
     clock.exchange_seconds = 0.3
-    time.sleep(0.1)
-    step, exchange, cost = clock.lap(1, waited=0.1)
-    assert (step, exchange, cost) == (pytest.approx(0.1, abs=0.04), 0.3, pytest.approx(0.0, abs=0.03))
+    now[0] += 0.1
+    assert clock.lap(1, waited=0.1) == pytest.approx([0.1, 0.3, 0.0])
