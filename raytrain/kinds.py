@@ -38,6 +38,8 @@ class Result:
         seconds: time spent training, over all attempts.
         stalled_seconds: how much of it the first worker waited for data.
         bytes_sent: by the first worker.
+        exchange_seconds: how long its exchanges were under way, one after the other.
+        hidden_share: how much of that it did not stand still for.
         restarts: how often workers had to be started again.
         checkpoint: the last one, if there is one.
         error: why it failed.
@@ -52,6 +54,8 @@ class Result:
     seconds: float = 0.0
     stalled_seconds: float = 0.0
     bytes_sent: int = 0
+    exchange_seconds: float = 0.0
+    hidden_share: float = 0.0
     restarts: int = 0
     checkpoint: str = ""
     error: str = ""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -81,7 +81,7 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
         TrainingError: the loss or the gradient is not a finite number.
     """
     progress, optimizer, sync = replica.progress, replica.optimizer, replica.sync
-    began, seconds, bytes_sent = time.perf_counter(), progress.seconds, progress.bytes_sent
+    began, before = time.perf_counter(), replace(progress)
     was, progress.status = progress.status, status(progress, plan, stop=False)
     sync.start(replica.module)
     if progress.step and (progress.status != was or unmeasured(progress, plan)):
@@ -106,13 +106,17 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
 
         progress.step += 1
         progress.position += plan.batch * replica.members
-        progress.seconds = seconds + time.perf_counter() - began
-        progress.bytes_sent = bytes_sent + sync.bytes_sent
+        progress.seconds = before.seconds + time.perf_counter() - began
+        progress.bytes_sent = before.bytes_sent + sync.bytes_sent
+        progress.exchange_seconds = before.exchange_seconds + sync.exchange_seconds
+        progress.waited_seconds = before.waited_seconds + sync.waited_seconds
         progress.status = status(progress, plan, totals.stop)
         if replica.ema:
             replica.ema.update(progress.step)
         loss, lr = totals.loss / (totals.weight or 1.0), optimizer.param_groups[0]["lr"]
-        watch.stepped(replica, {"loss": loss, "lr": lr, **({"gradient_norm": norm} if plan.clip else {})})
+        watch.stepped(
+            replica, {"loss": loss, "lr": lr, **({"gradient_norm": norm} if plan.clip else {}), **sync.figures()}
+        )
         settle(replica, task, plan, watch)
 
 
@@ -120,7 +124,7 @@ def settle(replica: Replica, task: Task, plan: Plan, watch: Watch) -> None:
     """Save and evaluate, where this is due after a step; first save, so that an evaluation that fails costs nothing."""
     progress = replica.progress
     saved = progress.status != "running" or due(progress.step, plan.checkpoint_every)
-    if progress.status != "running":
+    if progress.status not in ("running", "interrupted"):  # an interrupted run goes on as if it had not been
         replica.sync.finish()
     if saved:
         watch.save(replica)

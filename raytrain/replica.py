@@ -31,6 +31,8 @@ class Progress:
         seconds: time spent training, over all attempts.
         stalled_seconds: how much of it the first replica waited for data.
         bytes_sent: bytes that the first replica put on the wire, over all attempts.
+        exchange_seconds: how long its exchanges were under way, one after the other.
+        waited_seconds: how much of that it stood still for.
         status: "running", or why it ended: "done", "stopped early", "interrupted".
     """
 
@@ -43,6 +45,8 @@ class Progress:
     seconds: float = 0.0
     stalled_seconds: float = 0.0
     bytes_sent: int = 0
+    exchange_seconds: float = 0.0
+    waited_seconds: float = 0.0
     status: str = "running"
 
 
@@ -96,17 +100,25 @@ def state_of(replica: Replica) -> dict[str, Any]:
 
     There is no random state in it: what a step draws follows from the seed, the rank and the step.
     """
+    optimizer = state_by_name(replica.optimizer, replica.parts)
     own: dict[str, Any] = {"sync": replica.sync.state_dict()}
+    if replica.sync.apart:
+        own["optimizer"] = {"name": replica.options.name, **optimizer}
+    if replica.rank > 0:
+        return own
     whole = replica.shards.whole if replica.shards else _as_it_is
     average = replica.ema.state_dict() if replica.ema else {}
-    optimizer = state_by_name(replica.optimizer, replica.parts)
+    with replica.sync.shared():
+        model = {name: whole(name, tensor) for name, tensor in _tensors(replica, replica.parts)}
+        if replica.sync.apart:
+            model = {name: tensor.clone() for name, tensor in model.items()}
     shared = {
-        "model": {name: whole(name, tensor) for name, tensor in _tensors(replica, replica.parts)},
+        "model": model,
         "base": replica.base,
         "optimizer": {"name": replica.options.name, **optimizer, "state": _entries(optimizer["state"], whole)},
         "ema": {name: whole(name, tensor) for name, tensor in average.items()},
     }
-    return {**own, **shared} if replica.rank == 0 else own
+    return {**own, **shared}
 
 
 def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, averaged: bool = False) -> None:
@@ -160,13 +172,13 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
             f"{replica.options.name}; set optimizer.name={shared['optimizer']['name']} to continue"
         )
     cut = replica.shards.cut if replica.shards else _as_it_is
-    optimizer = {**shared["optimizer"], "state": _entries(shared["optimizer"]["state"], cut)}
+    saved = own["optimizer"] if own is not None and "optimizer" in own else shared["optimizer"]
+    optimizer = {**saved, "state": _entries(saved["state"], cut)}
     load_state_by_name(replica.optimizer, replica.parts, optimizer, replica.options)
     if replica.ema:
         average = shared["ema"] or shared["model"]  # a run that starts averaging now
         replica.ema.load_state_dict({name: cut(name, tensor) for name, tensor in average.items()})
-    if own is not None:
-        replica.sync.load_state_dict(own["sync"])
+    replica.sync.load_state_dict(own["sync"] if own is not None else None, shared["sync"])
 
 
 def digest_of(module: nn.Module, names: frozenset[str]) -> str:

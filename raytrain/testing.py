@@ -41,7 +41,7 @@ class ThreadGroup:
     def __init__(self, size: int) -> None:
         self.size = size
         self.changed = threading.Condition()
-        self.given: dict[int, dict[int, Tensor]] = {}
+        self.given: dict[tuple[int, ...], dict[int, Tensor]] = {}
         self.left: set[int] = set()
 
     def run(self, function: Callable[["ThreadTransport"], Answer]) -> list[Answer]:
@@ -75,13 +75,20 @@ class ThreadGroup:
 class ThreadTransport:
     """One replica's end of a `ThreadGroup`; sums are taken in the order of the replicas."""
 
-    def __init__(self, group: ThreadGroup, rank: int) -> None:
+    def __init__(self, group: ThreadGroup, rank: int, name: tuple[int, ...] = ()) -> None:
         self.rank = rank
         self.members = tuple(range(group.size))
         self.device = torch.device("cpu")
         self.waiting = False
         self._group = group
+        self._name = name
+        self._lanes = 0
         self._operations = 0
+
+    def lane(self) -> "ThreadTransport":
+        """Return the same replicas, with operations of their own."""
+        self._lanes += 1
+        return ThreadTransport(self._group, self.rank, (*self._name, self._lanes))
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """Sum in place."""
@@ -90,6 +97,10 @@ class ThreadTransport:
     def all_gather(self, flat: Tensor) -> Pending:
         """Return all, stacked."""
         return self._start(flat, torch.stack)
+
+    def all_to_all(self, rows: Tensor) -> Pending:
+        """Take the rows that are for this replica."""
+        return self._start(rows, lambda parts: torch.stack([part[self.rank] for part in parts]))
 
     def broadcast(self, flat: Tensor) -> Pending:
         """Overwrite with the first replica's."""
@@ -104,7 +115,7 @@ class ThreadTransport:
     def _start(self, flat: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Pending:
         self._operations += 1
         with self._group.changed:
-            given = self._group.given.setdefault(self._operations, {})
+            given = self._group.given.setdefault((*self._name, -self._operations), {})
             given[self.rank] = flat.clone()
             self._group.changed.notify_all()
         return _Gathered(self._group, given, combine, flat)
@@ -115,9 +126,14 @@ class _Gathered:
         self, group: ThreadGroup, given: dict[int, Tensor], combine: Callable[[list[Tensor]], Tensor], flat: Tensor
     ) -> None:
         self.bytes_sent = flat.numel() * flat.element_size()
+        self.seconds = 0.0
+        self._started = time.monotonic()
         self._group = group
         self._given = given
         self._combine = combine
+
+    def advance(self) -> bool:
+        return len(self._given) == self._group.size
 
     def wait(self) -> Tensor:
         everyone = set(range(self._group.size))
@@ -127,6 +143,7 @@ class _Gathered:
             )
         if not arrived or self._given.keys() != everyone:
             raise PeerLostError(f"replicas {sorted(everyone - self._given.keys())} are lost")
+        self.seconds = time.monotonic() - self._started
         return self._combine([self._given[rank] for rank in sorted(everyone)])
 
 

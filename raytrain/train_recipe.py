@@ -17,6 +17,9 @@ from raytrain.optim.ema import averages
 from raytrain.optim.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
 from raytrain.optim.schedules import SCHEDULES, rate
 from raytrain.recipe import Recipe, Section, chosen, declared_options
+from raytrain.sync.compressed import CODECS
+from raytrain.sync.local import LocalOptions
+from raytrain.sync.outer import PENALTIES
 from raytrain.sync.shards import check_optimizer
 from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
 from raytrain.task import TASKS, TaskOptions, options_of_task
@@ -199,6 +202,11 @@ class TrainRecipe(Recipe):
             raise ValueError("expected freeze.half = false with an adapter, beside which nothing else moves")
         if self.ema and averages(self.optimizer.constructor):
             raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
+        if isinstance(self.sync, LocalOptions) and (self.ema or averages(self.optimizer.constructor)):
+            raise ValueError(
+                f"sync.name: expected gradients with an average of the weights ({'ema' if self.ema else 'optimizer'}), "
+                f"which takes workers that are equal after every step; got {self.sync.name}"
+            )
         if self.workers > 1 and getattr(self.sync, "shard", False):
             check_optimizer(self.optimizer)
             if self.freeze.half:
@@ -245,6 +253,8 @@ KIND = Kind(
         "optimizers": OPTIMIZERS,
         "schedules": SCHEDULES,
         "synchronisers": SYNCHRONISERS,
+        "codecs": CODECS,
+        "penalties": PENALTIES,
         "loggers": LOGGERS,
     },
 )

@@ -78,7 +78,7 @@ class RunWatch:
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Measure the whole held-out split, with the averaged weights if there are any."""
-        with replica.ema.applied() if replica.ema else nullcontext():
+        with replica.sync.shared(), replica.ema.applied() if replica.ema else nullcontext():
             metrics = self.measure(module=replica.module)
         self._record(replica.progress, {"valid": metrics})
         return metrics

@@ -1,6 +1,7 @@
 """Averages over replicas, and small messages between them."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -9,16 +10,17 @@ from raytrain.sync.transport import Pending, Transport
 
 
 class Exchange(Protocol):
-    """A way to average over the replicas of a transport; a compressed one would keep its error feedback here."""
+    """A way to average over the replicas of a transport."""
 
     transport: Transport
 
-    def mean(self, flat: Tensor, weight: float) -> Pending:
+    def mean(self, flat: Tensor, weight: float, exact: int = 0) -> Pending:
         """Start the weighted mean of `flat` over the replicas, in place.
 
         Args:
             flat: shape (n + 1,); the last element is room for the weight.
             weight: what this replica's values count; the mean is over those who contributed, so 0 leaves one out.
+            exact: how many of the values, those at the end, are not to be rounded.
 
         Returns:
             When it has arrived: flat, with the mean in flat[:n] and the sum of the weights in flat[n].
@@ -27,6 +29,14 @@ class Exchange(Protocol):
 
     def gather(self, payload: bytes) -> list[bytes]:
         """Return the payload of each replica, in order."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this replica has still to send, when nothing is under way."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
         ...
 
 
@@ -40,7 +50,7 @@ class ExactExchange:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
 
-    def mean(self, flat: Tensor, weight: float) -> Pending:
+    def mean(self, flat: Tensor, weight: float, exact: int = 0) -> Pending:  # noqa: ARG002 - all are
         """Sum weight * value and weight together, and divide on arrival: one message carries both."""
         flat[:-1].mul_(weight)
         flat[-1] = weight
@@ -59,11 +69,25 @@ class ExactExchange:
         rows = self.transport.all_gather(padded).wait().cpu()
         return [row[:size].numpy().tobytes() for row, size in zip(rows, lengths, strict=True)]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: all is sent at once."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take nothing."""
+
 
 class _Mean:
     def __init__(self, pending: Pending) -> None:
         self.bytes_sent = pending.bytes_sent
         self._pending = pending
+
+    @property
+    def seconds(self) -> float:
+        return self._pending.seconds
+
+    def advance(self) -> bool:
+        return self._pending.advance()
 
     def wait(self) -> Tensor:
         flat = self._pending.wait()

@@ -159,7 +159,9 @@ class _Wire:
         """Send `input_tensor` and fill `output_tensor`."""
         started = time.perf_counter()
         self._sync.bytes_sent += self._send(output_tensor, input_tensor)
-        self._sync.waited_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._sync.exchange_seconds += seconds
+        self._sync.waited_seconds += seconds
 
 
 def _separate(module: nn.Module) -> list[nn.Module]:

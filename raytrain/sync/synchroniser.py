@@ -1,6 +1,8 @@
 """What the training loop calls to keep replicas together."""
 
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +14,12 @@ from raytrain.sync.transport import Pending
 
 SYNCHRONISERS: dict[str, str] = {
     "gradients": "raytrain.sync.gradients:gradients",
+    "local-sgd": "raytrain.sync.local:local_sgd",
+    "slowmo": "raytrain.sync.local:slowmo",
+    "diloco": "raytrain.sync.local:diloco",
+    "cocod": "raytrain.sync.local:cocod",
+    "late": "raytrain.sync.local:late",
+    "co2": "raytrain.sync.local:co2",
 }
 
 
@@ -44,11 +52,15 @@ class Synchroniser(Protocol):
     """Keeps replicas together through visible calls in the loop.
 
     Attributes:
+        apart: whether replicas differ between exchanges, so that each has a state of its own to save.
         bytes_sent: what this replica has put on the wire since `start`.
+        exchange_seconds: how long its exchanges were under way since `start`, one after the other.
         waited_seconds: how long the loop has stood still for others since `start`.
     """
 
+    apart: bool
     bytes_sent: int
+    exchange_seconds: float
     waited_seconds: float
 
     def start(self, module: nn.Module) -> None:
@@ -84,20 +96,36 @@ class Synchroniser(Protocol):
         """Complete what is under way; afterwards the replicas are equal."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what this replica needs to resume, as nested plain data and tensors."""
+    def shared(self) -> AbstractContextManager[None]:
+        """Let the module hold what is equal on all replicas inside the `with` block, to measure and to save it."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+    def figures(self) -> dict[str, float]:
+        """Return what was decided along the way and belongs into the log."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this replica needs to resume beside what is shared, as nested plain data and tensors."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, first: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned, before `start`.
+
+        Args:
+            state: on this replica; None if there were more or fewer replicas then.
+            first: on the first one.
+        """
         ...
 
 
 class EveryStep:
     """The part of a synchroniser that has replicas equal after every step: nothing is under way, nothing is kept."""
 
+    apart = False
+
     def __init__(self) -> None:
         self.bytes_sent = 0
+        self.exchange_seconds = 0.0
         self.waited_seconds = 0.0
 
     def after_step(self) -> None:
@@ -106,15 +134,24 @@ class EveryStep:
     def finish(self) -> None:
         """Do nothing."""
 
+    def shared(self) -> AbstractContextManager[None]:
+        """Change nothing: all is equal."""
+        return nullcontext()
+
+    def figures(self) -> dict[str, float]:
+        """Return nothing: nothing is decided."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return nothing."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None, first: Mapping[str, Any]) -> None:
         """Take nothing."""
 
     def _await(self, pending: Pending) -> None:
         started = time.perf_counter()
         pending.wait()
         self.waited_seconds += time.perf_counter() - started
+        self.exchange_seconds += pending.seconds
         self.bytes_sent += pending.bytes_sent

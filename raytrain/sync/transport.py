@@ -32,6 +32,15 @@ class Pending(Protocol):
 
     bytes_sent: int
 
+    @property
+    def seconds(self) -> float:
+        """From its start to its arrival; known after `wait`."""
+        ...
+
+    def advance(self) -> bool:
+        """Do what can be done without waiting, and return whether the result has arrived."""
+        ...
+
     def wait(self) -> Tensor:
         """Return the result once it has arrived.
 
@@ -48,13 +57,16 @@ class Transport(Protocol):
         rank: this replica's place in `members`.
         members: the replicas of the group, in order.
         device: where tensors must be.
-        waiting: whether this replica stands still for others just now.
     """
 
     rank: int
     members: tuple[int, ...]
     device: torch.device
-    waiting: bool
+
+    @property
+    def waiting(self) -> bool:
+        """Whether this replica stands still for others just now."""
+        ...
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """Sum `flat` over the replicas, in place; the result is equal to the bit on all of them."""
@@ -64,8 +76,19 @@ class Transport(Protocol):
         """Return the `flat` of each replica, all of one shape, as shape (members, *flat.shape)."""
         ...
 
+    def all_to_all(self, rows: Tensor) -> Pending:
+        """Send row i of `rows`, shape (members, n), to replica i; return the rows that came, in the replicas' order."""
+        ...
+
     def broadcast(self, flat: Tensor) -> Pending:
         """Overwrite `flat` with that of the first replica."""
+        ...
+
+    def lane(self) -> "Transport":
+        """Return the same replicas, for operations that each of them may start before or after others' on this one.
+
+        Every replica asks for its lanes in the same order; they close with this one.
+        """
         ...
 
     def close(self) -> None:
@@ -77,9 +100,14 @@ class Arrived:
     """A `Pending` that has nothing to wait for."""
 
     bytes_sent = 0
+    seconds = 0.0
 
     def __init__(self, result: Tensor) -> None:
         self._result = result
+
+    def advance(self) -> bool:
+        """Return that it has arrived."""
+        return True
 
     def wait(self) -> Tensor:
         """Return the result."""
@@ -104,9 +132,17 @@ class LocalTransport:
         """Return `flat` with a dimension for the one replica."""
         return Arrived(flat.unsqueeze(0))
 
+    def all_to_all(self, rows: Tensor) -> Pending:
+        """Return `rows`: the one replica's own."""
+        return Arrived(rows)
+
     def broadcast(self, flat: Tensor) -> Pending:
         """Return `flat`."""
         return Arrived(flat)
+
+    def lane(self) -> "LocalTransport":
+        """Return itself: nothing is ever under way."""
+        return self
 
     def close(self) -> None:
         """Do nothing: nobody waits."""
@@ -124,10 +160,21 @@ class GroupTransport:
         self.rank = dist.get_rank()
         self.members = tuple(range(dist.get_world_size()))
         self.device = device
-        self.waiting = False
+        self._waits = False
+        self._lanes: list[GroupTransport] = []
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         self._group: dist.ProcessGroup | None = dist.new_group(timeout=self._timeout)
         self._apart: dist.ProcessGroup | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether this replica stands still, here or in a lane."""
+        return self._waits or any(lane.waiting for lane in self._lanes)
+
+    def lane(self) -> "GroupTransport":
+        """Return another process group."""
+        self._lanes.append(GroupTransport(self.device, self._timeout.total_seconds()))
+        return self._lanes[-1]
 
     def all_reduce(self, flat: Tensor) -> Pending:
         """Sum `flat` in place (a ring moves each byte 2 (n - 1) / n times)."""
@@ -143,6 +190,15 @@ class GroupTransport:
         parts = list(all_flat.unbind(0))
         return self._start(
             lambda: dist.all_gather(parts, flat, group=self._group, async_op=True), all_flat, (size - 1) * _bytes(flat)
+        )
+
+    def all_to_all(self, rows: Tensor) -> Pending:
+        """Send each row to its replica."""
+        size, received = len(self.members), torch.empty_like(rows)
+        return self._start(
+            lambda: dist.all_to_all_single(received, rows, group=self._group, async_op=True),
+            received,
+            (size - 1) / size * _bytes(rows),
         )
 
     def broadcast(self, flat: Tensor) -> Pending:
@@ -187,6 +243,8 @@ class GroupTransport:
 
     def close(self) -> None:
         """Close the connections, which gloo does when nothing refers to the group any more."""
+        for lane in self._lanes:
+            lane.close()
         group, self._group = self._group, None
         dist.destroy_process_group(group)
         del group
@@ -202,12 +260,12 @@ class GroupTransport:
     @contextmanager
     def waits(self, started: float) -> Iterator[None]:
         """Say inside the `with` block that this replica waits, and what it means if that fails."""
-        self.waiting = True
+        self._waits = True
         try:
             with _lost(started):
                 yield
         finally:
-            self.waiting = False
+            self._waits = False
 
 
 class _Work:
@@ -215,10 +273,19 @@ class _Work:
         self, transport: GroupTransport, work: dist.Work, result: Tensor, bytes_sent: int, started: float
     ) -> None:
         self.bytes_sent = bytes_sent
+        self.seconds = 0.0
         self._transport = transport
         self._work: dist.Work | None = work
         self._result = result
         self._started = started
+        if not result.is_cuda:
+            work.get_future().add_done_callback(self._arrive)
+
+    def _arrive(self, _: object) -> None:
+        self.seconds = time.monotonic() - self._started
+
+    def advance(self) -> bool:
+        return self._work is None or self._work.is_completed()
 
     def wait(self) -> Tensor:
         work, self._work = self._work, None  # a finished operation must not keep the connections open
@@ -228,6 +295,7 @@ class _Work:
             # NCCL's wait only holds the GPU; a hang of another must be seen to be no hang of ours.
             if self._result.is_cuda:
                 torch.cuda.current_stream(self._result.device).synchronize()
+        self.seconds = self.seconds or time.monotonic() - self._started
         return self._result
 
 

@@ -1,12 +1,16 @@
 """Random kills: does a run that is killed end as one that nobody touched, and how soon does it train again?
 
-    python tests/benchmark/resume.py
+    python tests/benchmark/resume.py [--sync late]
 
 Each trial runs `raytrain train` and, at a random moment after training has begun, sends SIGKILL to a random worker or
 to the command itself. A killed worker is started again by the run itself; a killed command is run again with --resume.
 The final weights are compared with those of an untouched run, bit by bit. The recovery of a worker is the time from the
 kill to the first step after it; that of a command includes starting Python and Ray. The workers of a killed command go
 on until Ray ends them, so a run that is killed late may have nothing left to do: then it is the time to the end.
+
+With `--sync late` the workers take local steps and an exchange is under way at any time (`sync.delay = sync.every`),
+and only workers are killed, ten times: how long the others waited for the dead one is the time from the kill to the
+end of the attempt, which is to be less than `sync.timeout_seconds`.
 """
 
 import os
@@ -20,21 +24,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
-from bench import arguments, finish
+from bench import finish, parse, parser_of
 
 from raytrain.checkpoint import listed, load
 from raytrain.rundir import rows
 
 WORDS = [
-    "task.dropout=0.1", "task.norm=batch", "workers=2", "steps=800", "ema=0.99", "batch=16", "resources.cpus=1",
+    "task.dropout=0.1", "task.norm=batch", "workers=2", "steps=800", "batch=16", "resources.cpus=1",
     "checkpoint.every=50", "evaluation.every=300", "log.every=1", "sync.timeout_seconds=30",
 ]  # fmt: skip
+SYNC = {
+    "gradients": ["ema=0.99"],
+    "late": ["sync.name=late", "sync.every=12", "sync.delay=12", "sync.codec=int8"],
+}
 
 
-def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
+def start(out: Path, sync: str, *more: str) -> subprocess.Popen[bytes]:
     """Start the command on the run in `out`."""
-    words = [sys.executable, "-m", "raytrain", "train", "digits", *WORDS, "--out", str(out), *more]
+    words = [sys.executable, "-m", "raytrain", "train", "digits", *WORDS, *SYNC[sync], "--out", str(out), *more]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
@@ -52,11 +61,12 @@ def wait_for(done: Callable[[], bool], command: subprocess.Popen[bytes], seconds
         time.sleep(0.01)
 
 
-def trial(out: Path, seed: int) -> dict[str, object]:
+def trial(out: Path, sync: str, seed: int) -> dict[str, object]:
     """Kill something at a random step of a new run, let it recover, and tell how that went."""
     draw = random.Random(seed)
-    at, victim = draw.randrange(20, 700), draw.choice(["worker 0", "worker 1", "command"])
-    command = start(out)
+    victims = ["worker 0", "worker 1", *(["command"] if sync == "gradients" else [])]
+    at, victim = draw.randrange(20, 700), draw.choice(victims)
+    command = start(out, sync)
     wait_for(lambda: last_step(out) >= at, command)
     killed_at = last_step(out)
     attempts = len(rows(out / "attempts.jsonl"))
@@ -64,9 +74,12 @@ def trial(out: Path, seed: int) -> dict[str, object]:
     if victim == "command":
         os.kill(command.pid, signal.SIGKILL)
         command.wait()
-        command = start(out, "--resume")
+        command = start(out, sync, "--resume")
     else:
-        os.kill(rows(out / "attempts.jsonl")[-1]["workers"][int(victim[-1])]["pid"], signal.SIGKILL)
+        workers = [psutil.Process(worker["pid"]) for worker in rows(out / "attempts.jsonl")[-1]["workers"]]
+        workers[int(victim[-1])].kill()
+        psutil.wait_procs(workers, timeout=120)
+    ended = time.monotonic() - killed
     wait_for(lambda: len(rows(out / "attempts.jsonl")) > attempts, command)
     resumed_from = rows(out / "attempts.jsonl")[-1]["from_step"]
     wait_for(lambda: last_step(out) > resumed_from or command.poll() == 0, command)  # they may have come to the end
@@ -77,6 +90,7 @@ def trial(out: Path, seed: int) -> dict[str, object]:
         "victim": victim,
         "step": killed_at,
         "from_step": resumed_from,
+        "seconds_to_end": ended,
         "seconds": recovery,
         "status": status,
     }
@@ -94,16 +108,18 @@ def final(out: Path) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Measure and report."""
-    options = arguments(__doc__.partition("\n")[0])
-    table = []
+    parser = parser_of(__doc__.partition("\n")[0])
+    parser.add_argument("--sync", choices=SYNC, default="gradients")
+    options = parse(parser)
+    trials, table = {"gradients": 20, "late": 10}[options.sync], []
     with tempfile.TemporaryDirectory() as folder:
         untouched = Path(folder) / "untouched"
-        if start(untouched).wait(timeout=300):
+        if start(untouched, options.sync).wait(timeout=300):
             raise RuntimeError("the run that nobody touches failed")
         expected = final(untouched)
-        for seed in range(5 if options.quick else 20):
+        for seed in range(5 if options.quick else trials):
             out = Path(folder) / f"trial-{seed}"
-            row = trial(out, seed)
+            row = trial(out, options.sync, seed)
             found = final(out)
             row["bit_equal"] = found.keys() == expected.keys() and all(
                 torch.equal(found[name], expected[name]) for name in found
@@ -117,6 +133,7 @@ def main() -> None:
     headline = {
         "kills": len(table),
         "bit_equal": sum(row["bit_equal"] for row in table),
+        "longest_attempt_after_kill_seconds": max(row["seconds_to_end"] for row in table if row["victim"] != "command"),
         "median_recovery_seconds": statistics.median(row["seconds"] for row in table),
         **{
             f"median_recovery_seconds_{victim}": statistics.median(values)
@@ -124,7 +141,7 @@ def main() -> None:
             if values
         },
     }
-    finish("resume", table, headline, options)
+    finish("resume" if options.sync == "gradients" else f"resume-{options.sync}", table, headline, options)
 
 
 if __name__ == "__main__":

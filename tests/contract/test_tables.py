@@ -159,29 +159,37 @@ def test_tasks_export_what_hugging_face_loads(name: str, task: Task, tmp_path: P
 
 @pytest.mark.parametrize("name", SYNCHRONISERS)
 def test_synchronisers_keep_replicas_equal(name: str) -> None:
+    """At the end; what they share is equal at any time, and they stop together."""
     factory = resolve(SYNCHRONISERS, name, "sync.name")
-    options = declared_options(factory)(name=name)
+    kind = declared_options(factory)
+    options = kind(name=name, **({"every": 2} if "every" in kind.model_fields else {}))
 
-    def replica(transport: ThreadTransport) -> list[torch.Tensor]:
+    def replica(transport: ThreadTransport) -> tuple[list[bool], list[torch.Tensor]]:
         module = TinyModel(TinyOptions(name="tiny", norm=True))
         sync = factory(ExactExchange(transport), options)
         sync.start(module)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        for step in range(7):
+        stops, shared = [], []
+        for step in range(9):
             x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step * 10 + transport.rank))
             sync.begin(5.0)
             sync.before_backward()
             loss = module(x).square().mean()
             loss.backward()
-            totals = sync.before_step(5 * loss.item(), stop=step == 3 and transport.rank == 1)
-            assert totals.stop == (step == 3)
+            stops.append(sync.before_step(5 * loss.item(), stop=step == 3 and transport.rank == 1).stop)
             optimizer.step()
             optimizer.zero_grad()
             sync.after_step()
-        sync.load_state_dict(sync.state_dict())
+            with sync.shared():
+                shared += [value.detach().clone() for value in module.parameters()]
+        sync.state_dict()
         sync.finish()
         assert sync.bytes_sent > 0
-        return [value.detach() for value in module.state_dict().values()]
+        return stops, [*shared, *(value.detach() for value in module.state_dict().values())]
 
-    first, *others = ThreadGroup(3).run(replica)
-    assert all(all(map(torch.equal, first, other)) for other in others)
+    (stops, first), *others = ThreadGroup(3).run(replica)
+    assert stops[:3] == [False] * 3
+    assert any(stops)
+    for stops_there, other in others:
+        assert stops_there == stops
+        assert all(map(torch.equal, first, other))

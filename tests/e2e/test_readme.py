@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 FEWER = {
     "digits": ["steps=6", "task.widths=[4]"],
     "mine:circle": ["steps=6"],
+    "shakespeare-co2": ["steps=9", "task.width=16", "evaluation.batch=64"],
     "shakespeare-cpu": ["steps=3", "task.width=16", "evaluation.batch=64"],
     "sst2-minilm": ["steps=2", "evaluation.batch=8"],
     "stdlib-lm": ["steps=3", "task.width=16", "task.valid=0.002", "task.block=32", "task.stride=32"],

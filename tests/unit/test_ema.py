@@ -105,6 +105,16 @@ def test_its_run_goes_on_to_the_bit_whether_or_not_it_is_evaluated(tmp_path: Pat
         torch.testing.assert_close(value, state(straight)[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("changes", "what"), [({"ema": 0.9}, "ema"), ({"optimizer": "schedulefree"}, "optimizer")])
+def test_workers_that_differ_have_no_average(changes: dict[str, Any], what: str) -> None:
+    base = {"kind": "train", "task": "raytrain.testing:tiny", "sync": "diloco"}
+    TrainRecipe.parse(base)
+    with pytest.raises(
+        RecipeError, match=rf"^recipe: sync.name: expected gradients with an average .*\({what}\), .*; got"
+    ):
+        TrainRecipe.parse({**base, **changes})
+
+
 def test_two_averages_are_one_too_many() -> None:
     with pytest.raises(RecipeError, match=r"^recipe: expected ema = 0, because schedulefree averages by itself; got 0"):
         schedulefree(ema=0.9)

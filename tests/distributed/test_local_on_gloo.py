@@ -1,0 +1,149 @@
+"""Local updates: threads, gloo processes and Ray workers train alike, and a killed run resumes to the bit."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain.checkpoint import listed, load
+from raytrain.kinds import Order
+from raytrain.recipe import merged
+from raytrain.rundir import rows
+from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo, train_with_threads
+from raytrain.train_recipe import TrainRecipe
+
+TINY = {
+    "kind": "train",
+    "task": {"name": "raytrain.testing:tiny", "norm": True},
+    "workers": 2,
+    "steps": 50,
+    "batch": 4,
+    "optimizer": {"lr": 0.02},
+    "schedule": {"warmup": 5},
+    "evaluation": {"every": 20},
+    "checkpoint": {"every": 10, "keep": 9},
+    "log": {"every": 1, "to": []},
+    "sync": {"name": "cocod", "every": 7, "timeout_seconds": 20},
+}
+METHODS = {
+    "local-sgd": {"name": "local-sgd"},
+    "slowmo": {"name": "slowmo"},
+    "diloco": {"name": "diloco"},
+    "cocod": {"name": "cocod"},
+    "late": {"name": "late", "delay": 3},
+    "late-int8": {"name": "late", "delay": 5, "codec": "int8", "buffers": "local"},
+    "late-bfloat16": {"name": "late", "delay": 0, "codec": "bfloat16"},
+    "co2": {"name": "co2"},
+}
+
+
+def recipe(**changes: Any) -> TrainRecipe:
+    return TrainRecipe.parse(merged(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return load(listed(folder / "checkpoints")[-1], 0)["model"]
+
+
+def equal(one: Path, other: Path) -> bool:
+    first, second = final(one), final(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
+
+
+def of(method: str, **changes: Any) -> TrainRecipe:
+    sync = {f"sync__{field}": value for field, value in METHODS[method].items()}
+    return recipe(**sync, **changes)
+
+
+@pytest.fixture(scope="module")
+def with_gloo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs of each method by gloo processes."""
+    folder = tmp_path_factory.mktemp("gloo")
+    assert train_each_with_gloo([(of(method), folder / method) for method in METHODS]) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_equal_gloo_processes_to_the_bit(tmp_path: Path, with_gloo: Path, method: str) -> None:
+    run = train_with_threads(of(method), tmp_path / "threads")
+    assert run.failure() is None
+    assert equal(tmp_path / "threads", with_gloo / method)
+    assert history(tmp_path / "threads") == history(with_gloo / method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns(tmp_path: Path, method: str) -> None:
+    train_with_threads(of(method, steps=150), tmp_path / "run")
+    losses = [row["valid"]["loss"] for row in history(tmp_path / "run") if "valid" in row]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def faulty(workplace: Path, *faults: str) -> dict[str, Any]:
+    plan = "".join(f".at({fault})" for fault in faults)
+    (workplace / "faults.py").write_text(
+        "from pathlib import Path\nfrom raytrain.testing import FaultPlan\n"
+        f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
+    )
+    return {"callbacks": ["faults:plan"]}
+
+
+@pytest.mark.parametrize("method", ["cocod", "late-int8"])
+def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_the_bit(
+    workplace: Path, with_gloo: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Checkpoints are taken in the middle of rounds too, with an exchange under way."""
+    monkeypatch.setenv("PYTHONPATH", str(workplace))
+    broken = of(method, **faulty(workplace, "1, 17, 'kill'", "0, 43, 'kill'"))
+    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST, -9]
+    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST]
+    assert train_with_gloo(broken, workplace / "broken") == [0, 0]
+    assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 10, 40]
+    assert equal(workplace / "broken", with_gloo / method)
+    assert history(workplace / "broken") == history(with_gloo / method)
+
+
+def test_a_worker_that_hangs_ends_the_attempt_in_time(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that waits for its message says so, and what waits longest is what was configured."""
+    monkeypatch.setenv("PYTHONPATH", str(workplace))
+    hung = of("late", **faulty(workplace, "1, 17, 'hang'"), sync__timeout_seconds=4)
+    began = time.monotonic()
+    statuses = train_with_gloo(hung, workplace / "hung")
+    assert statuses[0] == PEER_LOST
+    assert statuses[1] != 0
+    assert time.monotonic() - began < 150, "half of what it waits where nothing is configured"
+    assert "testing.py" in (workplace / "hung" / "hang-1.txt").read_text()
+
+
+def test_a_pace_from_measured_times_is_agreed_on_and_resumes(tmp_path: Path) -> None:
+    changes = {"sync__name": "late", "sync__every": "auto", "sync__codec": "int8"}
+    assert train_each_with_gloo(
+        [(recipe(steps=steps, **changes), tmp_path / "run") for steps in (30, 60)],
+    ) == [0, 0]
+    states = [load(listed(tmp_path / "run" / "checkpoints")[-1], rank)["sync"] for rank in range(2)]
+    paces = [(state["every"], state["delay"]) for state in states]
+    assert paces[0] == paces[1]
+    assert paces[0][0] >= paces[0][1] >= 1
+
+
+def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
+    train_with_threads(recipe(steps=20), tmp_path / "run")
+    run = train_here(recipe(workers=1), tmp_path / "run")
+    assert run.failure() is None
+    run = train_with_threads(recipe(workers=3, steps=70), tmp_path / "run")
+    assert run.failure() is None
+    assert listed(run.checkpoints)[-1].name == "step-00000070"
+
+
+def test_ray_workers_equal_gloo_processes_to_the_bit(ray_cluster: None, tmp_path: Path, with_gloo: Path) -> None:
+    from raytrain.launch import run
+
+    result = run(of("late-int8", resources__cpus=1), Order(tmp_path / "ray"))
+    assert equal(tmp_path / "ray", with_gloo / "late-int8")
+    assert history(tmp_path / "ray") == history(with_gloo / "late-int8")
+    assert result.bytes_sent > 0

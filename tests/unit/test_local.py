@@ -1,0 +1,400 @@
+"""The laws of local updates: replicas are threads, on a quadratic whose minimum differs from one to the next."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from raytrain.names import resolve
+from raytrain.recipe import declared_options
+from raytrain.sync.compressed import CODECS, CompressedExchange
+from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.gradients import GradientAveraging
+from raytrain.sync.local import LocalUpdates
+from raytrain.sync.outer import GapAware, OuterStep, Secant, stable_below
+from raytrain.sync.pace import Pace
+from raytrain.sync.synchroniser import SYNCHRONISERS
+from raytrain.sync.transport import LocalTransport
+from raytrain.testing import ThreadGroup, ThreadTransport
+
+WIDTH = 3
+
+
+class Quadratic(nn.Module):
+    """A point, and the loss |point - target|^2 / 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.point = nn.Parameter(torch.arange(float(WIDTH), dtype=torch.float64))
+
+    def forward(self, target: Tensor) -> Tensor:
+        return (self.point - target).square().sum() / 2
+
+
+Make = Callable[[ExactExchange], Any]
+
+
+def targets(seed: int, rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1000 + rank * 100 + step)
+    return torch.randn(WIDTH, generator=generator, dtype=torch.float64)
+
+
+def run(make: Make, members: int, steps: int, *, seed: int = 0, lr: float = 0.3, momentum: float = 0.0) -> list[Any]:
+    """Train replicas; return for each (its points after every step, its point at the end, the synchroniser)."""
+
+    def replica(transport: ThreadTransport) -> Any:
+        module = Quadratic()
+        optimizer = torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum)
+        sync = make(ExactExchange(transport))
+        sync.start(module)
+        points = []
+        for step in range(steps):
+            sync.begin(1.0)
+            sync.before_backward()
+            loss = module(targets(seed, transport.rank, step))
+            loss.backward()
+            sync.before_step(loss.item(), stop=False)
+            optimizer.step()
+            optimizer.zero_grad()
+            sync.after_step()
+            points.append(module.point.detach().clone())
+        sync.finish()
+        return points, module.point.detach().clone(), sync
+
+    return ThreadGroup(members).run(replica)
+
+
+def local(every: int, delay: int = 0, *, keep: bool = True, **outer: Any) -> Make:
+    return lambda exchange: LocalUpdates(exchange, OuterStep(**outer), Pace(every, delay), keep=keep)
+
+
+SETTINGS = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 13), st.integers(0, 99))
+
+
+@settings(max_examples=30)
+@given(SETTINGS, st.data())
+def test_replicas_are_equal_to_the_bit_afterwards(setting: tuple[int, int, int, int], data: st.DataObject) -> None:
+    members, every, steps, seed = setting
+    make = local(
+        every,
+        data.draw(st.integers(0, every)),
+        keep=data.draw(st.booleans()),
+        rate=data.draw(st.floats(0.1, 1.0)),
+        beta=data.draw(st.sampled_from([0.0, 0.5, 0.9])),
+        nesterov=data.draw(st.booleans()),
+        clip=data.draw(st.sampled_from([0.0, 0.1])),
+    )
+    (_, first, _), *others = run(make, members, steps, seed=seed)
+    for _, point, _ in others:
+        assert torch.equal(point, first)
+
+
+@settings(max_examples=20)
+@given(SETTINGS)
+def test_local_sgd_with_one_local_step_is_data_parallel_sgd(setting: tuple[int, int, int, int]) -> None:
+    members, _, steps, seed = setting
+    expected = run(lambda exchange: GradientAveraging(exchange, 0), members, steps, seed=seed)
+    for (points, _, _), (others, _, _) in zip(expected, run(local(1), members, steps, seed=seed), strict=True):
+        torch.testing.assert_close(points, others, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=20)
+@given(SETTINGS, st.sampled_from([0.0, 0.5]), st.booleans())
+def test_the_outer_step_is_torchs_sgd(setting: tuple[int, int, int, int], beta: float, nesterov: bool) -> None:
+    """On the mean of the differences, which are found here by local runs from the shared point."""
+    members, every, rounds, seed = setting
+    outer = {"rate": 0.7, "beta": beta, "nesterov": nesterov and beta > 0}
+    (points, _, _), *_ = run(local(every, **outer), members, every * rounds, seed=seed)
+    shared = nn.Parameter(Quadratic().point.detach().clone())
+    optimizer = torch.optim.SGD([shared], lr=0.7, momentum=beta, nesterov=outer["nesterov"])
+    for turn in range(rounds):
+        ends = []
+        for rank in range(members):
+            point = shared.detach().clone()
+            for step in range(turn * every, (turn + 1) * every):
+                point -= 0.3 * (point - targets(seed, rank, step))
+            ends.append(point)
+        shared.grad = shared.detach() - torch.stack(ends).mean(0)
+        optimizer.step()
+        torch.testing.assert_close(points[(turn + 1) * every - 1], shared.detach(), rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=20)
+@given(SETTINGS, st.sampled_from([0.0, 0.5]))
+def test_co2_without_delay_is_slowmo(setting: tuple[int, int, int, int], beta: float) -> None:
+    members, every, steps, seed = setting
+    one = run(local(every, 0, keep=False, beta=beta), members, steps, seed=seed)
+    other = run(local(every, 0, keep=True, beta=beta), members, steps, seed=seed)
+    for (points, last, _), (others, final, _) in zip(one, other, strict=True):
+        torch.testing.assert_close(points, others, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(last, final, rtol=1e-12, atol=1e-12)
+
+
+def co2_as_published(members: int, every: int, rounds: int, seed: int, beta: float, clip: float) -> Tensor:
+    """Return where the algorithm of the paper ends, written out for all replicas at once."""
+    shared = Quadratic().point.detach().clone()
+    momentum, last = torch.zeros_like(shared), None
+    for turn in range(rounds):
+        ends = []
+        for rank in range(members):
+            point = shared.clone()
+            for step in range(turn * every, (turn + 1) * every):
+                point -= 0.3 * (point - targets(seed, rank, step))
+            ends.append(point)
+        difference = shared - torch.stack(ends).mean(0)
+        if last is not None:
+            momentum = (beta * momentum + last).clamp(-clip, clip)
+            shared = shared - momentum
+        last = difference
+    return shared - (beta * momentum + last).clamp(-clip, clip)
+
+
+@settings(max_examples=20)
+@given(SETTINGS, st.sampled_from([0.0, 0.2]), st.sampled_from([0.05, 9.0]))
+def test_a_round_late_and_without_what_came_since_it_is_co2(
+    setting: tuple[int, int, int, int], beta: float, clip: float
+) -> None:
+    members, every, rounds, seed = setting
+    expected = co2_as_published(members, every, rounds, seed, beta, clip)
+    for _, point, _ in run(local(every, every, keep=False, beta=beta, clip=clip), members, every * rounds, seed=seed):
+        torch.testing.assert_close(point, expected, rtol=1e-9, atol=1e-11)
+
+
+def cocod_as_published(members: int, every: int, rounds: int, seed: int) -> list[Tensor]:
+    """Return where each replica is after its rounds: x_{t+1} = mean_j x_t^j + the own movement of round t."""
+    points = [Quadratic().point.detach().clone() for _ in range(members)]
+    for turn in range(rounds):
+        mean = torch.stack(points).mean(0)
+        for rank in range(members):
+            point = points[rank].clone()
+            for step in range(turn * every, (turn + 1) * every):
+                point -= 0.3 * (point - targets(seed, rank, step))
+            points[rank] = mean + (point - points[rank])
+    return points
+
+
+@settings(max_examples=20)
+@given(SETTINGS)
+def test_a_round_late_with_what_came_since_it_is_cocod(setting: tuple[int, int, int, int]) -> None:
+    members, every, rounds, seed = setting
+    expected = cocod_as_published(members, every, rounds, seed)
+    found = run(local(every, every), members, every * rounds, seed=seed)
+    for rank, (points, _, _) in enumerate(found):
+        torch.testing.assert_close(points[-1], expected[rank], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2, 0.5, 0.9])
+def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
+    """On a quadratic that local steps shrink by 1 - c: rate * c < 1 - beta with delay, < 2 (1 + beta) without."""
+
+    def last(rate: float, delay: int, *, nesterov: bool = False) -> float:
+        class Still(Quadratic):
+            def forward(self, target: Tensor) -> Tensor:
+                return self.point.square().sum() / 2
+
+        def replica(transport: ThreadTransport) -> float:
+            module = Still()
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+            sync = local(1, delay, keep=False, rate=rate, beta=beta, nesterov=nesterov)(ExactExchange(transport))
+            sync.start(module)
+            for _ in range(2000):
+                sync.begin(1.0)
+                module(torch.zeros(WIDTH)).backward()
+                sync.before_step(0.0, stop=False)
+                optimizer.step()
+                optimizer.zero_grad()
+                sync.after_step()
+                if not module.point.abs().max() < 1e6:
+                    break
+            return module.point.abs().max().item()
+
+        return ThreadGroup(1).run(replica)[0]
+
+    for delay, nesterov, expected in (
+        (1, False, 1 - beta),
+        (0, False, 2 * (1 + beta)),
+        (0, True, 2 * (1 + beta) / (1 + 2 * beta)),
+    ):
+        limit = stable_below(OuterStep(beta=beta, nesterov=nesterov), late=bool(delay))
+        assert limit == pytest.approx(expected)
+        assert last(0.8 * limit / 0.5, delay, nesterov=nesterov) < 1e-3
+        assert last(1.25 * limit / 0.5, delay, nesterov=nesterov) > 1e3
+
+
+@pytest.mark.parametrize(
+    ("sync", "warned"),
+    [
+        ({"name": "co2", "penalty": "none"}, "stable below 0.8 / c"),
+        ({"name": "co2", "penalty": "gap-aware", "momentum": 0.5}, "stable below 0.5 / c"),
+        ({"name": "co2", "penalty": "constant"}, ""),
+        ({"name": "co2"}, ""),
+        ({"name": "slowmo", "rate": 3.5}, "sync.rate = 3.5 can diverge"),
+        ({"name": "diloco", "rate": 1.4}, "stable below 1.36 / c"),
+        ({"name": "diloco"}, ""),
+        ({"name": "late", "rate": 3.0, "delay": 5}, ""),
+        ({"name": "late", "rate": 3.0, "delay": 0}, "can diverge"),
+    ],
+)
+def test_an_outer_step_that_may_diverge_is_told(
+    sync: dict[str, Any], warned: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    factory = resolve(SYNCHRONISERS, sync["name"], "sync.name")
+    caplog.set_level("WARNING")
+    factory(ExactExchange(LocalTransport()), declared_options(factory)(**sync))
+    assert [warned in message for message in caplog.messages] == ([True] if warned else [])
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 99),
+)
+def test_the_mean_of_a_round_is_over_the_samples_of_those_who_did_any(weights: list[list[int]], seed: int) -> None:
+    """Each list is of what a replica's four steps count: any of them, or all, may be 0."""
+
+    def replica(transport: ThreadTransport) -> tuple[Tensor, Tensor]:
+        module = Quadratic()
+        sync = local(4)(ExactExchange(transport))
+        sync.start(module)
+        for step, weight in enumerate(weights[transport.rank]):
+            sync.begin(float(weight))
+            sync.before_step(0.0, stop=False)
+            with torch.no_grad():
+                if weight:
+                    module.point += targets(seed, transport.rank, step)
+                own = module.point.detach().clone()
+            sync.after_step()
+        return own, module.point.detach().clone()
+
+    found = ThreadGroup(len(weights)).run(replica)
+    samples = torch.tensor([float(sum(own)) for own in weights], dtype=torch.float64)
+    ends = torch.stack([own for own, _ in found])
+    expected = samples @ ends / samples.sum() if samples.sum() else Quadratic().point.detach()
+    for _, point in found:
+        torch.testing.assert_close(point, expected)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("delay", [0, 3])
+def test_coded_differences_train_as_exact_ones_and_are_equal_on_all(codec: str, delay: int) -> None:
+    def make(exchange: ExactExchange) -> LocalUpdates:
+        return local(4, delay)(CompressedExchange(exchange.transport, resolve(CODECS, codec, "sync.codec")()))
+
+    expected = run(local(4, delay), 3, 80)
+    found = run(make, 3, 80)
+    for (_, one, _), (_, other, sync) in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.02)
+        assert torch.equal(other, found[0][1])
+        assert not torch.equal(one, other)
+        assert sync.bytes_sent > 0
+
+
+@pytest.mark.parametrize(
+    ("sync", "buffers"),
+    [
+        ({"name": "local-sgd"}, 3),
+        ({"name": "cocod"}, 3),
+        ({"name": "slowmo"}, 4),
+        ({"name": "diloco"}, 4),
+        ({"name": "late", "delay": 2}, 4),
+        ({"name": "co2", "penalty": "constant"}, 4),
+        ({"name": "co2", "penalty": "secant"}, 5),
+        ({"name": "late", "delay": 2, "codec": "int8"}, 4 + 1 + 1 / 2),
+    ],
+)
+def test_a_replica_keeps_as_many_buffers_as_the_readme_says(sync: dict[str, Any], buffers: float) -> None:
+    size = 64 * 1024
+    factory = resolve(SYNCHRONISERS, sync["name"], "sync.name")
+    options = declared_options(factory)(every=3, **sync)
+
+    def replica(transport: ThreadTransport) -> float:
+        module = nn.Linear(1024, 64, bias=False)
+        one = factory(ExactExchange(transport), options)
+        one.start(module)
+        for _ in range(10):
+            one.begin(1.0)
+            one.before_step(0.0, stop=False)
+            one.after_step()
+        one.finish()
+        return sum(tensor.numel() for tensor in kept(one, {module.weight.data_ptr()})) / size
+
+    for found in ThreadGroup(2).run(replica):
+        assert found == pytest.approx(buffers, abs=0.001)
+
+
+def kept(thing: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield each tensor that an object of ours holds, one for each piece of memory."""
+    for value in vars(thing).values():
+        if isinstance(value, Tensor):
+            if value.untyped_storage().data_ptr() not in seen:
+                seen.add(value.untyped_storage().data_ptr())
+                yield value
+        elif type(value).__module__.startswith("raytrain.sync") and id(value) not in seen:
+            seen.add(id(value))
+            yield from kept(value, seen)
+
+
+class Counting(Quadratic):
+    """Counts in a buffer what it saw, as a BatchNorm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_buffers_are_averaged_or_stay_local_until_the_end(shared: bool) -> None:
+    def replica(transport: ThreadTransport) -> list[float]:
+        module = Counting()
+        sync = LocalUpdates(ExactExchange(transport), OuterStep(), Pace(2, 0), keep=True, share_buffers=shared)
+        sync.start(module)
+        seen = []
+        for _ in range(5):
+            sync.begin(1.0)
+            module.seen += 1.0 + 2.0 * transport.rank
+            sync.before_step(0.0, stop=False)
+            sync.after_step()
+            seen.append(module.seen.item())
+        state = sync.state_dict()
+        assert [value.item() for value in state["buffers"]] == ([] if shared else [seen[-1]])
+        sync.finish()
+        return [*seen, module.seen.item()]
+
+    averaged = [[1, 4, 5, 8, 9, 10], [3, 4, 7, 8, 11, 10]]
+    apart = [[1, 2, 3, 4, 5, 10], [3, 6, 9, 12, 15, 10]]
+    assert ThreadGroup(2).run(replica) == (averaged if shared else apart)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("shrink", [0.05, 0.3, 0.9])
+def test_the_secant_finds_how_fast_local_rounds_shrink_and_keeps_the_delay_stable(beta: float, shrink: float) -> None:
+    """On a quadratic they shrink the error by 1 - c, whatever the momentum does."""
+    outer = OuterStep(beta=beta, penalty=(penalty := Secant()))
+    outer.begin(point := torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), None)
+    differences = [shrink * point]
+    for _ in range(400):
+        differences.append(shrink * point)  # made from here, and applied a round later
+        outer(differences.pop(0).clone())
+    assert penalty.curvature == pytest.approx(shrink, rel=1e-3)
+    assert point.abs().max() < 1e-2
+
+
+def test_the_gap_is_the_last_outer_step() -> None:
+    outer = OuterStep(rate=0.5, penalty=GapAware())
+    outer.begin(torch.zeros(2), None)
+    outer(torch.tensor([3.0, 4.0]))
+    assert outer.point.tolist() == [-1.5, -2.0]  # there was no step before: 1
+    outer(torch.tensor([0.0, 5.0]))
+    assert outer.point.tolist() == pytest.approx([-1.5, -2.0 - 0.5 * 5.0 / 1.5])  # the step was 0.5 * 5
+
+
+@settings(max_examples=20)
+@given(SETTINGS, st.floats(0.01, 0.5))
+def test_the_momentum_is_never_longer_than_the_clip(setting: tuple[int, int, int, int], clip: float) -> None:
+    members, every, steps, seed = setting
+    for _, _, sync in run(local(every, beta=0.9, clip=clip), members, steps, seed=seed):
+        assert sync._outer.momentum.abs().max() <= clip

@@ -1,0 +1,46 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytrain.sync import pace as pace_module
+from raytrain.sync.pace import LONGEST, SHARE, SLACK, Clock, Pace
+
+SECONDS = st.floats(1e-3, 10.0)
+
+
+@given(SECONDS, SECONDS, st.floats(0.0, 10.0))
+def test_a_round_is_as_short_as_hides_the_exchange_and_bears_its_cost(
+    step: float, exchange: float, cost: float
+) -> None:
+    pace = Pace("auto", "auto")
+    pace.learn(step, exchange, cost)
+    enough = max(SLACK * exchange / step, cost / (SHARE * step))
+    assert pace.every == min(LONGEST, max(1, math.ceil(enough)))
+    assert pace.delay == min(pace.every, math.ceil(SLACK * exchange / step))
+
+
+@given(SECONDS, SECONDS, SECONDS, st.integers(1, 50), st.data())
+def test_what_is_given_stays(step: float, exchange: float, cost: float, every: int, data: st.DataObject) -> None:
+    delay = data.draw(st.integers(0, every))
+    for pace in (Pace(every, delay), Pace("auto", delay), Pace(every, "auto")):
+        fixed = pace.is_fixed
+        pace.learn(step, exchange, cost)
+        pace.learn(0.0, exchange, cost)  # nothing was measured
+        assert 0 <= pace.delay <= pace.every
+        assert not fixed or (pace.every, pace.delay) == (every, delay)
+
+
+def test_a_clock_tells_steps_from_waiting_and_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, worked = [100.0], [7.0]
+    monkeypatch.setattr(pace_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pace_module, "_worked", lambda: worked[0])
+    clock = Clock()
+    now[0] += 0.25
+    worked[0] += 0.5
+    clock.pack(0.05)
+    assert clock.lap(2, waited=0.1) == pytest.approx([0.05, 0.0, 0.55])
+    clock.exchange_seconds = 0.3
+    now[0] += 0.1
+    assert clock.lap(1, waited=0.1) == pytest.approx([0.1, 0.3, 0.0])
