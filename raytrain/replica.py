@@ -104,7 +104,7 @@ def state_of(replica: Replica) -> dict[str, Any]:
     own: dict[str, Any] = {"sync": replica.sync.state_dict()}
     if replica.sync.apart:
         own["optimizer"] = {"name": replica.options.name, **optimizer}
-    if replica.rank > 0:
+    if replica.rank > 0 and not replica.shards:  # with shards, all of them take part in putting these together
         return own
     whole = replica.shards.whole if replica.shards else _as_it_is
     average = replica.ema.state_dict() if replica.ema else {}
@@ -118,7 +118,7 @@ def state_of(replica: Replica) -> dict[str, Any]:
         "optimizer": {"name": replica.options.name, **optimizer, "state": _entries(optimizer["state"], whole)},
         "ema": {name: whole(name, tensor) for name, tensor in average.items()},
     }
-    return {**own, **shared}
+    return {**own, **shared} if replica.rank == 0 else own
 
 
 def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, averaged: bool = False) -> None:
