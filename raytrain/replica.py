@@ -172,7 +172,8 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
             f"{replica.options.name}; set optimizer.name={shared['optimizer']['name']} to continue"
         )
     cut = replica.shards.cut if replica.shards else _as_it_is
-    saved = own["optimizer"] if own is not None and "optimizer" in own else shared["optimizer"]
+    apart = replica.sync.apart and own is not None and "optimizer" in own
+    saved = own["optimizer"] if own is not None and apart else shared["optimizer"]
     optimizer = {**saved, "state": _entries(saved["state"], cut)}
     load_state_by_name(replica.optimizer, replica.parts, optimizer, replica.options)
     if replica.ema:

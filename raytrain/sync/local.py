@@ -201,6 +201,8 @@ class LocalUpdates:
         self._pace = pace
         self._keep = keep
         self._share_buffers = share_buffers
+        codec = exchange.codec if isinstance(exchange, CompressedExchange) else None
+        self._form = f"{keep} {share_buffers} {type(outer.penalty).__name__} {type(codec).__name__}"
         self._clock = Clock()
         self._due = 0  # steps of the next round after which the mean is applied
         self._pending: Pending | None = None
@@ -301,12 +303,12 @@ class LocalUpdates:
             self._pending = Arrived(self._send)
         self._gather_into(here := self._begun.new_empty(size))
         return {
+            "form": self._form,
             "steps": self._steps,
             "samples": self._samples,
             "due": self._due,
             "every": self._pace.every,
             "delay": self._pace.delay,
-            "stop": self._stop,
             "here": here,
             "begun": self._begun,
             "mean": mean,
@@ -316,9 +318,13 @@ class LocalUpdates:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None, first: Mapping[str, Any]) -> None:
-        """Take where this replica was; among more or fewer replicas it begins a round at the shared point."""
-        self._loaded = state
-        self._before = first["outer"]
+        """Take where this replica was.
+
+        Among more or fewer replicas, or where the run was kept together in another form, it begins a round at the
+        shared point.
+        """
+        if first.get("form") == self._form:
+            self._loaded, self._before = state, first["outer"]
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         self._steps, self._samples, self._due = state["steps"], state["samples"], state["due"]

@@ -1,5 +1,6 @@
 """Local updates: threads, gloo processes and Ray workers train alike, and a killed run resumes to the bit."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,37 @@ def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
     run = train_with_threads(recipe(workers=3, steps=70), tmp_path / "run")
     assert run.failure() is None
     assert listed(run.checkpoints)[-1].name == "step-00000070"
+
+
+@pytest.mark.parametrize("before", ["gradients", "cocod", "co2", "late-int8"])
+@pytest.mark.parametrize("after", ["gradients", "late", "co2", "late-int8"])
+def test_a_run_goes_on_in_another_form_from_the_shared_point(tmp_path: Path, before: str, after: str) -> None:
+    forms = {**METHODS, "gradients": {"name": "gradients", "every": None}}
+
+    def way(name: str, steps: int) -> TrainRecipe:
+        sync = {key: value for key, value in {"every": 7, **forms[name]}.items() if value is not None}
+        return TrainRecipe.parse({**merged(TINY, {"steps": steps}), "sync": sync})
+
+    assert train_with_threads(way(before, 20), tmp_path / "run").failure() is None
+    run = train_with_threads(way(after, 45), tmp_path / "run")
+    assert run.failure() is None
+    ends = [load(listed(run.checkpoints)[-1], rank) for rank in range(2)]
+    assert listed(run.checkpoints)[-1].name == "step-00000045"
+    assert ("optimizer" in ends[1]) == (after != "gradients")
+
+
+def test_gradient_averaging_goes_on_with_one_optimizer_for_all(tmp_path: Path) -> None:
+    """Local updates leave each worker one of its own; the first one's is that of all, as it is that of one alone."""
+    changes = {"task__norm": False, "precision": "float64"}
+    train_with_threads(recipe(steps=20, **changes), tmp_path / "run")
+    for folder in ("two", "one"):
+        shutil.copytree(tmp_path / "run", tmp_path / folder)
+    plain = {**recipe(steps=40, **changes).plain(), "sync": {"name": "gradients"}}
+    train_with_threads(TrainRecipe.parse(plain), tmp_path / "two")
+    train_here(TrainRecipe.parse({**plain, "workers": 1, "batch": 8}), tmp_path / "one")
+    one, two = final(tmp_path / "one"), final(tmp_path / "two")
+    for name in (name for name in one if name.startswith("out")):
+        torch.testing.assert_close(one[name], two[name], rtol=1e-9, atol=1e-9)
 
 
 def test_ray_workers_equal_gloo_processes_to_the_bit(ray_cluster: None, tmp_path: Path, with_gloo: Path) -> None:
