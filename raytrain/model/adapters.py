@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -65,6 +66,8 @@ class AdapterOptions(Options):
 
     @model_validator(mode="after")
     def _accepted(self) -> Self:
+        if (rank := getattr(self, "r", 0)) < 0:
+            raise ValueError(f"expected adapter.r of 0 or more; got {rank}")
         try:
             self.configuration()
         except (TypeError, ValueError) as error:
@@ -131,8 +134,8 @@ def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[st
     torch.manual_seed(seed)
     try:
         inject_adapter_in_model(config, module)
-    # Where an option, or a layer's kind or shape, does not suit an adapter; peft has no type of its own for that.
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+    # What peft raises for sizes, layers and patterns that do not suit; all else is a fault, and not the recipe's.
+    except (TypeError, ValueError, ZeroDivisionError, re.error) as error:
         raise RecipeError(f"adapter: {options.name} does not fit the model: {error}") from error
     for parameter in trained:
         parameter.requires_grad_(True)

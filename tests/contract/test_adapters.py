@@ -164,6 +164,14 @@ def test_another_model_beneath_an_adapter_is_noticed(tmp_path: Path) -> None:
             {"r": 0},
             r"adapter: lora does not fit the model: `r` should be a positive integer value",
         ),
+        pytest.param(
+            {"name": "randlora", "r": 0},
+            r"adapter: randlora does not fit the model: division by zero",
+            marks=pytest.mark.filterwarnings("ignore:Initializing zero-element"),
+        ),
+        ({"name": "randlora", "r": -1}, r"adapter: expected adapter.r of 0 or more; got -1"),
+        ({"target_modules": "[("}, r"adapter: lora does not fit the model: unterminated character set"),
+        ({"target_modules": ["norm"]}, r"adapter: lora does not fit the model: Target module LayerNorm.* is not suppo"),
         ({"rank": 4}, r"adapter.rank: no such field; known: .*, r, rank_pattern"),
         ({"name": "lorra"}, r"adapter.name: no such name 'lorra'; did you mean lora"),
         ({"target_modules": ["query"]}, r"adapter: lora does not fit the model: .*query.* not found in the base model"),
@@ -174,6 +182,15 @@ def test_errors_say_what_does_not_fit(change: dict[str, Any], message: str) -> N
     section = {"name": "lora", **change}
     with pytest.raises(RecipeError, match=message):
         adapt(model(0), TrainRecipe.parse({"kind": "train", "task": "digits", "adapter": section}).adapter, 0)
+
+
+def test_a_fault_that_is_not_the_recipes_is_not_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("the GPU is full")
+
+    monkeypatch.setattr("peft.inject_adapter_in_model", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="^the GPU is full$"):
+        adapt(model(0), chosen("lora"), 0)
 
 
 def test_a_model_without_blocks_must_name_its_layers() -> None:
