@@ -74,13 +74,16 @@ class LateOptions(LocalOptions):
         every: steps in a round; "auto": as few as hide the exchange, and keep its processor time below 3 % of theirs.
         delay: steps from sending to applying, at most `every`; "auto": as few as hide the exchange.
         rate: of the outer step.
-        momentum: of the outer step, by Nesterov; default: 0.8 at once, down to 0.5 a round late.
+        momentum: of the outer step, by Nesterov; default: 1 - 1 / sqrt(workers).
+        pull: how far a replica comes from where it was when it sent to the shared point; default: 1, all the way, at
+            once, down to 1/2 a round late.
     """
 
     every: Annotated[int, Field(ge=1)] | Literal["auto"] = 12  # type: ignore[assignment]
     delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    rate: float = Field(0.6, gt=0)
+    rate: float = Field(1.0, gt=0)
     momentum: float | None = Field(None, ge=0, lt=1)
+    pull: float | None = Field(None, gt=0, le=1)
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -130,10 +133,21 @@ def cocod(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
 
 
 def late(exchange: Exchange, options: LateOptions) -> "LocalUpdates":
-    """Return DiLoCo whose outer step comes some steps late, so that the exchange hides behind them."""
+    """Return DiLoCo whose outer step comes some steps late, so that the exchange hides behind them.
+
+    By default the outer step amplifies lasting movements by 1 / (1 - momentum) = sqrt(workers): where gradients are
+    mostly noise, Adam divides those of a replica alone by that much more than their mean over the replicas.
+
+    A replica is not pulled all the way to the shared point (after Overlap-Local-SGD, Wang et al. 2020): the d steps
+    since it sent have undone part of the distance that it had then, and taking that out again would put it on the other
+    side. Where a step leaves a share q of a distance, a round leaves (q^d - pull) q^(tau - d) of it. With
+    pull = 1 - (d / tau)^2 / 2 that is at most a half, whatever q; with 1, a round late, it is -1 where q is 0, and
+    distances never shrink.
+    """
     pace = Pace(options.every, options.delay)
-    momentum = (lambda: 0.8 - 0.3 * pace.delay / pace.every) if options.momentum is None else options.momentum
-    return _made(exchange, options, OuterStep(rate=options.rate, beta=momentum, nesterov=True), pace)
+    momentum = 1 - len(exchange.transport.members) ** -0.5 if options.momentum is None else options.momentum
+    outer = OuterStep(rate=options.rate, beta=momentum, nesterov=True)
+    return _made(exchange, options, outer, pace, pull=options.pull)
 
 
 def co2(exchange: Exchange, options: Co2Options) -> "LocalUpdates":
@@ -144,13 +158,19 @@ def co2(exchange: Exchange, options: Co2Options) -> "LocalUpdates":
 
 
 def _made(
-    exchange: Exchange, options: LocalOptions, outer: OuterStep, pace: Pace, *, keep: bool = True
+    exchange: Exchange,
+    options: LocalOptions,
+    outer: OuterStep,
+    pace: Pace,
+    *,
+    keep: bool = True,
+    pull: float | None = 1.0,
 ) -> "LocalUpdates":
     if options.codec is not None:
         exchange = CompressedExchange(exchange.transport, resolve(CODECS, options.codec, "sync.codec")())
     if exchange.transport.rank == 0:
         _warn(outer, pace, keep=keep)
-    return LocalUpdates(exchange, outer, pace, keep=keep, share_buffers=options.buffers == "mean")
+    return LocalUpdates(exchange, outer, pace, keep=keep, pull=pull, share_buffers=options.buffers == "mean")
 
 
 def _warn(outer: OuterStep, pace: Pace, *, keep: bool) -> None:
@@ -174,24 +194,32 @@ class LocalUpdates:
     """Exchange how far each replica got every so many steps, and apply the mean some steps later.
 
     At a round's end a replica sends the difference between where its round began and where it is, notes where that is,
-    and goes on. When the mean is due, the shared point X takes an outer step, and the replica continues from
-    X + (where it is - where it was when it sent): its movement meanwhile is kept, and becomes part of its next
-    difference. With delay 0 that is DiLoCo, SlowMo or local SGD, by the outer step; with a delay of a whole round and
-    no momentum CoCoD-SGD (Shen et al. 2019). Without `keep` a replica goes on from X when it has sent, and what it did
-    comes back with the mean only: a round late, that is CO2 (Sun et al. 2024).
+    and goes on. When the mean is due, the shared point X takes an outer step, and the replica moves by pull * (X -
+    where it was when it sent): its movement meanwhile is kept, and becomes part of its next difference. With delay 0
+    and pull 1 that is DiLoCo, SlowMo or local SGD, by the outer step; with a delay of a whole round and no momentum
+    CoCoD-SGD (Shen et al. 2019). Without `keep` a replica goes on from X when it has sent, and what it did comes back
+    with the mean only: a round late, that is CO2 (Sun et al. 2024).
 
     Args:
         exchange: the replicas.
         outer: the outer step.
         pace: steps in a round, and from sending to applying.
         keep: whether a replica goes on from where it is.
+        pull: how far it comes to X when the mean arrives, 1: all the way; None: as `Pace.pull` says.
         share_buffers: whether buffers are averaged too, and not only at the end.
     """
 
     apart = True
 
     def __init__(
-        self, exchange: Exchange, outer: OuterStep, pace: Pace, *, keep: bool, share_buffers: bool = True
+        self,
+        exchange: Exchange,
+        outer: OuterStep,
+        pace: Pace,
+        *,
+        keep: bool,
+        pull: float | None = 1.0,
+        share_buffers: bool = True,
     ) -> None:
         self.bytes_sent = 0
         self.waited_seconds = 0.0
@@ -200,6 +228,7 @@ class LocalUpdates:
         self._outer = outer
         self._pace = pace
         self._keep = keep
+        self._pull = pull
         self._share_buffers = share_buffers
         codec = exchange.codec if isinstance(exchange, CompressedExchange) else None
         self._form = f"{keep} {share_buffers} {type(outer.penalty).__name__} {type(codec).__name__}"
@@ -362,9 +391,10 @@ class LocalUpdates:
         self._point[self._stepped :].sub_(mean[self._stepped :])
         here = mean  # which is used up
         self._gather()
-        here.sub_(self._begun).add_(self._point)
+        here.sub_(self._begun)
+        self._begun.lerp_(self._point, self._pace.pull() if self._pull is None else self._pull)
+        here.add_(self._begun)
         torch._foreach_copy_(self._live, self._views)
-        self._begun.copy_(self._point)
 
     def _receive(self, pending: Pending) -> Tensor:
         """Wait for the mean, shape (n,)."""

@@ -1,6 +1,5 @@
 """The outer step: how the point that all replicas share moves by the mean of what each of them did on its own."""
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +24,7 @@ class OuterStep:
 
     Args:
         rate: of the step.
-        beta: how much of the momentum stays; or a function that says so before each step.
+        beta: how much of the momentum stays.
         nesterov: which of the two.
         clip: the largest element of the momentum; 0: any.
         penalty: finds L from what every replica holds, so that they do not part; None: 1.
@@ -39,7 +38,7 @@ class OuterStep:
         self,
         *,
         rate: float = 1.0,
-        beta: float | Callable[[], float] = 0.0,
+        beta: float = 0.0,
         nesterov: bool = False,
         clip: float = 0.0,
         penalty: "Penalty | None" = None,
@@ -47,15 +46,10 @@ class OuterStep:
         self.rate = rate
         self.nesterov = nesterov
         self.clip = clip
-        self._beta = beta
+        self.beta = beta
         self.penalty: Penalty = penalty or NoPenalty()
         self.point = torch.zeros(0)
         self.momentum: Tensor | None = None
-
-    @property
-    def beta(self) -> float:
-        """How much of the momentum stays."""
-        return self._beta() if callable(self._beta) else self._beta
 
     @property
     def last(self) -> Tensor:

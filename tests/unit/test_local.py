@@ -68,8 +68,8 @@ def run(make: Make, members: int, steps: int, *, seed: int = 0, lr: float = 0.3,
     return ThreadGroup(members).run(replica)
 
 
-def local(every: int, delay: int = 0, *, keep: bool = True, **outer: Any) -> Make:
-    return lambda exchange: LocalUpdates(exchange, OuterStep(**outer), Pace(every, delay), keep=keep)
+def local(every: int, delay: int = 0, *, keep: bool = True, pull: float = 1.0, **outer: Any) -> Make:
+    return lambda exchange: LocalUpdates(exchange, OuterStep(**outer), Pace(every, delay), keep=keep, pull=pull)
 
 
 SETTINGS = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 13), st.integers(0, 99))
@@ -164,8 +164,11 @@ def test_a_round_late_and_without_what_came_since_it_is_co2(
         torch.testing.assert_close(point, expected, rtol=1e-9, atol=1e-11)
 
 
-def cocod_as_published(members: int, every: int, rounds: int, seed: int) -> list[Tensor]:
-    """Return where each replica is after its rounds: x_{t+1} = mean_j x_t^j + the own movement of round t."""
+def cocod_as_published(members: int, every: int, rounds: int, seed: int, pull: float = 1.0) -> list[Tensor]:
+    """Return where each replica is after its rounds: x_{t+1} = mean_j x_t^j + the own movement of round t.
+
+    With `pull` as in Overlap-Local-SGD: x_{t+1} = x_t + pull * (mean_j x_t^j - x_t) + the own movement of round t.
+    """
     points = [Quadratic().point.detach().clone() for _ in range(members)]
     for turn in range(rounds):
         mean = torch.stack(points).mean(0)
@@ -173,18 +176,35 @@ def cocod_as_published(members: int, every: int, rounds: int, seed: int) -> list
             point = points[rank].clone()
             for step in range(turn * every, (turn + 1) * every):
                 point -= 0.3 * (point - targets(seed, rank, step))
-            points[rank] = mean + (point - points[rank])
+            points[rank] = point + pull * (mean - points[rank])
     return points
 
 
 @settings(max_examples=20)
-@given(SETTINGS)
-def test_a_round_late_with_what_came_since_it_is_cocod(setting: tuple[int, int, int, int]) -> None:
+@given(SETTINGS, st.sampled_from([1.0, 0.4]))
+def test_a_round_late_with_what_came_since_it_is_cocod_and_overlap_local_sgd(
+    setting: tuple[int, int, int, int], pull: float
+) -> None:
     members, every, rounds, seed = setting
-    expected = cocod_as_published(members, every, rounds, seed)
-    found = run(local(every, every), members, every * rounds, seed=seed)
+    expected = cocod_as_published(members, every, rounds, seed, pull)
+    found = run(local(every, every, pull=pull), members, every * rounds, seed=seed)
     for rank, (points, _, _) in enumerate(found):
         torch.testing.assert_close(points[-1], expected[rank], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("pull", [1.0, 0.5])
+def test_a_pull_keeps_replicas_together_where_steps_forget_the_distance(pull: float) -> None:
+    """With lr 1 a step forgets where it began, so that a round late -pull times the distance is left after a round."""
+    rounds = 5
+
+    def strays(seed: int) -> Tensor:
+        found = run(local(4, 4, pull=pull), 4, 4 * rounds, seed=seed, lr=1.0)
+        points = torch.stack([points[-1] for points, _, _ in found])
+        return (points - points.mean(0)).square().mean()
+
+    alone = 1 - 1 / 4  # the variance of four targets around their own mean
+    found = torch.stack([strays(seed) for seed in range(100)]).mean().item()
+    assert found == pytest.approx(alone * sum(pull ** (2 * age) for age in range(rounds)), rel=0.15)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2, 0.5, 0.9])
