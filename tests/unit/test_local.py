@@ -14,7 +14,7 @@ from raytrain.recipe import declared_options
 from raytrain.sync.compressed import CODECS, CompressedExchange
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.gradients import GradientAveraging
-from raytrain.sync.local import LocalUpdates
+from raytrain.sync.local import LateOptions, LocalUpdates, late
 from raytrain.sync.outer import GapAware, OuterStep, Secant, stable_below
 from raytrain.sync.pace import Pace
 from raytrain.sync.synchroniser import SYNCHRONISERS
@@ -190,6 +190,15 @@ def test_a_round_late_with_what_came_since_it_is_cocod_and_overlap_local_sgd(
     found = run(local(every, every, pull=pull), members, every * rounds, seed=seed)
     for rank, (points, _, _) in enumerate(found):
         torch.testing.assert_close(points[-1], expected[rank], rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 5), st.integers(1, 20), st.integers(0, 99), st.data())
+def test_late_with_one_worker_is_plain_training(every: int, steps: int, seed: int, data: st.DataObject) -> None:
+    options = LateOptions(every=every, delay=data.draw(st.integers(0, every)))
+    [(points, point, _)] = run(lambda exchange: late(exchange, options), 1, steps, seed=seed)
+    [(expected, _, _)] = run(lambda exchange: GradientAveraging(exchange, 0), 1, steps, seed=seed)
+    torch.testing.assert_close(torch.stack([*points, point]), torch.stack([*expected, expected[-1]]))
 
 
 @pytest.mark.parametrize("pull", [1.0, 0.5])
