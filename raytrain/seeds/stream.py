@@ -21,12 +21,9 @@ Changing anything of this makes every seed mean something else: tests/golden hol
 """
 
 import hashlib
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-Mode = Literal["rademacher", "gaussian"]
 
 SIGNS_PER_BLOCK = 128
 NORMALS_PER_BLOCK = 4

@@ -22,6 +22,9 @@ from raytrain.sync.transport import Arrived, Pending
 NUMBERS = 4
 """What travels with the differences: a wish to stop, and what a step and an exchange take."""
 
+MOST_MOMENTUM = 0.8
+"""By default, of an outer step that may come a round late."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -74,7 +77,7 @@ class LateOptions(LocalOptions):
         every: steps in a round; "auto": as few as hide the exchange, and keep its processor time below 3 % of theirs.
         delay: steps from sending to applying, at most `every`; "auto": as few as hide the exchange.
         rate: of the outer step.
-        momentum: of the outer step, by Nesterov; default: 1 - 1 / sqrt(workers).
+        momentum: of the outer step, by Nesterov; default: 1 - 1 / sqrt(workers), at most 0.8.
         pull: how far a replica comes from where it was when it sent to the shared point; default: 1, all the way, at
             once, down to 1/2 a round late.
     """
@@ -136,7 +139,8 @@ def late(exchange: Exchange, options: LateOptions) -> "LocalUpdates":
     """Return DiLoCo whose outer step comes some steps late, so that the exchange hides behind them.
 
     By default the outer step amplifies lasting movements by 1 / (1 - momentum) = sqrt(workers): where gradients are
-    mostly noise, Adam divides those of a replica alone by that much more than their mean over the replicas.
+    mostly noise, Adam divides those of a replica alone by that much more than their mean over the replicas. With more
+    than 25 of them it stays at 5, because a round late a momentum of 0.9 diverges on a quadratic.
 
     A replica is not pulled all the way to the shared point (after Overlap-Local-SGD, Wang et al. 2020): the d steps
     since it sent have undone part of the distance that it had then, and taking that out again would put it on the other
@@ -145,7 +149,8 @@ def late(exchange: Exchange, options: LateOptions) -> "LocalUpdates":
     distances never shrink.
     """
     pace = Pace(options.every, options.delay)
-    momentum = 1 - len(exchange.transport.members) ** -0.5 if options.momentum is None else options.momentum
+    usual = min(1 - len(exchange.transport.members) ** -0.5, MOST_MOMENTUM)
+    momentum = usual if options.momentum is None else options.momentum
     outer = OuterStep(rate=options.rate, beta=momentum, nesterov=True)
     return _made(exchange, options, outer, pace, pull=options.pull)
 
@@ -392,7 +397,7 @@ class LocalUpdates:
         here = mean  # which is used up
         self._gather()
         here.sub_(self._begun)
-        self._begun.lerp_(self._point, self._pace.pull() if self._pull is None else self._pull)
+        self._begun.lerp_(self._point, self._pace.pull(self._due) if self._pull is None else self._pull)
         here.add_(self._begun)
         torch._foreach_copy_(self._live, self._views)
 

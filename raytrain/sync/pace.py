@@ -44,9 +44,13 @@ class Pace:
         """Whether nothing that is measured changes anything."""
         return "auto" not in self._fixed
 
-    def pull(self) -> float:
-        """Return how far to pull a replica so that of any distance at most a half is left after a round."""
-        return 1.0 - (self.delay / self.every) ** 2 / 2
+    def pull(self, delay: int) -> float:
+        """Return how far to pull a replica so that of any distance at most a half is left after a round.
+
+        Args:
+            delay: steps from sending to applying, as it was when this was sent.
+        """
+        return 1.0 - min(delay / self.every, 1.0) ** 2 / 2
 
     def go_on(self, every: int, delay: int) -> None:
         """Go on from where a run was, unless it is given."""

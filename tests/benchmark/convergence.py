@@ -4,10 +4,10 @@
 
 Four workers take equal samples, in 1,920 steps (40 rounds of 48): a GPT of 0.1M parameters on tinyshakespeare, with the
 optimizer, the schedule and, on each worker, the batch of `shakespeare-co2`, and the digits CNN with SGD and momentum,
-batches of 8. Rounds of tau = 4, 12 and 48 steps;
-averaged gradients and the default method have seeds 0 to 4, the others 0 and 1. Gaps are means over seeds of (method -
-gradients) with the same seed, with the half-width of the 95 % interval by Student's t. Workers are gloo processes;
-`--runs` keeps what was done already. With `--quick`: 96 steps, one seed.
+batches of 8. Rounds of tau = 4, 12 and 48 steps; averaged gradients and the default method have seeds 0 to 4, the
+others 0 and 1. Gaps are means over seeds of (method - gradients) with the same seed, with the half-width of the 95 %
+interval by Student's t. Workers are gloo processes; `--runs` keeps what was done already. With `--quick`: 96 steps, one
+seed.
 """
 
 import json

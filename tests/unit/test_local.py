@@ -14,7 +14,7 @@ from raytrain.recipe import declared_options
 from raytrain.sync.compressed import CODECS, CompressedExchange
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.gradients import GradientAveraging
-from raytrain.sync.local import LateOptions, LocalUpdates, late
+from raytrain.sync.local import MOST_MOMENTUM, LateOptions, LocalUpdates, late
 from raytrain.sync.outer import GapAware, OuterStep, Secant, stable_below
 from raytrain.sync.pace import Pace
 from raytrain.sync.synchroniser import SYNCHRONISERS
@@ -199,6 +199,70 @@ def test_late_with_one_worker_is_plain_training(every: int, steps: int, seed: in
     [(points, point, _)] = run(lambda exchange: late(exchange, options), 1, steps, seed=seed)
     [(expected, _, _)] = run(lambda exchange: GradientAveraging(exchange, 0), 1, steps, seed=seed)
     torch.testing.assert_close(torch.stack([*points, point]), torch.stack([*expected, expected[-1]]))
+
+
+def late_as_described(members: int, every: int, delay: int, rounds: int, seed: int) -> list[Tensor]:
+    """Return where each replica is after its rounds and `delay` steps more, written out for all replicas at once."""
+    pull, beta = 1 - (delay / every) ** 2 / 2, 1 - members**-0.5
+    begun = Quadratic().point.detach().clone()
+    points, shared, momentum = [begun.clone() for _ in range(members)], begun.clone(), torch.zeros_like(begun)
+    moved, sent = [torch.zeros_like(begun) for _ in range(members)], None
+    for step in range(every * rounds + delay):
+        for rank in range(members):
+            by = -0.3 * (points[rank] - targets(seed, rank, step))
+            points[rank], moved[rank] = points[rank] + by, moved[rank] + by
+        if step % every == (delay - 1) % every and sent is not None:
+            difference, places = sent
+            momentum = beta * momentum + difference
+            shared = shared - (difference + beta * momentum)
+            points = [point + pull * (shared - place) for point, place in zip(points, places, strict=True)]
+            sent = None
+        if step % every == every - 1:
+            sent = (-torch.stack(moved).mean(0), list(points))
+            moved = [torch.zeros_like(begun) for _ in range(members)]
+    return points
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99), st.data())
+def test_a_late_mean_moves_the_shared_point_and_pulls_the_replicas(
+    members: int, every: int, rounds: int, seed: int, data: st.DataObject
+) -> None:
+    delay = data.draw(st.integers(1, every))
+    options = LateOptions(every=every, delay=delay)
+    expected = late_as_described(members, every, delay, rounds, seed)
+    found = run(lambda exchange: late(exchange, options), members, every * rounds + delay, seed=seed)
+    for rank, (points, _, _) in enumerate(found):
+        torch.testing.assert_close(points[-1], expected[rank], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("lr", [0.03, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("delay", [0, 3, 6])
+def test_the_largest_momentum_by_default_is_stable_however_late(lr: float, delay: int) -> None:
+    """On a quadratic; 0.97 is the one of 1,000 workers without a limit, and diverges a round late."""
+
+    def distance(beta: float) -> float:
+        def replica(transport: ThreadTransport) -> float:
+            module = Quadratic()
+            optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+            outer = OuterStep(beta=beta, nesterov=True)
+            sync = LocalUpdates(ExactExchange(transport), outer, Pace(6, delay), keep=True, pull=None)
+            sync.start(module)
+            for _ in range(6 * 200):
+                sync.begin(1.0)
+                module(torch.zeros(WIDTH)).backward()
+                sync.before_step(0.0, stop=False)
+                optimizer.step()
+                optimizer.zero_grad()
+                sync.after_step()
+            sync.finish()
+            return module.point.abs().max().item()
+
+        return ThreadGroup(1).run(replica)[0]
+
+    assert distance(MOST_MOMENTUM) < 0.01
+    if (lr, delay) == (0.1, 6):
+        assert distance(0.97) > 10
 
 
 @pytest.mark.parametrize("pull", [1.0, 0.5])

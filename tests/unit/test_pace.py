@@ -36,7 +36,7 @@ def test_what_is_given_stays(step: float, exchange: float, cost: float, every: i
 def test_of_any_distance_at_most_a_half_is_left_after_a_round(every: int, kept: float, data: st.DataObject) -> None:
     """`kept` is what a step leaves of it; at once nothing is left, for a replica goes on from the shared point."""
     delay = data.draw(st.integers(0, every))
-    pull = Pace(every, delay).pull()
+    pull = Pace(every, delay).pull(delay)
     assert 0.5 <= pull <= 1.0
     assert abs((kept**delay - pull) * kept ** (every - delay)) <= 0.5 + 1e-12
     assert delay or pull == 1.0
