@@ -1,6 +1,5 @@
 """A replica: one copy of what is trained, and its whole state."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -180,17 +179,6 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
         average = shared["ema"] or shared["model"]  # a run that starts averaging now
         replica.ema.load_state_dict({name: cut(name, tensor) for name, tensor in average.items()})
     replica.sync.load_state_dict(own["sync"] if own is not None else None, shared["sync"])
-
-
-def digest_of(module: nn.Module, names: frozenset[str]) -> str:
-    """Return a hash of the parameters of these names; "" without any."""
-    if not names:
-        return ""
-    total = hashlib.sha256()
-    for name in sorted(names):
-        values = module.get_parameter(name).detach().cpu().contiguous()
-        total.update(name.encode() + b"\0" + values.flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def _tensors(replica: Replica, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -22,13 +22,14 @@ from raytrain.names import resolve
 from raytrain.optim.ema import average_of
 from raytrain.optim.optimizers import OPTIMIZERS, make_optimizer
 from raytrain.recipe import read_toml
-from raytrain.replica import Progress, Replica, digest_of, load_state
+from raytrain.replica import Progress, Replica, load_state
 from raytrain.rundir import RunDirectory
 from raytrain.sync.exchange import ExactExchange, Exchange
 from raytrain.sync.sharded import ShardedGradients
 from raytrain.sync.synchroniser import SYNCHRONISERS
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
+from raytrain.tensors import digest_of
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch
 
@@ -173,7 +174,7 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = Fa
     dtype = next(module.parameters()).dtype
     freeze(module, recipe.freeze.match)
     elsewhere = adapt(module, recipe.adapter, recipe.seed)
-    base = digest_of(module, elsewhere)
+    base = digest_of((name, module.get_parameter(name)) for name in elsewhere)
     sync = resolve(SYNCHRONISERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
     if recipe.compile:
         compile_blocks(module, recipe.compile, transport.device)

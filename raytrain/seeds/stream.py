@@ -15,25 +15,48 @@ A block's four words of 32 bits are made into numbers in one of two modes:
 * "rademacher": 128 signs. Element 128 b + 32 w + j has bit j of word w of block b: +1 where it is set, -1 where not.
 * "gaussian": 4 normal numbers by Box and Muller. Words 0 and 1 of block b make elements 4 b and 4 b + 1, words 2 and 3
   make 4 b + 2 and 4 b + 3: with u = (first // 2^9 + 1/2) / 2^23 and t = second / 2^32 these are
-  sqrt(-2 ln u) cos(2 pi t) and sqrt(-2 ln u) sin(2 pi t). Kernels give them to 1e-6.
+  sqrt(-2 ln u) cos(2 pi t) and sqrt(-2 ln u) sin(2 pi t), to 1e-6. They are multiples of 2^-20, and every operation
+  that makes them is rounded as IEEE 754 says, without fused multiply-adds: so all kernels give the same bits here too.
+
+Either way a number is a small integer times the unit of its mode, and sums over seeds can be taken in integers, where
+order does not matter.
 
 Changing anything of this makes every seed mean something else: tests/golden holds it.
 """
 
 import hashlib
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-SIGNS_PER_BLOCK = 128
-NORMALS_PER_BLOCK = 4
+Mode = Literal["rademacher", "gaussian"]
+UNITS: dict[Mode, float] = {"rademacher": 1.0, "gaussian": 2.0**-20}
+PER_BLOCK: dict[Mode, int] = {"rademacher": 128, "gaussian": 4}
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
 
+# Minimax polynomials, all in float32: ln(1 + x) = x - x^2 / 2 + x^3 LOG(x) for sqrt(1/2) <= 1 + x < sqrt(2), and
+# sin a = a + a^3 SIN(a^2), cos a = 1 - a^2 / 2 + a^4 COS(a^2) for |a| <= pi / 4; lowest power first.
+LOG = (
+    0.3333404064178467,
+    -0.2500152587890625,
+    0.19958823919296265,
+    -0.16570624709129333,
+    0.14947941899299622,
+    -0.14326901733875275,
+    0.08686011284589767,
+)
+SIN = (-0.16666650772094727, 0.00833197869360447, -0.00019495624292176217)
+COS = (0.04166664555668831, -0.001388736767694354, 2.4438440959784202e-05)
+ROOT_HALF_BITS = 0x3F3504F3
+
 Words = NDArray[np.uint32]
+Units = NDArray[np.int32]
 
 
 def identity(name: str) -> int:
@@ -67,21 +90,58 @@ def blocks(seed: int, parameter: int, start: int, stop: int) -> Words:
     return philox(counters, np.array([seed & LOW, seed >> 32], np.uint32))
 
 
-def rademacher(seed: int, parameter: int, start: int, stop: int) -> NDArray[np.int8]:
-    """Return the signs of elements `start` to `stop`, 1 or -1, shape (stop - start,)."""
-    first = start // SIGNS_PER_BLOCK
-    words = blocks(seed, parameter, first, -(-stop // SIGNS_PER_BLOCK))
+def derived(master: int, *place: int) -> int:
+    """Return the seed that follows from another one at a place: up to four numbers of 32 bits, the rest being 0."""
+    counter = np.array([*place, *[0] * (4 - len(place))], np.uint32)
+    first, second, *_ = philox(counter, np.array([master & LOW, master >> 32], np.uint32)).tolist()
+    return int(first) | int(second) << 32
+
+
+def units(mode: Mode, seed: int, parameter: int, start: int, stop: int) -> Units:
+    """Return the numbers of elements `start` to `stop` in units of the mode, shape (stop - start,)."""
+    size = PER_BLOCK[mode]
+    first = start // size
+    drawn = MADE_OF[mode](blocks(seed, parameter, first, -(-stop // size)))
+    skip = start - first * size
+    return drawn[skip : skip + stop - start]
+
+
+def direction(mode: Mode, seed: int, parameter: int, start: int, stop: int) -> NDArray[np.float32]:
+    """Return the numbers of elements `start` to `stop`, shape (stop - start,)."""
+    return units(mode, seed, parameter, start, stop).astype(np.float32) * np.float32(UNITS[mode])
+
+
+def _signs(words: Words) -> Units:
     bits = np.unpackbits(words.astype("<u4").view(np.uint8), bitorder="little")
-    skip = start - first * SIGNS_PER_BLOCK
-    return bits[skip : skip + stop - start].astype(np.int8) * 2 - 1
+    return bits.astype(np.int32) * 2 - 1
 
 
-def gaussian(seed: int, parameter: int, start: int, stop: int) -> NDArray[np.float32]:
-    """Return the normal numbers of elements `start` to `stop`, shape (stop - start,)."""
-    first = start // NORMALS_PER_BLOCK
-    words = blocks(seed, parameter, first, -(-stop // NORMALS_PER_BLOCK)).reshape(-1, 2)
-    length = np.sqrt(-2 * np.log(((words[:, 0] >> 9) + 0.5) / 2**23))
-    angle = words[:, 1] * (2 * np.pi / 2**32)
-    normals = np.stack([length * np.cos(angle), length * np.sin(angle)], axis=-1).reshape(-1)
-    skip = start - first * NORMALS_PER_BLOCK
-    return normals[skip : skip + stop - start].astype(np.float32)
+def _normals(words: Words) -> Units:
+    first, second = words.reshape(-1, 2).T
+    u = ((first >> 9 << 1) + 1).astype(np.float32) * np.float32(2.0**-24)
+    exponent = (u.view(np.int32) - ROOT_HALF_BITS) >> 23
+    x = (u.view(np.int32) - (exponent << 23)).view(np.float32) - np.float32(1)
+    square = x * x
+    log = (square * x) * _polynomial(x, LOG) + square * np.float32(-0.5)
+    log = (log + x) + exponent.astype(np.float32) * np.float32(np.log(2))
+    length = np.sqrt(log * np.float32(-2)) * np.float32(2**20)
+
+    quarter = (second + np.uint32(1 << 29)) >> 30
+    angle = (second - (quarter << 30)).view(np.int32).astype(np.float32) * np.float32(2 * np.pi / 2**32)
+    square = angle * angle
+    sine = (square * angle) * _polynomial(square, SIN) + angle
+    cosine = ((square * square) * _polynomial(square, COS) + square * np.float32(-0.5)) + np.float32(1)
+    turned = quarter % 2 == 1
+    one = length * np.where(turned, sine, cosine) * np.where((quarter + 1) // 2 % 2, np.float32(-1), np.float32(1))
+    other = length * np.where(turned, cosine, sine) * np.where(quarter // 2 % 2, np.float32(-1), np.float32(1))
+    return np.rint(np.stack([one, other], axis=-1).reshape(-1)).astype(np.int32)
+
+
+def _polynomial(x: NDArray[np.float32], coefficients: tuple[float, ...]) -> NDArray[np.float32]:
+    total = np.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = total * x + np.float32(coefficient)
+    return total
+
+
+MADE_OF: dict[Mode, Callable[[Words], Any]] = {"rademacher": _signs, "gaussian": _normals}

@@ -1,0 +1,174 @@
+"""Kernels: what draws directions and adds many of them up. All give the bits that stream.py defines."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raytrain.errors import RaytrainError, RecipeError
+from raytrain.names import near, resolve
+from raytrain.seeds.stream import UNITS, Mode, direction, units
+
+KERNELS: dict[str, str] = {
+    "native": "raytrain.seeds.native:NativeKernel",
+    "numba": "raytrain.seeds.portable:PortableKernel",
+    "triton": "raytrain.seeds.gpu:TritonKernel",
+    "reference": "raytrain.seeds.kernels:ReferenceKernel",
+}
+FASTEST = {"cpu": ("native", "numba"), "cuda": ("triton",)}
+
+WEIGHT_BITS = 25
+"""Weights of sums are integers below 2^25 in magnitude."""
+
+
+class Kernel(Protocol):
+    """Draws directions on one kind of device.
+
+    Attributes:
+        name: in the table.
+        device: the type of device that its tensors are on.
+        types: of the tensors that `move` takes.
+    """
+
+    name: str
+    device: str
+    types: frozenset[torch.dtype]
+
+    def sums(self, mode: Mode, seeds: Tensor, weights: Tensor, parameter: int, start: int, out: Tensor) -> None:
+        """Add to out[m, i] the sum over k of weights[m, k] * (number of element start + i for seeds[k]), in units.
+
+        Args:
+            mode: what a seed stands for.
+            seeds: int64, shape (k,), the bits of unsigned numbers.
+            weights: int32, shape (m, k), below 2^25 in magnitude.
+            parameter: its identity.
+            start: the first element.
+            out: int64, shape (m, n).
+        """
+        ...
+
+    def move(
+        self,
+        mode: Mode,
+        seed: int,
+        scale: float,
+        parameter: int,
+        start: int,
+        base: Tensor,
+        out: Tensor,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Write base + scale * direction to `out`: product and sum are rounded to float32, the sum then to the type.
+
+        Args:
+            mode: what a seed stands for.
+            seed: the seed.
+            scale: a float32.
+            parameter: its identity.
+            start: the element that `base` starts with.
+            base: contiguous.
+            out: like `base`, which it may be, or with `rows` a row for each of them.
+            rows: int64; take only these rows of `base`, along its first dimension.
+        """
+        ...
+
+
+class ReferenceKernel:
+    """NumPy, as the specification is written: to test the others against."""
+
+    name = "reference"
+    device = "cpu"
+    types = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+    def sums(self, mode: Mode, seeds: Tensor, weights: Tensor, parameter: int, start: int, out: Tensor) -> None:
+        """Add to `out`; see `Kernel.sums`."""
+        for place, seed in enumerate(seeds.tolist()):
+            drawn = torch.from_numpy(units(mode, seed % 2**64, parameter, start, start + out.shape[1]))
+            out += weights[:, place, None].long() * drawn
+
+    def move(
+        self,
+        mode: Mode,
+        seed: int,
+        scale: float,
+        parameter: int,
+        start: int,
+        base: Tensor,
+        out: Tensor,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Write to `out`; see `Kernel.move`."""
+        drawn = torch.from_numpy(direction(mode, seed, parameter, start, start + base.numel())).view_as(base)
+        moved = base.float() + drawn * torch.tensor(scale)
+        out.copy_(moved if rows is None else moved[rows])
+
+
+@cache
+def kernel_of(name: str) -> Kernel:
+    """Return the kernel of this name.
+
+    Raises:
+        RecipeError: there is none.
+        RaytrainError: this machine cannot have it.
+    """
+    kernel: Kernel = resolve(KERNELS, name, "kernel")()
+    return kernel
+
+
+@cache
+def fastest(device: str) -> Kernel:
+    """Return the fastest kernel that this machine has for a type of device, as "cpu".
+
+    Raises:
+        RecipeError: there is none.
+    """
+    reasons = []
+    for name in FASTEST.get(device, ()):
+        try:
+            return kernel_of(name)
+        except RaytrainError as error:
+            reasons.append(f"{name}: {error}")
+    raise RecipeError(
+        f"resources: seeds need a kernel for {device!r} devices, and none works ({'; '.join(reasons) or 'none is known'}); "
+        f"{near(device, FASTEST)}"
+    )
+
+
+def active() -> dict[str, str]:
+    """Return for each kernel whether it is used, or why not, as `raytrain list` shows."""
+    found = {}
+    for name in KERNELS:
+        try:
+            kernel = kernel_of(name)
+        except RaytrainError as error:
+            found[name] = f"not here: {error}"
+            continue
+        used = name in FASTEST.get(kernel.device, ()) and fastest(kernel.device) is kernel
+        found[name] = f"in use on {kernel.device}" if used else ""
+    return found
+
+
+def seeds_tensor(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Return seeds as kernels take them: the bits of 64-bit numbers without sign."""
+    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds], dtype=torch.int64, device=device)
+
+
+def quantised(coefficients: Tensor, mode: Mode) -> tuple[Tensor, float]:
+    """Return integer weights and their unit, so that weights * unit is coefficients to 2^-25 of the largest.
+
+    Args:
+        coefficients: float64, shape (..., k).
+        mode: whose unit is part of the one returned.
+
+    Returns:
+        int32, below 2^25 in magnitude, like `coefficients`; what one of them stands for, a power of two.
+    """
+    largest = float(coefficients.abs().max()) if coefficients.numel() else 0.0
+    if not torch.isfinite(torch.tensor(largest)):
+        raise ValueError(f"coefficients: expected finite numbers; got {largest}")
+    exponent = torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent.item() if largest else 0
+    unit = 2.0 ** (exponent - WEIGHT_BITS)
+    limit = 2**WEIGHT_BITS - 1  # the largest may round up to a power of two
+    return (coefficients / unit).round().clamp(-limit, limit).int(), unit * UNITS[mode]

@@ -1,0 +1,68 @@
+"""Two ways to apply seeds, never confused: one by one as a live run does, and all at once with a single rounding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raytrain.seeds.kernels import quantised, seeds_tensor
+from raytrain.seeds.space import Space, pieces
+from raytrain.tensors import rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Nudge:
+    """A move of all parameters: theta += scale * direction(seed).
+
+    Attributes:
+        seed: 64 bits, without sign.
+        scale: a float32.
+    """
+
+    seed: int
+    scale: float
+
+
+def replay_log(space: Space, moves: Sequence[Nudge]) -> None:
+    """Make moves one after the other, in place: each rounds, so this equals the run that made them to the bit."""
+    for move in moves:
+        space.move(move.seed, move.scale)
+
+
+def materialise(
+    space: Space, coefficients: Tensor, seeds: Sequence[int], out: Sequence[Tensor] | None = None
+) -> Sequence[Tensor]:
+    """Return w0 + sum over k of coefficients[k] * direction(seeds[k]), rounded once.
+
+    Coefficients are taken to 2^-25 of the largest one, and their sums are made in integers: so neither the order of the
+    seeds nor the kernel, the device, the shard or the number of threads changes a bit. The sum is added to w0 in
+    float64, and that is rounded to the parameter's type.
+
+    Args:
+        space: holds w0.
+        coefficients: float64, shape (k,); or (m, k) for m models at once, for which each direction is drawn once.
+        seeds: of the k directions.
+        out: where to, for each part of the space: its shape, or (m, *shape) for m models; it may be w0 itself for one.
+            Default: new tensors.
+
+    Returns:
+        `out`.
+    """
+    device = space.parts[0].tensor.device
+    many = coefficients.dim() == 2
+    weights, unit = quantised(coefficients.double().reshape(-1, len(seeds)), space.mode)
+    drawn, weights = seeds_tensor(seeds, device), weights.contiguous().to(device)
+    models = len(weights)
+    if out is None:
+        out = [part.tensor.new_empty((models, *part.tensor.shape) if many else part.tensor.shape) for part in space.parts]
+    for part, target in zip(space.parts, out, strict=True):
+        base, written = part.tensor.view(-1), target.view(models, -1)
+        for piece in pieces(base.numel()):
+            sums = torch.zeros(models, piece.stop - piece.start, dtype=torch.int64, device=device)
+            space.kernel.sums(space.mode, drawn, weights, part.identity, piece.start, sums)
+            moves = sums.double() * (unit * part.scale)
+            if part.mask is not None:
+                moves *= part.mask.view(-1)[piece]
+            written[:, piece] = rounded(moves + base[piece], part.tensor.dtype)
+    return out

@@ -1,0 +1,149 @@
+"""The space that directions lie in: which parameters they move, how far, and which of their elements."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from raytrain.errors import RecipeError
+from raytrain.seeds.kernels import Kernel, fastest
+from raytrain.seeds.stream import Mode, identity
+
+PIECE = 1 << 16
+"""Elements at a time where numbers are kept for more than the kernel itself: these stay in a processor's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One parameter.
+
+    Attributes:
+        name: by which its numbers are drawn.
+        tensor: its values, contiguous.
+        scale: how much longer directions are here than elsewhere.
+        mask: which elements they move, bool, of the same shape; None: all.
+    """
+
+    name: str
+    tensor: Tensor
+    scale: float = 1.0
+    mask: Tensor | None = None
+
+    @property
+    def identity(self) -> int:
+        """The number that stands for the name."""
+        return identity(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Some parameters, and what a seed stands for in them.
+
+    Attributes:
+        parts: of one device.
+        mode: of the numbers.
+        kernel: draws them.
+    """
+
+    parts: tuple[Part, ...]
+    mode: Mode
+    kernel: Kernel
+
+    @classmethod
+    def of(
+        cls,
+        named: Mapping[str, Tensor],
+        mode: Mode = "rademacher",
+        *,
+        scales: Mapping[str, float] | None = None,
+        sparsity: float = 0.0,
+        kernel: Kernel | None = None,
+    ) -> Self:
+        """Return the space of some tensors.
+
+        Args:
+            named: name -> tensor; one that comes again under another name (tied weights) is taken once, by the first.
+            mode: "rademacher" or "gaussian".
+            scales: name -> how much longer directions are there; default: 1.
+            sparsity: the share of each tensor of two or more dimensions, the elements of largest magnitude now, that
+                stands still (Liu et al. 2025, Sparse-MeZO). The mask follows from the initial weights alone, so who
+                has these has the mask.
+            kernel: default: the fastest for the device.
+
+        Raises:
+            RecipeError: there is no tensor, they are on different devices, or one is not contiguous.
+        """
+        once = {id(tensor): (name, tensor) for name, tensor in reversed(named.items())}
+        tensors = {name: tensor.detach() for name, tensor in reversed(once.values())}
+        devices = {tensor.device for tensor in tensors.values()}
+        if len(devices) != 1:
+            raise RecipeError(f"directions: expected parameters on one device; got them on {sorted(map(str, devices))}")
+        for name, tensor in tensors.items():
+            if not tensor.is_contiguous():
+                raise RecipeError(f"directions: expected contiguous parameters; {name} is not: make it so in the task")
+        parts = [
+            Part(name, tensor, (scales or {}).get(name, 1.0), small_elements(tensor, sparsity))
+            for name, tensor in tensors.items()
+        ]
+        return cls(tuple(parts), mode, kernel or fastest(devices.pop().type))
+
+    def __len__(self) -> int:
+        """Return the number of elements."""
+        return sum(part.tensor.numel() for part in self.parts)
+
+    def move(self, seed: int, scale: float) -> None:
+        """Add scale * direction to the parameters in place."""
+        for part in self.parts:
+            self.moved(part, seed, scale, part.tensor)
+
+    def moved(self, part: Part, seed: int, scale: float, out: Tensor, rows: Tensor | None = None) -> None:
+        """Write one parameter plus scale * direction to `out`, rounded to float32 and then to its type.
+
+        Args:
+            part: of this space.
+            seed: which direction.
+            scale: how far; with the part's own scale it is rounded to float32.
+            out: contiguous, of the parameter's type; the parameter itself, or another tensor.
+            rows: int64; only these rows of the parameter.
+        """
+        far = float(torch.tensor(scale * part.scale))
+        place = (self.mode, seed, far, part.identity)
+        base = part.tensor
+        if part.mask is None and base.dtype in self.kernel.types:
+            self.kernel.move(*place, 0, base, out, rows)
+            return
+        if rows is not None:
+            for to, row in enumerate(rows.tolist()):
+                mask = None if part.mask is None else part.mask[row]
+                self._move_part(place, row * base[0].numel(), base[row], mask, out[to])
+            return
+        flat, target = base.view(-1), out.view(-1)
+        mask = None if part.mask is None else part.mask.view(-1)
+        for piece in pieces(len(flat)):
+            self._move_part(place, piece.start, flat[piece], None if mask is None else mask[piece], target[piece])
+
+    def _move_part(
+        self, place: tuple[Mode, int, float, int], start: int, base: Tensor, mask: Tensor | None, out: Tensor
+    ) -> None:
+        drawn = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+        self.kernel.move(*place, start, torch.zeros_like(drawn), drawn)
+        if mask is not None:
+            drawn *= mask
+        out.copy_(base + drawn if base.dtype == torch.float64 else base.float() + drawn)
+
+
+def small_elements(tensor: Tensor, sparsity: float) -> Tensor | None:
+    """Return which elements of a matrix are not among the share `sparsity` of largest magnitude; None: all count."""
+    if not sparsity or tensor.dim() < 2:
+        return None
+    magnitudes = tensor.detach().abs().flatten()
+    kept = max(1, round((1 - sparsity) * magnitudes.numel()))
+    return (magnitudes <= magnitudes.kthvalue(kept).values).view_as(tensor)
+
+
+def pieces(count: int, size: int = PIECE) -> Iterator[slice]:
+    """Yield slices of at most `size` that make up `count` elements."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
