@@ -110,7 +110,14 @@ def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = 
     tables: dict[str, dict[str, str]] = {"recipes": {}}
     for kind in load_kinds().values():
         tables["recipes"] |= {file.stem: _first_comment(file) for file in sorted(kind.recipes.glob("*.toml"))}
-        tables |= {title: {name: line_about(table, name) for name in table} for title, table in kind.tables.items()}
+        for title, table in kind.tables.items():
+            if what in (None, title):
+                remarks = resolve({}, kind.remarks[title], title)() if title in kind.remarks else {}
+                tables[title] = {
+                    name: " ".join(filter(None, [line_about(table, name), remarks.get(name, "")])) for name in table
+                }
+            else:
+                tables[title] = {}
     if what is not None and what not in tables:
         raise RecipeError(f"{what!r} is not a table; {near(what, tables)}")
     for title, lines in tables.items():

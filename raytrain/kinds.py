@@ -71,6 +71,7 @@ class Kind:
         run: "module:attribute" of (recipe, Order) -> Result; imported only to run.
         evaluate: "module:attribute" of (run's folder, overrides) -> metrics.
         tables: what can be chosen by name -> the table.
+        remarks: table -> "module:attribute" of () -> name -> what `raytrain list` adds about it on this machine.
         predict: "module:attribute" of (run's folder, overrides, input file, output file, address) -> lines written;
             "": its runs cannot.
         export: "module:attribute" of (run's folder, overrides, folder to write); "": its runs cannot.
@@ -81,6 +82,7 @@ class Kind:
     run: str
     evaluate: str
     tables: Mapping[str, Mapping[str, str]]
+    remarks: Mapping[str, str] = field(default_factory=dict)
     predict: str = ""
     export: str = ""
 

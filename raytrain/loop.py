@@ -14,8 +14,10 @@ from raytrain.data.feed import Feed
 from raytrain.errors import TrainingError
 from raytrain.optim.extras import add_noise
 from raytrain.replica import Progress, Replica
+from raytrain.sync.synchroniser import Totals
 from raytrain.task import Batch, Task
 from raytrain.tensors import moved, seed_step, weighed, weights_of
+from raytrain.zeroth import loss_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +92,8 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
         if replica.half:
             replica.half.choose(progress.step, optimizer)
 
-        # Forward and backward over this replica's share of the step; then every gradient is the mean over the replicas.
-        own_loss = backward(replica, task, feed, plan)
-        totals = sync.before_step(own_loss, watch.stop_requested())
-        norm = clip(replica, plan.clip)
-        if plan.noise:
-            add_noise(replica.module, plan.seed, progress.step, plan.noise, plan.noise_decay)
-
-        rate = plan.rate(progress.step)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
-        optimizer.step()
-        optimizer.zero_grad()
+        step = zeroth_step if replica.zeroth else gradient_step
+        totals, figures = step(replica, task, feed, plan, watch.stop_requested())
         sync.after_step()
 
         progress.step += 1
@@ -114,10 +106,42 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
         if replica.ema:
             replica.ema.update(progress.step)
         loss, lr = totals.loss / (totals.weight or 1.0), optimizer.param_groups[0]["lr"]
-        watch.stepped(
-            replica, {"loss": loss, "lr": lr, **({"gradient_norm": norm} if plan.clip else {}), **sync.figures()}
-        )
+        watch.stepped(replica, {"loss": loss, "lr": lr, **figures, **sync.figures()})
         settle(replica, task, plan, watch)
+
+
+def gradient_step(replica: Replica, task: Task, feed: Feed, plan: Plan, stop: bool) -> tuple[Totals, dict[str, float]]:
+    """Go forward and backward over this replica's share of the step, and step by the mean gradient of the replicas."""
+    own_loss = backward(replica, task, feed, plan)
+    totals = replica.sync.before_step(own_loss, stop)
+    norm = clip(replica, plan.clip)
+    if plan.noise:
+        add_noise(replica.module, plan.seed, replica.progress.step, plan.noise, plan.noise_decay)
+    _set_rate(replica, plan)
+    replica.optimizer.step()
+    replica.optimizer.zero_grad()
+    return totals, {"gradient_norm": norm} if plan.clip else {}
+
+
+def zeroth_step(replica: Replica, task: Task, feed: Feed, plan: Plan, stop: bool) -> tuple[Totals, dict[str, float]]:
+    """Probe the loss of this replica's share of the step, and move by what all replicas found."""
+    progress, zeroth = replica.progress, replica.zeroth
+    assert zeroth is not None  # noqa: S101 - for the type checker: the loop looks first
+    batches = _take(replica, task, feed, progress.position + replica.rank * plan.batch, plan)
+    weight = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
+    loss = loss_of(
+        task, replica.module, batches, (plan.seed, replica.rank, progress.step), plan.autocast, zeroth.objective
+    )
+    _set_rate(replica, plan)
+    place = (progress.step, replica.rank)
+    figures = zeroth.step(loss, replica.module, plan.seed, place, plan.rate(progress.step))
+    return replica.sync.before_step(weight * figures.pop("loss"), stop), figures
+
+
+def _set_rate(replica: Replica, plan: Plan) -> None:
+    rate = plan.rate(replica.progress.step)
+    for group in replica.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * rate
 
 
 def settle(replica: Replica, task: Task, plan: Plan, watch: Watch) -> None:

@@ -14,6 +14,7 @@ from raytrain.optim.ema import Average
 from raytrain.optim.optimizers import OptimizerOptions, load_state_by_name, state_by_name
 from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
+from raytrain.zeroth import Zeroth
 
 
 @dataclass(slots=True)
@@ -71,6 +72,7 @@ class Replica:
         device, dtype: of the parameters.
         rank: this replica's place among `members`.
         shards: this replica's parts of the parameters, if it does not keep all of them.
+        zeroth: how it probes and moves, if its optimizer takes no gradients.
     """
 
     module: nn.Module
@@ -87,6 +89,7 @@ class Replica:
     rank: int
     members: int
     shards: Shards | None = None
+    zeroth: Zeroth | None = None
 
     @property
     def parts(self) -> nn.Module:

@@ -1,8 +1,9 @@
 """The recipe of a training run."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
@@ -16,12 +17,15 @@ from raytrain.names import resolve
 from raytrain.optim.ema import averages
 from raytrain.optim.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
 from raytrain.optim.schedules import SCHEDULES, rate
-from raytrain.recipe import Recipe, Section, chosen, declared_options
+from raytrain.optim.zeroth import ZerothOrder
+from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
+from raytrain.seeds.kernels import KERNELS
 from raytrain.sync.compressed import CODECS
 from raytrain.sync.local import LocalOptions
+from raytrain.sync.numbers import NumberOptions
 from raytrain.sync.outer import PENALTIES
 from raytrain.sync.shards import check_optimizer
-from raytrain.sync.synchroniser import SYNCHRONISERS, SyncOptions
+from raytrain.sync.synchroniser import NUMBERS, SYNCHRONISERS, SyncOptions
 from raytrain.task import TASKS, TaskOptions, options_of_task
 
 TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task)]
@@ -31,7 +35,7 @@ OptimizerField = Annotated[
 ]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
-    chosen(SYNCHRONISERS, "sync", partial(declared_options, base=SyncOptions), "gradients"),
+    chosen(SYNCHRONISERS | NUMBERS, "sync", partial(declared_options, base=SyncOptions), "gradients"),
 ]
 
 
@@ -69,6 +73,34 @@ class Freeze(Section):
     match: tuple[str, ...] = ()
     half: bool = False
     every: int = Field(0, ge=0)
+
+
+class Directions(Section):
+    """How zeroth-order optimizers probe the loss; no others look at this.
+
+    Attributes:
+        count: directions that each worker probes in each step.
+        eps: how far a probe goes along one.
+        sides: 2 takes central differences, 1 forward ones: half the forward passes for many directions.
+        mode: what directions consist of: "rademacher" or "gaussian" numbers.
+        sparsity: share of each matrix, its elements of largest magnitude at the start, that stands still.
+        blocks: whether a direction moves one of the model's repeated blocks, or all that is in none, and not all.
+        training: whether probes see the model in training mode, with dropout.
+        objective: a value that the task measures, as "accuracy", to improve in place of the loss.
+        outlier: slopes beyond this many times the typical size are left out; 0: none.
+        trajectory: whether the run keeps trajectory.bin, from which it can be replayed.
+    """
+
+    count: int = Field(1, ge=1)
+    eps: float = Field(1e-3, gt=0)
+    sides: Literal[1, 2] = 2
+    mode: Literal["rademacher", "gaussian"] = "rademacher"
+    sparsity: float = Field(0.0, ge=0, lt=1)
+    blocks: bool = False
+    training: bool = False
+    objective: str = ""
+    outlier: float = Field(0.0, ge=0)
+    trajectory: bool = True
 
 
 class Evaluation(Section):
@@ -180,12 +212,23 @@ class TrainRecipe(Recipe):
     adapter: AdapterField = Field(default={}, validate_default=True)
     freeze: Freeze = Freeze()
     optimizer: OptimizerField = Field(default={}, validate_default=True)
+    directions: Directions = Directions()
     schedule: Schedule = Schedule()
     sync: SyncField = Field(default={}, validate_default=True)
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
     log: Log = Log()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_numbers(cls, raw: Any) -> Any:
+        """Choose how to exchange what the optimizer has to exchange, where the recipe does not."""
+        if not isinstance(raw, Mapping) or not _is_zeroth(raw.get("optimizer")):
+            return raw
+        sync = raw.get("sync", {})
+        named = isinstance(sync, str) or (isinstance(sync, Mapping) and "name" in sync) or isinstance(sync, Options)
+        return raw if named else {**raw, "sync": {"name": "numbers", **sync}}
 
     @field_validator("callbacks")
     @classmethod
@@ -207,6 +250,7 @@ class TrainRecipe(Recipe):
                 f"sync.name: expected gradients with an average of the weights ({'ema' if self.ema else 'optimizer'}), "
                 f"which takes workers that are equal after every step; got {self.sync.name}"
             )
+        self._fit_zeroth()
         if self.workers > 1 and getattr(self.sync, "shard", False):
             check_optimizer(self.optimizer)
             if self.freeze.half:
@@ -216,6 +260,22 @@ class TrainRecipe(Recipe):
                     "sync.shard: expected task.generate = 0, because answers call the model unequally often"
                 )
         return self
+
+    def _fit_zeroth(self) -> None:
+        zeroth = issubclass(self.optimizer.constructor, ZerothOrder)
+        if zeroth != isinstance(self.sync, NumberOptions):
+            wanted = "numbers or one-byte" if zeroth else "one of the others"
+            raise ValueError(f"sync.name: expected {wanted} with {self.optimizer.name}; got {self.sync.name}")
+        if not zeroth:
+            return
+        without = {
+            "freeze.half": self.freeze.half,
+            "compile": self.compile,
+            "activation_checkpointing": self.activation_checkpointing,
+            "optimizer.gradient_noise": self.optimizer.gradient_noise,
+        }
+        if used := [name for name, value in without.items() if value]:
+            raise ValueError(f"{used[0]}: expected none with {self.optimizer.name}, which makes no backward pass")
 
     def plan(self) -> Plan:
         """Return what the loop needs to know."""
@@ -239,6 +299,15 @@ class TrainRecipe(Recipe):
         )
 
 
+def _is_zeroth(section: Any) -> bool:
+    """Return whether a section of a raw recipe names a zeroth-order optimizer; what is wrong with it is said later."""
+    name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", section)
+    if not isinstance(name, str) or (name not in OPTIMIZERS and ":" not in name):
+        return False
+    constructor = resolve(OPTIMIZERS, name, "optimizer.name")
+    return isinstance(constructor, type) and issubclass(constructor, ZerothOrder)
+
+
 KIND = Kind(
     recipe=TrainRecipe,
     recipes=Path(__file__).parent / "recipes",
@@ -252,9 +321,11 @@ KIND = Kind(
         "sources": SOURCES,
         "optimizers": OPTIMIZERS,
         "schedules": SCHEDULES,
-        "synchronisers": SYNCHRONISERS,
+        "synchronisers": SYNCHRONISERS | NUMBERS,
         "codecs": CODECS,
         "penalties": PENALTIES,
         "loggers": LOGGERS,
+        "kernels": KERNELS,
     },
+    remarks={"kernels": "raytrain.seeds.kernels:active"},
 )

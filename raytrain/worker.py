@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from raytrain.checkpoint import CheckpointStore, Manifest, load
 from raytrain.data.feed import Feeds, Walk, local_feed
 from raytrain.errors import RecipeError
@@ -21,17 +23,21 @@ from raytrain.model.freezing import Half, freeze
 from raytrain.names import resolve
 from raytrain.optim.ema import average_of
 from raytrain.optim.optimizers import OPTIMIZERS, make_optimizer
+from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import read_toml
 from raytrain.replica import Progress, Replica, load_state
 from raytrain.rundir import RunDirectory
+from raytrain.seeds.slope import Probe
 from raytrain.sync.exchange import ExactExchange, Exchange
+from raytrain.sync.numbers import Numbers
 from raytrain.sync.sharded import ShardedGradients
-from raytrain.sync.synchroniser import SYNCHRONISERS
+from raytrain.sync.synchroniser import NUMBERS, SYNCHRONISERS
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
 from raytrain.tensors import digest_of
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch
+from raytrain.zeroth import Zeroth
 
 LOCK_WAIT_SECONDS = 120.0  # NFS keeps the locks of a machine that died for the 90 s of its lease
 SHARED_WAIT_SECONDS = 10.0
@@ -167,7 +173,7 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = Fa
     """
     transport = exchange.transport
     module = task.model(recipe.seed)
-    if new and task.start:
+    if task.start and (new or recipe.directions.sparsity):  # whose mask is that of the first weights
         task.start(module, recipe.seed)
     if recipe.precision == "float64":
         module.double()
@@ -175,7 +181,7 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = Fa
     freeze(module, recipe.freeze.match)
     elsewhere = adapt(module, recipe.adapter, recipe.seed)
     base = digest_of((name, module.get_parameter(name)) for name in elsewhere)
-    sync = resolve(SYNCHRONISERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
+    sync = resolve(SYNCHRONISERS | NUMBERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
     if recipe.compile:
         compile_blocks(module, recipe.compile, transport.device)
     if recipe.activation_checkpointing:
@@ -198,6 +204,25 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = Fa
         rank=transport.rank,
         members=len(transport.members),
         shards=shards,
+        zeroth=zeroth_of(module, optimizer, sync, recipe) if isinstance(optimizer, ZerothOrder) else None,
+    )
+
+
+def zeroth_of(module: nn.Module, optimizer: ZerothOrder, sync: Numbers, recipe: TrainRecipe) -> Zeroth:
+    """Return how a zeroth-order optimizer probes a model."""
+    options = recipe.directions
+    space = space_of(module, optimizer, options.mode, options.sparsity, options.blocks)
+    optimizer.shape(space)
+    return Zeroth(
+        probe=Probe(module, space),
+        optimizer=optimizer,
+        sync=sync,
+        count=options.count,
+        eps=options.eps,
+        sides=options.sides,
+        training=options.training,
+        objective=options.objective,
+        outlier=options.outlier,
     )
 
 

@@ -34,6 +34,12 @@ OPTIMIZERS: dict[str, str] = {
     "muon": "raytrain.optim.matrices:Muon",
     "galore": "raytrain.optim.matrices:GaLore",
     "fira": "raytrain.optim.matrices:Fira",
+    "zo-sgd": "raytrain.optim.zeroth:ZOSGD",
+    "zo-sgd-sign": "raytrain.optim.zeroth:ZOSign",
+    "zo-sgd-conservative": "raytrain.optim.zeroth:ZOConservative",
+    "zo-sgd-momentum": "raytrain.optim.zeroth:ZOMomentum",
+    "zo-adam": "raytrain.optim.zeroth:ZOAdam",
+    "forward-gradient": "raytrain.optim.zeroth:ForwardGradient",
 }
 
 WHOLE = frozenset({"lamb", "prodigy", "sgdsai", "muon", "galore", "fira"})

@@ -131,8 +131,8 @@ def fastest(device: str) -> Kernel:
         except RaytrainError as error:
             reasons.append(f"{name}: {error}")
     raise RecipeError(
-        f"resources: seeds need a kernel for {device!r} devices, and none works ({'; '.join(reasons) or 'none is known'}); "
-        f"{near(device, FASTEST)}"
+        f"resources: seeds need a kernel for {device!r} devices, and none works "
+        f"({'; '.join(reasons) or 'none is known'}); {near(device, FASTEST)}"
     )
 
 

@@ -86,7 +86,9 @@ class PortableKernel:
                 move(*place, start + row * width, part, target[to * width : (to + 1) * width])
             return
         _in_pieces(
-            lambda first, last: move(*place, first, source[first - start : last - start], target[first - start : last - start]),
+            lambda first, last: move(
+                *place, first, source[first - start : last - start], target[first - start : last - start]
+            ),
             start,
             start + len(source),
             max(PIECE, -(-len(source) // torch.get_num_threads())),

@@ -52,15 +52,21 @@ def materialise(
     device = space.parts[0].tensor.device
     many = coefficients.dim() == 2
     weights, unit = quantised(coefficients.double().reshape(-1, len(seeds)), space.mode)
-    drawn, weights = seeds_tensor(seeds, device), weights.contiguous().to(device)
     models = len(weights)
+    of_block = [
+        [place for place, seed in enumerate(seeds) if seed % space.blocks == block] for block in range(space.blocks)
+    ]
+    drawn = [seeds_tensor([seeds[place] for place in places], device) for places in of_block]
+    chosen = [weights[:, places].contiguous().to(device) for places in of_block]
     if out is None:
-        out = [part.tensor.new_empty((models, *part.tensor.shape) if many else part.tensor.shape) for part in space.parts]
+        out = [
+            part.tensor.new_empty((models, *part.tensor.shape) if many else part.tensor.shape) for part in space.parts
+        ]
     for part, target in zip(space.parts, out, strict=True):
         base, written = part.tensor.view(-1), target.view(models, -1)
         for piece in pieces(base.numel()):
             sums = torch.zeros(models, piece.stop - piece.start, dtype=torch.int64, device=device)
-            space.kernel.sums(space.mode, drawn, weights, part.identity, piece.start, sums)
+            space.kernel.sums(space.mode, drawn[part.block], chosen[part.block], part.identity, piece.start, sums)
             moves = sums.double() * (unit * part.scale)
             if part.mask is not None:
                 moves *= part.mask.view(-1)[piece]

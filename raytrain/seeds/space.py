@@ -1,7 +1,7 @@
 """The space that directions lie in: which parameters they move, how far, and which of their elements."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -24,17 +24,19 @@ class Part:
         tensor: its values, contiguous.
         scale: how much longer directions are here than elsewhere.
         mask: which elements they move, bool, of the same shape; None: all.
+        block: which of the space's blocks it is in.
     """
 
     name: str
     tensor: Tensor
     scale: float = 1.0
     mask: Tensor | None = None
+    block: int = 0
+    identity: int = field(init=False)
 
-    @property
-    def identity(self) -> int:
-        """The number that stands for the name."""
-        return identity(self.name)
+    def __post_init__(self) -> None:
+        """Find the number that stands for the name."""
+        object.__setattr__(self, "identity", identity(self.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,13 @@ class Space:
         parts: of one device.
         mode: of the numbers.
         kernel: draws them.
+        blocks: into how many the parts are put; a seed moves the block seed % blocks, and nothing else.
     """
 
     parts: tuple[Part, ...]
     mode: Mode
     kernel: Kernel
+    blocks: int = 1
 
     @classmethod
     def of(
@@ -59,6 +63,7 @@ class Space:
         *,
         scales: Mapping[str, float] | None = None,
         sparsity: float = 0.0,
+        blocks: Mapping[str, int] | None = None,
         kernel: Kernel | None = None,
     ) -> Self:
         """Return the space of some tensors.
@@ -70,61 +75,82 @@ class Space:
             sparsity: the share of each tensor of two or more dimensions, the elements of largest magnitude now, that
                 stands still (Liu et al. 2025, Sparse-MeZO). The mask follows from the initial weights alone, so who
                 has these has the mask.
+            blocks: name -> its block, counted from 0; default: all are in one.
             kernel: default: the fastest for the device.
 
         Raises:
             RecipeError: there is no tensor, they are on different devices, or one is not contiguous.
         """
-        once = {id(tensor): (name, tensor) for name, tensor in reversed(named.items())}
-        tensors = {name: tensor.detach() for name, tensor in reversed(once.values())}
+        once: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in named.items():
+            once.setdefault(id(tensor), (name, tensor))
+        tensors = {name: tensor.detach() for name, tensor in once.values()}
         devices = {tensor.device for tensor in tensors.values()}
         if len(devices) != 1:
             raise RecipeError(f"directions: expected parameters on one device; got them on {sorted(map(str, devices))}")
         for name, tensor in tensors.items():
             if not tensor.is_contiguous():
                 raise RecipeError(f"directions: expected contiguous parameters; {name} is not: make it so in the task")
-        parts = [
-            Part(name, tensor, (scales or {}).get(name, 1.0), small_elements(tensor, sparsity))
+        parts = tuple(
+            Part(
+                name,
+                tensor,
+                (scales or {}).get(name, 1.0),
+                small_elements(tensor, sparsity),
+                (blocks or {}).get(name, 0),
+            )
             for name, tensor in tensors.items()
-        ]
-        return cls(tuple(parts), mode, kernel or fastest(devices.pop().type))
+        )
+        return cls(parts, mode, kernel or fastest(devices.pop().type), 1 + max(part.block for part in parts))
 
     def __len__(self) -> int:
         """Return the number of elements."""
         return sum(part.tensor.numel() for part in self.parts)
 
+    def reaches(self, part: Part, seed: int) -> bool:
+        """Return whether a direction moves a part."""
+        return part.scale != 0 and seed % self.blocks == part.block
+
     def move(self, seed: int, scale: float) -> None:
         """Add scale * direction to the parameters in place."""
         for part in self.parts:
-            self.moved(part, seed, scale, part.tensor)
+            self.add(part, part.tensor, seed, scale)
+
+    def add(self, part: Part, tensor: Tensor, seed: int, scale: float) -> None:
+        """Add scale * direction to a tensor like the part in place."""
+        if self.reaches(part, seed):
+            self._write(part, tensor, seed, scale, tensor, None)
 
     def moved(self, part: Part, seed: int, scale: float, out: Tensor, rows: Tensor | None = None) -> None:
-        """Write one parameter plus scale * direction to `out`, rounded to float32 and then to its type.
+        """Write one parameter plus scale * direction, which reaches it, to another tensor.
+
+        Product and sum are rounded to float32, the sum then to the parameter's type.
 
         Args:
             part: of this space.
             seed: which direction.
             scale: how far; with the part's own scale it is rounded to float32.
-            out: contiguous, of the parameter's type; the parameter itself, or another tensor.
+            out: contiguous, of the parameter's type.
             rows: int64; only these rows of the parameter.
         """
-        far = float(torch.tensor(scale * part.scale))
-        place = (self.mode, seed, far, part.identity)
-        base = part.tensor
+        self._write(part, part.tensor, seed, scale, out, rows)
+
+    def _write(self, part: Part, base: Tensor, seed: int, scale: float, out: Tensor, rows: Tensor | None) -> None:
+        place = (self.mode, seed, scale * part.scale, part.identity)
         if part.mask is None and base.dtype in self.kernel.types:
             self.kernel.move(*place, 0, base, out, rows)
             return
         if rows is not None:
             for to, row in enumerate(rows.tolist()):
                 mask = None if part.mask is None else part.mask[row]
-                self._move_part(place, row * base[0].numel(), base[row], mask, out[to])
+                self._write_piece(place, row * base[0].numel(), base[row], mask, out[to])
             return
         flat, target = base.view(-1), out.view(-1)
         mask = None if part.mask is None else part.mask.view(-1)
         for piece in pieces(len(flat)):
-            self._move_part(place, piece.start, flat[piece], None if mask is None else mask[piece], target[piece])
+            self._write_piece(place, piece.start, flat[piece], None if mask is None else mask[piece], target[piece])
 
-    def _move_part(
+    def _write_piece(
         self, place: tuple[Mode, int, float, int], start: int, base: Tensor, mask: Tensor | None, out: Tensor
     ) -> None:
         drawn = torch.empty(base.shape, dtype=torch.float32, device=base.device)

@@ -26,7 +26,7 @@ Changing anything of this makes every seed mean something else: tests/golden hol
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,7 +134,8 @@ def _normals(words: Words) -> Units:
     turned = quarter % 2 == 1
     one = length * np.where(turned, sine, cosine) * np.where((quarter + 1) // 2 % 2, np.float32(-1), np.float32(1))
     other = length * np.where(turned, cosine, sine) * np.where(quarter // 2 % 2, np.float32(-1), np.float32(1))
-    return np.rint(np.stack([one, other], axis=-1).reshape(-1)).astype(np.int32)
+    drawn: Units = np.rint(np.stack([one, other], axis=-1).reshape(-1)).astype(np.int32)
+    return drawn
 
 
 def _polynomial(x: NDArray[np.float32], coefficients: tuple[float, ...]) -> NDArray[np.float32]:
@@ -144,4 +145,4 @@ def _polynomial(x: NDArray[np.float32], coefficients: tuple[float, ...]) -> NDAr
     return total
 
 
-MADE_OF: dict[Mode, Callable[[Words], Any]] = {"rademacher": _signs, "gaussian": _normals}
+MADE_OF: dict[Mode, Callable[[Words], Units]] = {"rademacher": _signs, "gaussian": _normals}

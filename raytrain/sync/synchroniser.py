@@ -23,6 +23,13 @@ SYNCHRONISERS: dict[str, str] = {
 }
 
 
+NUMBERS: dict[str, str] = {
+    "numbers": "raytrain.sync.numbers:numbers",
+    "one-byte": "raytrain.sync.numbers:one_byte",
+}
+"""What zeroth-order optimizers take in their place."""
+
+
 class SyncOptions(Options):
     """Options of every synchroniser.
 

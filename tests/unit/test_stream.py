@@ -1,7 +1,6 @@
 """The numbers that a seed stands for: as the papers say, the same on any shard, and what they were in every version."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from raytrain.seeds.stream import gaussian, identity, philox, rademacher
+from raytrain.seeds.stream import Mode, derived, direction, identity, philox
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "stream.json").read_text())
-Draw = Callable[[int, int, int, int], NDArray[Any]]
-MODES: dict[str, Draw] = {"rademacher": rademacher, "gaussian": gaussian}
+MODES: tuple[Mode, ...] = ("rademacher", "gaussian")
 U64 = st.integers(0, 2**64 - 1)
 
 
@@ -35,19 +32,21 @@ def test_words_are_those_that_the_authors_of_philox_publish(counter: str, key: s
 @pytest.mark.parametrize("mode", MODES)
 @given(U64, U64, st.integers(0, 2**40), st.integers(0, 300), st.data())
 def test_a_part_of_a_direction_is_that_part_of_the_whole(
-    mode: str, seed: int, parameter: int, start: int, count: int, data: st.DataObject
+    mode: Mode, seed: int, parameter: int, start: int, count: int, data: st.DataObject
 ) -> None:
-    whole = MODES[mode](seed, parameter, start, start + count)
+    whole = direction(mode, seed, parameter, start, start + count)
     first = data.draw(st.integers(0, count))
     last = data.draw(st.integers(first, count))
     assert whole.shape == (count,)
-    assert (MODES[mode](seed, parameter, start + first, start + last) == whole[first:last]).all()
+    assert (direction(mode, seed, parameter, start + first, start + last) == whole[first:last]).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_numbers_have_the_moments_that_they_should(mode: str) -> None:
+def test_numbers_have_the_moments_that_they_should(mode: Mode) -> None:
     count = 1 << 18
-    drawn = np.stack([MODES[mode](seed, identity(name), 0, count) for seed in (0, 1) for name in "ab"]).astype(float)
+    drawn = np.stack([direction(mode, seed, identity(name), 0, count) for seed in (0, 1) for name in "ab"]).astype(
+        float
+    )
     bound = 5 / count**0.5
     fourth = {"rademacher": 1.0, "gaussian": 3.0}[mode]
     assert np.abs(drawn.mean(1)).max() < bound
@@ -63,5 +62,27 @@ def test_numbers_have_the_moments_that_they_should(mode: str) -> None:
 def test_a_seed_means_what_it_always_did(case: dict[str, Any]) -> None:
     assert identity(case["name"]) == case["identity"]
     start, numbers = case["start"], case["numbers"]
-    drawn = MODES[case["mode"]](case["seed"], case["identity"], start, start + len(numbers))
+    drawn = direction(case["mode"], case["seed"], case["identity"], start, start + len(numbers))
     np.testing.assert_allclose(drawn, numbers, rtol=0, atol=0 if case["mode"] == "rademacher" else 1e-6)
+
+
+def test_normal_numbers_are_those_of_box_and_muller() -> None:
+    words = philox(
+        np.stack([np.arange(1000), *np.zeros((3, 1000))], 1).astype(np.uint32), np.array([7, 0], np.uint32)
+    ).reshape(-1, 2)
+    radius = np.sqrt(-2 * np.log(((words[:, 0] >> 9) + 0.5) / 2**23))
+    angle = words[:, 1] * (2 * np.pi / 2**32)
+    exact = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)
+    np.testing.assert_allclose(direction("gaussian", 7, 0, 0, 4000), exact, rtol=0, atol=1e-6)
+
+
+@given(U64, U64, st.lists(st.integers(0, 2**32 - 1), max_size=4))
+def test_derived_seeds_differ_by_master_and_place(master: int, other: int, place: list[int]) -> None:
+    seed = derived(master, *place)
+    assert 0 <= seed < 2**64
+    assert seed == derived(master, *place, *[0] * (4 - len(place)))
+    assert (seed == derived(other, *place)) == (master == other)
+    assert all(
+        derived(master, *(number ^ (at == where) for at, number in enumerate(place))) != seed
+        for where in range(len(place))
+    )

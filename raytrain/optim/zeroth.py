@@ -1,0 +1,151 @@
+"""Zeroth-order optimizers: what to do with slopes along directions, in place of a gradient."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+
+from raytrain.model.blocks import blocks
+from raytrain.seeds.replay import Nudge, replay_log
+from raytrain.seeds.slope import Loss, Probe
+from raytrain.seeds.space import Space
+from raytrain.seeds.stream import Mode
+
+Slopes = Sequence[tuple[int, float]]
+"""(seed, slope along its direction) of each probe."""
+
+
+class ZerothOrder(Optimizer):
+    """An optimizer that is told slopes.
+
+    A group's learning rate shapes the directions: with lr_scale = s they are sqrt(s) times as long there, so that the
+    expected step is s times as large and the probes see most of what is moved most.
+    """
+
+    exact = False
+    """Whether slopes are derivatives, and not differences."""
+
+    def shape(self, space: Space) -> None:
+        """Learn the space of the directions, before the first step."""
+        self.space = space
+
+    def decide(self, slopes: Slopes, rate: float, probe: Probe, loss: Loss) -> Slopes:  # noqa: ARG002 - some look
+        """Return the slopes to move by, which is these, unless more probes say otherwise."""
+        return slopes
+
+    def move(self, slopes: Slopes, rate: float) -> None:
+        """Move the parameters by what the slopes say, their mean being the estimate; `rate` is a float32."""
+        raise NotImplementedError
+
+
+class ZOSGD(ZerothOrder):
+    """Move against each direction by its slope (Malladi et al. 2023, MeZO)."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-5) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def move(self, slopes: Slopes, rate: float) -> None:
+        """Move one direction after the other."""
+        replay_log(self.space, [Nudge(seed, -rate * self.length(slope) / len(slopes)) for seed, slope in slopes])
+
+    def length(self, slope: float) -> float:
+        """Return how far to go for a slope."""
+        return slope
+
+
+class ZOSign(ZOSGD):
+    """Move against each direction by the learning rate, whatever its slope (Zhang et al. 2024, ZO-Bench)."""
+
+    def length(self, slope: float) -> float:
+        """Return the sign."""
+        return float(slope > 0) - float(slope < 0)
+
+
+class ZOConservative(ZOSGD):
+    """Move against a direction, along it, or not at all, whichever has the least loss now (Zhang et al. 2024)."""
+
+    def decide(self, slopes: Slopes, rate: float, probe: Probe, loss: Loss) -> Slopes:
+        """Try the three for each direction, from where the parameters are."""
+        return [(seed, slope * self._best(seed, rate * slope, probe, loss)) for seed, slope in slopes]
+
+    def _best(self, seed: int, far: float, probe: Probe, loss: Loss) -> float:
+        losses = {way: float(probe.at(seed, -way * far, loss)) for way in (0.0, 1.0, -1.0)}
+        return min(losses, key=lambda way: losses[way] if math.isfinite(losses[way]) else math.inf)
+
+
+class ForwardGradient(ZOSGD):
+    """Move against each direction by its exact slope, from forward-mode differentiation (Baydin et al. 2022)."""
+
+    exact = True
+
+
+class ZOMomentum(ZerothOrder, SGD):
+    """SGD with momentum on the estimated gradient; it holds that and its average."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-5, momentum: float = 0.9) -> None:
+        SGD.__init__(self, params, lr=lr, momentum=momentum)
+
+    def move(self, slopes: Slopes, rate: float) -> None:
+        """Take a step of SGD."""
+        _step(self, slopes, rate, SGD.step)
+
+
+class ZOAdam(ZerothOrder, Adam):
+    """Adam on the estimated gradient; it holds that and two averages."""
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        Adam.__init__(self, params, lr=lr, betas=betas, eps=eps)
+
+    def move(self, slopes: Slopes, rate: float) -> None:
+        """Take a step of Adam."""
+        _step(self, slopes, rate, Adam.step)
+
+
+def space_of(module: nn.Module, optimizer: ZerothOrder, mode: Mode, sparsity: float, by_block: bool) -> Space:
+    """Return the space of what an optimizer moves.
+
+    Args:
+        module: the model, with its first weights.
+        optimizer: of its parameters; each group's learning rate says how long directions are there.
+        mode: what directions consist of.
+        sparsity: see `Space.of`.
+        by_block: whether each repeated block of the model is a block of the space; all else is one more.
+    """
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    rates = {id(one): group["initial_lr"] for group in optimizer.param_groups for one in group["params"]}
+    shared = optimizer.defaults["lr"]
+    return Space.of(
+        named,
+        mode,
+        scales={name: math.sqrt(rates[id(one)] / shared) if shared else 1.0 for name, one in named.items()},
+        sparsity=sparsity,
+        blocks=_blocks_of(module) if by_block else None,
+    )
+
+
+def _blocks_of(module: nn.Module) -> dict[str, int]:
+    places = {id(one): place for place, block in enumerate(blocks(module), start=1) for one in block.parameters()}
+    return {name: places.get(id(parameter), 0) for name, parameter in module.named_parameters()}
+
+
+def _step(optimizer: ZerothOrder, slopes: Slopes, rate: float, step: Callable[[Any], Any]) -> None:
+    """Put the estimated gradient where a torch optimizer looks for it, and let it step with this rate."""
+    space = optimizer.space
+    parts = {part.tensor.data_ptr(): part for part in space.parts if part.scale}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = rate * (group["initial_lr"] / optimizer.defaults["lr"])
+        for parameter in group["params"]:
+            if part := parts.get(parameter.data_ptr()):
+                parameter.grad = torch.zeros_like(part.tensor)
+                for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
+                    space.add(part, parameter.grad, seed, slope / len(slopes) / part.scale**2)
+    step(optimizer)
+    optimizer.zero_grad()
+    for group, before in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = before

@@ -1,0 +1,143 @@
+"""A model as what it started from and how far it went along each of some directions: kilobytes, whatever its size."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from raytrain.errors import CheckpointError, RecipeError
+from raytrain.files import write_whole
+from raytrain.seeds.kernels import seeds_tensor
+from raytrain.seeds.replay import Nudge, materialise
+from raytrain.seeds.space import Space
+from raytrain.seeds.stream import Mode, derived
+from raytrain.tensors import digest_of
+
+FORMAT = "raytrain seed model 1"
+
+
+@dataclass(frozen=True, slots=True)
+class SeedModel:
+    """w0 + sum over k of coefficients[k] * direction(seeds[k]).
+
+    Models of the same w0 are a vector space: sums, means, averages over time and crossovers are arithmetic on the
+    coefficients.
+
+    Attributes:
+        base: the digest of w0, from `digest`.
+        seeds: of the directions, all different.
+        coefficients: float64, shape (k,).
+        mode: what directions consist of.
+        version: how often it was advanced.
+    """
+
+    base: str
+    seeds: tuple[int, ...]
+    coefficients: Tensor
+    mode: Mode = "rademacher"
+    version: int = 0
+
+    @classmethod
+    def of_pool(cls, base: str, master: int, size: int, mode: Mode = "rademacher") -> Self:
+        """Return w0 with a pool of directions that one seed names."""
+        return cls(
+            base, tuple(derived(master, place) for place in range(size)), torch.zeros(size, dtype=torch.float64), mode
+        )
+
+    def advanced(self, moves: Sequence[Nudge]) -> Self:
+        """Return the model after some moves; a seed that it does not have is added to those that it has."""
+        places = {seed: place for place, seed in enumerate(self.seeds)}
+        for move in moves:
+            places.setdefault(move.seed, len(places))
+        coefficients = torch.zeros(len(places), dtype=torch.float64)
+        coefficients[: len(self.seeds)] = self.coefficients
+        for move in moves:
+            coefficients[places[move.seed]] += move.scale
+        return replace(self, seeds=tuple(places), coefficients=coefficients, version=self.version + 1)
+
+    def weights(self, space: Space, out: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+        """Return its parameters, in the order of the parts of a space that holds w0; see `materialise`.
+
+        Raises:
+            RecipeError: the space holds something else.
+        """
+        return weights_of_all([self], space, out, many=False)
+
+    def save(self, path: Path) -> None:
+        """Write it to a file."""
+        about = {"base": self.base, "mode": self.mode, "version": self.version}
+        tensors = {"coefficients": self.coefficients, "seeds": seeds_tensor(self.seeds)}
+        write_whole(path, save(tensors, {"format": FORMAT, "about": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Return what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is something else.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("format") != FORMAT:
+                    raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote; this is another one")
+                about = json.loads(file.metadata()["about"])
+                seeds = tuple(seed % 2**64 for seed in file.get_tensor("seeds").tolist())
+                return cls(seeds=seeds, coefficients=file.get_tensor("coefficients"), **about)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote: {error}") from error
+
+
+def digest(space: Space) -> str:
+    """Return what w0 is known by."""
+    return digest_of((part.name, part.tensor) for part in space.parts)
+
+
+def combined(models: Sequence[SeedModel], weights: Sequence[float]) -> SeedModel:
+    """Return the sum of weight * (model - w0), added to w0.
+
+    With weights that add up to 1 this is a mean or, of two models, an interpolation; (decay, 1 - decay) of an average
+    and a model is the next average; (1 + m, -m) of a model and the one before it is a step with momentum m.
+
+    Raises:
+        RecipeError: they do not start from the same w0, or draw other numbers.
+    """
+    first = models[0]
+    for model in models:
+        if (model.base, model.mode) != (first.base, first.mode):
+            raise RecipeError(
+                f"models: expected all with base {first.base[:12]} and {first.mode} directions; "
+                f"got one with base {model.base[:12]} and {model.mode} directions"
+            )
+    table = dict.fromkeys((seed for model in models for seed in model.seeds), 0.0)
+    for model, weight in zip(models, weights, strict=True):
+        for seed, coefficient in zip(model.seeds, model.coefficients.tolist(), strict=True):
+            table[seed] += weight * coefficient
+    values = torch.tensor(list(table.values()), dtype=torch.float64)
+    return replace(first, seeds=tuple(table), coefficients=values, version=max(model.version for model in models))
+
+
+def weights_of_all(
+    models: Sequence[SeedModel], space: Space, out: Sequence[Tensor] | None = None, *, many: bool = True
+) -> Sequence[Tensor]:
+    """Return the parameters of several models, shape (models, *shape) for each part: each direction is drawn once.
+
+    Raises:
+        RecipeError: the space holds another w0 than theirs, or other directions.
+    """
+    for model in models:
+        if model.mode != space.mode or model.base != digest(space):
+            raise RecipeError(
+                f"space: expected the parameters with digest {model.base[:12]} and {model.mode} directions; "
+                f"got {digest(space)[:12]} and {space.mode} directions"
+            )
+    table = {seed: place for place, seed in enumerate(dict.fromkeys(seed for model in models for seed in model.seeds))}
+    coefficients = torch.zeros(len(models), len(table), dtype=torch.float64)
+    for row, model in zip(coefficients, models, strict=True):
+        row[[table[seed] for seed in model.seeds]] = model.coefficients
+    return materialise(space, coefficients if many else coefficients[0], list(table), out)

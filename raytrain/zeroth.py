@@ -1,0 +1,179 @@
+"""A step without gradients: probe some directions, share what they say, and move."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytrain.errors import TrainingError
+from raytrain.optim.zeroth import Slopes, ZerothOrder
+from raytrain.seeds.slope import Loss, Probe, Slope, derivative, slope
+from raytrain.seeds.stream import derived
+from raytrain.seeds.trajectory import Trajectory
+from raytrain.sync.numbers import Numbers
+from raytrain.task import Batch, Task
+from raytrain.tensors import seed_step, weighed
+
+PATIENCE = 20
+"""Steps without one usable slope, after which a run is given up."""
+MEMORY = 0.98
+EARLY = 20
+
+
+@dataclass(slots=True)
+class Zeroth:
+    """How a replica probes and moves.
+
+    Attributes:
+        probe: of its model.
+        optimizer: what moves it.
+        sync: shares slopes.
+        count: directions of each replica in each step.
+        eps: how far a probe goes.
+        sides: 2 for central differences, 1 for forward ones, with one probe more for all directions.
+        training: whether probes see the model in training mode.
+        objective: a value that the task measures, to improve in place of the loss; "": the loss.
+        outlier: slopes beyond this many times the typical size are left out; 0: none are.
+        trajectory: what the moves are written to, on the first replica.
+    """
+
+    probe: Probe
+    optimizer: ZerothOrder
+    sync: Numbers
+    count: int
+    eps: float
+    sides: int
+    training: bool
+    objective: str
+    outlier: float
+    trajectory: Trajectory | None = None
+    _useless: int = field(default=0)
+
+    def step(self, loss: Loss, module: nn.Module, seed: int, place: tuple[int, int], factor: float) -> dict[str, Any]:
+        """Probe, share and move.
+
+        Args:
+            loss: of this replica's share of the step.
+            module: the model.
+            seed: the run's.
+            place: the step and this replica's rank.
+            factor: of the learning rate, in this step.
+
+        Returns:
+            "loss", this replica's, "slope", the root of the mean square of all, and "skipped", how many were not used.
+
+        Raises:
+            TrainingError: no slope was usable for many steps.
+        """
+        step, rank = place
+        with torch.no_grad(), _mode(module, self.training):
+            found = self._probed(loss, [self.seed_of(seed, step, rank, k) for k in range(self.count)])
+            everyone = self.sync.share([one.value for one in found])
+            slopes = [
+                (self.seed_of(seed, step, member, k), value)
+                for member, values in enumerate(everyone)
+                for k, value in enumerate(values)
+            ]
+            usable, sent = self._usable(slopes), len(slopes)
+            rate = float(torch.tensor(self.optimizer.defaults["lr"] * factor))
+            if usable:
+                moves = self.optimizer.decide(_of_all(usable, sent), rate, self.probe, loss)
+                self.optimizer.move(moves, rate)
+                if self.trajectory:
+                    self.trajectory.append(step, rate, moves)
+        self._useless = 0 if usable else self._useless + 1
+        mean_loss = sum(one.loss for one in found) / len(found)
+        if self._useless == PATIENCE:
+            raise TrainingError(
+                f"no probe of steps {step + 2 - PATIENCE} to {step + 1} gave a usable slope, and the loss is "
+                f"{mean_loss:g}; a lower optimizer.lr or directions.eps may help"
+            )
+        square = sum(value**2 for _, value in usable) / max(1, len(usable))
+        return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": sent - len(usable)}
+
+    @staticmethod
+    def seed_of(seed: int, step: int, rank: int, place: int) -> int:
+        """Return the seed of a direction: of a run, a step, a replica and its place among those of the replica."""
+        return derived(seed, step, rank, place, 1)
+
+    def _probed(self, loss: Loss, seeds: Sequence[int]) -> list[Slope]:
+        if self.optimizer.exact:
+            return [derivative(loss, self.probe, seed) for seed in seeds]
+        at_rest = float(loss()) if self.sides == 1 else None
+        return [slope(loss, self.probe, seed, self.eps, at_rest=at_rest) for seed in seeds]
+
+    def _usable(self, slopes: Slopes) -> Slopes:
+        """Return the slopes that are numbers, and of an ordinary size; what is ordinary is the same on all replicas."""
+        group = self.optimizer.param_groups[0]
+        seen, typical = group.setdefault("seen", 0), group.setdefault("typical", 0.0)
+        limit = self.outlier * typical if self.outlier and seen >= EARLY else math.inf
+        usable = [(seed, value) for seed, value in slopes if value and abs(value) <= limit]
+        for _, value in slopes:
+            if value:
+                seen += 1
+                share = max(1 / seen, 1 - MEMORY)
+                typical += share * (min(abs(value), limit) - typical)
+        group["seen"], group["typical"] = seen, typical
+        return usable
+
+
+def _of_all(usable: Slopes, count: int) -> Slopes:
+    """Return slopes whose mean is that over `count` with those left out as 0; in float32, as a log has them."""
+    share = torch.tensor([value for _, value in usable], dtype=torch.float64) * (len(usable) / count)
+    return [(seed, value) for (seed, _), value in zip(usable, share.float().tolist(), strict=True)]
+
+
+def loss_of(
+    task: Task,
+    module: nn.Module,
+    batches: Sequence[tuple[Batch, Tensor]],
+    place: tuple[int, int, int],
+    autocast: torch.dtype | None,
+    objective: str,
+) -> Loss:
+    """Return the mean loss over micro-batches as a function of nothing, which draws the same dropout in every call.
+
+    Args:
+        task: what is learned.
+        module: the model.
+        batches: with the weights of their losses.
+        place: the run's seed, the replica's rank and the step.
+        autocast: the type to compute in; None: that of the parameters.
+        objective: a value that the task measures, to take in place of the loss; what is better becomes less.
+    """
+    total = sum(float(weights.sum()) for _, weights in batches) or 1.0
+    device = next(module.parameters()).device
+    sign = -1.0 if task.better == "higher" else 1.0
+
+    def loss() -> Tensor:
+        seed_step(*place)
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            if objective:
+                return torch.tensor(sign * _measured(task, module, batches, objective))
+            parts = [weighed(task.losses(module, batch), weights) for batch, weights in batches]
+        return torch.stack(parts).sum() / total
+
+    return loss
+
+
+def _measured(task: Task, module: nn.Module, batches: Sequence[tuple[Batch, Tensor]], objective: str) -> float:
+    if task.measure is None:
+        raise TrainingError(f"directions.objective: the task measures nothing but its loss; got {objective!r}")
+    sums = [task.measure(module, batch) for batch, _ in batches]
+    if objective not in sums[0]:
+        raise TrainingError(f"directions.objective: the task measures {', '.join(sorted(sums[0]))}; got {objective!r}")
+    return sum(one[objective][0] for one in sums) / (sum(one[objective][1] for one in sums) or 1.0)
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    before = module.training
+    module.train(training)
+    try:
+        yield
+    finally:
+        module.train(before)

@@ -1,0 +1,146 @@
+"""Every kernel of this machine gives the bits of the reference, whatever the element it starts at."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytrain.command import list_names
+from raytrain.errors import RecipeError
+from raytrain.seeds import native
+from raytrain.seeds.kernels import KERNELS, Kernel, active, fastest, kernel_of, quantised, seeds_tensor
+from raytrain.seeds.native import CannotCompileError
+from raytrain.seeds.stream import Mode, identity
+
+MODES: tuple[Mode, ...] = ("rademacher", "gaussian")
+REFERENCE = kernel_of("reference")
+
+
+def on_cpu() -> Iterator[Any]:
+    for name in ("native", "numba"):
+        try:
+            yield pytest.param(kernel_of(name), id=name)
+        except CannotCompileError as error:
+            yield pytest.param(None, id=name, marks=pytest.mark.skip(reason=str(error)))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernel", list(on_cpu()))
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_sums_are_those_of_the_reference(kernel: Kernel, mode: Mode, data: st.DataObject) -> None:
+    seeds = seeds_tensor(data.draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=70)))
+    models = data.draw(st.integers(1, 3))
+    largest = 2**25 - 1
+    weight = st.sampled_from([0, 1, largest, -largest]) | st.integers(-largest, largest)
+    weights = torch.tensor(
+        data.draw(
+            st.lists(st.lists(weight, min_size=len(seeds), max_size=len(seeds)), min_size=models, max_size=models)
+        ),
+        dtype=torch.int32,
+    )
+    start = data.draw(st.integers(0, 3000) | st.integers(2**32 * 128 - 700, 2**32 * 128))
+    before = torch.arange(models * data.draw(st.integers(1, 1500))).view(models, -1)
+    expected, found = before.clone(), before.clone()
+    REFERENCE.sums(mode, seeds, weights, identity("w"), start, expected)
+    with threads(data.draw(st.integers(1, 2))):
+        kernel.sums(mode, seeds, weights, identity("w"), start, found)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kernel", list(on_cpu()))
+def test_sums_of_more_seeds_than_fit_before_a_flush(kernel: Kernel) -> None:
+    seeds = seeds_tensor(range(5000))
+    weights = torch.full((1, 5000), 2**25 - 1, dtype=torch.int32)
+    expected, found = torch.zeros(1, 300, dtype=torch.int64), torch.zeros(1, 300, dtype=torch.int64)
+    REFERENCE.sums("rademacher", seeds, weights, 5, 17, expected)
+    kernel.sums("rademacher", seeds, weights, 5, 17, found)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernel", list(on_cpu()))
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_moves_are_those_of_the_reference(kernel: Kernel, mode: Mode, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(sorted(kernel.types, key=str)))
+    rows, width = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 400))
+    start = data.draw(st.integers(0, 2000) | st.integers(2**32 * 128 - 700, 2**32 * 128))
+    scale = data.draw(st.floats(-100, 100))
+    base = torch.randn(rows, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+    chosen = data.draw(st.none() | st.lists(st.integers(0, rows - 1), min_size=1, max_size=5))
+    some = None if chosen is None else torch.tensor(chosen)
+    expected = torch.empty_like(base if some is None else base[some])
+    found = torch.empty_like(expected)
+    REFERENCE.move(mode, 2**64 - 3, scale, 9, start, base, expected, some)
+    with threads(data.draw(st.integers(1, 2))):
+        kernel.move(mode, 2**64 - 3, scale, 9, start, base, found, some)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kernel", list(on_cpu()))
+def test_a_move_in_place_on_all_threads(kernel: Kernel) -> None:
+    base = torch.randn(300_001)
+    expected = torch.empty_like(base)
+    REFERENCE.move("rademacher", 1, 0.1, 2, 3, base, expected)
+    with threads(2):
+        kernel.move("rademacher", 1, 0.1, 2, 3, base, base)
+    assert torch.equal(base, expected)
+
+
+@given(
+    st.lists(st.floats(-1e30, 1e30).filter(lambda x: not x or abs(x) > 1e-30), min_size=1, max_size=30),
+    st.sampled_from(MODES),
+)
+def test_coefficients_are_kept_to_a_part_of_the_largest(values: list[float], mode: Mode) -> None:
+    coefficients = torch.tensor(values, dtype=torch.float64)
+    weights, unit = quantised(coefficients, mode)
+    plain = unit / {"rademacher": 1, "gaussian": 2.0**-20}[mode]
+    assert weights.abs().max() < 2**25
+    assert np.log2(plain) == round(np.log2(plain))
+    assert ((weights * plain - coefficients).abs() <= coefficients.abs().max() * 2.0**-24).all()
+
+
+def test_coefficients_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="coefficients: expected finite numbers; got nan"):
+        quantised(torch.tensor([1.0, float("nan")], dtype=torch.float64), "rademacher")
+
+
+def test_one_kernel_is_in_use_on_each_kind_of_device() -> None:
+    found = active()
+    assert found.keys() == KERNELS.keys()
+    assert [name for name, remark in found.items() if remark == "in use on cpu"] == [fastest("cpu").name]
+    with pytest.raises(RecipeError, match="need a kernel for 'xpu' devices, and none works"):
+        fastest("xpu")
+
+
+def test_the_command_says_which_kernel_is_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    list_names("kernels")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("in use on cpu") == 1
+
+
+def test_without_a_compiler_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    native._library.cache_clear()
+    try:
+        with pytest.raises(
+            CannotCompileError, match=r"no C\+\+ compiler: neither \$CXX nor g\+\+ nor clang\+\+ is there"
+        ):
+            native.NativeKernel()
+    finally:
+        native._library.cache_clear()

@@ -1,0 +1,179 @@
+"""What is built from sums of directions: laws of both ways to apply seeds, and of models that are coefficients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from raytrain.errors import CheckpointError, RecipeError
+from raytrain.seeds.kernels import kernel_of, quantised
+from raytrain.seeds.model import SeedModel, combined, digest, weights_of_all
+from raytrain.seeds.replay import Nudge, materialise, replay_log
+from raytrain.seeds.space import Space
+from raytrain.seeds.stream import Mode, direction, identity
+from raytrain.tensors import rounded
+
+MODES: tuple[Mode, ...] = ("rademacher", "gaussian")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a.weight": (37, 11), "a.bias": (37,), "b.weight": (5, 300)}
+    return {name: (torch.randn(shape, generator=generator) * 0.02).to(dtype) for name, shape in shapes.items()}
+
+
+def coefficients(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 1e-4
+
+
+@pytest.mark.parametrize("kernel", ["reference", "numba"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_at_once_rounds_the_exact_sum_once(dtype: torch.dtype, mode: Mode, kernel: str) -> None:
+    named, count = parameters(dtype), 1024 if kernel == "numba" else 50
+    weights = coefficients(count)
+    space = Space.of(named, mode, kernel=kernel_of(kernel))
+    found = materialise(space, weights, range(count))
+    kept, unit = quantised(weights, "rademacher")
+    for (name, base), got in zip(named.items(), found, strict=True):
+        exact = base.double().flatten()
+        for seed, weight in enumerate(kept.tolist()):
+            exact += weight * unit * torch.from_numpy(direction(mode, seed, identity(name), 0, base.numel())).double()
+        wide = exact.to(dtype).double()
+        nearer = [wide.to(dtype).nextafter(torch.full_like(got.flatten(), way)).double() for way in (-1e4, 1e4)]
+        best = torch.stack([(exact - one).abs() for one in (wide, *nearer)]).min(0).values
+        assert ((exact - got.double().flatten()).abs() <= best * (1 + 1e-9)).all()
+
+
+@given(st.floats(-60000, 60000), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_rounding_once_is_to_the_nearest(value: float, dtype: torch.dtype) -> None:
+    tensor = torch.tensor(value, dtype=torch.float64)
+    near = rounded(tensor, dtype)
+    others = [near.nextafter(torch.tensor(way, dtype=dtype)) for way in (-float("inf"), float("inf"))]
+    assert all((near.double() - tensor).abs() <= (other.double() - tensor).abs() for other in others)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(range(40)))
+def test_the_order_of_seeds_changes_no_bit(mode: Mode, order: list[int]) -> None:
+    space, weights = Space.of(parameters(), mode), coefficients(40)
+    straight = materialise(space, weights, range(40))
+    assert all(map(torch.equal, straight, materialise(space, weights[order], order)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_kernels_agree_on_every_bit(mode: Mode) -> None:
+    found = [
+        materialise(Space.of(parameters(), mode, kernel=kernel_of(name)), coefficients(33), range(33))
+        for name in ("reference", "numba")
+    ]
+    assert all(map(torch.equal, *found))
+    assert all(map(torch.equal, found[0], materialise(Space.of(parameters(), mode), coefficients(33), range(33))))
+
+
+def test_sums_are_linear() -> None:
+    named = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters().items()}
+    space = Space.of(named)
+    a, b = (torch.randint(-1000, 1000, (20,), generator=torch.Generator().manual_seed(k)).double() for k in (1, 2))
+    of_a, of_b, of_both = (materialise(space, weights, range(20)) for weights in (a, b, 2 * a - 3 * b))
+    assert all(torch.equal(2 * x - 3 * y, z) for x, y, z in zip(of_a, of_b, of_both, strict=True))
+
+
+def test_several_models_at_once_are_each_of_them() -> None:
+    space, weights = Space.of(parameters()), coefficients(60).view(3, 20)
+    together = materialise(space, weights, range(20))
+    unit = quantised(weights, "rademacher")[1]
+    for place in range(3):
+        kept = (weights[place] / unit).round() * unit  # one unit serves all
+        alone = materialise(space, kept, range(20))
+        for all_of_them, one in zip(together, alone, strict=True):
+            torch.testing.assert_close(all_of_them[place], one, rtol=0, atol=float(weights.abs().max()) * 20 * 2**-24)
+
+
+def test_moves_one_by_one_are_those_of_the_arithmetic_in_its_own_order() -> None:
+    moves = [Nudge(seed, 0.1 / (seed + 1)) for seed in range(5)]
+    for dtype in DTYPES:
+        named = parameters(dtype)
+        expected = {name: value.clone() for name, value in named.items()}
+        replay_log(Space.of(named), moves)
+        for name, value in expected.items():
+            for move in moves:
+                drawn = torch.from_numpy(direction("rademacher", move.seed, identity(name), 0, value.numel()))
+                value.copy_(value.float() + torch.tensor(move.scale) * drawn.view_as(value))
+            assert torch.equal(named[name], value)
+
+
+def test_what_is_frozen_small_or_in_another_block_stands_still() -> None:
+    named = parameters()
+    space = Space.of(named, scales={"a.bias": 0.0, "b.weight": 2.0}, sparsity=0.75, blocks={"b.weight": 1})
+    before = {name: value.clone() for name, value in named.items()}
+    at_once = materialise(space, torch.tensor([0.5, 0.25], dtype=torch.float64), [2, 5])
+    replay_log(space, [Nudge(2, 0.5)])
+    assert torch.equal(named["b.weight"], before["b.weight"])
+    replay_log(space, [Nudge(5, 0.25)])
+    assert torch.equal(named["a.bias"], before["a.bias"])
+    for name, far in (("a.weight", 0.5), ("b.weight", 0.5)):
+        moved = named[name] != before[name]
+        small = before[name].abs() <= before[name].abs().flatten().sort().values[round(0.25 * moved.numel()) - 1]
+        assert torch.equal(moved, small)
+        torch.testing.assert_close(
+            (named[name] - before[name]).abs()[moved], torch.tensor(far).expand(int(moved.sum()))
+        )
+    assert all(torch.equal(named[part.name], made) for part, made in zip(space.parts, at_once, strict=True))
+
+
+def test_a_tied_parameter_is_moved_once() -> None:
+    shared = torch.zeros(300)
+    space = Space.of({"first": shared, "second": shared})
+    space.move(3, 1.0)
+    assert torch.equal(shared, torch.from_numpy(direction("rademacher", 3, identity("first"), 0, 300)))
+
+
+def test_a_space_says_what_it_cannot_take() -> None:
+    with pytest.raises(RecipeError, match="expected contiguous parameters; w is not"):
+        Space.of({"w": torch.zeros(4, 5).T})
+
+
+def test_a_model_saved_loaded_and_advanced_in_any_order_is_the_same(tmp_path: Path) -> None:
+    space = Space.of(parameters())
+    first = SeedModel.of_pool(digest(space), 11, 32)
+    moves = [Nudge(first.seeds[place % 32], 1e-3 * place) for place in range(50)] + [Nudge(7, 0.5)]
+    first.save(tmp_path / "first")
+    later = SeedModel.load(tmp_path / "first").advanced(moves)
+    straight = first.advanced(moves)
+    later.save(tmp_path / "later")
+    later = SeedModel.load(tmp_path / "later")
+    assert (later.seeds, later.version, later.base) == (straight.seeds, 1, first.base)
+    assert torch.equal(later.coefficients, straight.coefficients)
+    assert all(map(torch.equal, later.weights(space), straight.weights(space)))
+    assert (tmp_path / "later").stat().st_size < 33 * 16 + 1000
+
+
+def test_arithmetic_on_models_is_that_on_their_weights() -> None:
+    named = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters().items()}
+    space = Space.of(named)
+    empty = SeedModel(digest(space), (), torch.zeros(0, dtype=torch.float64))
+    a = empty.advanced([Nudge(1, 0.5), Nudge(2, -0.25)])
+    b = empty.advanced([Nudge(2, 1.0), Nudge(3, 0.125)])
+    mean = combined([a, b], [0.5, 0.5]).weights(space)
+    both = weights_of_all([a, b], space)
+    assert all(torch.equal(one, two.mean(0)) for one, two in zip(mean, both, strict=True))
+    ahead = combined([b, a], [1.5, -0.5]).weights(space)
+    assert all(torch.equal(one, 1.5 * two[1] - 0.5 * two[0]) for one, two in zip(ahead, both, strict=True))
+
+
+def test_a_model_of_other_weights_is_refused(tmp_path: Path) -> None:
+    space, other = Space.of(parameters()), Space.of(parameters(seed=1))
+    model = SeedModel.of_pool(digest(space), 1, 2)
+    with pytest.raises(RecipeError, match="expected the parameters with digest"):
+        model.weights(other)
+    with pytest.raises(RecipeError, match="expected all with base"):
+        combined([model, SeedModel.of_pool(digest(other), 1, 2)], [1, 1])
+    (tmp_path / "no").write_bytes(b"no such thing")
+    with pytest.raises(CheckpointError, match="expected a file that SeedModel.save wrote"):
+        SeedModel.load(tmp_path / "no")
