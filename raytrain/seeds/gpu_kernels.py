@@ -82,14 +82,26 @@ def _rounded(x, negated):
 
 @triton.jit
 def _add(pointer, value, mask):
-    tl.store(pointer, tl.load(pointer, mask=mask) + value, mask=mask)
+    tl.store(pointer, tl.load(pointer, mask=mask, other=0) + value, mask=mask)
+
+
+@triton.jit
+def _load(pointer, mask):
+    """Return numbers as float32. Those of bfloat16 are its upper halves: Triton's interpreter loses the tiniest."""
+    value = tl.load(pointer, mask=mask, other=0)
+    if pointer.dtype.element_ty == tl.bfloat16:
+        value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
 
 
 @triton.jit
 def _store(pointer, value, mask):
-    """Store float32 numbers in the type of the pointer, rounded to nearest, to the even one of two."""
+    """Store float32 numbers, rounded to the nearest in the type of the pointer, to the even one of two.
+
+    Triton's interpreter does not round to bfloat16 as GPUs do.
+    """
     if pointer.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)  # Triton's interpreter would not round as GPUs do
+        bits = value.to(tl.uint32, bitcast=True)
         rounded = tl.add(bits, 0x7FFF + ((bits >> 16) & 1), sanitize_overflow=False) >> 16
         rounded = tl.where(value == value, rounded, BFLOAT16_NAN)  # noqa: PLR0124
         tl.store(pointer, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
@@ -222,8 +234,8 @@ def move_signs(
     plain = scale.to(tl.float32, bitcast=True)
     place = word[:, None] * 32 + bit[None, :] - first
     mask = (place >= 0) & (place < width)
-    value = tl.load(base + row * width + place, mask=mask).to(tl.float32) + tl.where(is_set != 0, plain, -plain)
-    _store(out + to * width + place, value, mask)
+    moved = _load(base + row * width + place, mask) + tl.where(is_set != 0, plain, -plain)
+    _store(out + to * width + place, moved, mask)
 
 
 @triton.jit(do_not_specialize=["low", "high", "seed_low", "seed_high", "scale", "tiles"])
@@ -253,4 +265,4 @@ def move_normals(
     place = at * 4 + tl.arange(0, blocks * 4) - first
     mask = (place >= 0) & (place < width)
     added = drawn.to(tl.float32) * UNIT * scale.to(tl.float32, bitcast=True)
-    _store(out + to * width + place, tl.load(base + row * width + place, mask=mask).to(tl.float32) + added, mask)
+    _store(out + to * width + place, _load(base + row * width + place, mask) + added, mask)

@@ -44,16 +44,13 @@ class Probe:
         self.active = self.dual = self.everything = self.moving = False
         self._watched = False
         owned = _owned(module, space)
+        names = [name for name, layer in module.named_modules() if layer in owned]
         memory: dict[int, _Memory] = {}
         self._layers = []
-        for name, owner in module.named_modules():
-            if owner in owned:
-                inside = sum(
-                    name.startswith(f"{other}.") or not other
-                    for other, layer in module.named_modules()
-                    if layer in owned
-                )
-                self._layers.append(_Layer(self, owner, owned[owner], memory.setdefault(inside, _Memory())))
+        for name in names:
+            around = sum(name != other and f"{name}.".startswith(f"{other}." if other else "") for other in names)
+            owner = module.get_submodule(name)
+            self._layers.append(_Layer(self, owner, owned[owner], memory.setdefault(around, _Memory())))
         self._whole: list[_Swap] = []
 
     def at(self, seed: int, scale: float, loss: Loss) -> Tensor:
@@ -303,6 +300,11 @@ def slope(loss: Loss, probe: Probe, seed: int, eps: float, *, at_rest: float | N
 
 def derivative(loss: Loss, probe: Probe, seed: int) -> Slope:
     """Return how fast the loss rises along a direction, exactly, from one pass that carries derivatives along."""
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the fused attention has no such derivative
-        value, tangent = forward_ad.unpack_dual(probe.along(seed, loss))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # fused attention has no such derivative, neither this nor the next
+    try:
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            value, tangent = forward_ad.unpack_dual(probe.along(seed, loss))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return Slope(0.0 if tangent is None else float(tangent), float(value))

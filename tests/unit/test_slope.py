@@ -1,0 +1,206 @@
+"""Probing: the slope is right, nothing moves, and what is replaced is all that the model reads."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from raytrain.errors import RecipeError
+from raytrain.seeds.kernels import kernel_of
+from raytrain.seeds.slope import Probe, derivative, slope
+from raytrain.seeds.space import Space
+from raytrain.tensors import wide
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Odd(nn.Module):
+    """A model with all that goes wrong: ties, a table that is returned, a weight used from outside, a nested owner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(500, 16, padding_idx=499)
+        self.places = Table(16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.5, batch_first=True)
+        self.outer = Nested(16)
+        self.head = nn.Linear(16, 500, bias=False)
+        self.head.weight = self.words.weight
+        self.bare = nn.Parameter(torch.randn(16))
+        self.used_by_others = nn.Linear(16, 16)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.words(words) + self.places(words.shape[1])
+        y, _ = self.attention(x, x, x)
+        x = self.outer(self.encoder(x + y))
+        x = torch.nn.functional.linear(x, self.used_by_others.weight) * self.bare
+        return self.head(x)
+
+
+class Table(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(40, width))
+
+    def forward(self, count: int) -> Tensor:
+        return self.table[:count]
+
+
+class Nested(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(width))
+        self.inner = nn.Linear(width, width)
+        self.again = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(torch.tanh(self.inner(x) * self.gain)) * self.gain
+
+
+def loss_of(module: nn.Module) -> Callable[[], Tensor]:
+    words = torch.arange(60).view(3, 20) % 37
+
+    def loss() -> Tensor:
+        torch.manual_seed(7)
+        return wide(module(words)).logsumexp(-1).mean()
+
+    return loss
+
+
+def copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def moved_by_hand(module: nn.Module, space: Space, seed: int, scale: float, loss: Callable[[], Tensor]) -> Tensor:
+    before = copies(module)
+    space.move(seed, scale)
+    value = loss()
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(before[name])
+    return value
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_a_probe_sees_what_a_move_would_make(dtype: torch.dtype, training: bool) -> None:
+    module = Odd().to(dtype).train(training)
+    space, loss = Space.of(dict(module.named_parameters())), loss_of(module)
+    probe, before, plain = Probe(module, space), copies(module), loss()
+    for seed, scale in ((1, 0.01), (2, -0.3), (1, 0.0)):
+        found = probe.at(seed, scale, loss)
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+        torch.testing.assert_close(found, moved_by_hand(module, space, seed, scale, loss), rtol=1e-6, atol=1e-6)
+        assert scale == 0 or found != plain
+    assert torch.equal(loss(), plain)
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"mode": "gaussian"}, {"blocks": {"head.weight": 1}}])
+@torch.no_grad()
+def test_a_probe_moves_what_the_space_says(options: dict[str, object]) -> None:
+    module = Odd().eval()
+    some = {name: value for name, value in module.named_parameters() if "encoder" not in name}
+    space, loss = Space.of(some, **options), loss_of(module)  # type: ignore[arg-type]
+    probe = Probe(module, space)
+    for seed in (1, 2, 3):
+        found = probe.at(seed, 0.1, loss)
+        torch.testing.assert_close(found, moved_by_hand(module, space, seed, 0.1, loss), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_two_hundred_probes_leave_every_bit_also_when_the_loss_raises(dtype: torch.dtype) -> None:
+    module = Odd().to(dtype).eval()
+    before, loss = copies(module), loss_of(module)
+    probe = Probe(module, Space.of(dict(module.named_parameters())))
+
+    def failing() -> Tensor:
+        raise ArithmeticError("on purpose")
+
+    handle = module.outer.inner.register_forward_hook(lambda *_: failing())
+    with pytest.raises(ArithmeticError):
+        probe.at(0, 1.0, loss)
+    handle.remove()
+    for seed in range(100):
+        slope(loss, probe, seed, 1e-3)
+    for late in (module.outer.again, module.head):
+        handle = late.register_forward_pre_hook(lambda *_: failing())
+        with pytest.raises(ArithmeticError):
+            probe.at(0, 1.0, loss)
+        handle.remove()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(isinstance(value, nn.Parameter) for value in module.parameters())
+    assert module.words.padding_idx == 499
+
+
+class Quadratic(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.layer = nn.Linear(7, 5, bias=False, dtype=torch.float64)
+        self.layer.weight.data = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+        self.x = torch.randn(20, 7, generator=generator, dtype=torch.float64)
+
+    def forward(self) -> Tensor:
+        return self.layer(self.x).square().sum()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**64 - 1), st.floats(1e-3, 10), st.sampled_from(["rademacher", "gaussian"]))
+def test_the_slope_of_a_quadratic_is_its_derivative(seed: int, eps: float, mode: str) -> None:
+    module = Quadratic(seed % 1000)
+    space = Space.of({"layer.weight": module.layer.weight}, mode)  # type: ignore[arg-type]
+    probe = Probe(module, space)
+    module().backward()
+    direction = torch.zeros_like(module.layer.weight)
+    space.add(space.parts[0], direction, seed, 1.0)
+    exact = float((module.layer.weight.grad * direction).sum())
+    curvature = float((module.x @ direction.T.detach()).square().sum())
+    with torch.no_grad():
+        at_rest = float(module())
+        both = slope(module, probe, seed, eps)
+        ahead = slope(module, probe, seed, eps, at_rest=at_rest)
+        along = derivative(module, probe, seed)
+    size = abs(exact) + (at_rest + curvature * eps * eps) / eps
+    assert math.isclose(both.value, exact, rel_tol=1e-9, abs_tol=1e-6 * size)  # directions are scaled in float32
+    assert math.isclose(along.value, exact, rel_tol=1e-9, abs_tol=1e-9 * size)
+    assert math.isclose(ahead.value, exact + eps * curvature, rel_tol=1e-6, abs_tol=1e-6 * size)
+    assert both.loss >= at_rest - 1e-9 * size
+    assert ahead.loss == along.loss == at_rest
+
+
+@torch.no_grad()
+def test_the_exact_slope_is_the_limit_of_differences() -> None:
+    module = Odd().double().eval()
+    probe = Probe(module, Space.of(dict(module.named_parameters())))
+    for seed in (3, 4):
+        exact, near = derivative(loss_of(module), probe, seed), slope(loss_of(module), probe, seed, 1e-3)
+        assert math.isclose(exact.value, near.value, rel_tol=1e-4, abs_tol=1e-6)
+
+
+def test_only_looked_up_rows_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    kernel = kernel_of("reference")
+    move = kernel.move
+
+    def counted(*arguments: object) -> None:
+        drawn.append(arguments[6].numel())  # type: ignore[attr-defined]
+        move(*arguments)  # type: ignore[arg-type]
+
+    module = nn.Embedding(1000, 8)
+    probe = Probe(module, Space.of({"weight": module.weight}, kernel=kernel))
+    monkeypatch.setattr(kernel, "move", counted)
+    with torch.no_grad():
+        probe.at(1, 0.1, lambda: module(torch.tensor([[3, 999, 3], [0, 0, 1]])).sum())
+    assert set(drawn) == {4 * 8}
+
+
+def test_a_space_of_another_model_is_refused() -> None:
+    with pytest.raises(RecipeError, match="directions: bias is not a parameter of the module"):
+        Probe(nn.Linear(3, 3), Space.of({"bias": torch.zeros(3)}))
