@@ -180,7 +180,7 @@ def test_the_exact_slope_is_the_limit_of_differences() -> None:
     module = Odd().double().eval()
     probe = Probe(module, Space.of(dict(module.named_parameters())))
     for seed in (3, 4):
-        exact, near = derivative(loss_of(module), probe, seed), slope(loss_of(module), probe, seed, 1e-3)
+        exact, near = derivative(loss_of(module), probe, seed), slope(loss_of(module), probe, seed, 1e-5)
         assert math.isclose(exact.value, near.value, rel_tol=1e-4, abs_tol=1e-6)
 
 
