@@ -1,8 +1,6 @@
 """Small things done to tensors in more than one place."""
 
-import hashlib
 import random
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -47,30 +45,6 @@ def weighed(losses: Tensor, weights: Tensor) -> Tensor:
 def wide(tensor: Tensor) -> Tensor:
     """Return the tensor in float32, or as it is if it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a float64 tensor in a narrower type, rounded once, to the nearest and then to even.
-
-    Below 32 bits torch goes through float32, which would round twice; here that first step rounds to odd, which leaves
-    what the second one needs to know (Boldo and Melquiond 2008).
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return tensor.to(dtype)
-    near = tensor.float()
-    back = near.double()
-    toward_zero = torch.where(back.abs() > tensor.abs(), near.nextafter(torch.zeros_like(near)), near)
-    return (toward_zero.view(torch.int32) | (back != tensor).int()).view(torch.float32).to(dtype)
-
-
-def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hash of tensors and their names; "" without any."""
-    total = hashlib.sha256()
-    tensors = sorted(named, key=lambda pair: pair[0])
-    for name, tensor in tensors:
-        values = tensor.detach().cpu().contiguous()
-        total.update(name.encode() + b"\0" + values.flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest() if tensors else ""
 
 
 def seed_step(seed: int, *place: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from raytrain.bits import digest_of
 from raytrain.checkpoint import CheckpointStore, Manifest, load
 from raytrain.data.feed import Feeds, Walk, local_feed
 from raytrain.errors import RecipeError
@@ -34,7 +35,6 @@ from raytrain.sync.sharded import ShardedGradients
 from raytrain.sync.synchroniser import NUMBERS, SYNCHRONISERS
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
-from raytrain.tensors import digest_of
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch
 from raytrain.zeroth import Zeroth

@@ -11,13 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from raytrain.bits import digest_of
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.files import write_whole
 from raytrain.seeds.kernels import seeds_tensor
 from raytrain.seeds.replay import Nudge, materialise
 from raytrain.seeds.space import Space
 from raytrain.seeds.stream import Mode, derived
-from raytrain.tensors import digest_of
 
 FORMAT = "raytrain seed model 1"
 

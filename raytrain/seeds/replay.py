@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raytrain.bits import rounded
 from raytrain.seeds.kernels import quantised, seeds_tensor
 from raytrain.seeds.space import Space, pieces
-from raytrain.tensors import rounded
 
 
 @dataclass(frozen=True, slots=True)

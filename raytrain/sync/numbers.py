@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
+from raytrain.bits import digest_of
 from raytrain.errors import TrainingError
 from raytrain.sync.exchange import Exchange
 from raytrain.sync.rest import persistent
 from raytrain.sync.synchroniser import EveryStep, SyncOptions, Totals
-from raytrain.tensors import digest_of
 
 STEPS_PER_OCTAVE = 6
 LEVELS = 127

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from raytrain.bits import rounded
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.seeds.kernels import kernel_of, quantised
 from raytrain.seeds.model import SeedModel, combined, digest, weights_of_all
 from raytrain.seeds.replay import Nudge, materialise, replay_log
 from raytrain.seeds.space import Space
 from raytrain.seeds.stream import Mode, direction, identity
-from raytrain.tensors import rounded
 
 MODES: tuple[Mode, ...] = ("rademacher", "gaussian")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
