@@ -73,6 +73,7 @@ class RunDirectory:
         self.attempts = path / "attempts.jsonl"
         self.restarts = path / "restarts.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.trajectory = path / "trajectory.bin"
         self._failure = path / "failure.json"
         self._reserve = path / ".reserve"
         self._stop = path / "stop"

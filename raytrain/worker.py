@@ -5,8 +5,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from raytrain.recipe import read_toml
 from raytrain.replica import Progress, Replica, load_state
 from raytrain.rundir import RunDirectory
 from raytrain.seeds.slope import Probe
+from raytrain.seeds.trajectory import Trajectory
 from raytrain.sync.exchange import ExactExchange, Exchange
 from raytrain.sync.numbers import Numbers
 from raytrain.sync.sharded import ShardedGradients
@@ -37,7 +38,7 @@ from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch
-from raytrain.zeroth import Zeroth
+from raytrain.zeroth import Zeroth, about_trajectory
 
 LOCK_WAIT_SECONDS = 120.0  # NFS keeps the locks of a machine that died for the 90 s of its lease
 SHARED_WAIT_SECONDS = 10.0
@@ -125,9 +126,25 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         log_every=recipe.log.every,
         beat=beat,
     )
-    with feeds(task, recipe.task, _walk(replica, plan)) as feed, watch.recording(replica.progress, recipe.log.to):
+    with (
+        feeds(task, recipe.task, _walk(replica, plan)) as feed,
+        watch.recording(replica.progress, recipe.log.to),
+        _tracing(recipe, run, replica),
+    ):
         train(replica, task, feed, plan, watch)
     return watch.last
+
+
+@contextmanager
+def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterator[None]:
+    """Keep the run's trajectory inside the `with` block, on the first worker, if there is to be one."""
+    zeroth, step = replica.zeroth, replica.progress.step
+    if zeroth is None or replica.rank > 0 or not recipe.directions.trajectory:
+        yield
+        return
+    about = about_trajectory(zeroth, recipe.optimizer, recipe.directions.model_dump(), step)
+    with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
+        yield
 
 
 def _walk(replica: Replica, plan: Plan) -> Walk:
@@ -211,7 +228,7 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = Fa
 def zeroth_of(module: nn.Module, optimizer: ZerothOrder, sync: Numbers, recipe: TrainRecipe) -> Zeroth:
     """Return how a zeroth-order optimizer probes a model."""
     options = recipe.directions
-    space = space_of(module, optimizer, options.mode, options.sparsity, options.blocks)
+    space = space_of(module, optimizer, mode=options.mode, sparsity=options.sparsity, blocks=options.blocks)
     optimizer.shape(space)
     return Zeroth(
         probe=Probe(module, space),

@@ -1,19 +1,23 @@
 """A step without gradients: probe some directions, share what they say, and move."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raytrain.errors import TrainingError
-from raytrain.optim.zeroth import Slopes, ZerothOrder
+from raytrain.errors import CheckpointError, TrainingError
+from raytrain.names import resolve
+from raytrain.optim.optimizers import OPTIMIZERS, OptimizerOptions, make_optimizer, options_of_optimizer
+from raytrain.optim.zeroth import Slopes, ZerothOrder, space_of
+from raytrain.seeds.model import digest
 from raytrain.seeds.slope import Loss, Probe, Slope, derivative, slope
 from raytrain.seeds.stream import derived
-from raytrain.seeds.trajectory import Trajectory
+from raytrain.seeds.trajectory import Trajectory, read, steps
 from raytrain.sync.numbers import Numbers
 from raytrain.task import Batch, Task
 from raytrain.tensors import seed_step, weighed
@@ -119,6 +123,44 @@ class Zeroth:
                 typical += share * (min(abs(value), limit) - typical)
         group["seen"], group["typical"] = seen, typical
         return usable
+
+
+def about_trajectory(
+    zeroth: Zeroth, optimizer: OptimizerOptions, directions: Mapping[str, Any], step: int
+) -> dict[str, Any]:
+    """Return what a trajectory says of its beginning, at the weights that the replica has now."""
+    space = {name: directions[name] for name in ("mode", "sparsity", "blocks")}
+    base = digest(zeroth.probe.space)
+    return {"base": base, "first": step, "optimizer": optimizer.model_dump(mode="json"), "space": space}
+
+
+def retrace(path: Path, module: nn.Module) -> int:
+    """Make the moves of a trajectory on the model that it started from, in place, and return how many steps they were.
+
+    The parameters then equal those of the run to the bit, on any machine that computes as IEEE 754 says.
+
+    Raises:
+        CheckpointError: the file is no trajectory, or it started from other weights.
+    """
+    about, records = read(path)
+    constructor = resolve(OPTIMIZERS, about["optimizer"]["name"], "optimizer.name")
+    options = options_of_optimizer(constructor).model_validate(about["optimizer"])
+    optimizer = make_optimizer(constructor, options, module)
+    if not isinstance(optimizer, ZerothOrder):
+        raise CheckpointError(f"{path}: {options.name} is not a zeroth-order optimizer")
+    space = space_of(module, optimizer, **about["space"])
+    if digest(space) != about["base"]:
+        raise CheckpointError(
+            f"{path}: this trajectory starts from weights with digest {about['base'][:12]}, and the model's trainable "
+            f"parameters have {digest(space)[:12]}; make the model as the run did, with its task options and its seed"
+        )
+    optimizer.shape(space)
+    count = 0
+    with torch.no_grad():
+        for step in steps(records):
+            optimizer.move(step.slopes, step.rate)
+            count += 1
+    return count
 
 
 def _of_all(usable: Slopes, count: int) -> Slopes:

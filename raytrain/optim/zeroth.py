@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from raytrain.model.blocks import blocks
+from raytrain.model.blocks import blocks as blocks_of
 from raytrain.seeds.replay import Nudge, replay_log
 from raytrain.seeds.slope import Loss, Probe
 from raytrain.seeds.space import Space
@@ -106,7 +106,7 @@ class ZOAdam(ZerothOrder, Adam):
         _step(self, slopes, rate, Adam.step)
 
 
-def space_of(module: nn.Module, optimizer: ZerothOrder, mode: Mode, sparsity: float, by_block: bool) -> Space:
+def space_of(module: nn.Module, optimizer: ZerothOrder, *, mode: Mode, sparsity: float, blocks: bool) -> Space:
     """Return the space of what an optimizer moves.
 
     Args:
@@ -114,7 +114,7 @@ def space_of(module: nn.Module, optimizer: ZerothOrder, mode: Mode, sparsity: fl
         optimizer: of its parameters; each group's learning rate says how long directions are there.
         mode: what directions consist of.
         sparsity: see `Space.of`.
-        by_block: whether each repeated block of the model is a block of the space; all else is one more.
+        blocks: whether each repeated block of the model is a block of the space; all else is one more.
     """
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     rates = {id(one): group["initial_lr"] for group in optimizer.param_groups for one in group["params"]}
@@ -124,12 +124,12 @@ def space_of(module: nn.Module, optimizer: ZerothOrder, mode: Mode, sparsity: fl
         mode,
         scales={name: math.sqrt(rates[id(one)] / shared) if shared else 1.0 for name, one in named.items()},
         sparsity=sparsity,
-        blocks=_blocks_of(module) if by_block else None,
+        blocks=_blocks_of(module) if blocks else None,
     )
 
 
 def _blocks_of(module: nn.Module) -> dict[str, int]:
-    places = {id(one): place for place, block in enumerate(blocks(module), start=1) for one in block.parameters()}
+    places = {id(one): place for place, block in enumerate(blocks_of(module), start=1) for one in block.parameters()}
     return {name: places.get(id(parameter), 0) for name, parameter in module.named_parameters()}
 
 

@@ -34,12 +34,15 @@ class Trajectory:
 
     Args:
         path: the file.
-        about: what a replay needs to know: "base", the digest of the first weights, and how they are moved.
+        about: what a replay needs to know: "base", the digest of the weights that it starts from, "first", the step
+            that they are of, and how they are moved. A file that is there keeps its own.
         step: where the run stands; what the file holds from there on is dropped.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], step: int) -> None:
-        before = read(path)[1] if step and path.is_file() else np.empty(0, RECORD)
+        before = np.empty(0, RECORD)
+        if step and path.is_file():
+            about, before = read(path)
         self._file: IO[bytes] = path.open("wb")
         self._file.write(MAGIC + json.dumps(about, sort_keys=True).encode() + b"\n")
         self._file.write(before[before["step"] < step].tobytes())

@@ -1,0 +1,275 @@
+"""Training without gradients through the same loop: each stepper moves as it says, on any number of workers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raytrain.checkpoint import load
+from raytrain.errors import CheckpointError, RecipeError
+from raytrain.evaluation import evaluate
+from raytrain.names import resolve
+from raytrain.optim.optimizers import OPTIMIZERS
+from raytrain.optim.zeroth import ZerothOrder
+from raytrain.recipe import merged
+from raytrain.rundir import RunDirectory, rows
+from raytrain.seeds.trajectory import MAGIC, Trajectory, read, steps
+from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.transport import LocalTransport
+from raytrain.task import Task
+from raytrain.testing import train_here, train_with_gloo, train_with_threads
+from raytrain.train_recipe import TrainRecipe
+from raytrain.worker import settled
+from raytrain.zeroth import Zeroth, retrace
+
+STEPPERS = [name for name in OPTIMIZERS if issubclass(resolve(OPTIMIZERS, name, ""), ZerothOrder)]
+
+
+def recipe(optimizer: str = "zo-sgd", **more: Any) -> TrainRecipe:
+    fields = {
+        "kind": "train",
+        "task": "raytrain.testing:tiny",
+        "optimizer": {"name": optimizer, "lr": 0.02 if "sign" in optimizer or "adam" in optimizer else 0.05},
+        "schedule.name": "constant",
+        "steps": 60,
+        "batch": 10,
+        "evaluation.every": 0,
+        "checkpoint.every": 20,
+        "log": {"every": 20, "to": []},
+    }
+    return TrainRecipe.parse(merged({}, {**fields, **more}))
+
+
+def weights(run: RunDirectory) -> dict[str, Tensor]:
+    assert run.failure() is None
+    newest = max(run.checkpoints.glob("[!.]*"))
+    model: dict[str, Tensor] = load(newest, 0)["model"]
+    return model
+
+
+def equal(one: RunDirectory, other: RunDirectory) -> bool:
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("optimizer", STEPPERS)
+def test_every_stepper_learns_and_its_trajectory_retraces_it_to_the_bit(optimizer: str, tmp_path: Path) -> None:
+    plan = recipe(optimizer, **{"directions.count": 2, "evaluation.every": 20, "optimizer.groups": GROUPS})
+    run = train_here(plan, tmp_path / "run")
+    losses = [row["valid"]["loss"] for row in rows(run.metrics) if "valid" in row]
+    plain, task = settled(plan, run)
+    module = task.model(plain.seed)
+    before = evaluate(task, module, task.data("valid"), 13, ExactExchange(LocalTransport()))["loss"]
+    assert losses[-1] < 0.8 * before
+    assert retrace(run.trajectory, module) == 60
+    named = dict(module.named_parameters())
+    assert all(torch.equal(named[name], value) for name, value in weights(run).items() if name in named)
+    assert run.trajectory.stat().st_size < 60 * 2 * 20 + 1500
+
+
+GROUPS = [{"match": "out.bias", "lr_scale": 0.25}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"directions.mode": "gaussian"},
+        {"directions.sides": 1},
+        {"directions.sparsity": 0.5},
+        {"directions.training": True, "task.dropout": 0.2},
+        {"accumulate": 3},
+        {"directions.outlier": 3.0},
+        {"precision": "float64"},
+        {"precision": "bfloat16"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_option_trains_and_retraces(options: dict[str, Any], tmp_path: Path) -> None:
+    plan = recipe(**options)
+    run = train_here(plan, tmp_path / "run")
+    module = settled(plan, run)[1].model(plan.seed)
+    if plan.precision == "float64":
+        module.double()
+    retrace(run.trajectory, module)
+    named, found = dict(module.named_parameters()), weights(run)
+    assert all(torch.equal(named[name], value) for name, value in found.items() if name in named)
+    logged = [row for row in rows(run.metrics) if "slope" in row]
+    assert logged
+    assert all(math.isfinite(row["loss"]) and row["slope"] > 0 for row in logged)
+
+
+@pytest.mark.parametrize("optimizer", ["zo-sgd", "zo-adam"])
+def test_a_resumed_run_is_the_uninterrupted_one(optimizer: str, tmp_path: Path) -> None:
+    whole = train_here(recipe(optimizer, **{"directions.outlier": 2.0}), tmp_path / "whole")
+    train_here(recipe(optimizer, **{"directions.outlier": 2.0, "steps": 35}), tmp_path / "parts")
+    parts = train_here(recipe(optimizer, **{"directions.outlier": 2.0}), tmp_path / "parts")
+    assert equal(whole, parts)
+    assert whole.trajectory.read_bytes() == parts.trajectory.read_bytes()
+
+
+@pytest.mark.parametrize("sync", ["numbers", "one-byte"])
+def test_threads_and_processes_make_the_same_moves(sync: str, tmp_path: Path) -> None:
+    plan = recipe(sync=sync, workers=2, **{"sync.check_every": 10})
+    threads = train_with_threads(plan, tmp_path / "threads")
+    assert train_with_gloo(plan, tmp_path / "gloo") == [0, 0]
+    assert equal(threads, RunDirectory(tmp_path / "gloo"))
+    assert threads.trajectory.read_bytes() == RunDirectory(tmp_path / "gloo").trajectory.read_bytes()
+
+
+def test_a_worker_more_takes_up_where_the_others_were(tmp_path: Path) -> None:
+    train_with_threads(recipe(sync="one-byte", workers=2, steps=40), tmp_path / "run")
+    run = train_with_threads(recipe(sync="one-byte", workers=3, steps=60), tmp_path / "run")
+    _, records = read(run.trajectory)
+    assert [len(step.slopes) for step in steps(records)] == [2] * 40 + [3] * 20
+    plan = recipe()
+    module = settled(plan, run)[1].model(plan.seed)
+    assert retrace(run.trajectory, module) == 60
+    named = dict(module.named_parameters())
+    assert all(torch.equal(named[name], value) for name, value in weights(run).items() if name in named)
+
+
+def test_two_workers_with_one_direction_are_one_with_two_where_the_batch_is_the_same(tmp_path: Path) -> None:
+    """The mean over directions is one over workers too: only their seeds differ."""
+    one = recipe(**{"directions.count": 2, "steps": 1, "batch": 10})
+    space = train_here(one, tmp_path / "one")
+    _, records = read(space.trajectory)
+    assert [int(seed) for seed in records["seed"]] == [Zeroth.seed_of(0, 0, 0, 0), Zeroth.seed_of(0, 0, 0, 1)]
+    plan = recipe(sync="numbers", workers=2, steps=1, batch=5)
+    _, records = read(train_with_threads(plan, tmp_path / "two").trajectory)
+    assert [int(seed) for seed in records["seed"]] == [Zeroth.seed_of(0, 0, 0, 0), Zeroth.seed_of(0, 0, 1, 0)]
+
+
+class Steep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.calls = 0
+
+
+def steep() -> Task:
+    """Return a task whose loss is not finite, or far out, in some calls."""
+
+    def losses(module: nn.Module, batch: Tensor) -> Tensor:
+        assert isinstance(module, Steep)
+        module.calls += 1
+        here = module.layer(batch.float()[:, None])[:, 0].square()
+        return here * (math.nan if 60 <= module.calls % 100 < 62 else 1e6 if 80 <= module.calls % 100 < 81 else 1)
+
+    return Task(
+        model=lambda seed: Steep(),
+        data=lambda split: [torch.tensor(float(place)) for place in range(20)],
+        losses=losses,
+    )
+
+
+def test_what_is_not_finite_or_far_out_is_reported_and_not_applied(tmp_path: Path) -> None:
+    more = {"task": f"{__name__}:steep", "log.every": 1, "directions.outlier": 20.0, "optimizer.lr": 1e-4}
+    run = train_here(recipe(**more, batch=4), tmp_path / "run")
+    skipped = [row["step"] for row in rows(run.metrics) if row.get("skipped")]
+    assert len(skipped) >= 2
+    _, records = read(run.trajectory)
+    assert not set(records["step"].tolist()) & {step - 1 for step in skipped}
+    assert np.isfinite(records["slope"]).all()
+
+
+def broken() -> Task:
+    """Return a task whose loss is never finite."""
+    return Task(
+        model=lambda seed: nn.Linear(1, 1),
+        data=lambda split: [torch.tensor(1.0)],
+        losses=lambda module, batch: module(batch[:, None])[:, 0] * math.nan,
+    )
+
+
+def test_a_run_without_usable_slopes_is_given_up(tmp_path: Path) -> None:
+    run = train_here(recipe(task=f"{__name__}:broken"), tmp_path / "run")
+    failure = run.failure()
+    assert failure is not None
+    assert failure.message.startswith(
+        "no probe of steps 1 to 20 gave a usable slope, and the loss is nan; a lower optimizer.lr"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sync": "gradients"}, "sync.name: expected numbers or one-byte with zo-sgd; got gradients"),
+        ({"optimizer": "adamw", "sync": "one-byte"}, "sync.name: expected one of the others with adamw; got one-byte"),
+        ({"freeze.half": True}, "freeze.half: expected none with zo-sgd, which makes no backward pass"),
+        ({"compile": "aot_eager"}, "compile: expected none with zo-sgd"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_anything_starts(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe(**fields) if "optimizer" not in fields else TrainRecipe.parse(
+            merged({"kind": "train", "task": "raytrain.testing:tiny"}, fields)
+        )
+    assert message in str(caught.value)
+
+
+def accurate() -> Task:
+    """Return a task with a measure that has no gradient."""
+
+    def scores(module: nn.Module, batch: Any) -> Tensor:
+        return module(batch["x"])[:, 0]
+
+    def data(split: str) -> list[dict[str, Tensor]]:
+        x = torch.randn(64, 3, generator=torch.Generator().manual_seed(len(split)))
+        return [{"x": row, "y": (row.sum() > 0).float()} for row in x]
+
+    return Task(
+        model=lambda seed: nn.Linear(3, 1),
+        data=data,
+        losses=lambda module, batch: nn.functional.binary_cross_entropy_with_logits(
+            scores(module, batch), batch["y"], reduction="none"
+        ),
+        measure=lambda module, batch: {
+            "accuracy": (float(((scores(module, batch) > 0) == (batch["y"] > 0)).sum()), len(batch["y"]))
+        },
+        metric="accuracy",
+        better="higher",
+    )
+
+
+def test_an_objective_without_a_gradient(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    more = {"task": f"{__name__}:accurate", "directions.objective": "accuracy", "directions.eps": 0.3, "batch": 32}
+    run = train_here(recipe(**more, steps=80, **{"directions.count": 4, "optimizer.lr": 0.1}), tmp_path / "run")
+    assert run.failure() is None
+    assert next(row["valid"]["accuracy"] for row in rows(run.metrics) if "valid" in row) > 0.8
+    run = train_here(recipe(**(more | {"directions.objective": "f1"})), tmp_path / "no")
+    failure = run.failure()
+    assert failure is not None
+    assert "directions.objective: the task measures accuracy; got 'f1'" in failure.message
+
+
+def test_a_trajectory_of_another_model_is_refused(tmp_path: Path) -> None:
+    plan = recipe(steps=3)
+    run = train_here(plan, tmp_path / "run")
+    other = settled(plan, run)[1].model(1)
+    with pytest.raises(CheckpointError, match="this trajectory starts from weights with digest"):
+        retrace(run.trajectory, other)
+    (tmp_path / "no").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="this is not a trajectory"):
+        read(tmp_path / "no")
+
+
+def test_a_trajectory_that_was_cut_off_keeps_what_is_whole(tmp_path: Path) -> None:
+    with Trajectory(tmp_path / "t", {"base": "x"}, 0) as trajectory:
+        trajectory.append(0, 0.5, [(2**64 - 1, -1.5)])
+        trajectory.append(3, 0.25, [(7, 1.0), (8, 2.0)])
+    data = (tmp_path / "t").read_bytes()
+    (tmp_path / "t").write_bytes(data[:-3])
+    about, records = read(tmp_path / "t")
+    assert about == {"base": "x"}
+    assert [(step.step, step.rate, step.slopes) for step in steps(records)] == [
+        (0, 0.5, [(2**64 - 1, -1.5)]),
+        (3, 0.25, [(7, 1.0)]),
+    ]
+    assert data.startswith(MAGIC)
+    assert json.loads(data.split(b"\n")[1]) == {"base": "x"}
