@@ -15,7 +15,7 @@ from raytrain.loop import Plan
 from raytrain.model.adapters import ADAPTERS, AdapterOptions, options_of_adapter
 from raytrain.names import resolve
 from raytrain.optim.ema import averages
-from raytrain.optim.optimizers import OPTIMIZERS, OptimizerOptions, options_of_optimizer
+from raytrain.optim.optimizers import ALL, OptimizerOptions, options_of_optimizer
 from raytrain.optim.schedules import SCHEDULES, rate
 from raytrain.optim.zeroth import ZerothOrder
 from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
@@ -30,9 +30,7 @@ from raytrain.task import TASKS, TaskOptions, options_of_task
 
 TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task)]
 AdapterField = Annotated[SerializeAsAny[AdapterOptions], chosen(ADAPTERS, "adapter", options_of_adapter, "none")]
-OptimizerField = Annotated[
-    SerializeAsAny[OptimizerOptions], chosen(OPTIMIZERS, "optimizer", options_of_optimizer, "adamw")
-]
+OptimizerField = Annotated[SerializeAsAny[OptimizerOptions], chosen(ALL, "optimizer", options_of_optimizer, "adamw")]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
     chosen(SYNCHRONISERS | NUMBERS, "sync", partial(declared_options, base=SyncOptions), "gradients"),
@@ -302,9 +300,9 @@ class TrainRecipe(Recipe):
 def _is_zeroth(section: Any) -> bool:
     """Return whether a section of a raw recipe names a zeroth-order optimizer; what is wrong with it is said later."""
     name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", section)
-    if not isinstance(name, str) or (name not in OPTIMIZERS and ":" not in name):
+    if not isinstance(name, str) or (name not in ALL and ":" not in name):
         return False
-    constructor = resolve(OPTIMIZERS, name, "optimizer.name")
+    constructor = resolve(ALL, name, "optimizer.name")
     return isinstance(constructor, type) and issubclass(constructor, ZerothOrder)
 
 
@@ -319,7 +317,7 @@ KIND = Kind(
         "tasks": TASKS,
         "adapters": ADAPTERS,
         "sources": SOURCES,
-        "optimizers": OPTIMIZERS,
+        "optimizers": ALL,
         "schedules": SCHEDULES,
         "synchronisers": SYNCHRONISERS | NUMBERS,
         "codecs": CODECS,

@@ -23,7 +23,7 @@ from raytrain.model.blocks import compile_blocks, recompute
 from raytrain.model.freezing import Half, freeze
 from raytrain.names import resolve
 from raytrain.optim.ema import average_of
-from raytrain.optim.optimizers import OPTIMIZERS, make_optimizer
+from raytrain.optim.optimizers import ALL, make_optimizer
 from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import read_toml
 from raytrain.replica import Progress, Replica, load_state
@@ -205,7 +205,7 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = Fa
         recompute(module)
     shards = sync.shard(module, recipe.plan().autocast) if isinstance(sync, ShardedGradients) else None
     parts = shards.parts if shards else module.to(transport.device)
-    optimizer = make_optimizer(resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts)
+    optimizer = make_optimizer(resolve(ALL, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts)
     return Replica(
         module=module.train(),
         elsewhere=elsewhere,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raytrain.errors import CheckpointError, TrainingError
 from raytrain.names import resolve
-from raytrain.optim.optimizers import OPTIMIZERS, OptimizerOptions, make_optimizer, options_of_optimizer
+from raytrain.optim.optimizers import ALL, OptimizerOptions, make_optimizer, options_of_optimizer
 from raytrain.optim.zeroth import Slopes, ZerothOrder, space_of
 from raytrain.seeds.model import digest
 from raytrain.seeds.slope import Loss, Probe, Slope, derivative, slope
@@ -143,7 +143,7 @@ def retrace(path: Path, module: nn.Module) -> int:
         CheckpointError: the file is no trajectory, or it started from other weights.
     """
     about, records = read(path)
-    constructor = resolve(OPTIMIZERS, about["optimizer"]["name"], "optimizer.name")
+    constructor = resolve(ALL, about["optimizer"]["name"], "optimizer.name")
     options = options_of_optimizer(constructor).model_validate(about["optimizer"])
     optimizer = make_optimizer(constructor, options, module)
     if not isinstance(optimizer, ZerothOrder):

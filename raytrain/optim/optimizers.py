@@ -34,6 +34,9 @@ OPTIMIZERS: dict[str, str] = {
     "muon": "raytrain.optim.matrices:Muon",
     "galore": "raytrain.optim.matrices:GaLore",
     "fira": "raytrain.optim.matrices:Fira",
+}
+
+ZEROTH: dict[str, str] = {
     "zo-sgd": "raytrain.optim.zeroth:ZOSGD",
     "zo-sgd-sign": "raytrain.optim.zeroth:ZOSign",
     "zo-sgd-conservative": "raytrain.optim.zeroth:ZOConservative",
@@ -41,6 +44,9 @@ OPTIMIZERS: dict[str, str] = {
     "zo-adam": "raytrain.optim.zeroth:ZOAdam",
     "forward-gradient": "raytrain.optim.zeroth:ForwardGradient",
 }
+"""Optimizers that take slopes along directions, and no gradients."""
+
+ALL = OPTIMIZERS | ZEROTH
 
 WHOLE = frozenset({"lamb", "prodigy", "sgdsai", "muon", "galore", "fira"})
 """Optimizers that look at a parameter as a whole: on shards of it they take other steps. All others go by elements."""
