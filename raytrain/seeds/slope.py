@@ -51,6 +51,8 @@ class Probe:
             around = sum(name != other and f"{name}.".startswith(f"{other}." if other else "") for other in names)
             owner = module.get_submodule(name)
             self._layers.append(_Layer(self, owner, owned[owner], memory.setdefault(around, _Memory())))
+        for layer in self._layers:
+            layer.prepare()  # before activations come, among which memory that stays would leave gaps
         self._whole: list[_Swap] = []
 
     def at(self, seed: int, scale: float, loss: Loss) -> Tensor:
@@ -186,6 +188,14 @@ class _Layer:
         owner.register_forward_pre_hook(self._enter)
         owner.register_forward_hook(self._leave)
 
+    def prepare(self, memory: _Memory | None = None) -> None:
+        """Find room for the parameters."""
+        if memory is None and self._is_table:
+            return  # which is seldom needed as a whole
+        memory = memory or self._memory
+        self._views = memory.views(self._swaps) if self._swaps else []
+        self._flat = memory.flat
+
     def give_up(self, used: set[int]) -> list[_Swap]:
         """Return the parameters that lie in the storages `used`, and leave them alone from now on."""
         given = [swap for swap in self._swaps if _storage(swap.part.tensor) in used]
@@ -218,10 +228,10 @@ class _Layer:
                 swap.put(probe.moved(swap.part, torch.empty(shape, dtype=table.dtype, device=table.device), looked_up))
                 self._entered.append(swap)
                 return (rows, *arguments[1:])
-        if self._memory.users or self._flat is None or self._flat is not self._memory.flat:
-            memory = _Memory() if self._memory.users else self._memory  # a layer that calls one which it does not hold
-            self._views = memory.views(self._swaps) if self._swaps else []
-            self._flat = memory.flat
+        if self._memory.users or self._is_table:
+            self.prepare(_Memory())  # also for a layer that is called by one which does not hold it
+        elif self._flat is not self._memory.flat:
+            self.prepare()
         self._memory.users += 1
         for swap, view in zip(self._swaps, self._views, strict=True):
             if probe.reached(swap.part):
