@@ -117,19 +117,15 @@ class Numbers(EveryStep):
         sent = self._write(np.array(values, np.float32))
         if self._alone:
             return [self._usable(self._read(sent))]
-        pending = self._exchange.transport.all_gather(torch.from_numpy(sent.copy()).to(self._exchange.transport.device))
-        self._await(pending)
-        return [self._usable(self._read(row.cpu().numpy())) for row in pending.wait()]
+        return [self._usable(self._read(row)) for row in self._gather(sent)]
 
     def before_step(self, loss: float, stop: bool) -> Totals:
         """Agree on whether to stop, every so many steps; the loss is this replica's own."""
         self._steps += 1
         if self._alone:
             return Totals(self._weight, loss, stop)
-        stops = self._steps % self._options.stop_every == 0 and any(
-            answer != b"\0" for answer in self._exchange.gather(b"\1" if stop else b"\0")
-        )
-        return Totals(self._weight, loss, stops)
+        due = self._steps % self._options.stop_every == 0
+        return Totals(self._weight, loss, due and any(row[0] for row in self._gather(np.array([stop], np.uint8))))
 
     def after_step(self) -> None:
         """Compare what replicas hold, every so many steps.
@@ -141,13 +137,18 @@ class Numbers(EveryStep):
         if self._alone or not every or self._steps % every:
             return
         mine = digest_of((str(place), tensor) for place, tensor in enumerate(persistent(self._module)))
-        answers = self._exchange.gather(bytes.fromhex(mine)[:8])
-        odd = [rank for rank, answer in enumerate(answers) if answer != answers[0]]
+        answers = self._gather(np.frombuffer(bytes.fromhex(mine)[:8], np.uint8))
+        odd = [rank for rank, answer in enumerate(answers) if (answer != answers[0]).any()]
         if odd:
             raise TrainingError(
                 f"the parameters of worker {', '.join(map(str, odd))} differ from those of worker 0 after the same "
                 "moves: their machines do not compute alike; all need the same versions of raytrain and torch"
             )
+
+    def _gather(self, sent: Bytes) -> list[Bytes]:
+        pending = self._exchange.transport.all_gather(torch.from_numpy(sent.copy()).to(self._exchange.transport.device))
+        self._await(pending)
+        return [row.cpu().numpy() for row in pending.wait()]
 
     @staticmethod
     def _usable(values: Floats) -> list[float]:

@@ -1,0 +1,74 @@
+"""One byte a probe: processes stay equal to the bit, a dead one is replaced by more, and nothing else is sent."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain.checkpoint import listed, load, read_manifest
+from raytrain.recipe import merged
+from raytrain.rundir import RunDirectory, rows
+from raytrain.seeds.trajectory import read, steps
+from raytrain.testing import PEER_LOST, train_with_gloo
+from raytrain.train_recipe import TrainRecipe
+from raytrain.worker import settled
+from raytrain.zeroth import retrace
+
+CHECK, STOP = 50, 8
+BROADCAST_BYTES = 4 * (8 * 4 + 8 + 8 + 1 + 9 + 3) + 2 * 2  # the tiny model's parameters, and its buffer
+
+
+def recipe(workers: int, **more: Any) -> TrainRecipe:
+    fields = {
+        "kind": "train",
+        "task": "raytrain.testing:tiny",
+        "optimizer": {"name": "zo-sgd", "lr": 0.02},
+        "workers": workers,
+        "steps": 500,
+        "batch": 10,
+        "evaluation.every": 0,
+        "checkpoint.every": 100,
+        "log": {"every": 100, "to": []},
+        "sync": {"name": "one-byte", "check_every": CHECK, "stop_every": STOP, "timeout_seconds": 20},
+    }
+    return TrainRecipe.parse(merged({}, {**fields, **more}))
+
+
+def retraced(plan: TrainRecipe, run: RunDirectory) -> bool:
+    """Return whether the trajectory gives what the run saved, to the bit."""
+    module = settled(plan, run)[1].model(plan.seed)
+    retrace(run.trajectory, module)
+    saved = load(listed(run.checkpoints)[-1], 0)["model"]
+    return all(torch.equal(value, saved[name]) for name, value in module.named_parameters())
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_are_equal_after_500_steps_of_a_byte_each(workers: int, tmp_path: Path) -> None:
+    plan = recipe(workers)
+    assert train_with_gloo(plan, tmp_path / "run") == [0] * workers  # which compares a hash every 50 steps
+    run = RunDirectory(tmp_path / "run")
+    assert run.failure() is None
+    sent = read_manifest(listed(run.checkpoints)[-1]).progress["bytes_sent"]
+    assert sent == BROADCAST_BYTES + (workers - 1) * (500 + 500 // STOP + 8 * (500 // CHECK))
+    assert retraced(plan, run)
+    losses = [row["valid"]["loss"] for row in rows(run.metrics) if "valid" in row]
+    assert losses[-1] < 1.0  # 1.7 before
+
+
+def test_a_worker_dies_and_more_go_on_from_what_was_saved(workplace: Path) -> None:
+    (workplace / "killed.py").write_text(
+        "from pathlib import Path\nfrom raytrain.testing import FaultPlan\n"
+        f"plan = FaultPlan(Path({str(workplace)!r})).at(1, 250, 'kill')\n"
+    )
+    plan, folder = recipe(2, callbacks=["killed:plan"]), workplace / "run"
+    assert sorted(train_with_gloo(plan, folder)) == [-9, PEER_LOST]
+    joined = plan.with_overrides({"workers": 3})
+    assert train_with_gloo(joined, folder) == [0, 0, 0]
+    run = RunDirectory(folder)
+    assert run.failure() is None
+    _, records = read(run.trajectory)
+    sizes = {step.step: len(step.slopes) for step in steps(records)}  # slopes of 0 are not written
+    assert {max(sizes[step] for step in span if step in sizes) for span in (range(200), range(200, 500))} == {2, 3}
+    assert sizes[200] == 3  # it saves every 100 steps, and died in step 250
+    assert retraced(joined, run)
