@@ -17,7 +17,7 @@ from raytrain.names import resolve
 from raytrain.optim.ema import averages
 from raytrain.optim.optimizers import ALL, OptimizerOptions, options_of_optimizer
 from raytrain.optim.schedules import SCHEDULES, rate
-from raytrain.optim.zeroth import ZerothOrder
+from raytrain.optim.zeroth import ZerothOrder, ZOHybrid
 from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
 from raytrain.seeds.kernels import KERNELS
 from raytrain.sync.compressed import CODECS
@@ -86,6 +86,8 @@ class Directions(Section):
         training: whether probes see the model in training mode, with dropout.
         objective: a value that the task measures, as "accuracy", to improve in place of the loss.
         outlier: slopes beyond this many times the typical size are left out; 0: none.
+        first_order: patterns of names of the parameters that zo-hybrid moves by their gradients, as those of the last
+            blocks; with one worker, and without a trajectory.
         trajectory: whether the run keeps trajectory.bin, from which it can be replayed.
     """
 
@@ -98,6 +100,7 @@ class Directions(Section):
     training: bool = False
     objective: str = ""
     outlier: float = Field(0.0, ge=0)
+    first_order: tuple[str, ...] = ()
     trajectory: bool = True
 
 
@@ -264,6 +267,15 @@ class TrainRecipe(Recipe):
         if zeroth != isinstance(self.sync, NumberOptions):
             wanted = "numbers or one-byte" if zeroth else "one of the others"
             raise ValueError(f"sync.name: expected {wanted} with {self.optimizer.name}; got {self.sync.name}")
+        hybrid = issubclass(self.optimizer.constructor, ZOHybrid)
+        if hybrid != bool(self.directions.first_order):
+            wanted = "patterns" if hybrid else "none"
+            raise ValueError(f"directions.first_order: expected {wanted} with {self.optimizer.name}")
+        if hybrid and (self.workers > 1 or self.directions.trajectory or self.directions.objective):
+            raise ValueError(
+                "optimizer.name: zo-hybrid takes workers = 1, directions.trajectory = false and no directions.objective: "
+                "gradients are neither exchanged nor written down"
+            )
         if not zeroth:
             return
         without = {

@@ -228,7 +228,15 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = Fa
 def zeroth_of(module: nn.Module, optimizer: ZerothOrder, sync: Numbers, recipe: TrainRecipe) -> Zeroth:
     """Return how a zeroth-order optimizer probes a model."""
     options = recipe.directions
-    space = space_of(module, optimizer, mode=options.mode, sparsity=options.sparsity, blocks=options.blocks)
+    space = space_of(
+        module,
+        optimizer,
+        mode=options.mode,
+        sparsity=options.sparsity,
+        blocks=options.blocks,
+        first_order=options.first_order,
+    )
+    moved = {part.tensor.data_ptr() for part in space.parts}
     optimizer.shape(space)
     return Zeroth(
         probe=Probe(module, space),
@@ -240,6 +248,7 @@ def zeroth_of(module: nn.Module, optimizer: ZerothOrder, sync: Numbers, recipe: 
         training=options.training,
         objective=options.objective,
         outlier=options.outlier,
+        first_order=[one for one in module.parameters() if one.requires_grad and one.data_ptr() not in moved],
     )
 
 

@@ -42,6 +42,7 @@ class Zeroth:
         training: whether probes see the model in training mode.
         objective: a value that the task measures, to improve in place of the loss; "": the loss.
         outlier: slopes beyond this many times the typical size are left out; 0: none are.
+        first_order: parameters that are moved by a gradient.
         trajectory: what the moves are written to, on the first replica.
     """
 
@@ -54,6 +55,7 @@ class Zeroth:
     training: bool
     objective: str
     outlier: float
+    first_order: Sequence[nn.Parameter] = ()
     trajectory: Trajectory | None = None
     _useless: int = field(default=0)
 
@@ -85,6 +87,8 @@ class Zeroth:
             usable, sent = self._usable(slopes), len(slopes)
             rate = float(torch.tensor(self.optimizer.defaults["lr"] * factor))
             if usable:
+                if self.first_order:
+                    self._backward(loss)
                 moves = self.optimizer.decide(_of_all(usable, sent), rate, self.probe, loss)
                 self.optimizer.move(moves, rate)
                 if self.trajectory:
@@ -98,6 +102,19 @@ class Zeroth:
             )
         square = sum(value**2 for _, value in usable) / max(1, len(usable))
         return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": sent - len(usable)}
+
+    def _backward(self, loss: Loss) -> None:
+        """Find the gradient of some parameters, with a graph that reaches no further back than they are."""
+        own = set(self.first_order)
+        still = [one for group in self.optimizer.param_groups for one in group["params"] if one not in own]
+        for parameter in still:
+            parameter.requires_grad_(False)
+        try:
+            with torch.enable_grad():
+                loss().backward()
+        finally:
+            for parameter in still:
+                parameter.requires_grad_(True)
 
     @staticmethod
     def seed_of(seed: int, step: int, rank: int, place: int) -> int:

@@ -42,6 +42,7 @@ ZEROTH: dict[str, str] = {
     "zo-sgd-conservative": "raytrain.optim.zeroth:ZOConservative",
     "zo-sgd-momentum": "raytrain.optim.zeroth:ZOMomentum",
     "zo-adam": "raytrain.optim.zeroth:ZOAdam",
+    "zo-hybrid": "raytrain.optim.zeroth:ZOHybrid",
     "forward-gradient": "raytrain.optim.zeroth:ForwardGradient",
 }
 """Optimizers that take slopes along directions, and no gradients."""

@@ -1,12 +1,14 @@
 """Zeroth-order optimizers: what to do with slopes along directions, in place of a gradient."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from raytrain.model.blocks import blocks as blocks_of
 from raytrain.seeds.replay import Nudge, replay_log
@@ -106,7 +108,38 @@ class ZOAdam(ZerothOrder, Adam):
         _step(self, slopes, rate, Adam.step)
 
 
-def space_of(module: nn.Module, optimizer: ZerothOrder, *, mode: Mode, sparsity: float, blocks: bool) -> Space:
+class ZOHybrid(ZerothOrder, AdamW):
+    """AdamW on the parameters that directions.first_order names, as the last blocks; zo-sgd on all others."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-5,
+        first_order_lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+    ) -> None:
+        AdamW.__init__(self, params, lr=lr, betas=betas, weight_decay=weight_decay)
+        self.first_order_lr = first_order_lr
+
+    def move(self, slopes: Slopes, rate: float) -> None:
+        """Move one direction after the other, and take a step of AdamW where there are gradients."""
+        replay_log(self.space, [Nudge(seed, -rate * slope / len(slopes)) for seed, slope in slopes])
+        factor = self.first_order_lr / self.defaults["lr"] ** 2  # of a group's lr, which is relative to the shared one
+        with _rates(self, [rate * group["initial_lr"] * factor for group in self.param_groups]):
+            AdamW.step(self)
+        self.zero_grad()
+
+
+def space_of(
+    module: nn.Module,
+    optimizer: ZerothOrder,
+    *,
+    mode: Mode,
+    sparsity: float,
+    blocks: bool,
+    first_order: Sequence[str] = (),
+) -> Space:
     """Return the space of what an optimizer moves.
 
     Args:
@@ -114,9 +147,14 @@ def space_of(module: nn.Module, optimizer: ZerothOrder, *, mode: Mode, sparsity:
         optimizer: of its parameters; each group's learning rate says how long directions are there.
         mode: what directions consist of.
         sparsity: see `Space.of`.
+        first_order: patterns of names of parameters that have gradients, and no directions.
         blocks: whether each repeated block of the model is a block of the space; all else is one more.
     """
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    named = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not any(fnmatchcase(name, pattern) for pattern in first_order)
+    }
     rates = {id(one): group["initial_lr"] for group in optimizer.param_groups for one in group["params"]}
     shared = optimizer.defaults["lr"]
     return Space.of(
@@ -137,15 +175,23 @@ def _step(optimizer: ZerothOrder, slopes: Slopes, rate: float, step: Callable[[A
     """Put the estimated gradient where a torch optimizer looks for it, and let it step with this rate."""
     space = optimizer.space
     parts = {part.tensor.data_ptr(): part for part in space.parts if part.scale}
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = rate * (group["initial_lr"] / optimizer.defaults["lr"])
-        for parameter in group["params"]:
-            if part := parts.get(parameter.data_ptr()):
-                parameter.grad = torch.zeros_like(part.tensor)
-                for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
-                    space.add(part, parameter.grad, seed, slope / len(slopes) / part.scale**2)
-    step(optimizer)
+    for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+        if part := parts.get(parameter.data_ptr()):
+            parameter.grad = torch.zeros_like(part.tensor)
+            for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
+                space.add(part, parameter.grad, seed, slope / len(slopes) / part.scale**2)
+    shared = optimizer.defaults["lr"]
+    with _rates(optimizer, [rate * (group["initial_lr"] / shared) for group in optimizer.param_groups]):
+        step(optimizer)
     optimizer.zero_grad()
-    for group, before in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = before
+
+
+@contextmanager
+def _rates(optimizer: Optimizer, rates: Sequence[float]) -> Iterator[None]:
+    """Have each group step with a rate inside the `with` block."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    yield
+    for group, rate in zip(optimizer.param_groups, before, strict=True):
+        group["lr"] = rate
