@@ -17,7 +17,7 @@ from raytrain.names import resolve
 from raytrain.optim.ema import averages
 from raytrain.optim.optimizers import ALL, OptimizerOptions, options_of_optimizer
 from raytrain.optim.schedules import SCHEDULES, rate
-from raytrain.optim.zeroth import ZerothOrder, ZOHybrid
+from raytrain.optim.zeroth import ZerothOrder, ZOConservative, ZOHybrid
 from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
 from raytrain.seeds.kernels import KERNELS
 from raytrain.sync.compressed import CODECS
@@ -273,8 +273,12 @@ class TrainRecipe(Recipe):
             raise ValueError(f"directions.first_order: expected {wanted} with {self.optimizer.name}")
         if hybrid and (self.workers > 1 or self.directions.trajectory or self.directions.objective):
             raise ValueError(
-                "optimizer.name: zo-hybrid takes workers = 1, directions.trajectory = false and no directions.objective: "
-                "gradients are neither exchanged nor written down"
+                "optimizer.name: zo-hybrid takes workers = 1, directions.trajectory = false and no "
+                "directions.objective: its gradients are neither exchanged nor written down"
+            )
+        if issubclass(self.optimizer.constructor, ZOConservative) and self.workers > 1:
+            raise ValueError(
+                f"workers: expected 1 with zo-sgd-conservative, which decides by a loss; got {self.workers}"
             )
         if not zeroth:
             return

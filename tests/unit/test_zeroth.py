@@ -236,13 +236,22 @@ def test_a_run_without_usable_slopes_is_given_up(tmp_path: Path) -> None:
         ({"sync": "gradients"}, "sync.name: expected numbers or one-byte with zo-sgd; got gradients"),
         ({"optimizer": "adamw", "sync": "one-byte"}, "sync.name: expected one of the others with adamw; got one-byte"),
         ({"freeze.half": True}, "freeze.half: expected none with zo-sgd, which makes no backward pass"),
+        (
+            {"optimizer.name": "zo-sgd-conservative", "optimizer.lr": 1e-3, "workers": 2},
+            "workers: expected 1 with zo-sgd-conservative, which decides by a loss; got 2",
+        ),
+        (
+            {"optimizer.name": "zo-hybrid", "optimizer.lr": 1e-3, "directions.first_order": ["out.*"]},
+            "optimizer.name: zo-hybrid takes workers = 1, directions.trajectory = false",
+        ),
+        ({"directions.first_order": ["out.*"]}, "directions.first_order: expected none with zo-sgd"),
         ({"compile": "aot_eager"}, "compile: expected none with zo-sgd"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_anything_starts(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        recipe(**fields) if "optimizer" not in fields else TrainRecipe.parse(
-            merged({"kind": "train", "task": "raytrain.testing:tiny"}, fields)
+        TrainRecipe.parse(
+            merged({}, {"kind": "train", "task": "raytrain.testing:tiny", "optimizer.name": "zo-sgd", **fields})
         )
     assert message in str(caught.value)
 
