@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raytrain.errors import CheckpointError, TrainingError
 from raytrain.names import resolve
-from raytrain.optim.optimizers import ALL, OptimizerOptions, make_optimizer, options_of_optimizer
+from raytrain.optim.optimizers import ZEROTH, OptimizerOptions, make_optimizer, options_of_optimizer
 from raytrain.optim.zeroth import Slopes, ZerothOrder, space_of
 from raytrain.seeds.model import digest
 from raytrain.seeds.slope import Loss, Probe, Slope, derivative, slope
@@ -84,12 +84,13 @@ class Zeroth:
                 for member, values in enumerate(everyone)
                 for k, value in enumerate(values)
             ]
-            usable, sent = self._usable(slopes), len(slopes)
+            usable = self._usable(slopes)
             rate = float(torch.tensor(self.optimizer.defaults["lr"] * factor))
             if usable:
                 if self.first_order:
                     self._backward(loss)
-                moves = self.optimizer.decide(_of_all(usable, sent), rate, self.probe, loss)
+                kept = [(one, value if one in usable else 0.0) for one, value in slopes]
+                moves = self.optimizer.decide(kept, rate, self.probe, loss)
                 self.optimizer.move(moves, rate)
                 if self.trajectory:
                     self.trajectory.append(step, rate, moves)
@@ -100,8 +101,8 @@ class Zeroth:
                 f"no probe of steps {step + 2 - PATIENCE} to {step + 1} gave a usable slope, and the loss is "
                 f"{mean_loss:g}; a lower optimizer.lr or directions.eps may help"
             )
-        square = sum(value**2 for _, value in usable) / max(1, len(usable))
-        return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": sent - len(usable)}
+        square = sum(value**2 for value in usable.values()) / max(1, len(usable))
+        return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": len(slopes) - len(usable)}
 
     def _backward(self, loss: Loss) -> None:
         """Find the gradient of some parameters, with a graph that reaches no further back than they are."""
@@ -127,19 +128,18 @@ class Zeroth:
         at_rest = float(loss()) if self.sides == 1 else None
         return [slope(loss, self.probe, seed, self.eps, at_rest=at_rest) for seed in seeds]
 
-    def _usable(self, slopes: Slopes) -> Slopes:
+    def _usable(self, slopes: Slopes) -> dict[int, float]:
         """Return the slopes that are numbers, and of an ordinary size; what is ordinary is the same on all replicas."""
         group = self.optimizer.param_groups[0]
         seen, typical = group.setdefault("seen", 0), group.setdefault("typical", 0.0)
         limit = self.outlier * typical if self.outlier and seen >= EARLY else math.inf
-        usable = [(seed, value) for seed, value in slopes if value and abs(value) <= limit]
-        for _, value in slopes:
-            if value:
-                seen += 1
-                share = max(1 / seen, 1 - MEMORY)
-                typical += share * (min(abs(value), limit) - typical)
+        numbers = {seed: value for seed, value in slopes if math.isfinite(value)}
+        for value in filter(None, numbers.values()):
+            seen += 1
+            share = max(1 / seen, 1 - MEMORY)
+            typical += share * (min(abs(value), limit) - typical)
         group["seen"], group["typical"] = seen, typical
-        return usable
+        return {seed: value for seed, value in numbers.items() if abs(value) <= limit}
 
 
 def about_trajectory(
@@ -160,15 +160,19 @@ def retrace(path: Path, module: nn.Module) -> int:
         CheckpointError: the file is no trajectory, or it started from other weights.
     """
     about, records = read(path)
-    constructor = resolve(ALL, about["optimizer"]["name"], "optimizer.name")
-    options = options_of_optimizer(constructor).model_validate(about["optimizer"])
+    try:
+        constructor = resolve({}, ZEROTH[about["optimizer"]["name"]], "optimizer.name")
+        options = options_of_optimizer(constructor).model_validate(about["optimizer"])
+        base, shape = str(about["base"]), {name: about["space"][name] for name in ("mode", "sparsity", "blocks")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its first line does not say how to make its moves: {error!r}") from error
     optimizer = make_optimizer(constructor, options, module)
-    if not isinstance(optimizer, ZerothOrder):
-        raise CheckpointError(f"{path}: {options.name} is not a zeroth-order optimizer")
-    space = space_of(module, optimizer, **about["space"])
-    if digest(space) != about["base"]:
+    if not isinstance(optimizer, ZerothOrder):  # the table has no others
+        raise TypeError(type(optimizer))
+    space = space_of(module, optimizer, **shape)
+    if digest(space) != base:
         raise CheckpointError(
-            f"{path}: this trajectory starts from weights with digest {about['base'][:12]}, and the model's trainable "
+            f"{path}: this trajectory starts from weights with digest {base[:12]}, and the model's trainable "
             f"parameters have {digest(space)[:12]}; make the model as the run did, with its task options and its seed"
         )
     optimizer.shape(space)
@@ -178,12 +182,6 @@ def retrace(path: Path, module: nn.Module) -> int:
             optimizer.move(step.slopes, step.rate)
             count += 1
     return count
-
-
-def _of_all(usable: Slopes, count: int) -> Slopes:
-    """Return slopes whose mean is that over `count` with those left out as 0; in float32, as a log has them."""
-    share = torch.tensor([value for _, value in usable], dtype=torch.float64) * (len(usable) / count)
-    return [(seed, value) for (seed, _), value in zip(usable, share.float().tolist(), strict=True)]
 
 
 def loss_of(

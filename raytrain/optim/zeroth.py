@@ -47,7 +47,7 @@ class ZOSGD(ZerothOrder):
     """Move against each direction by its slope (Malladi et al. 2023, MeZO)."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-5) -> None:
-        super().__init__(params, {"lr": lr})
+        super().__init__(params, {"lr": _positive(lr)})
 
     def move(self, slopes: Slopes, rate: float) -> None:
         """Move one direction after the other."""
@@ -71,7 +71,8 @@ class ZOConservative(ZOSGD):
 
     def decide(self, slopes: Slopes, rate: float, probe: Probe, loss: Loss) -> Slopes:
         """Try the three for each direction, from where the parameters are."""
-        return [(seed, slope * self._best(seed, rate * slope, probe, loss)) for seed, slope in slopes]
+        share = rate / len(slopes)
+        return [(seed, slope * self._best(seed, share * slope, probe, loss)) for seed, slope in slopes]
 
     def _best(self, seed: int, far: float, probe: Probe, loss: Loss) -> float:
         losses = {way: float(probe.at(seed, -way * far, loss)) for way in (0.0, 1.0, -1.0)}
@@ -88,7 +89,7 @@ class ZOMomentum(ZerothOrder, SGD):
     """SGD with momentum on the estimated gradient; it holds that and its average."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-5, momentum: float = 0.9) -> None:
-        SGD.__init__(self, params, lr=lr, momentum=momentum)
+        SGD.__init__(self, params, lr=_positive(lr), momentum=momentum)
 
     def move(self, slopes: Slopes, rate: float) -> None:
         """Take a step of SGD."""
@@ -101,7 +102,7 @@ class ZOAdam(ZerothOrder, Adam):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
-        Adam.__init__(self, params, lr=lr, betas=betas, eps=eps)
+        Adam.__init__(self, params, lr=_positive(lr), betas=betas, eps=eps)
 
     def move(self, slopes: Slopes, rate: float) -> None:
         """Take a step of Adam."""
@@ -119,7 +120,7 @@ class ZOHybrid(ZerothOrder, AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
     ) -> None:
-        AdamW.__init__(self, params, lr=lr, betas=betas, weight_decay=weight_decay)
+        AdamW.__init__(self, params, lr=_positive(lr), betas=betas, weight_decay=weight_decay)
         self.first_order_lr = first_order_lr
 
     def move(self, slopes: Slopes, rate: float) -> None:
@@ -160,15 +161,24 @@ def space_of(
     return Space.of(
         named,
         mode,
-        scales={name: math.sqrt(rates[id(one)] / shared) if shared else 1.0 for name, one in named.items()},
+        scales={name: math.sqrt(rates[id(one)] / shared) for name, one in named.items()},
         sparsity=sparsity,
-        blocks=_blocks_of(module) if blocks else None,
+        blocks=_blocks_of(module, [name for name, one in named.items() if rates[id(one)]]) if blocks else None,
     )
 
 
-def _blocks_of(module: nn.Module) -> dict[str, int]:
+def _blocks_of(module: nn.Module, moving: Sequence[str]) -> dict[str, int]:
+    """Return the block of each parameter that moves; blocks are counted where something does."""
     places = {id(one): place for place, block in enumerate(blocks_of(module), start=1) for one in block.parameters()}
-    return {name: places.get(id(parameter), 0) for name, parameter in module.named_parameters()}
+    found = {name: places.get(id(module.get_parameter(name)), 0) for name in moving}
+    order = {place: count for count, place in enumerate(sorted(set(found.values())))}
+    return {name: order[place] for name, place in found.items()}
+
+
+def _positive(lr: float) -> float:
+    if not 0 < lr < math.inf:
+        raise ValueError(f"expected an lr above 0, by which directions are scaled; got {lr}")
+    return lr
 
 
 def _step(optimizer: ZerothOrder, slopes: Slopes, rate: float, step: Callable[[Any], Any]) -> None:

@@ -155,20 +155,26 @@ def seeds_tensor(seeds: Sequence[int], device: torch.device | str = "cpu") -> Te
     return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds], dtype=torch.int64, device=device)
 
 
-def quantised(coefficients: Tensor, mode: Mode) -> tuple[Tensor, float]:
-    """Return integer weights and their unit, so that weights * unit is coefficients to 2^-25 of the largest.
+def quantised(coefficients: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+    """Return integer weights and their units, so that weights * unit is coefficients to 2^-25 of the largest of a row.
 
     Args:
         coefficients: float64, shape (..., k).
-        mode: whose unit is part of the one returned.
+        mode: whose unit is part of those returned.
 
     Returns:
-        int32, below 2^25 in magnitude, like `coefficients`; what one of them stands for, a power of two.
+        int32, below 2^25 in magnitude, like `coefficients`; what one of them stands for in each row, a power of two,
+        float64, shape (...).
+
+    Raises:
+        ValueError: a coefficient is not finite.
     """
-    largest = float(coefficients.abs().max()) if coefficients.numel() else 0.0
-    if not torch.isfinite(torch.tensor(largest)):
-        raise ValueError(f"coefficients: expected finite numbers; got {largest}")
-    exponent = torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent.item() if largest else 0
-    unit = 2.0 ** (exponent - WEIGHT_BITS)
+    if not torch.isfinite(coefficients).all():
+        odd = coefficients[~torch.isfinite(coefficients)][0]
+        raise ValueError(f"coefficients: expected finite numbers; got {odd:g}")
+    largest = coefficients.abs().amax(-1) if coefficients.shape[-1] else coefficients.sum(-1)
+    exponents = torch.frexp(largest).exponent.clamp(min=WEIGHT_BITS - 1000)  # far above where units vanish
+    unit = torch.ldexp(torch.ones_like(largest), exponents - WEIGHT_BITS)
     limit = 2**WEIGHT_BITS - 1  # the largest may round up to a power of two
-    return (coefficients / unit).round().clamp(-limit, limit).int(), unit * UNITS[mode]
+    weights = (coefficients / unit[..., None]).round().clamp(-limit, limit).int()
+    return weights, unit * UNITS[mode]

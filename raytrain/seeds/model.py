@@ -17,7 +17,7 @@ from raytrain.files import write_whole
 from raytrain.seeds.kernels import seeds_tensor
 from raytrain.seeds.replay import Nudge, materialise
 from raytrain.seeds.space import Space
-from raytrain.seeds.stream import Mode, derived
+from raytrain.seeds.stream import UNITS, Mode, derived
 
 FORMAT = "raytrain seed model 1"
 
@@ -87,9 +87,16 @@ class SeedModel:
                 if (file.metadata() or {}).get("format") != FORMAT:
                     raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote; this is another one")
                 about = json.loads(file.metadata()["about"])
-                seeds = tuple(seed % 2**64 for seed in file.get_tensor("seeds").tolist())
-                return cls(seeds=seeds, coefficients=file.get_tensor("coefficients"), **about)
-        except (SafetensorError, OSError) as error:
+                seeds, coefficients = file.get_tensor("seeds"), file.get_tensor("coefficients")
+            if about["mode"] not in UNITS or (seeds.dtype, coefficients.dtype) != (torch.int64, torch.float64):
+                raise ValueError("it has numbers of another kind")
+            if seeds.shape != coefficients.shape or len(set(seeds.tolist())) != len(seeds):
+                raise ValueError("its seeds are not one for each coefficient")
+            if not torch.isfinite(coefficients).all():
+                raise ValueError("its coefficients are not all finite")
+            drawn = tuple(seed % 2**64 for seed in seeds.tolist())
+            return cls(str(about["base"]), drawn, coefficients, about["mode"], int(about["version"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote: {error}") from error
 
 
@@ -107,6 +114,8 @@ def combined(models: Sequence[SeedModel], weights: Sequence[float]) -> SeedModel
     Raises:
         RecipeError: they do not start from the same w0, or draw other numbers.
     """
+    if not models:
+        raise RecipeError("models: expected one or more; got none")
     first = models[0]
     for model in models:
         if (model.base, model.mode) != (first.base, first.mode):
@@ -130,6 +139,8 @@ def weights_of_all(
     Raises:
         RecipeError: the space holds another w0 than theirs, or other directions.
     """
+    if not models:
+        raise RecipeError("models: expected one or more; got none")
     for model in models:
         if model.mode != space.mode or model.base != digest(space):
             raise RecipeError(

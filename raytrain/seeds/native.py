@@ -70,6 +70,10 @@ class NativeKernel:
         rows: Tensor | None = None,
     ) -> None:
         """Write to `out`; see `Kernel.move`."""
+        if not out.numel():
+            return
+        if rows is not None and rows.dtype != torch.int64:
+            raise TypeError(f"rows: expected torch.int64; got {rows.dtype}")
         self._library.seeds_move(
             int(mode == "gaussian"),
             TYPES[base.dtype],
@@ -97,13 +101,13 @@ def _library() -> ctypes.CDLL:
     command = [compiler, *FLAGS, *_defined("LOG", LOG), *_defined("SIN", SIN), *_defined("COS", COS)]
     key = [_version(compiler), _processor(), *command, SOURCE.read_text()]
     name = f"seeds-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytrain"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytrain"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / name).is_file():
             _compile(command, folder / name)
         return _typed(ctypes.CDLL(str(folder / name)))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter where nobody is at home
         raise CannotCompileError(f"the compiled kernel cannot be kept or loaded: {error}") from error
 
 

@@ -26,7 +26,7 @@ class Nudge:
 
 def replay_log(space: Space, moves: Sequence[Nudge]) -> None:
     """Make moves one after the other, in place: each rounds, so this equals the run that made them to the bit."""
-    for move in moves:
+    for move in filter(lambda move: move.scale, moves):
         space.move(move.seed, move.scale)
 
 
@@ -35,9 +35,9 @@ def materialise(
 ) -> Sequence[Tensor]:
     """Return w0 + sum over k of coefficients[k] * direction(seeds[k]), rounded once.
 
-    Coefficients are taken to 2^-25 of the largest one, and their sums are made in integers: so neither the order of the
-    seeds nor the kernel, the device, the shard or the number of threads changes a bit. The sum is added to w0 in
-    float64, and that is rounded to the parameter's type.
+    Coefficients are taken to 2^-25 of the largest one of their model, and their sums are made in integers: so neither
+    the order of the seeds nor the kernel, the device, the shard or the number of threads changes a bit. The sum is
+    added to w0 in float64, and that is rounded to the parameter's type.
 
     Args:
         space: holds w0.
@@ -51,8 +51,8 @@ def materialise(
     """
     device = space.parts[0].tensor.device
     many = coefficients.dim() == 2
-    weights, unit = quantised(coefficients.double().reshape(-1, len(seeds)), space.mode)
-    models = len(weights)
+    weights, unit = quantised(coefficients.double() if many else coefficients.double()[None], space.mode)
+    models, unit = len(weights), unit[:, None].to(device)
     of_block = [
         [place for place, seed in enumerate(seeds) if seed % space.blocks == block] for block in range(space.blocks)
     ]

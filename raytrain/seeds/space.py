@@ -85,6 +85,8 @@ class Space:
         for name, tensor in named.items():
             once.setdefault(id(tensor), (name, tensor))
         tensors = {name: tensor.detach() for name, tensor in once.values()}
+        if not tensors:
+            raise RecipeError("directions: expected parameters to move; got none: look at freeze.match and the others")
         devices = {tensor.device for tensor in tensors.values()}
         if len(devices) != 1:
             raise RecipeError(f"directions: expected parameters on one device; got them on {sorted(map(str, devices))}")
@@ -136,6 +138,8 @@ class Space:
         self._write(part, part.tensor, seed, scale, out, rows)
 
     def _write(self, part: Part, base: Tensor, seed: int, scale: float, out: Tensor, rows: Tensor | None) -> None:
+        if out.dtype != base.dtype or not (out.is_contiguous() and base.is_contiguous()):
+            raise ValueError(f"out: expected a contiguous tensor of {base.dtype}; got {out.dtype}, {out.stride()}")
         place = (self.mode, seed, scale * part.scale, part.identity)
         if part.mask is None and base.dtype in self.kernel.types:
             self.kernel.move(*place, 0, base, out, rows)
@@ -162,7 +166,7 @@ class Space:
 
 def small_elements(tensor: Tensor, sparsity: float) -> Tensor | None:
     """Return which elements of a matrix are not among the share `sparsity` of largest magnitude; None: all count."""
-    if not sparsity or tensor.dim() < 2:
+    if not sparsity or tensor.dim() < 2 or not tensor.numel():
         return None
     magnitudes = tensor.detach().abs().flatten()
     kept = max(1, round((1 - sparsity) * magnitudes.numel()))

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raytrain.errors import CheckpointError
+from raytrain.errors import CheckpointError, RecipeError
+from raytrain.files import write_whole
 
-RECORD = np.dtype([("step", "<u4"), ("rate", "<f4"), ("seed", "<u8"), ("slope", "<f4")])
+RECORD = np.dtype([("step", "<u4"), ("of", "<u2"), ("rate", "<f4"), ("seed", "<u8"), ("slope", "<f4")])
+Records = NDArray[Any]
 MAGIC = b"raytrain trajectory 1\n"
 
 
@@ -30,27 +33,32 @@ class Step:
 
 
 class Trajectory:
-    """The file of a run that goes on: a line of JSON about its beginning, then 20 bytes for each direction.
+    """The file of a run that goes on: a line of JSON about its beginning, then 22 bytes for each direction.
 
     Args:
         path: the file.
         about: what a replay needs to know: "base", the digest of the weights that it starts from, "first", the step
-            that they are of, and how they are moved. A file that is there keeps its own.
-        step: where the run stands; what the file holds from there on is dropped.
+            that they are of, and how they are moved.
+        step: where the run stands. If it goes on, the file keeps its beginning, and what it holds from there on is
+            dropped.
+
+    Raises:
+        RecipeError: the run goes on, and the file is not there or is of a run that moves in another way.
+        CheckpointError: it is no trajectory.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], step: int) -> None:
         before = np.empty(0, RECORD)
-        if step and path.is_file():
-            about, before = read(path)
-        self._file: IO[bytes] = path.open("wb")
-        self._file.write(MAGIC + json.dumps(about, sort_keys=True).encode() + b"\n")
-        self._file.write(before[before["step"] < step].tobytes())
-        self._file.flush()
+        if step:
+            about, before = _continued(path, about)
+        write_whole(
+            path, MAGIC + json.dumps(about, sort_keys=True).encode() + b"\n" + before[before["step"] < step].tobytes()
+        )
+        self._file: IO[bytes] = path.open("ab")
 
     def append(self, step: int, rate: float, slopes: Sequence[tuple[int, float]]) -> None:
         """Add a step; it is on its way to the disk when this returns."""
-        records = np.array([(step, rate, seed, slope) for seed, slope in slopes], RECORD)
+        records = np.array([(step, len(slopes), rate, seed, slope) for seed, slope in slopes], RECORD)
         self._file.write(records.tobytes())
         self._file.flush()
 
@@ -67,8 +75,28 @@ class Trajectory:
         self.close()
 
 
-def read(path: Path) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
-    """Return what a trajectory says of its beginning, and its records; one that was cut off at the end is dropped.
+def _continued(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], Records]:
+    """Return what a run that goes on has in its file.
+
+    Raises:
+        RecipeError: it has none, or the run now moves in another way, which the file could not say.
+    """
+    way_out = "; set directions.trajectory = false, or start another run"
+    if not path.is_file():
+        raise RecipeError(f"directions.trajectory: expected {path}, which the run should have kept so far{way_out}")
+    kept, before = read(path)
+    for name in ("space", "optimizer"):
+        was, now = ({**of[name], "lr": 0} for of in (kept, about))
+        if was != now:
+            odd = next(key for key in now if was.get(key) != now[key])
+            raise RecipeError(
+                f"directions.trajectory: expected {odd} = {was.get(odd)!r} as the run began; got {now[odd]!r}{way_out}"
+            )
+    return kept, before
+
+
+def read(path: Path) -> tuple[dict[str, Any], Records]:
+    """Return what a trajectory says of its beginning, and its records; a step that was cut off at the end is dropped.
 
     Raises:
         CheckpointError: the file is no trajectory.
@@ -80,11 +108,18 @@ def read(path: Path) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
             raise ValueError
         about = json.loads(head)
     except ValueError:
-        raise CheckpointError(f"{path}: this is not a trajectory, as zeroth-order runs write") from None
-    return about, np.frombuffer(rest[: len(rest) // RECORD.itemsize * RECORD.itemsize], RECORD)
+        raise CheckpointError(
+            f"{path}: this is not a trajectory, as zeroth-order runs write; set directions.trajectory = false to go on "
+            "without one"
+        ) from None
+    records = np.frombuffer(rest[: len(rest) // RECORD.itemsize * RECORD.itemsize], RECORD)
+    if len(records):
+        last = records["step"] == records["step"][-1]
+        records = records if last.sum() == records["of"][-1] else records[~last]
+    return about, records
 
 
-def steps(records: np.ndarray[Any, Any]) -> Iterator[Step]:
+def steps(records: Records) -> Iterator[Step]:
     """Yield the steps of a trajectory."""
     edges = np.flatnonzero(np.diff(records["step"].astype(np.int64), prepend=-1, append=-1))
     for first, last in zip(edges[:-1], edges[1:], strict=True):

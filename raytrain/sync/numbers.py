@@ -4,7 +4,6 @@ The seeds follow from the step and the replica, so nobody sends them, and each r
 et al. 2023, Just One Byte). What is sent does not depend on the size of the model.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from raytrain.sync.synchroniser import EveryStep, SyncOptions, Totals
 
 STEPS_PER_OCTAVE = 6
 LEVELS = 127
+NOT_FINITE = -128
 MIDDLE = 64
 """The level that stands for 1: one byte holds 2^-10.5 to 2^10.5, each to 6 %."""
 
@@ -54,13 +54,14 @@ def one_byte(exchange: Exchange, options: NumberOptions) -> "Numbers":
 def encode(values: Floats) -> Bytes:
     """Return a byte for each number: 0 for 0, else its sign and the nearest of 127 levels, six to an octave.
 
-    Numbers beyond the levels become the first or the last; those below half of the first become 0, and so do those that
-    are not finite.
+    Numbers beyond the levels become the first or the last, and those below half of the first 0; one byte is left for
+    those that are not finite.
     """
     size = np.abs(np.where(np.isfinite(values), values, 0)).astype(np.float64)
     level = np.rint(np.log2(np.maximum(size, 1e-300)) * STEPS_PER_OCTAVE).astype(np.int64) + MIDDLE
     kept = level > -STEPS_PER_OCTAVE
     signed = np.where(values < 0, -1, 1) * np.clip(level, 1, LEVELS) * kept
+    signed = np.where(np.isfinite(values), signed, NOT_FINITE)
     sent: Bytes = signed.astype(np.int8).view(np.uint8)
     return sent
 
@@ -69,7 +70,8 @@ def decode(sent: Bytes) -> Floats:
     """Return the numbers that bytes stand for."""
     signed = sent.view(np.int8).astype(np.int64)
     size = 2.0 ** ((np.abs(signed) - MIDDLE) / STEPS_PER_OCTAVE)
-    return np.where(signed == 0, 0.0, np.sign(signed) * size).astype(np.float32)
+    numbers = np.where(signed == 0, 0.0, np.sign(signed) * size)
+    return np.where(signed == NOT_FINITE, np.nan, numbers).astype(np.float32)
 
 
 class Numbers(EveryStep):
@@ -113,11 +115,11 @@ class Numbers(EveryStep):
         """Do nothing: there are no gradients to send."""
 
     def share(self, values: Sequence[float]) -> list[list[float]]:
-        """Return the numbers of every replica, as all of them read them; 0 for one that is not finite."""
+        """Return the numbers of every replica, as all of them read them; nan or infinite for those that were."""
         sent = self._write(np.array(values, np.float32))
         if self._alone:
-            return [self._usable(self._read(sent))]
-        return [self._usable(self._read(row)) for row in self._gather(sent)]
+            return [self._read(sent).tolist()]
+        return [self._read(row).tolist() for row in self._gather(sent)]
 
     def before_step(self, loss: float, stop: bool) -> Totals:
         """Agree on whether to stop, every so many steps; the loss is this replica's own."""
@@ -136,7 +138,7 @@ class Numbers(EveryStep):
         every = self._options.check_every
         if self._alone or not every or self._steps % every:
             return
-        mine = digest_of((str(place), tensor) for place, tensor in enumerate(persistent(self._module)))
+        mine = digest_of(self._module.named_parameters())
         answers = self._gather(np.frombuffer(bytes.fromhex(mine)[:8], np.uint8))
         odd = [rank for rank, answer in enumerate(answers) if (answer != answers[0]).any()]
         if odd:
@@ -149,7 +151,3 @@ class Numbers(EveryStep):
         pending = self._exchange.transport.all_gather(torch.from_numpy(sent.copy()).to(self._exchange.transport.device))
         self._await(pending)
         return [row.cpu().numpy() for row in pending.wait()]
-
-    @staticmethod
-    def _usable(values: Floats) -> list[float]:
-        return [float(value) if math.isfinite(value) else 0.0 for value in values]

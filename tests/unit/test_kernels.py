@@ -108,10 +108,10 @@ def test_a_move_in_place_on_all_threads(kernel: Kernel) -> None:
 def test_coefficients_are_kept_to_a_part_of_the_largest(values: list[float], mode: Mode) -> None:
     coefficients = torch.tensor(values, dtype=torch.float64)
     weights, unit = quantised(coefficients, mode)
-    plain = unit / {"rademacher": 1, "gaussian": 2.0**-20}[mode]
+    plain = float(unit) / {"rademacher": 1, "gaussian": 2.0**-20}[mode]
     assert weights.abs().max() < 2**25
     assert np.log2(plain) == round(np.log2(plain))
-    assert ((weights * plain - coefficients).abs() <= coefficients.abs().max() * 2.0**-24).all()
+    assert ((weights.double() * plain - coefficients).abs() <= coefficients.abs().max() * 2.0**-24).all()
 
 
 def test_coefficients_that_are_not_finite_are_refused() -> None:

@@ -20,7 +20,9 @@ def test_a_byte_holds_a_sign_and_a_logarithm(values: list[float]) -> None:
     sent = encode(np.array(values, np.float32))
     assert sent.dtype == np.uint8
     for value, read in zip(values, decode(sent).tolist(), strict=True):
-        if not math.isfinite(value) or abs(value) < 2**-11.7:
+        if not math.isfinite(value):
+            assert math.isnan(read)
+        elif abs(value) < 2**-11.7:
             assert read == 0
         elif 2**-10.5 <= abs(value) <= 2**10.5:
             assert math.copysign(1, read) == math.copysign(1, value)
@@ -29,7 +31,7 @@ def test_a_byte_holds_a_sign_and_a_logarithm(values: list[float]) -> None:
             assert read == math.copysign(np.float32(2**10.5), value)
 
 
-@given(st.integers(0, 255).filter(lambda sent: sent != 128))  # -128 is never written
+@given(st.integers(0, 255))
 def test_a_byte_that_is_read_is_written_again(sent: int) -> None:
     assert encode(decode(np.array([sent], np.uint8)))[0] == sent
 
@@ -45,10 +47,11 @@ def test_all_replicas_read_the_same_and_bytes_are_counted(kind: object, size: in
         return sync.share(own[transport.rank]), sync.bytes_sent - before
 
     answers = ThreadGroup(3).run(replica)
-    assert all(answer == answers[0] for answer in answers)
+    assert all(repr(answer) == repr(answers[0]) for answer in answers)
     read, sent = answers[0]
     assert sent == 2 * size
-    assert (read[0][0] > 0, read[0][1] < 0, read[1][0], read[2][1]) == (True, True, 0.0, 0.0)
+    assert (read[0][0] > 0, read[0][1] < 0) == (True, True)
+    assert not any(map(math.isfinite, (read[1][0], read[2][1])))
 
 
 def test_a_request_to_stop_reaches_all_after_some_steps() -> None:

@@ -1,6 +1,9 @@
 """Probing: the slope is right, nothing moves, and what is replaced is all that the model reads."""
 
+import copy
+import dataclasses
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -204,3 +207,103 @@ def test_only_looked_up_rows_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_space_of_another_model_is_refused() -> None:
     with pytest.raises(RecipeError, match="directions: bias is not a parameter of the module"):
         Probe(nn.Linear(3, 3), Space.of({"bias": torch.zeros(3)}))
+
+
+@dataclasses.dataclass
+class Output:
+    value: Tensor
+
+
+class Awkward(nn.Module):
+    """A layer with two types, one that is shared and called inside another, a table of int32, an odd output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.shared = nn.Linear(8, 8)
+        self.outer = Borrower(self.shared)
+        self.table = nn.Embedding(100, 8)
+        self.mixed = Mixed()
+        self.odd = OddOutput()
+
+    def forward(self) -> Tensor:
+        x = self.table(torch.tensor([[3, 7, 3]], dtype=torch.int32))
+        return self.odd(self.mixed(self.outer(self.shared(x)))).value.square().sum()
+
+
+class Borrower(nn.Module):
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(self.shared(x)) @ self.weight
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(8, dtype=torch.bfloat16))
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight) * self.gain.float()
+
+
+class OddOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8))
+        self.after = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.weight[: x.shape[1]] * self.after(x))
+
+
+@torch.no_grad()
+def test_layers_inside_others_types_side_by_side_and_odd_outputs() -> None:
+    module = Awkward()
+    space = Space.of(dict(module.named_parameters()))
+    probe = Probe(module, space)
+    for seed in (1, 2):
+        found = probe.at(seed, 0.1, module)
+        torch.testing.assert_close(found, moved_by_hand(module, space, seed, 0.1, module), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [[1200], [-1], [10**9], []])
+@torch.no_grad()
+def test_tokens_that_are_not_in_a_table_are_what_they_are_to_torch(tokens: list[int]) -> None:
+    module = nn.Embedding(1000, 8)
+    probe = Probe(module, Space.of({"weight": module.weight}))
+    probe.at(0, 0.1, lambda: module(torch.tensor([5])).sum())
+
+    def loss() -> Tensor:
+        return module(torch.tensor(tokens, dtype=torch.long)).sum()
+
+    if not tokens:
+        assert probe.at(0, 0.1, loss) == 0
+        return
+    with pytest.raises(IndexError):
+        probe.at(0, 0.1, loss)
+    assert isinstance(module.weight, nn.Parameter)
+
+
+@torch.no_grad()
+def test_a_parameter_that_is_kept_elsewhere_is_named() -> None:
+    module = nn.Linear(3, 3)
+    kept = [module.weight]
+    probe = Probe(module, Space.of(dict(module.named_parameters())))
+    with pytest.raises(RecipeError, match="directions: weight is kept outside the layer that it belongs to"):
+        probe.at(0, 0.1, lambda: (module(torch.ones(2, 3)) @ kept[0]).sum())  # noqa: PLW0108 - read in each call
+
+
+@torch.no_grad()
+def test_buffers_stay_and_copies_of_the_model_are_plain() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).train()
+    probe = Probe(module, Space.of(dict(module.named_parameters())))
+    before, x = copies(module), torch.randn(5, 3)
+    slope(lambda: module(x).square().sum() + module[0].weight.sum(), probe, 1, 0.1)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    other = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    assert torch.equal(other.eval()(x), module.eval()(x))

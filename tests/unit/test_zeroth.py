@@ -70,7 +70,7 @@ def test_every_stepper_learns_and_its_trajectory_retraces_it_to_the_bit(optimize
     assert retrace(run.trajectory, module) == 60
     named = dict(module.named_parameters())
     assert all(torch.equal(named[name], value) for name, value in weights(run).items() if name in named)
-    assert run.trajectory.stat().st_size < 60 * 2 * 20 + 1500
+    assert run.trajectory.stat().st_size < 60 * 2 * 22 + 1500
 
 
 GROUPS = [{"match": "out.bias", "lr_scale": 0.25}]
@@ -306,6 +306,7 @@ def test_a_trajectory_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_trajectory_that_was_cut_off_keeps_what_is_whole(tmp_path: Path) -> None:
     with Trajectory(tmp_path / "t", {"base": "x"}, 0) as trajectory:
         trajectory.append(0, 0.5, [(2**64 - 1, -1.5)])
+        trajectory.append(2, 0.25, [(5, 1.0), (6, 2.0)])
         trajectory.append(3, 0.25, [(7, 1.0), (8, 2.0)])
     data = (tmp_path / "t").read_bytes()
     (tmp_path / "t").write_bytes(data[:-3])
@@ -313,7 +314,39 @@ def test_a_trajectory_that_was_cut_off_keeps_what_is_whole(tmp_path: Path) -> No
     assert about == {"base": "x"}
     assert [(step.step, step.rate, step.slopes) for step in steps(records)] == [
         (0, 0.5, [(2**64 - 1, -1.5)]),
-        (3, 0.25, [(7, 1.0)]),
+        (2, 0.25, [(5, 1.0), (6, 2.0)]),
     ]
     assert data.startswith(MAGIC)
     assert json.loads(data.split(b"\n")[1]) == {"base": "x"}
+
+
+def test_slopes_of_zero_are_no_failure(tmp_path: Path) -> None:
+    more = {"task": f"{__name__}:flat", "log.every": 30, "batch": 4}
+    run = train_here(recipe(**more), tmp_path / "run")
+    assert run.failure() is None
+    assert [row["skipped"] for row in rows(run.metrics) if "skipped" in row] == [0, 0]
+
+
+def flat() -> Task:
+    """Return a task whose loss is what it is."""
+    return Task(
+        model=lambda seed: nn.Linear(1, 1),
+        data=lambda split: [torch.tensor(1.0)] * 4,
+        losses=lambda module, batch: module(batch[:, None])[:, 0] * 0 + 1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"directions.mode": "gaussian"}, "expected mode = 'rademacher' as the run began; got 'gaussian'"),
+        ({"directions.sparsity": 0.5}, "expected sparsity = 0.0 as the run began; got 0.5"),
+    ],
+)
+def test_a_run_that_moves_in_another_way_is_not_written_as_if_it_did_not(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    train_here(recipe(steps=20), tmp_path / "run")
+    failure = train_here(recipe(steps=40, **change), tmp_path / "run").failure()
+    assert failure is not None
+    assert failure.message.startswith(f"directions.trajectory: {message}; set directions.trajectory = false")
