@@ -17,7 +17,7 @@ from raytrain.replica import Progress, Replica
 from raytrain.sync.synchroniser import Totals
 from raytrain.task import Batch, Task
 from raytrain.tensors import moved, seed_step, weighed, weights_of
-from raytrain.zeroth import loss_of
+from raytrain.zeroth import Zeroth, loss_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,11 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
         if replica.half:
             replica.half.choose(progress.step, optimizer)
 
-        step = zeroth_step if replica.zeroth else gradient_step
-        totals, figures = step(replica, task, feed, plan, watch.stop_requested())
+        stop = watch.stop_requested()
+        if replica.zeroth:
+            totals, figures = zeroth_step(replica, replica.zeroth, task, feed, plan, stop)
+        else:
+            totals, figures = gradient_step(replica, task, feed, plan, stop)
         sync.after_step()
 
         progress.step += 1
@@ -123,10 +126,11 @@ def gradient_step(replica: Replica, task: Task, feed: Feed, plan: Plan, stop: bo
     return totals, {"gradient_norm": norm} if plan.clip else {}
 
 
-def zeroth_step(replica: Replica, task: Task, feed: Feed, plan: Plan, stop: bool) -> tuple[Totals, dict[str, float]]:
+def zeroth_step(
+    replica: Replica, zeroth: Zeroth, task: Task, feed: Feed, plan: Plan, stop: bool
+) -> tuple[Totals, dict[str, float]]:
     """Probe the loss of this replica's share of the step, and move by what all replicas found."""
-    progress, zeroth = replica.progress, replica.zeroth
-    assert zeroth is not None  # noqa: S101 - for the type checker: the loop looks first
+    progress = replica.progress
     batches = _take(replica, task, feed, progress.position + replica.rank * plan.batch, plan)
     weight = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
     loss = loss_of(

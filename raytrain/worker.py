@@ -28,7 +28,7 @@ from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import read_toml
 from raytrain.replica import Progress, Replica, load_state
 from raytrain.rundir import RunDirectory
-from raytrain.seeds.slope import Probe
+from raytrain.seeds.probe import Probe
 from raytrain.seeds.trajectory import Trajectory
 from raytrain.sync.exchange import ExactExchange, Exchange
 from raytrain.sync.numbers import Numbers

@@ -15,7 +15,8 @@ from raytrain.names import resolve
 from raytrain.optim.optimizers import ZEROTH, OptimizerOptions, make_optimizer, options_of_optimizer
 from raytrain.optim.zeroth import Slopes, ZerothOrder, space_of
 from raytrain.seeds.model import digest
-from raytrain.seeds.slope import Loss, Probe, Slope, derivative, slope
+from raytrain.seeds.probe import Loss, Probe
+from raytrain.seeds.slope import Slope, derivative, slope
 from raytrain.seeds.stream import derived
 from raytrain.seeds.trajectory import Trajectory, read, steps
 from raytrain.sync.numbers import Numbers

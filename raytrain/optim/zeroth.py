@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from raytrain.model.blocks import blocks as blocks_of
+from raytrain.seeds.probe import Loss, Probe
 from raytrain.seeds.replay import Nudge, replay_log
-from raytrain.seeds.slope import Loss, Probe
 from raytrain.seeds.space import Space
 from raytrain.seeds.stream import Mode
 

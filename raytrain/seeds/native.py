@@ -45,18 +45,9 @@ class NativeKernel:
 
     def sums(self, mode: Mode, seeds: Tensor, weights: Tensor, parameter: int, start: int, out: Tensor) -> None:
         """Add to `out`; see `Kernel.sums`."""
-        self._library.seeds_sums(
-            int(mode == "gaussian"),
-            seeds.data_ptr(),
-            len(seeds),
-            weights.data_ptr(),
-            len(weights),
-            parameter,
-            start,
-            out.shape[1],
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+        drawn = (seeds.data_ptr(), len(seeds), weights.data_ptr(), len(weights))
+        span = (parameter, start, out.shape[1])
+        self._library.seeds_sums(int(mode == "gaussian"), *drawn, *span, out.data_ptr(), torch.get_num_threads())
 
     def move(
         self,

@@ -26,8 +26,9 @@ from bench import finish, parse, parser_of
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from raytrain.seeds.probe import Probe
 from raytrain.seeds.replay import materialise
-from raytrain.seeds.slope import Probe, slope
+from raytrain.seeds.slope import slope
 from raytrain.seeds.space import Space
 
 EPS, RATE = 1e-3, 1e-6

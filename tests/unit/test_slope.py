@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
 from raytrain.seeds.kernels import kernel_of
-from raytrain.seeds.slope import Probe, derivative, slope
+from raytrain.seeds.probe import Probe
+from raytrain.seeds.slope import derivative, slope
 from raytrain.seeds.space import Space
 from raytrain.tensors import wide
 
