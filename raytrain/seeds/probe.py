@@ -55,7 +55,7 @@ class Probe:
             around = sum(name != other and f"{name}.".startswith(f"{other}." if other else "") for other in names)
             owner = module.get_submodule(name)
             self._layers.append(_Layer(self, owner, owned[owner], memory.setdefault(around, _Memory())))
-        for layer in self._layers:
+        for layer in sorted(self._layers, key=lambda layer: -layer.bytes):
             layer.prepare()  # before activations come, among which memory that stays would leave gaps
         self._whole: list[_Swap] = []
 
@@ -214,6 +214,7 @@ class _Layer:
         self._flat: Tensor | None = None
         self._calls: list[_Call] = []
         self._is_table = type(owner) is nn.Embedding and owner.max_norm is None and len(swaps) == 1
+        self.bytes = sum(swap.part.tensor.nbytes for swap in swaps)
         owner.register_forward_pre_hook(self._enter)
         owner.register_forward_hook(self._leave)
 

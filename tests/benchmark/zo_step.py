@@ -132,9 +132,10 @@ def memory(what: str, name: str) -> None:
 
 
 def peak(what: str, name: str) -> int:
-    """Return what `memory` prints in a process of its own."""
+    """Return what `memory` prints in a process of its own, the median of five: allocators differ from run to run."""
     command = [sys.executable, __file__, "--memory", what, name]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    ended = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(5)]
+    return int(statistics.median(int(one.stdout.splitlines()[-1]) for one in ended))
 
 
 @torch.no_grad()
