@@ -17,7 +17,7 @@ from raytrain.names import resolve
 from raytrain.optim.ema import averages
 from raytrain.optim.optimizers import ALL, OptimizerOptions, options_of_optimizer
 from raytrain.optim.schedules import SCHEDULES, rate
-from raytrain.optim.zeroth import ZerothOrder, ZOConservative, ZOHybrid
+from raytrain.optim.zeroth import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
 from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
 from raytrain.seeds.kernels import KERNELS
 from raytrain.sync.compressed import CODECS
@@ -191,7 +191,8 @@ class TrainRecipe(Recipe):
         compile: the backend of torch.compile for the model's repeated blocks, or for the whole model if it has none:
             "inductor", which needs a C++ compiler on CPUs, or "aot_eager", which is for finding faults; "": none. The
             first step compiles, and must end within sync.timeout_seconds as any other.
-        clip: the largest norm of the gradient; 0: any.
+        clip: the largest norm of the gradient; 0: any. Zeroth-order optimizers have none to clip: see
+            directions.outlier.
         ema: decay of an average of the weights that is evaluated in their place; 0: none.
         max_failures: how often workers that die or hang are started again.
         callbacks: functions of the replica ("module:attribute") called on every worker after every step.
@@ -282,6 +283,8 @@ class TrainRecipe(Recipe):
             )
         if not zeroth:
             return
+        if self.directions.objective and issubclass(self.optimizer.constructor, ForwardGradient):
+            raise ValueError(f"directions.objective: expected none with {self.optimizer.name}, which differentiates it")
         without = {
             "freeze.half": self.freeze.half,
             "compile": self.compile,

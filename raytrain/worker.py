@@ -142,7 +142,7 @@ def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterat
     if zeroth is None or replica.rank > 0 or not recipe.directions.trajectory:
         yield
         return
-    about = about_trajectory(zeroth, recipe.optimizer, recipe.directions.model_dump(), step)
+    about = about_trajectory(zeroth, recipe.optimizer, recipe.directions.model_dump())
     with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
         yield
 

@@ -117,6 +117,11 @@ class Zeroth:
         finally:
             for parameter in still:
                 parameter.requires_grad_(True)
+        if not all(one.grad is None or torch.isfinite(one.grad).all() for one in self.first_order):
+            raise TrainingError(
+                "the gradient of directions.first_order is not finite; a lower optimizer.first_order_lr or "
+                "optimizer.lr may help"
+            )
 
     @staticmethod
     def seed_of(seed: int, step: int, rank: int, place: int) -> int:
@@ -143,13 +148,11 @@ class Zeroth:
         return {seed: value for seed, value in numbers.items() if abs(value) <= limit}
 
 
-def about_trajectory(
-    zeroth: Zeroth, optimizer: OptimizerOptions, directions: Mapping[str, Any], step: int
-) -> dict[str, Any]:
+def about_trajectory(zeroth: Zeroth, optimizer: OptimizerOptions, directions: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a trajectory says of its beginning, at the weights that the replica has now."""
     space = {name: directions[name] for name in ("mode", "sparsity", "blocks")}
     base = digest(zeroth.probe.space)
-    return {"base": base, "first": step, "optimizer": optimizer.model_dump(mode="json"), "space": space}
+    return {"base": base, "optimizer": optimizer.model_dump(mode="json"), "space": space}
 
 
 def retrace(path: Path, module: nn.Module) -> int:

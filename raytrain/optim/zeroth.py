@@ -1,6 +1,7 @@
 """Zeroth-order optimizers: what to do with slopes along directions, in place of a gradient."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -20,7 +21,7 @@ Slopes = Sequence[tuple[int, float]]
 """(seed, slope along its direction) of each probe."""
 
 
-class ZerothOrder(Optimizer):
+class ZerothOrder(Optimizer, ABC):
     """An optimizer that is told slopes.
 
     A group's learning rate shapes the directions: with lr_scale = s they are sqrt(s) times as long there, so that the
@@ -38,9 +39,9 @@ class ZerothOrder(Optimizer):
         """Return the slopes to move by, which is these, unless more probes say otherwise."""
         return slopes
 
+    @abstractmethod
     def move(self, slopes: Slopes, rate: float) -> None:
         """Move the parameters by what the slopes say, their mean being the estimate; `rate` is a float32."""
-        raise NotImplementedError
 
 
 class ZOSGD(ZerothOrder):
@@ -71,12 +72,8 @@ class ZOConservative(ZOSGD):
 
     def decide(self, slopes: Slopes, rate: float, probe: Probe, loss: Loss) -> Slopes:
         """Try the three for each direction, from where the parameters are."""
-        share = rate / len(slopes)
-        return [(seed, slope * self._best(seed, share * slope, probe, loss)) for seed, slope in slopes]
-
-    def _best(self, seed: int, far: float, probe: Probe, loss: Loss) -> float:
-        losses = {way: float(probe.at(seed, -way * far, loss)) for way in (0.0, 1.0, -1.0)}
-        return min(losses, key=lambda way: losses[way] if math.isfinite(losses[way]) else math.inf)
+        share, at_rest = rate / len(slopes), float(loss())
+        return [(seed, slope * _best(seed, share * slope, probe, loss, at_rest)) for seed, slope in slopes]
 
 
 class ForwardGradient(ZOSGD):
@@ -130,6 +127,12 @@ class ZOHybrid(ZerothOrder, AdamW):
         with _rates(self, [rate * group["initial_lr"] * factor for group in self.param_groups]):
             AdamW.step(self)
         self.zero_grad()
+
+
+def _best(seed: int, far: float, probe: Probe, loss: Loss, at_rest: float) -> float:
+    """Return 1 to move against a direction, -1 to move along it, 0 to stay."""
+    losses = {0.0: at_rest, **{way: float(probe.at(seed, -way * far, loss)) for way in (1.0, -1.0)}}
+    return min(losses, key=lambda way: losses[way] if math.isfinite(losses[way]) else math.inf)
 
 
 def space_of(

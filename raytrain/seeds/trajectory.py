@@ -37,8 +37,8 @@ class Trajectory:
 
     Args:
         path: the file.
-        about: what a replay needs to know: "base", the digest of the weights that it starts from, "first", the step
-            that they are of, and how they are moved.
+        about: what a replay needs to know: "base", the digest of the weights that it starts from, and how they are
+            moved.
         step: where the run stands. If it goes on, the file keeps its beginning, and what it holds from there on is
             dropped.
 

@@ -32,9 +32,8 @@ class NumberOptions(SyncOptions):
     """Options of exchanging numbers.
 
     Attributes:
-        check_every: steps after which workers compare a hash of their parameters; 0: never.
-        stop_every: steps after which they agree on whether to stop: with one byte each, which is all that is sent
-            beside the numbers.
+        check_every: steps after which workers compare a hash of their parameters, of 8 bytes; 0: never.
+        stop_every: steps after which they agree on whether to stop, with one byte each. Nothing else is sent.
     """
 
     check_every: int = Field(100, ge=0)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from raytrain.checkpoint import load
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.evaluation import evaluate
-from raytrain.optim.optimizers import ZEROTH
+from raytrain.optim.optimizers import ZEROTH, make_optimizer
+from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import merged
 from raytrain.rundir import RunDirectory, rows
+from raytrain.seeds.stream import direction, identity
 from raytrain.seeds.trajectory import MAGIC, Trajectory, read, steps
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
@@ -168,15 +170,41 @@ def test_a_worker_more_takes_up_where_the_others_were(tmp_path: Path) -> None:
     assert all(torch.equal(named[name], value) for name, value in weights(run).items() if name in named)
 
 
-def test_two_workers_with_one_direction_are_one_with_two_where_the_batch_is_the_same(tmp_path: Path) -> None:
-    """The mean over directions is one over workers too: only their seeds differ."""
-    one = recipe(**{"directions.count": 2, "steps": 1, "batch": 10})
-    space = train_here(one, tmp_path / "one")
-    _, records = read(space.trajectory)
+def test_seeds_are_those_of_the_step_the_worker_and_the_place(tmp_path: Path) -> None:
+    one = train_here(recipe(**{"directions.count": 2, "steps": 1}), tmp_path / "one")
+    _, records = read(one.trajectory)
     assert [int(seed) for seed in records["seed"]] == [Zeroth.seed_of(0, 0, 0, 0), Zeroth.seed_of(0, 0, 0, 1)]
-    plan = recipe(sync="numbers", workers=2, steps=1, batch=5)
-    _, records = read(train_with_threads(plan, tmp_path / "two").trajectory)
+    two = train_with_threads(recipe(sync="numbers", workers=2, steps=1, batch=5), tmp_path / "two")
+    _, records = read(two.trajectory)
     assert [int(seed) for seed in records["seed"]] == [Zeroth.seed_of(0, 0, 0, 0), Zeroth.seed_of(0, 0, 1, 0)]
+
+
+@pytest.mark.parametrize("name", ["zo-sgd", "zo-sgd-sign", "zo-sgd-momentum", "zo-adam"])
+def test_a_stepper_takes_the_step_of_torch_on_the_mean_of_slope_times_direction(name: str) -> None:
+    """Written out with the numbers of stream.py: sign, factor, mean, lr_scale and two steps in a row."""
+    fields = {"name": name, "lr": 0.01, "groups": [{"match": "bias", "lr_scale": 4.0}]}
+    options = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "optimizer": fields}).optimizer
+    module, twin = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+    twin.load_state_dict(module.state_dict())
+    optimizer = make_optimizer(options.constructor, options, module)
+    assert isinstance(optimizer, ZerothOrder)
+    optimizer.shape(space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False))
+    groups = [{"params": [twin.weight], "lr": 0.01}, {"params": [twin.bias], "lr": 0.04}]
+    momentum = 0.9 if "momentum" in name else 0.0
+    theirs = torch.optim.Adam(groups) if name == "zo-adam" else torch.optim.SGD(groups, momentum=momentum)
+    for slopes in ([(3, 0.5), (2**63, -2.0)], [(8, 0.25), (9, 0.0)]):
+        optimizer.move(slopes, 0.01)
+        for key, parameter, length in (("weight", twin.weight, 1.0), ("bias", twin.bias, 2.0)):
+            parts = [
+                (float(np.sign(slope)) if "sign" in name else slope)
+                * torch.from_numpy(direction("rademacher", seed, identity(key), 0, parameter.numel())).double()
+                for seed, slope in slopes
+            ]
+            # With sqrt(lr_scale) in a direction, what a slope says of the gradient is that much too large there.
+            parameter.grad = torch.stack(parts).mean(0).view_as(parameter) / length
+        theirs.step()
+        for ours, wanted in zip(module.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-8)
 
 
 class Steep(nn.Module):
@@ -243,6 +271,10 @@ def test_a_run_without_usable_slopes_is_given_up(tmp_path: Path) -> None:
         (
             {"optimizer.name": "zo-hybrid", "optimizer.lr": 1e-3, "directions.first_order": ["out.*"]},
             "optimizer.name: zo-hybrid takes workers = 1, directions.trajectory = false",
+        ),
+        (
+            {"optimizer.name": "forward-gradient", "directions.objective": "accuracy"},
+            "directions.objective: expected none with forward-gradient, which differentiates it",
         ),
         ({"directions.first_order": ["out.*"]}, "directions.first_order: expected none with zo-sgd"),
         ({"compile": "aot_eager"}, "compile: expected none with zo-sgd"),
