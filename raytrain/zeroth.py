@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Zeroth:
     outlier: float
     first_order: Sequence[nn.Parameter] = ()
     trajectory: Trajectory | None = None
-    _useless: int = field(default=0)
+    _useless: int = 0
 
     def step(self, loss: Loss, module: nn.Module, seed: int, place: tuple[int, int], factor: float) -> dict[str, Any]:
         """Probe, share and move.

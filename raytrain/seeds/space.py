@@ -105,10 +105,6 @@ class Space:
         )
         return cls(parts, mode, kernel or fastest(devices.pop().type), 1 + max(part.block for part in parts))
 
-    def __len__(self) -> int:
-        """Return the number of elements."""
-        return sum(part.tensor.numel() for part in self.parts)
-
     def reaches(self, part: Part, seed: int) -> bool:
         """Return whether a direction moves a part."""
         return part.scale != 0 and seed % self.blocks == part.block
