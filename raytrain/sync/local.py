@@ -18,12 +18,10 @@ from raytrain.sync.pace import Clock, Pace
 from raytrain.sync.rest import persistent
 from raytrain.sync.synchroniser import SyncOptions, Totals
 from raytrain.sync.transport import Arrived, Pending
+from raytrain.sync.velocity import Velocity
 
 NUMBERS = 4
 """What travels with the differences: a wish to stop, and what a step and an exchange take."""
-
-MOST_MOMENTUM = 0.8
-"""By default, of an outer step that may come a round late."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,21 +69,20 @@ class NesterovOptions(MomentumOptions):
 
 
 class LateOptions(LocalOptions):
-    """Options of the outer step that comes late, on top of what was done since.
+    """Options of the mean that comes late, on top of what was done since.
 
     Attributes:
         every: steps in a round; "auto": as few as hide the exchange, and keep its processor time below 3 % of theirs.
         delay: steps from sending to applying, at most `every`; "auto": as few as hide the exchange.
-        rate: of the outer step.
-        momentum: of the outer step, by Nesterov; default: 1 - 1 / sqrt(workers), at most 0.8.
+        momentum: of the mean of the workers' last steps, the share by which each of them moves in every step of its
+            own; a movement that lasts is amplified by up to 1 / (1 - momentum).
         pull: how far a replica comes from where it was when it sent to the shared point; default: 1, all the way, at
             once, down to 1/2 a round late.
     """
 
     every: Annotated[int, Field(ge=1)] | Literal["auto"] = 12  # type: ignore[assignment]
     delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    rate: float = Field(1.0, gt=0)
-    momentum: float | None = Field(None, ge=0, lt=1)
+    momentum: float = Field(0.7, ge=0, lt=1)
     pull: float | None = Field(None, gt=0, le=1)
 
     @model_validator(mode="after")
@@ -136,11 +133,10 @@ def cocod(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
 
 
 def late(exchange: Exchange, options: LateOptions) -> "LocalUpdates":
-    """Return DiLoCo whose outer step comes some steps late, so that the exchange hides behind them.
+    """Return local SGD whose mean comes some steps late, and whose momentum is spread over the local steps.
 
-    By default the outer step amplifies lasting movements by 1 / (1 - momentum) = sqrt(workers): where gradients are
-    mostly noise, Adam divides those of a replica alone by that much more than their mean over the replicas. With more
-    than 25 of them it stays at 5, because a round late a momentum of 0.9 diverges on a quadratic.
+    The mean of the replicas moves by their own steps and by what `Velocity` adds, which is the same on all of them;
+    averaging changes only how far they are from it. So lateness costs little: what comes late is how far they strayed.
 
     A replica is not pulled all the way to the shared point (after Overlap-Local-SGD, Wang et al. 2020): the d steps
     since it sent have undone part of the distance that it had then, and taking that out again would put it on the other
@@ -149,10 +145,8 @@ def late(exchange: Exchange, options: LateOptions) -> "LocalUpdates":
     distances never shrink.
     """
     pace = Pace(options.every, options.delay)
-    usual = min(1 - len(exchange.transport.members) ** -0.5, MOST_MOMENTUM)
-    momentum = usual if options.momentum is None else options.momentum
-    outer = OuterStep(rate=options.rate, beta=momentum, nesterov=True)
-    return _made(exchange, options, outer, pace, pull=options.pull)
+    velocity = Velocity(options.momentum) if options.momentum else None
+    return _made(exchange, options, OuterStep(), pace, pull=options.pull, velocity=velocity)
 
 
 def co2(exchange: Exchange, options: Co2Options) -> "LocalUpdates":
@@ -170,12 +164,14 @@ def _made(
     *,
     keep: bool = True,
     pull: float | None = 1.0,
+    velocity: Velocity | None = None,
 ) -> "LocalUpdates":
     if options.codec is not None:
         exchange = CompressedExchange(exchange.transport, resolve(CODECS, options.codec, "sync.codec")())
     if exchange.transport.rank == 0:
         _warn(outer, pace, keep=keep)
-    return LocalUpdates(exchange, outer, pace, keep=keep, pull=pull, share_buffers=options.buffers == "mean")
+    shares = options.buffers == "mean"
+    return LocalUpdates(exchange, outer, pace, keep=keep, pull=pull, velocity=velocity, share_buffers=shares)
 
 
 def _warn(outer: OuterStep, pace: Pace, *, keep: bool) -> None:
@@ -211,6 +207,7 @@ class LocalUpdates:
         pace: steps in a round, and from sending to applying.
         keep: whether a replica goes on from where it is.
         pull: how far it comes to X when the mean arrives, 1: all the way; None: as `Pace.pull` says.
+        velocity: by which replicas move beside their own steps.
         share_buffers: whether buffers are averaged too, and not only at the end.
     """
 
@@ -224,6 +221,7 @@ class LocalUpdates:
         *,
         keep: bool,
         pull: float | None = 1.0,
+        velocity: Velocity | None = None,
         share_buffers: bool = True,
     ) -> None:
         self.bytes_sent = 0
@@ -234,19 +232,23 @@ class LocalUpdates:
         self._pace = pace
         self._keep = keep
         self._pull = pull
+        self._velocity = velocity
         self._share_buffers = share_buffers
         codec = exchange.codec if isinstance(exchange, CompressedExchange) else None
-        self._form = f"{keep} {share_buffers} {type(outer.penalty).__name__} {type(codec).__name__}"
+        parts = (outer.penalty, velocity, codec)
+        self._form = " ".join([str(keep), str(share_buffers), *(type(part).__name__ for part in parts)])
         self._clock = Clock()
         self._due = 0  # steps of the next round after which the mean is applied
         self._pending: Pending | None = None
         self._steps = 0  # since the round's start
+        self._still = 0  # steps for which the velocity has not been added
+        self._sent_steps = 0  # of the round that is under way
         self._samples = 0.0  # in this round
         self._weight = 0.0  # of this step
         self._asked = False
         self._stop = False
         self._loaded: Mapping[str, Any] | None = None
-        self._before: Mapping[str, Any] | None = None  # of the outer step, that was loaded
+        self._before: Mapping[str, Any] = {"outer": None, "velocity": None}  # that were loaded
 
     def start(self, module: nn.Module) -> None:
         """Begin a round at the first replica's parameters and buffers, or go on with the one that was loaded."""
@@ -264,7 +266,10 @@ class LocalUpdates:
         self._gather()
         self._begun = self._send[:size].clone()
         point = self._begun.clone()
-        self._outer.begin(point[: self._stepped], self._before)
+        self._outer.begin(point[: self._stepped], self._before["outer"])
+        self._moving = self._live[: len(parameters)]
+        if self._velocity:
+            self._velocity.begin(point[: self._stepped], self._moving, self._before["velocity"])
         self._point = point
         if self._loaded is not None:
             self._go_on(self._loaded)
@@ -287,7 +292,10 @@ class LocalUpdates:
         """Apply what is due, and send what a round came to."""
         began, waited = time.perf_counter(), self.waited_seconds
         self._steps += 1
+        self._still += 1
         self._samples += self._weight
+        if self._still >= self._pace.stride:
+            self._drift()
         if self._pending is not None:
             self._pending.advance()
             if self._steps >= self._due:
@@ -339,6 +347,8 @@ class LocalUpdates:
         return {
             "form": self._form,
             "steps": self._steps,
+            "still": self._still,
+            "sent_steps": self._sent_steps,
             "samples": self._samples,
             "due": self._due,
             "every": self._pace.every,
@@ -348,7 +358,7 @@ class LocalUpdates:
             "mean": mean,
             "buffers": [value.clone() for value in self._own_buffers],
             "exchange": self._exchange.state_dict(),
-            "outer": self._outer.state_dict() if self._exchange.transport.rank == 0 else None,
+            "shared": self._shared_state() if self._exchange.transport.rank == 0 else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None, first: Mapping[str, Any]) -> None:
@@ -358,10 +368,16 @@ class LocalUpdates:
         shared point.
         """
         if first.get("form") == self._form:
-            self._loaded, self._before = state, first["outer"]
+            self._loaded, self._before = state, first["shared"]
+
+    def _shared_state(self) -> dict[str, Any]:
+        """Return what is equal on all replicas, beside the shared point."""
+        velocity = self._velocity.state_dict() if self._velocity else None
+        return {"outer": self._outer.state_dict(), "velocity": velocity}
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         self._steps, self._samples, self._due = state["steps"], state["samples"], state["due"]
+        self._still, self._sent_steps = state["still"], state["sent_steps"]
         self._pace.go_on(state["every"], state["delay"])
         self._begun.copy_(state["begun"])
         self._put(state["here"])
@@ -374,6 +390,7 @@ class LocalUpdates:
 
     def _launch(self) -> Pending:
         """Send how far this replica got in its round, and begin the next one."""
+        self._drift()
         size = self._begun.numel()
         self._gather()
         here = self._send[:size]
@@ -386,12 +403,22 @@ class LocalUpdates:
         numbers = [float(self._asked), *self._clock.lap(self._steps, self.waited_seconds)]
         self._send[size:-1] = torch.tensor(numbers, dtype=torch.float64)
         self._pending = pending = self._exchange.mean(self._send, self._samples, exact=NUMBERS)
+        self._sent_steps = self._steps
         self._steps, self._samples, self._due = 0, 0.0, self._pace.delay
         return pending
 
+    def _drift(self) -> None:
+        """Add the velocity for the steps since this was done last."""
+        if self._velocity:
+            self._velocity.move(self._moving, self._still)
+        self._still = 0
+
     def _apply(self, pending: Pending) -> None:
         """Take the outer step, and go on from there with what was done since this was sent."""
+        self._drift()
         mean = self._receive(pending)
+        if self._velocity:
+            self._velocity.learn(mean[: self._stepped], self._sent_steps)
         self._outer(mean[: self._stepped])
         self._point[self._stepped :].sub_(mean[self._stepped :])
         here = mean  # which is used up

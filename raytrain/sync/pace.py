@@ -15,6 +15,9 @@ SHARE = 0.03
 FIRST = 4
 """Steps in a round before anything is measured."""
 
+PARTS = 12
+"""Parts of a round, at least, over which a movement is spread."""
+
 LONGEST = 4096
 """Steps in a round, at most: a link that is slower still is not hidden."""
 
@@ -43,6 +46,11 @@ class Pace:
     def is_fixed(self) -> bool:
         """Whether nothing that is measured changes anything."""
         return "auto" not in self._fixed
+
+    @property
+    def stride(self) -> int:
+        """For how many steps at a time to add what is spread over a round: each time costs an optimizer's step."""
+        return max(1, self.every // PARTS)
 
     def pull(self, delay: int) -> float:
         """Return how far to pull a replica so that of any distance at most a half is left after a round.

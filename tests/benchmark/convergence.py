@@ -5,9 +5,9 @@
 Four workers take equal samples, in 1,920 steps (40 rounds of 48): a GPT of 0.1M parameters on tinyshakespeare, with the
 optimizer, the schedule and, on each worker, the batch of `shakespeare-co2`, and the digits CNN with SGD and momentum,
 batches of 8. Rounds of tau = 4, 12 and 48 steps; averaged gradients and the default method have seeds 0 to 4, the
-others 0 and 1. Gaps are means over seeds of (method - gradients) with the same seed, with the half-width of the 95 %
-interval by Student's t. Workers are gloo processes; `--runs` keeps what was done already. With `--quick`: 96 steps, one
-seed.
+others 0 and 1. Two more rows for the GPT are with half and twice the learning rate. Gaps are means over seeds of
+(method - gradients) with the same seed, with the half-width of the 95 % interval by Student's t. Workers are gloo
+processes; `--runs` keeps what was done already. With `--quick`: 96 steps, one seed.
 """
 
 import json
@@ -67,8 +67,10 @@ def methods(tau: int) -> Iterator[tuple[str, Fields, range]]:
         headline = (tau, delay) in ((12, 3), (12, 12), (48, 12))
         yield f"late d={delay}", {"name": "late", "delay": delay}, ALL if headline else FEW
     if tau == 12:
-        for name, value in (("momentum", 0.0), ("momentum", 0.8), ("pull", 1.0)):
-            yield f"late d={tau} {name}={value:g}", {"name": "late", "delay": tau, name: value}, FEW
+        for delay, name, value in (
+            (3, "momentum", 0.0), (3, "momentum", 0.5), (3, "momentum", 0.85), (12, "momentum", 0.0), (12, "pull", 1.0),
+        ):  # fmt: skip
+            yield f"late d={delay} {name}={value:g}", {"name": "late", "delay": delay, name: value}, FEW
     yield "co2", {"name": "co2"}, FEW
     yield "co2 penalty=none", {"name": "co2", "penalty": "none"}, FEW
     yield "co2 penalty=constant", {"name": "co2", "penalty": "constant"}, FEW
@@ -77,15 +79,21 @@ def methods(tau: int) -> Iterator[tuple[str, Fields, range]]:
 
 
 def cases() -> Iterator[tuple[str, int, str, Fields, range]]:
-    """Yield (task, tau, method, options, seeds) of every row of the table."""
-    every = [(task, 1, "gradients", {"name": "gradients"}, ALL) for task in TASKS]
+    """Yield (task, tau, method, options, seeds) of every row of the table; options are fields of the recipe."""
+    every: list[tuple[str, int, str, Fields, range]] = []
     for task in TASKS:
+        every.append((task, 1, "gradients", {"sync": {"name": "gradients"}}, ALL))
         for tau in ROUNDS:
-            every += [(task, tau, name, {**sync, "every": tau}, seeds) for name, sync, seeds in methods(tau)]
+            every += [(task, tau, name, {"sync": {**sync, "every": tau}}, seeds) for name, sync, seeds in methods(tau)]
+    for lr in (2e-3, 8e-3):  # where learning is limited by the rate, and by noise
+        rate = {"optimizer.lr": lr}
+        late = {"name": "late", "every": 12, "delay": 3}
+        every.append(("gpt", 1, f"gradients lr={lr:g}", {"sync": {"name": "gradients"}, **rate}, FEW))
+        every.append(("gpt", 12, f"late d=3 lr={lr:g}", {"sync": late, **rate}, FEW))
     yield from every
 
 
-def recipe(task: str, sync: Fields, seed: int, options: Namespace) -> TrainRecipe:
+def recipe(task: str, changes: Fields, seed: int, options: Namespace) -> TrainRecipe:
     """Return the recipe of a run."""
     fields = {
         "kind": "train",
@@ -94,7 +102,7 @@ def recipe(task: str, sync: Fields, seed: int, options: Namespace) -> TrainRecip
         "seed": seed,
         "log": {"every": 480, "to": []},
         **TASKS[task][1],
-        "sync": sync,
+        **changes,
     }
     if task == "gpt":
         fields["task.path"] = str(options.data / "tinyshakespeare" / "input.txt")
@@ -116,8 +124,8 @@ def measured(folder: Path, metric: str) -> float:
 def wanted(options: Namespace) -> list[tuple[tuple[str, int, str, int], TrainRecipe]]:
     """Return all runs: seed by seed, those of the headline first."""
     every = [
-        ((task, tau, name, seed), recipe(task, sync, seed, options), len(seeds))
-        for task, tau, name, sync, seeds in cases()
+        ((task, tau, name, seed), recipe(task, changes, seed, options), len(seeds))
+        for task, tau, name, changes, seeds in cases()
         for seed in (seeds[:1] if options.quick else seeds)
         if task in options.tasks
     ]
