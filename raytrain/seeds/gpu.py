@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import RaytrainError
+from raytrain.seeds.kernels import Drawn
 from raytrain.seeds.stream import LOW, PER_BLOCK, Mode
 
 # Of a program that adds: each thread has one block of it. Signs take nearly all registers, so a program is one warp.
@@ -76,18 +77,9 @@ class TritonKernel:
         if pieces > 1:
             out += found.sum(0)
 
-    def move(
-        self,
-        mode: Mode,
-        seed: int,
-        scale: float,
-        parameter: int,
-        start: int,
-        base: Tensor,
-        out: Tensor,
-        rows: Tensor | None = None,
-    ) -> None:
+    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
         """Write to `out`; see `Kernel.move`."""
+        mode, seed, scale, parameter, start = drawn
         width = base.numel() if rows is None else base[0].numel()
         count = 1 if rows is None else len(rows)
         if not (width and count):

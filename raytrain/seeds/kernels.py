@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,24 @@ FASTEST = {"cpu": ("native", "numba"), "cuda": ("triton",)}
 
 WEIGHT_BITS = 25
 """Weights of sums are integers below 2^25 in magnitude."""
+
+
+class Drawn(NamedTuple):
+    """What a kernel draws, and how far it goes.
+
+    Attributes:
+        mode: what a seed stands for.
+        seed: 64 bits, without sign.
+        scale: a float32, by which numbers are multiplied.
+        parameter: its identity.
+        start: the first element.
+    """
+
+    mode: Mode
+    seed: int
+    scale: float
+    parameter: int
+    start: int = 0
 
 
 class Kernel(Protocol):
@@ -49,25 +67,11 @@ class Kernel(Protocol):
         """
         ...
 
-    def move(
-        self,
-        mode: Mode,
-        seed: int,
-        scale: float,
-        parameter: int,
-        start: int,
-        base: Tensor,
-        out: Tensor,
-        rows: Tensor | None = None,
-    ) -> None:
+    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
         """Write base + scale * direction to `out`: product and sum are rounded to float32, the sum then to the type.
 
         Args:
-            mode: what a seed stands for.
-            seed: the seed.
-            scale: a float32.
-            parameter: its identity.
-            start: the element that `base` starts with.
+            drawn: the direction, its scale, and the element that `base` starts with.
             base: contiguous.
             out: like `base`, which it may be, or with `rows` a row for each of them.
             rows: int64; take only these rows of `base`, along its first dimension.
@@ -88,20 +92,11 @@ class ReferenceKernel:
             drawn = torch.from_numpy(units(mode, seed % 2**64, parameter, start, start + out.shape[1]))
             out += weights[:, place, None].long() * drawn
 
-    def move(
-        self,
-        mode: Mode,
-        seed: int,
-        scale: float,
-        parameter: int,
-        start: int,
-        base: Tensor,
-        out: Tensor,
-        rows: Tensor | None = None,
-    ) -> None:
+    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
         """Write to `out`; see `Kernel.move`."""
-        drawn = torch.from_numpy(direction(mode, seed, parameter, start, start + base.numel())).view_as(base)
-        moved = base.float() + drawn * torch.tensor(scale)
+        mode, seed, scale, parameter, start = drawn
+        numbers = torch.from_numpy(direction(mode, seed, parameter, start, start + base.numel())).view_as(base)
+        moved = base.float() + numbers * torch.tensor(scale)
         out.copy_(moved if rows is None else moved[rows])
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import RaytrainError
+from raytrain.seeds.kernels import Drawn
 from raytrain.seeds.stream import COS, LOG, SIN, Mode
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -49,29 +50,17 @@ class NativeKernel:
         span = (parameter, start, out.shape[1])
         self._library.seeds_sums(int(mode == "gaussian"), *drawn, *span, out.data_ptr(), torch.get_num_threads())
 
-    def move(
-        self,
-        mode: Mode,
-        seed: int,
-        scale: float,
-        parameter: int,
-        start: int,
-        base: Tensor,
-        out: Tensor,
-        rows: Tensor | None = None,
-    ) -> None:
+    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
         """Write to `out`; see `Kernel.move`."""
         if not out.numel():
             return
         if rows is not None and rows.dtype != torch.int64:
             raise TypeError(f"rows: expected torch.int64; got {rows.dtype}")
+        mode, *place = drawn
         self._library.seeds_move(
             int(mode == "gaussian"),
             TYPES[base.dtype],
-            seed,
-            scale,
-            parameter,
-            start,
+            *place,
             base.numel() if rows is None else base[0].numel(),
             None if rows is None else rows.data_ptr(),
             0 if rows is None else len(rows),

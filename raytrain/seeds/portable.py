@@ -8,6 +8,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from raytrain.seeds.kernels import Drawn
 from raytrain.seeds.stream import (
     COS,
     KEY_STEPS,
@@ -64,18 +65,9 @@ class PortableKernel:
 
         _in_pieces(piece, start, start + out.shape[1], PIECE)
 
-    def move(
-        self,
-        mode: Mode,
-        seed: int,
-        scale: float,
-        parameter: int,
-        start: int,
-        base: Tensor,
-        out: Tensor,
-        rows: Tensor | None = None,
-    ) -> None:
+    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
         """Write to `out`; see `Kernel.move`."""
+        mode, seed, scale, parameter, start = drawn
         source, target = base.view(-1).numpy(), out.view(-1).numpy()
         place = (np.uint64(seed), np.float32(scale), parameter & LOW, parameter >> 32)
         move = _move_signs if mode == "rademacher" else _move_normals

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import RecipeError
-from raytrain.seeds.kernels import Kernel, fastest
+from raytrain.seeds.kernels import Drawn, Kernel, fastest
 from raytrain.seeds.stream import Mode, identity
 
 PIECE = 1 << 16
@@ -136,28 +136,27 @@ class Space:
     def _write(self, part: Part, base: Tensor, seed: int, scale: float, out: Tensor, rows: Tensor | None) -> None:
         if out.dtype != base.dtype or not (out.is_contiguous() and base.is_contiguous()):
             raise ValueError(f"out: expected a contiguous tensor of {base.dtype}; got {out.dtype}, {out.stride()}")
-        place = (self.mode, seed, scale * part.scale, part.identity)
+        drawn = Drawn(self.mode, seed, scale * part.scale, part.identity)
         if part.mask is None and base.dtype in self.kernel.types:
-            self.kernel.move(*place, 0, base, out, rows)
+            self.kernel.move(drawn, base, out, rows)
             return
         if rows is not None:
             for to, row in enumerate(rows.tolist()):
                 mask = None if part.mask is None else part.mask[row]
-                self._write_piece(place, row * base[0].numel(), base[row], mask, out[to])
+                self._write_piece(drawn._replace(start=row * base[0].numel()), base[row], mask, out[to])
             return
         flat, target = base.view(-1), out.view(-1)
         mask = None if part.mask is None else part.mask.view(-1)
         for piece in pieces(len(flat)):
-            self._write_piece(place, piece.start, flat[piece], None if mask is None else mask[piece], target[piece])
+            some = None if mask is None else mask[piece]
+            self._write_piece(drawn._replace(start=piece.start), flat[piece], some, target[piece])
 
-    def _write_piece(
-        self, place: tuple[Mode, int, float, int], start: int, base: Tensor, mask: Tensor | None, out: Tensor
-    ) -> None:
-        drawn = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-        self.kernel.move(*place, start, torch.zeros_like(drawn), drawn)
+    def _write_piece(self, drawn: Drawn, base: Tensor, mask: Tensor | None, out: Tensor) -> None:
+        by = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+        self.kernel.move(drawn, torch.zeros_like(by), by)
         if mask is not None:
-            drawn *= mask
-        out.copy_(base + drawn if base.dtype == torch.float64 else base.float() + drawn)
+            by *= mask
+        out.copy_(base + by if base.dtype == torch.float64 else base.float() + by)
 
 
 def small_elements(tensor: Tensor, sparsity: float) -> Tensor | None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from raytrain.command import list_names
 from raytrain.errors import RecipeError
 from raytrain.seeds import native
-from raytrain.seeds.kernels import KERNELS, Kernel, active, fastest, kernel_of, quantised, seeds_tensor
+from raytrain.seeds.kernels import KERNELS, Drawn, Kernel, active, fastest, kernel_of, quantised, seeds_tensor
 from raytrain.seeds.native import CannotCompileError
 from raytrain.seeds.stream import Mode, identity
 
@@ -85,9 +85,9 @@ def test_moves_are_those_of_the_reference(kernel: Kernel, mode: Mode, data: st.D
     some = None if chosen is None else torch.tensor(chosen)
     expected = torch.empty_like(base if some is None else base[some])
     found = torch.empty_like(expected)
-    REFERENCE.move(mode, 2**64 - 3, scale, 9, start, base, expected, some)
+    REFERENCE.move(Drawn(mode, 2**64 - 3, scale, 9, start), base, expected, some)
     with threads(data.draw(st.integers(1, 2))):
-        kernel.move(mode, 2**64 - 3, scale, 9, start, base, found, some)
+        kernel.move(Drawn(mode, 2**64 - 3, scale, 9, start), base, found, some)
     assert torch.equal(found, expected)
 
 
@@ -95,9 +95,9 @@ def test_moves_are_those_of_the_reference(kernel: Kernel, mode: Mode, data: st.D
 def test_a_move_in_place_on_all_threads(kernel: Kernel) -> None:
     base = torch.randn(300_001)
     expected = torch.empty_like(base)
-    REFERENCE.move("rademacher", 1, 0.1, 2, 3, base, expected)
+    REFERENCE.move(Drawn("rademacher", 1, 0.1, 2, 3), base, expected)
     with threads(2):
-        kernel.move("rademacher", 1, 0.1, 2, 3, base, base)
+        kernel.move(Drawn("rademacher", 1, 0.1, 2, 3), base, base)
     assert torch.equal(base, expected)
 
 

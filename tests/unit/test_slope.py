@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
-from raytrain.seeds.kernels import kernel_of
+from raytrain.seeds.kernels import Drawn, kernel_of
 from raytrain.seeds.probe import Probe
 from raytrain.seeds.slope import derivative, slope
 from raytrain.seeds.space import Space
@@ -193,9 +193,9 @@ def test_only_looked_up_rows_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = kernel_of("reference")
     move = kernel.move
 
-    def counted(*arguments: object) -> None:
-        drawn.append(arguments[6].numel())  # type: ignore[attr-defined]
-        move(*arguments)  # type: ignore[arg-type]
+    def counted(direction: Drawn, base: Tensor, out: Tensor, rows: Tensor | None) -> None:
+        drawn.append(out.numel())
+        move(direction, base, out, rows)
 
     module = nn.Embedding(1000, 8)
     probe = Probe(module, Space.of({"weight": module.weight}, kernel=kernel))

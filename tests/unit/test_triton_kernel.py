@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raytrain.seeds import gpu
 from raytrain.seeds.gpu import NoGPUError, TritonKernel
-from raytrain.seeds.kernels import WEIGHT_BITS, ReferenceKernel, seeds_tensor
+from raytrain.seeds.kernels import WEIGHT_BITS, Drawn, ReferenceKernel, seeds_tensor
 from raytrain.seeds.stream import Mode
 
 KERNELS = "raytrain.seeds.gpu_kernels"
@@ -105,8 +105,8 @@ def test_moves_are_those_of_the_reference(
 ) -> None:
     base = numbers(size, dtype)
     expected, out = torch.empty_like(base), base.to(device(kernel), copy=True)
-    REFERENCE.move(mode, 2**64 - 3, scale, 2**63 + 1, start, base, expected)
-    kernel.move(mode, 2**64 - 3, scale, 2**63 + 1, start, out, out)
+    REFERENCE.move(Drawn(mode, 2**64 - 3, scale, 2**63 + 1, start), base, expected)
+    kernel.move(Drawn(mode, 2**64 - 3, scale, 2**63 + 1, start), out, out)
     assert torch.equal(bits(out.cpu()), bits(expected))
 
 
@@ -120,8 +120,8 @@ def test_rows_are_those_of_the_whole(
     base, named = numbers(int(np.prod(shape)), torch.bfloat16).view(shape), torch.tensor(rows, dtype=torch.int64)
     expected = torch.empty((len(rows), *shape[1:]), dtype=base.dtype)
     out = torch.empty_like(expected, device=device(kernel))
-    REFERENCE.move(mode, 7, 0.3, 8, start, base, expected, named)
-    kernel.move(mode, 7, 0.3, 8, start, base.to(device(kernel)), out, named.to(device(kernel)))
+    REFERENCE.move(Drawn(mode, 7, 0.3, 8, start), base, expected, named)
+    kernel.move(Drawn(mode, 7, 0.3, 8, start), base.to(device(kernel)), out, named.to(device(kernel)))
     assert torch.equal(bits(out.cpu()), bits(expected))
 
 
