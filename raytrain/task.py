@@ -98,6 +98,8 @@ class Task:
         losses: (model, batch) -> the loss of each example or token, float, shape (n,), with its graph.
         weights: batch -> what each of those losses counts, shape (n,), not negative; None: each counts 1.
         collate: examples -> a batch; the default stacks them as torch's DataLoader does.
+        size: an example -> how large it is, where a batch is filled up to its largest; micro-batches of a step are then
+            cut from its examples in this order, so that less is filled up.
         measure: (model, batch) -> name -> (sum, count), added up over batches and workers and then divided; None: the
             weighted mean of the losses under the name "loss". Called without gradients and in evaluation mode.
         settle: () -> options of the task that its training data decides and that must stay with the run, as the classes
@@ -117,6 +119,7 @@ class Task:
     losses: Callable[[nn.Module, Batch], Tensor]
     weights: Callable[[Batch], Tensor] | None = None
     collate: Callable[[Sequence[Any]], Batch] = collate_default
+    size: Callable[[Any], int] | None = None
     measure: Callable[[nn.Module, Batch], Mapping[str, tuple[float, float]]] | None = None
     settle: Callable[[], Mapping[str, Any]] = nothing
     start: Callable[[nn.Module, int], None] | None = None

@@ -182,8 +182,9 @@ class TrainRecipe(Recipe):
         workers: replicas, one process each.
         steps: optimizer steps.
         batch: examples of each worker in each step, so a step takes workers * batch.
-        accumulate: micro-batches that `batch` is cut into, for less memory; the step stays the same, unless the model
-            takes statistics over what it sees at once, as BatchNorm does.
+        accumulate: micro-batches that `batch` is cut into, for less memory, and where texts are filled up to
+            the longest one beside them, for less time; the step stays the same, unless the model takes statistics over
+            what it sees at once, as BatchNorm does.
         precision: "float32" computes in the type of the parameters, which is float32 unless the task makes others;
             "bfloat16" computes in bfloat16 where that is safe, and leaves the parameters; "float64" makes all float64.
         activation_checkpointing: whether each repeated block of the model forgets what it computed and computes it

@@ -157,9 +157,12 @@ class Generated:
 
 
 def collated(task: Task, examples: Iterator[Any], count: int, parts: int) -> Batches:
-    """Return the next `count` examples as micro-batches."""
-    sizes = [len(part) for part in np.array_split(range(count), parts)]
-    return [(task.collate(list(islice(examples, size))), size) for size in sizes]
+    """Return the next `count` examples as micro-batches, of examples of like size where the task knows that."""
+    taken = list(islice(examples, count))
+    if task.size and parts > 1:
+        taken.sort(key=task.size)
+    places = np.array_split(range(count), parts)
+    return [(task.collate([taken[place] for place in part]), len(part)) for part in places]
 
 
 def indexed(task: Task, options: TaskOptions, seed: int) -> Indexed:

@@ -22,7 +22,7 @@ from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
 from raytrain.tasks.readers import Unit
 from raytrain.tasks.records import Part, RecordOptions, Splits
 from raytrain.tasks.sources import of_file
-from raytrain.tasks.stored import Example, StoredExamples
+from raytrain.tasks.stored import Example, StoredExamples, length
 
 LENGTH = 512
 
@@ -77,6 +77,7 @@ def causal_lm(options: CausalLmOptions) -> Task:
         losses=token_losses,
         weights=token_weights,
         collate=made.collate,
+        size=length,
         measure=made.measure,
         settle=made.settle,
         inputs=made.inputs,

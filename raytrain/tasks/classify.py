@@ -21,7 +21,7 @@ from raytrain.tasks.columns import Label, domain_of, label_of, text_of
 from raytrain.tasks.pretrained import Loader, Pretrained, PretrainedOptions
 from raytrain.tasks.records import Part, RecordOptions, Splits
 from raytrain.tasks.sources import Record, of_file
-from raytrain.tasks.stored import Example, StoredExamples
+from raytrain.tasks.stored import Example, StoredExamples, length
 from raytrain.tasks.words import HOLE, Words
 from raytrain.tensors import moved, wide
 
@@ -80,6 +80,7 @@ def classify(options: ClassifyOptions) -> Task:
         data=made.data,
         losses=made.losses,
         collate=made.collate,
+        size=length,
         measure=made.measure,
         settle=made.settle,
         start=made.start if options.start == "prototypes" else None,

@@ -18,7 +18,7 @@ from raytrain.tasks.generation import continuations, rouge_l
 from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
 from raytrain.tasks.records import Part, RecordOptions, Splits
 from raytrain.tasks.sources import Record, of_file
-from raytrain.tasks.stored import Example, StoredExamples
+from raytrain.tasks.stored import Example, StoredExamples, length
 
 LENGTH = 1024
 
@@ -61,6 +61,7 @@ def instruct(options: InstructOptions) -> Task:
         losses=token_losses,
         weights=token_weights,
         collate=made.collate,
+        size=length,
         measure=made.measure,
         settle=made.settle,
         inputs=made.inputs,

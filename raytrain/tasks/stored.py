@@ -20,6 +20,11 @@ from raytrain.errors import RecipeError
 Example = dict[str, Any]
 
 
+def length(example: Example) -> int:
+    """Return how many tokens an example has."""
+    return len(example["tokens"])
+
+
 class StoredExamples:
     """Examples on the disk.
 

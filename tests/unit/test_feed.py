@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -62,6 +63,16 @@ def test_micro_batches_hold_the_samplers_examples(position: int, count: int, par
     assert sizes == [len(batch) for batch, _ in batches]
     assert max(sizes) - min(sizes) <= 1
     assert len(batches) == parts
+
+
+@given(st.integers(0, 1000), st.integers(1, 12), SMALL)
+def test_examples_of_like_size_are_beside_each_other(position: int, count: int, parts: int) -> None:
+    feed = Indexed(task(collate=list, size=len), ["12345"[: index % 5] for index in range(30)], seed=3)
+    whole = feed.take(position, count, 1)[0][0]
+    cut = feed.take(position, count, parts)
+    assert whole == ["12345"[: index % 5] for index in Sampler(30, 3).indices(position, count)]
+    assert [example for batch, _ in cut for example in batch] == (sorted(whole, key=len) if parts > 1 else whole)
+    assert [size for _, size in cut] == [len(part) for part in np.array_split(range(count), parts)]
 
 
 def test_what_a_batch_draws_depends_on_its_position_alone() -> None:
