@@ -5,7 +5,7 @@
 Each worker is a process on one core, in a network namespace of its own; the pair of interfaces between them is slowed
 by `tc tbf` in both directions (latency is not changed). The raw rate is that of a plain TCP stream, measured first, and
 bytes are those that the interface counted. eta is steps per second over those without communication, which are
-measured before and after each other measurement; the default method is measured three times, and the median counts.
+measured before and after each other measurement; the default method is measured five times, and the median counts.
 The ceiling is min(1, tau C / T), with C the seconds of a step without communication and T what the bytes of an exchange
 take at the raw rate. Two models: the GPT of
 `shakespeare-cpu`, and an MLP on digits with two layers of 1,024, wide and cheap per byte: 1.1 million parameters that
@@ -84,7 +84,10 @@ METHODS: dict[str, Fields] = {
     "late": ASYNC,
     "late-int8": {**ASYNC, "codec": "int8"},
 }
-ORDER = ("late", "ddp", "ddp-powersgd", "late-int8", "local-sgd", "late", "diloco", "co2", "late-int8", "late")
+ORDER = (
+    *("late", "ddp", "ddp-powersgd", "late", "late-int8", "local-sgd"),
+    *("late", "diloco", "late", "co2", "late-int8", "late"),
+)
 
 
 # What a worker does.

@@ -10,7 +10,7 @@ from raytrain.checkpoint import listed, load, read_manifest
 from raytrain.recipe import merged
 from raytrain.rundir import RunDirectory, rows
 from raytrain.seeds.trajectory import read, steps
-from raytrain.testing import PEER_LOST, train_with_gloo
+from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import settled
 from raytrain.zeroth import retrace
@@ -52,8 +52,26 @@ def test_workers_are_equal_after_500_steps_of_a_byte_each(workers: int, tmp_path
     sent = read_manifest(listed(run.checkpoints)[-1]).progress["bytes_sent"]
     assert sent == BROADCAST_BYTES + (workers - 1) * (500 + 500 // STOP + 8 * (500 // CHECK))
     assert retraced(plan, run)
-    losses = [row["valid"]["loss"] for row in rows(run.metrics) if "valid" in row]
-    assert losses[-1] < 1.0  # 1.7 before
+    assert measured(run) < 0.3  # 1.7 before
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_a_byte_a_probe_trains_as_well_as_exact_numbers_and_as_one_worker_with_all_probes(
+    workers: int, tmp_path: Path
+) -> None:
+    """The examples of a step and the number of its directions are the same in all three."""
+    plan = recipe(workers)
+    byte = measured(train_with_threads(plan, tmp_path / "byte"))
+    exact = measured(train_with_threads(plan.with_overrides({"sync.name": "numbers"}), tmp_path / "exact"))
+    assert byte == pytest.approx(exact, rel=0.02)
+    alone = plan.with_overrides({"workers": 1, "batch": 10 * workers, "directions.count": workers})
+    assert byte == pytest.approx(measured(train_here(alone, tmp_path / "alone")), rel=0.1)
+
+
+def measured(run: RunDirectory) -> float:
+    """Return the last held-out loss."""
+    loss: float = [row["valid"]["loss"] for row in rows(run.metrics) if "valid" in row][-1]
+    return loss
 
 
 def test_a_worker_dies_and_more_go_on_from_what_was_saved(workplace: Path) -> None:
