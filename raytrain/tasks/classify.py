@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from raytrain.errors import RecipeError
 from raytrain.model.adapters import mark_new
 from raytrain.task import Task
-from raytrain.tasks import prototypes
+from raytrain.tasks import gaussians
 from raytrain.tasks.batches import inputs
 from raytrain.tasks.columns import Label, domain_of, label_of, text_of
 from raytrain.tasks.pretrained import Loader, Pretrained, PretrainedOptions
@@ -26,6 +26,8 @@ from raytrain.tasks.words import HOLE, Words
 from raytrain.tensors import moved, wide
 
 LENGTH = 512
+AT_ONCE = 32
+"""Texts that a start looks at, at a time."""
 LOADERS: dict[str, Loader] = {
     "own": "AutoModelForSequenceClassification",
     "mean": "AutoModel",
@@ -45,8 +47,9 @@ class ClassifyOptions(RecordOptions, PretrainedOptions):
         head: "own", what transformers gives the model (a BERT's looks at the first token); "mean", a linear layer on
             the mean of the model's vectors, as sentence encoders want it; or "words", nothing new: how likely a causal
             model finds the class's word after a prompt.
-        start: of a new head: "random", or "prototypes", nearest to the mean features of a few training examples.
-        shots: how many of each class.
+        start: of a new head: "random"; "prototypes", nearest to the mean features of a few training examples; or
+            "discriminant", the linear discriminant analysis of many.
+        shots: how many of each class; 0: all.
         prompt: what stands around a text for "words", with {text} in its place.
         words: what stands for the classes in their order, for "words"; default: " " and the label.
     """
@@ -56,8 +59,8 @@ class ClassifyOptions(RecordOptions, PretrainedOptions):
     classes: tuple[Label, ...] = ()
     length: int = Field(0, ge=0)
     head: Literal["own", "mean", "words"] = "own"
-    start: Literal["random", "prototypes"] = "random"
-    shots: int = Field(16, ge=1)
+    start: Literal["random", "prototypes", "discriminant"] = "random"
+    shots: int = Field(16, ge=0)
     prompt: str = "{text}\nLabel:"
     words: tuple[str, ...] = ()
 
@@ -67,7 +70,7 @@ class ClassifyOptions(RecordOptions, PretrainedOptions):
             raise ValueError(f"expected task.classes of two or more labels, all different; got {list(self.classes)}")
         if self.prompt.count(HOLE) != 1:
             raise ValueError(f"expected task.prompt with {HOLE} in it once; got {self.prompt!r}")
-        if self.head == "words" and self.start == "prototypes":
+        if self.head == "words" and self.start != "random":
             raise ValueError("expected task.start = 'random' with task.head = 'words', which has no head to start")
         return self
 
@@ -83,7 +86,7 @@ def classify(options: ClassifyOptions) -> Task:
         size=length,
         measure=made.measure,
         settle=made.settle,
-        start=made.start if options.start == "prototypes" else None,
+        start=made.start if options.start != "random" else None,
         metric="accuracy",
         better="higher",
         references=made.references,
@@ -114,8 +117,8 @@ class _Classifier:
         module.config.id2label = {place: str(label) for place, label in enumerate(self._classes)}
         module.config.label2id = {str(label): place for place, label in enumerate(self._classes)}
         module.config.pad_token_id = self._filler
-        if self._options.start == "prototypes":
-            mark_new(prototypes.head_of(module, len(self._classes)).parameters())
+        if self._options.start != "random":
+            mark_new(gaussians.head_of(module, len(self._classes)).parameters())
         prepared: nn.Module = self._pretrained.prepare(module)
         return prepared
 
@@ -123,9 +126,10 @@ class _Classifier:
         train = self.data("train")
         for place in set(range(len(self._classes))).difference(train.labels.tolist()):
             raise RecipeError(f"task.start: no training text is of the class {self._classes[place]!r}, to start from")
-        places = prototypes.chosen(train.labels, self._options.shots, seed)
-        batches = [self.collate([train[place] for place in batch]) for batch in places]
-        prototypes.start(module, batches, self._scores)
+        some = [train[place] for place in gaussians.chosen(train.labels, self._options.shots, seed)]
+        some.sort(key=length)  # less is filled up
+        batches = [self.collate(some[at : at + AT_ONCE]) for at in range(0, len(some), AT_ONCE)]
+        gaussians.start(module, batches, self._scores, whole=self._options.start == "discriminant")
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         rows = [example["tokens"] for example in examples]

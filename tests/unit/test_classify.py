@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.covariance import LedoitWolf
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 from torch.nn.functional import log_softmax
 
 from raytrain.errors import RecipeError
@@ -146,6 +148,20 @@ def test_prototypes_are_the_nearest_centroids_of_a_few_examples(models: Path, re
     ratio = (apart[:, 0] - apart[:, 1]) / (scores[:, 1] - scores[:, 0])
     torch.testing.assert_close(ratio, ratio.mean().expand(96), rtol=1e-3, atol=0)
     assert ratio.mean() > 0
+
+
+@pytest.mark.parametrize("head", ["own", "mean"])
+def test_a_discriminant_is_how_much_likelier_one_normal_class_is(models: Path, reviews: Path, head: Any) -> None:
+    task = made(models, reviews, head=head, start="discriminant", shots=0)
+    module = started(task, 0).eval()
+    batch = task.collate(some(task.data("train"), 96))
+    each, labels = features(module, batch).detach(), batch["labels"]
+    means = torch.stack([each[labels == label].double().mean(dim=0) for label in (0, 1)])
+    covariance = torch.from_numpy(LedoitWolf(assume_centered=True).fit(each.double() - means[labels]).covariance_)
+    bad, good = (MultivariateNormal(mean, covariance).log_prob(each.double()) for mean in means)
+    scores = module.classifier(each).double()
+    torch.testing.assert_close(scores[:, 1] - scores[:, 0], good - bad, rtol=1e-3, atol=1e-3)
+    assert ((good > bad) == labels).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("head", ["own", "mean"])
@@ -299,7 +315,7 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {**WORDS, "prompt": "{text}" + " and" * 200}, r"prompt: it has \d+ tokens without a text, and "
      "task.length is 128"),
     ("llama", {"start": "prototypes"}, "start: a LlamaForSequenceClassification has no linear layer with a bias on one "
-     'vector for each text, which prototypes can be put into; use task.head = "mean", or task.start = "random"'),
+     'vector for each text, which class means can be put into; use task.head = "mean", or task.start = "random"'),
     ("bert", {"start": "prototypes", "classes": (0, 1, 2)}, "start: no training text is of the class 2, to start from"),
     ("bert", WORDS, "model: .*bert is a bert, an encoder, whose tokens see what comes after them; expected a causal"),
     ("bert", {"length": 65}, "length: .*bert sees 64 tokens at most; got 65"),
