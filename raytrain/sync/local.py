@@ -74,8 +74,9 @@ class LateOptions(LocalOptions):
     Attributes:
         every: steps in a round; "auto": as few as hide the exchange, and keep its processor time below 3 % of theirs.
         delay: steps from sending to applying, at most `every`; "auto": as few as hide the exchange.
-        momentum: of the mean of the workers' last steps, the share by which each of them moves in every step of its
-            own; a movement that lasts is amplified by up to 1 / (1 - momentum).
+        momentum: of the mean of the workers' last steps, the share that each of them adds to its own, in at least
+            twelve parts of a round; a movement that lasts is amplified by up to 1 / (1 - momentum). It takes less where
+            the optimizer's own momentum is above 0.9.
         pull: how far a replica comes from where it was when it sent to the shared point; default: 1, all the way, at
             once, down to 1/2 a round late.
     """
@@ -169,15 +170,13 @@ def _made(
     if options.codec is not None:
         exchange = CompressedExchange(exchange.transport, resolve(CODECS, options.codec, "sync.codec")())
     if exchange.transport.rank == 0:
-        _warn(outer, pace, keep=keep)
+        _warn(outer, keep=keep)
     shares = options.buffers == "mean"
     return LocalUpdates(exchange, outer, pace, keep=keep, pull=pull, velocity=velocity, share_buffers=shares)
 
 
-def _warn(outer: OuterStep, pace: Pace, *, keep: bool) -> None:
+def _warn(outer: OuterStep, *, keep: bool) -> None:
     """Say if the outer step is unstable where local steps reach their minimum within a round."""
-    if keep and pace.delay:
-        return  # what was done meanwhile is kept, which holds the point back
     rate, limit = outer.rate / outer.penalty.least(outer), stable_below(outer, late=not keep)
     if rate >= limit:
         logger.warning(
@@ -267,9 +266,8 @@ class LocalUpdates:
         self._begun = self._send[:size].clone()
         point = self._begun.clone()
         self._outer.begin(point[: self._stepped], self._before["outer"])
-        self._moving = self._live[: len(parameters)]
         if self._velocity:
-            self._velocity.begin(point[: self._stepped], self._moving, self._before["velocity"])
+            self._velocity.begin(point[: self._stepped], parameters, self._before["velocity"])
         self._point = point
         if self._loaded is not None:
             self._go_on(self._loaded)
@@ -409,8 +407,8 @@ class LocalUpdates:
 
     def _drift(self) -> None:
         """Add the velocity for the steps since this was done last."""
-        if self._velocity:
-            self._velocity.move(self._moving, self._still)
+        if self._velocity and self._still:
+            self._velocity.move(self._still)
         self._still = 0
 
     def _apply(self, pending: Pending) -> None:

@@ -71,7 +71,7 @@ class Pace:
         Args:
             step_seconds: of a step, without waiting for others.
             exchange_seconds: from sending to the arrival of the mean; 0 if there was none yet.
-            cost_seconds: processor time that a replica spent on an exchange.
+            cost_seconds: processor time that a replica spent on an exchange, and on moving beside its own steps.
         """
         if self.is_fixed or not step_seconds or not exchange_seconds:
             return

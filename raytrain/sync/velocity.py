@@ -3,23 +3,24 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HORIZON = 24
 """Steps over which movements are averaged, at least: over fewer, what an optimizer's own momentum does comes twice."""
 
 
 class Velocity:
-    """The mean movement of the replicas in a step, of which each adds a share to every step of its own.
+    """The mean movement of the replicas in a step, of which each adds a share to its own steps.
 
     When the mean movement m of a round of tau steps is known, v <- v + min(1, tau / 24) (m / tau - v), and from then on
-    a replica moves by its own step and share * v, which is part of the movement that is averaged next. So a movement
-    that lasts is amplified by up to 1 / (1 - share), which is reached slowly, and what changes from round to round is
-    not. Between rounds a replica so goes the way that the others go too, and not only its own.
+    a replica moves by its own steps and share * v for each, which is part of the movement that is averaged next. So a
+    movement that lasts is amplified by up to 1 / (1 - share), which is reached slowly, and what changes from round to
+    round is not. Between rounds a replica so goes the way that the others go too, and not only its own.
 
     Nesterov's momentum of the mean (DiLoCo) moves the replicas as far, but all at once when the mean arrives: with
-    lateness or with short rounds it diverges, where its product with the rate is large. On a quadratic this one is
-    stable for any share below 1, in rounds of any length, however late the mean comes, wherever the local steps are.
+    lateness or with short rounds it diverges, where its product with the rate is large. This one was stable on every
+    quadratic tried, with shares up to 0.9, rounds of 1 to 200 steps and means that come up to a round late, where local
+    steps had no momentum of their own, and with a share of 0.7 where that was 0.9. With 0.95 it can diverge.
 
     Args:
         share: how much of it is added.
@@ -28,8 +29,15 @@ class Velocity:
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def begin(self, point: Tensor, parameters: Sequence[Tensor], state: Tensor | None) -> None:
-        """Begin at rest, or go on from what `state_dict` returned; `point` is flat, and has the parameters' numbers."""
+    def begin(self, point: Tensor, parameters: Sequence[nn.Parameter], state: Tensor | None) -> None:
+        """Begin at rest, or go on from what `state_dict` returned.
+
+        Args:
+            point: flat, the parameters' numbers.
+            parameters: what is moved; those that do not train at the time are left alone.
+            state: of a run before.
+        """
+        self._parameters = parameters
         self._flat = torch.zeros_like(point) if state is None else state.to(point, copy=True)
         parts = self._flat.split([one.numel() for one in parameters])
         self._parts = [part.view_as(one) for part, one in zip(parts, parameters, strict=True)]
@@ -39,9 +47,11 @@ class Velocity:
         weight = min(1.0, steps / HORIZON)
         self._flat.mul_(1.0 - weight).add_(difference, alpha=-weight / steps)
 
-    def move(self, parameters: Sequence[Tensor], steps: int) -> None:
-        """Move by what so many steps add."""
-        torch._foreach_add_(list(parameters), self._parts, alpha=self.share * steps)
+    def move(self, steps: int) -> None:
+        """Move the parameters by what so many steps add."""
+        pairs = zip(self._parameters, self._parts, strict=True)
+        if moving := [(one.data, part) for one, part in pairs if one.requires_grad]:
+            torch._foreach_add_(*map(list, zip(*moving, strict=True)), alpha=self.share * steps)
 
     def state_dict(self) -> Tensor:
         """Return all there is."""

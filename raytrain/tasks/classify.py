@@ -48,8 +48,8 @@ class ClassifyOptions(RecordOptions, PretrainedOptions):
             the mean of the model's vectors, as sentence encoders want it; or "words", nothing new: how likely a causal
             model finds the class's word after a prompt.
         start: of a new head: "random"; "prototypes", nearest to the mean features of a few training examples; or
-            "discriminant", the linear discriminant analysis of many.
-        shots: how many of each class; 0: all.
+            "discriminant", their linear discriminant analysis, which is better with many.
+        shots: how many of each class; 0: all, which must be looked at within sync.timeout_seconds.
         prompt: what stands around a text for "words", with {text} in its place.
         words: what stands for the classes in their order, for "words"; default: " " and the label.
     """

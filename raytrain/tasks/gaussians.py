@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
+
+TINY = 1e-12
+"""Of what is between classes, the share within them that is taken for none."""
 
 
 def chosen(labels: NDArray[np.int64], shots: int, seed: int) -> list[int]:
@@ -47,19 +49,25 @@ def start(
     classes = int(labels.max()) + 1
     head = head_of(module, classes)
     seen: list[Tensor] = []
-    watch = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double().cpu()))
+
+    def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if head.bias is None or inputs[0].dim() != 2:
+            raise RecipeError(
+                f"task.start: a {type(module).__name__} has no linear layer with a bias on one vector for each text, "
+                'which class means can be put into; use task.head = "mean", or task.start = "random"'
+            )
+        seen.append(inputs[0].double().cpu())
+
     training = module.training
     module.eval()
-    with torch.no_grad():
-        for batch in batches:
-            forward(module, batch)
-    module.train(training)
-    watch.remove()
-    if head.bias is None or seen[0].dim() != 2:
-        raise RecipeError(
-            f"task.start: a {type(module).__name__} has no linear layer with a bias on one vector for each text, which "
-            'class means can be put into; use task.head = "mean", or task.start = "random"'
-        )
+    watch = head.register_forward_pre_hook(look)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                forward(module, batch)
+    finally:
+        watch.remove()
+        module.train(training)
     features = torch.cat(seen)
     means = torch.stack([features[labels == label].mean(dim=0) for label in range(classes)])
     apart = means - means.mean(dim=0)
@@ -67,6 +75,7 @@ def start(
     along = _over_covariance(apart, around) if whole else apart / _variance(apart, around)
     with torch.no_grad():
         head.weight.copy_(along)
+        along = head.weight.double().cpu()  # as it was rounded
         head.bias.copy_(-(along @ means.mean(dim=0) + (along * apart).sum(dim=1) / 2))
 
 
@@ -77,6 +86,10 @@ def _variance(apart: Tensor, around: Tensor) -> float:
 
 
 def _over_covariance(apart: Tensor, around: Tensor) -> Tensor:
+    from sklearn.covariance import ledoit_wolf  # noqa: PLC0415 - slow to import
+
+    if around.square().mean() <= TINY * apart.square().mean():  # a text for each class, or always the same one
+        return apart / _variance(apart, around)
     covariance, _ = ledoit_wolf(around.numpy(), assume_centered=True)
     along: Tensor = torch.linalg.solve(torch.from_numpy(covariance), apart.T).T
     return along

@@ -5,7 +5,7 @@
 Four workers take equal samples, in 1,920 steps (40 rounds of 48): a GPT of 0.1M parameters on tinyshakespeare, with the
 optimizer, the schedule and, on each worker, the batch of `shakespeare-co2`, and the digits CNN with SGD and momentum,
 batches of 8. Rounds of tau = 4, 12 and 48 steps; averaged gradients and the default method have seeds 0 to 4, the
-others 0 and 1. Two more rows for the GPT are with half and twice the learning rate. Gaps are means over seeds of
+others 0 and 1. Four more rows for the GPT are with half and twice the learning rate. Gaps are means over seeds of
 (method - gradients) with the same seed, with the half-width of the 95 % interval by Student's t. Workers are gloo
 processes; `--runs` keeps what was done already. With `--quick`: 96 steps, one seed.
 """
@@ -149,13 +149,10 @@ def run_all(options: Namespace, runs: Runs) -> None:
 
 
 def against(runs: Runs, task: str, tau: int, method: str) -> dict[str, float]:
-    """Return the mean of a method over its seeds, how far it is from averaged gradients, and how sure that is."""
+    """Return the mean of a method over its seeds, and how far it is from gradients at the same learning rate."""
     values = {seed: value for (*key, seed), value in runs.items() if key == [task, tau, method]}
-    gaps = [
-        value - runs[task, 1, "gradients", seed]
-        for seed, value in values.items()
-        if (task, 1, "gradients", seed) in runs
-    ]
+    plain = " ".join(["gradients", *(word for word in method.split() if word.startswith("lr="))])
+    gaps = [value - runs[task, 1, plain, seed] for seed, value in values.items() if (task, 1, plain, seed) in runs]
     wide = (
         stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
     )

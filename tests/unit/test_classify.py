@@ -164,6 +164,15 @@ def test_a_discriminant_is_how_much_likelier_one_normal_class_is(models: Path, r
     assert ((good > bad) == labels).double().mean() > 0.9
 
 
+def test_a_discriminant_of_one_text_a_class_is_nearest_to_it(models: Path, reviews: Path) -> None:
+    one, other = (
+        started(made(models, reviews, head="mean", start=start, shots=1), 0).classifier
+        for start in ("discriminant", "prototypes")
+    )
+    assert torch.equal(one.weight, other.weight)
+    assert torch.equal(one.bias, other.bias)
+
+
 @pytest.mark.parametrize("head", ["own", "mean"])
 def test_prototypes_are_a_function_of_the_seed(models: Path, reviews: Path, head: Any) -> None:
     task = made(models, reviews, head=head, start="prototypes", shots=4)
