@@ -105,7 +105,8 @@ class Task:
         settle: () -> options of the task that its training data decides and that must stay with the run, as the classes
             there are; not those that are given. Called before anything starts: what is wrong with the data is best
             said here.
-        start: (a new model, seed) -> puts into it what the training data says, in place; None: nothing.
+        start: (a new model, on the device of its worker, seed) -> puts into it what the training data says, in place;
+            None: nothing.
         metric: the name in `measure` that decides which checkpoint is best.
         better: whether a lower or a higher metric is better.
         references: () -> figures to stand beside the metrics in the result, found from the data without a model.

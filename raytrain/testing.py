@@ -245,10 +245,10 @@ def tiny(options: TinyOptions) -> Task:
     return Task(model=model, data=data, losses=losses, weights=lambda batch: batch["weight"])
 
 
-def train_here(recipe: TrainRecipe, folder: Path, feeds: Feeds = local_feed) -> RunDirectory:
+def train_here(recipe: TrainRecipe, folder: Path, feeds: Feeds = local_feed, device: str = "cpu") -> RunDirectory:
     """Train in this process, as the only worker."""
     run = _begun(recipe, folder)
-    work(recipe, run, LocalTransport(), beat=_nothing, feeds=feeds)
+    work(recipe, run, LocalTransport(torch.device(device)), beat=_nothing, feeds=feeds)
     return run
 
 

@@ -191,7 +191,8 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = Fa
     transport = exchange.transport
     module = task.model(recipe.seed)
     if task.start and (new or recipe.directions.sparsity):  # whose mask is that of the first weights
-        task.start(module, recipe.seed)
+        task.start(module.to(transport.device), recipe.seed)
+        module.cpu()  # as what is drawn from here on expects
     if recipe.precision == "float64":
         module.double()
     dtype = next(module.parameters()).dtype

@@ -208,13 +208,13 @@ def loss_of(
     """
     total = sum(float(weights.sum()) for _, weights in batches) or 1.0
     device = next(module.parameters()).device
-    sign = -1.0 if task.better == "higher" else 1.0
+    sign = 1.0 if objective == "loss" or task.better == "lower" else -1.0
 
     def loss() -> Tensor:
         seed_step(*place)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             if objective:
-                return torch.tensor(sign * _measured(task, module, batches, objective))
+                return torch.tensor(sign * _measured(task, module, batches, objective), dtype=torch.float64)
             parts = [weighed(task.losses(module, batch), weights) for batch, weights in batches]
         return torch.stack(parts).sum() / total
 

@@ -143,8 +143,9 @@ class _Classifier:
     def measure(self, module: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
         scores, labels = self._scores(module, batch).double(), batch["labels"]
         right = (scores.argmax(dim=1) == labels).sum()
-        loss = cross_entropy(scores, labels, reduction="sum")
-        return {"loss": (float(loss), len(labels)), "accuracy": (float(right), len(labels))}
+        losses = cross_entropy(scores, labels, reduction="none")
+        sums = {"loss": losses.sum(), "accuracy": right, "expected_accuracy": (-losses).exp().sum()}
+        return {name: (float(value), len(labels)) for name, value in sums.items()}
 
     def references(self) -> dict[str, float]:
         labels = self.data("valid").labels

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
+from raytrain.tensors import moved
 
 TINY = 1e-12
 """Of what is between classes, the share within them that is taken for none."""
@@ -64,7 +65,7 @@ def start(
     try:
         with torch.no_grad():
             for batch in batches:
-                forward(module, batch)
+                forward(module, moved(batch, head.weight.device, head.weight.dtype))
     finally:
         watch.remove()
         module.train(training)

@@ -8,11 +8,15 @@ import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("ray", "torch", "transformers", "numpy", "triton")
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -39,8 +43,10 @@ def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
     about = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in about if line.startswith("model name")), "")
-    packages = {name: version(name) for name in ("raytrain", "ray", "torch", "transformers", "numpy")}
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **packages}
+    packages = {name: version(name) for name in PACKAGES if find_spec(name)}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    cores = len(os.sched_getaffinity(0))
+    return {"cpu": model, "cores": cores, **gpu, "python": platform.python_version(), **packages}
 
 
 def commit() -> str:

@@ -12,13 +12,14 @@ median of interleaved rounds. With a GPU the same runs there, beside the share o
 """
 
 import statistics
+import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench import arguments, finish
+from bench import finish, parse, parser_of
 
 from raytrain.errors import RaytrainError
 from raytrain.seeds.kernels import Kernel, kernel_of, quantised, seeds_tensor
@@ -34,7 +35,7 @@ PARTS: dict[str, dict[Mode, int]] = {
 }
 """Which part of the parameters a kernel of the CPU is timed on."""
 
-GPU_OPERATIONS = 128  # 32-bit integer operations of a multiprocessor and cycle, at most
+GPU_OPERATIONS = 64  # 32-bit integer operations of a multiprocessor and cycle, as of Hopper
 SIGN_OPERATIONS = 1.5 + 60 / 128  # of one sign: a masked add for each weight, and its share of a Philox block
 
 Run = Callable[[], None]
@@ -106,6 +107,12 @@ def timed(cases: list[tuple[Case, int]], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def megahertz() -> float:
+    """Return the highest clock of the first GPU."""
+    ask = ["nvidia-smi", "--id=0", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(ask, capture_output=True, text=True, check=True).stdout)
+
+
 def kernels(device: str) -> list[Kernel]:
     """Return the kernels that are here for a device."""
     found = []
@@ -143,8 +150,8 @@ def on(device: str, options: Namespace) -> tuple[list[dict[str, Any]], dict[str,
         if len(of) > 1:
             headline[f"{prefix}two_core_scaling"] = of[max(of)] / of[1]
         if gpu:
-            card = torch.cuda.get_device_properties(0)
-            limit = card.multi_processor_count * GPU_OPERATIONS * card.clock_rate * 1e3 / SIGN_OPERATIONS / 1e9
+            processors = torch.cuda.get_device_properties(0).multi_processor_count
+            limit = processors * GPU_OPERATIONS * megahertz() * 1e6 / SIGN_OPERATIONS / 1e9
             headline["gpu_share_of_arithmetic_limit"] = signs / limit
     for row in rows:
         row["over torch"] = row["G/s"] / plain
@@ -153,10 +160,13 @@ def on(device: str, options: Namespace) -> tuple[list[dict[str, Any]], dict[str,
 
 def main() -> None:
     """Time all, and report."""
-    options = arguments(__doc__.partition("\n")[0])
-    rows, headline = on("cpu", options)
-    if torch.cuda.is_available():
-        more, also = on("cuda", options)
+    parser = parser_of(__doc__.partition("\n")[0])
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--devices", nargs="+", choices=devices, default=devices)
+    options = parse(parser)
+    rows, headline = [], {}
+    for device in options.devices:
+        more, also = on(device, options)
         rows, headline = rows + more, headline | also
     finish("replay", rows, headline, options)
 

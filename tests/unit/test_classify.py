@@ -85,6 +85,7 @@ def test_predictions_are_what_is_measured(models: Path, reviews: Path, tmp_path:
     right = [each["label"] == valid.label(place) for place, each in enumerate(predicted)]
     likely = [each["scores"][str(valid.label(place))] for place, each in enumerate(predicted)]
     assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert found["expected_accuracy"] == pytest.approx(sum(likely) / len(likely), rel=1e-5)
     assert found["loss"] == pytest.approx(-torch.tensor(likely).double().log().mean().item(), rel=1e-5)
     assert all(sum(each["scores"].values()) == pytest.approx(1) for each in predicted)
     assert task.references() == {"accuracy_of_commonest_class": 0.5}
