@@ -85,7 +85,8 @@ class Directions(Section):
         blocks: whether a direction moves one of the model's repeated blocks, or all that is in none, and not all.
         training: whether probes see the model in training mode, with dropout.
         objective: a value that the task measures, as "accuracy" or, of `classify`, "expected_accuracy", the mean
-            probability of the right class, to improve in place of the loss.
+            probability of the right class, to improve in place of the loss. It is logged as the loss, with a minus
+            where more is better.
         outlier: slopes beyond this many times the typical size are left out; 0: none.
         first_order: patterns of names of the parameters that zo-hybrid moves by their gradients, as those of the last
             blocks; with one worker, and without a trajectory.

@@ -104,7 +104,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, exchange)
     store.clean()
     found = store.newest()
-    replica = build(recipe, task, exchange, new=found is None)
+    replica = build(recipe, task, exchange, new=found is None, beat=beat)
     if found:
         restore(replica, found)
     _announce(recipe, run, exchange, replica.progress.step)
@@ -182,8 +182,17 @@ def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
     return settled, task_of(settled)
 
 
-def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = False) -> Replica:
-    """Return a replica of what the recipe trains; if it is `new`, and not to be read from a checkpoint, as it starts.
+def build(
+    recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = False, beat: Callable[[], None] = lambda: None
+) -> Replica:
+    """Return a replica of what the recipe trains.
+
+    Args:
+        recipe: what to train.
+        task: the recipe's.
+        exchange: with the other replicas.
+        new: whether it is as it starts, and not to be read from a checkpoint.
+        beat: called at every sign of progress.
 
     Raises:
         RecipeError: the recipe does not fit the model.
@@ -191,8 +200,10 @@ def build(recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = Fa
     transport = exchange.transport
     module = task.model(recipe.seed)
     if task.start and (new or recipe.directions.sparsity):  # whose mask is that of the first weights
+        watched = module.register_forward_hook(lambda *_: beat())  # a start may look at all of the data
         task.start(module.to(transport.device), recipe.seed)
-        module.cpu()  # as what is drawn from here on expects
+        watched.remove()
+        module.cpu()  # where what is drawn from here on is drawn
     if recipe.precision == "float64":
         module.double()
     dtype = next(module.parameters()).dtype

@@ -49,7 +49,7 @@ class ClassifyOptions(RecordOptions, PretrainedOptions):
             model finds the class's word after a prompt.
         start: of a new head: "random"; "prototypes", nearest to the mean features of a few training examples; or
             "discriminant", their linear discriminant analysis, which is better with many.
-        shots: how many of each class; 0: all, which must be looked at within sync.timeout_seconds.
+        shots: how many of each class; 0: all.
         prompt: what stands around a text for "words", with {text} in its place.
         words: what stands for the classes in their order, for "words"; default: " " and the label.
     """

@@ -14,6 +14,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "stdlib-lm": {"task.valid": 0.002, "task.block": 64, "task.stride": 32, "task.width": 32},
     "shakespeare-cpu": {"task.width": 32},
     "shakespeare-co2": {"task.width": 32},
+    "sst2-minilm-zo": {"task.shots": 16, "directions.objective": "loss"},
 }
 
 

@@ -18,9 +18,10 @@ from raytrain.rundir import rows
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task
-from raytrain.tasks.classify import ClassifyOptions, classify
+from raytrain.tasks.classify import AT_ONCE, ClassifyOptions, classify
 from raytrain.testing import train_here
 from raytrain.train_recipe import TrainRecipe
+from raytrain.worker import build, task_of
 
 SUBJECTS = ("the film", "a plot", "the acting", "this story", "the question", "what an answer")
 WORTH = {0: ("bad", "awful"), 1: ("good", "great")}
@@ -364,6 +365,16 @@ def test_options_that_do_not_fit_the_model_are_refused(
 def test_options_must_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClassifyOptions(name="classify", **{"model": "x", **options})
+
+
+def test_a_start_shows_signs_of_progress(models: Path, reviews: Path) -> None:
+    options = {"path": str(reviews), "model": str(models / "bert"), "head": "mean", "start": "discriminant", "shots": 0}
+    recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "classify", **options}})
+    task, beats = task_of(recipe), []
+    replica = build(recipe, task, ExactExchange(LocalTransport()), new=True, beat=lambda: beats.append(1))
+    assert len(beats) == math.ceil(len(task.data("train")) / AT_ONCE)
+    replica.module(input_ids=torch.ones(1, 3).long(), attention_mask=torch.ones(1, 3).long())
+    assert len(beats) == math.ceil(len(task.data("train")) / AT_ONCE), "and only then"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from raytrain.task import Task
 from raytrain.testing import train_here, train_with_gloo, train_with_threads
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import settled
-from raytrain.zeroth import Zeroth, retrace
+from raytrain.zeroth import Zeroth, loss_of, retrace
 
 
 def recipe(optimizer: str = "zo-sgd", **more: Any) -> TrainRecipe:
@@ -322,6 +323,20 @@ def test_an_objective_without_a_gradient(tmp_path: Path) -> None:
     failure = run.failure()
     assert failure is not None
     assert "directions.objective: the task measures accuracy; got 'f1'" in failure.message
+
+
+@pytest.mark.parametrize(("objective", "sign"), [("", 1), ("loss", 1), ("accuracy", -1)])
+def test_what_is_improved_becomes_less_where_less_is_better(objective: str, sign: int) -> None:
+    task = accurate()
+    module, batch = task.model(0), torch.utils.data.default_collate(task.data("train"))
+    task = replace(
+        task,
+        measure=lambda module, batch: {"loss": (float(task.losses(module, batch).sum()), 64), "accuracy": (48, 64)},
+    )
+    with torch.no_grad():
+        found = loss_of(task, module, [(batch, torch.ones(64))], (0, 0, 0), None, objective)()
+        expected = task.losses(module, batch).mean() if sign == 1 else torch.tensor(-0.75)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_a_trajectory_of_another_model_is_refused(tmp_path: Path) -> None:
