@@ -119,7 +119,7 @@ def best_of(folder: Path, overrides: Mapping[str, Any]) -> Best:
     best = run.checkpoints / step_name(newest.progress["best_step"])
     path = best if best.is_dir() else newest.path
     task = task_of(recipe)
-    replica = build(recipe, task, ExactExchange(LocalTransport()))
+    replica = build(recipe, task, ExactExchange(LocalTransport()), start=False)
     load_model(replica, load(path, 0), path, averaged=True)
     return Best(recipe, task, replica, path)
 

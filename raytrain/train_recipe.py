@@ -20,6 +20,7 @@ from raytrain.optim.schedules import SCHEDULES, rate
 from raytrain.optim.zeroth import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
 from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
 from raytrain.seeds.kernels import KERNELS
+from raytrain.seeds.trajectory import MOST_DIRECTIONS
 from raytrain.sync.compressed import CODECS
 from raytrain.sync.local import LocalOptions
 from raytrain.sync.numbers import NumberOptions
@@ -83,10 +84,11 @@ class Directions(Section):
         mode: what directions consist of: "rademacher" or "gaussian" numbers.
         sparsity: share of each matrix, its elements of largest magnitude at the start, that stands still.
         blocks: whether a direction moves one of the model's repeated blocks, or all that is in none, and not all.
-        training: whether probes see the model in training mode, with dropout.
-        objective: a value that the task measures, as "accuracy" or, of `classify`, "expected_accuracy", the mean
-            probability of the right class, to improve in place of the loss. It is logged as the loss, with a minus
-            where more is better.
+        training: whether probes see the model in training mode, with dropout. They leave its buffers, as the means of a
+            BatchNorm, as they were.
+        objective: a value that the task measures, to be raised in place of lowering the loss: "accuracy", or of
+            `classify` "expected_accuracy", the mean probability of the right class, or "f1"; with a minus before it, to
+            be lowered. What is lowered is what the log calls loss.
         outlier: slopes beyond this many times the typical size are left out; 0: none.
         first_order: patterns of names of the parameters that zo-hybrid moves by their gradients, as those of the last
             blocks; with one worker, and without a trajectory.
@@ -101,7 +103,7 @@ class Directions(Section):
     blocks: bool = False
     training: bool = False
     objective: str = ""
-    outlier: float = Field(0.0, ge=0)
+    outlier: float = Field(10.0, ge=0)
     first_order: tuple[str, ...] = ()
     trajectory: bool = True
 
@@ -234,6 +236,24 @@ class TrainRecipe(Recipe):
         sync = raw.get("sync", {})
         named = isinstance(sync, str) or (isinstance(sync, Mapping) and "name" in sync) or isinstance(sync, Options)
         return raw if named else {**raw, "sync": {"name": "numbers", **sync}}
+
+    @model_validator(mode="after")
+    def _fit_trajectory(self) -> Self:
+        if self.workers * self.directions.count > MOST_DIRECTIONS and self.directions.trajectory:
+            raise ValueError(
+                f"directions.count: expected at most {MOST_DIRECTIONS} of all workers with a trajectory; "
+                f"got {self.workers} times {self.directions.count}; set directions.trajectory = false"
+            )
+        return self
+
+    @field_validator("directions")
+    @classmethod
+    def _far_out(cls, directions: Directions) -> Directions:
+        if 0 < directions.outlier < 1:
+            raise ValueError(
+                f"outlier: expected 0 or at least 1, the size of a typical slope; got {directions.outlier:g}"
+            )
+        return directions
 
     @field_validator("callbacks")
     @classmethod

@@ -90,6 +90,8 @@ class RunWatch:
             raise TrainingError(
                 f"after step {replica.progress.step} the weights {name} are not finite; a lower optimizer.lr may help"
             )
+        if replica.zeroth and replica.zeroth.trajectory:
+            replica.zeroth.trajectory.keep()
         self.last = (self.store.save(state, plain(replica.progress)), {})
         self.beat()
 

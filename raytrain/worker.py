@@ -10,8 +10,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from raytrain.bits import digest_of
 from raytrain.checkpoint import CheckpointStore, Manifest, load
 from raytrain.data.feed import Feeds, Walk, local_feed
@@ -104,7 +102,10 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, exchange)
     store.clean()
     found = store.newest()
-    replica = build(recipe, task, exchange, new=found is None, beat=beat)
+    first = found is None or recipe.directions.sparsity > 0  # whose mask is that of the first weights
+    replica = build(recipe, task, exchange, start=first, beat=beat)
+    if isinstance(replica.optimizer, ZerothOrder):
+        replica.zeroth = zeroth_of(replica, replica.optimizer, recipe)
     if found:
         restore(replica, found)
     _announce(recipe, run, exchange, replica.progress.step)
@@ -142,7 +143,7 @@ def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterat
     if zeroth is None or replica.rank > 0 or not recipe.directions.trajectory:
         yield
         return
-    about = about_trajectory(zeroth, recipe.optimizer, recipe.directions.model_dump())
+    about = about_trajectory(zeroth, replica.module, recipe.optimizer, recipe.directions.model_dump())
     with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
         yield
 
@@ -183,15 +184,16 @@ def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
 
 
 def build(
-    recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool = False, beat: Callable[[], None] = lambda: None
+    recipe: TrainRecipe, task: Task, exchange: Exchange, *, start: bool = True, beat: Callable[[], None] = lambda: None
 ) -> Replica:
-    """Return a replica of what the recipe trains.
+    """Return a replica of what the recipe trains, as it starts.
 
     Args:
         recipe: what to train.
         task: the recipe's.
         exchange: with the other replicas.
-        new: whether it is as it starts, and not to be read from a checkpoint.
+        start: whether the task puts what the training data says into the model; for what is then read from a
+            checkpoint there is no need to look at data.
         beat: called at every sign of progress.
 
     Raises:
@@ -199,9 +201,9 @@ def build(
     """
     transport = exchange.transport
     module = task.model(recipe.seed)
-    if task.start and (new or recipe.directions.sparsity):  # whose mask is that of the first weights
-        watched = module.register_forward_hook(lambda *_: beat())  # a start may look at all of the data
-        task.start(module.to(transport.device), recipe.seed)
+    if task.start and start:
+        watched = module.register_forward_hook(lambda *_: beat())  # it may look at all of the data
+        task.start(module if getattr(recipe.sync, "shard", False) else module.to(transport.device), recipe.seed)
         watched.remove()
         module.cpu()  # where what is drawn from here on is drawn
     if recipe.precision == "float64":
@@ -233,13 +235,18 @@ def build(
         rank=transport.rank,
         members=len(transport.members),
         shards=shards,
-        zeroth=zeroth_of(module, optimizer, sync, recipe) if isinstance(optimizer, ZerothOrder) else None,
     )
 
 
-def zeroth_of(module: nn.Module, optimizer: ZerothOrder, sync: Numbers, recipe: TrainRecipe) -> Zeroth:
-    """Return how a zeroth-order optimizer probes a model."""
-    options = recipe.directions
+def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe) -> Zeroth:
+    """Return how a zeroth-order optimizer probes a model that has its first weights.
+
+    Raises:
+        RecipeError: what the recipe says of directions does not fit the model.
+    """
+    module, options = replica.module, recipe.directions
+    if not isinstance(replica.sync, Numbers):  # the recipe sees to that
+        raise TypeError(type(replica.sync))
     space = space_of(
         module,
         optimizer,
@@ -253,7 +260,7 @@ def zeroth_of(module: nn.Module, optimizer: ZerothOrder, sync: Numbers, recipe: 
     return Zeroth(
         probe=Probe(module, space),
         optimizer=optimizer,
-        sync=sync,
+        sync=replica.sync,
         count=options.count,
         eps=options.eps,
         sides=options.sides,

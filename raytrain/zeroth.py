@@ -1,5 +1,6 @@
 """A step without gradients: probe some directions, share what they say, and move."""
 
+import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raytrain.errors import CheckpointError, TrainingError
+from raytrain.errors import CheckpointError, RecipeError, TrainingError
+from raytrain.model.adapters import is_new
 from raytrain.names import resolve
 from raytrain.optim.optimizers import ZEROTH, OptimizerOptions, make_optimizer, options_of_optimizer
-from raytrain.optim.zeroth import Slopes, ZerothOrder, space_of
-from raytrain.seeds.model import digest
+from raytrain.optim.zeroth import Slopes, ZerothOrder, ZOAdam, ZOMomentum, space_of
 from raytrain.seeds.probe import Loss, Probe
 from raytrain.seeds.slope import Slope, derivative, slope
 from raytrain.seeds.stream import derived
@@ -93,13 +94,13 @@ class Zeroth:
                 kept = [(one, value if one in usable else 0.0) for one, value in slopes]
                 moves = self.optimizer.decide(kept, rate, self.probe, loss)
                 self.optimizer.move(moves, rate)
-                if self.trajectory:
-                    self.trajectory.append(step, rate, moves)
+            if self.trajectory:
+                self.trajectory.append(step, rate, moves if usable else [])
         self._useless = 0 if usable else self._useless + 1
         mean_loss = sum(one.loss for one in found) / len(found)
         if self._useless == PATIENCE:
             raise TrainingError(
-                f"no probe of steps {step + 2 - PATIENCE} to {step + 1} gave a usable slope, and the loss is "
+                f"no probe of steps {step + 2 - PATIENCE} to {step + 1} gave a usable slope, and what is lowered is "
                 f"{mean_loss:g}; a lower optimizer.lr or directions.eps may help"
             )
         square = sum(value**2 for value in usable.values()) / max(1, len(usable))
@@ -131,7 +132,7 @@ class Zeroth:
     def _probed(self, loss: Loss, seeds: Sequence[int]) -> list[Slope]:
         if self.optimizer.exact:
             return [derivative(loss, self.probe, seed) for seed in seeds]
-        at_rest = float(loss()) if self.sides == 1 else None
+        at_rest = float(self.probe.at_rest(loss)) if self.sides == 1 else None
         return [slope(loss, self.probe, seed, self.eps, at_rest=at_rest) for seed in seeds]
 
     def _usable(self, slopes: Slopes) -> dict[int, float]:
@@ -148,44 +149,91 @@ class Zeroth:
         return {seed: value for seed, value in numbers.items() if abs(value) <= limit}
 
 
-def about_trajectory(zeroth: Zeroth, optimizer: OptimizerOptions, directions: Mapping[str, Any]) -> dict[str, Any]:
+def about_trajectory(
+    zeroth: Zeroth, module: nn.Module, optimizer: OptimizerOptions, directions: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return what a trajectory says of its beginning, at the weights that the replica has now."""
-    space = {name: directions[name] for name in ("mode", "sparsity", "blocks")}
-    base = digest(zeroth.probe.space)
-    return {"base": base, "optimizer": optimizer.model_dump(mode="json"), "space": space}
+    space = zeroth.probe.space
+    first = {
+        part.name: base64.b64encode(part.tensor.cpu().flatten().view(torch.uint8).numpy().tobytes()).decode()
+        for part in space.parts
+        if is_new(module.get_parameter(part.name))
+    }
+    return {
+        "base": space.digest(),
+        "directions": space.meaning(),
+        "first": first,
+        "optimizer": optimizer.model_dump(mode="json"),
+        "space": {name: directions[name] for name in ("mode", "sparsity", "blocks")},
+    }
 
 
-def retrace(path: Path, module: nn.Module) -> int:
-    """Make the moves of a trajectory on the model that it started from, in place, and return how many steps they were.
+def retrace(path: Path, module: nn.Module, first: int = 0) -> int:
+    """Make the moves of a trajectory on the model that it started from, in place, and return how many steps it has.
 
-    The parameters then equal those of the run to the bit, on any machine that computes as IEEE 754 says.
+    The parameters then equal those of the run to the bit, on any machine that computes as IEEE 754 says. The file holds
+    the first weights of a head that is new, all others must be there: those of a pretrained model are the same
+    everywhere, and random ones where torch draws and computes alike.
+
+    Args:
+        path: the file.
+        module: as `raytrain.worker.build` makes it from the run's recipe.
+        first: how many steps the module has behind it, as one of a checkpoint; then only the others are made.
 
     Raises:
-        CheckpointError: the file is no trajectory, or it started from other weights.
+        CheckpointError: the file is no trajectory, lacks a step, or started from other weights; or the module has steps
+            behind it, and the stepper keeps more than the weights, or a mask of the first ones.
     """
     about, records = read(path)
     try:
-        constructor = resolve({}, ZEROTH[about["optimizer"]["name"]], "optimizer.name")
-        options = options_of_optimizer(constructor).model_validate(about["optimizer"])
-        base, shape = str(about["base"]), {name: about["space"][name] for name in ("mode", "sparsity", "blocks")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its first line does not say how to make its moves: {error!r}") from error
-    optimizer = make_optimizer(constructor, options, module)
-    if not isinstance(optimizer, ZerothOrder):  # the table has no others
-        raise TypeError(type(optimizer))
-    space = space_of(module, optimizer, **shape)
-    if digest(space) != base:
+        if not first:
+            _write_first(about["first"], module)
+        optimizer, known_by = _stepper(about, module), str(about["directions" if first else "base"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: this trajectory starts from weights with digest {base[:12]}, and the model's trainable "
-            f"parameters have {digest(space)[:12]}; make the model as the run did, with its task options and its seed"
+            f"{path}: its first line does not say how to make its moves on this model: {error!r}"
+        ) from error
+    if first and (isinstance(optimizer, ZOMomentum | ZOAdam) or about["space"]["sparsity"]):
+        raise CheckpointError(
+            f"{path}: {about['optimizer']['name']} with sparsity = {about['space']['sparsity']:g} can only be retraced "
+            "from its first step, for it goes by more than the weights"
         )
-    optimizer.shape(space)
+    ours = optimizer.space.meaning() if first else optimizer.space.digest()
+    if ours != known_by:
+        raise CheckpointError(
+            f"{path}: this trajectory starts from weights and directions with digest {known_by[:12]}, and those of the "
+            f"model's trainable parameters have {ours[:12]}; make the model as the run did, by raytrain.worker.build "
+            "from the recipe.toml of its folder"
+        )
     count = 0
     with torch.no_grad():
-        for step in steps(records):
-            optimizer.move(step.slopes, step.rate)
-            count += 1
+        for count, step in enumerate(steps(records), start=1):
+            if step.step != count - 1:
+                raise CheckpointError(f"{path}: expected step {count} of the run next; it is not there")
+            if step.slopes and step.step >= first:
+                optimizer.move(step.slopes, step.rate)
     return count
+
+
+def _stepper(about: Mapping[str, Any], module: nn.Module) -> ZerothOrder:
+    """Return what made the moves of a trajectory, for a model."""
+    constructor = resolve({}, ZEROTH[about["optimizer"]["name"]], "optimizer.name")
+    optimizer = make_optimizer(
+        constructor, options_of_optimizer(constructor).model_validate(about["optimizer"]), module
+    )
+    if not isinstance(optimizer, ZerothOrder):  # the table has no others
+        raise TypeError(type(optimizer))
+    shape = {name: about["space"][name] for name in ("mode", "sparsity", "blocks")}
+    optimizer.shape(space_of(module, optimizer, **shape))
+    return optimizer
+
+
+def _write_first(values: Mapping[str, str], module: nn.Module) -> None:
+    """Write the first weights of what is new in a model, from a trajectory."""
+    for name, text in values.items():
+        tensor = module.get_parameter(name).data
+        flat = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8).view(tensor.dtype)
+        tensor.copy_(flat.view(tensor.shape))
 
 
 def loss_of(
@@ -204,30 +252,37 @@ def loss_of(
         batches: with the weights of their losses.
         place: the run's seed, the replica's rank and the step.
         autocast: the type to compute in; None: that of the parameters.
-        objective: a value that the task measures, to take in place of the loss; what is better becomes less.
+        objective: a value that the task measures, to raise in place of lowering the loss; with a minus before it, to
+            lower.
+
+    Raises:
+        RecipeError: the task measures no such value, or less of it is better.
     """
     total = sum(float(weights.sum()) for _, weights in batches) or 1.0
     device = next(module.parameters()).device
-    sign = 1.0 if objective == "loss" or task.better == "lower" else -1.0
+    lower, name = objective.startswith("-"), objective.removeprefix("-")
+    if not lower and name and name == (task.metric if task.better == "lower" else "loss"):
+        raise RecipeError(f"directions.objective: less of {name} is better; expected '-{name}', to lower it")
 
     def loss() -> Tensor:
         seed_step(*place)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             if objective:
-                return torch.tensor(sign * _measured(task, module, batches, objective), dtype=torch.float64)
+                value = torch.tensor(_measured(task, module, batches, name), dtype=torch.float64)
+                return value if lower else -value
             parts = [weighed(task.losses(module, batch), weights) for batch, weights in batches]
         return torch.stack(parts).sum() / total
 
     return loss
 
 
-def _measured(task: Task, module: nn.Module, batches: Sequence[tuple[Batch, Tensor]], objective: str) -> float:
+def _measured(task: Task, module: nn.Module, batches: Sequence[tuple[Batch, Tensor]], name: str) -> float:
     if task.measure is None:
-        raise TrainingError(f"directions.objective: the task measures nothing but its loss; got {objective!r}")
+        raise RecipeError(f"directions.objective: the task measures nothing; got {name!r}; '' is the loss")
     sums = [task.measure(module, batch) for batch, _ in batches]
-    if objective not in sums[0]:
-        raise TrainingError(f"directions.objective: the task measures {', '.join(sorted(sums[0]))}; got {objective!r}")
-    return sum(one[objective][0] for one in sums) / (sum(one[objective][1] for one in sums) or 1.0)
+    if name not in sums[0]:
+        raise RecipeError(f"directions.objective: the task measures {', '.join(sorted(sums[0]))}; got {name!r}")
+    return sum(one[name][0] for one in sums) / (sum(one[name][1] for one in sums) or 1.0)
 
 
 @contextmanager

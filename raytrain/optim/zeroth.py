@@ -2,15 +2,16 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
+from raytrain.errors import RecipeError
 from raytrain.model.blocks import blocks as blocks_of
 from raytrain.seeds.probe import Loss, Probe
 from raytrain.seeds.replay import Nudge, replay_log
@@ -43,6 +44,18 @@ class ZerothOrder(Optimizer, ABC):
     def move(self, slopes: Slopes, rate: float) -> None:
         """Move the parameters by what the slopes say, their mean being the estimate; `rate` is a float32."""
 
+    def _gradients(self, slopes: Slopes, rate: float) -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Any], float]]:
+        """Yield each parameter that moves, its estimated gradient, its group and the group's learning rate now."""
+        parts = {part.tensor.data_ptr(): part for part in self.space.parts if part.scale}
+        for group in self.param_groups:
+            lr = rate * (group["initial_lr"] / self.defaults["lr"])
+            for parameter in group["params"]:
+                if part := parts.get(parameter.data_ptr()):
+                    gradient = torch.zeros_like(part.tensor)
+                    for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
+                        self.space.add(part, gradient, seed, slope / len(slopes) / part.scale**2)
+                    yield parameter, gradient, group, lr
+
 
 class ZOSGD(ZerothOrder):
     """Move against each direction by its slope (Malladi et al. 2023, MeZO)."""
@@ -72,7 +85,7 @@ class ZOConservative(ZOSGD):
 
     def decide(self, slopes: Slopes, rate: float, probe: Probe, loss: Loss) -> Slopes:
         """Try the three for each direction, from where the parameters are."""
-        share, at_rest = rate / len(slopes), float(loss())
+        share, at_rest = rate / len(slopes), float(probe.at_rest(loss))
         return [(seed, slope * _best(seed, share * slope, probe, loss, at_rest)) for seed, slope in slopes]
 
 
@@ -82,28 +95,47 @@ class ForwardGradient(ZOSGD):
     exact = True
 
 
-class ZOMomentum(ZerothOrder, SGD):
-    """SGD with momentum on the estimated gradient; it holds that and its average."""
+class ZOMomentum(ZerothOrder):
+    """SGD with momentum on the estimated gradient (Polyak 1964); it holds that and its average.
+
+    Products and sums are rounded one by one, here and in `ZOAdam`: torch's own steps fuse them on some processors, and
+    would not give the same bits on others.
+    """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-5, momentum: float = 0.9) -> None:
-        SGD.__init__(self, params, lr=_positive(lr), momentum=momentum)
+        super().__init__(params, {"lr": _positive(lr), "momentum": momentum})
 
     def move(self, slopes: Slopes, rate: float) -> None:
-        """Take a step of SGD."""
-        _step(self, slopes, rate, SGD.step)
+        """Take a step."""
+        for parameter, gradient, group, lr in self._gradients(slopes, rate):
+            state = self.state[parameter]
+            if not state:
+                state["average"] = torch.zeros_like(gradient)
+            average = state["average"].mul_(group["momentum"]).add_(gradient)
+            parameter.data.sub_(average * lr)
 
 
-class ZOAdam(ZerothOrder, Adam):
-    """Adam on the estimated gradient; it holds that and two averages."""
+class ZOAdam(ZerothOrder):
+    """Adam on the estimated gradient (Kingma and Ba 2015); it holds that and two averages."""
 
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
-        Adam.__init__(self, params, lr=_positive(lr), betas=betas, eps=eps)
+        super().__init__(params, {"lr": _positive(lr), "betas": betas, "eps": eps})
 
     def move(self, slopes: Slopes, rate: float) -> None:
-        """Take a step of Adam."""
-        _step(self, slopes, rate, Adam.step)
+        """Take a step."""
+        for parameter, gradient, group, lr in self._gradients(slopes, rate):
+            state, (first, second) = self.state[parameter], group["betas"]
+            if not state:
+                zeros = {name: torch.zeros_like(gradient) for name in ("mean", "square")}
+                state |= {"step": torch.zeros(()), **zeros}
+            state["step"] += 1
+            steps = state["step"].item()
+            mean = state["mean"].mul_(first).add_(gradient * (1 - first))
+            square = state["square"].mul_(second).add_(gradient * gradient * (1 - second))
+            length = square.sqrt().div_(math.sqrt(1 - second**steps)).add_(group["eps"])
+            parameter.data.sub_(mean / length * (lr / (1 - first**steps)))
 
 
 class ZOHybrid(ZerothOrder, AdamW):
@@ -153,7 +185,19 @@ def space_of(
         sparsity: see `Space.of`.
         first_order: patterns of names of parameters that have gradients, and no directions.
         blocks: whether each repeated block of the model is a block of the space; all else is one more.
+
+    Raises:
+        RecipeError: a pattern is that of no parameter, or the model has no repeated blocks.
     """
+    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    for pattern in first_order:
+        if not any(fnmatchcase(name, pattern) for name in trainable):
+            raise RecipeError(
+                f"directions.first_order: no trainable parameter is called {pattern!r}; there are "
+                f"{', '.join(trainable[:3])}, ..., {trainable[-1]}"
+            )
+    if blocks and not blocks_of(module):
+        raise RecipeError("directions.blocks: the model has no repeated blocks; take directions.blocks = false")
     named = {
         name: parameter
         for name, parameter in module.named_parameters()
@@ -182,21 +226,6 @@ def _positive(lr: float) -> float:
     if not 0 < lr < math.inf:
         raise ValueError(f"expected an lr above 0, by which directions are scaled; got {lr}")
     return lr
-
-
-def _step(optimizer: ZerothOrder, slopes: Slopes, rate: float, step: Callable[[Any], Any]) -> None:
-    """Put the estimated gradient where a torch optimizer looks for it, and let it step with this rate."""
-    space = optimizer.space
-    parts = {part.tensor.data_ptr(): part for part in space.parts if part.scale}
-    for parameter in (one for group in optimizer.param_groups for one in group["params"]):
-        if part := parts.get(parameter.data_ptr()):
-            parameter.grad = torch.zeros_like(part.tensor)
-            for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
-                space.add(part, parameter.grad, seed, slope / len(slopes) / part.scale**2)
-    shared = optimizer.defaults["lr"]
-    with _rates(optimizer, [rate * (group["initial_lr"] / shared) for group in optimizer.param_groups]):
-        step(optimizer)
-    optimizer.zero_grad()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from raytrain.bits import digest_of
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.files import write_whole
 from raytrain.seeds.kernels import seeds_tensor
@@ -30,7 +29,7 @@ class SeedModel:
     coefficients.
 
     Attributes:
-        base: the digest of w0, from `digest`.
+        base: what w0 and its directions are known by, from `Space.digest`.
         seeds: of the directions, all different.
         coefficients: float64, shape (k,).
         mode: what directions consist of.
@@ -100,11 +99,6 @@ class SeedModel:
             raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote: {error}") from error
 
 
-def digest(space: Space) -> str:
-    """Return what w0 is known by."""
-    return digest_of((part.name, part.tensor) for part in space.parts)
-
-
 def combined(models: Sequence[SeedModel], weights: Sequence[float]) -> SeedModel:
     """Return the sum of weight * (model - w0), added to w0.
 
@@ -141,11 +135,12 @@ def weights_of_all(
     """
     if not models:
         raise RecipeError("models: expected one or more; got none")
+    here = space.digest()
     for model in models:
-        if model.mode != space.mode or model.base != digest(space):
+        if (model.base, model.mode) != (here, space.mode):
             raise RecipeError(
-                f"space: expected the parameters with digest {model.base[:12]} and {model.mode} directions; "
-                f"got {digest(space)[:12]} and {space.mode} directions"
+                f"space: expected the parameters and directions with digest {model.base[:12]}, {model.mode} ones; "
+                f"got {here[:12]} and {space.mode} directions"
             )
     table = {seed: place for place, seed in enumerate(dict.fromkeys(seed for model in models for seed in model.seeds))}
     coefficients = torch.zeros(len(models), len(table), dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from raytrain.seeds.stream import (
 TILE = 32  # blocks at a time: their words and sums stay in the first cache
 CHUNK = 32  # seeds whose weights of 25 bits can be added in 32 bits
 PIECE = 1 << 16  # elements of one call, which a thread takes
-GIL_FREE = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 M0, M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
 W0, W1 = np.uint32(KEY_STEPS[0]), np.uint32(KEY_STEPS[1])
@@ -40,6 +40,15 @@ SCALE = np.float32(2**20)
 ONE, HALF_ONE, TWO = np.float32(1), np.float32(0.5), np.float32(2)
 U_UNIT = np.float32(2.0**-24)
 UNIT = np.float32(UNITS["gaussian"])
+
+
+def _translated(function: Callable[..., None]) -> Any:
+    """Have a function translated, and what comes out kept for the next process, where there is a place to."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # neither this folder nor one at home can be written
+        return njit(**options)(function)
 
 
 class PortableKernel:
@@ -129,7 +138,7 @@ def _words(words, seed, low, high, first):
         words[0, i], words[1, i], words[2, i], words[3, i] = c0, c1, c2, c3
 
 
-@njit(**GIL_FREE)
+@_translated
 def _add_signs(seeds, weights, low, high, first, out):
     """Add to out, shape (models, 128 n), the weights of the seeds whose bit is set."""
     models, count = weights.shape
@@ -197,7 +206,7 @@ def _normals(first, second, one, other):
         one[i], other[i] = np.int32(np.rint(length * a)), np.int32(np.rint(length * b))
 
 
-@njit(**GIL_FREE)
+@_translated
 def _add_normals(seeds, weights, low, high, first, out):
     """Add to out, shape (models, 4 n), weight * number in units."""
     words, z = np.empty((4, TILE), np.uint32), np.empty((4, TILE), np.int32)
@@ -220,7 +229,7 @@ def _add_normals(seeds, weights, low, high, first, out):
                     out[m, (tile + block) * 4 + j] += sums[m, j, block]
 
 
-@njit(**GIL_FREE)
+@_translated
 def _move_signs(seed, scale, low, high, start, base, out):
     """Write base plus signs times scale to out; the first one is element `start`."""
     words, z = np.empty((4, TILE), np.uint32), np.empty(TILE * 128, np.uint32)
@@ -236,7 +245,7 @@ def _move_signs(seed, scale, low, high, start, base, out):
         _add_part(z.view(np.float32), block * 128, start, stop, base, out)
 
 
-@njit(**GIL_FREE)
+@_translated
 def _move_normals(seed, scale, low, high, start, base, out):
     """Write base plus normal numbers times scale to out; the first one is element `start`."""
     words, units, z = np.empty((4, TILE), np.uint32), np.empty((4, TILE), np.int32), np.empty((TILE, 4), np.float32)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from raytrain.errors import RecipeError
-from raytrain.seeds.space import Part, Space
+from raytrain.seeds.space import Part, Space, place_of
 
 ALIGNED_BYTES = 64
 
@@ -66,6 +66,11 @@ class Probe:
         with self._moved():
             return loss()
 
+    def at_rest(self, loss: Loss) -> Tensor:
+        """Return the loss at theta; buffers stay as they are here too."""
+        with self._kept_buffers():
+            return loss()
+
     def along(self, seed: int, loss: Loss) -> Tensor:
         """Return the loss at theta, carrying its derivative along direction(seed); inside a `dual_level`."""
         self._look(loss)
@@ -105,19 +110,27 @@ class Probe:
     def _moved(self) -> Iterator[None]:
         """Have each layer's parameters replaced while it is called, and those set apart all the time."""
         whole = [swap for swap in self._whole if self.reached(swap.part)]
-        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()] if self._module.training else []
         before: list[Any] = []
+        with self._kept_buffers():
+            try:
+                for swap in whole:
+                    before.append(swap.put(self.moved(swap.part, torch.empty_like(swap.part.tensor))))
+                self.active = True
+                yield
+            finally:
+                self.active = False
+                for layer in self._layers:
+                    layer.put_all_back()  # of calls that were left by an error
+                for swap, plain in zip(whole, before, strict=False):
+                    swap.put(plain)
+
+    @contextmanager
+    def _kept_buffers(self) -> Iterator[None]:
+        """Have buffers afterwards as they were before, as the means of a BatchNorm in training mode."""
+        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()] if self._module.training else []
         try:
-            for swap in whole:
-                before.append(swap.put(self.moved(swap.part, torch.empty_like(swap.part.tensor))))
-            self.active = True
             yield
         finally:
-            self.active = False
-            for layer in self._layers:
-                layer.put_all_back()  # of calls that were left by an error
-            for swap, plain in zip(whole, before, strict=False):
-                swap.put(plain)
             for buffer, value in buffers:
                 buffer.copy_(value)
 
@@ -147,12 +160,13 @@ def _owned(module: nn.Module, space: Space) -> dict[nn.Module, list["_Swap"]]:
     for part in space.parts:
         if part.name not in named or named[part.name].data_ptr() != part.tensor.data_ptr():
             raise RecipeError(f"directions: {part.name} is not a parameter of the module")
-        parts[id(named[part.name])] = part
+        parts[place_of(part.tensor, named[part.name])] = part
     owned: dict[nn.Module, list[_Swap]] = {}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
-            if id(parameter) in parts:
-                owned.setdefault(owner, []).append(_Swap(owner._parameters, name, parts[id(parameter)]))
+            place = None if parameter is None else place_of(parameter, parameter)
+            if place in parts:
+                owned.setdefault(owner, []).append(_Swap(owner._parameters, name, parts[place]))
     return owned
 
 

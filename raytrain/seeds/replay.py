@@ -17,7 +17,7 @@ class Nudge:
 
     Attributes:
         seed: 64 bits, without sign.
-        scale: a float32.
+        scale: how far; with the scale of a part it is rounded to float32.
     """
 
     seed: int

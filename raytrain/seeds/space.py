@@ -1,5 +1,7 @@
 """The space that directions lie in: which parameters they move, how far, and which of their elements."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -7,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from raytrain.bits import digest_of
 from raytrain.errors import RecipeError
 from raytrain.seeds.kernels import Drawn, Kernel, fastest
 from raytrain.seeds.stream import Mode, identity
@@ -81,9 +84,9 @@ class Space:
         Raises:
             RecipeError: there is no tensor, they are on different devices, or one is not contiguous.
         """
-        once: dict[int, tuple[str, Tensor]] = {}
+        once: dict[tuple[int, ...], tuple[str, Tensor]] = {}
         for name, tensor in named.items():
-            once.setdefault(id(tensor), (name, tensor))
+            once.setdefault(place_of(tensor, tensor), (name, tensor))
         tensors = {name: tensor.detach() for name, tensor in once.values()}
         if not tensors:
             raise RecipeError("directions: expected parameters to move; got none: look at freeze.match and the others")
@@ -105,6 +108,17 @@ class Space:
         )
         return cls(parts, mode, kernel or fastest(devices.pop().type), 1 + max(part.block for part in parts))
 
+    def meaning(self) -> str:
+        """Return a hash of what seeds stand for here: of all but the values of the parameters."""
+        about = [[part.name, [*part.tensor.shape], part.scale, part.block] for part in self.parts]
+        masks = digest_of((part.name, part.mask) for part in self.parts if part.mask is not None)
+        return hashlib.sha256(json.dumps([self.mode, self.blocks, sorted(about), masks]).encode()).hexdigest()
+
+    def digest(self) -> str:
+        """Return what the parameters, as they are now, and their directions are known by."""
+        values = digest_of((part.name, part.tensor) for part in self.parts)
+        return hashlib.sha256((values + self.meaning()).encode()).hexdigest()
+
     def reaches(self, part: Part, seed: int) -> bool:
         """Return whether a direction moves a part."""
         return part.scale != 0 and seed % self.blocks == part.block
@@ -122,7 +136,7 @@ class Space:
     def moved(self, part: Part, seed: int, scale: float, out: Tensor, rows: Tensor | None = None) -> None:
         """Write one parameter plus scale * direction, which reaches it, to another tensor.
 
-        Product and sum are rounded to float32, the sum then to the parameter's type.
+        The product is rounded to float32; so is the sum, and then to the parameter's type, unless that is float64.
 
         Args:
             part: of this space.
@@ -157,6 +171,11 @@ class Space:
         if mask is not None:
             by *= mask
         out.copy_(base + by if base.dtype == torch.float64 else base.float() + by)
+
+
+def place_of(tensor: Tensor, owner: Tensor) -> tuple[int, ...]:
+    """Return by what a tensor is known to be another one: where it lies, or if it is nowhere, whose it is."""
+    return (tensor.data_ptr(), *tensor.shape) if tensor.data_ptr() else (id(owner),)
 
 
 def small_elements(tensor: Tensor, sparsity: float) -> Tensor | None:

@@ -1,6 +1,7 @@
 """A fine-tune of any size as a file of a few kilobytes: what it started from, and each step's seeds and slopes."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ Records = NDArray[Any]
 MAGIC = b"raytrain trajectory 1\n"
 
 
+MOST_DIRECTIONS = 2**16 - 1
+"""Of one step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one step moved by.
@@ -24,7 +29,7 @@ class Step:
     Attributes:
         step: counted from 0.
         rate: the learning rate.
-        slopes: (seed, slope) of each direction.
+        slopes: (seed, slope) of each direction; none if none was usable.
     """
 
     step: int
@@ -35,32 +40,36 @@ class Step:
 class Trajectory:
     """The file of a run that goes on: a line of JSON about its beginning, then 22 bytes for each direction.
 
+    A step that moved nothing has one record too, of no directions, so that a step that is missing is seen.
+
     Args:
         path: the file.
-        about: what a replay needs to know: "base", the digest of the weights that it starts from, and how they are
-            moved.
+        about: what a replay needs to know: "base", what the weights that it starts from are known by, "directions",
+            what seeds stand for, and how they are moved.
         step: where the run stands. If it goes on, the file keeps its beginning, and what it holds from there on is
             dropped.
 
     Raises:
-        RecipeError: the run goes on, and the file is not there or is of a run that moves in another way.
+        RecipeError: the run goes on, and the file is not there, lacks a step, or is of a run that moves in another way.
         CheckpointError: it is no trajectory.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], step: int) -> None:
         before = np.empty(0, RECORD)
         if step:
-            about, before = _continued(path, about)
-        write_whole(
-            path, MAGIC + json.dumps(about, sort_keys=True).encode() + b"\n" + before[before["step"] < step].tobytes()
-        )
+            about, before = _continued(path, about, step)
+        write_whole(path, MAGIC + json.dumps(about, sort_keys=True).encode() + b"\n" + before.tobytes())
         self._file: IO[bytes] = path.open("ab")
 
     def append(self, step: int, rate: float, slopes: Sequence[tuple[int, float]]) -> None:
         """Add a step; it is on its way to the disk when this returns."""
-        records = np.array([(step, len(slopes), rate, seed, slope) for seed, slope in slopes], RECORD)
-        self._file.write(records.tobytes())
+        records = [(step, len(slopes), rate, seed, slope) for seed, slope in slopes] or [(step, 0, rate, 0, 0.0)]
+        self._file.write(np.array(records, RECORD).tobytes())
         self._file.flush()
+
+    def keep(self) -> None:
+        """Return when all steps so far are on the disk, as a checkpoint that counts on them asks for."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -75,8 +84,8 @@ class Trajectory:
         self.close()
 
 
-def _continued(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], Records]:
-    """Return what a run that goes on has in its file.
+def _continued(path: Path, about: Mapping[str, Any], step: int) -> tuple[dict[str, Any], Records]:
+    """Return what a run that goes on has in its file, up to a step.
 
     Raises:
         RecipeError: it has none, or the run now moves in another way, which the file could not say.
@@ -92,6 +101,16 @@ def _continued(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], Re
             raise RecipeError(
                 f"directions.trajectory: expected {odd} = {was.get(odd)!r} as the run began; got {now[odd]!r}{way_out}"
             )
+    if kept.get("directions") != about["directions"]:
+        raise RecipeError(
+            "directions.trajectory: expected the parameters that the run began to move, each along directions as long "
+            f"as then; freeze.match, adapter or a group's lr over optimizer.lr may be others now{way_out}"
+        )
+    before = before[before["step"] < step]
+    there = np.unique(before["step"])
+    if len(there) < step:
+        missing = next(place for place, found in enumerate([*there.tolist(), step]) if place != found)
+        raise RecipeError(f"directions.trajectory: expected step {missing + 1} in {path}; it is not there{way_out}")
     return kept, before
 
 
@@ -115,7 +134,7 @@ def read(path: Path) -> tuple[dict[str, Any], Records]:
     records = np.frombuffer(rest[: len(rest) // RECORD.itemsize * RECORD.itemsize], RECORD)
     if len(records):
         last = records["step"] == records["step"][-1]
-        records = records if last.sum() == records["of"][-1] else records[~last]
+        records = records if last.sum() == max(1, records["of"][-1]) else records[~last]
     return about, records
 
 
@@ -123,6 +142,6 @@ def steps(records: Records) -> Iterator[Step]:
     """Yield the steps of a trajectory."""
     edges = np.flatnonzero(np.diff(records["step"].astype(np.int64), prepend=-1, append=-1))
     for first, last in zip(edges[:-1], edges[1:], strict=True):
-        part = records[first:last]
+        part = records[first:last][: records["of"][first]]
         slopes = [(int(seed), float(slope)) for seed, slope in zip(part["seed"], part["slope"], strict=True)]
-        yield Step(int(part["step"][0]), float(part["rate"][0]), slopes)
+        yield Step(int(records["step"][first]), float(records["rate"][first]), slopes)

@@ -40,6 +40,9 @@ MANY = 20
 class ClassifyOptions(RecordOptions, PretrainedOptions):
     """Options of `classify`; those of its data and of its model come first.
 
+    Measured are the loss, the accuracy, "expected_accuracy", which is the mean probability of the right class, and with
+    two classes the F1 score of the second.
+
     Attributes:
         text, label: columns; default: one that is called so, or first and last if columns have no names.
         classes: the labels in their order; default: those of the training data, sorted. A run keeps them.
@@ -145,7 +148,11 @@ class _Classifier:
         right = (scores.argmax(dim=1) == labels).sum()
         losses = cross_entropy(scores, labels, reduction="none")
         sums = {"loss": losses.sum(), "accuracy": right, "expected_accuracy": (-losses).exp().sum()}
-        return {name: (float(value), len(labels)) for name, value in sums.items()}
+        found = {name: (float(value), float(len(labels))) for name, value in sums.items()}
+        if len(self._classes) == 2:
+            said, so = scores.argmax(dim=1) == 1, labels == 1
+            found["f1"] = (2.0 * int((said & so).sum()), float(said.sum() + so.sum()))
+        return found
 
     def references(self) -> dict[str, float]:
         labels = self.data("valid").labels

@@ -190,7 +190,7 @@ def measure(order: Fields) -> dict[str, float]:
     """Train as the order says, and return what was measured."""
     method, recipe = order["method"], TrainRecipe.parse(order["recipe"])
     transport = LocalTransport() if method == "none" else GroupTransport(torch.device("cpu"), 300.0)
-    replica = build(recipe, task := task_of(recipe), ExactExchange(transport), new=True)
+    replica = build(recipe, task := task_of(recipe), ExactExchange(transport))
     plan = recipe.plan()
     if "pace" in order:
         replica.sync._pace.go_on(*order["pace"])

@@ -371,7 +371,7 @@ def test_a_start_shows_signs_of_progress(models: Path, reviews: Path) -> None:
     options = {"path": str(reviews), "model": str(models / "bert"), "head": "mean", "start": "discriminant", "shots": 0}
     recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "classify", **options}})
     task, beats = task_of(recipe), []
-    replica = build(recipe, task, ExactExchange(LocalTransport()), new=True, beat=lambda: beats.append(1))
+    replica = build(recipe, task, ExactExchange(LocalTransport()), beat=lambda: beats.append(1))
     assert len(beats) == math.ceil(len(task.data("train")) / AT_ONCE)
     replica.module(input_ids=torch.ones(1, 3).long(), attention_mask=torch.ones(1, 3).long())
     assert len(beats) == math.ceil(len(task.data("train")) / AT_ONCE), "and only then"

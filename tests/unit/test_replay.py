@@ -11,7 +11,7 @@ from torch import Tensor
 from raytrain.bits import rounded
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.seeds.kernels import kernel_of, quantised
-from raytrain.seeds.model import SeedModel, combined, digest, weights_of_all
+from raytrain.seeds.model import SeedModel, combined, weights_of_all
 from raytrain.seeds.replay import Nudge, materialise, replay_log
 from raytrain.seeds.space import Space
 from raytrain.seeds.stream import Mode, direction, identity
@@ -139,7 +139,7 @@ def test_a_space_says_what_it_cannot_take() -> None:
 
 def test_a_model_saved_loaded_and_advanced_in_any_order_is_the_same(tmp_path: Path) -> None:
     space = Space.of(parameters())
-    first = SeedModel.of_pool(digest(space), 11, 32)
+    first = SeedModel.of_pool(space.digest(), 11, 32)
     moves = [Nudge(first.seeds[place % 32], 1e-3 * place) for place in range(50)] + [Nudge(7, 0.5)]
     first.save(tmp_path / "first")
     later = SeedModel.load(tmp_path / "first").advanced(moves)
@@ -155,7 +155,7 @@ def test_a_model_saved_loaded_and_advanced_in_any_order_is_the_same(tmp_path: Pa
 def test_arithmetic_on_models_is_that_on_their_weights() -> None:
     named = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters().items()}
     space = Space.of(named)
-    empty = SeedModel(digest(space), (), torch.zeros(0, dtype=torch.float64))
+    empty = SeedModel(space.digest(), (), torch.zeros(0, dtype=torch.float64))
     a = empty.advanced([Nudge(1, 0.5), Nudge(2, -0.25)])
     b = empty.advanced([Nudge(2, 1.0), Nudge(3, 0.125)])
     mean = combined([a, b], [0.5, 0.5]).weights(space)
@@ -167,11 +167,11 @@ def test_arithmetic_on_models_is_that_on_their_weights() -> None:
 
 def test_a_model_of_other_weights_is_refused(tmp_path: Path) -> None:
     space, other = Space.of(parameters()), Space.of(parameters(seed=1))
-    model = SeedModel.of_pool(digest(space), 1, 2)
-    with pytest.raises(RecipeError, match="expected the parameters with digest"):
+    model = SeedModel.of_pool(space.digest(), 1, 2)
+    with pytest.raises(RecipeError, match="expected the parameters and directions with digest"):
         model.weights(other)
     with pytest.raises(RecipeError, match="expected all with base"):
-        combined([model, SeedModel.of_pool(digest(other), 1, 2)], [1, 1])
+        combined([model, SeedModel.of_pool(other.digest(), 1, 2)], [1, 1])
     (tmp_path / "no").write_bytes(b"no such thing")
     with pytest.raises(CheckpointError, match="expected a file that SeedModel.save wrote"):
         SeedModel.load(tmp_path / "no")

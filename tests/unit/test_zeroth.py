@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from raytrain.checkpoint import load
+from raytrain.checkpoint import load, step_name
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.optim.optimizers import ZEROTH, make_optimizer
@@ -211,6 +215,7 @@ def test_a_stepper_takes_the_step_of_torch_on_the_mean_of_slope_times_direction(
 class Steep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.layer = nn.Linear(1, 1)
         self.calls = 0
 
@@ -237,8 +242,11 @@ def test_what_is_not_finite_or_far_out_is_reported_and_not_applied(tmp_path: Pat
     skipped = [row["step"] for row in rows(run.metrics) if row.get("skipped")]
     assert len(skipped) >= 2
     _, records = read(run.trajectory)
-    assert not set(records["step"].tolist()) & {step - 1 for step in skipped}
+    assert {step.step for step in steps(records) if not step.slopes} == {step - 1 for step in skipped}
     assert np.isfinite(records["slope"]).all()
+    module = settled(recipe(**more), run)[1].model(0)
+    assert retrace(run.trajectory, module) == 60
+    assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
 
 
 def broken() -> Task:
@@ -255,7 +263,7 @@ def test_a_run_without_usable_slopes_is_given_up(tmp_path: Path) -> None:
     failure = run.failure()
     assert failure is not None
     assert failure.message.startswith(
-        "no probe of steps 1 to 20 gave a usable slope, and the loss is nan; a lower optimizer.lr"
+        "no probe of steps 1 to 20 gave a usable slope, and what is lowered is nan; a lower optimizer.lr"
     )
 
 
@@ -278,6 +286,11 @@ def test_a_run_without_usable_slopes_is_given_up(tmp_path: Path) -> None:
             "directions.objective: expected none with forward-gradient, which differentiates it",
         ),
         ({"directions.first_order": ["out.*"]}, "directions.first_order: expected none with zo-sgd"),
+        ({"directions.outlier": 0.5}, "outlier: expected 0 or at least 1, the size of a typical slope; got 0.5"),
+        (
+            {"directions.count": 40_000, "workers": 2},
+            "directions.count: expected at most 65535 of all workers with a trajectory; got 2 times 40000; set",
+        ),
         ({"compile": "aot_eager"}, "compile: expected none with zo-sgd"),
     ],
 )
@@ -325,9 +338,12 @@ def test_an_objective_without_a_gradient(tmp_path: Path) -> None:
     assert "directions.objective: the task measures accuracy; got 'f1'" in failure.message
 
 
-@pytest.mark.parametrize(("objective", "sign"), [("", 1), ("loss", 1), ("accuracy", -1)])
-def test_what_is_improved_becomes_less_where_less_is_better(objective: str, sign: int) -> None:
-    task = accurate()
+@pytest.mark.parametrize(
+    ("objective", "value"), [("", None), ("-loss", None), ("accuracy", -0.75), ("-accuracy", 0.75)]
+)
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_an_objective_is_raised_or_with_a_minus_lowered(objective: str, value: float | None, metric: str) -> None:
+    task = replace(accurate(), metric=metric, better="lower" if metric == "loss" else "higher")
     module, batch = task.model(0), torch.utils.data.default_collate(task.data("train"))
     task = replace(
         task,
@@ -335,15 +351,20 @@ def test_what_is_improved_becomes_less_where_less_is_better(objective: str, sign
     )
     with torch.no_grad():
         found = loss_of(task, module, [(batch, torch.ones(64))], (0, 0, 0), None, objective)()
-        expected = task.losses(module, batch).mean() if sign == 1 else torch.tensor(-0.75)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+        expected = task.losses(module, batch).mean().item() if value is None else value
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_better_if_it_is_less_is_not_raised() -> None:
+    with pytest.raises(RecipeError, match="directions.objective: less of loss is better; expected '-loss', to lower"):
+        loss_of(accurate(), nn.Linear(3, 1), [], (0, 0, 0), None, "loss")
 
 
 def test_a_trajectory_of_another_model_is_refused(tmp_path: Path) -> None:
     plan = recipe(steps=3)
     run = train_here(plan, tmp_path / "run")
     other = settled(plan, run)[1].model(1)
-    with pytest.raises(CheckpointError, match="this trajectory starts from weights with digest"):
+    with pytest.raises(CheckpointError, match="this trajectory starts from weights and directions with digest"):
         retrace(run.trajectory, other)
     (tmp_path / "no").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="this is not a trajectory"):
@@ -388,6 +409,16 @@ def flat() -> Task:
     [
         ({"directions.mode": "gaussian"}, "expected mode = 'rademacher' as the run began; got 'gaussian'"),
         ({"directions.sparsity": 0.5}, "expected sparsity = 0.0 as the run began; got 0.5"),
+        (
+            {"freeze.match": ["out.bias"]},
+            "expected the parameters that the run began to move, each along directions as long as then; freeze.match, "
+            "adapter or a group's lr over optimizer.lr may be others now",
+        ),
+        (
+            {"optimizer.groups": [{"match": "out.bias", "lr_scale": 0.25}]},
+            "expected groups = [] as the run began; got [{'match': 'out.bias', 'lr_scale': 0.25, 'decay_vectors': "
+            "None, 'lr': None}]",
+        ),
     ],
 )
 def test_a_run_that_moves_in_another_way_is_not_written_as_if_it_did_not(
@@ -397,3 +428,91 @@ def test_a_run_that_moves_in_another_way_is_not_written_as_if_it_did_not(
     failure = train_here(recipe(steps=40, **change), tmp_path / "run").failure()
     assert failure is not None
     assert failure.message.startswith(f"directions.trajectory: {message}; set directions.trajectory = false")
+
+
+def test_a_rate_that_changes_how_long_directions_are_is_seen(tmp_path: Path) -> None:
+    groups = {"optimizer.groups": [{"match": "out.bias", "lr": 0.05}]}
+    train_here(recipe(steps=20, **groups), tmp_path / "run")
+    failure = train_here(recipe(steps=40, **groups, **{"optimizer.lr": 0.02}), tmp_path / "run").failure()
+    assert failure is not None
+    assert "each along directions as long as then" in failure.message
+
+
+def test_steps_that_were_not_written_down_are_missed(tmp_path: Path) -> None:
+    train_here(recipe(steps=20), tmp_path / "run")
+    train_here(recipe(steps=40, **{"directions.trajectory": False}), tmp_path / "run")
+    run = train_here(recipe(steps=60), tmp_path / "run")
+    failure = run.failure()
+    assert failure is not None
+    assert failure.message.startswith(f"directions.trajectory: expected step 21 in {run.trajectory}; it is not there; ")
+    with Trajectory(tmp_path / "t", {**read(run.trajectory)[0]}, 0) as holed:
+        holed.append(1, 0.5, [(1, 1.0)])
+    with pytest.raises(CheckpointError, match="expected step 1 of the run next; it is not there"):
+        retrace(tmp_path / "t", settled(recipe(), run)[1].model(0))
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_probes_leave_the_means_of_a_batch_norm(sides: int, tmp_path: Path) -> None:
+    more = {"directions.training": True, "directions.sides": sides, "task.norm": True, "steps": 40}
+    whole = train_here(recipe(**more), tmp_path / "whole")
+    assert weights(whole)["norm.num_batches_tracked"] == 0
+    train_here(recipe(**{**more, "steps": 20}), tmp_path / "parts")
+    assert equal(whole, train_here(recipe(**more), tmp_path / "parts"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"directions.blocks": True}, "directions.blocks: the model has no repeated blocks; take directions.blocks ="),
+        (
+            {"optimizer.name": "zo-hybrid", "directions.first_order": ["oot.*"], "directions.trajectory": False},
+            "directions.first_order: no trainable parameter is called 'oot.*'; there are out.weight, ",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    failure = train_here(recipe(**more), tmp_path / "run").failure()
+    assert failure is not None
+    assert message in failure.message
+
+
+RETRACE = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from raytrain.testing import TinyModel, TinyOptions
+from raytrain.zeroth import retrace
+for name in sys.argv[1:]:
+    module = TinyModel(TinyOptions(name="tiny"))
+    module.load_state_dict(load_file(f"{name}/first"))
+    retrace(Path(name) / "trajectory.bin", module)
+    save_file(module.state_dict(), f"{name}/last")
+"""
+
+
+def test_a_trajectory_is_retraced_to_the_bit_by_a_processor_without_vector_instructions(tmp_path: Path) -> None:
+    """Torch fuses products with sums where it may, and then rounds once where it rounds twice elsewhere."""
+    names = [name for name in ZEROTH if "hybrid" not in name]
+    for name in names:
+        run = train_here(recipe(name, steps=20), tmp_path / name)
+        save_file(settled(recipe(name), run)[1].model(0).state_dict(), run.path / "first")
+    subprocess.run(
+        [sys.executable, "-c", RETRACE, *names],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
+    )
+    for name in names:
+        last = load_file(tmp_path / name / "last")
+        assert all(torch.equal(value, last[key]) for key, value in weights(RunDirectory(tmp_path / name)).items())
+
+
+def test_a_checkpoint_and_the_tail_of_the_trajectory_give_the_model(tmp_path: Path) -> None:
+    run = train_here(recipe(steps=40, **{"checkpoint.keep": 5}), tmp_path / "run")
+    module = settled(recipe(), run)[1].model(0)
+    module.load_state_dict(load(run.checkpoints / step_name(20), 0)["model"])
+    assert retrace(run.trajectory, module, 20) == 40
+    assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
+    run = train_here(recipe("zo-adam", steps=20), tmp_path / "adam")
+    with pytest.raises(CheckpointError, match="zo-adam with sparsity = 0 can only be retraced from its first step"):
+        retrace(run.trajectory, module, 10)
