@@ -2,26 +2,33 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sklearn.covariance import LedoitWolf
+from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import log_softmax
 
+from raytrain.checkpoint import load, step_name
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
+from raytrain.finished import best_of
+from raytrain.recipe import merged
 from raytrain.rundir import rows
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task
 from raytrain.tasks.classify import AT_ONCE, ClassifyOptions, classify
+from raytrain.tasks.gaussians import head_of
 from raytrain.testing import train_here
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import build, task_of
+from raytrain.zeroth import retrace
 
 SUBJECTS = ("the film", "a plot", "the acting", "this story", "the question", "what an answer")
 WORTH = {0: ("bad", "awful"), 1: ("good", "great")}
@@ -87,6 +94,8 @@ def test_predictions_are_what_is_measured(models: Path, reviews: Path, tmp_path:
     likely = [each["scores"][str(valid.label(place))] for place, each in enumerate(predicted)]
     assert found["accuracy"] == pytest.approx(sum(right) / len(right))
     assert found["expected_accuracy"] == pytest.approx(sum(likely) / len(likely), rel=1e-5)
+    said = [each["label"] for each in predicted]
+    assert found["f1"] == pytest.approx(f1_score([valid.label(place) for place in range(len(said))], said, pos_label=1))
     assert found["loss"] == pytest.approx(-torch.tensor(likely).double().log().mean().item(), rel=1e-5)
     assert all(sum(each["scores"].values()) == pytest.approx(1) for each in predicted)
     assert task.references() == {"accuracy_of_commonest_class": 0.5}
@@ -394,6 +403,56 @@ def test_it_learns(models: Path, reviews: Path, tmp_path: Path, model: str, task
     run = train_here(TrainRecipe.parse(raw), tmp_path / "run")
     assert run.failure() is None
     assert rows(run.metrics)[-1]["valid"]["accuracy"] >= 0.9
+
+
+WITHOUT_GRADIENTS: dict[str, Any] = {
+    "kind": "train", "steps": 80, "batch": 32, "optimizer": {"name": "zo-sgd", "lr": 1e-2}, "log": {"to": []},
+    "schedule": {"name": "constant"}, "directions": {"count": 8, "sides": 1, "objective": "expected_accuracy"},
+    "evaluation": {"every": 80}, "checkpoint": {"every": 40},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"directions.objective": "f1", "directions.eps": 0.05},
+        {"directions.objective": "-loss"},
+        {"directions.blocks": True},
+        {"adapter": "lora"},
+        {"directions.sparsity": 0.5},
+    ],
+    ids=lambda more: ",".join(more) or "plain",
+)
+def test_it_learns_without_gradients_and_its_trajectory_retraces_it(
+    models: Path, reviews: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """From a head that another machine would find with other last bits, which the trajectory has with it."""
+    task = {"name": "classify", "path": str(reviews), "model": str(models / "bert"), "head": "mean"}
+    begun = {**WITHOUT_GRADIENTS, "task": {**task, "start": "prototypes", "shots": 1}}
+    plan = TrainRecipe.parse(merged(begun, more))
+    run = train_here(plan, tmp_path / "run")
+    assert run.failure() is None
+    replica = build(plan, task_of(plan), ExactExchange(LocalTransport()))
+    before, after = measured(task_of(plan), replica.module), rows(run.metrics)[-1]["valid"]
+    assert after["f1"] > before["f1"] if "f1" in plan.directions.objective else after["loss"] < before["loss"]
+    with torch.no_grad():
+        head_of(replica.module, 2).weight += 1e-7
+    assert retrace(run.trajectory, replica.module) == 80
+    saved = load(run.checkpoints / step_name(80), 0)["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in replica.module.named_parameters() if name in saved)
+
+
+def test_what_is_trained_with_a_mask_of_first_weights_needs_no_data_afterwards(
+    models: Path, reviews: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(reviews, tmp_path / "data")
+    task = {"name": "classify", "path": str(tmp_path / "data"), "model": str(models / "bert"), "head": "mean"}
+    plan = {**WITHOUT_GRADIENTS, "task": {**task, "start": "discriminant", "shots": 0}, "steps": 2}
+    run = train_here(TrainRecipe.parse(merged(plan, {"directions.sparsity": 0.5})), tmp_path / "run")
+    assert run.failure() is None
+    (tmp_path / "data" / "train.tsv").unlink()
+    best_of(run.path, {})
 
 
 def test_minilm_with_prototypes_knows_sentiment_without_a_step(sst2: Path) -> None:

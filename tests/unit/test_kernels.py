@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from raytrain.command import list_names
 from raytrain.errors import RecipeError
-from raytrain.seeds import native
+from raytrain.seeds import native, portable
 from raytrain.seeds.kernels import KERNELS, Drawn, Kernel, active, fastest, kernel_of, quantised, seeds_tensor
 from raytrain.seeds.native import CannotCompileError
 from raytrain.seeds.stream import Mode, identity
@@ -131,6 +131,20 @@ def test_the_command_says_which_kernel_is_in_use(capsys: pytest.CaptureFixture[s
     list_names("kernels")
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("in use on cpu") == 1
+
+
+def test_where_nothing_can_be_kept_a_function_is_translated_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+
+    def njit(*, cache: bool = False, **_: Any) -> Any:
+        kept.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(portable, "njit", njit)
+    assert portable._translated(len) is len
+    assert kept == [True, False]
 
 
 def test_without_a_compiler_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_what_is_frozen_small_or_in_another_block_stands_still() -> None:
 
 def test_a_tied_parameter_is_moved_once() -> None:
     shared = torch.zeros(300)
-    space = Space.of({"first": shared, "second": shared})
+    space = Space.of({"first": shared, "second": shared.view(300)})
     space.move(3, 1.0)
     assert torch.equal(shared, torch.from_numpy(direction("rademacher", 3, identity("first"), 0, 300)))
 
@@ -170,6 +170,11 @@ def test_a_model_of_other_weights_is_refused(tmp_path: Path) -> None:
     model = SeedModel.of_pool(space.digest(), 1, 2)
     with pytest.raises(RecipeError, match="expected the parameters and directions with digest"):
         model.weights(other)
+    named = parameters()
+    others = ({"sparsity": 0.5}, {"blocks": {"a.weight": 1}}, {"scales": {"a.bias": 2.0}}, {"mode": "gaussian"})
+    for meaning in others:
+        with pytest.raises(RecipeError, match="expected the parameters and directions with digest"):
+            SeedModel.of_pool(Space.of(named).digest(), 1, 2).weights(Space.of(named, **meaning))
     with pytest.raises(RecipeError, match="expected all with base"):
         combined([model, SeedModel.of_pool(other.digest(), 1, 2)], [1, 1])
     (tmp_path / "no").write_bytes(b"no such thing")
