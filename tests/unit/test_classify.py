@@ -405,6 +405,18 @@ def test_it_learns(models: Path, reviews: Path, tmp_path: Path, model: str, task
     assert rows(run.metrics)[-1]["valid"]["accuracy"] >= 0.9
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_start_on_a_gpu_is_that_of_the_processor(models: Path, reviews: Path) -> None:
+    options = {"path": str(reviews), "model": str(models / "bert"), "head": "mean", "start": "discriminant"}
+    recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "classify", **options}})
+    heads = []
+    for device in ("cpu", "cuda"):
+        replica = build(recipe, task_of(recipe), ExactExchange(LocalTransport(torch.device(device))))
+        assert {parameter.device.type for parameter in replica.module.parameters()} == {device}
+        heads.append(head_of(replica.module, 2).weight.detach().cpu())
+    torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
+
+
 WITHOUT_GRADIENTS: dict[str, Any] = {
     "kind": "train", "steps": 80, "batch": 32, "optimizer": {"name": "zo-sgd", "lr": 1e-2}, "log": {"to": []},
     "schedule": {"name": "constant"}, "directions": {"count": 8, "sides": 1, "objective": "expected_accuracy"},
