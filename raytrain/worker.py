@@ -25,6 +25,7 @@ from raytrain.optim.optimizers import ALL, make_optimizer
 from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import read_toml
 from raytrain.replica import Progress, Replica, load_state
+from raytrain.retrace import beginning
 from raytrain.rundir import RunDirectory
 from raytrain.seeds.probe import Probe
 from raytrain.seeds.trajectory import Trajectory
@@ -36,7 +37,7 @@ from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch
-from raytrain.zeroth import Zeroth, about_trajectory
+from raytrain.zeroth import Zeroth
 
 LOCK_WAIT_SECONDS = 120.0  # NFS keeps the locks of a machine that died for the 90 s of its lease
 SHARED_WAIT_SECONDS = 10.0
@@ -143,7 +144,7 @@ def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterat
     if zeroth is None or replica.rank > 0 or not recipe.directions.trajectory:
         yield
         return
-    about = about_trajectory(zeroth, replica.module, recipe.optimizer, recipe.directions.model_dump())
+    about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.directions.model_dump())
     with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
         yield
 

@@ -19,6 +19,7 @@ from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.finished import best_of
 from raytrain.recipe import merged
+from raytrain.retrace import retrace
 from raytrain.rundir import rows
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
@@ -28,7 +29,6 @@ from raytrain.tasks.gaussians import head_of
 from raytrain.testing import train_here
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import build, task_of
-from raytrain.zeroth import retrace
 
 SUBJECTS = ("the film", "a plot", "the acting", "this story", "the question", "what an answer")
 WORTH = {0: ("bad", "awful"), 1: ("good", "great")}

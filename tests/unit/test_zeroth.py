@@ -21,6 +21,7 @@ from raytrain.evaluation import evaluate
 from raytrain.optim.optimizers import ZEROTH, make_optimizer
 from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import merged
+from raytrain.retrace import retrace
 from raytrain.rundir import RunDirectory, rows
 from raytrain.seeds.stream import direction, identity
 from raytrain.seeds.trajectory import MAGIC, Trajectory, read, steps
@@ -30,7 +31,7 @@ from raytrain.task import Task
 from raytrain.testing import train_here, train_with_gloo, train_with_threads
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import settled
-from raytrain.zeroth import Zeroth, loss_of, retrace
+from raytrain.zeroth import Zeroth, loss_of
 
 
 def recipe(optimizer: str = "zo-sgd", **more: Any) -> TrainRecipe:
@@ -480,8 +481,8 @@ RETRACE = """
 import sys
 from pathlib import Path
 from safetensors.torch import load_file, save_file
+from raytrain.retrace import retrace
 from raytrain.testing import TinyModel, TinyOptions
-from raytrain.zeroth import retrace
 for name in sys.argv[1:]:
     module = TinyModel(TinyOptions(name="tiny"))
     module.load_state_dict(load_file(f"{name}/first"))
