@@ -15,7 +15,7 @@ from raytrain.errors import RecipeError
 from raytrain.model.blocks import blocks as blocks_of
 from raytrain.seeds.probe import Loss, Probe
 from raytrain.seeds.replay import Nudge, replay_log
-from raytrain.seeds.space import Space
+from raytrain.seeds.space import Part, Space
 from raytrain.seeds.stream import Mode
 
 Slopes = Sequence[tuple[int, float]]
@@ -51,10 +51,13 @@ class ZerothOrder(Optimizer, ABC):
             lr = rate * (group["initial_lr"] / self.defaults["lr"])
             for parameter in group["params"]:
                 if part := parts.get(parameter.data_ptr()):
-                    gradient = torch.zeros_like(part.tensor)
-                    for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
-                        self.space.add(part, gradient, seed, slope / len(slopes) / part.scale**2)
-                    yield parameter, gradient, group, lr
+                    yield parameter, self._gradient(part, slopes), group, lr
+
+    def _gradient(self, part: Part, slopes: Slopes) -> Tensor:
+        gradient = torch.zeros_like(part.tensor)
+        for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
+            self.space.add(part, gradient, seed, slope / len(slopes) / part.scale**2)
+        return gradient
 
 
 class ZOSGD(ZerothOrder):
