@@ -14,6 +14,7 @@ FEWER = {
     "shakespeare-co2": ["steps=9", "task.width=16", "evaluation.batch=64"],
     "shakespeare-cpu": ["steps=3", "task.width=16", "evaluation.batch=64"],
     "sst2-minilm": ["steps=2", "evaluation.batch=8"],
+    "sst2-minilm-zo": ["steps=2", "directions.count=2"],
     "stdlib-lm": ["steps=3", "task.width=16", "task.valid=0.002", "task.block=32", "task.stride=32"],
 }
 
