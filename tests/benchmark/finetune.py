@@ -178,7 +178,7 @@ def table(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, f
 def main() -> None:
     """Measure what is not measured yet, and report."""
     parser = parser_of(__doc__.partition("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all there are")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, help="a file that keeps the runs: those that it holds are not made again")
     parser.add_argument("--here", choices=["cpu", "cuda"], default="", help="train without Ray, on this device")
@@ -188,11 +188,13 @@ def main() -> None:
         one(*options.one)
         return
     seeds = [0] if options.quick else options.seeds
-    if options.here and (odd := [name for name in options.methods if METHODS[name][0] != "sst2-minilm-zo"]):
+    alone = [name for name, (recipe, _) in METHODS.items() if recipe == "sst2-minilm-zo"]
+    methods = options.methods or (alone if options.here else list(METHODS))
+    if options.here and (odd := [name for name in methods if name not in alone]):
         parser.error(f"--here: expected --methods of sst2-minilm-zo, which has one worker; got {', '.join(odd)}")
     runs = json.loads(options.runs.read_text()) if options.runs and options.runs.is_file() else []
     done = {(each["method"], each["seed"]) for each in runs if each.get("here", "") == options.here}
-    todo = [(method, seed) for seed, method in product(seeds, options.methods) if (method, seed) not in done]
+    todo = [(method, seed) for seed, method in product(seeds, methods) if (method, seed) not in done]
 
     def made(place: tuple[str, int]) -> dict[str, Any]:
         found = run(options.data.absolute(), place[1], *METHODS[place[0]], options.here)
