@@ -51,7 +51,7 @@ def data_folder(request: pytest.FixtureRequest) -> Path:
 def shakespeare(data_folder: Path) -> Path:
     file = data_folder / "tinyshakespeare" / "input.txt"
     if not file.is_file():
-        pytest.skip(f"no {file}: name the folder of the data sets with --data")
+        pytest.skip(f"no {file}: name the folder of the data sets with --data=FOLDER")
     return file
 
 
@@ -59,7 +59,7 @@ def shakespeare(data_folder: Path) -> Path:
 def sst2(data_folder: Path) -> Path:
     folder = data_folder / "sst2"
     if not folder.is_dir():
-        pytest.skip(f"no {folder}: name the folder of the data sets with --data")
+        pytest.skip(f"no {folder}: name the folder of the data sets with --data=FOLDER")
     return folder
 
 

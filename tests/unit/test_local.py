@@ -367,7 +367,7 @@ def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
             optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
             sync = local(1, delay, keep=False, rate=rate, beta=beta, nesterov=nesterov)(ExactExchange(transport))
             sync.start(module)
-            for _ in range(2000):
+            for _ in range(1000):
                 sync.begin(1.0)
                 module(torch.zeros(WIDTH)).backward()
                 sync.before_step(0.0, stop=False)
@@ -540,7 +540,7 @@ def test_the_secant_finds_how_fast_local_rounds_shrink_and_keeps_the_delay_stabl
     outer = OuterStep(beta=beta, penalty=(penalty := Secant()))
     outer.begin(point := torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), None)
     differences = [shrink * point]
-    for _ in range(400):
+    for _ in range(1000):
         differences.append(shrink * point)  # made from here, and applied a round later
         outer(differences.pop(0).clone())
     assert penalty.curvature == pytest.approx(shrink, rel=1e-3)
