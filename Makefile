@@ -1,6 +1,7 @@
 # Everything on a machine that has only Python 3.11+ and make. A second call installs nothing.
 #   make demo    train on built-in data, in an environment of its own
-#   make test    all tests            make lint    style, imports, types
+#   make test    all tests, two files at a time; many of them wait more than they compute
+#   make lint    style, imports, types
 #   make bench   benchmarks (an hour); make bench BENCH=finetune for one that takes longer
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
 
@@ -20,7 +21,7 @@ demo: $(VENV)/.base
 	$(BIN)/raytrain train digits --set workers=$$($(BIN)/python -c 'import os; print(min(2, os.cpu_count()))')
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
