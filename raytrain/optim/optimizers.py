@@ -87,7 +87,7 @@ class OptimizerOptions(Options):
     @model_validator(mode="after")
     def _accepted(self) -> Self:
         try:
-            shared = _construct(self.constructor, self.name, [nn.Parameter(torch.zeros(2, 2))], self.arguments())
+            shared = _tried(self.constructor, self.name, self.arguments())
             for place, rule in enumerate(self.groups):
                 self._check_rule(f"groups.{place} (match = {rule.match!r})", rule, shared.defaults)
         except RecipeError as error:
@@ -101,7 +101,7 @@ class OptimizerOptions(Options):
             raise RecipeError(f"{where}: {self.name} finds one learning rate for all parameters; leave lr_scale out")
         if shared := sorted(own.keys() - per_group.keys()):
             raise RecipeError(f"{where}: {self.name} has one {shared[0]} for all parameters; set optimizer.{shared[0]}")
-        _construct(self.constructor, f"{where}: {self.name}", [nn.Parameter(torch.zeros(2, 2))], self.arguments() | own)
+        _tried(self.constructor, f"{where}: {self.name}", self.arguments() | own)
 
 
 @cache  # equal recipes need equal classes
@@ -198,6 +198,16 @@ def _construct(constructor: Callable[..., Optimizer], name: str, params: Any, ar
         return constructor(params, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{name} refuses its options: {error}") from error
+
+
+def _tried(constructor: type[Optimizer], name: str, arguments: dict[str, Any]) -> Optimizer:
+    """Return an optimizer of a small parameter, to see what it takes.
+
+    What torch wraps `add_param_group` in imports its compiler, which takes as long as torch itself: so long would
+    a user wait to be told of a typing error.
+    """
+    light = type(constructor.__name__, (constructor,), {"add_param_group": inspect.unwrap(constructor.add_param_group)})
+    return _construct(light, name, [nn.Parameter(torch.zeros(2, 2))], arguments)
 
 
 def _splits_hidden(constructor: Any) -> bool:

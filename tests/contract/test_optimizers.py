@@ -1,6 +1,8 @@
 """Every optimizer against what the loop, checkpoints and recipes count on, and each by the law that makes it itself."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -453,3 +455,19 @@ def test_schedulefree_evaluates_the_weighted_average(beta: float, rates: list[fl
         with average.applied():
             torch.testing.assert_close(module.weight.detach(), total / weights)
         assert all(torch.equal(value, live[name]) for name, value in module.named_parameters())
+
+
+READ = """
+import sys
+from raytrain.train_recipe import TrainRecipe
+
+for name in sys.argv[1:]:
+    TrainRecipe.parse({"kind": "train", "task": {"name": "digits"}, "optimizer": {"name": name}})
+sys.exit("torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_recipe_is_read_without_torchs_compiler() -> None:
+    """Which takes as long to import as torch; those of matrices have an AdamW inside, and make it."""
+    names = [name for name, where in OPTIMIZERS.items() if "matrices" not in where]
+    subprocess.run([sys.executable, "-c", READ, *names], check=True)
