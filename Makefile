@@ -1,6 +1,6 @@
 # Everything on a machine that has only Python 3.11+ and make. A second call installs nothing.
 #   make demo    train on built-in data, in an environment of its own
-#   make test    all tests, two files at a time; many of them wait more than they compute
+#   make test    all tests, two files at a time
 #   make lint    style, imports, types
 #   make bench   benchmarks (an hour); make bench BENCH=finetune for one that takes longer
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.

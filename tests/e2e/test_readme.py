@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytestmark = pytest.mark.timeout(1800)  # on a busy machine; alone it takes a fraction
+
 ROOT = Path(__file__).parents[2]
 FEWER = {
     "digits": ["steps=6", "task.widths=[4]"],
