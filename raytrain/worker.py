@@ -109,6 +109,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         replica.zeroth = zeroth_of(replica, replica.optimizer, recipe)
     if found:
         restore(replica, found)
+    beat()  # what comes before the first step reads, imports and compiles, which can take as long as many steps
     _announce(recipe, run, exchange, replica.progress.step)
     plan = recipe.plan()
     measure = partial(

@@ -1,5 +1,6 @@
 """Faults in workers that Ray started: what can be survived is, and what cannot is told at once."""
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ TINY = {
     "checkpoint": {"every": 10},
     "log": {"every": 1, "to": []},
     "resources": {"cpus": 1},
-    "sync": {"timeout_seconds": 15},  # a busy machine may take seconds for a step
+    "sync": {"timeout_seconds": 60},  # a busy machine may take many seconds for what happens before the first step
 }
 
 
@@ -48,7 +49,7 @@ def faults(workplace: Path) -> list[str]:
 def test_killed_and_hanging_workers_are_started_again(ray_cluster: None, workplace: Path) -> None:
     from raytrain.launch import run
 
-    broken = recipe(workplace, "1, 15, 'kill'", "0, 35, 'hang'")
+    broken = recipe(workplace, "1, 15, 'kill'", "0, 35, 'hang'", sync__timeout_seconds=20)
     result = run(broken, Order(workplace / "broken"))
     assert (result.status, result.restarts) == ("done", 2)
     assert faults(workplace) == ["hang at rank 0, step 35", "kill at rank 1, step 15"]
@@ -65,11 +66,14 @@ def test_killed_and_hanging_workers_are_started_again(ray_cluster: None, workpla
 
 
 def test_many_checkpoints_cost_no_waiting(ray_cluster: None, workplace: Path) -> None:
-    """Ray takes a report in each of its polls; a run that saves faster must neither wait for it nor seem to hang."""
+    """Ray takes one report in each of its polls, for which a run that saves faster would wait: it gets the last one."""
     from raytrain.launch import run
 
-    result = run(recipe(workplace, checkpoint__every=1, sync__timeout_seconds=4), Order(workplace / "run"))
+    result = run(recipe(workplace, checkpoint__every=1), Order(workplace / "run"))
     assert (result.status, result.restarts) == ("done", 0)
+    seen = json.loads((workplace / "run" / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
+    assert seen["current_report_index"] == 1
+    assert [kept["checkpoint_dir_name"] for kept in seen["checkpoint_results"]] == ["step-00000060"]
 
 
 def test_a_worker_that_fails_too_often_ends_the_run(
@@ -86,7 +90,8 @@ def test_a_worker_that_fails_too_often_ends_the_run(
     assert "worker 0: its process died: killed, out of memory, or crashed" in shown
     assert f"continue with: raytrain train {workplace}/run --resume" in shown
     result = run(broken, Order(workplace / "run", resume=True))
-    assert (result.status, result.steps, result.restarts) == ("done", 60, 2)
+    notes = rows(workplace / "run" / "restarts.jsonl")
+    assert (result.status, result.steps, result.restarts) == ("done", 60, 2), notes
 
 
 def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: None, workplace: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_th
 def test_a_worker_that_hangs_ends_the_attempt_in_time(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that waits for its message says so, and what waits longest is what was configured."""
     monkeypatch.setenv("PYTHONPATH", str(workplace))
-    hung = of("late", **faulty(workplace, "1, 17, 'hang'"), sync__timeout_seconds=4)
+    hung = of("late", **faulty(workplace, "1, 17, 'hang'"), sync__timeout_seconds=8)
     began = time.monotonic()
     statuses = train_with_gloo(hung, workplace / "hung")
     assert statuses[0] == PEER_LOST
