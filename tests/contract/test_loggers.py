@@ -4,6 +4,7 @@ import json
 import signal
 import struct
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,23 +65,33 @@ def in_mlflow(folder: Path) -> Iterator[Point]:
 
 
 def in_wandb(folder: Path) -> Iterator[Point]:
-    """Read what `wandb sync` would send: a LevelDB log of protocol buffers, in blocks of 32 KiB."""
+    """Read what `wandb sync` would send."""
+    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    give_up = time.monotonic() + 60  # it is written by a process of its own, which may come after us
+    while not any(record.HasField("exit") for record in wandb_records(files[-1])) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    for file in files:
+        for record in wandb_records(file):
+            items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+            step = json.loads(items.get("step", "0"))
+            yield from ((step, name, json.loads(text)) for name, text in items.items() if "/" in name)
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """Read a LevelDB log of protocol buffers, in blocks of 32 KiB, as far as it is written."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for file in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        content, place, record = file.read_bytes(), 7, b""
-        while place + 7 <= len(content):
-            _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-            record += content[place + 7 : place + 7 + length]
-            place += 7 + length
-            place += -place % 32768 if -place % 32768 < 7 else 0
-            if kind in (1, 4):  # whole, or the last part
-                items = {
-                    item.key or item.nested_key[0]: item.value_json for item in Record.FromString(record).history.item
-                }
-                step = json.loads(items.get("step", "0"))
-                yield from ((step, name, json.loads(text)) for name, text in items.items() if "/" in name)
-                record = b""
+    content, place, record = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        if place + 7 + length > len(content):
+            return
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        place += -place % 32768 if -place % 32768 < 7 else 0
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(record)
+            record = b""
 
 
 READERS: dict[str, Callable[[Path], Iterator[Point]]] = {
