@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from itertools import product
@@ -74,6 +75,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
             "optimizer.name": "zo-hybrid",
             "optimizer.first_order_lr": 5e-5,
             "directions.first_order": ["encoder.encoder.layer.5.*", "classifier.*"],
+            "directions.trajectory": False,
         },
     ),
     "adamw": ("sst2-minilm-zo", {**FIRST_ORDER, "optimizer.lr": 5e-5}),
@@ -158,11 +160,15 @@ def run(data: Path, seed: int, recipe: str, changes: dict[str, Any], here: str) 
     }
 
 
+def changed(recipe: str, changes: Mapping[str, Any]) -> TrainRecipe:
+    """Return a shipped recipe with other fields."""
+    raw, _ = read_toml(recipe, [KIND.recipes])
+    return TrainRecipe.parse(merged(raw, changes))
+
+
 def one(device: str, out: str, recipe: str, *words: str) -> None:
     """Train a recipe in this process."""
-    raw, _ = read_toml(recipe, [KIND.recipes])
-    made = TrainRecipe.parse(merged(raw, parse_overrides(words)))
-    failure = train_here(made, Path(out), device=device).failure()
+    failure = train_here(changed(recipe, parse_overrides(words)), Path(out), device=device).failure()
     if failure:
         sys.exit(failure.message)
 

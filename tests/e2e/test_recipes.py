@@ -1,5 +1,6 @@
-"""Every shipped recipe, for a few steps."""
+"""Every shipped recipe, for a few steps, and what the benchmark of fine-tuning makes of them."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,11 @@ def test_recipes_train(name: str, tmp_path: Path, request: pytest.FixtureRequest
     assert [row["step"] for row in log] == [1, 2, 2, 3, 4, 4]
     assert log[0]["loss"] * (-1 if name == "sst2-minilm-zo" else 1) > 0, "it lowers minus a probability"
     assert log[-1]["valid"]["loss"] > 0
+
+
+def test_what_the_benchmark_compares_are_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes an hour or more, and should not end in a typing error after those before it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmark"))
+    finetune = importlib.import_module("finetune")
+    for recipe, changes in finetune.METHODS.values():
+        assert finetune.changed(recipe, changes).name == recipe
