@@ -106,5 +106,6 @@ def _write_first(values: Mapping[str, str], module: nn.Module) -> None:
     """Write the first weights of what is new in a model, from a trajectory."""
     for name, text in values.items():
         tensor = module.get_parameter(name).data
-        flat = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8).view(tensor.dtype)
-        tensor.copy_(flat.view(tensor.shape))
+        if tensor.numel():
+            flat = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8).view(tensor.dtype)
+            tensor.copy_(flat.view(tensor.shape))

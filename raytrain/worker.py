@@ -106,6 +106,8 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     first = found is None or recipe.directions.sparsity > 0  # whose mask is that of the first weights
     replica = build(recipe, task, exchange, start=first, beat=beat)
     if isinstance(replica.optimizer, ZerothOrder):
+        if recipe.directions.sparsity:
+            replica.sync.start(replica.module)  # a mask goes by the weights, to the bit: those of the first worker
         replica.zeroth = zeroth_of(replica, replica.optimizer, recipe)
     if found:
         restore(replica, found)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -32,6 +32,20 @@ class ZerothOrder(Optimizer, ABC):
     exact = False
     """Whether slopes are derivatives, and not differences."""
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state over, in the types that it has: torch would give it those of the parameters."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for place, entries in state_dict["state"].items():
+            mine = self.state[parameters[place]]
+            for name, value in entries.items():
+                if isinstance(value, Tensor) and value.dtype != mine[name].dtype:
+                    mine[name] = value.to(mine[name].device)
+
+    def ratio(self, group: Mapping[str, Any]) -> float:
+        """Return a group's learning rate over the shared one, a float32, so that it is the same for all shared ones."""
+        return float(torch.tensor(group["initial_lr"] / self.defaults["lr"], dtype=torch.float32))
+
     def shape(self, space: Space) -> None:
         """Learn the space of the directions, before the first step."""
         self.space = space
@@ -45,16 +59,19 @@ class ZerothOrder(Optimizer, ABC):
         """Move the parameters by what the slopes say, their mean being the estimate; `rate` is a float32."""
 
     def _gradients(self, slopes: Slopes, rate: float) -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Any], float]]:
-        """Yield each parameter that moves, its estimated gradient, its group and the group's learning rate now."""
-        parts = {part.tensor.data_ptr(): part for part in self.space.parts if part.scale}
+        """Yield each parameter that moves, its estimated gradient, its group and the group's learning rate now.
+
+        The gradient, and what is made of it, is at least in float32: small numbers are added up in it.
+        """
+        parts = {part.tensor.data_ptr(): part for part in self.space.parts if part.scale and part.tensor.numel()}
         for group in self.param_groups:
-            lr = rate * (group["initial_lr"] / self.defaults["lr"])
+            lr = rate * self.ratio(group)
             for parameter in group["params"]:
                 if part := parts.get(parameter.data_ptr()):
                     yield parameter, self._gradient(part, slopes), group, lr
 
     def _gradient(self, part: Part, slopes: Slopes) -> Tensor:
-        gradient = torch.zeros_like(part.tensor)
+        gradient = torch.zeros_like(part.tensor, dtype=torch.promote_types(part.tensor.dtype, torch.float32))
         for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
             self.space.add(part, gradient, seed, slope / len(slopes) / part.scale**2)
         return gradient
@@ -115,7 +132,7 @@ class ZOMomentum(ZerothOrder):
             if not state:
                 state["average"] = torch.zeros_like(gradient)
             average = state["average"].mul_(group["momentum"]).add_(gradient)
-            parameter.data.sub_(average * lr)
+            parameter.data.copy_((average * -lr).add_(parameter.data))
 
 
 class ZOAdam(ZerothOrder):
@@ -138,7 +155,7 @@ class ZOAdam(ZerothOrder):
             mean = state["mean"].mul_(first).add_(gradient * (1 - first))
             square = state["square"].mul_(second).add_(gradient * gradient * (1 - second))
             length = square.sqrt().div_(math.sqrt(1 - second**steps)).add_(group["eps"])
-            parameter.data.sub_(mean / length * (lr / (1 - first**steps)))
+            parameter.data.copy_((mean / length * (-lr / (1 - first**steps))).add_(parameter.data))
 
 
 class ZOHybrid(ZerothOrder, AdamW):
@@ -158,8 +175,8 @@ class ZOHybrid(ZerothOrder, AdamW):
     def move(self, slopes: Slopes, rate: float) -> None:
         """Move one direction after the other, and take a step of AdamW where there are gradients."""
         replay_log(self.space, [Nudge(seed, -rate * slope / len(slopes)) for seed, slope in slopes])
-        factor = self.first_order_lr / self.defaults["lr"] ** 2  # of a group's lr, which is relative to the shared one
-        with _rates(self, [rate * group["initial_lr"] * factor for group in self.param_groups]):
+        now = self.first_order_lr * rate / self.defaults["lr"]  # the schedule's factor is in both rates
+        with _rates(self, [now * self.ratio(group) for group in self.param_groups]):
             AdamW.step(self)
         self.zero_grad()
 
@@ -206,14 +223,13 @@ def space_of(
         for name, parameter in module.named_parameters()
         if parameter.requires_grad and not any(fnmatchcase(name, pattern) for pattern in first_order)
     }
-    rates = {id(one): group["initial_lr"] for group in optimizer.param_groups for one in group["params"]}
-    shared = optimizer.defaults["lr"]
+    ratios = {id(one): optimizer.ratio(group) for group in optimizer.param_groups for one in group["params"]}
     return Space.of(
         named,
         mode,
-        scales={name: math.sqrt(rates[id(one)] / shared) for name, one in named.items()},
+        scales={name: math.sqrt(ratios[id(one)]) for name, one in named.items()},
         sparsity=sparsity,
-        blocks=_blocks_of(module, [name for name, one in named.items() if rates[id(one)]]) if blocks else None,
+        blocks=_blocks_of(module, [name for name, one in named.items() if ratios[id(one)]]) if blocks else None,
     )
 
 
@@ -237,6 +253,8 @@ def _rates(optimizer: Optimizer, rates: Sequence[float]) -> Iterator[None]:
     before = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    yield
-    for group, rate in zip(optimizer.param_groups, before, strict=True):
-        group["lr"] = rate
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = rate

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.names import near, resolve
-from raytrain.seeds.stream import UNITS, Mode, direction, units
+from raytrain.seeds.stream import UNITS, Mode, checked, direction, units
 
 KERNELS: dict[str, str] = {
     "native": "raytrain.seeds.native:NativeKernel",
@@ -147,7 +147,8 @@ def active() -> dict[str, str]:
 
 def seeds_tensor(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Return seeds as kernels take them: the bits of 64-bit numbers without sign."""
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds], dtype=torch.int64, device=device)
+    signed = [seed - 2**64 if checked(seed) >= 2**63 else seed for seed in seeds]
+    return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
 def quantised(coefficients: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from raytrain.seeds.stream import UNITS, Mode, derived
 FORMAT = "raytrain seed model 1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SeedModel:
     """w0 + sum over k of coefficients[k] * direction(seeds[k]).
 
@@ -34,6 +34,9 @@ class SeedModel:
         coefficients: float64, shape (k,).
         mode: what directions consist of.
         version: how often it was advanced.
+
+    Raises:
+        ValueError: its seeds are not one for each coefficient and all different, or a coefficient is not finite.
     """
 
     base: str
@@ -41,6 +44,21 @@ class SeedModel:
     coefficients: Tensor
     mode: Mode = "rademacher"
     version: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what would mean something else, or could be saved and never read again."""
+        if self.mode not in UNITS or self.coefficients.dtype != torch.float64:
+            raise ValueError(
+                f"expected a mode of {', '.join(UNITS)} and float64 coefficients; "
+                f"got {self.mode!r} and {self.coefficients.dtype}"
+            )
+        if self.coefficients.shape != (len(self.seeds),) or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(
+                f"expected different seeds, one for each coefficient; got {len(set(self.seeds))} different ones of "
+                f"{len(self.seeds)}, and coefficients of shape {tuple(self.coefficients.shape)}"
+            )
+        if not torch.isfinite(self.coefficients).all():
+            raise ValueError("expected finite coefficients; some are not")
 
     @classmethod
     def of_pool(cls, base: str, master: int, size: int, mode: Mode = "rademacher") -> Self:
@@ -87,12 +105,8 @@ class SeedModel:
                     raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote; this is another one")
                 about = json.loads(file.metadata()["about"])
                 seeds, coefficients = file.get_tensor("seeds"), file.get_tensor("coefficients")
-            if about["mode"] not in UNITS or (seeds.dtype, coefficients.dtype) != (torch.int64, torch.float64):
-                raise ValueError("it has numbers of another kind")
-            if seeds.shape != coefficients.shape or len(set(seeds.tolist())) != len(seeds):
-                raise ValueError("its seeds are not one for each coefficient")
-            if not torch.isfinite(coefficients).all():
-                raise ValueError("its coefficients are not all finite")
+            if seeds.dtype != torch.int64:
+                raise ValueError(f"its seeds are {seeds.dtype}")
             drawn = tuple(seed % 2**64 for seed in seeds.tolist())
             return cls(str(about["base"]), drawn, coefficients, about["mode"], int(about["version"]))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -106,10 +120,12 @@ def combined(models: Sequence[SeedModel], weights: Sequence[float]) -> SeedModel
     and a model is the next average; (1 + m, -m) of a model and the one before it is a step with momentum m.
 
     Raises:
-        RecipeError: they do not start from the same w0, or draw other numbers.
+        RecipeError: they do not start from the same w0, or draw other numbers, or have not a weight each.
     """
-    if not models:
-        raise RecipeError("models: expected one or more; got none")
+    if not models or len(models) != len(weights):
+        raise RecipeError(
+            f"models: expected one or more, and a weight for each; got {len(models)} and {len(weights)} weights"
+        )
     first = models[0]
     for model in models:
         if (model.base, model.mode) != (first.base, first.mode):

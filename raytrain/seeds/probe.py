@@ -30,7 +30,7 @@ class Probe:
 
     The first call is watched: a parameter that is used outside its own layer's call (by a layer above it, or by the
     loss) is from then on replaced for the whole of a call, which takes memory for all of it. What only a later call
-    does is not seen, so a loss must use its parameters in one way. Buffers stay as they are too.
+    does is not seen, so a loss must use its parameters in one way. Buffers are afterwards what they were before.
 
     Args:
         module: the model; its layers are given hooks, which do nothing between calls, so they must stay.
@@ -46,6 +46,7 @@ class Probe:
         self._module = module
         self.seed, self.scale = 0, 0.0
         self.active = self.dual = self.everything = self.moving = False
+        self.left: dict[int, tuple[Tensor, str]] = {}  # what stood for a parameter in a call that has ended, by its id
         self._watched = False
         owned = _owned(module, space)
         names = [name for name, layer in module.named_modules() if layer in owned]
@@ -67,7 +68,7 @@ class Probe:
             return loss()
 
     def at_rest(self, loss: Loss) -> Tensor:
-        """Return the loss at theta; buffers stay as they are here too."""
+        """Return the loss at theta; buffers are kept here too."""
         with self._kept_buffers():
             return loss()
 
@@ -88,22 +89,22 @@ class Probe:
         for layer in self._layers:
             self._whole += layer.give_up(used)
         if self._whole and (kept := self._seen(loss)):
-            names = ", ".join(part.name for part in self.space.parts if _storage(part.tensor) in kept)
             raise RecipeError(
-                f"directions: {names} is kept outside the layer that it belongs to, as in a list, and read from there, "
-                "where it cannot be replaced; read it from its layer, or freeze it with freeze.match"
+                f"directions: {', '.join(sorted(kept))} is kept outside the layer that it belongs to, as in a list, "
+                "and read from there, where it cannot be replaced; read it from its layer, or freeze it with "
+                "freeze.match"
             )
         self._watched = True
 
-    def _seen(self, loss: Loss) -> set[int]:
-        """Return the storages of parameters that a call reads although they should have been replaced."""
-        watch = _Watch({_storage(part.tensor) for part in self.space.parts}, lambda: self.moving)
-        self.everything = True
+    def _seen(self, loss: Loss) -> set[str]:
+        """Return the parameters that a call reads although they should have been replaced, or after they were."""
+        self.everything, self.left = True, {}
+        watch = _Watch(self.space.parts, self.left, lambda: self.moving)
         try:
             with self._moved(), watch:
                 loss()
         finally:
-            self.everything = False
+            self.everything, self.left = False, {}
         return watch.used
 
     @contextmanager
@@ -127,12 +128,19 @@ class Probe:
     @contextmanager
     def _kept_buffers(self) -> Iterator[None]:
         """Have buffers afterwards as they were before, as the means of a BatchNorm in training mode."""
-        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()] if self._module.training else []
+        before = [
+            (layer._buffers, name, buffer, None if _shares_memory(buffer) else buffer.clone())
+            for layer in self._module.modules()
+            for name, buffer in layer._buffers.items()
+            if buffer is not None
+        ]
         try:
             yield
         finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for place, name, buffer, value in before:
+                place[name] = buffer  # a layer may write into a buffer, or put another one there
+                if value is not None:
+                    buffer.copy_(value)
 
     def reached(self, part: Part) -> bool:
         """Return whether the direction moves a part."""
@@ -241,9 +249,9 @@ class _Layer:
         if not self._is_table:
             self._views, self._flat = self._memory.views(self._swaps), self._memory.flat
 
-    def give_up(self, used: set[int]) -> list[_Swap]:
-        """Return the parameters that lie in the storages `used`, and leave them alone from now on."""
-        given = [swap for swap in self._swaps if _storage(swap.part.tensor) in used]
+    def give_up(self, used: set[str]) -> list[_Swap]:
+        """Return the parameters with these names, and leave them alone from now on."""
+        given = [swap for swap in self._swaps if swap.part.name in used]
         self._swaps = [swap for swap in self._swaps if swap not in given]
         self._is_table = self._is_table and bool(self._swaps)
         self._flat = None
@@ -256,7 +264,9 @@ class _Layer:
 
     def _put_back(self, call: _Call) -> None:
         for swap, before in reversed(call.replaced):
-            swap.put(before)
+            stood_in = swap.put(before)
+            if self._probe.everything:
+                self._probe.left[id(stood_in)] = stood_in, swap.part.name
         if call.memory is not None:
             call.memory.users -= 1
         if call.is_lookup:
@@ -283,6 +293,7 @@ class _Layer:
         call.memory.users += 1
         for swap, view in zip(self._swaps, views, strict=True):
             if probe.reached(swap.part):
+                probe.left.pop(id(view), None)
                 call.replaced.append((swap, swap.put(probe.moved(swap.part, view))))
         return None
 
@@ -307,9 +318,10 @@ class _Layer:
     def _leave(self, owner: nn.Module, arguments: Any, output: Any) -> Any:  # noqa: ARG002 - what torch gives
         if not self._probe.active:
             return output
-        call = self._calls.pop()
-        self._put_back(call)
-        return output if call.memory is None else _out_of(call.memory.flat, output)
+        memory = self._calls[-1].memory
+        output = output if memory is None else _out_of(memory.flat, output)
+        self._put_back(self._calls.pop())
+        return output
 
 
 class _WithoutProbe:
@@ -340,12 +352,21 @@ def _out_of(memory: Tensor, output: Any) -> Any:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes which of some storages are read by what torch does, but not while `ours` is true."""
+    """Notes which parameters are read by what torch does, but not while `ours` is true.
 
-    def __init__(self, storages: set[int], ours: Callable[[], bool]) -> None:
+    Args:
+        parts: these are; they may share a storage with each other, or with parameters that stand still.
+        left: what stood for them in calls that have ended counts as they do.
+        ours: whether the probe itself is at work.
+    """
+
+    def __init__(self, parts: Sequence[Part], left: Mapping[int, tuple[Tensor, str]], ours: Callable[[], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.used: set[int] = set()
-        self._storages = storages
+        self.used: set[str] = set()
+        self._parts: dict[int, list[tuple[range, str]]] = {}
+        for part in parts:
+            self._parts.setdefault(_storage(part.tensor), []).append((_extent(part.tensor), part.name))
+        self._left = left
         self._ours = ours
 
     def __torch_dispatch__(
@@ -353,10 +374,30 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         if not self._ours():
             for value in tree_leaves((args, kwargs)):
-                if isinstance(value, Tensor) and _storage(value) in self._storages:
-                    self.used.add(_storage(value))
+                if isinstance(value, Tensor):
+                    self._note(value)
         return function(*args, **(kwargs or {}))
+
+    def _note(self, value: Tensor) -> None:
+        if id(value) in self._left:
+            self.used.add(self._left[id(value)][1])
+        for extent, name in self._parts.get(_storage(value), ()):
+            read = _extent(value)
+            if read.start < extent.stop and extent.start < read.stop:
+                self.used.add(name)
+
+
+def _shares_memory(tensor: Tensor) -> bool:
+    """Return whether elements of a tensor lie in the same place, as in an expanded one, which nobody can write to."""
+    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _extent(tensor: Tensor) -> range:
+    """Return the addresses from the first byte of a tensor to the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return range(start, start + (last + 1) * tensor.itemsize if tensor.numel() else start)

@@ -1,5 +1,6 @@
 """Two ways to apply seeds, never confused: one by one as a live run does, and all at once with a single rounding."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,10 @@ from torch import Tensor
 from raytrain.bits import rounded
 from raytrain.seeds.kernels import quantised, seeds_tensor
 from raytrain.seeds.space import Space, pieces
+from raytrain.seeds.stream import checked
+
+SUMMED = 1 << 21
+"""Sums that are taken at once: enough for all threads of a machine, and little beside a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,12 @@ class Nudge:
 
     seed: int
     scale: float
+
+    def __post_init__(self) -> None:
+        """Refuse what would move everything to where nothing comes back from."""
+        checked(self.seed)
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale: expected a finite number; got {self.scale}")
 
 
 def replay_log(space: Space, moves: Sequence[Nudge]) -> None:
@@ -48,9 +59,17 @@ def materialise(
 
     Returns:
         `out`.
+
+    Raises:
+        ValueError: there is not one coefficient for each seed, one is not finite, or `out` is of other shapes or types.
     """
     device = space.parts[0].tensor.device
     many = coefficients.dim() == 2
+    if coefficients.shape[-1:] != (len(seeds),):
+        raise ValueError(
+            f"coefficients: expected shape ({len(seeds)},) or (models, {len(seeds)}), one for each seed; "
+            f"got {tuple(coefficients.shape)}"
+        )
     weights, unit = quantised(coefficients.double() if many else coefficients.double()[None], space.mode)
     models, unit = len(weights), unit[:, None].to(device)
     of_block = [
@@ -58,13 +77,18 @@ def materialise(
     ]
     drawn = [seeds_tensor([seeds[place] for place in places], device) for places in of_block]
     chosen = [weights[:, places].contiguous().to(device) for places in of_block]
+    shapes = [(models, *part.tensor.shape) if many else tuple(part.tensor.shape) for part in space.parts]
     if out is None:
-        out = [
-            part.tensor.new_empty((models, *part.tensor.shape) if many else part.tensor.shape) for part in space.parts
-        ]
+        out = [part.tensor.new_empty(shape) for part, shape in zip(space.parts, shapes, strict=True)]
+    for part, shape, target in zip(space.parts, shapes, out, strict=True):
+        if target.shape != shape or target.dtype != part.tensor.dtype or not target.is_contiguous():
+            raise ValueError(
+                f"out: expected a contiguous tensor of {part.tensor.dtype} and shape {shape} for {part.name}; "
+                f"got {target.dtype}, {tuple(target.shape)} with strides {target.stride()}"
+            )
     for part, target in zip(space.parts, out, strict=True):
-        base, written = part.tensor.view(-1), target.view(models, -1)
-        for piece in pieces(base.numel()):
+        base, written = part.tensor.view(-1), target.view(models, part.tensor.numel())
+        for piece in pieces(base.numel(), max(1, SUMMED // models)):
             sums = torch.zeros(models, piece.stop - piece.start, dtype=torch.int64, device=device)
             space.kernel.sums(space.mode, drawn[part.block], chosen[part.block], part.identity, piece.start, sums)
             moves = sums.double() * (unit * part.scale)

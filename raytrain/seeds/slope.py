@@ -15,7 +15,7 @@ class Slope:
 
     Attributes:
         value: how fast the loss rises along it; nan or infinite where the loss is.
-        loss: the mean of the losses that were looked at.
+        loss: without a move, if that was looked at; else the mean of the two probes'.
     """
 
     value: float

@@ -110,7 +110,9 @@ class Space:
 
     def meaning(self) -> str:
         """Return a hash of what seeds stand for here: of all but the values of the parameters."""
-        about = [[part.name, [*part.tensor.shape], part.scale, part.block] for part in self.parts]
+        about = [
+            [part.name, [*part.tensor.shape], str(part.tensor.dtype), part.scale, part.block] for part in self.parts
+        ]
         masks = digest_of((part.name, part.mask) for part in self.parts if part.mask is not None)
         return hashlib.sha256(json.dumps([self.mode, self.blocks, sorted(about), masks]).encode()).hexdigest()
 

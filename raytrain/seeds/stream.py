@@ -18,6 +18,9 @@ A block's four words of 32 bits are made into numbers in one of two modes:
   sqrt(-2 ln u) cos(2 pi t) and sqrt(-2 ln u) sin(2 pi t), to 1e-6. They are multiples of 2^-20, and every operation
   that makes them is rounded as IEEE 754 says, without fused multiply-adds: so all kernels give the same bits here too.
 
+Seeds that follow from another one, as those of a pool, or of a run's steps and workers, are words 0 and 1 of a block,
+the low and the high half, under that one as the key; the counter is their place, up to four numbers of 32 bits.
+
 Either way a number is a small integer times the unit of its mode, and sums over seeds can be taken in integers, where
 order does not matter.
 
@@ -90,8 +93,20 @@ def blocks(seed: int, parameter: int, start: int, stop: int) -> Words:
     return philox(counters, np.array([seed & LOW, seed >> 32], np.uint32))
 
 
+def checked(seed: int) -> int:
+    """Return the seed.
+
+    Raises:
+        ValueError: it is no number of 64 bits without sign.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected a number from 0 to 2^64 - 1; got {seed}; take it % 2**64")
+    return seed
+
+
 def derived(master: int, *place: int) -> int:
     """Return the seed that follows from another one at a place: up to four numbers of 32 bits, the rest being 0."""
+    checked(master)
     counter = np.array([*place, *[0] * (4 - len(place))], np.uint32)
     first, second, *_ = philox(counter, np.array([master & LOW, master >> 32], np.uint32)).tolist()
     return int(first) | int(second) << 32

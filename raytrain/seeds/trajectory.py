@@ -95,16 +95,18 @@ def _continued(path: Path, about: Mapping[str, Any], step: int) -> tuple[dict[st
         raise RecipeError(f"directions.trajectory: expected {path}, which the run should have kept so far{way_out}")
     kept, before = read(path)
     for name in ("space", "optimizer"):
-        was, now = ({**of[name], "lr": 0} for of in (kept, about))
-        if was != now:
-            odd = next(key for key in now if was.get(key) != now[key])
+        was, now = kept.get(name, {}), about[name]
+        odd = [key for key in {**now, **was} if key != "lr" and was.get(key) != now.get(key)]  # lr is in each record
+        if odd:
             raise RecipeError(
-                f"directions.trajectory: expected {odd} = {was.get(odd)!r} as the run began; got {now[odd]!r}{way_out}"
+                f"directions.trajectory: expected {odd[0]} = {was.get(odd[0])!r} as the run began; "
+                f"got {now.get(odd[0])!r}{way_out}"
             )
     if kept.get("directions") != about["directions"]:
         raise RecipeError(
-            "directions.trajectory: expected the parameters that the run began to move, each along directions as long "
-            f"as then; freeze.match, adapter or a group's lr over optimizer.lr may be others now{way_out}"
+            "directions.trajectory: expected the parameters that the run began to move, of the same types, each along "
+            "directions as long as then; freeze.match, adapter, precision or a group's lr over optimizer.lr may be "
+            f"others now{way_out}"
         )
     before = before[before["step"] < step]
     there = np.unique(before["step"])

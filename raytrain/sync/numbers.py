@@ -53,8 +53,8 @@ def one_byte(exchange: Exchange, options: NumberOptions) -> "Numbers":
 def encode(values: Floats) -> Bytes:
     """Return a byte for each number: 0 for 0, else its sign and the nearest of 127 levels, six to an octave.
 
-    Numbers beyond the levels become the first or the last, and those below half of the first 0; one byte is left for
-    those that are not finite.
+    Numbers beyond the levels become the first or the last, and those more than an octave below the first become 0; one
+    byte is left for those that are not finite.
     """
     size = np.abs(np.where(np.isfinite(values), values, 0)).astype(np.float64)
     level = np.rint(np.log2(np.maximum(size, 1e-300)) * STEPS_PER_OCTAVE).astype(np.int64) + MIDDLE

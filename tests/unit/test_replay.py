@@ -1,6 +1,7 @@
 """What is built from sums of directions: laws of both ways to apply seeds, and of models that are coefficients."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from raytrain.bits import rounded
 from raytrain.errors import CheckpointError, RecipeError
-from raytrain.seeds.kernels import kernel_of, quantised
+from raytrain.seeds.kernels import ReferenceKernel, kernel_of, quantised
 from raytrain.seeds.model import SeedModel, combined, weights_of_all
 from raytrain.seeds.replay import Nudge, materialise, replay_log
 from raytrain.seeds.space import Space
@@ -74,6 +75,54 @@ def test_kernels_agree_on_every_bit(mode: Mode) -> None:
     ]
     assert all(map(torch.equal, *found))
     assert all(map(torch.equal, found[0], materialise(Space.of(parameters(), mode), coefficients(33), range(33))))
+
+
+@pytest.mark.parametrize("models", [1, 3])
+def test_a_kernel_gets_enough_at_once_for_all_threads(models: int) -> None:
+    sizes = []
+
+    class Noting(ReferenceKernel):
+        def sums(self, *arguments: Any) -> None:
+            sizes.append(arguments[-1].shape)
+
+    space = Space.of({"w": torch.zeros(3_000_000)}, kernel=Noting())
+    materialise(space, torch.ones(models, 1, dtype=torch.float64), [1])
+    assert sum(width for _, width in sizes) == 3_000_000
+    assert all(count == models and models * width > 2_000_000 for count, width in sizes[:-1])
+
+
+def test_what_does_not_fit_is_said() -> None:
+    space, one = Space.of({"w": torch.zeros(4, 5)}), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"coefficients: expected shape \(1,\) or \(models, 1\), one for each"):
+        materialise(space, one, [1])
+    for out in (torch.zeros(5, 4).T, torch.zeros(4, 5).half(), torch.zeros(20)):
+        with pytest.raises(ValueError, match=r"out: expected a contiguous tensor of torch.float32 and shape \(4, 5\)"):
+            materialise(space, one, [1, 2], [out])
+    with pytest.raises(ValueError, match="scale: expected a finite number; got nan"):
+        Nudge(1, float("nan"))
+    for seed in (-1, 2**64):
+        for use in (
+            lambda seed: Nudge(seed, 1.0),
+            lambda seed: materialise(space, one[:1], [seed]),
+            lambda seed: SeedModel.of_pool("x", seed, 2),
+        ):
+            with pytest.raises(ValueError, match=f"seed: expected a number from 0 to 2\\^64 - 1; got {seed}; take it"):
+                use(seed)
+
+
+def test_a_model_that_could_not_be_read_again_is_not_made() -> None:
+    numbers = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="expected different seeds, one for each coefficient; got 1 different"):
+        SeedModel("x", (5, 5), numbers)
+    with pytest.raises(ValueError, match="expected different seeds, one for each coefficient; got 3 different"):
+        SeedModel("x", (5, 6, 7), numbers)
+    with pytest.raises(ValueError, match="expected finite coefficients; some are not"):
+        SeedModel("x", (5, 6), numbers * float("inf"))
+    with pytest.raises(ValueError, match="expected a mode of rademacher, gaussian and float64 coefficients; got"):
+        SeedModel("x", (5, 6), numbers, "x")  # type: ignore[arg-type]
+    model = SeedModel("x", (5, 6), numbers)
+    with pytest.raises(RecipeError, match="models: expected one or more, and a weight for each; got 2 and 1 weights"):
+        combined([model, model], [1.0])
 
 
 def test_sums_are_linear() -> None:
@@ -175,6 +224,7 @@ def test_a_model_of_other_weights_is_refused(tmp_path: Path) -> None:
     for meaning in others:
         with pytest.raises(RecipeError, match="expected the parameters and directions with digest"):
             SeedModel.of_pool(Space.of(named).digest(), 1, 2).weights(Space.of(named, **meaning))
+    assert Space.of({"w": torch.zeros(2).half()}).digest() != Space.of({"w": torch.zeros(2).bfloat16()}).digest()
     with pytest.raises(RecipeError, match="expected all with base"):
         combined([model, SeedModel.of_pool(other.digest(), 1, 2)], [1, 1])
     (tmp_path / "no").write_bytes(b"no such thing")

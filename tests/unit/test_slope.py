@@ -308,3 +308,75 @@ def test_buffers_stay_and_copies_of_the_model_are_plain() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     other = pickle.loads(pickle.dumps(copy.deepcopy(module)))
     assert torch.equal(other.eval()(x), module.eval()(x))
+
+
+class Counting(nn.Module):
+    """A layer that writes into one buffer, puts another one in the place of a second, and has one that is expanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("none", None)
+        self.register_buffer("same", torch.ones(1).expand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x
+        self.mean = 0.9 * self.mean + x
+        return self.layer(x + self.seen + self.mean + self.same).sum()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_every_probe_sees_the_same_buffers(training: bool) -> None:
+    module = Counting().train(training)
+    probe = Probe(module, Space.of(dict(module.named_parameters())))
+    before, places, x = copies(module), dict(module.named_buffers()), torch.randn(3)
+    found = {float(probe.at(1, 0.1, lambda: module(x))) for _ in range(3)}
+    assert len(found) == 1
+    assert len({float(probe.at_rest(lambda: module(x))) for _ in range(3)}) == 1
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(value is places[name] for name, value in module.named_buffers())
+
+
+class Keeper(nn.Module):
+    """Two layers in the same memory, the first of which leaves its weight where the loss finds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (Keeping() for _ in range(2))
+
+    def forward(self) -> Tensor:
+        x = self.second(self.first(torch.ones(2, 3)))
+        return x.square().sum() + self.first.last[0].square().sum()
+
+
+class Keeping(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = (self.weight,)
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_a_weight_that_a_layer_leaves_behind_is_the_moved_one() -> None:
+    module = Keeper()
+    space = Space.of(dict(module.named_parameters()))
+    probe = Probe(module, space)
+    for seed in (1, 2):
+        found = probe.at(seed, 0.1, module)
+        torch.testing.assert_close(found, moved_by_hand(module, space, seed, 0.1, module), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_parameters_may_share_their_memory_with_some_that_stand_still() -> None:
+    module, flat = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)), torch.randn(18)
+    module[0].weight.data, module[1].weight.data = flat[:9].view(3, 3), flat[9:].view(3, 3)
+    space = Space.of({"1.weight": module[1].weight})
+    x = torch.ones(2, 3)
+    found = Probe(module, space).at(1, 0.1, lambda: module(x).square().sum())
+    wanted = moved_by_hand(module, space, 1, 0.1, lambda: module(x).square().sum())
+    torch.testing.assert_close(found, wanted)

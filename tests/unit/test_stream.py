@@ -29,6 +29,19 @@ def test_words_are_those_that_the_authors_of_philox_publish(counter: str, key: s
     assert (philox(numbers[0], numbers[1]) == numbers[2]).all()
 
 
+@pytest.mark.parametrize(
+    ("master", "place", "seed"),
+    [
+        (0, (), 16242730742183356629),
+        (2**64 - 1, (1, 2, 3, 4), 9784953660061110917),
+        (1234567890123456789, (4095,), 9521613839800962072),
+        (7, (0, 2, 1, 1), 12738236117908543719),
+    ],
+)
+def test_seeds_that_follow_from_another_are_what_they_were(master: int, place: tuple[int, ...], seed: int) -> None:
+    assert derived(master, *place) == seed
+
+
 @pytest.mark.parametrize("mode", MODES)
 @given(U64, U64, st.integers(0, 2**40), st.integers(0, 300), st.data())
 def test_a_part_of_a_direction_is_that_part_of_the_whole(

@@ -1,5 +1,6 @@
 """Training without gradients through the same loop: each stepper moves as it says, on any number of workers."""
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from raytrain.checkpoint import load, step_name
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.evaluation import evaluate
-from raytrain.optim.optimizers import ZEROTH, make_optimizer
+from raytrain.optim.optimizers import ZEROTH, load_state_by_name, make_optimizer, state_by_name
 from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import merged
 from raytrain.retrace import retrace
@@ -28,7 +29,7 @@ from raytrain.seeds.trajectory import MAGIC, Trajectory, read, steps
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task
-from raytrain.testing import train_here, train_with_gloo, train_with_threads
+from raytrain.testing import TinyOptions, tiny, train_here, train_with_gloo, train_with_threads
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import settled
 from raytrain.zeroth import Zeroth, loss_of
@@ -211,6 +212,73 @@ def test_a_stepper_takes_the_step_of_torch_on_the_mean_of_slope_times_direction(
         theirs.step()
         for ours, wanted in zip(module.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["zo-sgd-momentum", "zo-adam"])
+def test_what_a_stepper_holds_does_not_depend_on_the_type_of_the_parameters(name: str, dtype: torch.dtype) -> None:
+    """Averages in the parameter's type would stand still at half of what they average, and squares vanish."""
+    fields = {"kind": "train", "task": "raytrain.testing:tiny", "optimizer": {"name": name, "lr": 0.01}}
+    options = TrainRecipe.parse(fields).optimizer
+
+    def stepper(dtype: torch.dtype) -> tuple[nn.Module, ZerothOrder]:
+        module = nn.Linear(5, 3).to(dtype)
+        optimizer = make_optimizer(options.constructor, options, module)
+        assert isinstance(optimizer, ZerothOrder)
+        optimizer.shape(space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False))
+        return module, optimizer
+
+    (module, narrow), (plain, exact) = stepper(dtype), stepper(torch.float32)
+    for step in range(40):
+        if step == 20:
+            saved = state_by_name(narrow, module)
+            module, narrow = stepper(dtype)
+            load_state_by_name(narrow, module, saved, options)
+        for optimizer in (narrow, exact):
+            optimizer.move([(2 * step, 1e-4), (2 * step + 1, -3e-5)], 1e-3)
+    for one, other in zip(module.parameters(), plain.parameters(), strict=True):
+        assert one.dtype == dtype
+        assert torch.isfinite(one).all()
+        kept, wanted = narrow.state[one], exact.state[other]
+        assert all(kept[key].dtype == torch.float32 and torch.equal(kept[key], wanted[key]) for key in wanted)
+
+
+def test_a_loss_draws_the_same_dropout_in_every_call_and_another_one_in_every_step() -> None:
+    task = tiny(TinyOptions(name="tiny", dropout=0.5))
+    module, batch = task.model(0).double().train(), torch.utils.data.default_collate(task.data("train")[:20])
+
+    def loss(step: int) -> float:
+        with torch.no_grad():
+            made = loss_of(task, module, [(batch, torch.ones(20))], (0, 0, step), None, "")
+            once, again = float(made()), float(made())
+        assert once == again
+        return once
+
+    assert len({loss(step) for step in range(3)}) == 3
+
+
+STARTS = itertools.count()
+
+
+def uneven() -> Task:
+    """Return a task whose workers start from weights that differ."""
+
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(next(STARTS))
+        return nn.Linear(3, 4)
+
+    return Task(
+        model=model,
+        data=lambda split: list(torch.randn(20, 3, generator=torch.Generator().manual_seed(1))),
+        losses=lambda module, batch: (module(batch) - 2).square().mean(1),
+    )
+
+
+def test_a_mask_is_that_of_the_first_workers_weights(tmp_path: Path) -> None:
+    more = {"task": f"{__name__}:uneven", "directions.sparsity": 0.5, "sync.check_every": 5}
+    run = train_with_threads(recipe(sync="numbers", workers=2, **more), tmp_path / "run")
+    assert run.failure() is None
+    assert len(weights(run)) == 2
 
 
 class Steep(nn.Module):
@@ -412,8 +480,13 @@ def flat() -> Task:
         ({"directions.sparsity": 0.5}, "expected sparsity = 0.0 as the run began; got 0.5"),
         (
             {"freeze.match": ["out.bias"]},
-            "expected the parameters that the run began to move, each along directions as long as then; freeze.match, "
-            "adapter or a group's lr over optimizer.lr may be others now",
+            "expected the parameters that the run began to move, of the same types, each along directions as long as "
+            "then; freeze.match, adapter, precision or a group's lr over optimizer.lr may be others now",
+        ),
+        (
+            {"precision": "float64"},
+            "expected the parameters that the run began to move, of the same types, each along directions as long as "
+            "then; freeze.match, adapter, precision or a group's lr over optimizer.lr may be others now",
         ),
         (
             {"optimizer.groups": [{"match": "out.bias", "lr_scale": 0.25}]},
@@ -429,6 +502,17 @@ def test_a_run_that_moves_in_another_way_is_not_written_as_if_it_did_not(
     failure = train_here(recipe(steps=40, **change), tmp_path / "run").failure()
     assert failure is not None
     assert failure.message.startswith(f"directions.trajectory: {message}; set directions.trajectory = false")
+
+
+def test_a_rate_that_all_share_changes_no_direction(tmp_path: Path) -> None:
+    """Although 0.7 * 0.05 / 0.05 and 0.7 * 0.02 / 0.02 differ in their last bit."""
+    groups = {"optimizer.groups": [{"match": "out.bias", "lr_scale": 0.7}]}
+    train_here(recipe(steps=20, **groups), tmp_path / "run")
+    run = train_here(recipe(steps=40, **groups, **{"optimizer.lr": 0.02}), tmp_path / "run")
+    assert len(weights(run)) > 0
+    module = settled(recipe(**groups), run)[1].model(recipe().seed)
+    assert retrace(run.trajectory, module) == 40
+    assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
 
 
 def test_a_rate_that_changes_how_long_directions_are_is_seen(tmp_path: Path) -> None:
@@ -450,6 +534,9 @@ def test_steps_that_were_not_written_down_are_missed(tmp_path: Path) -> None:
         holed.append(1, 0.5, [(1, 1.0)])
     with pytest.raises(CheckpointError, match="expected step 1 of the run next; it is not there"):
         retrace(tmp_path / "t", settled(recipe(), run)[1].model(0))
+    Trajectory(tmp_path / "bare", {"base": "x"}, 0).close()
+    with pytest.raises(RecipeError, match="expected mode = None as the run began; got 'gaussian'"):
+        Trajectory(tmp_path / "bare", {"space": {"mode": "gaussian"}, "optimizer": {}}, 1)
 
 
 @pytest.mark.parametrize("sides", [1, 2])
