@@ -291,6 +291,24 @@ struct Bfloat16 {
     }
 };
 
+struct Half {  // not _Float16, which compilers have in C++ only since GCC 12
+    uint16_t bits;
+};
+
+template <typename T>
+inline void add(const T* from, const float* z, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; i++) to[i] = T((float)from[i] + z[i]);
+}
+
+inline void add(const Half* from, const float* z, int64_t count, Half* to) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        const __m256 sum = _mm256_add_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))), _mm256_loadu_ps(z + i));
+        _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
+    }
+    for (; i < count; i++) to[i].bits = _cvtss_sh(_cvtsh_ss(from[i].bits) + z[i], _MM_FROUND_TO_NEAREST_INT);
+}
+
 template <typename T>
 void move_part(int gaussian, uint64_t seed, float scale, uint64_t parameter, int64_t start, int64_t count, const T* base,
                T* out) {
@@ -299,10 +317,7 @@ void move_part(int gaussian, uint64_t seed, float scale, uint64_t parameter, int
     for (int64_t at = start / strip * strip; at < start + count; at += strip) {
         draw(gaussian, Place(parameter, (uint64_t)(at / strip * LANES)), seed, scale, z);
         const int64_t first = std::max(at, start), last = std::min(at + strip, start + count);
-        const T* from = base + (first - start);
-        T* to = out + (first - start);
-        const float* own = z + (first - at);
-        for (int64_t i = 0; i < last - first; i++) to[i] = T((float)from[i] + own[i]);
+        add(base + (first - start), z + (first - at), last - first, out + (first - start));
     }
 }
 
@@ -375,6 +390,6 @@ void seeds_move(int gaussian, int type, uint64_t seed, float scale, uint64_t par
     else if (type == 1)
         move_all(gaussian, seed, scale, parameter, start, count, rows, row_count, (const Bfloat16*)base, (Bfloat16*)out, threads);
     else
-        move_all(gaussian, seed, scale, parameter, start, count, rows, row_count, (const _Float16*)base, (_Float16*)out, threads);
+        move_all(gaussian, seed, scale, parameter, start, count, rows, row_count, (const Half*)base, (Half*)out, threads);
 }
 }

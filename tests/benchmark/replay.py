@@ -7,6 +7,7 @@ slice of the parameters with all the seeds, since each element is made of all se
 parameters with some of the seeds, since each seed is one pass over memory. Rates are element-seeds per second, the
 median of interleaved rounds. With a GPU the same runs there, beside the share of what its arithmetic could do.
 
+* materialise: a whole model of such a slice by the fastest kernel, which is read, added to, rounded and written.
 * torch best: z.normal_() into a buffer that is kept, w.add_(z, alpha=a), the faster of one thread and all.
 * papers: for each tensor and seed a new torch.normal, times the number, added.
 """
@@ -16,6 +17,7 @@ import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from bench import finish, parse, parser_of
 
 from raytrain.errors import RaytrainError
 from raytrain.seeds.kernels import Kernel, kernel_of, quantised, seeds_tensor
+from raytrain.seeds.replay import materialise
+from raytrain.seeds.space import Space
 from raytrain.seeds.stream import Mode, identity
 
 PARAMETERS = 1 << 24
@@ -56,6 +60,19 @@ def sums(kernel: Kernel, mode: Mode, count: int, device: str, seeds: int = SEEDS
 
     about = {"what": f"{kernel.name} {mode}", "parameters": count, "seeds": seeds}
     return about, count * seeds, run
+
+
+def models(kernel: Kernel, mode: Mode, count: int, device: str, seeds: int = SEEDS) -> Case:
+    """Return the case of a model that is made of its coefficients."""
+    space = Space.of({"w": torch.zeros(count, device=device)}, mode, kernel=kernel)
+    coefficients, out = torch.randn(seeds, dtype=torch.float64), [torch.empty(count, device=device)]
+
+    def run() -> None:
+        materialise(space, coefficients, range(seeds), out)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return {"what": f"materialise {mode}", "parameters": count, "seeds": seeds}, count * seeds, run
 
 
 def torch_loop(parameters: int, seeds: int, device: str) -> Case:
@@ -124,28 +141,37 @@ def kernels(device: str) -> list[Kernel]:
     return found
 
 
+def cases_of(device: str, found: list[Kernel], quick: int) -> list[tuple[Case, int]]:
+    """Return what is timed on one kind of device, `quick` times less of it, each with a number of threads."""
+    gpu = device != "cpu"
+    cases: list[tuple[Case, int]] = []
+    for count in [1] if gpu else sorted({1, torch.get_num_threads()}):
+        for kernel, mode in product(found, MODES):
+            size = PARAMETERS // (1 if gpu else PARTS[kernel.name][mode]) // quick
+            cases.append((sums(kernel, mode, size, device), count))
+            if kernel is found[0]:
+                cases.append((models(kernel, mode, size, device), count))
+        cases.append((torch_loop(PARAMETERS, 8 // (quick // 2 or 1), device), count))
+        cases.append((papers_loop(PARAMETERS, 4 // (quick // 4 or 1), device), count))
+    return cases
+
+
 def on(device: str, options: Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Return the rows and the headline of one kind of device."""
-    gpu = device != "cpu"
-    quick = 8 if options.quick else 1
-    threads = [1] if gpu else sorted({1, torch.get_num_threads()})
-    cases: list[tuple[Case, int]] = []
-    for kernel in kernels(device):
-        for mode in MODES:
-            part = 1 if gpu else PARTS[kernel.name][mode]
-            cases += [(sums(kernel, mode, PARAMETERS // part // quick, device), count) for count in threads]
-    cases += [(torch_loop(PARAMETERS, 8 // (quick // 2 or 1), device), count) for count in threads]
-    cases += [(papers_loop(PARAMETERS, 4 // (quick // 4 or 1), device), count) for count in threads]
+    gpu, found = device != "cpu", kernels(device)
+    cases = cases_of(device, found, 8 if options.quick else 1)
     rows = timed(cases, 3 if options.quick else 5)
     best = {what: max(row["G/s"] for row in rows if row["what"] == what) for what in {row["what"] for row in rows}}
     plain, papers = best["torch, in place"], best["torch, as the papers"]
     headline: dict[str, float] = {}
-    for kernel in kernels(device):
-        prefix = "gpu_" if gpu else "" if kernel.name == kernels(device)[0].name else f"{kernel.name}_"
+    for kernel in found:
+        prefix = "gpu_" if gpu else "" if kernel is found[0] else f"{kernel.name}_"
         signs = best[f"{kernel.name} rademacher"]
         headline[f"{prefix}rademacher_over_best_torch"] = signs / plain
         headline[f"{prefix}rademacher_over_papers_loop"] = signs / papers
         headline[f"{prefix}gaussian_over_best_torch"] = best[f"{kernel.name} gaussian"] / plain
+        if kernel is found[0]:
+            headline[f"{prefix}materialise_over_best_torch"] = best["materialise rademacher"] / plain
         of = {row["threads"]: row["G/s"] for row in rows if row["what"] == f"{kernel.name} rademacher"}
         if len(of) > 1:
             headline[f"{prefix}two_core_scaling"] = of[max(of)] / of[1]
