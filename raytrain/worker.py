@@ -1,6 +1,7 @@
 """What one worker does, from the recipe to the last checkpoint. It knows no Ray: threads in a test do the same."""
 
 import json
+import logging
 import os
 import socket
 import time
@@ -38,6 +39,8 @@ from raytrain.task import TASKS, Task, make_task
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch
 from raytrain.zeroth import Zeroth
+
+logger = logging.getLogger(__name__)
 
 LOCK_WAIT_SECONDS = 120.0  # NFS keeps the locks of a machine that died for the 90 s of its lease
 SHARED_WAIT_SECONDS = 10.0
@@ -260,6 +263,13 @@ def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe) -> 
         first_order=options.first_order,
     )
     moved = {part.tensor.data_ptr() for part in space.parts}
+    narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in space.parts if part.tensor.itemsize < 4}
+    if narrow and replica.rank == 0:
+        logger.warning(
+            "parameters in %s lose each move below half of their last place, as most moves without gradients are; "
+            'with task.dtype = "float32" they keep them, and precision = "bfloat16" computes as before',
+            " and ".join(sorted(narrow)),
+        )
     optimizer.shape(space)
     return Zeroth(
         probe=Probe(module, space),

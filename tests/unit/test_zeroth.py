@@ -126,6 +126,28 @@ def test_a_hybrid_moves_some_by_their_gradients_and_the_others_along_directions(
     assert torch.equal(moved.sign() * alike.sign(), (moved.sign() * alike.sign())[0, 0].expand(3, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_that_lose_small_moves_are_spoken_of(
+    dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    name = "narrow" if dtype == torch.bfloat16 else "two_layers"
+    assert train_here(recipe(task=f"{__name__}:{name}", steps=2), tmp_path / "run").failure() is None
+    spoken = [
+        "parameters in bfloat16 lose each move below half of their last place" in text for text in caplog.messages
+    ]
+    assert spoken == ([True] if dtype == torch.bfloat16 else [])
+
+
+def narrow() -> Task:
+    """Return the task of two layers, in bfloat16."""
+    return Task(
+        model=lambda seed: TwoLayers().bfloat16(),
+        data=lambda split: list(torch.randn(20, 2, generator=torch.Generator().manual_seed(1)).bfloat16()),
+        losses=lambda module, batch: (module(batch) - 2).float().square(),
+    )
+
+
 class TwoLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
