@@ -15,6 +15,8 @@ from torch import Tensor
 from raytrain.seeds import gpu
 from raytrain.seeds.gpu import NoGPUError, TritonKernel
 from raytrain.seeds.kernels import WEIGHT_BITS, Drawn, ReferenceKernel, seeds_tensor
+from raytrain.seeds.replay import Nudge, materialise, replay_log
+from raytrain.seeds.space import Space
 from raytrain.seeds.stream import Mode
 
 KERNELS = "raytrain.seeds.gpu_kernels"
@@ -162,6 +164,24 @@ def test_no_operation_is_fused_or_approximate(
     assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gpu.UNFUSED).asm["ptx"]
     assert re.search(r"(add|sub)\.rn\.f32", assembly)
     assert not re.search(r"(fma|mad)\.\S*f32|\.ftz|\.approx", assembly)
+
+
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_to_apply_seeds_give_the_bits_of_the_reference(
+    mode: Mode, dtype: torch.dtype, kernel: TritonKernel
+) -> None:
+    options = {"scales": {"a.bias": 0.5}, "sparsity": 0.5, "blocks": {"b": 1}}
+    seeds, weights = [2**64 - 1, 6, 0], torch.tensor([1e-3, -0.25, 0.1], dtype=torch.float64)
+    found = []
+    for here, drawn in (("cpu", REFERENCE), (device(kernel), kernel)):
+        named = {"a": numbers(300, dtype).view(15, 20), "a.bias": numbers(20, dtype), "b": numbers(140, dtype)}
+        space = Space.of({name: value.to(here) for name, value in named.items()}, mode, kernel=drawn, **options)
+        made = [*materialise(space, weights, seeds), *materialise(space, torch.stack([weights, -weights]), seeds)]
+        digest = space.digest()
+        replay_log(space, [Nudge(seed, scale) for seed, scale in zip(seeds, weights.tolist(), strict=True)])
+        found.append([digest, space.digest(), *(bits(one.cpu()).tolist() for one in made)])
+    assert found[0] == found[1]
 
 
 def test_a_machine_without_triton_or_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
