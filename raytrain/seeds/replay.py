@@ -90,7 +90,9 @@ def materialise(
         base, written = part.tensor.view(-1), target.view(models, part.tensor.numel())
         for piece in pieces(base.numel(), max(1, SUMMED // models)):
             sums = torch.zeros(models, piece.stop - piece.start, dtype=torch.int64, device=device)
-            space.kernel.sums(space.mode, drawn[part.block], chosen[part.block], part.identity, piece.start, sums)
+            space.kernel.sums(
+                space.mode, drawn[part.block], chosen[part.block], part.identity, part.start + piece.start, sums
+            )
             moves = sums.double() * (unit * part.scale)
             if part.mask is not None:
                 moves *= part.mask.view(-1)[piece]

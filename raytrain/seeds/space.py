@@ -24,10 +24,11 @@ class Part:
 
     Attributes:
         name: by which its numbers are drawn.
-        tensor: its values, contiguous.
+        tensor: its values, contiguous; or those of a shard of it that is contiguous in the whole.
         scale: how much longer directions are here than elsewhere.
         mask: which elements they move, bool, of the same shape; None: all.
         block: which of the space's blocks it is in.
+        start: the flat position in the whole parameter of the first element that is here.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Part:
     scale: float = 1.0
     mask: Tensor | None = None
     block: int = 0
+    start: int = 0
     identity: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ class Space:
         scales: Mapping[str, float] | None = None,
         sparsity: float = 0.0,
         blocks: Mapping[str, int] | None = None,
+        starts: Mapping[str, int] | None = None,
         kernel: Kernel | None = None,
     ) -> Self:
         """Return the space of some tensors.
@@ -79,11 +82,17 @@ class Space:
                 stands still (Liu et al. 2025, Sparse-MeZO). The mask follows from the initial weights alone, so who
                 has these has the mask.
             blocks: name -> its block, counted from 0; default: all are in one.
+            starts: name -> where in the whole parameter the tensor starts, if it is a shard of it; default: 0.
             kernel: default: the fastest for the device.
 
         Raises:
-            RecipeError: there is no tensor, they are on different devices, or one is not contiguous.
+            RecipeError: there is no tensor, they are on different devices, or one is not contiguous; or there are
+                shards and sparsity, for which the whole parameter would have to be looked at.
         """
+        if sparsity and starts:
+            raise RecipeError(
+                "directions.sparsity: expected 0 with shards of parameters, which do not know the largest"
+            )
         once: dict[tuple[int, ...], tuple[str, Tensor]] = {}
         for name, tensor in named.items():
             once.setdefault(place_of(tensor, tensor), (name, tensor))
@@ -103,6 +112,7 @@ class Space:
                 (scales or {}).get(name, 1.0),
                 small_elements(tensor, sparsity),
                 (blocks or {}).get(name, 0),
+                (starts or {}).get(name, 0),
             )
             for name, tensor in tensors.items()
         )
@@ -111,7 +121,8 @@ class Space:
     def meaning(self) -> str:
         """Return a hash of what seeds stand for here: of all but the values of the parameters."""
         about = [
-            [part.name, [*part.tensor.shape], str(part.tensor.dtype), part.scale, part.block] for part in self.parts
+            [part.name, [*part.tensor.shape], str(part.tensor.dtype), part.scale, part.block, part.start]
+            for part in self.parts
         ]
         masks = digest_of((part.name, part.mask) for part in self.parts if part.mask is not None)
         return hashlib.sha256(json.dumps([self.mode, self.blocks, sorted(about), masks]).encode()).hexdigest()
@@ -152,20 +163,20 @@ class Space:
     def _write(self, part: Part, base: Tensor, seed: int, scale: float, out: Tensor, rows: Tensor | None) -> None:
         if out.dtype != base.dtype or not (out.is_contiguous() and base.is_contiguous()):
             raise ValueError(f"out: expected a contiguous tensor of {base.dtype}; got {out.dtype}, {out.stride()}")
-        drawn = Drawn(self.mode, seed, scale * part.scale, part.identity)
+        drawn = Drawn(self.mode, seed, scale * part.scale, part.identity, part.start)
         if part.mask is None and base.dtype in self.kernel.types:
             self.kernel.move(drawn, base, out, rows)
             return
         if rows is not None:
             for to, row in enumerate(rows.tolist()):
                 mask = None if part.mask is None else part.mask[row]
-                self._write_piece(drawn._replace(start=row * base[0].numel()), base[row], mask, out[to])
+                self._write_piece(drawn._replace(start=part.start + row * base[0].numel()), base[row], mask, out[to])
             return
         flat, target = base.view(-1), out.view(-1)
         mask = None if part.mask is None else part.mask.view(-1)
         for piece in pieces(len(flat)):
             some = None if mask is None else mask[piece]
-            self._write_piece(drawn._replace(start=piece.start), flat[piece], some, target[piece])
+            self._write_piece(drawn._replace(start=part.start + piece.start), flat[piece], some, target[piece])
 
     def _write_piece(self, drawn: Drawn, base: Tensor, mask: Tensor | None, out: Tensor) -> None:
         by = torch.empty(base.shape, dtype=torch.float32, device=base.device)

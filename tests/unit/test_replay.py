@@ -174,6 +174,38 @@ def test_what_is_frozen_small_or_in_another_block_stands_still() -> None:
     assert all(torch.equal(named[part.name], made) for part, made in zip(space.parts, at_once, strict=True))
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    st.sampled_from(MODES),
+    st.sampled_from([*DTYPES, torch.float64]),
+    st.lists(st.integers(0, 1500), min_size=1, max_size=4),
+)
+def test_shards_of_a_parameter_move_as_the_whole(mode: Mode, dtype: torch.dtype, cuts: list[int]) -> None:
+    whole, moves = parameters()["b.weight"].to(dtype).flatten(), [Nudge(3, 0.01), Nudge(2**64 - 1, -0.5)]
+    edges = sorted({0, *cuts, 1500})
+    shards = [
+        Space.of({"b.weight": whole[first:last].clone()}, mode, starts={"b.weight": first})
+        for first, last in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    space = Space.of({"b.weight": whole}, mode)
+    at_once = [materialise(one, coefficients(9), range(9))[0] for one in (space, *shards)]
+    assert torch.equal(at_once[0], torch.cat(at_once[1:]))
+    for one in (space, *shards):
+        replay_log(one, moves)
+    assert torch.equal(whole, torch.cat([one.parts[0].tensor for one in shards]))
+
+
+def test_rows_of_a_shard_are_those_of_the_whole() -> None:
+    table = torch.randn(40, 7)
+    for dtype in (torch.float32, torch.float64):
+        whole, rows = Space.of({"w": table.to(dtype)}), torch.tensor([3, 0, 9])
+        shard = Space.of({"w": table[20:].to(dtype).contiguous()}, starts={"w": 140})
+        found, wanted = torch.empty(3, 7, dtype=dtype), torch.empty(3, 7, dtype=dtype)
+        shard.moved(shard.parts[0], 5, 0.1, found, rows)
+        whole.moved(whole.parts[0], 5, 0.1, wanted, rows + 20)
+        assert torch.equal(found, wanted)
+
+
 def test_a_tied_parameter_is_moved_once() -> None:
     shared = torch.zeros(300)
     space = Space.of({"first": shared, "second": shared.view(300)})
@@ -184,6 +216,8 @@ def test_a_tied_parameter_is_moved_once() -> None:
 def test_a_space_says_what_it_cannot_take() -> None:
     with pytest.raises(RecipeError, match="expected contiguous parameters; w is not"):
         Space.of({"w": torch.zeros(4, 5).T})
+    with pytest.raises(RecipeError, match="directions.sparsity: expected 0 with shards of parameters"):
+        Space.of({"w": torch.zeros(4, 5)}, sparsity=0.5, starts={"w": 20})
 
 
 def test_a_model_saved_loaded_and_advanced_in_any_order_is_the_same(tmp_path: Path) -> None:
