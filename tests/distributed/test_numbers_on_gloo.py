@@ -86,7 +86,7 @@ def test_a_worker_dies_and_more_go_on_from_what_was_saved(workplace: Path) -> No
     run = RunDirectory(folder)
     assert run.failure() is None
     _, records = read(run.trajectory)
-    sizes = {step.step: len(step.slopes) for step in steps(records)}  # slopes of 0 are not written
+    sizes = {step.step: len(step.slopes) for step in steps(records)}
     assert {max(sizes[step] for step in span if step in sizes) for span in (range(200), range(200, 500))} == {2, 3}
     assert sizes[200] == 3  # it saves every 100 steps, and died in step 250
     assert retraced(joined, run)
