@@ -5,7 +5,7 @@ scratch buffer that stays in the processor's cache, and put back when it returns
 come back bit for bit in any type, also when the loss raises. Of an embedding only rows that are looked up are drawn.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from raytrain.errors import RecipeError
 from raytrain.seeds.space import Part, Space, place_of
@@ -46,7 +47,7 @@ class Probe:
         self._module = module
         self.seed, self.scale = 0, 0.0
         self.active = self.dual = self.everything = self.moving = False
-        self.left: dict[int, tuple[Tensor, str]] = {}  # what stood for a parameter in a call that has ended, by its id
+        self.left: MutableMapping[Tensor, str] = WeakIdKeyDictionary()  # what stood for a parameter in an ended call
         self._watched = False
         owned = _owned(module, space)
         names = [name for name, layer in module.named_modules() if layer in owned]
@@ -98,13 +99,14 @@ class Probe:
 
     def _seen(self, loss: Loss) -> set[str]:
         """Return the parameters that a call reads although they should have been replaced, or after they were."""
-        self.everything, self.left = True, {}
+        self.everything = True
         watch = _Watch(self.space.parts, self.left, lambda: self.moving)
         try:
             with self._moved(), watch:
                 loss()
         finally:
-            self.everything, self.left = False, {}
+            self.everything = False
+            self.left.clear()
         return watch.used
 
     @contextmanager
@@ -266,7 +268,7 @@ class _Layer:
         for swap, before in reversed(call.replaced):
             stood_in = swap.put(before)
             if self._probe.everything:
-                self._probe.left[id(stood_in)] = stood_in, swap.part.name
+                self._probe.left[stood_in] = swap.part.name
         if call.memory is not None:
             call.memory.users -= 1
         if call.is_lookup:
@@ -293,7 +295,7 @@ class _Layer:
         call.memory.users += 1
         for swap, view in zip(self._swaps, views, strict=True):
             if probe.reached(swap.part):
-                probe.left.pop(id(view), None)
+                probe.left.pop(view, None)
                 call.replaced.append((swap, swap.put(probe.moved(swap.part, view))))
         return None
 
@@ -360,7 +362,7 @@ class _Watch(TorchDispatchMode):
         ours: whether the probe itself is at work.
     """
 
-    def __init__(self, parts: Sequence[Part], left: Mapping[int, tuple[Tensor, str]], ours: Callable[[], bool]) -> None:
+    def __init__(self, parts: Sequence[Part], left: Mapping[Tensor, str], ours: Callable[[], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.used: set[str] = set()
         self._parts: dict[int, list[tuple[range, str]]] = {}
@@ -379,8 +381,8 @@ class _Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _note(self, value: Tensor) -> None:
-        if id(value) in self._left:
-            self.used.add(self._left[id(value)][1])
+        if value in self._left:
+            self.used.add(self._left[value])
         for extent, name in self._parts.get(_storage(value), ()):
             read = _extent(value)
             if read.start < extent.stop and extent.start < read.stop:
