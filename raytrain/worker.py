@@ -267,7 +267,7 @@ def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe) -> 
     if narrow and replica.rank == 0:
         logger.warning(
             "parameters in %s lose each move below half of their last place, as most moves without gradients are; "
-            'with task.dtype = "float32" they keep them, and precision = "bfloat16" computes as before',
+            'in float32 they keep them (task.dtype = "float32"), and precision = "bfloat16" computes as before',
             " and ".join(sorted(narrow)),
         )
     optimizer.shape(space)

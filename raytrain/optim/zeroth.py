@@ -32,18 +32,11 @@ class ZerothOrder(Optimizer, ABC):
     exact = False
     """Whether slopes are derivatives, and not differences."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state over, in the types that it has: torch would give it those of the parameters."""
-        super().load_state_dict(state_dict)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for place, entries in state_dict["state"].items():
-            mine = self.state[parameters[place]]
-            for name, value in entries.items():
-                if isinstance(value, Tensor) and value.dtype != mine[name].dtype:
-                    mine[name] = value.to(mine[name].device)
-
     def ratio(self, group: Mapping[str, Any]) -> float:
-        """Return a group's learning rate over the shared one, a float32, so that it is the same for all shared ones."""
+        """Return a group's learning rate over the shared one, as `make_optimizer` noted both.
+
+        It is rounded to float32, so that (s * lr) / lr does not depend on lr, nor how long directions are.
+        """
         return float(torch.tensor(group["initial_lr"] / self.defaults["lr"], dtype=torch.float32))
 
     def shape(self, space: Space) -> None:
@@ -57,24 +50,6 @@ class ZerothOrder(Optimizer, ABC):
     @abstractmethod
     def move(self, slopes: Slopes, rate: float) -> None:
         """Move the parameters by what the slopes say, their mean being the estimate; `rate` is a float32."""
-
-    def _gradients(self, slopes: Slopes, rate: float) -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Any], float]]:
-        """Yield each parameter that moves, its estimated gradient, its group and the group's learning rate now.
-
-        The gradient, and what is made of it, is at least in float32: small numbers are added up in it.
-        """
-        parts = {part.tensor.data_ptr(): part for part in self.space.parts if part.scale and part.tensor.numel()}
-        for group in self.param_groups:
-            lr = rate * self.ratio(group)
-            for parameter in group["params"]:
-                if part := parts.get(parameter.data_ptr()):
-                    yield parameter, self._gradient(part, slopes), group, lr
-
-    def _gradient(self, part: Part, slopes: Slopes) -> Tensor:
-        gradient = torch.zeros_like(part.tensor, dtype=torch.promote_types(part.tensor.dtype, torch.float32))
-        for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
-            self.space.add(part, gradient, seed, slope / len(slopes) / part.scale**2)
-        return gradient
 
 
 class ZOSGD(ZerothOrder):
@@ -115,7 +90,36 @@ class ForwardGradient(ZOSGD):
     exact = True
 
 
-class ZOMomentum(ZerothOrder):
+class Averaging(ZerothOrder):
+    """A stepper that holds averages of the estimated gradient, at least in float32: they consist of small numbers."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state over; torch would give its averages the types of the parameters."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for place, entries in state_dict["state"].items():  # parameters are counted, as `state_dict` does
+            parameter = parameters[place]
+            for name, value in entries.items():
+                if value.shape == parameter.shape:
+                    self.state[parameter][name] = value.to(parameter.device, _wide(parameter.dtype))
+
+    def _gradients(self, slopes: Slopes, rate: float) -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Any], float]]:
+        """Yield each parameter that moves, its estimated gradient, its group and the group's learning rate now."""
+        parts = {part.tensor.data_ptr(): part for part in self.space.parts if part.scale and part.tensor.numel()}
+        for group in self.param_groups:
+            lr = rate * self.ratio(group)
+            for parameter in group["params"]:
+                if part := parts.get(parameter.data_ptr()):
+                    yield parameter, self._gradient(part, slopes), group, lr
+
+    def _gradient(self, part: Part, slopes: Slopes) -> Tensor:
+        gradient = torch.zeros_like(part.tensor, dtype=_wide(part.tensor.dtype))
+        for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
+            self.space.add(part, gradient, seed, slope / len(slopes) / part.scale**2)
+        return gradient
+
+
+class ZOMomentum(Averaging):
     """SGD with momentum on the estimated gradient (Polyak 1964); it holds that and its average.
 
     Products and sums are rounded one by one, here and in `ZOAdam`: torch's own steps fuse them on some processors, and
@@ -135,7 +139,7 @@ class ZOMomentum(ZerothOrder):
             parameter.data.copy_((average * -lr).add_(parameter.data))
 
 
-class ZOAdam(ZerothOrder):
+class ZOAdam(Averaging):
     """Adam on the estimated gradient (Kingma and Ba 2015); it holds that and two averages."""
 
     def __init__(
@@ -239,6 +243,10 @@ def _blocks_of(module: nn.Module, moving: Sequence[str]) -> dict[str, int]:
     found = {name: places.get(id(module.get_parameter(name)), 0) for name in moving}
     order = {place: count for count, place in enumerate(sorted(set(found.values())))}
     return {name: order[place] for name, place in found.items()}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _positive(lr: float) -> float:

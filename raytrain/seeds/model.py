@@ -16,9 +16,9 @@ from raytrain.files import write_whole
 from raytrain.seeds.kernels import seeds_tensor
 from raytrain.seeds.replay import Nudge, materialise
 from raytrain.seeds.space import Space
-from raytrain.seeds.stream import UNITS, Mode, derived
+from raytrain.seeds.stream import UNITS, Mode, checked, derived
 
-FORMAT = "raytrain seed model 1"
+FORMAT = "raytrain seed model 2"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +57,8 @@ class SeedModel:
                 f"expected different seeds, one for each coefficient; got {len(set(self.seeds))} different ones of "
                 f"{len(self.seeds)}, and coefficients of shape {tuple(self.coefficients.shape)}"
             )
+        for seed in self.seeds:
+            checked(seed)
         if not torch.isfinite(self.coefficients).all():
             raise ValueError("expected finite coefficients; some are not")
 

@@ -1,4 +1,4 @@
-// The fast CPU kernel, for AVX2: compiled on the machine that runs it by native.py, with the numbers of stream.py.
+// The fast CPU kernel, for AVX2 and F16C: compiled on the machine that runs it by native.py, with the numbers of stream.py.
 //
 // Rademacher sums: the words of four seeds are turned into four-bit numbers, one for each element, and a byte shuffle
 // looks up the sum of those weights whose bit is set, for 32 elements at once. Sums have 28 bits, in four planes of

@@ -1,4 +1,4 @@
-"""The fast CPU kernel in C++, compiled on first use with the machine's own compiler, for processors with AVX2."""
+"""The fast CPU kernel in C++, compiled on first use by the machine's compiler, for processors with AVX2 and F16C."""
 
 import ctypes
 import hashlib

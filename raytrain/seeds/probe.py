@@ -5,7 +5,7 @@ scratch buffer that stays in the processor's cache, and put back when it returns
 come back bit for bit in any type, also when the loss raises. Of an embedding only rows that are looked up are drawn.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
 
 from raytrain.errors import RecipeError
 from raytrain.seeds.space import Part, Space, place_of
@@ -44,10 +44,10 @@ class Probe:
 
     def __init__(self, module: nn.Module, space: Space) -> None:
         self.space = space
-        self._module = module
+        self._buffers = _Buffers(module)
         self.seed, self.scale = 0, 0.0
         self.active = self.dual = self.everything = self.moving = False
-        self.left: MutableMapping[Tensor, str] = WeakIdKeyDictionary()  # what stood for a parameter in an ended call
+        self.left_behind: dict[StorageWeakRef, set[str]] = {}  # memory of what stood for parameters in an ended call
         self._watched = False
         owned = _owned(module, space)
         names = [name for name, layer in module.named_modules() if layer in owned]
@@ -70,7 +70,7 @@ class Probe:
 
     def at_rest(self, loss: Loss) -> Tensor:
         """Return the loss at theta; buffers are kept here too."""
-        with self._kept_buffers():
+        with self._buffers.kept():
             return loss()
 
     def along(self, seed: int, loss: Loss) -> Tensor:
@@ -100,13 +100,13 @@ class Probe:
     def _seen(self, loss: Loss) -> set[str]:
         """Return the parameters that a call reads although they should have been replaced, or after they were."""
         self.everything = True
-        watch = _Watch(self.space.parts, self.left, lambda: self.moving)
+        watch = _Watch(self.space.parts, self.left_behind, lambda: self.moving)
         try:
             with self._moved(), watch:
                 loss()
         finally:
             self.everything = False
-            self.left.clear()
+            self.left_behind.clear()
         return watch.used
 
     @contextmanager
@@ -114,7 +114,7 @@ class Probe:
         """Have each layer's parameters replaced while it is called, and those set apart all the time."""
         whole = [swap for swap in self._whole if self.reached(swap.part)]
         before: list[Any] = []
-        with self._kept_buffers():
+        with self._buffers.kept():
             try:
                 for swap in whole:
                     before.append(swap.put(self.moved(swap.part, torch.empty_like(swap.part.tensor))))
@@ -126,23 +126,6 @@ class Probe:
                     layer.put_all_back()  # of calls that were left by an error
                 for swap, plain in zip(whole, before, strict=False):
                     swap.put(plain)
-
-    @contextmanager
-    def _kept_buffers(self) -> Iterator[None]:
-        """Have buffers afterwards as they were before, as the means of a BatchNorm in training mode."""
-        before = [
-            (layer._buffers, name, buffer, None if _shares_memory(buffer) else buffer.clone())
-            for layer in self._module.modules()
-            for name, buffer in layer._buffers.items()
-            if buffer is not None
-        ]
-        try:
-            yield
-        finally:
-            for place, name, buffer, value in before:
-                place[name] = buffer  # a layer may write into a buffer, or put another one there
-                if value is not None:
-                    buffer.copy_(value)
 
     def reached(self, part: Part) -> bool:
         """Return whether the direction moves a part."""
@@ -178,6 +161,44 @@ def _owned(module: nn.Module, space: Space) -> dict[nn.Module, list["_Swap"]]:
             if place in parts:
                 owned.setdefault(owner, []).append(_Swap(owner._parameters, name, parts[place]))
     return owned
+
+
+class _Buffers:
+    """The buffers of a module, which are after a call what they were before it.
+
+    The first call shows which it writes into; of these alone a later one keeps the values.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = list(module.modules())
+        self._written: set[tuple[int, str]] | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Have buffers afterwards as they were before, as the means of a BatchNorm in training mode."""
+        before = [dict(layer._buffers) for layer in self._layers]
+        values = {
+            (place, name): (buffer, buffer.clone())
+            for place, named in enumerate(before)
+            for name, buffer in named.items()
+            if buffer is not None and self._may_change((place, name), buffer)
+        }
+        try:
+            yield
+            if self._written is None:
+                self._written = {key for key, (buffer, value) in values.items() if not torch.equal(buffer, value)}
+        finally:
+            for layer, named in zip(self._layers, before, strict=True):  # others may be in their places
+                layer._buffers.clear()
+                layer._buffers.update(named)
+            for buffer, value in values.values():
+                buffer.copy_(value)
+
+    def _may_change(self, key: tuple[int, str], buffer: Tensor) -> bool:
+        if self._written is not None:
+            return key in self._written
+        # Nobody can write to a tensor of which elements lie in the same place, as in an expanded one.
+        return not any(size > 1 and not stride for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
 
 
 class _Swap:
@@ -268,7 +289,8 @@ class _Layer:
         for swap, before in reversed(call.replaced):
             stood_in = swap.put(before)
             if self._probe.everything:
-                self._probe.left[stood_in] = swap.part.name
+                memory = StorageWeakRef(stood_in.untyped_storage())
+                self._probe.left_behind.setdefault(memory, set()).add(swap.part.name)
         if call.memory is not None:
             call.memory.users -= 1
         if call.is_lookup:
@@ -285,8 +307,9 @@ class _Layer:
             if rows is not None:
                 return (rows, *arguments[1:])
         views = self._views
-        if self._memory.users or self._is_table:
-            call.memory = _Memory()  # for a call inside that of a layer which does not hold this one
+        if self._memory.users or self._is_table or probe.everything:
+            # For a call inside that of a layer which does not hold this one; or one that is watched, by its memory.
+            call.memory = _Memory()
             views = call.memory.views(self._swaps)
         elif self._flat is not self._memory.flat:
             self.prepare()
@@ -295,7 +318,6 @@ class _Layer:
         call.memory.users += 1
         for swap, view in zip(self._swaps, views, strict=True):
             if probe.reached(swap.part):
-                probe.left.pop(view, None)
                 call.replaced.append((swap, swap.put(probe.moved(swap.part, view))))
         return None
 
@@ -358,17 +380,19 @@ class _Watch(TorchDispatchMode):
 
     Args:
         parts: these are; they may share a storage with each other, or with parameters that stand still.
-        left: what stood for them in calls that have ended counts as they do.
+        left_behind: memory that counts as theirs: of what stood for them in calls that have ended.
         ours: whether the probe itself is at work.
     """
 
-    def __init__(self, parts: Sequence[Part], left: Mapping[Tensor, str], ours: Callable[[], bool]) -> None:
+    def __init__(
+        self, parts: Sequence[Part], left_behind: Mapping[StorageWeakRef, set[str]], ours: Callable[[], bool]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.used: set[str] = set()
         self._parts: dict[int, list[tuple[range, str]]] = {}
         for part in parts:
             self._parts.setdefault(_storage(part.tensor), []).append((_extent(part.tensor), part.name))
-        self._left = left
+        self._left_behind = left_behind
         self._ours = ours
 
     def __torch_dispatch__(
@@ -381,17 +405,11 @@ class _Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _note(self, value: Tensor) -> None:
-        if value in self._left:
-            self.used.add(self._left[value])
+        self.used |= self._left_behind.get(StorageWeakRef(value.untyped_storage()), set())
         for extent, name in self._parts.get(_storage(value), ()):
             read = _extent(value)
             if read.start < extent.stop and extent.start < read.stop:
                 self.used.add(name)
-
-
-def _shares_memory(tensor: Tensor) -> bool:
-    """Return whether elements of a tensor lie in the same place, as in an expanded one, which nobody can write to."""
-    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,6 +1,5 @@
 """Two ways to apply seeds, never confused: one by one as a live run does, and all at once with a single rounding."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,9 @@ from raytrain.seeds.stream import checked
 
 SUMMED = 1 << 21
 """Sums that are taken at once: enough for all threads of a machine, and little beside a model."""
+
+
+FARTHEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,8 @@ class Nudge:
     def __post_init__(self) -> None:
         """Refuse what would move everything to where nothing comes back from."""
         checked(self.seed)
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale: expected a finite number; got {self.scale}")
+        if not abs(self.scale) <= FARTHEST:
+            raise ValueError(f"scale: expected a finite float32; got {self.scale}")
 
 
 def replay_log(space: Space, moves: Sequence[Nudge]) -> None:
@@ -65,7 +67,7 @@ def materialise(
     """
     device = space.parts[0].tensor.device
     many = coefficients.dim() == 2
-    if coefficients.shape[-1:] != (len(seeds),):
+    if coefficients.shape[-1:] != (len(seeds),) or coefficients.dim() > 2 or (many and not len(coefficients)):
         raise ValueError(
             f"coefficients: expected shape ({len(seeds)},) or (models, {len(seeds)}), one for each seed; "
             f"got {tuple(coefficients.shape)}"

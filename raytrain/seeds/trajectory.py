@@ -15,7 +15,7 @@ from raytrain.files import write_whole
 
 RECORD = np.dtype([("step", "<u4"), ("of", "<u2"), ("rate", "<f4"), ("seed", "<u8"), ("slope", "<f4")])
 Records = NDArray[Any]
-MAGIC = b"raytrain trajectory 1\n"
+MAGIC = b"raytrain trajectory 2\n"
 
 
 MOST_DIRECTIONS = 2**16 - 1

@@ -68,8 +68,9 @@ def in_wandb(folder: Path) -> Iterator[Point]:
     """Read what `wandb sync` would send."""
     files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     give_up = time.monotonic() + 60  # it is written by a process of its own, which may come after us
-    while not any(record.HasField("exit") for record in wandb_records(files[-1])) and time.monotonic() < give_up:
-        time.sleep(0.05)
+    for last in files[-1:]:
+        while not any(record.HasField("exit") for record in wandb_records(last)) and time.monotonic() < give_up:
+            time.sleep(0.05)
     for file in files:
         for record in wandb_records(file):
             items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}

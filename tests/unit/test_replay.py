@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raytrain.bits import rounded
 from raytrain.errors import CheckpointError, RecipeError
-from raytrain.seeds.kernels import ReferenceKernel, kernel_of, quantised
+from raytrain.seeds.kernels import ReferenceKernel, fastest, kernel_of, quantised
 from raytrain.seeds.model import SeedModel, combined, weights_of_all
 from raytrain.seeds.replay import Nudge, materialise, replay_log
 from raytrain.seeds.space import Space
@@ -98,13 +98,18 @@ def test_what_does_not_fit_is_said() -> None:
     for out in (torch.zeros(5, 4).T, torch.zeros(4, 5).half(), torch.zeros(20)):
         with pytest.raises(ValueError, match=r"out: expected a contiguous tensor of torch.float32 and shape \(4, 5\)"):
             materialise(space, one, [1, 2], [out])
-    with pytest.raises(ValueError, match="scale: expected a finite number; got nan"):
-        Nudge(1, float("nan"))
+    for coefficients_of in (torch.ones(2, 2, 1), torch.ones(0, 1)):
+        with pytest.raises(ValueError, match=r"coefficients: expected shape \(1,\) or \(models, 1\), one for each"):
+            materialise(space, coefficients_of, [1])
+    for scale in (float("nan"), 1e39):
+        with pytest.raises(ValueError, match="scale: expected a finite float32; got "):
+            Nudge(1, scale)
     for seed in (-1, 2**64):
         for use in (
             lambda seed: Nudge(seed, 1.0),
             lambda seed: materialise(space, one[:1], [seed]),
             lambda seed: SeedModel.of_pool("x", seed, 2),
+            lambda seed: SeedModel("x", (seed, 5), one),
         ):
             with pytest.raises(ValueError, match=f"seed: expected a number from 0 to 2\\^64 - 1; got {seed}; take it"):
                 use(seed)
@@ -195,11 +200,13 @@ def test_shards_of_a_parameter_move_as_the_whole(mode: Mode, dtype: torch.dtype,
     assert torch.equal(whole, torch.cat([one.parts[0].tensor for one in shards]))
 
 
-def test_rows_of_a_shard_are_those_of_the_whole() -> None:
+@pytest.mark.parametrize("kernel", ["reference", "numba", "native"])
+def test_rows_of_a_shard_are_those_of_the_whole(kernel: str) -> None:
+    drawn = fastest("cpu") if kernel == "native" else kernel_of(kernel)  # which is Numba's without a compiler
     table = torch.randn(40, 7)
     for dtype in (torch.float32, torch.float64):
         whole, rows = Space.of({"w": table.to(dtype)}), torch.tensor([3, 0, 9])
-        shard = Space.of({"w": table[20:].to(dtype).contiguous()}, starts={"w": 140})
+        shard = Space.of({"w": table[20:].to(dtype).contiguous()}, starts={"w": 140}, kernel=drawn)
         found, wanted = torch.empty(3, 7, dtype=dtype), torch.empty(3, 7, dtype=dtype)
         shard.moved(shard.parts[0], 5, 0.1, found, rows)
         whole.moved(whole.parts[0], 5, 0.1, wanted, rows + 20)

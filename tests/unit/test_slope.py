@@ -324,7 +324,8 @@ class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.seen += x
         self.mean = 0.9 * self.mean + x
-        return self.layer(x + self.seen + self.mean + self.same).sum()
+        self.none = self.layer.weight[0].detach() if self.none is None else self.none
+        return self.layer(x + self.seen + self.mean + self.same + self.none).sum()
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -337,15 +338,16 @@ def test_every_probe_sees_the_same_buffers(training: bool) -> None:
     assert len(found) == 1
     assert len({float(probe.at_rest(lambda: module(x))) for _ in range(3)}) == 1
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert module.none is None
     assert all(value is places[name] for name, value in module.named_buffers())
 
 
 class Keeper(nn.Module):
     """Two layers in the same memory, the first of which leaves its weight where the loss finds it."""
 
-    def __init__(self) -> None:
+    def __init__(self, alias: Callable[[nn.Linear], Tensor]) -> None:
         super().__init__()
-        self.first, self.second = (Keeping() for _ in range(2))
+        self.first, self.second = (Keeping(alias) for _ in range(2))
 
     def forward(self) -> Tensor:
         x = self.second(self.first(torch.ones(2, 3)))
@@ -353,17 +355,28 @@ class Keeper(nn.Module):
 
 
 class Keeping(nn.Linear):
-    def __init__(self) -> None:
+    def __init__(self, alias: Callable[[nn.Linear], Tensor]) -> None:
         super().__init__(3, 3)
+        self.alias = alias
 
     def forward(self, x: Tensor) -> Tensor:
-        self.last = (self.weight,)
+        self.last = (self.alias(self),)
         return super().forward(x)
 
 
+@pytest.mark.parametrize(
+    "alias",
+    [
+        lambda layer: layer.weight,
+        lambda layer: layer.weight.t(),
+        lambda layer: layer.weight.detach(),
+        lambda layer: layer.weight[0],
+        lambda layer: layer.bias,
+    ],
+)
 @torch.no_grad()
-def test_a_weight_that_a_layer_leaves_behind_is_the_moved_one() -> None:
-    module = Keeper()
+def test_a_weight_that_a_layer_leaves_behind_is_the_moved_one(alias: Callable[[nn.Linear], Tensor]) -> None:
+    module = Keeper(alias)
     space = Space.of(dict(module.named_parameters()))
     probe = Probe(module, space)
     for seed in (1, 2):

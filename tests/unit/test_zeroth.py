@@ -265,6 +265,19 @@ def test_what_a_stepper_holds_does_not_depend_on_the_type_of_the_parameters(name
         assert all(kept[key].dtype == torch.float32 and torch.equal(kept[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["zo-sgd-momentum", "zo-adam", "zo-hybrid"])
+def test_a_run_goes_on_in_another_type(name: str, precision: str, tmp_path: Path) -> None:
+    """What a stepper holds takes the type that it would have from the first step."""
+    fields = {"directions.trajectory": False, "steps": 4, "checkpoint.every": 2}
+    other = {"float32": "float64", "float64": "float32"}[precision]
+    train_here(recipe(name, **fields, precision=precision), tmp_path / "run")
+    run = train_here(recipe(name, **{**fields, "steps": 8}, precision=other), tmp_path / "run")
+    assert {value.dtype for value in weights(run).values() if value.is_floating_point()} == {getattr(torch, other)}
+    saved = load(max(run.checkpoints.glob("[!.]*")), 0)["optimizer"]["state"]
+    assert {entry.dtype for one in saved.values() for entry in one.values() if entry.dim()} == {getattr(torch, other)}
+
+
 def test_a_loss_draws_the_same_dropout_in_every_call_and_another_one_in_every_step() -> None:
     task = tiny(TinyOptions(name="tiny", dropout=0.5))
     module, batch = task.model(0).double().train(), torch.utils.data.default_collate(task.data("train")[:20])
