@@ -42,9 +42,14 @@ def weighed(losses: Tensor, weights: Tensor) -> Tensor:
     return torch.dot(losses, weights.to(losses.dtype))
 
 
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or the type itself if it is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Return the tensor in float32, or as it is if it is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(wide_type(tensor.dtype))
 
 
 def seed_step(seed: int, *place: int) -> None:

@@ -17,6 +17,7 @@ from raytrain.seeds.probe import Loss, Probe
 from raytrain.seeds.replay import Nudge, replay_log
 from raytrain.seeds.space import Part, Space
 from raytrain.seeds.stream import Mode
+from raytrain.tensors import wide_type
 
 Slopes = Sequence[tuple[int, float]]
 """(seed, slope along its direction) of each probe."""
@@ -101,7 +102,7 @@ class Averaging(ZerothOrder):
             parameter = parameters[place]
             for name, value in entries.items():
                 if value.shape == parameter.shape:
-                    self.state[parameter][name] = value.to(parameter.device, _wide(parameter.dtype))
+                    self.state[parameter][name] = value.to(parameter.device, wide_type(parameter.dtype))
 
     def _gradients(self, slopes: Slopes, rate: float) -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Any], float]]:
         """Yield each parameter that moves, its estimated gradient, its group and the group's learning rate now."""
@@ -113,7 +114,7 @@ class Averaging(ZerothOrder):
                     yield parameter, self._gradient(part, slopes), group, lr
 
     def _gradient(self, part: Part, slopes: Slopes) -> Tensor:
-        gradient = torch.zeros_like(part.tensor, dtype=_wide(part.tensor.dtype))
+        gradient = torch.zeros_like(part.tensor, dtype=wide_type(part.tensor.dtype))
         for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
             self.space.add(part, gradient, seed, slope / len(slopes) / part.scale**2)
         return gradient
@@ -243,10 +244,6 @@ def _blocks_of(module: nn.Module, moving: Sequence[str]) -> dict[str, int]:
     found = {name: places.get(id(module.get_parameter(name)), 0) for name in moving}
     order = {place: count for count, place in enumerate(sorted(set(found.values())))}
     return {name: order[place] for name, place in found.items()}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _positive(lr: float) -> float:

@@ -13,8 +13,6 @@ from raytrain.seeds.stream import checked
 
 SUMMED = 1 << 21
 """Sums that are taken at once: enough for all threads of a machine, and little beside a model."""
-
-
 FARTHEST = torch.finfo(torch.float32).max
 
 
