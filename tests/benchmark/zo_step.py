@@ -13,6 +13,8 @@ The drift table has the largest and the mean size of what 200 probes without a m
 are applied one by one, or at once, end from the exact sum.
 """
 
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from bench import finish, parse, parser_of
 from torch import Tensor, nn
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 
 from raytrain.bits import rounded
 from raytrain.seeds.probe import Probe
@@ -125,7 +127,11 @@ def resident() -> tuple[int, int]:
 @torch.no_grad()
 def memory(what: str, name: str) -> None:
     """Print the peak of this process over what it had before the model, after some steps, as JSON."""
-    ours(nn.Linear(8, 8), lambda: torch.zeros(()))(0)  # libraries that only a step loads are not the step's
+    small = BertModel(BertConfig(hidden_size=384, num_hidden_layers=1, intermediate_size=512)).eval()
+    ours(small, loss_of(small))(0)  # of libraries, what a step or a forward pass reads from files
+    del small
+    gc.collect()  # its hooks make it part of a ring
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     before, _ = resident()
     module = model(TYPES[name])
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
