@@ -270,8 +270,10 @@ def train_each_with_gloo(runs: Sequence[tuple[TrainRecipe, Path]]) -> list[int]:
     for run in runs:
         _begun(*run)
     store = folder / f".store-{time.time_ns()}"
-    context = multiprocessing.get_context("spawn")
-    arguments = (size, [(recipe.plain(), str(folder)) for recipe, folder in runs], str(store))
+    # Forked from a process that has imported all this and done nothing: to import it takes longer than a tiny run too.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
+    arguments = (size, [(recipe.plain(), str(folder)) for recipe, folder in runs], str(store), dict(os.environ))
     workers = [context.Process(target=_gloo_worker, args=(rank, *arguments)) for rank in range(size)]
     for worker in workers:
         worker.start()
@@ -287,7 +289,11 @@ def _begun(recipe: TrainRecipe, folder: Path) -> RunDirectory:
     return run
 
 
-def _gloo_worker(rank: int, size: int, runs: list[tuple[dict[str, Any], str]], store: str) -> None:
+def _gloo_worker(
+    rank: int, size: int, runs: list[tuple[dict[str, Any], str]], store: str, environment: dict[str, str]
+) -> None:
+    os.environ.clear()  # it is that of the first call
+    os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
