@@ -1,20 +1,27 @@
 """A run without gradients, made again from its trajectory: each move as it was, to the bit, without data or probes."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from raytrain.bits import digest_of
 from raytrain.errors import CheckpointError
 from raytrain.model.adapters import is_new
 from raytrain.names import resolve
 from raytrain.optim.optimizers import ZEROTH, OptimizerOptions, make_optimizer, options_of_optimizer
 from raytrain.optim.zeroth import ZerothOrder, ZOAdam, ZOMomentum, space_of
 from raytrain.seeds.space import Space
-from raytrain.seeds.trajectory import read, steps
+from raytrain.seeds.trajectory import Records, Step, read, steps
+
+KNOWN_BY = {
+    "base": "weights and directions",
+    "directions": "directions",
+    "still": "frozen weights and buffers",
+}
 
 
 def beginning(
@@ -34,8 +41,7 @@ def beginning(
         if is_new(module.get_parameter(part.name))
     }
     return {
-        "base": space.digest(),
-        "directions": space.meaning(),
+        **_known(space, module),
         "first": first,
         "optimizer": optimizer.model_dump(mode="json"),
         "space": {name: directions[name] for name in ("mode", "sparsity", "blocks")},
@@ -56,13 +62,16 @@ def retrace(path: Path, module: nn.Module, first: int = 0) -> int:
 
     Raises:
         CheckpointError: the file is no trajectory, lacks a step, or started from other weights; or the module has steps
-            behind it, and the stepper keeps more than the weights, or a mask of the first ones.
+            behind it, and the stepper keeps more than the weights, or a mask of the first ones. In the first weights of
+            a new head the module may be changed even so.
     """
     about, records = read(path)
     try:
         if not first:
             _write_first(about["first"], module)
-        optimizer, known_by = _stepper(about, module), str(about["directions" if first else "base"])
+        optimizer = _stepper(about, module)
+        known = _known(optimizer.space, module)
+        odd = [name for name in ("directions" if first else "base", "still") if about[name] != known[name]]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: its first line does not say how to make its moves on this model: {error!r}"
@@ -72,21 +81,41 @@ def retrace(path: Path, module: nn.Module, first: int = 0) -> int:
             f"{path}: {about['optimizer']['name']} with sparsity = {about['space']['sparsity']:g} can only be retraced "
             "from its first step, for it goes by more than the weights"
         )
-    ours = optimizer.space.meaning() if first else optimizer.space.digest()
-    if ours != known_by:
+    for name in odd:
         raise CheckpointError(
-            f"{path}: this trajectory starts from weights and directions with digest {known_by[:12]}, and those of the "
-            f"model's trainable parameters have {ours[:12]}; make the model as the run did, by raytrain.worker.build "
-            "from the recipe.toml of its folder"
+            f"{path}: this trajectory starts from {KNOWN_BY[name]} with digest {about[name][:12]}, and those of the "
+            f"model have {known[name][:12]}; make the model as the run did, by raytrain.worker.build from the "
+            "recipe.toml of its folder"
         )
-    count = 0
+    count = first
     with torch.no_grad():
-        for count, step in enumerate(steps(records), start=1):
-            if step.step != count - 1:
-                raise CheckpointError(f"{path}: expected step {count} of the run next; it is not there")
-            if step.slopes and step.step >= first:
+        for count, step in enumerate(_steps_after(first, path, records), start=first + 1):
+            if step.slopes:
                 optimizer.move(step.slopes, step.rate)
     return count
+
+
+def _steps_after(first: int, path: Path, records: Records) -> Iterator[Step]:
+    """Yield the steps of a trajectory but the first ones, all of which must be there."""
+    count = 0
+    for count, step in enumerate(steps(records), start=1):
+        if step.step != count - 1:
+            raise CheckpointError(f"{path}: expected step {count} of the run next; it is not there")
+        if count > first:
+            yield step
+    if count < first:
+        raise CheckpointError(f"{path}: expected the {first} steps that the model has behind it; got {count}")
+
+
+def _known(space: Space, module: nn.Module) -> dict[str, str]:
+    """Return hashes by which a model and the directions in it are known, as `KNOWN_BY` says."""
+    moved = {part.tensor.data_ptr() for part in space.parts}
+    still = (
+        (name, value)
+        for name, value in module.state_dict().items()
+        if isinstance(value, Tensor) and value.data_ptr() not in moved  # tied weights have several names
+    )
+    return {"base": space.digest(), "directions": space.meaning(), "still": digest_of(still)}
 
 
 def _stepper(about: Mapping[str, Any], module: nn.Module) -> ZerothOrder:

@@ -89,7 +89,7 @@ class Directions(Section):
         objective: a value that the task measures, to be raised in place of lowering the loss: "accuracy", or of
             `classify` "expected_accuracy", the mean probability of the right class, or "f1"; with a minus before it, to
             be lowered. What is lowered is what the log calls loss.
-        outlier: slopes beyond this many times the typical size are left out; 0: none.
+        outlier: slopes beyond this many times the median size of recent ones are left out; 0: none.
         first_order: patterns of names of the parameters that zo-hybrid moves by their gradients, as those of the last
             blocks; with one worker, and without a trajectory.
         trajectory: whether the run keeps trajectory.bin, from which it can be replayed.

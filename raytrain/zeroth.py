@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from raytrain.tensors import seed_step, weighed
 
 PATIENCE = 20
 """Steps without one usable slope, after which a run is given up."""
-MEMORY = 0.98
-EARLY = 20
+RECENT = 64
+"""Slopes whose median says what is ordinary."""
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class Zeroth:
         sides: 2 for central differences, 1 for forward ones, with one probe more for all directions.
         training: whether probes see the model in training mode.
         objective: a value that the task measures, to improve in place of the loss; "": the loss.
-        outlier: slopes beyond this many times the typical size are left out; 0: none are.
+        outlier: slopes beyond this many times the median size of recent ones are left out; 0: none are.
         first_order: parameters that are moved by a gradient.
         trajectory: what the moves are written to, on the first replica.
     """
@@ -67,7 +68,8 @@ class Zeroth:
             factor: of the learning rate, in this step.
 
         Returns:
-            "loss", this replica's, "slope", the root of the mean square of all, and "skipped", how many were not used.
+            "loss", this replica's, "slope", the root of the mean square of all, and "skipped", how many were not used:
+            of all replicas those that are not finite or far out, and of this one those too small for what is sent.
 
         Raises:
             TrainingError: no slope was usable for many steps.
@@ -99,7 +101,8 @@ class Zeroth:
                 f"{mean_loss:g}; a lower optimizer.lr or directions.eps may help"
             )
         square = sum(value**2 for value in usable.values()) / max(1, len(usable))
-        return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": len(slopes) - len(usable)}
+        lost = sum(one.value != 0 and heard == 0 for one, heard in zip(found, everyone[rank], strict=True))
+        return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": len(slopes) - len(usable) + lost}
 
     def _backward(self, loss: Loss) -> None:
         """Find the gradient of some parameters, with a graph that reaches no further back than they are."""
@@ -131,16 +134,15 @@ class Zeroth:
         return [slope(loss, self.probe, seed, self.eps, at_rest=at_rest) for seed in seeds]
 
     def _usable(self, slopes: Slopes) -> dict[int, float]:
-        """Return the slopes that are numbers, and of an ordinary size; what is ordinary is the same on all replicas."""
-        group = self.optimizer.param_groups[0]
-        seen, typical = group.setdefault("seen", 0), group.setdefault("typical", 0.0)
-        limit = self.outlier * typical if self.outlier and seen >= EARLY else math.inf
+        """Return the slopes that are numbers, and of an ordinary size, for which all replicas take the same.
+
+        A median does not mind what is far out, not even in the first step; and if most slopes have grown, it follows.
+        """
         numbers = {seed: value for seed, value in slopes if math.isfinite(value)}
-        for value in filter(None, numbers.values()):
-            seen += 1
-            share = max(1 / seen, 1 - MEMORY)
-            typical += share * (min(abs(value), limit) - typical)
-        group["seen"], group["typical"] = seen, typical
+        group = self.optimizer.param_groups[0]
+        sizes = [*group.get("sizes", ()), *(abs(value) for value in numbers.values() if value)]
+        group["sizes"] = sizes = sizes[-max(RECENT, len(numbers)) :]
+        limit = self.outlier * median_low(sizes) if self.outlier and sizes else math.inf
         return {seed: value for seed, value in numbers.items() if abs(value) <= limit}
 
 

@@ -59,11 +59,11 @@ class Kernel(Protocol):
 
         Args:
             mode: what a seed stands for.
-            seeds: int64, shape (k,), the bits of unsigned numbers.
-            weights: int32, shape (m, k), below 2^25 in magnitude.
+            seeds: int64, shape (k,), contiguous, the bits of unsigned numbers.
+            weights: int32, shape (m, k), contiguous, below 2^25 in magnitude.
             parameter: its identity.
             start: the first element.
-            out: int64, shape (m, n).
+            out: int64, shape (m, n), contiguous.
         """
         ...
 
@@ -74,7 +74,8 @@ class Kernel(Protocol):
             drawn: the direction, its scale, and the element that `base` starts with.
             base: contiguous.
             out: like `base`, which it may be, or with `rows` a row for each of them.
-            rows: int64; take only these rows of `base`, along its first dimension.
+            rows: int64, contiguous; take only these rows of `base`, along its first dimension. They must be there: a
+                kernel does not look.
         """
         ...
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from raytrain.errors import RecipeError
-from raytrain.seeds.space import Part, Space, place_of
+from raytrain.seeds.space import Part, Space, extent_of, place_of
 
 ALIGNED_BYTES = 64
 
@@ -29,9 +29,11 @@ Loss = Callable[[], Tensor]
 class Probe:
     """Calls a loss with the parameters of a module moved along a direction.
 
-    The first call is watched: a parameter that is used outside its own layer's call (by a layer above it, or by the
-    loss) is from then on replaced for the whole of a call, which takes memory for all of it. What only a later call
-    does is not seen, so a loss must use its parameters in one way. Buffers are afterwards what they were before.
+    In a call each layer has moved parameters from when it is entered until it is left. The first call is watched: a
+    parameter that is read outside its own layer's call (by a layer above it, or by the loss) is from then on replaced
+    for the whole of a call, which takes memory for all of it; and a second watched call sees whether that was enough.
+    What only a later call does is not seen, so a loss must use its parameters in one way. Buffers are afterwards what
+    they were before.
 
     Args:
         module: the model; its layers are given hooks, which do nothing between calls, so they must stay.
@@ -46,7 +48,7 @@ class Probe:
         self.space = space
         self._buffers = _Buffers(module)
         self.seed, self.scale = 0, 0.0
-        self.active = self.dual = self.everything = self.moving = False
+        self.active = self.dual = self.watching = self.moving = False
         self.left_behind: dict[StorageWeakRef, set[str]] = {}  # memory of what stood for parameters in an ended call
         self._watched = False
         owned = _owned(module, space)
@@ -99,13 +101,13 @@ class Probe:
 
     def _seen(self, loss: Loss) -> set[str]:
         """Return the parameters that a call reads although they should have been replaced, or after they were."""
-        self.everything = True
+        self.watching = True
         watch = _Watch(self.space.parts, self.left_behind, lambda: self.moving)
         try:
             with self._moved(), watch:
                 loss()
         finally:
-            self.everything = False
+            self.watching = False
             self.left_behind.clear()
         return watch.used
 
@@ -129,7 +131,7 @@ class Probe:
 
     def reached(self, part: Part) -> bool:
         """Return whether the direction moves a part."""
-        return self.everything or self.space.reaches(part, self.seed)
+        return self.watching or self.space.reaches(part, self.seed)
 
     def moved(self, part: Part, out: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return what stands for a part, or some rows of it, now: `out`, unless it carries a derivative."""
@@ -197,6 +199,8 @@ class _Buffers:
     def _may_change(self, key: tuple[int, str], buffer: Tensor) -> bool:
         if self._written is not None:
             return key in self._written
+        if buffer.layout is not torch.strided:
+            return False
         # Nobody can write to a tensor of which elements lie in the same place, as in an expanded one.
         return not any(size > 1 and not stride for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
 
@@ -288,7 +292,7 @@ class _Layer:
     def _put_back(self, call: _Call) -> None:
         for swap, before in reversed(call.replaced):
             stood_in = swap.put(before)
-            if self._probe.everything:
+            if self._probe.watching:
                 memory = StorageWeakRef(stood_in.untyped_storage())
                 self._probe.left_behind.setdefault(memory, set()).add(swap.part.name)
         if call.memory is not None:
@@ -306,20 +310,25 @@ class _Layer:
             rows = self._look_up(arguments[0], call)
             if rows is not None:
                 return (rows, *arguments[1:])
-        views = self._views
-        if self._memory.users or self._is_table or probe.everything:
-            # For a call inside that of a layer which does not hold this one; or one that is watched, by its memory.
-            call.memory = _Memory()
-            views = call.memory.views(self._swaps)
-        elif self._flat is not self._memory.flat:
-            self.prepare()
-            views = self._views
-        call.memory = call.memory or self._memory
+        call.memory, views = self._room()
         call.memory.users += 1
         for swap, view in zip(self._swaps, views, strict=True):
             if probe.reached(swap.part):
                 call.replaced.append((swap, swap.put(probe.moved(swap.part, view))))
         return None
+
+    def _room(self) -> tuple["_Memory", list[Tensor]]:
+        """Return memory for the parameters in a call, and a tensor in it for each."""
+        if (
+            self._is_table  # nothing was prepared for it
+            or self._memory.users  # by a call around this one, of a layer that does not hold this layer
+            or self._probe.watching  # its memory is how what outlives the call is told
+        ):
+            memory = _Memory()
+            return memory, memory.views(self._swaps)
+        if self._flat is not self._memory.flat:  # a larger layer has renewed it
+            self.prepare()
+        return self._memory, self._views
 
     def _look_up(self, tokens: Tensor, call: _Call) -> Tensor | None:
         """Replace a table by the rows that are looked up, and return where they are; None: take all of it.
@@ -391,7 +400,7 @@ class _Watch(TorchDispatchMode):
         self.used: set[str] = set()
         self._parts: dict[int, list[tuple[range, str]]] = {}
         for part in parts:
-            self._parts.setdefault(_storage(part.tensor), []).append((_extent(part.tensor), part.name))
+            self._parts.setdefault(_storage(part.tensor), []).append((extent_of(part.tensor), part.name))
         self._left_behind = left_behind
         self._ours = ours
 
@@ -405,19 +414,14 @@ class _Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _note(self, value: Tensor) -> None:
+        if value.layout is not torch.strided:
+            return  # a sparse tensor is no parameter's memory, and has none of its own
         self.used |= self._left_behind.get(StorageWeakRef(value.untyped_storage()), set())
         for extent, name in self._parts.get(_storage(value), ()):
-            read = _extent(value)
+            read = extent_of(value)
             if read.start < extent.stop and extent.start < read.stop:
                 self.used.add(name)
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _extent(tensor: Tensor) -> range:
-    """Return the addresses from the first byte of a tensor to the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return range(start, start + (last + 1) * tensor.itemsize if tensor.numel() else start)

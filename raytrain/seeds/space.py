@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -86,8 +87,9 @@ class Space:
             kernel: default: the fastest for the device.
 
         Raises:
-            RecipeError: there is no tensor, they are on different devices, or one is not contiguous; or there are
-                shards and sparsity, for which the whole parameter would have to be looked at.
+            RecipeError: there is no tensor, they are on different devices, or one is not contiguous; two share some
+                memory and are not one tensor; or there are shards and sparsity, for which the whole parameter would
+                have to be looked at.
         """
         if sparsity and starts:
             raise RecipeError(
@@ -97,14 +99,7 @@ class Space:
         for name, tensor in named.items():
             once.setdefault(place_of(tensor, tensor), (name, tensor))
         tensors = {name: tensor.detach() for name, tensor in once.values()}
-        if not tensors:
-            raise RecipeError("directions: expected parameters to move; got none: look at freeze.match and the others")
-        devices = {tensor.device for tensor in tensors.values()}
-        if len(devices) != 1:
-            raise RecipeError(f"directions: expected parameters on one device; got them on {sorted(map(str, devices))}")
-        for name, tensor in tensors.items():
-            if not tensor.is_contiguous():
-                raise RecipeError(f"directions: expected contiguous parameters; {name} is not: make it so in the task")
+        device = _device_of(tensors)
         parts = tuple(
             Part(
                 name,
@@ -116,7 +111,7 @@ class Space:
             )
             for name, tensor in tensors.items()
         )
-        return cls(parts, mode, kernel or fastest(devices.pop().type), 1 + max(part.block for part in parts))
+        return cls(parts, mode, kernel or fastest(device.type), 1 + max(part.block for part in parts))
 
     def meaning(self) -> str:
         """Return a hash of what seeds stand for here: of all but the values of the parameters."""
@@ -186,9 +181,40 @@ class Space:
         out.copy_(base + by if base.dtype == torch.float64 else base.float() + by)
 
 
+def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
+    """Return where tensors are, of which each can be moved.
+
+    Raises:
+        RecipeError: see `Space.of`.
+    """
+    if not tensors:
+        raise RecipeError("directions: expected parameters to move; got none: look at freeze.match and the others")
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) != 1:
+        raise RecipeError(f"directions: expected parameters on one device; got them on {sorted(map(str, devices))}")
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise RecipeError(f"directions: expected contiguous parameters; {name} is not: make it so in the task")
+    placed = sorted((extent_of(tensor).start, extent_of(tensor).stop, name) for name, tensor in tensors.items())
+    for (_, stop, name), (start, _, other) in pairwise(one for one in placed if 0 < one[0] < one[1]):
+        if start < stop:
+            raise RecipeError(
+                f"directions: {name} and {other} lie in the same memory, though not as one tensor, and would be moved "
+                "twice; make them one parameter, or freeze one with freeze.match"
+            )
+    return devices.pop()
+
+
 def place_of(tensor: Tensor, owner: Tensor) -> tuple[int, ...]:
     """Return by what a tensor is known to be another one: where it lies, or if it is nowhere, whose it is."""
     return (tensor.data_ptr(), *tensor.shape) if tensor.data_ptr() else (id(owner),)
+
+
+def extent_of(tensor: Tensor) -> range:
+    """Return the addresses from the first byte of a tensor to the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return range(start, start + (last + 1) * tensor.itemsize if tensor.numel() else start)
 
 
 def small_elements(tensor: Tensor, sparsity: float) -> Tensor | None:

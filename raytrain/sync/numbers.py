@@ -115,7 +115,8 @@ class Numbers(EveryStep):
 
     def share(self, values: Sequence[float]) -> list[list[float]]:
         """Return the numbers of every replica, as all of them read them; nan or infinite for those that were."""
-        sent = self._write(np.array(values, np.float32))
+        with np.errstate(over="ignore"):  # beyond float32 it is infinite, which is not used
+            sent = self._write(np.array(values).astype(np.float32))
         if self._alone:
             return [self._read(sent).tolist()]
         return [self._read(row).tolist() for row in self._gather(sent)]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,6 +49,15 @@ def test_all_at_once_rounds_the_exact_sum_once(dtype: torch.dtype, mode: Mode, k
         nearer = [wide.to(dtype).nextafter(torch.full_like(got.flatten(), way)).double() for way in (-1e4, 1e4)]
         best = torch.stack([(exact - one).abs() for one in (wide, *nearer)]).min(0).values
         assert ((exact - got.double().flatten()).abs() <= best * (1 + 1e-9)).all()
+
+
+@given(st.integers(0, 99), st.sampled_from([1e-30, 1e-4, 1e20]), st.sampled_from(MODES))
+def test_coefficients_count_to_two_to_the_minus_25_of_the_largest(seed: int, size: float, mode: Mode) -> None:
+    wanted = coefficients(200, seed) * size
+    found = materialise(Space.of({"w": torch.zeros(100, dtype=torch.float64)}, mode), wanted, range(200))[0]
+    drawn = np.stack([direction(mode, place, identity("w"), 0, 100) for place in range(200)]).astype(float)
+    bound = float(wanted.abs().max()) * 2.0**-26 * np.abs(drawn).sum(0) * 2  # half a unit, which is up to twice that
+    assert (np.abs(found.numpy() - wanted.numpy() @ drawn) <= bound).all()
 
 
 @given(st.floats(-60000, 60000), st.sampled_from([torch.bfloat16, torch.float16]))
@@ -223,6 +233,11 @@ def test_a_tied_parameter_is_moved_once() -> None:
 def test_a_space_says_what_it_cannot_take() -> None:
     with pytest.raises(RecipeError, match="expected contiguous parameters; w is not"):
         Space.of({"w": torch.zeros(4, 5).T})
+    shared = torch.zeros(20)
+    assert len(Space.of({"a": shared[:10], "b": shared[10:], "none": shared[5:5]}).parts) == 3
+    for other in (shared.view(4, 5), shared[19:]):
+        with pytest.raises(RecipeError, match="directions: a and b lie in the same memory, though not as one tensor"):
+            Space.of({"a": shared, "b": other})
     with pytest.raises(RecipeError, match="directions.sparsity: expected 0 with shards of parameters"):
         Space.of({"w": torch.zeros(4, 5)}, sparsity=0.5, starts={"w": 20})
 

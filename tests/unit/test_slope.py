@@ -290,6 +290,28 @@ def test_tokens_that_are_not_in_a_table_are_what_they_are_to_torch(tokens: list[
     assert isinstance(module.weight, nn.Parameter)
 
 
+class Graph(nn.Module):
+    """A layer on a graph, whose edges are a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.edges = torch.eye(4).to_sparse()
+        self.register_buffer("weights", torch.eye(4).to_sparse_csr() * 2, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.weights, torch.sparse.mm(self.edges, self.layer(x))).sum()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@torch.no_grad()
+def test_a_model_may_have_sparse_tensors() -> None:
+    module, x = Graph(), torch.randn(4, 3)
+    space = Space.of(dict(module.named_parameters()))
+    found = Probe(module, space).at(1, 0.1, lambda: module(x))
+    assert torch.equal(found, moved_by_hand(module, space, 1, 0.1, lambda: module(x)))
+
+
 @torch.no_grad()
 def test_a_parameter_that_is_kept_elsewhere_is_named() -> None:
     module = nn.Linear(3, 3)

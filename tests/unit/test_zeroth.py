@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from raytrain.checkpoint import load, step_name
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.evaluation import evaluate
-from raytrain.optim.optimizers import ZEROTH, load_state_by_name, make_optimizer, state_by_name
-from raytrain.optim.zeroth import ZerothOrder, space_of
+from raytrain.optim.optimizers import ZEROTH, load_state_by_name, make_optimizer, options_of_optimizer, state_by_name
+from raytrain.optim.zeroth import ZOSGD, ZerothOrder, ZOConservative, space_of
 from raytrain.recipe import merged
 from raytrain.retrace import retrace
 from raytrain.rundir import RunDirectory, rows
+from raytrain.seeds.probe import Probe
+from raytrain.seeds.space import Space
 from raytrain.seeds.stream import direction, identity
 from raytrain.seeds.trajectory import MAGIC, Trajectory, read, steps
 from raytrain.sync.exchange import ExactExchange
@@ -80,6 +82,74 @@ def test_every_stepper_learns_and_its_trajectory_retraces_it_to_the_bit(optimize
     named = dict(module.named_parameters())
     assert all(torch.equal(named[name], value) for name, value in weights(run).items() if name in named)
     assert run.trajectory.stat().st_size < 60 * 2 * 22 + 1500
+
+
+@pytest.mark.parametrize(
+    ("slope", "rate", "way"),
+    [(2.0, 0.1, 1.0), (-2.0, 0.1, -1.0), (2.0, 10.0, 0.0), (2.0, math.inf, 0.0)],
+    ids=["against", "along", "not at all", "not finite"],
+)
+@torch.no_grad()
+def test_a_conservative_step_goes_where_the_loss_is_least(slope: float, rate: float, way: float) -> None:
+    """Of w^2 at w = 1 along z, 1 or -1, the slope is 2 z; where it is said to be -2 z, it is better to go back."""
+    module = nn.Linear(1, 1, bias=False)
+    module.weight.fill_(1.0)
+    optimizer = ZOConservative(module.parameters(), lr=1.0)
+    probe = Probe(module, Space.of(dict(module.named_parameters())))
+    for seed in range(4):
+        z = float(direction("rademacher", seed, identity("weight"), 0, 1)[0])
+        decided = optimizer.decide([(seed, slope * z)], rate, probe, lambda: module(torch.ones(1, 1)).square().sum())
+        assert decided == [(seed, slope * z * way)]
+
+
+def test_a_loss_is_the_mean_over_all_examples_of_its_micro_batches() -> None:
+    task = tiny(TinyOptions(name="tiny"))
+    module, examples = task.model(0).double(), task.data("train")[:9]
+    cut = [task.collate(examples[start:stop]) for start, stop in ((0, 2), (2, 3), (3, 9))]
+    parts = loss_of(task, module, [(one, task.weights(one)) for one in cut], (0, 0, 0), None, "")
+    whole = task.collate(examples)
+    values, weight = task.losses(module, whole), task.weights(whole)
+    torch.testing.assert_close(parts(), (values * weight).sum() / weight.sum())
+
+
+CALLED: list[bool] = []
+"""For each call of the loss of `watched`, whether the model was in training mode."""
+
+
+def watched() -> Task:
+    def losses(module: nn.Module, batch: Tensor) -> Tensor:
+        CALLED.append(module.training)
+        return module(batch)[:, 0].square()
+
+    return Task(
+        model=lambda seed: nn.Linear(3, 1),
+        data=lambda split: list(torch.randn(20, 3, generator=torch.Generator().manual_seed(1))),
+        losses=losses,
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("optimizer", "fields", "calls"),
+    [
+        ("zo-sgd", {"directions.count": 3}, 6),
+        ("zo-sgd", {"directions.count": 3, "directions.sides": 1}, 4),
+        ("zo-sgd", {"directions.count": 3, "accumulate": 2}, 12),
+        ("zo-sgd-conservative", {"directions.count": 2}, 9),
+        ("forward-gradient", {"directions.count": 3}, 3),
+    ],
+)
+def test_a_step_has_as_many_passes_as_it_says(
+    optimizer: str, fields: dict[str, Any], calls: int, training: bool, tmp_path: Path
+) -> None:
+    found = []
+    for steps_ in (2, 5):
+        CALLED.clear()
+        more = {"task": f"{__name__}:watched", "steps": steps_, "directions.training": training, **fields}
+        assert train_here(recipe(optimizer, **more), tmp_path / str(steps_)).failure() is None
+        found.append(len(CALLED))
+        assert set(CALLED[: 2 * calls]) == {training}
+    assert found[1] - found[0] == 3 * calls
 
 
 GROUPS = [{"match": "out.bias", "lr_scale": 0.25}]
@@ -353,6 +423,48 @@ def test_what_is_not_finite_or_far_out_is_reported_and_not_applied(tmp_path: Pat
     assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
 
 
+FAR_OUT = (4, 40)
+"""Calls of the loss: the first is watched, and a step has two."""
+
+
+def early() -> Task:
+    """Return a task whose loss is far out in the second step, and later again."""
+
+    def losses(module: nn.Module, batch: Tensor) -> Tensor:
+        assert isinstance(module, Steep)
+        module.calls += 1
+        return (module.layer(batch.float()[:, None])[:, 0] - 3).square() * (1e9 if module.calls in FAR_OUT else 1)
+
+    return Task(
+        model=lambda seed: Steep(), data=lambda split: [torch.tensor(float(place)) for place in range(8)], losses=losses
+    )
+
+
+def test_what_is_far_out_in_the_second_step_is_not_applied_and_does_not_become_ordinary(tmp_path: Path) -> None:
+    more = {"task": f"{__name__}:early", "log.every": 1, "optimizer.lr": 1e-6, "batch": 8}
+    run = train_here(recipe(**more), tmp_path / "run")
+    skipped = [row["step"] for row in rows(run.metrics) if row.get("skipped")]
+    assert {2, FAR_OUT[1] // 2} <= set(skipped)
+    assert run.failure() is None
+    assert np.abs(read(run.trajectory)[1]["slope"]).max() < 1e4
+
+
+def test_ordinary_is_what_most_recent_slopes_are() -> None:
+    module = nn.Linear(2, 1)
+    optimizer = make_optimizer(ZOSGD, options_of_optimizer(ZOSGD).model_validate({"name": "zo-sgd"}), module)
+    space = Space.of(dict(module.named_parameters()))
+    zeroth = Zeroth(Probe(module, space), optimizer, None, 1, 1e-3, 2, False, "", 10.0)
+
+    def usable(*sizes: float) -> int:
+        return len(zeroth._usable(list(enumerate(sizes))))
+
+    assert usable(1.0, -1e12, math.nan, 0.0) == 2
+    assert usable(-9.0) == 1
+    assert usable(-1e3, 1.0, 1.0) == 2
+    assert sum(usable(1e3) for _ in range(60)) > 20  # they have grown
+    assert sum(usable(1e-3) for _ in range(60)) == 60
+
+
 def broken() -> Task:
     """Return a task whose loss is never finite."""
     return Task(
@@ -467,6 +579,14 @@ def test_what_is_better_if_it_is_less_is_not_raised() -> None:
 def test_a_trajectory_of_another_model_is_refused(tmp_path: Path) -> None:
     plan = recipe(steps=3)
     run = train_here(plan, tmp_path / "run")
+    for name in ("frozen.weight", "version"):
+        module = settled(plan, run)[1].model(0)
+        module.state_dict()[name].add_(1)
+        for first in (0, 2):
+            with pytest.raises(CheckpointError, match="starts from frozen weights and buffers with digest"):
+                retrace(run.trajectory, module, first)
+    with pytest.raises(CheckpointError, match="expected the 4 steps that the model has behind it; got 3"):
+        retrace(run.trajectory, settled(plan, run)[1].model(0), 4)
     other = settled(plan, run)[1].model(1)
     with pytest.raises(CheckpointError, match="this trajectory starts from weights and directions with digest"):
         retrace(run.trajectory, other)
@@ -497,6 +617,18 @@ def test_slopes_of_zero_are_no_failure(tmp_path: Path) -> None:
     run = train_here(recipe(**more), tmp_path / "run")
     assert run.failure() is None
     assert [row["skipped"] for row in rows(run.metrics) if "skipped" in row] == [0, 0]
+
+
+def test_a_slope_that_is_too_small_for_a_byte_is_reported(tmp_path: Path) -> None:
+    more = {"task": f"{__name__}:faint", "log.every": 5, "steps": 5, "batch": 4}
+    for sync, skipped in (("numbers", 0), ("one-byte", 1)):
+        run = train_here(recipe(**more, sync=sync), tmp_path / sync)
+        assert [row["skipped"] for row in rows(run.metrics) if "skipped" in row] == [skipped]
+
+
+def faint() -> Task:
+    """Return a task whose slopes are about 1e-5."""
+    return replace(watched(), losses=lambda module, batch: module(batch)[:, 0] * 1e-5)
 
 
 def flat() -> Task:
