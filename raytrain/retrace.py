@@ -89,7 +89,8 @@ def retrace(path: Path, module: nn.Module, first: int = 0) -> int:
         )
     count = first
     with torch.no_grad():
-        for count, step in enumerate(_steps_after(first, path, records), start=first + 1):
+        for step in _steps_after(first, path, records):
+            count += 1
             if step.slopes:
                 optimizer.move(step.slopes, step.rate)
     return count

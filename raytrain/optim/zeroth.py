@@ -121,10 +121,10 @@ class Averaging(ZerothOrder):
 
 
 class ZOMomentum(Averaging):
-    """SGD with momentum on the estimated gradient (Polyak 1964); it holds that and its average.
+    """SGD with momentum on the estimated gradient (Polyak 1964), of which it holds the average.
 
-    Products and sums are rounded one by one, here and in `ZOAdam`: torch's own steps fuse them on some processors, and
-    would not give the same bits on others.
+    The estimate itself is there for one parameter at a time. Products and sums are rounded one by one, here and in
+    `ZOAdam`: torch's own steps fuse them on some processors, and would not give the same bits on others.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-5, momentum: float = 0.9) -> None:
@@ -141,7 +141,7 @@ class ZOMomentum(Averaging):
 
 
 class ZOAdam(Averaging):
-    """Adam on the estimated gradient (Kingma and Ba 2015); it holds that and two averages."""
+    """Adam on the estimated gradient (Kingma and Ba 2015), of which it holds two averages."""
 
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8

@@ -6,8 +6,8 @@ MiniLM (22M parameters) on batches of 16 sentences of 40 tokens, in float32 and 
 move. `reference` is the arithmetic that MeZO publishes, in the same run: each tensor is drawn four times by torch and
 moved in place. Each figure is the median of interleaved rounds. Memory is the peak of a process of its own over its
 size before the model was loaded, a step's over that of a forward pass alone; the peak of loading does not count, nor do
-libraries. `held` is where glibc gives freed blocks of over 64 kB back at once, so the peak is what is in use, the same
-in every run; `resident` is where it does as it likes and keeps some, more or less by chance.
+libraries. `resident` is that as it is, with what glibc keeps of freed memory, which is more or less by chance; `in use`
+is where it gives freed blocks of over 64 kB back at once, and is the same in every run.
 
 The drift table has the largest and the mean size of what 200 probes without a move leave, and how far 1,024 moves that
 are applied one by one, or at once, end from the exact sum.
@@ -143,9 +143,9 @@ def memory(what: str, name: str) -> None:
 
 
 def peak(what: str, name: str, kind: str) -> int:
-    """Return what `memory` prints in a process of its own, "held" or "resident", the median of five."""
+    """Return what `memory` prints in a process of its own, "resident" or "in use", the median of five."""
     command = [sys.executable, __file__, "--memory", what, name]
-    variables = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": str(1 << 16)} if kind == "held" else {})}
+    variables = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": str(1 << 16)} if kind == "in use" else {})}
     ended = [subprocess.run(command, capture_output=True, text=True, check=True, env=variables) for _ in range(5)]
     return int(statistics.median(int(one.stdout.splitlines()[-1]) for one in ended))
 
@@ -205,7 +205,7 @@ def main() -> None:
         rows.append(found)
         headline[f"step_over_two_forwards{suffix}"] = found["step"] / found["two_forwards"]
         headline[f"reference_step_over_ours{suffix}"] = found["reference"] / found["step"]
-        for kind, key in (("held", "peak_memory_over_inference"), ("resident", "peak_resident_over_inference")):
+        for kind, key in (("resident", "peak_memory_over_inference"), ("in use", "peak_in_use_over_inference")):
             peaks = {what: peak(what, name, kind) for what in ("step", "forward")}
             rows.append({"what": f"peak bytes {kind}, {name}", "step": peaks["step"], "two_forwards": peaks["forward"]})
             headline[f"{key}{suffix}"] = peaks["step"] / peaks["forward"]
