@@ -30,7 +30,8 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     in_blocks = [line for block in blocks("sh") for line in block.splitlines()]
     in_tables = re.findall(r"^\| `((?:raytrain|python|make) [^`]*)`", (ROOT / "README.md").read_text(), re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in [*in_blocks, *in_tables]]
+    each = dict.fromkeys(tuple(shlex.split(line, comments=True)) for line in [*in_blocks, *in_tables])
+    return [list(words) for words in each]
 
 
 def fewer(words: list[str]) -> list[str]:
