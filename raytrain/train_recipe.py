@@ -89,7 +89,7 @@ class Directions(Section):
         objective: a value that the task measures, to be raised in place of lowering the loss: "accuracy", or of
             `classify` "expected_accuracy", the mean probability of the right class, or "f1"; with a minus before it, to
             be lowered. What is lowered is what the log calls loss.
-        outlier: slopes beyond this many times the median size of recent ones are left out; 0: none.
+        outlier: slopes beyond so many standard deviations, as the median of recent ones has it, are left out; 0: none.
         first_order: patterns of names of the parameters that zo-hybrid moves by their gradients, as those of the last
             blocks; with one worker, and without a trajectory.
         trajectory: whether the run keeps trajectory.bin, from which it can be replayed.
@@ -251,7 +251,7 @@ class TrainRecipe(Recipe):
     def _far_out(cls, directions: Directions) -> Directions:
         if 0 < directions.outlier < 1:
             raise ValueError(
-                f"outlier: expected 0 or at least 1, the size of a typical slope; got {directions.outlier:g}"
+                f"outlier: expected 0 or at least 1, a standard deviation of slopes; got {directions.outlier:g}"
             )
         return directions
 

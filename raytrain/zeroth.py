@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median_low
+from statistics import NormalDist, median_low
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from raytrain.tensors import seed_step, weighed
 PATIENCE = 20
 """Steps without one usable slope, after which a run is given up."""
 RECENT = 64
-"""Slopes whose median says what is ordinary."""
+"""Slopes that say what is ordinary."""
+MEDIAN_SIZE = NormalDist().inv_cdf(0.75)
+"""Of normal numbers, in standard deviations."""
 
 
 @dataclass(slots=True)
@@ -39,7 +41,7 @@ class Zeroth:
         sides: 2 for central differences, 1 for forward ones, with one probe more for all directions.
         training: whether probes see the model in training mode.
         objective: a value that the task measures, to improve in place of the loss; "": the loss.
-        outlier: slopes beyond this many times the median size of recent ones are left out; 0: none are.
+        outlier: slopes beyond so many standard deviations, as the median of recent ones has it, are left out; 0: none.
         first_order: parameters that are moved by a gradient.
         trajectory: what the moves are written to, on the first replica.
     """
@@ -137,13 +139,18 @@ class Zeroth:
         """Return the slopes that are numbers, and of an ordinary size, for which all replicas take the same.
 
         A median does not mind what is far out, not even in the first step; and if most slopes have grown, it follows.
+        Each block has its own, as a block's slopes may all be steeper than another's.
         """
+        blocks, group = self.probe.space.blocks, self.optimizer.param_groups[0]
         numbers = {seed: value for seed, value in slopes if math.isfinite(value)}
-        group = self.optimizer.param_groups[0]
-        sizes = [*group.get("sizes", ()), *(abs(value) for value in numbers.values() if value)]
-        group["sizes"] = sizes = sizes[-max(RECENT, len(numbers)) :]
-        limit = self.outlier * median_low(sizes) if self.outlier and sizes else math.inf
-        return {seed: value for seed, value in numbers.items() if abs(value) <= limit}
+        sizes: list[list[float]] = list(group.get("sizes", ()))
+        sizes = sizes if len(sizes) == blocks else [[]] * blocks
+        for block in range(blocks):
+            new = [abs(value) for seed, value in numbers.items() if value and seed % blocks == block]
+            sizes[block] = [*sizes[block], *new][-max(RECENT, len(new)) :]
+        group["sizes"] = sizes
+        limits = [self.outlier * median_low(one) / MEDIAN_SIZE if self.outlier and one else math.inf for one in sizes]
+        return {seed: value for seed, value in numbers.items() if abs(value) <= limits[seed % blocks]}
 
 
 def loss_of(

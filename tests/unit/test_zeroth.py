@@ -449,14 +449,18 @@ def test_what_is_far_out_in_the_second_step_is_not_applied_and_does_not_become_o
     assert np.abs(read(run.trajectory)[1]["slope"]).max() < 1e4
 
 
-def test_ordinary_is_what_most_recent_slopes_are() -> None:
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_ordinary_is_what_most_recent_slopes_are(blocks: int) -> None:
     module = nn.Linear(2, 1)
     optimizer = make_optimizer(ZOSGD, options_of_optimizer(ZOSGD).model_validate({"name": "zo-sgd"}), module)
-    space = Space.of(dict(module.named_parameters()))
+    space = Space.of(dict(module.named_parameters()), blocks={"bias": blocks - 1})
     zeroth = Zeroth(Probe(module, space), optimizer, None, 1, 1e-3, 2, False, "", 10.0)
 
     def usable(*sizes: float) -> int:
-        return len(zeroth._usable(list(enumerate(sizes))))
+        """Count them, of the last block; slopes of another one are of another size."""
+        own = [(blocks * place + blocks - 1, size) for place, size in enumerate(sizes)]
+        other = [(blocks * place, 1e-7) for place in range(blocks - 1)]
+        return len(zeroth._usable([*other, *own])) - len(other)
 
     assert usable(1.0, -1e12, math.nan, 0.0) == 2
     assert usable(-9.0) == 1
@@ -502,7 +506,7 @@ def test_a_run_without_usable_slopes_is_given_up(tmp_path: Path) -> None:
             "directions.objective: expected none with forward-gradient, which differentiates it",
         ),
         ({"directions.first_order": ["out.*"]}, "directions.first_order: expected none with zo-sgd"),
-        ({"directions.outlier": 0.5}, "outlier: expected 0 or at least 1, the size of a typical slope; got 0.5"),
+        ({"directions.outlier": 0.5}, "outlier: expected 0 or at least 1, a standard deviation of slopes; got 0.5"),
         (
             {"directions.count": 40_000, "workers": 2},
             "directions.count: expected at most 65535 of all workers with a trajectory; got 2 times 40000; set",
