@@ -266,8 +266,9 @@ def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe) -> 
     narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in space.parts if part.tensor.itemsize < 4}
     if narrow and replica.rank == 0:
         logger.warning(
-            "parameters in %s lose each move below half of their last place, as most moves without gradients are; "
-            'in float32 they keep them (task.dtype = "float32"), and precision = "bfloat16" computes as before',
+            "parameters in %s lose each move below half of their last place, as most moves without gradients are and "
+            "some of each probe; in float32 they keep them "
+            '(task.dtype = "float32"), and precision = "bfloat16" computes as before',
             " and ".join(sorted(narrow)),
         )
     optimizer.shape(space)
