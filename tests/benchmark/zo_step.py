@@ -6,7 +6,7 @@ MiniLM (22M parameters) on batches of 16 sentences of 40 tokens, in float32 and 
 move. `reference` is the arithmetic that MeZO publishes, in the same run: each tensor is drawn four times by torch and
 moved in place. Each figure is the median of interleaved rounds. Memory is the peak of a process of its own over its
 size before the model was loaded, a step's over that of a forward pass alone; the peak of loading does not count, nor do
-libraries. `resident` is that as it is, with what glibc keeps of freed memory, which is more or less by chance; `in use`
+libraries. `resident` is with glibc set as workers have it, which keep what they free, more or less by chance; `in use`
 is where it gives freed blocks of over 64 kB back at once, and is the same in every run.
 
 The drift table has the largest and the mean size of what 200 probes without a move leave, and how far 1,024 moves that
@@ -39,6 +39,7 @@ from raytrain.seeds.space import Space
 from raytrain.seeds.stream import direction, identity
 
 EPS, RATE = 1e-3, 1e-6
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -143,10 +144,13 @@ def memory(what: str, name: str) -> None:
 
 
 def peak(what: str, name: str, kind: str) -> int:
-    """Return what `memory` prints in a process of its own, "resident" or "in use", the median of five."""
+    """Return what `memory` prints in a process of its own, "resident" or "in use", the median of some."""
+    from raytrain.launch import WORKER_ENVIRONMENT  # noqa: PLC0415 - Ray, which is not to be in what is measured
+
     command = [sys.executable, __file__, "--memory", what, name]
-    variables = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": str(1 << 16)} if kind == "in use" else {})}
-    ended = [subprocess.run(command, capture_output=True, text=True, check=True, env=variables) for _ in range(5)]
+    environment, times = (WORKER_ENVIRONMENT, 9) if kind == "resident" else (GIVING_BACK, 3)
+    variables = {**os.environ, **environment}
+    ended = [subprocess.run(command, capture_output=True, text=True, check=True, env=variables) for _ in range(times)]
     return int(statistics.median(int(one.stdout.splitlines()[-1]) for one in ended))
 
 
