@@ -81,11 +81,11 @@ def retrace(path: Path, module: nn.Module, first: int = 0) -> int:
             f"{path}: {about['optimizer']['name']} with sparsity = {about['space']['sparsity']:g} can only be retraced "
             "from its first step, for it goes by more than the weights"
         )
-    for name in odd:
+    if odd:
+        what, theirs, ours = KNOWN_BY[odd[0]], about[odd[0]], known[odd[0]]
         raise CheckpointError(
-            f"{path}: this trajectory starts from {KNOWN_BY[name]} with digest {about[name][:12]}, and those of the "
-            f"model have {known[name][:12]}; make the model as the run did, by raytrain.worker.build from the "
-            "recipe.toml of its folder"
+            f"{path}: this trajectory starts from {what} with digest {theirs[:12]}, and those of the model have "
+            f"{ours[:12]}; make the model as the run did, by raytrain.worker.build from the recipe.toml of its folder"
         )
     count = first
     with torch.no_grad():

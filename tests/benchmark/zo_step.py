@@ -132,7 +132,7 @@ def memory(what: str, name: str) -> None:
     ours(small, loss_of(small))(0)  # of libraries, what a step or a forward pass reads from files
     del small
     gc.collect()  # its hooks make it part of a ring
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the model would have its room for nothing
     before, _ = resident()
     module = model(TYPES[name])
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
@@ -143,12 +143,13 @@ def memory(what: str, name: str) -> None:
     print(json.dumps(resident()[1] - before))
 
 
-def peak(what: str, name: str, kind: str) -> int:
+def peak(what: str, name: str, kind: str, quick: bool) -> int:
     """Return what `memory` prints in a process of its own, "resident" or "in use", the median of some."""
     from raytrain.launch import WORKER_ENVIRONMENT  # noqa: PLC0415 - Ray, which is not to be in what is measured
 
     command = [sys.executable, __file__, "--memory", what, name]
     environment, times = (WORKER_ENVIRONMENT, 9) if kind == "resident" else (GIVING_BACK, 3)
+    times = 1 if quick else times
     variables = {**os.environ, **environment}
     ended = [subprocess.run(command, capture_output=True, text=True, check=True, env=variables) for _ in range(times)]
     return int(statistics.median(int(one.stdout.splitlines()[-1]) for one in ended))
@@ -210,7 +211,7 @@ def main() -> None:
         headline[f"step_over_two_forwards{suffix}"] = found["step"] / found["two_forwards"]
         headline[f"reference_step_over_ours{suffix}"] = found["reference"] / found["step"]
         for kind, key in (("resident", "peak_memory_over_inference"), ("in use", "peak_in_use_over_inference")):
-            peaks = {what: peak(what, name, kind) for what in ("step", "forward")}
+            peaks = {what: peak(what, name, kind, options.quick) for what in ("step", "forward")}
             rows.append({"what": f"peak bytes {kind}, {name}", "step": peaks["step"], "two_forwards": peaks["forward"]})
             headline[f"{key}{suffix}"] = peaks["step"] / peaks["forward"]
     drifts = [drift(name, options.quick) for name in TYPES]

@@ -143,10 +143,10 @@ def test_a_step_has_as_many_passes_as_it_says(
     optimizer: str, fields: dict[str, Any], calls: int, training: bool, tmp_path: Path
 ) -> None:
     found = []
-    for steps_ in (2, 5):
+    for length in (2, 5):
         CALLED.clear()
-        more = {"task": f"{__name__}:watched", "steps": steps_, "directions.training": training, **fields}
-        assert train_here(recipe(optimizer, **more), tmp_path / str(steps_)).failure() is None
+        more = {"task": f"{__name__}:watched", "steps": length, "directions.training": training, **fields}
+        assert train_here(recipe(optimizer, **more), tmp_path / str(length)).failure() is None
         found.append(len(CALLED))
         assert set(CALLED[: 2 * calls]) == {training}
     assert found[1] - found[0] == 3 * calls
