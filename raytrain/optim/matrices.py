@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
+from raytrain.optim.eager import eager
 from raytrain.tensors import wide
 
 Betas = tuple[float, float]
@@ -28,7 +29,7 @@ class MatrixOptimizer(ABC, Optimizer):
     """An entry that the state of a matrix has, and that AdamW's has not."""
 
     def __init__(self, params: Any, adamw: dict[str, Any], own: dict[str, Any]) -> None:
-        self._adamw = torch.optim.AdamW([torch.zeros(1)], fused=True, **adamw)
+        self._adamw = eager(AdamW)([torch.zeros(1)], fused=True, **adamw)
         super().__init__(params, {**self._adamw.defaults, "hidden": False, **own})
 
     @torch.no_grad()

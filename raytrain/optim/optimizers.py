@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Self
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytrain.errors import RecipeError
+from raytrain.optim.eager import eager
 from raytrain.optim.groups import GroupRule, parameter_groups
 from raytrain.recipe import Options
 
@@ -127,7 +128,7 @@ def options_of_optimizer(constructor: Any) -> type[OptimizerOptions]:
     return options
 
 
-def make_optimizer(constructor: Callable[..., Optimizer], options: OptimizerOptions, module: nn.Module) -> Optimizer:
+def make_optimizer(constructor: type[Optimizer], options: OptimizerOptions, module: nn.Module) -> Optimizer:
     """Return the optimizer of the trainable parameters of `module`, in the groups of `parameter_groups`.
 
     Raises:
@@ -193,21 +194,16 @@ def is_elementwise(name: str) -> bool:
     return name in OPTIMIZERS and name not in WHOLE
 
 
-def _construct(constructor: Callable[..., Optimizer], name: str, params: Any, arguments: dict[str, Any]) -> Optimizer:
+def _construct(constructor: type[Optimizer], name: str, params: Any, arguments: dict[str, Any]) -> Optimizer:
     try:
-        return constructor(params, **arguments)
+        return eager(constructor)(params, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{name} refuses its options: {error}") from error
 
 
 def _tried(constructor: type[Optimizer], name: str, arguments: dict[str, Any]) -> Optimizer:
-    """Return an optimizer of a small parameter, to see what it takes.
-
-    What torch wraps `add_param_group` in imports its compiler, which takes as long as torch itself: so long would
-    a user wait to be told of a typing error.
-    """
-    light = type(constructor.__name__, (constructor,), {"add_param_group": inspect.unwrap(constructor.add_param_group)})
-    return _construct(light, name, [nn.Parameter(torch.zeros(2, 2))], arguments)
+    """Return an optimizer of a small parameter, to see what it takes."""
+    return _construct(constructor, name, [nn.Parameter(torch.zeros(2, 2))], arguments)
 
 
 def _splits_hidden(constructor: Any) -> bool:

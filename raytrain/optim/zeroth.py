@@ -182,7 +182,7 @@ class ZOHybrid(ZerothOrder, AdamW):
         replay_log(self.space, [Nudge(seed, -rate * slope / len(slopes)) for seed, slope in slopes])
         now = self.first_order_lr * rate / self.defaults["lr"]  # the schedule's factor is in both rates
         with _rates(self, [now * self.ratio(group) for group in self.param_groups]):
-            AdamW.step(self)
+            self.step()
         self.zero_grad()
 
 

@@ -404,6 +404,11 @@ class _Watch(TorchDispatchMode):
         self._left_behind = left_behind
         self._ours = ours
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Answer that torch's compiler is not to be kept out: that would import it, and no probed model is compiled."""
+        return False
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

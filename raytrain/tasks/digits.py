@@ -1,10 +1,14 @@
 """Handwritten digits: the 1,797 images of 8 x 8 pixels that come with scikit-learn."""
 
+import math
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -108,20 +112,68 @@ def _measure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[
 
 @cache
 def _splits(valid: float) -> dict[str, DigitExamples]:
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - slow to import, and only wanted with this data
-    from sklearn.model_selection import train_test_split  # noqa: PLC0415
+    pixels, labels = _read()
+    images = torch.from_numpy(pixels).float().div(16).view(-1, 1, SIDE, SIDE)
+    train, held_out = (torch.from_numpy(places) for places in _stratified(labels, valid))
+    digit = torch.from_numpy(labels)
+    return {
+        "train": DigitExamples(images[train], digit[train]),
+        "valid": DigitExamples(images[held_out], digit[held_out]),
+    }
 
-    images, labels = load_digits(return_X_y=True)
-    try:
-        parts = train_test_split(images, labels, test_size=valid, stratify=labels, random_state=0)
-    except ValueError as error:
-        raise RecipeError(f"task.valid: {valid:g} leaves too few of the {len(labels)} images: {error}") from None
-    train, held_out, train_labels, held_out_labels = (torch.from_numpy(part) for part in parts)
 
-    def examples(flat: Tensor, digit: Tensor) -> DigitExamples:
-        return DigitExamples(flat.float().div(16).view(-1, 1, SIDE, SIDE), digit.long())
+def _read() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return (pixels from 0 to 16, shape (n, 64); labels, shape (n,)) as scikit-learn's `load_digits` does.
 
-    return {"train": examples(train, train_labels), "valid": examples(held_out, held_out_labels)}
+    Its file is read without it: to import scikit-learn takes longer than a short training.
+    """
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise RecipeError("task.name: digits needs scikit-learn, which holds the images: pip install scikit-learn")
+    rows = np.loadtxt(Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz", delimiter=",")
+    return rows[:, :-1], rows[:, -1].astype(np.int64)
+
+
+def _stratified(labels: NDArray[np.int64], valid: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the places (to learn from, held out) that scikit-learn's `train_test_split` draws with `random_state=0`.
+
+    Args:
+        labels: of all examples, from 0 to 9; each keeps its share in both parts.
+        valid: share that is held out.
+
+    Raises:
+        RecipeError: one of the parts is too small to hold each label.
+    """
+    counts, held_out = np.bincount(labels), math.ceil(valid * len(labels))
+    if min(held_out, len(labels) - held_out) < len(counts):
+        raise RecipeError(
+            f"task.valid: expected a share that leaves at least {len(counts)} of the {len(labels)} images on either "
+            f"side, one of each digit; {valid:g} holds out {held_out}"
+        )
+    draw = np.random.RandomState(0)
+    firsts = _shares(counts, len(labels) - held_out, draw)
+    seconds = _shares(counts - firsts, held_out, draw)
+    train, rest = [], []
+    for label, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+        places = draw.permutation(np.flatnonzero(labels == label))
+        train.append(places[:first])
+        rest.append(places[first : first + second])
+    return draw.permutation(np.concatenate(train)), draw.permutation(np.concatenate(rest))
+
+
+def _shares(counts: NDArray[np.int64], total: int, draw: np.random.RandomState) -> NDArray[np.int64]:
+    """Return how many of each label make up `total`: in proportion to `counts`, the largest remainders rounded up."""
+    exact = counts / counts.sum() * total
+    shares = np.floor(exact)
+    remainders, missing = exact - shares, int(total - shares.sum())
+    for remainder in np.unique(remainders)[::-1]:
+        if not missing:
+            break
+        (equal,) = np.nonzero(remainders == remainder)
+        drawn = draw.choice(equal, size=min(len(equal), missing), replace=False)
+        shares[drawn] += 1
+        missing -= len(drawn)
+    return np.asarray(shares, np.int64)
 
 
 def _mlp(options: DigitsOptions) -> nn.Module:

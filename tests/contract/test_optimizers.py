@@ -1,9 +1,8 @@
 """Every optimizer against what the loop, checkpoints and recipes count on, and each by the law that makes it itself."""
 
 import re
-import subprocess
-import sys
 import tomllib
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +120,24 @@ class TestEveryOptimizer:
             assert value.dtype == torch.bfloat16
             assert value.isfinite().all()
             assert not torch.equal(value, before[each])
+
+    def test_it_takes_the_steps_of_its_class_to_the_bit(self, name: str) -> None:
+        """What is made is a subclass that does not import torch's compiler."""
+        module, other = Model(), Model()
+        ours, options = made(name, module)
+        names = {parameter: each for each, parameter in module.named_parameters()}
+        theirs = options.constructor(
+            [
+                {**group, "params": [other.get_parameter(names[parameter]) for parameter in group["params"]]}
+                for group in ours.param_groups
+            ],
+            **options.arguments(),
+        )
+        assert train(module, ours, 0, 5) == train(other, theirs, 0, 5)
+        assert all(map(torch.equal, module.parameters(), other.parameters()))
+        ours.load_state_dict(deepcopy(theirs.state_dict()))
+        assert train(module, ours, 5, 9) == train(other, theirs, 5, 9)
+        assert (type(ours).__name__, type(ours).__module__) == (type(theirs).__name__, type(theirs).__module__)
 
     def test_it_learns_to_tell_digits_apart(self, name: str) -> None:
         task = digits(DigitsOptions(name="digits", model="mlp", widths=(64, 64)))
@@ -455,19 +472,3 @@ def test_schedulefree_evaluates_the_weighted_average(beta: float, rates: list[fl
         with average.applied():
             torch.testing.assert_close(module.weight.detach(), total / weights)
         assert all(torch.equal(value, live[name]) for name, value in module.named_parameters())
-
-
-READ = """
-import sys
-from raytrain.train_recipe import TrainRecipe
-
-for name in sys.argv[1:]:
-    TrainRecipe.parse({"kind": "train", "task": {"name": "digits"}, "optimizer": {"name": name}})
-sys.exit("torch._dynamo" in sys.modules)
-"""
-
-
-def test_a_recipe_is_read_without_torchs_compiler() -> None:
-    """Which takes as long to import as torch; those of matrices have an AdamW inside, and make it."""
-    names = [name for name, where in OPTIMIZERS.items() if "matrices" not in where]
-    subprocess.run([sys.executable, "-c", READ, *names], check=True)

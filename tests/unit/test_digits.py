@@ -1,6 +1,12 @@
+import re
+
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
+from raytrain.errors import RecipeError
 from raytrain.tasks.digits import DigitsOptions, digits
 
 
@@ -14,6 +20,28 @@ def test_images_are_split_once_and_keep_their_shares() -> None:
     assert counts.min() >= 34
     assert train[0][0].shape == (1, 8, 8)
     assert train[0][0].max() <= 1
+
+
+@pytest.mark.parametrize("valid", [0.01, 0.1, 0.2, 0.25, 1 / 3, 0.5, 0.9, 0.99])
+def test_images_are_those_that_scikit_learn_reads_and_splits(valid: float) -> None:
+    task = digits(DigitsOptions(name="digits", valid=valid))
+    images, labels = load_digits(return_X_y=True)
+    expected = train_test_split(images, labels, test_size=valid, stratify=labels, random_state=0)
+    for split, pixels, digit in (("train", expected[0], expected[2]), ("valid", expected[1], expected[3])):
+        examples = task.data(split)
+        assert [examples.label(place) for place in range(len(examples))] == digit.tolist()
+        found = np.stack([examples[place][0].numpy() for place in range(len(examples))])
+        assert np.array_equal(found.reshape(-1, 64), (pixels / 16).astype(np.float32))
+
+
+@pytest.mark.parametrize(("valid", "held_out"), [(0.001, 2), (0.9999, 1797)])
+def test_a_part_that_cannot_hold_each_digit_is_refused(valid: float, held_out: int) -> None:
+    message = (
+        "task.valid: expected a share that leaves at least 10 of the 1797 images on either side, one of each digit; "
+        f"{valid} holds out {held_out}"
+    )
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        digits(DigitsOptions(name="digits", valid=valid)).data("valid")
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])

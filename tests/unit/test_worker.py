@@ -1,11 +1,14 @@
 """What a worker does before it trains."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from raytrain import worker
 from raytrain.errors import RecipeError
+from raytrain.optim.optimizers import ALL
 from raytrain.rundir import RunDirectory
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
@@ -40,3 +43,25 @@ def test_a_worker_that_cannot_leave_word_raises_its_error(tmp_path: Path) -> Non
     nowhere = RunDirectory(tmp_path / "not mounted here")
     with pytest.raises(RecipeError, match="^--out: cannot write to .*not mounted here: No such file or directory$"):
         work(recipe, nowhere, LocalTransport(), beat=lambda: None)
+
+
+TRAIN = """
+import sys
+from pathlib import Path
+from raytrain.testing import train_here
+from raytrain.train_recipe import TrainRecipe
+
+for name in sys.argv[2:]:
+    raw = {"kind": "train", "task": "digits", "steps": 2, "log": {"to": []}, "optimizer": {"name": name}}
+    raw["directions"] = {"first_order": ["10.*"], "trajectory": False} if name == "zo-hybrid" else {}
+    run = train_here(TrainRecipe.parse(raw), Path(sys.argv[1]) / name)
+    assert run.failure() is None, run.failure()
+    if slow := {"torch._dynamo", "sklearn"} & sys.modules.keys():
+        sys.exit(f"{name} imports {slow}")
+"""
+
+
+def test_training_imports_neither_torchs_compiler_nor_scikit_learn(tmp_path: Path) -> None:
+    """Each takes about as long as torch, in every worker; torch imports the first to differentiate forward."""
+    names = [name for name in ALL if name != "forward-gradient"]
+    subprocess.run([sys.executable, "-c", TRAIN, tmp_path, *names], check=True)
