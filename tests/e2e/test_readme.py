@@ -63,7 +63,7 @@ def check_log(run: Path, name: str, last: int) -> None:
     assert log[-1]["valid"]["loss"] > 0
 
 
-def test_every_command_runs(ray_cluster: None, raytrain: Callable[..., Any], workplace: Path) -> None:
+def test_every_command_runs(raytrain: Callable[..., Any], workplace: Path) -> None:
     (workplace / "mine.py").write_text(blocks("python")[0])
     for folder in ("sst2", "runs"):
         (workplace / folder).mkdir()
