@@ -37,7 +37,7 @@ from raytrain.sync.synchroniser import NUMBERS, SYNCHRONISERS
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
 from raytrain.train_recipe import TrainRecipe
-from raytrain.watch import RunWatch
+from raytrain.watch import RunWatch, constants_of
 from raytrain.zeroth import Zeroth
 
 logger = logging.getLogger(__name__)
@@ -133,6 +133,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         callbacks=[resolve({}, name, "callbacks") for name in recipe.callbacks],
         log_every=recipe.log.every,
         beat=beat,
+        constants=constants_of(replica.module),
     )
     with (
         feeds(task, recipe.task, _walk(replica, plan)) as feed,

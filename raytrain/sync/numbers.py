@@ -14,8 +14,8 @@ from torch import nn
 
 from raytrain.bits import digest_of
 from raytrain.errors import TrainingError
+from raytrain.sync.buffers import persistent
 from raytrain.sync.exchange import Exchange
-from raytrain.sync.rest import persistent
 from raytrain.sync.synchroniser import EveryStep, SyncOptions, Totals
 
 STEPS_PER_OCTAVE = 6
@@ -129,7 +129,7 @@ class Numbers(EveryStep):
         due = self._steps % self._options.stop_every == 0
         return Totals(self._weight, loss, due and any(row[0] for row in self._gather(np.array([stop], np.uint8))))
 
-    def after_step(self) -> None:
+    def after_step(self, lr: float) -> None:  # noqa: ARG002 - it does not count here
         """Compare what replicas hold, every so many steps.
 
         Raises:

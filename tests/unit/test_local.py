@@ -14,7 +14,8 @@ from raytrain.recipe import declared_options
 from raytrain.sync.compressed import CODECS, CompressedExchange
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.gradients import GradientAveraging
-from raytrain.sync.local import LateOptions, LocalUpdates, late
+from raytrain.sync.local import LocalUpdates
+from raytrain.sync.methods import LateOptions, late
 from raytrain.sync.outer import GapAware, OuterStep, Secant, stable_below
 from raytrain.sync.pace import Pace
 from raytrain.sync.synchroniser import SYNCHRONISERS
@@ -70,7 +71,7 @@ def run(
             sync.before_step(loss.item(), stop=False)
             optimizer.step()
             optimizer.zero_grad()
-            sync.after_step()
+            sync.after_step(1.0)
             points.append(module.point.detach().clone())
         sync.finish()
         return points, module.point.detach().clone(), sync
@@ -293,7 +294,7 @@ def test_a_movement_that_lasts_is_amplified_up_to_one_over_what_is_no_momentum(d
             sync.before_step(0.0, stop=False)
             optimizer.step()
             optimizer.zero_grad()
-            sync.after_step()
+            sync.after_step(1.0)
             places.append(module.point[0].item())
         return places
 
@@ -373,7 +374,7 @@ def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
                 sync.before_step(0.0, stop=False)
                 optimizer.step()
                 optimizer.zero_grad()
-                sync.after_step()
+                sync.after_step(1.0)
                 if not module.point.abs().max() < 1e6:
                     break
             return module.point.abs().max().item()
@@ -431,7 +432,7 @@ def test_the_mean_of_a_round_is_over_the_samples_of_those_who_did_any(weights: l
                 if weight:
                     module.point += targets(seed, transport.rank, step)
                 own = module.point.detach().clone()
-            sync.after_step()
+            sync.after_step(1.0)
         return own, module.point.detach().clone()
 
     found = ThreadGroup(len(weights)).run(replica)
@@ -482,7 +483,7 @@ def test_a_replica_keeps_as_many_buffers_as_the_readme_says(sync: dict[str, Any]
         for _ in range(10):
             one.begin(1.0)
             one.before_step(0.0, stop=False)
-            one.after_step()
+            one.after_step(1.0)
         one.finish()
         return sum(tensor.numel() for tensor in kept(one, {module.weight.data_ptr()})) / size
 
@@ -521,10 +522,10 @@ def test_buffers_are_averaged_or_stay_local_until_the_end(shared: bool) -> None:
             sync.begin(1.0)
             module.seen += 1.0 + 2.0 * transport.rank
             sync.before_step(0.0, stop=False)
-            sync.after_step()
+            sync.after_step(1.0)
             seen.append(module.seen.item())
         state = sync.state_dict()
-        assert [value.item() for value in state["buffers"]] == ([] if shared else [seen[-1]])
+        assert [value.item() for value in state["buffers"]] == [seen[-1]]
         sync.finish()
         return [*seen, module.seen.item()]
 
@@ -542,7 +543,7 @@ def test_the_secant_finds_how_fast_local_rounds_shrink_and_keeps_the_delay_stabl
     differences = [shrink * point]
     for _ in range(400):
         differences.append(shrink * point)  # made from here, and applied a round later
-        outer(differences.pop(0).clone())
+        outer(differences.pop(0).clone(), 1.0)
     assert penalty.curvature == pytest.approx(shrink, rel=1e-3)
     assert point.abs().max() < 1e-2
 
@@ -550,9 +551,9 @@ def test_the_secant_finds_how_fast_local_rounds_shrink_and_keeps_the_delay_stabl
 def test_the_gap_is_the_last_outer_step() -> None:
     outer = OuterStep(rate=0.5, penalty=GapAware())
     outer.begin(torch.zeros(2), None)
-    outer(torch.tensor([3.0, 4.0]))
+    outer(torch.tensor([3.0, 4.0]), 1.0)
     assert outer.point.tolist() == [-1.5, -2.0]  # there was no step before: 1
-    outer(torch.tensor([0.0, 5.0]))
+    outer(torch.tensor([0.0, 5.0]), 1.0)
     assert outer.point.tolist() == pytest.approx([-1.5, -2.0 - 0.5 * 5.0 / 1.5])  # the step was 0.5 * 5
 
 

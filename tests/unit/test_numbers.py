@@ -74,7 +74,7 @@ def test_replicas_that_are_no_longer_equal_are_named() -> None:
                 with torch.no_grad():
                     module.weight[0, 0] += 1e-6
             try:
-                sync.after_step()
+                sync.after_step(1.0)
             except TrainingError as error:
                 return str(error)
         return ""
