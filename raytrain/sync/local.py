@@ -148,12 +148,12 @@ class LocalUpdates:
         """Apply what is under way, and the plain mean of what was done since; afterwards the replicas are equal."""
         if self._steps:
             self._point.sub_(self._receive(self._launch()))
-            self._begun.copy_(self._point)
-            self._put(self._point)
             self._buffers.unpack(self._mean_of_buffers)
-            self._buffers.load()
         elif self._pending is not None:
             self._apply(self._pending)
+        self._begun.copy_(self._point)
+        self._put(self._point)
+        self._buffers.load()
         if self._own_buffers:
             self._average(self._own_buffers)
 
