@@ -8,7 +8,7 @@ from torch import Tensor
 
 from raytrain.bits import rounded
 from raytrain.seeds.kernels import quantised, seeds_tensor
-from raytrain.seeds.space import Space, pieces
+from raytrain.seeds.space import Part, Space, pieces
 from raytrain.seeds.stream import checked
 
 SUMMED = 1 << 21
@@ -61,7 +61,8 @@ def materialise(
         `out`.
 
     Raises:
-        ValueError: there is not one coefficient for each seed, one is not finite, or `out` is of other shapes or types.
+        ValueError: there is not one coefficient for each seed, one is not finite, or `out` is of other shapes or types;
+            or a sum is beyond what a parameter's type holds, and `out` is then of no use.
     """
     device = space.parts[0].tensor.device
     many = coefficients.dim() == 2
@@ -97,4 +98,18 @@ def materialise(
             if part.mask is not None:
                 moves *= part.mask.view(-1)[piece]
             written[:, piece] = rounded(moves + base[piece], part.tensor.dtype)
+            _check_reach(part, base[piece], written[:, piece], coefficients)
     return out
+
+
+def _check_reach(part: Part, base: Tensor, written: Tensor, coefficients: Tensor) -> None:
+    """Check that what was finite still is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not (written.isfinite() | ~base.isfinite()).all():
+        raise ValueError(
+            f"coefficients: expected finite parameters; the largest, {coefficients.abs().max():g}, takes {part.name} "
+            f"beyond {part.tensor.dtype}"
+        )
