@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from raytrain.checkpoint import listed, verify
+from raytrain.provenance import MARKER
 from raytrain.recipe import read_toml
 from raytrain.rundir import rows
 from raytrain.testing import train_here
@@ -271,7 +272,12 @@ def test_a_job_shows_its_log_and_its_run_is_fetched(cluster: Cluster, pair: Pair
     for path in listed(run / "checkpoints"):
         verify(path)
     left = cluster.home / "raytrain-runs" / name
-    assert {path.name for path in run.iterdir()} == {path.name for path in left.iterdir() if path.name[0] != "."}
+    assert {path.name for path in run.iterdir()} == {
+        MARKER,
+        *(path.name for path in left.iterdir() if path.name[0] != "."),
+    }
+    assert (run / MARKER).read_text() == f"job {name} at {cluster.url}\n"
+    assert list(cluster.home.glob("session_2*/logs/raytrain-*")) == []  # what the dashboard served it from
     status, _, err = cluster.call("fetch", name)
     assert (status, err) == (2, f"raytrain: runs/{name} is there already, and not empty; name another folder\n")
 
