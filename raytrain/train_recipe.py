@@ -152,6 +152,10 @@ class Resources(Section):
     labels: dict[str, Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w., -]+\))$")]] = {}
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
 
+    def beside_cpus(self) -> dict[str, float]:
+        """Return what each worker takes beside processors, by Ray's names."""
+        return {**({"GPU": self.gpus} if self.gpus else {}), **self.custom}
+
     @field_validator("custom")
     @classmethod
     def _others(cls, custom: dict[str, float]) -> dict[str, float]:
@@ -351,7 +355,7 @@ def _is_zeroth(section: Any) -> bool:
 KIND = Kind(
     recipe=TrainRecipe,
     recipes=Path(__file__).parent / "recipes",
-    run="raytrain.launch:run",
+    run="raytrain.dispatch:run",
     evaluate="raytrain.finished:evaluate_run",
     predict="raytrain.predict:predict_file",
     export="raytrain.finished:export_run",

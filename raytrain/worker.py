@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,7 @@ from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch
+from raytrain.watchdog import Watchdog, hang_file
 from raytrain.zeroth import Zeroth
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,18 @@ def work(
     finally:
         transport.close()
     return None
+
+
+def work_watched(recipe: TrainRecipe, run: RunDirectory, transport: Transport, feeds: Feeds = local_feed) -> Last:
+    """Train as `work` does, in a process of its own that ends if it hangs.
+
+    Raises:
+        PeerLostError: as `work`.
+    """
+    seen = run.path if run.path.is_dir() else Path(tempfile.gettempdir())
+    file = hang_file(seen, transport.rank)
+    with Watchdog(file, recipe.sync.timeout_seconds, lambda: transport.waiting) as watchdog:
+        return work(recipe, run, transport, watchdog.beat, feeds)
 
 
 def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Callable[[], None], feeds: Feeds) -> Last:
