@@ -6,6 +6,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes."""
+
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a float64 tensor in a narrower type, rounded once, to the nearest and then to even.
@@ -19,6 +22,11 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     back = near.double()
     toward_zero = torch.where(back.abs() > tensor.abs(), near.nextafter(torch.zeros_like(near)), near)
     return (toward_zero.view(torch.int32) | (back != tensor).int()).view(torch.float32).to(dtype)
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor's numbers as integers, in the same memory: also nan equals itself there."""
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
 def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -97,7 +97,7 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
             totals, figures = zeroth_step(replica, replica.zeroth, task, feed, plan, stop)
         else:
             totals, figures = gradient_step(replica, task, feed, plan, stop)
-        sync.after_step()
+        sync.after_step(plan.rate(progress.step))
 
         progress.step += 1
         progress.position += plan.batch * replica.members

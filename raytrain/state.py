@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytrain.bits import bits_of
+
 MARK = "tensor:"
 
 
@@ -72,9 +74,27 @@ def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ready
 
 
-def finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of a tensor that holds something other than finite numbers, or None."""
-    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+def state_to(state: Any, device: torch.device) -> Any:
+    """Return nested state with its tensors on a device, as one that was loaded is needed where the model is."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    if isinstance(state, Mapping):
+        return {key: state_to(value, device) for key, value in state.items()}
+    return [state_to(value, device) for value in state] if isinstance(state, list | tuple) else state
+
+
+def finite(tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a tensor that holds something other than finite numbers, or None.
+
+    Args:
+        tensors: by name.
+        constants: what some of them may hold to the bit, finite or not, as an attention mask of -inf.
+    """
+    for name, tensor in tensors.items():
+        same = name in constants and torch.equal(bits_of(tensor), bits_of(constants[name]))
+        if not same and not torch.isfinite(tensor).all():
+            return name
+    return None
 
 
 def dumps(skeleton: Any) -> bytes:

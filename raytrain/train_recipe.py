@@ -22,7 +22,7 @@ from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
 from raytrain.seeds.kernels import KERNELS
 from raytrain.seeds.trajectory import MOST_DIRECTIONS
 from raytrain.sync.compressed import CODECS
-from raytrain.sync.local import LocalOptions
+from raytrain.sync.methods import LocalOptions
 from raytrain.sync.numbers import NumberOptions
 from raytrain.sync.outer import PENALTIES
 from raytrain.sync.shards import check_optimizer

@@ -6,6 +6,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from raytrain.checkpoint import CheckpointStore
 from raytrain.errors import TrainingError
 from raytrain.loop import due
@@ -30,6 +33,7 @@ class RunWatch:
         callbacks: called with the replica after every step.
         log_every: steps between rows.
         beat: called at every sign of progress.
+        constants: buffers by name that are not all finite as the run finds them, and may stay so if they do not change.
         last: the newest checkpoint that was written here, and its metrics.
     """
 
@@ -40,6 +44,7 @@ class RunWatch:
     callbacks: Sequence[Callable[[Replica], None]]
     log_every: int
     beat: Callable[[], None]
+    constants: Mapping[str, Tensor]
     last: tuple[Path, Mapping[str, float]] | None = None
     _recorder: Recorder | None = None
     _next_stop_check: float = 0.0
@@ -86,7 +91,7 @@ class RunWatch:
     def save(self, replica: Replica) -> None:
         """Write a checkpoint, unless the weights are no longer numbers."""
         state = state_of(replica)
-        if "model" in state and (name := finite(state["model"])):
+        if "model" in state and (name := finite(state["model"], self.constants)):
             raise TrainingError(
                 f"after step {replica.progress.step} the weights {name} are not finite; a lower optimizer.lr may help"
             )
@@ -103,3 +108,9 @@ class RunWatch:
         if self._recorder:
             row = {"step": progress.step, "samples": progress.position, "seconds": round(progress.seconds, 3)}
             self._recorder.write({**row, **values})
+
+
+def constants_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return what each buffer holds, by its name, that is not all finite."""
+    buffers = module.named_buffers()
+    return {name: value.clone() for name, value in buffers if not torch.isfinite(value).all()}

@@ -38,7 +38,7 @@ from raytrain.sync.synchroniser import NUMBERS, SYNCHRONISERS
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
 from raytrain.train_recipe import TrainRecipe
-from raytrain.watch import RunWatch
+from raytrain.watch import RunWatch, constants_of
 from raytrain.watchdog import Watchdog, hang_file
 from raytrain.zeroth import Zeroth
 
@@ -125,7 +125,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     if isinstance(replica.optimizer, ZerothOrder):
         if recipe.directions.sparsity:
             replica.sync.start(replica.module)  # a mask goes by the weights, to the bit: those of the first worker
-        replica.zeroth = zeroth_of(replica, replica.optimizer, recipe)
+        replica.zeroth = zeroth_of(replica, replica.optimizer, recipe, weighted=task.weights is not None)
     if found:
         restore(replica, found)
     beat()  # what comes before the first step reads, imports and compiles, which can take as long as many steps
@@ -147,6 +147,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         callbacks=[resolve({}, name, "callbacks") for name in recipe.callbacks],
         log_every=recipe.log.every,
         beat=beat,
+        constants=constants_of(replica.module),
     )
     with (
         feeds(task, recipe.task, _walk(replica, plan)) as feed,
@@ -259,8 +260,14 @@ def build(
     )
 
 
-def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe) -> Zeroth:
+def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, weighted: bool) -> Zeroth:
     """Return how a zeroth-order optimizer probes a model that has its first weights.
+
+    Args:
+        replica: with the model.
+        optimizer: of its parameters.
+        recipe: the run's.
+        weighted: whether losses have weights.
 
     Raises:
         RecipeError: what the recipe says of directions does not fit the model.
@@ -296,6 +303,7 @@ def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe) -> 
         training=options.training,
         objective=options.objective,
         outlier=options.outlier,
+        weighted=weighted,
         first_order=[one for one in module.parameters() if one.requires_grad and one.data_ptr() not in moved],
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, median_low
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ class Zeroth:
         training: whether probes see the model in training mode.
         objective: a value that the task measures, to improve in place of the loss; "": the loss.
         outlier: slopes beyond so many standard deviations, as the median of recent ones has it, are left out; 0: none.
+        weighted: whether losses have weights, so that replicas may count differently.
         first_order: parameters that are moved by a gradient.
         trajectory: what the moves are written to, on the first replica.
     """
@@ -55,6 +57,7 @@ class Zeroth:
     training: bool
     objective: str
     outlier: float
+    weighted: bool
     first_order: Sequence[nn.Parameter] = ()
     trajectory: Trajectory | None = None
     _useless: int = 0
@@ -70,27 +73,26 @@ class Zeroth:
             factor: of the learning rate, in this step.
 
         Returns:
-            "loss", this replica's, "slope", the root of the mean square of all, and "skipped", how many were not used:
-            of all replicas those that are not finite or far out, and of this one those too small for what is sent.
+            "loss", this replica's, "slope", the root of the mean square of all, and "skipped", how many of all were not
+            used, because they are not finite or far out.
 
         Raises:
             TrainingError: no slope was usable for many steps.
         """
         step, rank = place
         with torch.no_grad(), _mode(module, self.training):
-            found = self._probed(loss, [self.seed_of(seed, step, rank, k) for k in range(self.count)])
-            everyone = self.sync.share([one.value for one in found])
-            slopes = [
-                (self.seed_of(seed, step, member, k), value)
-                for member, values in enumerate(everyone)
-                for k, value in enumerate(values)
+            seeds = [
+                [self.seed_of(seed, step, member, k) for k in range(self.count)] for member in range(self.sync.members)
             ]
+            found = self._probed(loss, seeds[rank])
+            slopes, shares = self._exchanged(found, seeds)
             usable = self._usable(slopes)
             rate = float(torch.tensor(self.optimizer.defaults["lr"] * factor))
             if usable:
                 if self.first_order:
                     self._backward(loss)
-                kept = [(one, value if one in usable else 0.0) for one, value in slopes]
+                # As a trajectory holds them: in float32.
+                kept = [(one, float(np.float32(usable.get(one, 0.0) * shares[one]))) for one, _ in slopes]
                 moves = self.optimizer.decide(kept, rate, self.probe, loss)
                 self.optimizer.move(moves, rate)
             if self.trajectory:
@@ -103,8 +105,7 @@ class Zeroth:
                 f"{mean_loss:g}; a lower optimizer.lr or directions.eps may help"
             )
         square = sum(value**2 for value in usable.values()) / max(1, len(usable))
-        lost = sum(one.value != 0 and heard == 0 for one, heard in zip(found, everyone[rank], strict=True))
-        return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": len(slopes) - len(usable) + lost}
+        return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": len(slopes) - len(usable)}
 
     def _backward(self, loss: Loss) -> None:
         """Find the gradient of some parameters, with a graph that reaches no further back than they are."""
@@ -135,20 +136,36 @@ class Zeroth:
         at_rest = float(self.probe.at_rest(loss)) if self.sides == 1 else None
         return [slope(loss, self.probe, seed, self.eps, at_rest=at_rest) for seed in seeds]
 
+    def _exchanged(self, found: Sequence[Slope], seeds: Sequence[Sequence[int]]) -> tuple[Slopes, dict[int, float]]:
+        """Return the slopes that all replicas found, and by their seeds how much each counts, 1 on average.
+
+        Args:
+            found: this replica's.
+            seeds: of each replica.
+        """
+        typical = [median_low(one) if one else 0.0 for one in self._recent()]
+        sizes = [[typical[one % len(typical)] for one in row] for row in seeds]
+        heard, shares = self.sync.share([one.value for one in found], sizes, weighted=self.weighted)
+        slopes = [pair for row, values in zip(seeds, heard, strict=True) for pair in zip(row, values, strict=True)]
+        return slopes, {one: share for row, share in zip(seeds, shares, strict=True) for one in row}
+
+    def _recent(self) -> list[list[float]]:
+        """Return how large the slopes of each block were in the last steps, equal on all replicas."""
+        blocks, sizes = self.probe.space.blocks, self.optimizer.param_groups[0].get("sizes", ())
+        return [list(one) for one in sizes] if len(sizes) == blocks else [[] for _ in range(blocks)]
+
     def _usable(self, slopes: Slopes) -> dict[int, float]:
         """Return the slopes that are numbers, and of an ordinary size, for which all replicas take the same.
 
         A median does not mind what is far out, not even in the first step; and if most slopes have grown, it follows.
         Each block has its own, as a block's slopes may all be steeper than another's.
         """
-        blocks, group = self.probe.space.blocks, self.optimizer.param_groups[0]
-        numbers = {seed: value for seed, value in slopes if math.isfinite(value)}
-        sizes: list[list[float]] = list(group.get("sizes", ()))
-        sizes = sizes if len(sizes) == blocks else [[]] * blocks
+        sizes, numbers = self._recent(), {seed: value for seed, value in slopes if math.isfinite(value)}
+        blocks = len(sizes)
         for block in range(blocks):
             new = [abs(value) for seed, value in numbers.items() if value and seed % blocks == block]
             sizes[block] = [*sizes[block], *new][-max(RECENT, len(new)) :]
-        group["sizes"] = sizes
+        self.optimizer.param_groups[0]["sizes"] = sizes
         limits = [self.outlier * median_low(one) / MEDIAN_SIZE if self.outlier and one else math.inf for one in sizes]
         return {seed: value for seed, value in numbers.items() if abs(value) <= limits[seed % blocks]}
 

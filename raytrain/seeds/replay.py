@@ -61,7 +61,8 @@ def materialise(
         `out`.
 
     Raises:
-        ValueError: there is not one coefficient for each seed, one is not finite, or `out` is of other shapes or types.
+        ValueError: there is not one coefficient for each seed, one is not finite, or `out` is of other shapes or types;
+            or a sum is beyond what a parameter's type holds, and `out` is then of no use.
     """
     device = space.parts[0].tensor.device
     many = coefficients.dim() == 2
@@ -97,4 +98,9 @@ def materialise(
             if part.mask is not None:
                 moves *= part.mask.view(-1)[piece]
             written[:, piece] = rounded(moves + base[piece], part.tensor.dtype)
+            if not (written[:, piece].isfinite() | ~base[piece].isfinite()).all():
+                raise ValueError(
+                    f"coefficients: expected finite parameters; the largest, {coefficients.abs().max():g}, takes "
+                    f"{part.name} beyond {part.tensor.dtype}"
+                )
     return out

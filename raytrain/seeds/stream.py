@@ -105,8 +105,14 @@ def checked(seed: int) -> int:
 
 
 def derived(master: int, *place: int) -> int:
-    """Return the seed that follows from another one at a place: up to four numbers of 32 bits, the rest being 0."""
+    """Return the seed that follows from another one at a place: up to four numbers of 32 bits, the rest being 0.
+
+    Raises:
+        ValueError: the place has more numbers, or larger ones.
+    """
     checked(master)
+    if len(place) > 4 or not all(0 <= part <= LOW for part in place):
+        raise ValueError(f"place: expected up to four numbers from 0 to 2^32 - 1; got {place}")
     counter = np.array([*place, *[0] * (4 - len(place))], np.uint32)
     first, second, *_ = philox(counter, np.array([master & LOW, master >> 32], np.uint32)).tolist()
     return int(first) | int(second) << 32

@@ -1,9 +1,13 @@
 """Compressed exchanges: fewer bytes on the wire, and what rounding leaves out is sent next time.
 
-In two phases, as in 1-bit Adam (Tang et al. 2021): each replica sends each other one a part of its values, compressed,
-averages the parts that it gets, and sends the mean to all, compressed again. So all replicas hold the same bits,
-whatever the codec. What is lost in compressing is added to what is compressed the next time (error feedback, Seide et
-al. 2014, Karimireddy et al. 2019), by who sends as by who averages: over time the means are exact.
+In two phases, as in 1-bit Adam (Tang et al. 2021): each replica sends each other one a part of its weighted values,
+compressed, sums the parts that it gets, and sends the sum to all, compressed again, who divide it by the sum of the
+weights. So all replicas hold the same bits, whatever the codec.
+
+What is lost in compressing is added to what is compressed the next time (error feedback, Seide et al. 2014, Karimireddy
+et al. 2019), by who sends as by who sums. With weights w_i and values v_i of the replicas, W = sum_i w_i and the mean m
+of a round, over all rounds sum W m + residuals = sum (sum_i w_i v_i), whatever the weights: so the sums are exact over
+time, and the means where W is the same in all rounds.
 """
 
 from collections.abc import Mapping
@@ -12,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from raytrain.state import state_to
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import Pending, Transport
 
@@ -77,6 +82,8 @@ class Int8:
 class CompressedExchange(ExactExchange):
     """Averages through a codec, with error feedback on both sides; one mean at a time.
 
+    A replica without weight sends zeros, and keeps its residual for when it has some.
+
     Args:
         transport: the replicas.
         codec: how values are sent.
@@ -86,8 +93,8 @@ class CompressedExchange(ExactExchange):
         super().__init__(transport)
         self.codec = codec
         self.second = transport.lane()  # a replica starts the second phase when it has what came in the first
-        self.left: Tensor | None = None  # what this replica's last values lost, shape (members, k, block)
-        self.left_of_sum: Tensor | None = None  # what the last sum that it sent lost, shape (k, block)
+        self.left: Tensor | None = None  # the residual of its own weighted values, shape (members * k, block)
+        self.left_of_sum: Tensor | None = None  # that of the sums that it makes, shape (k, block)
 
     def mean(self, flat: Tensor, weight: float, exact: int = 0) -> Pending:
         """Start the weighted mean; weights and `exact` values travel as float64 beside the coded ones."""
@@ -99,7 +106,7 @@ class CompressedExchange(ExactExchange):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` returned."""
-        self.left, self.left_of_sum = state["left"], state["left_of_sum"]
+        self.left, self.left_of_sum = state_to([state["left"], state["left_of_sum"]], self.transport.device)
 
 
 class _TwoPhases:
@@ -109,13 +116,12 @@ class _TwoPhases:
         self._flat = flat
         self._count = count = flat.numel() - 1 - exact
         blocks = -(-count // (codec.block * members))
-        values = torch.zeros(members * blocks * codec.block, device=flat.device)
-        values[:count] = flat[:count]
-        values = values.view(members, blocks, codec.block)
-        if exchange.left is not None:
-            values += exchange.left
-        coded = codec.encode(values.view(-1, codec.block))
-        exchange.left = values.sub_(codec.decode(coded).view_as(values))
+        values = torch.zeros(members * blocks * codec.block, device=flat.device).view(-1, codec.block)
+        if weight:
+            values.view(-1)[:count] = flat[:count] * weight
+            coded, exchange.left = _with_feedback(codec, values, exchange.left)
+        else:
+            coded = codec.encode(values)
         head = torch.cat([flat.new_tensor([weight], dtype=torch.float64), flat[count:-1].double()])
         self._head_bytes = 8 * head.numel()
         rows = torch.cat([head.view(torch.uint8).expand(members, -1), coded.view(members, -1)], dim=1)
@@ -132,7 +138,8 @@ class _TwoPhases:
     def wait(self) -> Tensor:
         self._second = self._second or self._forward()
         parts, codec = self._second.wait(), self._exchange.codec
-        self._flat[: self._count] = codec.decode(parts.reshape(-1, codec.block_bytes)).flatten()[: self._count]
+        sums = codec.decode(parts.reshape(-1, codec.block_bytes)).flatten()[: self._count]
+        self._flat[: self._count] = sums / (float(self._flat[-1]) or 1.0)
         self.bytes_sent = self._first.bytes_sent + self._second.bytes_sent
         self.seconds = self._first.seconds + self._second.seconds
         return self._flat
@@ -142,16 +149,24 @@ class _TwoPhases:
         exchange, codec = self._exchange, self._exchange.codec
         parts = self._first.wait()
         heads = parts[:, : self._head_bytes].flatten().clone().view(torch.float64).view(len(parts), -1)
-        weights, total = heads[:, 0].tolist(), float(heads[:, 0].sum())
-        self._flat[self._count : -1] = heads[:, 0] @ heads[:, 1:] / (total or 1.0)
+        total, exact = float(heads[:, 0].sum()), torch.zeros_like(heads[0, 1:])
+        for head in heads[heads[:, 0] > 0]:  # without weight nothing counts, finite or not
+            exact += head[0] * head[1:]
+        self._flat[self._count : -1] = exact / (total or 1.0)
         self._flat[-1] = total
-        coded = parts[:, self._head_bytes :]
-        mean = exchange.left_of_sum
-        if mean is None:
-            mean = torch.zeros(coded[0].numel() // codec.block_bytes, codec.block, device=parts.device)
-        for weight, part in zip(weights, coded, strict=True):
-            own = codec.decode(part.contiguous().view(-1, codec.block_bytes))
-            mean.add_(own, alpha=weight / (total or 1.0))
-        coded = codec.encode(mean)
-        exchange.left_of_sum = mean.sub_(codec.decode(coded))
+        coded = parts[:, self._head_bytes :].reshape(len(parts), -1, codec.block_bytes)
+        sums = torch.zeros(coded.shape[1], codec.block, device=parts.device)
+        if not total:
+            return exchange.second.all_gather(codec.encode(sums))
+        for part in coded:
+            sums += codec.decode(part)
+        coded, exchange.left_of_sum = _with_feedback(codec, sums, exchange.left_of_sum)
         return exchange.second.all_gather(coded)
+
+
+def _with_feedback(codec: Codec, values: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the bytes of values + residual, and the residual that these leave; `values` is used up."""
+    if residual is not None:
+        values += residual
+    coded = codec.encode(values)
+    return coded, values.sub_(codec.decode(coded))

@@ -52,7 +52,10 @@ class ExactExchange:
 
     def mean(self, flat: Tensor, weight: float, exact: int = 0) -> Pending:  # noqa: ARG002 - all are
         """Sum weight * value and weight together, and divide on arrival: one message carries both."""
-        flat[:-1].mul_(weight)
+        if weight:
+            flat[:-1].mul_(weight)
+        else:
+            flat.zero_()  # also where a value is not finite
         flat[-1] = weight
         return _Mean(self.transport.all_reduce(flat))
 

@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raytrain.errors import TrainingError
+from raytrain.sync.buffers import persistent
 from raytrain.sync.exchange import Exchange
-from raytrain.sync.rest import Rest, persistent
+from raytrain.sync.rest import Rest
 from raytrain.sync.sharded import ShardedGradients
 from raytrain.sync.synchroniser import EveryStep, SyncOptions, Totals
 from raytrain.sync.transport import Pending

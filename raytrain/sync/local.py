@@ -1,193 +1,24 @@
 """Local updates: replicas step on their own, and now and then share what it came to."""
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from raytrain.names import resolve
-from raytrain.sync.compressed import CODECS, CompressedExchange
+from raytrain.sync.buffers import BufferMean, floating_buffers, persistent
+from raytrain.sync.compressed import CompressedExchange
 from raytrain.sync.exchange import ExactExchange, Exchange
-from raytrain.sync.outer import PENALTIES, OuterStep, stable_below
+from raytrain.sync.outer import OuterStep
 from raytrain.sync.pace import Clock, Pace
-from raytrain.sync.rest import persistent
-from raytrain.sync.synchroniser import SyncOptions, Totals
+from raytrain.sync.synchroniser import Totals
 from raytrain.sync.transport import Arrived, Pending
 from raytrain.sync.velocity import Velocity
 
 NUMBERS = 4
 """What travels with the differences: a wish to stop, and what a step and an exchange take."""
-
-logger = logging.getLogger(__name__)
-
-
-class LocalOptions(SyncOptions):
-    """Options of local SGD: every so many steps the replicas go on from their mean.
-
-    Attributes:
-        every: steps in a round.
-        codec: how differences are sent: "bfloat16", "int8", or as they are; what rounding leaves out is sent later.
-        buffers: "mean": buffers such as the running means of BatchNorm are averaged as parameters are; "local": each
-            worker keeps its own, and they are averaged at the end.
-    """
-
-    name: str = "local-sgd"
-    every: int = Field(12, ge=1)
-    codec: str | None = None
-    buffers: Literal["mean", "local"] = "mean"
-
-    @field_validator("codec")
-    @classmethod
-    def _known_codec(cls, name: str | None) -> str | None:
-        if name is not None:
-            resolve(CODECS, name, "sync.codec")
-        return name
-
-
-class MomentumOptions(LocalOptions):
-    """Options of an outer step with momentum.
-
-    Attributes:
-        rate: of the outer step.
-        momentum: of the outer step.
-    """
-
-    rate: float = Field(1.0, gt=0)
-    momentum: float = Field(0.5, ge=0, lt=1)
-
-
-class NesterovOptions(MomentumOptions):
-    """Options of an outer step with Nesterov's momentum; the defaults are those of DiLoCo."""
-
-    rate: float = Field(0.7, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-
-
-class LateOptions(LocalOptions):
-    """Options of the mean that comes late, on top of what was done since.
-
-    Attributes:
-        every: steps in a round; "auto": as few as hide the exchange, and keep its processor time below 3 % of theirs.
-        delay: steps from sending to applying, at most `every`; "auto": as few as hide the exchange.
-        momentum: of the mean of the workers' last steps, the share that each of them adds to its own, in at least
-            twelve parts of a round; a movement that lasts is amplified by up to 1 / (1 - momentum). It takes less where
-            the optimizer's own momentum is above 0.9.
-        pull: how far a replica comes from where it was when it sent to the shared point; default: 1, all the way, at
-            once, down to 1/2 a round late.
-    """
-
-    every: Annotated[int, Field(ge=1)] | Literal["auto"] = 12  # type: ignore[assignment]
-    delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    momentum: float = Field(0.7, ge=0, lt=1)
-    pull: float | None = Field(None, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _fit(self) -> Self:
-        if self.every != "auto" and self.delay != "auto" and self.delay > self.every:
-            raise ValueError(f"expected sync.delay of at most sync.every = {self.every}; got {self.delay}")
-        return self
-
-
-class Co2Options(MomentumOptions):
-    """Options of CO2 as published.
-
-    Attributes:
-        penalty: what a difference is divided by, because it is late: "none", "constant", "gap-aware" or "secant".
-        clip: the largest element of the momentum; 0: any.
-    """
-
-    momentum: float = Field(0.2, ge=0, lt=1)
-    penalty: str = "secant"
-    clip: float = Field(1.0, ge=0)
-
-    @field_validator("penalty")
-    @classmethod
-    def _known_penalty(cls, name: str) -> str:
-        resolve(PENALTIES, name, "sync.penalty")
-        return name
-
-
-def local_sgd(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
-    """Return local SGD (Stich 2019): the replicas go on from their mean."""
-    return _made(exchange, options, OuterStep(), Pace(options.every, 0))
-
-
-def slowmo(exchange: Exchange, options: MomentumOptions) -> "LocalUpdates":
-    """Return SlowMo (Wang et al. 2020): an outer step with momentum, of differences that are not divided by a rate."""
-    return _made(exchange, options, OuterStep(rate=options.rate, beta=options.momentum), Pace(options.every, 0))
-
-
-def diloco(exchange: Exchange, options: NesterovOptions) -> "LocalUpdates":
-    """Return DiLoCo (Douillard et al. 2023): an outer step with Nesterov's momentum."""
-    outer = OuterStep(rate=options.rate, beta=options.momentum, nesterov=True)
-    return _made(exchange, options, outer, Pace(options.every, 0))
-
-
-def cocod(exchange: Exchange, options: LocalOptions) -> "LocalUpdates":
-    """Return CoCoD-SGD (Shen et al. 2019): the mean comes a round late, on top of what was done since."""
-    return _made(exchange, options, OuterStep(), Pace(options.every, options.every))
-
-
-def late(exchange: Exchange, options: LateOptions) -> "LocalUpdates":
-    """Return local SGD whose mean comes some steps late, and whose momentum is spread over the local steps.
-
-    The mean of the replicas moves by their own steps and by what `Velocity` adds, which is the same on all of them;
-    averaging changes only how far they are from it. So lateness costs little: what comes late is how far they strayed.
-
-    A replica is not pulled all the way to the shared point (after Overlap-Local-SGD, Wang et al. 2020): the d steps
-    since it sent have undone part of the distance that it had then, and taking that out again would put it on the other
-    side. Where a step leaves a share q of a distance, a round leaves (q^d - pull) q^(tau - d) of it. With
-    pull = 1 - (d / tau)^2 / 2 that is at most a half, whatever q; with 1, a round late, it is -1 where q is 0, and
-    distances never shrink.
-    """
-    pace = Pace(options.every, options.delay)
-    velocity = Velocity(options.momentum) if options.momentum else None
-    return _made(exchange, options, OuterStep(), pace, pull=options.pull, velocity=velocity)
-
-
-def co2(exchange: Exchange, options: Co2Options) -> "LocalUpdates":
-    """Return CO2 (Sun et al. 2024): what a replica did in a round comes back a round later, with a penalty."""
-    penalty = resolve(PENALTIES, options.penalty, "sync.penalty")()
-    outer = OuterStep(rate=options.rate, beta=options.momentum, clip=options.clip, penalty=penalty)
-    return _made(exchange, options, outer, Pace(options.every, options.every), keep=False)
-
-
-def _made(
-    exchange: Exchange,
-    options: LocalOptions,
-    outer: OuterStep,
-    pace: Pace,
-    *,
-    keep: bool = True,
-    pull: float | None = 1.0,
-    velocity: Velocity | None = None,
-) -> "LocalUpdates":
-    if options.codec is not None:
-        exchange = CompressedExchange(exchange.transport, resolve(CODECS, options.codec, "sync.codec")())
-    if exchange.transport.rank == 0:
-        _warn(outer, keep=keep)
-    shares = options.buffers == "mean"
-    return LocalUpdates(exchange, outer, pace, keep=keep, pull=pull, velocity=velocity, share_buffers=shares)
-
-
-def _warn(outer: OuterStep, *, keep: bool) -> None:
-    """Say if the outer step is unstable where local steps reach their minimum within a round."""
-    rate, limit = outer.rate / outer.penalty.least(outer), stable_below(outer, late=not keep)
-    if rate >= limit:
-        logger.warning(
-            "sync.rate%s = %.3g can diverge: with sync.momentum = %.3g it is stable below %.3g / c, where c, from 0 to "
-            "1, is how much of the way to the minimum local steps go in a round%s",
-            "" if rate == outer.rate else " over the penalty",
-            rate,
-            outer.beta,
-            limit,
-            "" if keep else '; sync.penalty = "secant" measures c and keeps below',
-        )
 
 
 class LocalUpdates:
@@ -198,7 +29,11 @@ class LocalUpdates:
     where it was when it sent): its movement meanwhile is kept, and becomes part of its next difference. With delay 0
     and pull 1 that is DiLoCo, SlowMo or local SGD, by the outer step; with a delay of a whole round and no momentum
     CoCoD-SGD (Shen et al. 2019). Without `keep` a replica goes on from X when it has sent, and what it did comes back
-    with the mean only: a round late, that is CO2 (Sun et al. 2024).
+    with the mean only: a round late, that is CO2 (Sun et al. 2024). A mean is applied before the next one is sent,
+    however late it was to be.
+
+    All this is of parameters. A shared buffer is the mean of the replicas' at the end of a round, whatever the outer
+    step; see `BufferMean`.
 
     Args:
         exchange: the replicas.
@@ -235,7 +70,7 @@ class LocalUpdates:
         self._share_buffers = share_buffers
         codec = exchange.codec if isinstance(exchange, CompressedExchange) else None
         parts = (outer.penalty, velocity, codec)
-        self._form = " ".join([str(keep), str(share_buffers), *(type(part).__name__ for part in parts)])
+        self._form = " ".join(["2", str(keep), str(share_buffers), *(type(part).__name__ for part in parts)])
         self._clock = Clock()
         self._due = 0  # steps of the next round after which the mean is applied
         self._pending: Pending | None = None
@@ -244,33 +79,36 @@ class LocalUpdates:
         self._sent_steps = 0  # of the round that is under way
         self._samples = 0.0  # in this round
         self._weight = 0.0  # of this step
+        self._lr = 1.0  # of this step
         self._asked = False
         self._stop = False
         self._loaded: Mapping[str, Any] | None = None
-        self._before: Mapping[str, Any] = {"outer": None, "velocity": None}  # that were loaded
+        self._before: Mapping[str, Any] = {"outer": None, "velocity": None, "point": None}  # that were loaded
 
     def start(self, module: nn.Module) -> None:
         """Begin a round at the first replica's parameters and buffers, or go on with the one that was loaded."""
-        parameters = [value for value in module.parameters() if value.requires_grad]
-        tensors = [*persistent(module)]
-        buffers = [value for value in tensors if not isinstance(value, nn.Parameter) and value.is_floating_point()]
-        self._live = [value.data for value in [*parameters, *(buffers if self._share_buffers else [])]]
-        self._own_buffers = [] if self._share_buffers else buffers
-        self._stepped = sum(value.numel() for value in parameters)
-        for value in tensors:
+        for value in persistent(module):
             self._await(self._exchange.transport.broadcast(value.data))
-        size = sum(value.numel() for value in self._live)
-        self._send = _flat(self._live, size + NUMBERS + 1)  # the last is room for the weight
+        parameters = [value for value in module.parameters() if value.requires_grad]
+        buffers = floating_buffers(module)
+        self._live = [value.data for value in parameters]
+        self._buffers = BufferMean(buffers if self._share_buffers else [])
+        self._own_buffers = [] if self._share_buffers else buffers
+        self._size = sum(value.numel() for value in self._live)
+        self._exact = self._buffers.size + NUMBERS
+        # Parameters, buffers, numbers, and room for the weight.
+        self._send = _flat([*self._live, *self._buffers.live], self._size + self._exact + 1)
         self._views = _views(self._send, self._live)
         self._gather()
-        self._begun = self._send[:size].clone()
-        point = self._begun.clone()
-        self._outer.begin(point[: self._stepped], self._before["outer"])
+        self._begun = self._send[: self._size].clone()
+        point = self._before["point"]
+        self._point = self._begun.clone() if point is None else point.to(self._begun, copy=True)
+        self._outer.begin(self._point, self._before["outer"])
         if self._velocity:
-            self._velocity.begin(point[: self._stepped], parameters, self._before["velocity"])
-        self._point = point
+            self._velocity.begin(self._point, parameters, self._before["velocity"])
         if self._loaded is not None:
             self._go_on(self._loaded)
+        self._loaded, self._before = None, {}
 
     def begin(self, weight: float) -> float:
         """Return the weight itself: the gradient is that of this replica's own mean."""
@@ -286,9 +124,10 @@ class LocalUpdates:
         return Totals(self._weight, loss, self._stop)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, lr: float) -> None:
         """Apply what is due, and send what a round came to."""
         began, waited = time.perf_counter(), self.waited_seconds
+        self._lr = lr
         self._steps += 1
         self._still += 1
         self._samples += self._weight
@@ -307,28 +146,28 @@ class LocalUpdates:
     @torch.no_grad()
     def finish(self) -> None:
         """Apply what is under way, and the plain mean of what was done since; afterwards the replicas are equal."""
-        if self._pending is not None:
-            self._apply(self._pending)
         if self._steps:
-            mean = self._receive(self._launch())
-            self._point.sub_(mean)
-            self._begun.copy_(self._point)
-            self._put(self._point)
+            self._point.sub_(self._receive(self._launch()))
+            self._buffers.unpack(self._mean_of_buffers)
+        elif self._pending is not None:
+            self._apply(self._pending)
+        self._begun.copy_(self._point)
+        self._put(self._point)
+        self._buffers.load()
         if self._own_buffers:
-            message = _flat(self._own_buffers, sum(value.numel() for value in self._own_buffers) + 1)
-            torch._foreach_copy_(views := _views(message, self._own_buffers), self._own_buffers)
-            self._await(ExactExchange(self._exchange.transport).mean(message, 1.0))
-            torch._foreach_copy_(self._own_buffers, views)
+            self._average(self._own_buffers)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Let the module hold the point that all replicas share inside the `with` block."""
-        aside = [value.clone() for value in self._live]
+        held = [*self._live, *self._buffers.live]
+        aside = [value.clone() for value in held]
         self._put(self._point)
+        self._buffers.load()
         try:
             yield
         finally:
-            torch._foreach_copy_(self._live, aside)
+            torch._foreach_copy_(held, aside)
 
     def figures(self) -> dict[str, float]:
         """Return the pace and what it was chosen from, if it is chosen."""
@@ -336,12 +175,12 @@ class LocalUpdates:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where this replica is, and what is under way, after waiting for it: it is not applied earlier."""
-        size = self._begun.numel()
         mean = None
         if self._pending is not None:
-            mean = self._receive(self._pending).clone()
+            self._receive(self._pending)
+            mean = self._send[: -NUMBERS - 1].clone()
             self._pending = Arrived(self._send)
-        self._gather_into(here := self._begun.new_empty(size))
+        self._gather_into(here := torch.empty_like(self._begun))
         return {
             "form": self._form,
             "steps": self._steps,
@@ -354,7 +193,8 @@ class LocalUpdates:
             "here": here,
             "begun": self._begun,
             "mean": mean,
-            "buffers": [value.clone() for value in self._own_buffers],
+            "buffers": [value.clone() for value in [*self._buffers.live, *self._own_buffers]],
+            "begun_buffers": [value.clone() for value in self._buffers.begun],
             "exchange": self._exchange.state_dict(),
             "shared": self._shared_state() if self._exchange.transport.rank == 0 else None,
         }
@@ -369,9 +209,10 @@ class LocalUpdates:
             self._loaded, self._before = state, first["shared"]
 
     def _shared_state(self) -> dict[str, Any]:
-        """Return what is equal on all replicas, beside the shared point."""
+        """Return what is equal on all replicas; of the shared point, what the model's narrower types cannot hold."""
         velocity = self._velocity.state_dict() if self._velocity else None
-        return {"outer": self._outer.state_dict(), "velocity": velocity}
+        narrow = any(value.dtype != self._point.dtype for value in self._live)
+        return {"outer": self._outer.state_dict(), "velocity": velocity, "point": self._point if narrow else None}
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         self._steps, self._samples, self._due = state["steps"], state["samples"], state["due"]
@@ -380,27 +221,31 @@ class LocalUpdates:
         self._begun.copy_(state["begun"])
         self._put(state["here"])
         self._exchange.load_state_dict(state["exchange"])
-        if self._own_buffers:
-            torch._foreach_copy_(self._own_buffers, state["buffers"])
+        buffers = [*self._buffers.live, *self._own_buffers, *self._buffers.begun]
+        for value, saved in zip(buffers, [*state["buffers"], *state["begun_buffers"]], strict=True):
+            value.copy_(saved)
         if state["mean"] is not None:
-            self._send[: self._begun.numel()].copy_(state["mean"])
+            self._send[: -NUMBERS - 1].copy_(state["mean"])
             self._pending = Arrived(self._send)
 
     def _launch(self) -> Pending:
-        """Send how far this replica got in its round, and begin the next one."""
+        """Send how far this replica got in its round, and begin the next one; what is under way is applied before."""
+        if self._pending is not None:
+            self._apply(self._pending)
         self._drift()
-        size = self._begun.numel()
         self._gather()
-        here = self._send[:size]
+        here = self._send[: self._size]
         torch.sub(self._begun, here, out=here)
         if self._keep:
             self._gather_into(self._begun)
         else:
             self._begun.copy_(self._point)
             self._put(self._point)
+        self._buffers.pack(self._mean_of_buffers)
+        self._buffers.begin(keep=self._keep)
         numbers = [float(self._asked), *self._clock.lap(self._steps, self.waited_seconds)]
-        self._send[size:-1] = torch.tensor(numbers, dtype=torch.float64)
-        self._pending = pending = self._exchange.mean(self._send, self._samples, exact=NUMBERS)
+        self._send[-NUMBERS - 1 : -1] = torch.tensor(numbers, dtype=torch.float64)
+        self._pending = pending = self._exchange.mean(self._send, self._samples, exact=self._exact)
         self._sent_steps = self._steps
         self._steps, self._samples, self._due = 0, 0.0, self._pace.delay
         return pending
@@ -415,28 +260,46 @@ class LocalUpdates:
         """Take the outer step, and go on from there with what was done since this was sent."""
         self._drift()
         mean = self._receive(pending)
+        pull = self._pace.pull(self._due) if self._pull is None else self._pull
         if self._velocity:
-            self._velocity.learn(mean[: self._stepped], self._sent_steps)
-        self._outer(mean[: self._stepped])
-        self._point[self._stepped :].sub_(mean[self._stepped :])
+            self._velocity.learn(mean, self._sent_steps)
+        self._outer(mean, self._lr)
         here = mean  # which is used up
         self._gather()
         here.sub_(self._begun)
-        self._begun.lerp_(self._point, self._pace.pull(self._due) if self._pull is None else self._pull)
+        self._begun.lerp_(self._point, pull)
         here.add_(self._begun)
         torch._foreach_copy_(self._live, self._views)
+        self._buffers.unpack(self._mean_of_buffers)
+        if self._keep or not self._steps:
+            self._buffers.approach(pull)
+
+    @property
+    def _mean_of_buffers(self) -> Tensor:
+        """The part of the message that is of buffers."""
+        return self._send[self._size : self._size + self._buffers.size]
 
     def _receive(self, pending: Pending) -> Tensor:
-        """Wait for the mean, shape (n,)."""
+        """Wait for the mean, and return that of the differences, shape (n,)."""
         self._await(pending)
         if pending.seconds:
             self._clock.exchange_seconds = pending.seconds
         self._pending = None
-        size = self._begun.numel()
-        asked, *measured = self._send[size:-1].tolist()
+        asked, *measured = self._send[-NUMBERS - 1 : -1].tolist()
         self._stop = self._stop or asked > 0
         self._pace.learn(*measured)
-        return self._send[:size]
+        return self._send[: self._size]
+
+    def _average(self, buffers: Sequence[Tensor]) -> None:
+        """Give buffers the mean of the replicas', each of which counts as much."""
+        mean = BufferMean(buffers)
+        for value in mean.shared:
+            self._await(self._exchange.transport.broadcast(value))
+        message = _flat(buffers, mean.size + 1)
+        mean.pack(message[:-1])
+        self._await(ExactExchange(self._exchange.transport).mean(message, 1.0))
+        mean.unpack(message[:-1])
+        mean.load()
 
     def _gather(self) -> None:
         """Copy the parameters and buffers into the message."""

@@ -5,6 +5,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from raytrain.state import state_to
+
 PENALTIES: dict[str, str] = {
     "none": "raytrain.sync.outer:NoPenalty",
     "constant": "raytrain.sync.outer:Constant",
@@ -20,12 +22,17 @@ class OuterStep:
 
     With difference d and penalty L, momentum v <- beta v + d / L, clipped by element, and the point X <- X - rate v, or
     by Nesterov X <- X - rate (d / L + beta v). With rate 1 and no momentum that is the mean of the replicas (local
-    SGD), with momentum it is SlowMo (Wang et al. 2020), with Nesterov's DiLoCo (Douillard et al. 2023).
+    SGD), with Nesterov's it is DiLoCo (Douillard et al. 2023).
+
+    SlowMo (Wang et al. 2020, algorithm 1) divides d by the learning rate gamma of the replicas' own steps, as it is at
+    the round's end: u <- beta u + d / gamma, X <- X - rate gamma u. Here v is gamma u, so v <- beta (gamma / gamma') v
+    + d with the gamma' of the round before: while gamma stays the same, that is the plain momentum.
 
     Args:
         rate: of the step.
         beta: how much of the momentum stays.
         nesterov: which of the two.
+        scaled: whether the momentum scales with the learning rate of the replicas' own steps, as SlowMo's.
         clip: the largest element of the momentum; 0: any.
         penalty: finds L from what every replica holds, so that they do not part; None: 1.
 
@@ -40,16 +47,19 @@ class OuterStep:
         rate: float = 1.0,
         beta: float = 0.0,
         nesterov: bool = False,
+        scaled: bool = False,
         clip: float = 0.0,
         penalty: "Penalty | None" = None,
     ) -> None:
         self.rate = rate
         self.nesterov = nesterov
+        self.scaled = scaled
         self.clip = clip
         self.beta = beta
         self.penalty: Penalty = penalty or NoPenalty()
         self.point = torch.zeros(0)
         self.momentum: Tensor | None = None
+        self._lr = 0.0  # of the round before; 0: there was none
 
     @property
     def last(self) -> Tensor:
@@ -64,16 +74,22 @@ class OuterStep:
         if state is not None:
             if self.momentum is not None and state["momentum"] is not None:
                 self.momentum.copy_(state["momentum"])
-            self.penalty.load_state_dict(state["penalty"])
+            self.penalty.load_state_dict(state_to(state["penalty"], point.device))
+            self._lr = state["lr"]
 
-    def __call__(self, difference: Tensor) -> None:
-        """Move the point; `difference` is used up."""
+    def __call__(self, difference: Tensor, lr: float) -> None:
+        """Move the point.
+
+        Args:
+            difference: used up.
+            lr: the learning rate of the replicas' last step, or anything in proportion to it.
+        """
         divisor = self.penalty(self, difference)
         if divisor != 1.0:
             difference.div_(divisor)
         step = difference
         if self.momentum is not None:
-            self.momentum.mul_(self.beta).add_(difference)
+            self.momentum.mul_(self.beta * self._growth(lr)).add_(difference)
             step = self.momentum
         if self.clip:
             step.clamp_(-self.clip, self.clip)
@@ -83,7 +99,12 @@ class OuterStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but the point."""
-        return {"momentum": self.momentum, "penalty": self.penalty.state_dict()}
+        return {"momentum": self.momentum, "penalty": self.penalty.state_dict(), "lr": self._lr}
+
+    def _growth(self, lr: float) -> float:
+        """Return the learning rate over that of the round before; one of 0, which cannot divide, changes nothing."""
+        before, self._lr = self._lr, lr or self._lr
+        return self._lr / before if self.scaled and before else 1.0
 
 
 def stable_below(outer: OuterStep, *, late: bool) -> float:

@@ -38,7 +38,8 @@ class Pace:
 
     def __init__(self, every: Steps, delay: Steps) -> None:
         self._fixed = (every, delay)
-        self.every = FIRST if every == "auto" else every
+        self._least = 0 if delay == "auto" else delay  # steps in a round
+        self.every = max(FIRST, self._least) if every == "auto" else every
         self.delay = self.every if delay == "auto" else delay
         self._measured: dict[str, float] = {}
 
@@ -62,8 +63,9 @@ class Pace:
 
     def go_on(self, every: int, delay: int) -> None:
         """Go on from where a run was, unless it is given."""
-        self.every = every if self._fixed[0] == "auto" else self.every
-        self.delay = delay if self._fixed[1] == "auto" else self.delay
+        if self._fixed[0] == "auto":
+            self.every = max(every, self._least)
+        self.delay = min(delay, self.every) if self._fixed[1] == "auto" else self.delay
 
     def learn(self, step_seconds: float, exchange_seconds: float, cost_seconds: float) -> None:
         """Choose anew from the means over the replicas.
@@ -83,8 +85,8 @@ class Pace:
         every, delay = self._fixed
         hidden = max(1, math.ceil(SLACK * exchange_seconds / step_seconds))
         if every == "auto":
-            least = max(hidden, math.ceil(cost_seconds / (SHARE * step_seconds)))
-            self.every = min(LONGEST, least if delay == "auto" else max(least, delay))
+            cheap = math.ceil(cost_seconds / (SHARE * step_seconds))
+            self.every = max(self._least, min(LONGEST, max(hidden, cheap)))
         self.delay = min(self.every, hidden) if delay == "auto" else delay
 
     def figures(self) -> dict[str, float]:

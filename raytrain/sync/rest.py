@@ -1,16 +1,17 @@
-"""What replicas sum at each step beside the gradients: a few numbers, and how far buffers moved."""
+"""What replicas sum at each step beside the gradients: a few numbers, and the buffers that moved."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from raytrain.sync.buffers import BufferMean, floating_buffers
+
 
 class Rest:
-    """Packs numbers and the moves of buffers into one message.
+    """Packs numbers and buffers into one message.
 
-    A buffer that the forward pass moves (the running mean of a BatchNorm) is then moved by the weighted mean of what it
-    moved on each replica.
+    A buffer that the forward pass moves (the running mean of a BatchNorm) becomes the weighted mean of the replicas'.
 
     Args:
         module: whose buffers; those of floats that belong to its state.
@@ -19,30 +20,22 @@ class Rest:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._device = device
-        ours = {id(tensor) for tensor in persistent(module)}
-        self._buffers = [buffer for buffer in module.buffers() if id(buffer) in ours and buffer.is_floating_point()]
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._buffers = BufferMean(floating_buffers(module))
         self._count = 0
 
     def pack(self, numbers: Sequence[float]) -> Tensor:
         """Return what to sum over the replicas; `numbers` starts with this replica's weight."""
-        self._count = len(numbers)
-        moves = [
-            (buffer.double() - before.double()).flatten() * numbers[0]
-            for buffer, before in zip(self._buffers, self._before, strict=True)
-        ]
-        return torch.cat([torch.tensor(numbers, dtype=torch.float64).to(self._device), *moves])
+        self._count, weight = len(numbers), numbers[0]
+        message = torch.zeros(self._count + self._buffers.size, dtype=torch.float64, device=self._device)
+        message[: self._count] = torch.tensor(numbers, dtype=torch.float64)
+        if weight:
+            self._buffers.pack(message[self._count :])
+            message[self._count :].mul_(weight)
+        return message
 
     def take(self, summed: Tensor) -> list[float]:
-        """Move the buffers by the mean, and return the sums of the numbers."""
+        """Take the mean of the buffers, and return the sums of the numbers."""
         numbers: list[float] = summed[: self._count].tolist()
-        moves = summed[self._count :].split([buffer.numel() for buffer in self._buffers])
-        for buffer, before, move in zip(self._buffers, self._before, moves, strict=True):
-            before.add_((move / (numbers[0] or 1.0)).view_as(before))
-            buffer.copy_(before)
+        self._buffers.unpack(summed[self._count :] / (numbers[0] or 1.0))
+        self._buffers.load()
         return numbers
-
-
-def persistent(module: nn.Module) -> Iterable[Tensor]:
-    """Return each parameter and each buffer that belongs to the module's state, tied ones once."""
-    return {id(value): value for value in module.state_dict(keep_vars=True).values()}.values()

@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from raytrain.errors import RecipeError
 from raytrain.model.blocks import blocks
+from raytrain.sync.buffers import persistent
 from raytrain.sync.exchange import Exchange
-from raytrain.sync.rest import Rest, persistent
+from raytrain.sync.rest import Rest
 from raytrain.sync.shards import Shards, local_part
 from raytrain.sync.synchroniser import EveryStep, Totals
 from raytrain.sync.transport import GroupTransport

@@ -14,12 +14,12 @@ from raytrain.sync.transport import Pending
 
 SYNCHRONISERS: dict[str, str] = {
     "gradients": "raytrain.sync.gradients:gradients",
-    "local-sgd": "raytrain.sync.local:local_sgd",
-    "slowmo": "raytrain.sync.local:slowmo",
-    "diloco": "raytrain.sync.local:diloco",
-    "cocod": "raytrain.sync.local:cocod",
-    "late": "raytrain.sync.local:late",
-    "co2": "raytrain.sync.local:co2",
+    "local-sgd": "raytrain.sync.methods:local_sgd",
+    "slowmo": "raytrain.sync.methods:slowmo",
+    "diloco": "raytrain.sync.methods:diloco",
+    "cocod": "raytrain.sync.methods:cocod",
+    "late": "raytrain.sync.methods:late",
+    "co2": "raytrain.sync.methods:co2",
 }
 
 
@@ -95,8 +95,12 @@ class Synchroniser(Protocol):
         """
         ...
 
-    def after_step(self) -> None:
-        """Learn that the parameters moved."""
+    def after_step(self, lr: float) -> None:
+        """Learn that the parameters moved.
+
+        Args:
+            lr: the learning rate that they moved by, or anything in proportion to it: what counts is how it changes.
+        """
         ...
 
     def finish(self) -> None:
@@ -135,7 +139,7 @@ class EveryStep:
         self.exchange_seconds = 0.0
         self.waited_seconds = 0.0
 
-    def after_step(self) -> None:
+    def after_step(self, lr: float) -> None:
         """Do nothing."""
 
     def finish(self) -> None:

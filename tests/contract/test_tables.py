@@ -179,7 +179,7 @@ def test_synchronisers_keep_replicas_equal(name: str) -> None:
             stops.append(sync.before_step(5 * loss.item(), stop=step == 3 and transport.rank == 1).stop)
             optimizer.step()
             optimizer.zero_grad()
-            sync.after_step()
+            sync.after_step(1.0)
             with sync.shared():
                 shared += [value.detach().clone() for value in module.parameters()]
         sync.state_dict()

@@ -36,36 +36,46 @@ def test_a_codec_is_as_wide_as_it_says_and_nearly_right(name: str, blocks: int, 
 @given(
     members=st.integers(1, 3),
     count=st.sampled_from([1, 7, 1024, 5000]),
-    weights=st.lists(st.integers(0, 70_000), min_size=3, max_size=3),
-    rounds=st.integers(1, 5),
+    weights=st.lists(st.lists(st.integers(0, 70_000), min_size=3, max_size=3), min_size=1, max_size=5),
     seed=st.integers(0, 99),
 )
 def test_sums_are_exact_over_time_and_equal_to_the_bit(
-    name: str, members: int, count: int, weights: list[int], rounds: int, seed: int
+    name: str, members: int, count: int, weights: list[list[int]], seed: int
 ) -> None:
-    """Error feedback: what all rounds gave, and what is left to send, is what all rounds had."""
+    """Error feedback, with other weights in each round: sum W m + residuals = sum w_i v_i."""
     generator = torch.Generator().manual_seed(seed)
-    given_values = torch.randn(rounds, members, count, generator=generator)
-    shares = torch.tensor(weights[:members], dtype=torch.float64)
-    total = shares.sum().item()
+    values = torch.randn(len(weights), members, count, generator=generator)
+    counts = torch.tensor(weights, dtype=torch.float64)[:, :members]
 
-    def replica(transport: ThreadTransport) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    def replica(transport: ThreadTransport) -> tuple[list[torch.Tensor], Any, Any]:
         exchange = CompressedExchange(transport, codec(name))
         means = []
-        for turn in range(rounds):
-            flat = torch.cat([given_values[turn, transport.rank], torch.zeros(1)])
-            flat = exchange.mean(flat, weights[transport.rank]).wait()
-            assert flat[-1].item() == pytest.approx(total)
+        for turn, own in enumerate(counts):
+            flat = torch.cat([values[turn, transport.rank], torch.zeros(1)])
+            flat = exchange.mean(flat, own[transport.rank].item()).wait()
+            assert flat[-1].item() == pytest.approx(own.sum().item())
             means.append(flat[:-1].clone())
         return means, exchange.left, exchange.left_of_sum
 
     answers = ThreadGroup(members).run(replica)
     for means, _, _ in answers:
         assert all(map(torch.equal, means, answers[0][0]))
-    if total:
-        share = (shares / total).view(-1, 1)
-        had = sum(((share * given_values[turn].double()).sum(0) for turn in range(rounds)), torch.zeros(count))
-        unsent = sum((share[rank] * left.flatten().double() for rank, (_, left, _) in enumerate(answers)), 0.0)
-        unsent += torch.cat([left_of_sum.flatten().double() for _, _, left_of_sum in answers])
-        gave = torch.stack(answers[0][0]).double().sum(0)
-        torch.testing.assert_close(gave + unsent[:count], had.double(), rtol=0, atol=1e-4)
+    had = torch.einsum("tm,tmc->c", counts, values.double())
+    gave = torch.einsum("t,tc->c", counts.sum(1), torch.stack(answers[0][0]).double())
+    sums = [left_of_sum for _, _, left_of_sum in answers if left_of_sum is not None]
+    unsent = sum((left.flatten().double()[:count] for _, left, _ in answers if left is not None), torch.zeros(count))
+    if sums:
+        unsent += torch.cat([one.flatten().double() for one in sums])[:count]
+    torch.testing.assert_close(gave + unsent, had, rtol=0, atol=1e-6 * (counts.sum().item() + 1))
+
+
+@every_codec
+def test_what_is_exact_stays_so_and_a_replica_without_weight_may_hold_anything(name: str) -> None:
+    tails = torch.tensor([[0.1, -torch.inf, 3e-9], [torch.nan, torch.inf, 1.0]])
+
+    def replica(transport: ThreadTransport) -> torch.Tensor:
+        flat = torch.cat([torch.randn(10), tails[transport.rank], torch.zeros(1)])
+        return CompressedExchange(transport, codec(name)).mean(flat, 5.0 * (transport.rank == 0), exact=3).wait()
+
+    for flat in ThreadGroup(2).run(replica):
+        assert torch.equal(flat[10:], torch.tensor([0.1, -torch.inf, 3e-9, 5.0]))

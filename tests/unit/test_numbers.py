@@ -1,6 +1,7 @@
 """Numbers in place of gradients: what a byte holds, and replicas that stay equal to the bit."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,55 +13,90 @@ from torch import nn
 from raytrain.errors import TrainingError
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.numbers import NumberOptions, decode, encode, numbers, one_byte
+from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 
+EXPONENTS = st.integers(-60, 60)
 
-@given(st.lists(st.floats(width=32), max_size=20))
-def test_a_byte_holds_a_sign_and_a_logarithm(values: list[float]) -> None:
-    sent = encode(np.array(values, np.float32))
+
+@given(st.lists(st.floats(width=32), max_size=20), EXPONENTS)
+def test_a_byte_holds_a_sign_and_a_logarithm(values: list[float], exponent: int) -> None:
+    exponents = np.full(len(values), exponent)
+    sent = encode(np.array(values, np.float32), exponents)
     assert sent.dtype == np.uint8
-    for value, read in zip(values, decode(sent).tolist(), strict=True):
+    least, most = 2.0 ** (exponent - 10.5), 2.0 ** (exponent + 10.5)
+    for value, read in zip(values, decode(sent, exponents).tolist(), strict=True):
         if not math.isfinite(value):
             assert math.isnan(read)
-        elif abs(value) < 2**-11.7:
+        elif value == 0:
             assert read == 0
-        elif 2**-10.5 <= abs(value) <= 2**10.5:
+        else:
+            nearest = min(max(abs(value), least), most)
             assert math.copysign(1, read) == math.copysign(1, value)
-            assert abs(math.log2(abs(read / value))) <= 1 / 12 + 1e-6
-        elif abs(value) > 2**10.5:
-            assert read == math.copysign(np.float32(2**10.5), value)
+            assert abs(math.log2(abs(read) / nearest)) <= 1 / 12 + 1e-6
 
 
-@given(st.integers(0, 255))
-def test_a_byte_that_is_read_is_written_again(sent: int) -> None:
-    assert encode(decode(np.array([sent], np.uint8)))[0] == sent
+@given(st.integers(0, 255), EXPONENTS)
+def test_a_byte_that_is_read_is_written_again(sent: int, exponent: int) -> None:
+    exponents = np.array([exponent])
+    assert encode(decode(np.array([sent], np.uint8), exponents), exponents)[0] == sent
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize(("kind", "size"), [(numbers, 4), (one_byte, 1)])
-def test_all_replicas_read_the_same_and_bytes_are_counted(kind: object, size: int) -> None:
+def test_all_replicas_read_the_same_and_bytes_are_counted(kind: Any, size: int, known: bool, weighted: bool) -> None:
+    """What is not known yet travels in four bytes; weights too, which differ."""
     own = [[0.5, -3.0], [float("nan"), 1e-9], [1e300, float("inf")]]
 
-    def replica(transport: ThreadTransport) -> tuple[list[list[float]], int]:
-        sync = kind(ExactExchange(transport), NumberOptions(name="x"))  # type: ignore[operator]
+    def replica(transport: ThreadTransport) -> tuple[Any, int]:
+        sync = kind(ExactExchange(transport), NumberOptions(name="x"))
         sync.start(nn.Linear(2, 2))
+        sync.begin([1.0, 2.0, 0.0][transport.rank])
         before = sync.bytes_sent
-        return sync.share(own[transport.rank]), sync.bytes_sent - before
+        sizes = [[1.0, 2.0], [1e-3, 1e-9 if known else 0.0], [5.0, 5.0]]
+        return sync.share(own[transport.rank], sizes, weighted=weighted), sync.bytes_sent - before
 
     answers = ThreadGroup(3).run(replica)
     assert all(repr(answer) == repr(answers[0]) for answer in answers)
-    read, sent = answers[0]
-    assert sent == 2 * size
-    assert (read[0][0] > 0, read[0][1] < 0) == (True, True)
+    (read, shares), sent = answers[0]
+    assert sent == 2 * (size if known else 4) + 4 * weighted
+    assert shares == ([1.0, 2.0, 0.0] if weighted else [1.0] * 3)
+    assert read[0] == pytest.approx([0.5, -3.0], rel=0.06)
+    assert read[1][1] == pytest.approx(1e-9, rel=0.06)
     assert not any(map(math.isfinite, (read[1][0], *read[2])))
 
 
-def test_a_request_to_stop_reaches_all_after_some_steps() -> None:
-    def replica(transport: ThreadTransport) -> list[bool]:
-        sync = one_byte(ExactExchange(transport), NumberOptions(name="x", stop_every=3, check_every=0))
-        sync.start(nn.Linear(2, 2))
-        return [sync.before_step(0.0, stop=step >= 1 and transport.rank == 1).stop for step in range(6)]
+@pytest.mark.parametrize(
+    ("values", "told"), [([1e-9, 1.0, 1.0], False), ([1e-9, 1.0, 1e9], True), ([0.0, 0.0, 1.0], True)]
+)
+def test_slopes_that_a_byte_does_not_hold_are_counted_and_told_once(
+    values: list[float], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    sync = one_byte(ExactExchange(LocalTransport()), NumberOptions(name="x"))
+    sync.start(nn.Linear(2, 2))
+    for _ in range(60):
+        sync.share(values, [[1.0, 1.0, 1.0]], weighted=False)
+    beyond = sum(abs(math.log2(value)) > 10.5 for value in values if value)
+    assert sync.figures() == {"zeros": values.count(0.0), "saturated": beyond}
+    assert [f"{22 * values.count(0.0)} were 0" in text for text in caplog.messages] == [True] * told
+    assert numbers(ExactExchange(LocalTransport()), NumberOptions(name="x")).figures() == {}
 
-    assert ThreadGroup(2).run(replica) == [[False, False, True, False, False, True]] * 2
+
+@given(st.integers(0, 9), st.integers(1, 4))
+def test_a_request_to_stop_that_lasts_one_step_reaches_all(step: int, every: int) -> None:
+    """The command looks for it now and then, and sees it in one step of many."""
+
+    def replica(transport: ThreadTransport) -> list[int]:
+        sync = one_byte(ExactExchange(transport), NumberOptions(name="x", stop_every=every, check_every=0))
+        sync.start(nn.Linear(2, 2))
+        asks = [transport.rank == 1 and now == step for now in range(step + every + 1)]
+        return [now for now, stop in enumerate(asks) if sync.before_step(0.0, stop=stop).stop]
+
+    first, second = ThreadGroup(2).run(replica)
+    assert first == second
+    assert step <= first[0] < step + every
 
 
 def test_replicas_that_are_no_longer_equal_are_named() -> None:
@@ -74,7 +110,7 @@ def test_replicas_that_are_no_longer_equal_are_named() -> None:
                 with torch.no_grad():
                     module.weight[0, 0] += 1e-6
             try:
-                sync.after_step()
+                sync.after_step(1.0)
             except TrainingError as error:
                 return str(error)
         return ""

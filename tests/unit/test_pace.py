@@ -26,10 +26,21 @@ def test_what_is_given_stays(step: float, exchange: float, cost: float, every: i
     delay = data.draw(st.integers(0, every))
     for pace in (Pace(every, delay), Pace("auto", delay), Pace(every, "auto")):
         fixed = pace.is_fixed
+        assert 0 <= pace.delay <= pace.every
         pace.learn(step, exchange, cost)
         pace.learn(0.0, exchange, cost)  # nothing was measured
         assert 0 <= pace.delay <= pace.every
         assert not fixed or (pace.every, pace.delay) == (every, delay)
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 50), st.data())
+def test_a_mean_is_due_within_its_round_wherever_a_run_goes_on_from(
+    every: int, was: int, now: int, data: st.DataObject
+) -> None:
+    before = data.draw(st.integers(0, was))
+    for pace in (Pace("auto", every), Pace(now, "auto"), Pace("auto", "auto")):
+        pace.go_on(was, before)
+        assert 0 <= pace.delay <= pace.every
 
 
 @given(st.integers(1, 50), st.floats(0.0, 1.0), st.data())

@@ -1,5 +1,6 @@
 """What is built from sums of directions: laws of both ways to apply seeds, and of models that are coefficients."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,28 @@ def test_what_does_not_fit_is_said() -> None:
                 use(seed)
 
 
+@given(st.sampled_from([*DTYPES, torch.float64]), st.floats(0.0, 308.0))
+def test_a_sum_beyond_the_type_is_refused_and_what_was_infinite_before_is_not(dtype: torch.dtype, power: float) -> None:
+    space, far = Space.of({"w": torch.tensor([0.0, -torch.inf, 0.0], dtype=dtype)}), 10.0**power
+    scale = torch.tensor([far], dtype=torch.float64)
+    if torch.finfo(dtype).max < far:
+        with pytest.raises(ValueError, match=re.escape(f"the largest, {far:g}, takes w beyond {dtype}")):
+            materialise(space, scale, [1])
+    else:
+        [found] = materialise(space, scale, [1])
+        assert found.isfinite().tolist() == [True, False, True]
+        torch.testing.assert_close(found.abs().double()[::2], scale.expand(2), rtol=0.01, atol=0)
+
+
 def test_a_model_that_could_not_be_read_again_is_not_made() -> None:
     numbers = torch.ones(2, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected different seeds, one for each coefficient; got 1 different"):
         SeedModel("x", (5, 5), numbers)
     with pytest.raises(ValueError, match="expected different seeds, one for each coefficient; got 3 different"):
         SeedModel("x", (5, 6, 7), numbers)
-    with pytest.raises(ValueError, match="expected finite coefficients; some are not"):
-        SeedModel("x", (5, 6), numbers * float("inf"))
+    for odd, told in ((float("inf"), "inf"), (float("nan"), "nan"), (-1e39, "1e\\+39")):
+        with pytest.raises(ValueError, match=f"coefficients that are finite in float32; the largest is {told}"):
+            SeedModel("x", (5, 6), numbers * odd)
     with pytest.raises(ValueError, match="expected a mode of rademacher, gaussian and float64 coefficients; got"):
         SeedModel("x", (5, 6), numbers, "x")  # type: ignore[arg-type]
     model = SeedModel("x", (5, 6), numbers)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.state import dumps, finite, join, savable, split
+from raytrain.state import dumps, finite, join, savable, split, state_to
 
 tensors = st.sampled_from(
     [
@@ -79,6 +79,16 @@ def test_shared_memory_is_saved_apart() -> None:
 
 def test_finite_names_the_culprit() -> None:
     good = {"a": torch.ones(2), "n": torch.tensor([1, 2])}
-    assert finite(good) is None
-    assert finite({**good, "b": torch.tensor([0.0, float("nan")])}) == "b"
-    assert finite({**good, "c": torch.tensor([float("-inf")])}) == "c"
+    mask = torch.tensor([0.0, float("-inf"), float("nan")])
+    assert finite(good, {}) is None
+    assert finite({**good, "b": torch.tensor([0.0, float("nan")])}, {}) == "b"
+    assert finite({**good, "c": torch.tensor([float("-inf")])}, {"mask": mask}) == "c"
+    assert finite({**good, "mask": mask.clone()}, {"mask": mask}) is None
+    assert finite({**good, "mask": mask.flip(0)}, {"mask": mask}) == "mask"
+
+
+def test_nested_state_goes_to_a_device_and_the_rest_of_it_stays() -> None:
+    state = {"a": [torch.ones(2), 3, None], "b": {"c": torch.ones(1)}, "d": "x"}
+    there = state_to(state, torch.device("meta"))
+    assert (there["a"][0].device.type, there["b"]["c"].device.type) == ("meta", "meta")
+    assert (there["a"][1:], there["d"]) == ([3, None], "x")

@@ -101,3 +101,9 @@ def test_derived_seeds_differ_by_master_and_place(master: int, other: int, place
         derived(master, *(number ^ (at == where) for at, number in enumerate(place))) != seed
         for where in range(len(place))
     )
+
+
+@pytest.mark.parametrize("place", [(1, 2, 3, 4, 5), (2**32,), (0, -1)])
+def test_a_place_that_does_not_fit_is_refused_and_not_cut(place: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"place: expected up to four numbers from 0 to 2\^32 - 1; got \("):
+        derived(7, *place)

@@ -29,9 +29,18 @@ from raytrain.seeds.space import Space
 from raytrain.seeds.stream import direction, identity
 from raytrain.seeds.trajectory import MAGIC, Trajectory, read, steps
 from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.numbers import NumberOptions, numbers
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task
-from raytrain.testing import TinyOptions, tiny, train_here, train_with_gloo, train_with_threads
+from raytrain.testing import (
+    ThreadGroup,
+    ThreadTransport,
+    TinyOptions,
+    tiny,
+    train_here,
+    train_with_gloo,
+    train_with_threads,
+)
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import settled
 from raytrain.zeroth import Zeroth, loss_of
@@ -454,7 +463,7 @@ def test_ordinary_is_what_most_recent_slopes_are(blocks: int) -> None:
     module = nn.Linear(2, 1)
     optimizer = make_optimizer(ZOSGD, options_of_optimizer(ZOSGD).model_validate({"name": "zo-sgd"}), module)
     space = Space.of(dict(module.named_parameters()), blocks={"bias": blocks - 1})
-    zeroth = Zeroth(Probe(module, space), optimizer, None, 1, 1e-3, 2, False, "", 10.0)
+    zeroth = Zeroth(Probe(module, space), optimizer, None, 1, 1e-3, 2, False, "", 10.0, False)
 
     def usable(*sizes: float) -> int:
         """Count them, of the last block; slopes of another one are of another size."""
@@ -520,6 +529,36 @@ def test_what_does_not_go_together_is_said_before_anything_starts(fields: dict[s
             merged({}, {"kind": "train", "task": "raytrain.testing:tiny", "optimizer.name": "zo-sgd", **fields})
         )
     assert message in str(caught.value)
+
+
+def test_replicas_count_by_the_weight_of_their_losses() -> None:
+    """Of a linear loss per replica, w_1 = 3 and w_2 = 1: moves are by the mean of weighted slope times direction."""
+    loads, gradients = (3.0, 1.0, 0.0), torch.tensor([[1.0, 2.0, -0.5], [-4.0, 0.25, 1.0], [9.0, 9.0, 9.0]])
+    count, lr = 4, 0.5
+
+    def replica(transport: ThreadTransport) -> Tensor:
+        module = nn.Linear(3, 1, bias=False)
+        nn.init.zeros_(module.weight)
+        optimizer = make_optimizer(ZOSGD, options_of_optimizer(ZOSGD).model_validate({"name": "x", "lr": lr}), module)
+        space = space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False)
+        optimizer.shape(space)
+        sync = numbers(ExactExchange(transport), NumberOptions(name="numbers"))
+        sync.start(module)
+        sync.begin(loads[transport.rank])
+        zeroth = Zeroth(Probe(module, space), optimizer, sync, count, 1e-3, 2, False, "", 0.0, True)
+        own = gradients[transport.rank]
+        zeroth.step(lambda: module(own[None])[0, 0], module, 7, (0, transport.rank), 1.0)
+        return module.weight.detach()[0]
+
+    found = ThreadGroup(3).run(replica)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for rank, gradient in enumerate(gradients.double()):
+        for k in range(count):
+            z = direction("rademacher", Zeroth.seed_of(7, 0, rank, k), identity("weight"), 0, 3)
+            along = torch.from_numpy(z).double()
+            expected -= lr * loads[rank] / sum(loads) * (gradient @ along) * along / count
+    assert all(torch.equal(one, found[0]) for one in found)
+    torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=2e-3)
 
 
 def accurate() -> Task:
@@ -623,16 +662,36 @@ def test_slopes_of_zero_are_no_failure(tmp_path: Path) -> None:
     assert [row["skipped"] for row in rows(run.metrics) if "skipped" in row] == [0, 0]
 
 
-def test_a_slope_that_is_too_small_for_a_byte_is_reported(tmp_path: Path) -> None:
-    more = {"task": f"{__name__}:faint", "log.every": 5, "steps": 5, "batch": 4}
-    for sync, skipped in (("numbers", 0), ("one-byte", 1)):
-        run = train_here(recipe(**more, sync=sync), tmp_path / sync)
-        assert [row["skipped"] for row in rows(run.metrics) if "skipped" in row] == [skipped]
+@pytest.mark.parametrize("power", [-40, -20, 20, 40])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_byte_holds_slopes_of_any_size(power: int, blocks: bool, tmp_path: Path) -> None:
+    """With a loss 2^p times as large and a rate as much smaller, a run is the same to the bit."""
+    ends = []
+    for factor in (1.0, 2.0**power):
+        more = {"task": f"{__name__}:scaled", "log.every": 1, "batch": 4, "steps": 30}
+        SCALE[0] = factor
+        rate = {"optimizer.lr": 0.01 / factor, "directions.blocks": blocks, "directions.outlier": 5.0}
+        run = train_here(recipe(**more, sync="one-byte", **rate), tmp_path / str(factor))
+        ends.append(weights(run))
+        logged = [row for row in rows(run.metrics) if "saturated" in row]
+        assert len(logged) == 30
+        assert sum(row["saturated"] + row["zeros"] for row in logged) == 0
+    assert not torch.equal(ends[0]["0.weight"], scaled().model(0).state_dict()["0.weight"])
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
-def faint() -> Task:
-    """Return a task whose slopes are about 1e-5."""
-    return replace(watched(), losses=lambda module, batch: module(batch)[:, 0] * 1e-5)
+SCALE = [1.0]
+"""What the loss of `scaled` is multiplied by."""
+
+
+def scaled() -> Task:
+    """Return the task of three layers, which are blocks, and a loss of a size to be given."""
+
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))
+
+    return replace(watched(), model=model, losses=lambda module, batch: (module(batch)[:, 0] - 1).square() * SCALE[0])
 
 
 def flat() -> Task:

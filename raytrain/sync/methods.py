@@ -1,0 +1,182 @@
+"""The methods of local updates by their names: which outer step, how late, and what becomes of what was done since."""
+
+import logging
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from raytrain.names import resolve
+from raytrain.sync.compressed import CODECS, CompressedExchange
+from raytrain.sync.exchange import Exchange
+from raytrain.sync.local import LocalUpdates
+from raytrain.sync.outer import PENALTIES, OuterStep, stable_below
+from raytrain.sync.pace import Pace
+from raytrain.sync.synchroniser import SyncOptions
+from raytrain.sync.velocity import Velocity
+
+logger = logging.getLogger(__name__)
+
+
+class LocalOptions(SyncOptions):
+    """Options of local SGD: every so many steps the replicas go on from their mean.
+
+    Attributes:
+        every: steps in a round.
+        codec: how differences are sent: "bfloat16", "int8", or as they are; what rounding leaves out is sent later.
+        buffers: "mean": buffers such as the running means of BatchNorm are averaged too, without rounding; "local":
+            each worker keeps its own, and they are averaged at the end.
+    """
+
+    name: str = "local-sgd"
+    every: int = Field(12, ge=1)
+    codec: str | None = None
+    buffers: Literal["mean", "local"] = "mean"
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, name: str | None) -> str | None:
+        if name is not None:
+            resolve(CODECS, name, "sync.codec")
+        return name
+
+
+class MomentumOptions(LocalOptions):
+    """Options of an outer step with momentum.
+
+    Attributes:
+        rate: of the outer step.
+        momentum: of the outer step.
+    """
+
+    rate: float = Field(1.0, gt=0)
+    momentum: float = Field(0.5, ge=0, lt=1)
+
+
+class NesterovOptions(MomentumOptions):
+    """Options of an outer step with Nesterov's momentum; the defaults are those of DiLoCo."""
+
+    rate: float = Field(0.7, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+
+
+class LateOptions(LocalOptions):
+    """Options of the mean that comes late, on top of what was done since.
+
+    Attributes:
+        every: steps in a round; "auto": as few as hide the exchange, and keep its processor time below 3 % of theirs.
+        delay: steps from sending to applying, at most `every`; "auto": as few as hide the exchange.
+        momentum: of the mean of the workers' last steps, the share that each of them adds to its own, in at least
+            twelve parts of a round; a movement that lasts is amplified by up to 1 / (1 - momentum). It takes less where
+            the optimizer's own momentum is above 0.9.
+        pull: how far a replica comes from where it was when it sent to the shared point; default: 1, all the way, at
+            once, down to 1/2 a round late.
+    """
+
+    every: Annotated[int, Field(ge=1)] | Literal["auto"] = 12  # type: ignore[assignment]
+    delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    momentum: float = Field(0.7, ge=0, lt=1)
+    pull: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.every != "auto" and self.delay != "auto" and self.delay > self.every:
+            raise ValueError(f"expected sync.delay of at most sync.every = {self.every}; got {self.delay}")
+        return self
+
+
+class Co2Options(MomentumOptions):
+    """Options of CO2 as published.
+
+    Attributes:
+        penalty: what a difference is divided by, because it is late: "none", "constant", "gap-aware" or "secant".
+        clip: the largest element of the momentum; 0: any.
+    """
+
+    momentum: float = Field(0.2, ge=0, lt=1)
+    penalty: str = "secant"
+    clip: float = Field(1.0, ge=0)
+
+    @field_validator("penalty")
+    @classmethod
+    def _known_penalty(cls, name: str) -> str:
+        resolve(PENALTIES, name, "sync.penalty")
+        return name
+
+
+def local_sgd(exchange: Exchange, options: LocalOptions) -> LocalUpdates:
+    """Return local SGD (Stich 2019): the replicas go on from their mean."""
+    return _made(exchange, options, OuterStep(), Pace(options.every, 0))
+
+
+def slowmo(exchange: Exchange, options: MomentumOptions) -> LocalUpdates:
+    """Return SlowMo (Wang et al. 2020): an outer step with momentum, which scales with the learning rate."""
+    outer = OuterStep(rate=options.rate, beta=options.momentum, scaled=True)
+    return _made(exchange, options, outer, Pace(options.every, 0))
+
+
+def diloco(exchange: Exchange, options: NesterovOptions) -> LocalUpdates:
+    """Return DiLoCo (Douillard et al. 2023): an outer step with Nesterov's momentum."""
+    outer = OuterStep(rate=options.rate, beta=options.momentum, nesterov=True)
+    return _made(exchange, options, outer, Pace(options.every, 0))
+
+
+def cocod(exchange: Exchange, options: LocalOptions) -> LocalUpdates:
+    """Return CoCoD-SGD (Shen et al. 2019): the mean comes a round late, on top of what was done since."""
+    return _made(exchange, options, OuterStep(), Pace(options.every, options.every))
+
+
+def late(exchange: Exchange, options: LateOptions) -> LocalUpdates:
+    """Return local SGD whose mean comes some steps late, and whose momentum is spread over the local steps.
+
+    The mean of the replicas moves by their own steps and by what `Velocity` adds, which is the same on all of them;
+    averaging changes only how far they are from it. So lateness costs little: what comes late is how far they strayed.
+
+    A replica is not pulled all the way to the shared point (after Overlap-Local-SGD, Wang et al. 2020): the d steps
+    since it sent have undone part of the distance that it had then, and taking that out again would put it on the other
+    side. Where a step leaves a share q of a distance, a round leaves (q^d - pull) q^(tau - d) of it. With
+    pull = 1 - (d / tau)^2 / 2 that is at most a half, whatever q; with 1, a round late, it is -1 where q is 0, and
+    distances never shrink.
+    """
+    pace = Pace(options.every, options.delay)
+    velocity = Velocity(options.momentum) if options.momentum else None
+    return _made(exchange, options, OuterStep(), pace, pull=options.pull, velocity=velocity)
+
+
+def co2(exchange: Exchange, options: Co2Options) -> LocalUpdates:
+    """Return CO2 (Sun et al. 2024): what a replica did in a round comes back a round later, with a penalty."""
+    penalty = resolve(PENALTIES, options.penalty, "sync.penalty")()
+    outer = OuterStep(rate=options.rate, beta=options.momentum, clip=options.clip, penalty=penalty)
+    return _made(exchange, options, outer, Pace(options.every, options.every), keep=False)
+
+
+def _made(
+    exchange: Exchange,
+    options: LocalOptions,
+    outer: OuterStep,
+    pace: Pace,
+    *,
+    keep: bool = True,
+    pull: float | None = 1.0,
+    velocity: Velocity | None = None,
+) -> LocalUpdates:
+    if options.codec is not None:
+        exchange = CompressedExchange(exchange.transport, resolve(CODECS, options.codec, "sync.codec")())
+    if exchange.transport.rank == 0:
+        _warn(outer, keep=keep)
+    shares = options.buffers == "mean"
+    return LocalUpdates(exchange, outer, pace, keep=keep, pull=pull, velocity=velocity, share_buffers=shares)
+
+
+def _warn(outer: OuterStep, *, keep: bool) -> None:
+    """Say if the outer step is unstable where local steps reach their minimum within a round."""
+    rate, limit = outer.rate / outer.penalty.least(outer), stable_below(outer, late=not keep)
+    if rate >= limit:
+        logger.warning(
+            "sync.rate%s = %.3g can diverge: with sync.momentum = %.3g it is stable below %.3g / c, where c, from 0 to "
+            "1, is how much of the way to the minimum local steps go in a round%s",
+            "" if rate == outer.rate else " over the penalty",
+            rate,
+            outer.beta,
+            limit,
+            "" if keep else '; sync.penalty = "secant" measures c and keeps below',
+        )
