@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,3 +51,10 @@ def digest(path: Path) -> str:
     """Return the SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_private(path: Path) -> bool:
+    """Return whether a file or folder, which is no link, belongs to this user, and no other one can write to it."""
+    status = path.lstat()
+    open_to_others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid == os.geteuid() and not open_to_others and not stat.S_ISLNK(status.st_mode)

@@ -5,8 +5,9 @@ the command may have used either, if only because a module of the user's has whe
 """
 
 import multiprocessing
-import os
 from multiprocessing import forkserver
+
+from raytrain.environment import environment
 
 # glibc gives large blocks back to the system at once, and each step takes thousands of page faults to get them again.
 WORKER_ENVIRONMENT = {
@@ -20,12 +21,5 @@ WORKER_ENVIRONMENT = {
 def start() -> None:
     """Start the server, unless it runs, and do not wait for it: it imports torch while this process does."""
     multiprocessing.set_forkserver_preload(["raytrain.elastic"])
-    before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
-    os.environ.update(WORKER_ENVIRONMENT)
-    try:
+    with environment(WORKER_ENVIRONMENT):
         forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value

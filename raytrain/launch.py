@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import RayError
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 import raytrain
@@ -37,6 +38,8 @@ from raytrain.data.source import ActorSource
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.forkserver import WORKER_ENVIRONMENT
 from raytrain.kinds import Order, Result
+from raytrain.private_cluster import private_cluster
+from raytrain.process_group import GroupConfig
 from raytrain.rundir import RunDirectory, elsewhere
 from raytrain.supervise import supervise
 from raytrain.sync.transport import GroupTransport, LocalTransport
@@ -156,27 +159,34 @@ def joined(address: str | None, recipe: TrainRecipe) -> Iterator[list[Machine]]:
     if ray.is_initialized():
         yield _machines(recipe)
         return
-    start_ray(address, own_cpus())
-    try:
+    with session(address, own_cpus()):
         yield _machines(recipe)
-    finally:
-        ray.shutdown()
 
 
-def start_ray(address: str | None, cpus: int) -> None:
-    """Join the Ray cluster at `address`, or start one of `cpus` processors on this machine.
+@contextlib.contextmanager
+def session(address: str | None, cpus: int) -> Iterator[None]:
+    """Use the Ray cluster at `address` inside the `with` block, or one of `cpus` processors that nobody else can use.
 
     Raises:
         RecipeError: it does not work.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    with contextlib.nullcontext(_joining(address)) if address else private_cluster() as how:
+        # "local" and not None: Ray would join any cluster that was once started on this machine.
+        own = {} if address else {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
+        try:
+            _start_ray(address, **how, **own)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start_ray(address: str | None, **how: Any) -> None:
     quiet = {"logging_level": logging.ERROR, "logging_config": ray.LoggingConfig(log_level="ERROR")}
-    # "local" and not None: Ray would join any cluster that was once started on this machine.
-    own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address or "local", **quiet, **(_joining(address) if address else own))
+        ray.init(address or "local", **quiet, **how)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
     except (OSError, ValueError, RuntimeError, RayError) as error:
@@ -264,8 +274,10 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kin
             "import_from": os.getcwd(),
             "code": fingerprint(),
         },
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo", timeout_s=max(1, round(timeout_seconds))
+        torch_config=GroupConfig(
+            backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo",
+            timeout_s=max(1, round(timeout_seconds)),
+            secret=secrets.token_hex(16),
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from raytrain.errors import RecipeError, TrainingError
+from raytrain.extensions import ExtensionPoint
 from raytrain.files import write_whole
-from raytrain.names import resolve
 from raytrain.recipe import dotted_fields
 from raytrain.rundir import rows
 
@@ -22,6 +22,12 @@ LOGGERS: dict[str, str] = {
     "wandb": "raytrain.loggers:WandB",
 }
 
+LOGGER = ExtensionPoint(
+    "log.to",
+    "a class that is made with (the run's folder, a step) and has write and close",
+    arguments=2,
+    methods=("write", "close"),
+)
 PROJECT = "raytrain"
 PARAMETER_CHARACTERS = 6000
 """The longest value of a parameter that MLflow takes."""
@@ -42,13 +48,25 @@ class Logger(Protocol):
         ...
 
 
+def check_logger(name: str) -> None:
+    """Check that there is a logger of this name; one of the user's is not imported.
+
+    Raises:
+        RecipeError: there is none, or a package that it needs is not installed.
+    """
+    if name in LOGGERS:
+        logger_class(name)
+    else:
+        LOGGER.check(LOGGERS, name)
+
+
 def logger_class(name: str) -> Callable[[Path, int], Logger]:
     """Return the logger that `name` stands for.
 
     Raises:
         RecipeError: there is none, or a package that it needs is not installed.
     """
-    found: Callable[[Path, int], Logger] = resolve(LOGGERS, name, "log.to")
+    found: Callable[[Path, int], Logger] = LOGGER.load(LOGGERS, name)
     missing = [package for package in getattr(found, "needs", ()) if importlib.util.find_spec(package) is None]
     if missing:
         raise RecipeError(f"log.to: {name} needs {' and '.join(missing)}: pip install raytrain[{name}]")

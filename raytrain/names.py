@@ -9,12 +9,17 @@ registration.
 
 import difflib
 import importlib
+import re
+import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
+
+PLACE = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
+"""How "module:attribute" is written."""
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -32,6 +37,24 @@ def place_of(error: BaseException) -> str:
     return "" if outside else f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
+def place_named(target: str, what: str) -> tuple[str, str]:
+    """Return the module and the attribute that "module:attribute" names.
+
+    Args:
+        target: the name.
+        what: as in `resolve`.
+
+    Raises:
+        RecipeError: it is not of that form, or the module is one of Python's own, of which nothing is meant for us.
+    """
+    if not re.fullmatch(PLACE, target):
+        raise RecipeError(f"{what}: expected module:attribute, as in mine:task; got {target!r}")
+    module, _, attribute = target.partition(":")
+    if (package := module.partition(".")[0]) in sys.stdlib_module_names:
+        raise RecipeError(f"{what}: {package!r} is a module of Python itself; name one of yours; got {target!r}")
+    return module, attribute
+
+
 def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
     """Return the object that `name` stands for.
 
@@ -41,12 +64,11 @@ def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
         what: what the name is for, as the user wrote it ("task.name"); it begins the error message.
 
     Raises:
-        RecipeError: the name is not in the table, or its module or attribute cannot be imported.
+        RecipeError: the name is not in the table and not a place, or its module or attribute cannot be imported.
     """
-    if ":" not in name and name not in table:
+    if table and ":" not in name and name not in table:
         raise RecipeError(f"{what}: no such name {name!r}; {near(name, table)}, or your own as module:attribute")
-    target, _, _ = table.get(name, name).partition(" ")
-    module_name, _, attribute = target.partition(":")
+    module_name, attribute = place_named(table[name].partition(" ")[0] if name in table else name, what)
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:

@@ -66,8 +66,15 @@ def declared_options(factory: Any, base: type[Options] = Options) -> type[Option
     """Return the options that a factory takes: the annotation of its parameter that is a subclass of `Options`.
 
     Returns `base` for a factory without such a parameter, and for anything that is not a function.
+
+    Raises:
+        RecipeError: its annotations name what is not there.
     """
-    hints = typing.get_type_hints(factory) if inspect.isfunction(factory) else {}
+    try:
+        hints = typing.get_type_hints(factory) if inspect.isfunction(factory) else {}
+    except (NameError, TypeError, AttributeError) as error:
+        place = f"{factory.__module__}:{factory.__qualname__}"
+        raise RecipeError(f"{place}: its annotations cannot be read: {type(error).__name__}: {error}") from error
     found = [
         hint for key, hint in hints.items() if key != "return" and isinstance(hint, type) and issubclass(hint, Options)
     ]

@@ -10,13 +10,13 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from raytrain.data.source import SOURCES
 from raytrain.kinds import Kind
-from raytrain.loggers import LOGGERS, logger_class
-from raytrain.loop import Plan
+from raytrain.loggers import LOGGERS, check_logger
+from raytrain.loop import CALLBACK, Plan
 from raytrain.model.adapters import ADAPTERS, AdapterOptions, options_of_adapter
 from raytrain.names import resolve
 from raytrain.optim.ema import averages
 from raytrain.optim.optimizers import ALL, OptimizerOptions, options_of_optimizer
-from raytrain.optim.schedules import SCHEDULES, rate
+from raytrain.optim.schedules import SCHEDULES, SHAPE, rate
 from raytrain.optim.zeroth import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
 from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
 from raytrain.seeds.kernels import KERNELS
@@ -56,7 +56,7 @@ class Schedule(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        resolve(SCHEDULES, name, "schedule.name")
+        SHAPE.check(SCHEDULES, name)
         return name
 
 
@@ -179,7 +179,7 @@ class Log(Section):
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            logger_class(name)
+            check_logger(name)
         return names
 
 
@@ -263,7 +263,7 @@ class TrainRecipe(Recipe):
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            resolve({}, name, "callbacks")
+            CALLBACK.check({}, name)
         return names
 
     @model_validator(mode="after")
@@ -324,7 +324,7 @@ class TrainRecipe(Recipe):
     def plan(self) -> Plan:
         """Return what the loop needs to know."""
         schedule = self.schedule
-        shape = resolve(SCHEDULES, schedule.name, "schedule.name")
+        shape = SHAPE.load(SCHEDULES, schedule.name)
         return Plan(
             steps=self.steps,
             seed=self.seed,

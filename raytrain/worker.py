@@ -17,7 +17,8 @@ from raytrain.checkpoint import CheckpointStore, Manifest, load
 from raytrain.data.feed import Feeds, Walk, local_feed
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
-from raytrain.loop import Plan, train
+from raytrain.loggers import logger_class
+from raytrain.loop import CALLBACK, Plan, train
 from raytrain.model.adapters import adapt
 from raytrain.model.blocks import compile_blocks, recompute
 from raytrain.model.freezing import Half, freeze
@@ -144,7 +145,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         exchange=exchange,
         store=store,
         measure=partial(measure, beat=beat),
-        callbacks=[resolve({}, name, "callbacks") for name in recipe.callbacks],
+        callbacks=callbacks_of(recipe),
         log_every=recipe.log.every,
         beat=beat,
         constants=constants_of(replica.module),
@@ -188,14 +189,27 @@ def task_of(recipe: TrainRecipe) -> Task:
     return make_task(resolve(TASKS, recipe.task.name, "task.name"), recipe.task)
 
 
+def callbacks_of(recipe: TrainRecipe) -> list[Callable[[Replica], None]]:
+    """Return what is called after every step.
+
+    Raises:
+        RecipeError: it cannot be imported, or called so.
+    """
+    return [CALLBACK.load({}, name) for name in recipe.callbacks]
+
+
 def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
     """Return the recipe with the options that its training data decides, and its task.
 
     What the run has decided before holds, whatever became of the data since.
 
     Raises:
-        RecipeError: the task cannot be made, or its data does not fit.
+        RecipeError: the task cannot be made, its data does not fit, or what is called later is not what it should be.
     """
+    for name in recipe.log.to:
+        logger_class(name)
+    callbacks_of(recipe)
+    recipe.plan()
     task = task_of(recipe)
     found = task.settle()
     if not found:

@@ -86,13 +86,10 @@ def forget_modules(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process, which `launch.run` uses as it finds it."""
-    import ray
+    from raytrain.launch import session
 
-    from raytrain.launch import start_ray
-
-    start_ray(None, cpus=4)
-    yield
-    ray.shutdown()
+    with session(None, cpus=4):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Callable
 
+from raytrain.extensions import ExtensionPoint
+
 SCHEDULES: dict[str, str] = {
     "constant": "raytrain.optim.schedules:constant",
     "linear": "raytrain.optim.schedules:linear",
     "cosine": "raytrain.optim.schedules:cosine",
     "wsd": "raytrain.optim.schedules:wsd",
 }
+
+SHAPE = ExtensionPoint("schedule.name", "a function (done, decay) -> height of the learning rate", arguments=2)
 
 Shape = Callable[[float, float], float]
 """(share of the steps after the warm-up that are done, share of them that decays) -> height from 1 down to 0."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import RaytrainError
+from raytrain.files import is_private
 from raytrain.seeds.kernels import Drawn
 from raytrain.seeds.stream import COS, LOG, SIN, Mode
 
@@ -22,6 +24,8 @@ SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-nostartfiles")
 COMPILE_SECONDS = 120
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+logger = logging.getLogger(__name__)
 
 _U64, _I64, _INT, _FLOAT, _POINTER = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 
@@ -82,16 +86,24 @@ def _library() -> ctypes.CDLL:
     key = [_version(compiler), _processor(), *command, SOURCE.read_text()]
     name = f"seeds-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytrain"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).is_file():
-            _compile(command, folder / name)
-        return _typed(ctypes.CDLL(str(folder / name)))
+        return _typed(_loaded(command, name))
     except (OSError, RuntimeError) as error:  # the latter where nobody is at home
         raise CannotCompileError(f"the compiled kernel cannot be kept or loaded: {error}") from error
 
 
-def _compile(command: Sequence[str], target: Path) -> None:
+def _loaded(command: Sequence[str], name: str) -> ctypes.CDLL:
+    """Load the kernel from the cache, unless it may be another user's: to load it is to run it."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytrain"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_private(folder):
+        logger.warning("others can write to %s, so the kernel that is kept there is not used: chmod go-w it", folder)
+        with tempfile.TemporaryDirectory() as own:
+            return _compiled(command, Path(own) / name)
+    kept = folder / name
+    return ctypes.CDLL(str(kept)) if kept.is_file() and is_private(kept) else _compiled(command, kept)
+
+
+def _compiled(command: Sequence[str], target: Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         try:
@@ -106,7 +118,9 @@ def _compile(command: Sequence[str], target: Path) -> None:
             raise CannotCompileError(f"{command[0]} refuses {SOURCE.name}: {error.stderr.strip()[:400]}") from error
         except subprocess.TimeoutExpired as error:
             raise CannotCompileError(f"{command[0]} took more than {COMPILE_SECONDS} s") from error
+        made.chmod(0o700)
         made.replace(target)  # at once: another process may be looking
+    return ctypes.CDLL(str(target))
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -5,6 +5,7 @@ Every operation starts at once and returns a `Pending`; a tensor given to one mu
 
 import datetime
 import gc
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,15 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 
 OWN_FAULTS = ("Invalid scalar type", "out of memory", "must be contiguous", "nsupported")
 """Parts of the messages of errors that this replica makes by itself, and would make again."""
+
+
+MOST_MEMBERS = 1024
+"""How many may ask for a connection to the store at once."""
 
 
 class PeerLostError(RuntimeError):
@@ -146,6 +152,38 @@ class LocalTransport:
 
     def close(self) -> None:
         """Do nothing: nobody waits."""
+
+
+def join_group(
+    backend: str, rank: int, members: int, address: tuple[str, int], timeout_seconds: float, secret: str
+) -> None:
+    """Make the default process group of torch.distributed, which has to be there for there to be others.
+
+    Its members find each other through a store in the process of rank 0, which listens on `address` and not, as torch's
+    own would, on all of the machine's. All keys of the run begin with its secret, so that neither a stranger nor
+    another run, which do not know it, can be taken for a member.
+
+    Args:
+        backend: of torch.distributed.
+        rank: this process's place among the members.
+        members: how many there are.
+        address: host and port, which are free at rank 0.
+        timeout_seconds: how long the others may take to come.
+        secret: the same for all members, and known to them alone.
+    """
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    host, port = address
+    listener = _listening(host, port) if rank == 0 else None
+    store = TCPStore(
+        host, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False, master_listen_fd=listener
+    )
+    dist.init_process_group(backend, store=PrefixStore(secret, store), rank=rank, world_size=members, timeout=timeout)
+
+
+def _listening(host: str, port: int) -> int:
+    """Return the file descriptor of a socket that takes connections at one address, for a store to own."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=MOST_MEMBERS).detach()
 
 
 class GroupTransport:

@@ -172,11 +172,11 @@ def opened(settings: TrainRecipe, walk: Walk) -> AbstractContextManager[Feed]:
 
 def pull_all(rows: Path, seconds: float) -> dict[str, float]:
     """Return what each source gives when nothing is trained."""
-    from raytrain.launch import start_ray
+    from raytrain.launch import session
 
     torch.set_num_threads(1)
-    start_ray(None, cpus=2)
-    return {source: pulled(source, rows, seconds) for source in SOURCES}
+    with session(None, cpus=2):
+        return {source: pulled(source, rows, seconds) for source in SOURCES}
 
 
 def main() -> None:

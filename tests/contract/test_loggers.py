@@ -184,6 +184,12 @@ def break_down(replica):
 class Refusing:
     def __init__(self, folder, step):
         raise PermissionError("the key is wrong")
+
+    def write(self, row):
+        pass
+
+    def close(self, failed):
+        pass
 """
     )
 

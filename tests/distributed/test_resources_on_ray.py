@@ -1,5 +1,6 @@
 """Workers on the machines that the recipe asks for."""
 
+import json
 import subprocess
 import sys
 import time
@@ -14,15 +15,26 @@ from raytrain.kinds import Order
 from raytrain.rundir import rows
 from raytrain.train_recipe import TrainRecipe
 
+# `ray start` would give it an address that others can reach, where a cluster of our own is not.
+MACHINE = """
+import json
+import signal
+import sys
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+Node(RayParams(**json.loads(sys.argv[1])), head=False)
+signal.pause()
+"""
+
 
 @pytest.fixture
 def second_machine(ray_cluster: None) -> Iterator[str]:
     """A machine with things that the first one has not; what is yielded is its id."""
     import ray
 
-    words = ["--num-cpus=2", '--resources={"fast": 2}', "--labels=room=west", "--object-store-memory=100000000"]
-    address = f"--address={ray.get_runtime_context().gcs_address}"
-    command = [str(Path(sys.executable).parent / "ray"), "start", address, "--block", *words]
+    has = {"num_cpus": 2, "resources": {"fast": 2}, "labels": {"room": "west"}, "object_store_memory": 100_000_000}
+    address = {"gcs_address": ray.get_runtime_context().gcs_address, "node_ip_address": "127.0.0.1"}
+    command = [sys.executable, "-c", MACHINE, json.dumps({**has, **address})]
     machine = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         give_up = time.monotonic() + 60

@@ -1,7 +1,11 @@
 """Every kernel of this machine gives the bits of the reference, whatever the element it starts at."""
 
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,3 +162,52 @@ def test_without_a_compiler_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) 
             native.NativeKernel()
     finally:
         native._library.cache_clear()
+
+
+PLANTED = """
+#include <stdio.h>
+__attribute__((constructor)) static void run() { fclose(fopen(PLACE, "w")); }
+"""
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that leaves word of having been loaded, beside itself."""
+    compiler = shutil.which("g++")
+    if not compiler:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.cpp").write_text(PLANTED)
+    words = [f'-DPLACE="{folder}/loaded"', "-shared", "-fPIC", "-o", str(folder / "planted.so"), "planted.cpp"]
+    subprocess.run([compiler, *words], cwd=folder, check=True)
+    return folder / "planted.so"
+
+
+@pytest.mark.parametrize("mode", ["file", "folder", "link", "owner"])
+def test_a_kernel_in_the_cache_that_may_be_anothers_is_not_loaded(
+    mode: str, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS[1:], "-O0"))  # compiles sooner
+    native._library.cache_clear()
+    try:
+        native.NativeKernel()
+        (tmp_path / "first").rename(tmp_path / "then")  # a library of a path that is loaded is not loaded again
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "then"))
+        (kept,) = (tmp_path / "then" / "raytrain").glob("*.so")
+        kept.unlink()
+        shutil.copy(planted, kept)
+        if mode == "link":
+            kept.rename(tmp_path / "elsewhere.so")
+            kept.symlink_to(tmp_path / "elsewhere.so")
+        if mode == "owner":
+            if os.geteuid():
+                pytest.skip("only root can give a file to another user")
+            os.chown(kept, 12345, -1)
+        {"file": kept, "folder": kept.parent}.get(mode, planted).chmod(0o775)
+        native._library.cache_clear()
+        native.NativeKernel()
+    finally:
+        native._library.cache_clear()
+    assert not planted.with_name("loaded").exists()
+    assert (f"others can write to {kept.parent}" in caplog.text) == (mode == "folder")

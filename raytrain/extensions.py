@@ -1,0 +1,153 @@
+"""Where a recipe names code of the user's that is called later, and what that code has to be.
+
+It is read from its source, so that a recipe is checked without running what it names; what is imported in the end is
+checked again, before it is called.
+"""
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+from raytrain.errors import RecipeError
+from raytrain.names import near, place_named, resolve
+
+
+@dataclass(frozen=True, slots=True)
+class ExtensionPoint:
+    """A field of a recipe whose values name something to call.
+
+    Attributes:
+        field: of the recipe; it begins the error messages.
+        expected: what it is, for the error messages.
+        arguments: how many it is called with, by place.
+        methods: of what it then returns; it is a class if there are any.
+    """
+
+    field: str
+    expected: str
+    arguments: int
+    methods: tuple[str, ...] = ()
+
+    def check(self, table: Mapping[str, str], name: str) -> None:
+        """Check what `name` stands for as far as its source tells; nothing of a user's is imported.
+
+        Args:
+            table: short name -> "module:attribute", of what is known to be right.
+            name: a name of the table, or "module:attribute".
+
+        Raises:
+            RecipeError: there is no such name, module or attribute, or it is not what is expected.
+        """
+        if name in table or ":" not in name:
+            resolve(table, name, self.field)
+            return
+        module, attribute = place_named(name, self.field)
+        if module in sys.modules:
+            self.load(table, name)
+            return
+        first, _, rest = attribute.partition(".")
+        defined = dict(_definitions(_source(module, self.field)))
+        if first in defined:
+            self._refuse(name, "" if rest else self._wrong_source(defined[first]))
+        elif defined and not defined.keys() & {"*", "__getattr__"}:  # by which it may have any others
+            raise RecipeError(f"{self.field}: {module!r} has no {attribute!r}; {near(first, defined)}")
+
+    def load(self, table: Mapping[str, str], name: str) -> Any:
+        """Import what `name` stands for, and return it.
+
+        Raises:
+            RecipeError: as `check`, or it cannot be imported.
+        """
+        found = resolve(table, name, self.field)
+        self._refuse(name, "" if name in table else self._wrong(found))
+        return found
+
+    def _refuse(self, name: str, wrong: str) -> None:
+        if wrong:
+            raise RecipeError(f"{self.field}: expected {self.expected}; got {name!r}, which {wrong}")
+
+    def _wrong(self, found: Any) -> str:
+        """Return what is wrong with something that was imported, or nothing."""
+        if not callable(found):
+            return "cannot be called"
+        if self.methods and not inspect.isclass(found):
+            return "is not a class"
+        if missing := [name for name in self.methods if not callable(getattr(found, name, None))]:
+            return f"has no {missing[0]}"
+        try:
+            signature = inspect.signature(found)
+            signature.bind(*range(self.arguments))
+        except ValueError:
+            return "does not say what it takes"
+        except TypeError:
+            return f"takes ({', '.join(signature.parameters)})"
+        return ""
+
+    def _wrong_source(self, defined: ast.stmt | None) -> str:
+        """Return what is wrong with a definition, or nothing if that is not known before it is imported."""
+        if isinstance(defined, ast.FunctionDef):
+            return "is not a class" if self.methods else self._wrong_function(defined)
+        if not isinstance(defined, ast.ClassDef) or defined.bases or defined.decorator_list:
+            return ""
+        inside = {each.name: each for each in defined.body if isinstance(each, ast.FunctionDef)}
+        if missing := [name for name in self.methods if name not in inside]:
+            return f"has no {missing[0]}"
+        return self._wrong_function(inside["__init__"], bound=1) if "__init__" in inside else ""
+
+    def _wrong_function(self, function: ast.FunctionDef, bound: int = 0) -> str:
+        """Return what is wrong with a function whose first `bound` parameters are given already."""
+        given = function.args
+        places = [*given.posonlyargs, *given.args][bound:]
+        most = sys.maxsize if given.vararg else len(places)
+        fits = len(places) - len(given.defaults) <= self.arguments <= most and None not in given.kw_defaults
+        if fits or function.decorator_list:
+            return ""
+        everything = [*places, given.vararg, *given.kwonlyargs, given.kwarg]
+        return f"takes ({', '.join(each.arg for each in everything if each)})"
+
+
+def _source(module: str, field: str) -> ast.Module:
+    """Return the source of a module, as a tree without statements if it is not Python's.
+
+    Raises:
+        RecipeError: there is no such module, or it is not right.
+    """
+    spec = _spec(module)
+    if spec is None:
+        raise RecipeError(f"{field}: cannot import {module!r}: ModuleNotFoundError: No module named {module!r}")
+    file = Path(spec.origin or "")
+    if file.suffix != ".py":
+        return ast.Module([], [])
+    try:
+        return ast.parse(file.read_bytes(), str(file))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RecipeError(f"{field}: cannot import {module!r}: {type(error).__name__}: {error}") from error
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    """Return where a module would be imported from; `importlib.util` would run the packages that it is in."""
+    parent, _, _ = module.rpartition(".")
+    outer = _spec(parent) if parent else None
+    if parent and (outer is None or outer.submodule_search_locations is None):
+        return None
+    path = outer.submodule_search_locations if outer else None
+    found = (finder.find_spec(module, path) for finder in sys.meta_path)
+    return next((spec for spec in found if spec), None)
+
+
+def _definitions(tree: ast.AST) -> Iterator[tuple[str, ast.stmt | None]]:
+    """Yield what the source of a module defines: (name, its `def` or `class`, or None for any other value)."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, node
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, None
+        elif isinstance(node, ast.alias):
+            yield (node.asname or node.name).partition(".")[0], None
+        else:
+            yield from _definitions(node)
