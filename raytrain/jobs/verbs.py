@@ -16,7 +16,7 @@ from rich.console import Console
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.jobs.job import INTERRUPTED, Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
-from raytrain.kinds import load_kinds
+from raytrain.kinds import kind_points, load_kinds
 from raytrain.names import near
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
 
@@ -228,11 +228,13 @@ def checked(commands: Commands, words: list[str]) -> Request:
     """
     from raytrain.jobs import client as jobs  # noqa: PLC0415 - slow to import
 
-    kinds = load_kinds()
+    points = kind_points()
     verb, *rest = words
     group = typer.main.get_command(commands.app)
-    if verb not in kinds or not isinstance(group, click.Group):
-        raise RecipeError(f"{verb!r} does not run a recipe, as in raytrain submit -- train digits; {near(verb, kinds)}")
+    if verb not in points or not isinstance(group, click.Group):
+        raise RecipeError(
+            f"{verb!r} does not run a recipe, as in raytrain submit -- train digits; {near(verb, points)}"
+        )
     context = group.commands[verb].make_context(f"raytrain {verb}", rest)
     given = context.params
     if context.get_parameter_source("address") is click.core.ParameterSource.COMMANDLINE:
@@ -243,7 +245,7 @@ def checked(commands: Commands, words: list[str]) -> Request:
     folder = Path.cwd()
     _check_relative(merged(raw, parse_overrides(changes)), folder)
     source, needed = given["recipe"], dict(_named_files(recipe, folder))
-    if file.is_file() and not any(file.is_relative_to(kind.recipes) for kind in kinds.values()):
+    if file.is_file() and not any(file.is_relative_to(kind.recipes) for kind in load_kinds()[0].values()):
         needed[source] = Path(os.path.abspath(file))
         inside = Path(os.path.abspath(source))
         source = str(inside.relative_to(folder)) if inside.is_relative_to(folder) else source
