@@ -111,7 +111,8 @@ def check(recipe: Source, more: More = None, changes: Changes = None) -> None:
 @app.command(name="list")
 def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
     """List what a recipe can name, with a line each; TABLE is one of recipes, tasks, optimizers, and so on."""
-    kinds, broken = load_kinds()
+    broken: list[RecipeError] = []
+    kinds = load_kinds(broken.append)
     tables: dict[str, dict[str, str]] = {"recipes": {}}
     for kind in kinds.values():
         tables["recipes"] |= {file.stem: _first_comment(file) for file in sorted(kind.recipes.glob("*.toml"))}
@@ -126,7 +127,7 @@ def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = 
             for name, line in lines.items():
                 grid.add_row(name, line)
             Console().print(grid)
-    for error in broken.values():
+    for error in broken:
         _complain(str(error), 0)
 
 
@@ -224,7 +225,7 @@ def _read(source: str, verb: str | None) -> tuple[dict[str, Any], Path]:
     Raises:
         RecipeError: there is none, or it is of another kind than `verb`.
     """
-    kinds, _ = load_kinds()
+    kinds = load_kinds()
     if ":" in source and not Path(source).is_file():
         raw, file = {"task": source}, Path(source.partition(":")[2])
     else:

@@ -1,6 +1,6 @@
 """Kinds of runs: what the command can check, list and run. Others add theirs as entry points `raytrain.kinds`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -115,12 +115,16 @@ def load_kind(name: str) -> Kind:
     return kind
 
 
-def load_kinds() -> tuple[dict[str, Kind], dict[str, RecipeError]]:
-    """Return the installed kinds by name: those that can be loaded, and of the others why not."""
-    kinds, broken = {}, {}
+def load_kinds(complain: Callable[[RecipeError], None] = lambda error: None) -> dict[str, Kind]:  # noqa: ARG005
+    """Return the installed kinds that can be loaded, by name.
+
+    Args:
+        complain: called with the error of each that cannot, which breaks none of the others.
+    """
+    kinds = {}
     for name in kind_points():
         try:
             kinds[name] = load_kind(name)
         except RecipeError as error:
-            broken[name] = error
-    return kinds, broken
+            complain(error)
+    return kinds

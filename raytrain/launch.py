@@ -183,15 +183,27 @@ def session(address: str | None, cpus: int) -> Iterator[None]:
 
 
 def _start_ray(address: str | None, **how: Any) -> None:
+    """Join or start a Ray cluster; if Ray's own processes take too long to start, try it once more.
+
+    Raises:
+        RecipeError: it does not work.
+    """
     quiet = {"logging_level": logging.ERROR, "logging_config": ray.LoggingConfig(log_level="ERROR")}
+    what = f"--address: cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
     on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address or "local", **quiet, **how)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
-    except (OSError, ValueError, RuntimeError, RayError) as error:
-        what = f"--address: cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
-        raise RecipeError(f"{what}: {error}") from error
+    for last in (False, True):
+        try:
+            ray.init(address or "local", **quiet, **how)
+            break
+        except (OSError, ValueError, RuntimeError, RayError) as error:
+            raise RecipeError(f"{what}: {error}") from error
+        except Exception as error:  # a bare one says that its processes did not start in the 30 s that it gives them
+            if last:
+                raise RecipeError(
+                    f"{what}: it did not start in time, twice; the machine is too busy: {error}"
+                ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
 
 
 def _joining(address: str) -> dict[str, Any]:
@@ -360,6 +372,8 @@ def cause(error: Exception) -> str:
     what = text.splitlines()[-1] if text else type(error).__name__
     if "PeerLostError" in text:
         what = "it lost another worker"
+    elif silent := re.search(r"health check has been hanging for (\d+)", text):
+        what = f"it did not answer for {silent[1]} s: stopped (SIGSTOP) or swapped out, or its machine is too busy"
     elif "has died" in text or "died unexpectedly" in text:
         what = "its process died: killed, out of memory, or crashed"
     return what + elsewhere(_host(error))

@@ -245,7 +245,7 @@ def checked(commands: Commands, words: list[str]) -> Request:
     folder = Path.cwd()
     _check_relative(merged(raw, parse_overrides(changes)), folder)
     source, needed = given["recipe"], dict(_named_files(recipe, folder))
-    if file.is_file() and not any(file.is_relative_to(kind.recipes) for kind in load_kinds()[0].values()):
+    if file.is_file() and not any(file.is_relative_to(kind.recipes) for kind in load_kinds().values()):
         needed[source] = Path(os.path.abspath(file))
         inside = Path(os.path.abspath(source))
         source = str(inside.relative_to(folder)) if inside.is_relative_to(folder) else source

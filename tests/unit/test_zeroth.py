@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from raytrain.checkpoint import load, step_name
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.evaluation import evaluate
+from raytrain.names import resolve
+from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.optimizers import load_state_by_name, make_optimizer, state_by_name
 from raytrain.optim.options import ZEROTH
 from raytrain.optim.zeroth import ZOSGD, ZerothOrder, ZOConservative, space_of
