@@ -21,10 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.jobs.verbs import Commands, add_verbs
+from raytrain.jobs.request import Commands
+from raytrain.jobs.verbs import add_verbs
 from raytrain.kinds import Order, kind_points, load_kind, load_kinds
 from raytrain.names import line_about, near, resolve
+from raytrain.provenance import check_trusted
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
+from raytrain.terminal import plain
 
 INTERRUPTED = 130
 
@@ -58,6 +61,7 @@ Address = Annotated[
         "command [default: this machine, without Ray where that does].",
     ),
 ]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the recipe of a fetched run names.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -95,9 +99,12 @@ def about(
 
 
 @app.command()
-def check(recipe: Source, more: More = None, changes: Changes = None) -> None:
-    """Print a recipe as it would run, and where each value comes from; start nothing."""
-    raw, origin = _read(recipe, None)
+def check(recipe: Source, more: More = None, changes: Changes = None, trust: Trust = False) -> None:
+    """Print a recipe as it would run, and where each value comes from; start nothing.
+
+    Modules that the recipe names as task, source, optimizer, adapter or synchroniser are imported.
+    """
+    raw, origin = _read(recipe, None, trust)
     overrides = parse_overrides([*(changes or []), *(more or [])])
     resolved = _parse(raw, overrides)
     given = dict(dotted_fields(raw))
@@ -137,9 +144,9 @@ def _lines(table: Mapping[str, str], remarks: Mapping[str, str]) -> dict[str, st
 
 
 @app.command()
-def evaluate(run: Run, more: More = None, changes: Changes = None) -> None:
+def evaluate(run: Run, more: More = None, changes: Changes = None, trust: Trust = False) -> None:
     """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the values as JSON."""
-    metrics = _ability(run, "evaluate")(run, parse_overrides([*(changes or []), *(more or [])]))
+    metrics = _ability(run, "evaluate", trust=trust)(run, parse_overrides([*(changes or []), *(more or [])]))
     print(json.dumps(metrics, indent=2))
 
 
@@ -151,10 +158,12 @@ def predict(
     more: More = None,
     changes: Changes = None,
     address: Address = None,
+    *,
+    trust: Trust = False,
 ) -> None:
     """Predict for each example of a file with the best checkpoint of the run in the folder RUN."""
     overrides = parse_overrides([*(changes or []), *(more or [])])
-    count = _ability(run, "predict")(run, overrides, source, target, address or None)
+    count = _ability(run, "predict", trust=trust)(run, overrides, source, target, address or None)
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"{count} predictions in {target}", markup=False)
 
 
@@ -164,21 +173,22 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     more: More = None,
     changes: Changes = None,
+    trust: Trust = False,
 ) -> None:
     """Write the best model of the run in the folder RUN to DIR, as Hugging Face's `from_pretrained` reads it."""
-    _ability(run, "export")(run, parse_overrides([*(changes or []), *(more or [])]), folder)
+    _ability(run, "export", trust=trust)(run, parse_overrides([*(changes or []), *(more or [])]), folder)
 
 
-def _ability(run: Path, verb: str) -> Any:
+def _ability(run: Path, verb: str, *, trust: bool) -> Any:
     """Return the function by which the kind of the run in a folder does what `verb` says.
 
     Raises:
-        RecipeError: there is no run, or its kind cannot.
+        RecipeError: there is no run, or its kind cannot, or it was fetched, names code and is not trusted.
     """
     file = run / "recipe.toml"
     if not file.is_file():
         raise RecipeError(f"{run}: there is no run here (no recipe.toml); a run's folder is what --out named")
-    raw, _ = _read(str(file), None)
+    raw, _ = _read(str(file), None, trust)
     target = getattr(load_kind(raw["kind"]), verb)
     if not target:
         raise RecipeError(f"kind: {run} is a run of the kind {raw['kind']}, which cannot {verb}")
@@ -203,8 +213,10 @@ def _runner(verb: str) -> Callable[..., int]:
         out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-TIME].")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RECIPE's folder or --out.")] = False,
         address: Address = None,
+        *,
+        trust: Trust = False,
     ) -> int:
-        raw, _ = _read(recipe, verb)
+        raw, _ = _read(recipe, verb, trust)
         kind = load_kind(verb)
         resolved = _parse(raw, parse_overrides([*(changes or []), *(more or [])]))
         if resume and out is None and not Path(recipe).is_dir():
@@ -217,19 +229,22 @@ def _runner(verb: str) -> Callable[..., int]:
     return command
 
 
-def _read(source: str, verb: str | None) -> tuple[dict[str, Any], Path]:
+def _read(source: str, verb: str | None, trust: bool) -> tuple[dict[str, Any], Path]:
     """Return a recipe's data, with its kind and name filled in, and its file.
 
     "module:attribute" is short for a recipe that says no more than this of its task.
 
     Raises:
-        RecipeError: there is none, or it is of another kind than `verb`.
+        RecipeError: there is none, it is of another kind than `verb`, or of a fetched run, names code and is not
+            trusted.
     """
     kinds = load_kinds()
     if ":" in source and not Path(source).is_file():
         raw, file = {"task": source}, Path(source.partition(":")[2])
     else:
         raw, file = read_toml(source, [kind.recipes for kind in kinds.values()])
+        if not trust:
+            check_trusted(raw, file)
     raw = {"kind": verb or "train", "name": file.stem, **raw}
     load_kind(str(raw["kind"]))
     if verb not in (None, raw["kind"]):
@@ -247,7 +262,7 @@ def _first_comment(file: Path) -> str:
 
 
 def _complain(message: str, status: int) -> int:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"raytrain: {message}", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"raytrain: {plain(message)}", markup=False)
     return status
 
 

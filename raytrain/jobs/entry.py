@@ -1,25 +1,28 @@
-"""What a Ray job runs: ``python -m raytrain.jobs.entry run|list``, in words that `client.py` writes."""
+"""What a Ray job runs: ``python -m raytrain.jobs.entry run|serve``, in words that `client.py` and others write."""
 
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import raytrain
 from raytrain.cluster import fingerprint
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.files import write_whole
-from raytrain.jobs.job import SERVED
 from raytrain.jobs.storage import LIST, Store, dump, list_files
+from raytrain.terminal import mib
 
 JOB_LOG = "job-driver-"
+SERVE_SECONDS = 6 * 3600.0  # for who does not end it
 
 
 def main() -> None:
-    """Run or list, and exit as the command `raytrain` does."""
+    """Run or serve, and exit as the command `raytrain` does."""
     parser = argparse.ArgumentParser(prog="raytrain.jobs.entry")
     verbs = parser.add_subparsers(dest="verb", required=True)
     run_parser = verbs.add_parser("run", help="run the command in the run's folder, and store what it left there")
@@ -27,16 +30,17 @@ def main() -> None:
     run_parser.add_argument("--store", help="URL to copy it to at the end")
     run_parser.add_argument("--code", required=True, help="fingerprint of the raytrain that submitted the job")
     run_parser.add_argument("words", nargs="+", help="of the command")
-    list_parser = verbs.add_parser("list", help="let the job server serve the run's folder, and list its files")
-    list_parser.add_argument("--out", required=True, help="the run's folder")
-    list_parser.add_argument("--job", required=True, help="whose it is")
+    serve_parser = verbs.add_parser("serve", help="let the job server serve the run's files, until the job is stopped")
+    serve_parser.add_argument("--out", required=True, help="the run's folder")
+    serve_parser.add_argument("--place", required=True, help="what to call it among Ray's logs")
     options = parser.parse_args()
     out = Path(options.out).expanduser()
     try:
         if options.verb == "run":
             status = run(options.words, out, options.store, options.code)
         else:
-            status = serve(out, _log_folder() / f"{SERVED}{options.job}")
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+            status = serve(out, _log_folder() / options.place, SERVE_SECONDS)
     except RaytrainError as error:
         print(f"raytrain: {error}", file=sys.stderr)
         status = error.exit_status
@@ -90,24 +94,34 @@ def _stored(store: Store, url: str, out: Path) -> bool:
             file=sys.stderr,
         )
         return False
-    print(f"stored at {url}: {count / 2**20:.1f} MiB")
+    print(f"stored at {url}: {mib(count)}")
     return True
 
 
-def serve(out: Path, served: Path) -> int:
-    """Put a link to a run's folder, and a list of its files, where Ray's dashboard serves files from: among its logs.
+def serve(out: Path, place: Path, seconds: float) -> int:
+    """Let Ray's dashboard, which serves the files among its logs, serve a run's files for a while.
+
+    Args:
+        out: the run's folder.
+        place: among the logs, where links to its files and their list go; there is nothing at the end.
+        seconds: how long, unless the process is asked to end before.
 
     Raises:
         RecipeError: there is no run.
     """
     if not out.is_dir():
         raise RecipeError(f"there is no run in {out} on {socket.gethostname()}: the job left none, or it was removed")
-    served.mkdir(exist_ok=True)
-    link = served / "run"
-    if not link.is_symlink() or link.readlink() != out:
-        link.unlink(missing_ok=True)
-        link.symlink_to(out)
-    write_whole(served / LIST, dump(list_files(out)))
+    place.mkdir(mode=0o700)
+    try:
+        listing = list_files(out)
+        for name in listing:  # and not the folder, in which there may be links
+            link = place / "run" / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(out.absolute() / name)
+        write_whole(place / LIST, dump(listing))
+        time.sleep(seconds)
+    finally:
+        shutil.rmtree(place)
     return 0
 
 

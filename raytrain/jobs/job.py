@@ -10,12 +10,15 @@ from typing import Any
 from raytrain.errors import RecipeError
 from raytrain.jobs.storage import check_storage
 from raytrain.recipe import dotted_fields
+from raytrain.terminal import mib
 
 INTERRUPTED = 130
 NO_PROGRAM = 127  # as a shell tells
 RUNS = "~/raytrain-runs"  # on the machine that runs the job's command: the cluster's head
 SERVED = "raytrain-"  # begins the name of what a job leaves among Ray's logs
 SHOWN_FOLDERS = 5
+ID = r"\w[\w.-]*"
+"""What a job can be called: its name becomes a part of URLs and of paths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +100,29 @@ class Log:
         return take
 
 
+def check_id(name: str) -> None:
+    """Check that a job can be called so.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    if not re.fullmatch(ID, name):
+        raise RecipeError(
+            f"JOB: expected letters, digits, '_', '.' and '-', as in digits-3f2a1c; got {name!r}; raytrain jobs lists "
+            "those that there are"
+        )
+
+
 def new_id(name: str) -> str:
-    """Return a name for a job that no other has: as digits-3f2a1c."""
+    """Return a name for a job that no other has: as digits-3f2a1c.
+
+    Raises:
+        RecipeError: no job can be called so.
+    """
+    if not re.fullmatch(ID, name):
+        raise RecipeError(
+            f"--name: expected letters, digits, '_', '.' and '-', and neither of the last two first; got {name!r}"
+        )
     return f"{name}-{secrets.token_hex(3)}"
 
 
@@ -145,8 +169,8 @@ def check_upload(files: Mapping[str, int], limit_bytes: int, folder: Path) -> No
         sizes[top + slash] = sizes.get(top + slash, 0) + size
     largest = sorted(sizes, key=lambda top: -sizes[top])[:SHOWN_FOLDERS]
     raise RecipeError(
-        f"a job takes the current folder along, and {folder} holds {_mib(total)}, where Ray takes at most "
-        f"{_mib(limit_bytes)}; the largest in it: {', '.join(f'{top} {_mib(sizes[top])}' for top in largest)}. Name "
+        f"a job takes the current folder along, and {folder} holds {mib(total)}, where Ray takes at most "
+        f"{mib(limit_bytes)}; the largest in it: {', '.join(f'{top} {mib(sizes[top])}' for top in largest)}. Name "
         "what the job does not need in .gitignore or .rayignore, or call from another folder"
     )
 
@@ -171,8 +195,8 @@ def check_taken(needed: Mapping[str, Path], files: Mapping[str, int], folder: Pa
             )
         if path.exists() and not any(PurePosixPath(file).is_relative_to(inside) for file in files):
             raise RecipeError(
-                f"{name} is not taken along to the job: runs/, .venv/, .git/ and what .gitignore or .rayignore names "
-                "stay here; copy it elsewhere"
+                f"{name} is not taken along to the job: runs/, .venv/, .git/, what .gitignore or .rayignore names, "
+                "links out of the folder and what may hold secrets stay here; copy it elsewhere"
             )
 
 
@@ -195,7 +219,3 @@ def trouble(job: Job) -> str:
     if job.exit_code is None:
         return f"failed: {job.message.strip() or 'Ray does not say why'}"
     return f"failed with exit status {job.exit_status}"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"

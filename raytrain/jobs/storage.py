@@ -1,36 +1,42 @@
-"""Copies of a run's folder, file by file with their hashes, from and to wherever it lies.
+"""Where a run's folder lies, and the list of its files, with their hashes, by which it is copied.
 
-A list names every file with its size and SHA-256. A copy appears under its name when all of it is there and is as it
-was listed; until then it lies beside it, and the next attempt goes on from there.
+What a list says may come from a machine that is not the user's: it is data, and names only what a run can have.
 """
 
 import hashlib
 import json
+import os
 import posixpath
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from pathlib import Path
+from typing import IO, Annotated, Protocol
 
 import fsspec
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 
-from raytrain.errors import CheckpointError, RecipeError, TrainingError
+from raytrain.errors import RecipeError, TrainingError
 from raytrain.names import near
 
 LIST = "files.json"
 CHUNK_BYTES = 1 << 20
 ATTEMPTS = 3
 LOCAL = "file://"
+MAX_LIST_BYTES = 64 << 20
+MAX_FILES = 100_000
+MAX_NAME_BYTES = 1000
+"""The longest list that is believed, and the longest name in it; a run has some tens of files."""
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What a list says of a file."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 Listing = dict[str, Entry]
@@ -42,7 +48,13 @@ class ChangedError(Exception):
 
 
 class Source(Protocol):
-    """Where a run's folder can be read from."""
+    """Where a run's folder can be read from.
+
+    Attributes:
+        origin: the place, for people.
+    """
+
+    origin: str
 
     def listing(self) -> Listing:
         """Return what there is.
@@ -60,11 +72,16 @@ class Source(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Leave nothing behind that was needed for reading."""
+        ...
+
 
 class Folder:
     """A run's folder on this machine, or one that it shares."""
 
     def __init__(self, path: Path) -> None:
+        self.origin = str(path)
         self._path = path
 
     def listing(self) -> Listing:
@@ -73,7 +90,10 @@ class Folder:
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield a file in pieces."""
-        return _pieces(self._path / name)
+        return pieces_of(self._path / name)
+
+    def close(self) -> None:
+        """Do nothing: nothing was needed."""
 
 
 class Store:
@@ -87,7 +107,7 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self.origin = self._url = url
         with _explained(url):
             self._files, self._root = fsspec.core.url_to_fs(url)
 
@@ -130,13 +150,16 @@ class Store:
                 "could store its run; give the job's name instead, to fetch from the cluster"
             )
         with _explained(self._url):
-            return parse(self._files.cat_file(self._place(LIST)))
+            return read_list(self.read(LIST))
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield a file in pieces."""
         with self._files.open(self._place(name), "rb") as file:
             while piece := file.read(CHUNK_BYTES):
                 yield piece
+
+    def close(self) -> None:
+        """Do nothing: nothing was needed."""
 
     def _place(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -161,7 +184,7 @@ def check_storage(storage: str) -> str:
     """Return where jobs are to leave their runs: a folder as "/path", or the URL of a store.
 
     Raises:
-        RecipeError: it is neither, or a store that ends with the process, or it holds a password.
+        RecipeError: it is neither, or a store that ends with the process, or it holds a password or a signature.
     """
     place = "/" + storage.removeprefix(LOCAL).strip("/") if storage.startswith(LOCAL) else storage.rstrip("/")
     protocol, separator, rest = place.partition("://")
@@ -174,7 +197,14 @@ def check_storage(storage: str) -> str:
         raise RecipeError(f"--storage: no such protocol {protocol!r}; {near(protocol, fsspec.available_protocols())}")
     if separator and protocol == "memory":
         raise RecipeError("--storage: memory:// ends with the job; name a shared folder, or a URL as s3://bucket/runs")
+    if separator and (hidden := re.search(r"[?#]", rest)):
+        raise RecipeError(
+            f"--storage: what is behind {hidden[0]!r} in {protocol}://{rest[: hidden.start()]}, a signature too, would "
+            "be seen in the list of jobs and in their logs; leave it out, and give each machine the store's key"
+        )
     user, _, host = rest.partition("/")[0].rpartition("@")
+    if host.startswith("-") or ".." in place.split("/"):
+        raise RecipeError(f"--storage: expected a place without '..', on a host whose name is one; got {storage!r}")
     if ":" in user:
         raise RecipeError(
             f"--storage: the password for {protocol}://{host} would be seen in the list of jobs and in their logs; "
@@ -184,7 +214,7 @@ def check_storage(storage: str) -> str:
 
 
 def list_files(folder: Path) -> Listing:
-    """Return the files below `folder`, but not hidden ones: locks, and what is being written.
+    """Return the files below `folder`, but no links, and not hidden ones: locks, and what is being written.
 
     Raises:
         TrainingError: files come and go faster than they can be listed.
@@ -192,9 +222,11 @@ def list_files(folder: Path) -> Listing:
     for _ in range(ATTEMPTS):
         try:
             return {
-                path.relative_to(folder).as_posix(): measured(_pieces(path))
+                path.relative_to(folder).as_posix(): measured(pieces_of(path))
                 for path in sorted(folder.rglob("*"))
-                if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+                if path.is_file()
+                and not path.is_symlink()
+                and not any(part.startswith(".") for part in path.relative_to(folder).parts)
             }
         except FileNotFoundError:
             continue  # an old checkpoint was removed meanwhile
@@ -219,124 +251,61 @@ def parse(text: bytes) -> Listing:
     """Read a list.
 
     Raises:
-        TrainingError: it is not one, or names a file outside the folder.
+        TrainingError: it is not one, or names what no run has: a file outside the folder, or a hidden one.
     """
     try:
-        raw: dict[str, Any] = json.loads(text)
-        listing = {name: Entry(**entry) for name, entry in raw.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        listing = TypeAdapter(Listing).validate_json(text, strict=True)
+    except ValueError as error:
         raise TrainingError(f"{LIST} is damaged: {error}") from error
-    for name in listing:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise TrainingError(f"{LIST} names {name!r}, which is outside the run's folder")
+    _check_names(listing)
     return listing
 
 
-def fetch(source: Source, target: Path, say: Callable[[str], None]) -> None:
-    """Copy a run's folder from `source` to `target`, which appears when it is complete.
-
-    What an attempt that broke off left beside `target` is used again.
+def _check_names(listing: Listing) -> None:
+    """Check that a list names files that a run may have: `list_files` makes no others.
 
     Raises:
-        RecipeError: there is something at `target`, or nothing to copy.
-        TrainingError: it did not work.
+        TrainingError: one may not be.
     """
-    _check_target(target)
-    aside = target.with_name(f".{target.name}.partial")
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            listing = source.listing()
-            if not listing:
-                raise RecipeError("the run's folder is empty")
-            say(f"fetching {len(listing)} files, {sum(entry.bytes for entry in listing.values()) / 2**20:.1f} MiB")
-            _copy(source, listing, aside)
-            break
-        except (ChangedError, OSError) as error:
-            if attempt == ATTEMPTS:
-                kept = f"what has come is kept in {aside}: " if aside.exists() else ""
-                raise TrainingError(f"{error}; {kept}try again") from error
-            say(f"{error}; trying again")
-    _keep_only(listing, aside)
-    check_checkpoints(aside, say)
-    if target.is_dir():
-        target.rmdir()
-    aside.rename(target)
+    if len(listing) > MAX_FILES:
+        raise TrainingError(f"{LIST} names {len(listing)} files; expected at most {MAX_FILES}, as no run has more")
+    for name in listing:
+        parts = name.split("/")
+        if name.startswith("/") or ".." in parts:
+            raise TrainingError(f"{LIST} names {name!r}, which is outside the run's folder")
+        odd = re.search(r"[\x00-\x1f\x7f]", name) or len(name.encode()) > MAX_NAME_BYTES
+        if odd or not all(parts) or any(part.startswith(".") for part in parts):
+            raise TrainingError(f"{LIST} names {name[:100]!r}, which no file of a run is called, or a hidden one")
 
 
-def check_checkpoints(run: Path, say: Callable[[str], None]) -> None:
-    """Check that a checkpoint of the run in `run` is complete, and name those that are not.
-
-    A run that was killed, or that goes on, may have removed an old one in part.
+def read_list(pieces: Iterator[bytes]) -> Listing:
+    """Read a list as it comes.
 
     Raises:
-        CheckpointError: there are checkpoints, and none of them is complete.
+        TrainingError: it is none, or as `parse`.
     """
-    from raytrain.checkpoint import listed, verify  # noqa: PLC0415 - slow to import
-
-    checkpoints, damaged = listed(run / "checkpoints"), []
-    for path in checkpoints:
-        try:
-            verify(path)
-        except CheckpointError as error:
-            damaged.append(str(error).replace(f"{run}/", ""))
-    if damaged and len(damaged) == len(checkpoints):
-        problems = "\n".join(damaged)
-        raise CheckpointError(f"no checkpoint of the run can be read; its files are kept in {run}\n{problems}")
-    for problem in damaged:
-        say(f"a checkpoint of the run is damaged, and others are complete: {problem}")
+    text = b"".join(first_bytes(pieces, MAX_LIST_BYTES + 1))
+    if len(text) > MAX_LIST_BYTES:
+        raise TrainingError(f"{LIST} is damaged: expected at most {MAX_LIST_BYTES} bytes; got more")
+    return parse(text)
 
 
-def _check_target(target: Path) -> None:
-    """Check that a folder can be renamed to `target`.
-
-    Raises:
-        RecipeError: it cannot.
-    """
-    if target.is_symlink() or target.is_mount() or target.resolve() == Path.cwd():
-        raise RecipeError(f"{target} is a link, a mount point or the current folder; name another, or a new one in it")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RecipeError(f"{target} is there already, and not empty; name another folder")
+def open_file(path: Path, mode: str) -> IO[bytes]:
+    """Open a file; one that is a link is an error."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
-def _copy(source: Source, listing: Listing, aside: Path) -> None:
-    for name, entry in listing.items():
-        file = aside / name
-        if file.is_file() and file.stat().st_size == entry.bytes and measured(_pieces(file)) == entry:
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb") as copy:
-            pieces = _first(source.read(name), entry.bytes) if entry.bytes else iter(())
-            came = measured(_through(pieces, copy.write))
-        if came != entry:
-            raise ChangedError(f"{name}: expected {entry.bytes} bytes, and {came.bytes} came, or others")
-
-
-def _keep_only(listing: Listing, aside: Path) -> None:
-    """Remove what an earlier attempt brought and is no longer part of the run."""
-    for path in sorted(aside.rglob("*"), reverse=True):
-        name = path.relative_to(aside).as_posix()
-        if path.is_dir() and not any(other.startswith(f"{name}/") for other in listing):
-            shutil.rmtree(path)
-        elif path.is_file() and name not in listing:
-            path.unlink()
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+def pieces_of(path: Path) -> Iterator[bytes]:
+    """Yield a file in pieces."""
+    with open_file(path, "rb") as file:
         while piece := file.read(CHUNK_BYTES):
             yield piece
 
 
-def _first(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
+def first_bytes(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
     """Yield the first `count` bytes."""
     for piece in pieces:
         yield piece[:count]
         count -= len(piece)
         if count <= 0:
             return
-
-
-def _through(pieces: Iterable[bytes], take: Callable[[bytes], object]) -> Iterator[bytes]:
-    for piece in pieces:
-        take(piece)
-        yield piece

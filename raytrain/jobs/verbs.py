@@ -1,28 +1,34 @@
 """The command's verbs for jobs on a Ray cluster: submit, jobs, fetch."""
 
-import os
-import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
 from rich.console import Console
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.jobs.job import INTERRUPTED, Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
-from raytrain.kinds import kind_points, load_kinds
-from raytrain.names import near
-from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
+from raytrain.jobs.job import (
+    INTERRUPTED,
+    Job,
+    Log,
+    new_id,
+    place,
+    taken_files,
+    trouble,
+)
+from raytrain.jobs.request import Commands, Request, checked, words_of
+from raytrain.provenance import refuse_code
+from raytrain.recipe import read_toml
+from raytrain.terminal import mib, plain, plain_line
 
 if TYPE_CHECKING:
     from raytrain.jobs.client import JobServer
     from raytrain.jobs.storage import Source
+    from raytrain.jobs.upload import Upload
 
 Address = Annotated[
     str | None,
@@ -31,6 +37,9 @@ Address = Annotated[
 JobName = Annotated[str, typer.Argument(metavar="JOB")]
 Detach = Annotated[bool, typer.Option("--detach", "--no-follow", help="Leave the job alone once it is submitted.")]
 WithCode = Annotated[bool, typer.Option("--with-code", help="Take this machine's raytrain along, and use it there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List what the job would take along; submit nothing.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the job's words name.")]
+SHOWN_NAMES = 10
 
 jobs_app = typer.Typer(
     invoke_without_command=True,
@@ -39,40 +48,6 @@ jobs_app = typer.Typer(
     suggest_commands=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Commands:
-    """What the verbs need to know of the command that they are part of.
-
-    Attributes:
-        app: it has the verbs that run recipes.
-        read: (RECIPE, verb) -> the recipe's data, and its file.
-        parse: (data, overrides) -> the recipe.
-    """
-
-    app: typer.Typer
-    read: Callable[[str, str | None], tuple[dict[str, Any], Path]]
-    parse: Callable[[dict[str, Any], dict[str, Any]], Recipe]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The words of a job, checked.
-
-    Attributes:
-        words: the verb, the recipe and its changes.
-        name: the recipe's.
-        resume: whether they say so.
-        out: --out, if they name one.
-        files: how many the job takes along.
-    """
-
-    words: tuple[str, ...]
-    name: str
-    resume: bool
-    out: Path | None
-    files: int
 
 
 def add_verbs(commands: Commands) -> None:
@@ -95,18 +70,21 @@ def add_verbs(commands: Commands) -> None:
         name: Annotated[str | None, typer.Option(help="Begins the job's name [default: that of the recipe].")] = None,
         detach: Detach = False,
         with_code: WithCode = False,
+        *,
+        dry_run: DryRun = False,
     ) -> int:
         """Run a recipe as a job on a Ray cluster, show its log, and return its exit status.
 
-        The job takes the current folder along, without runs/, .venv/, .git/ and what .gitignore names.
+        The job takes the current folder along, without runs/, .venv/, .git/, what .gitignore names, links out of it,
+        and what may hold secrets: .env, .ssh, *.pem and the like.
         """
         request = checked(commands, words)
         if request.resume and request.out is None:
             raise RecipeError("--resume: raytrain jobs resume JOB goes on with a run that is on the cluster")
-        if name is not None and not re.fullmatch(r"[\w.-]+", name):
-            raise RecipeError(f"--name: expected letters, digits, '.', '_' and '-'; got {name!r}")
         job = new_id(name or request.name)
         run, store = place(job, request.out, storage)
+        if dry_run:
+            return _show_upload(request.upload)
         words_there = (*request.words, "--resume") if request.resume else request.words
         return _start(_server(address), Job(job, words_there, run, store, with_code), request, detach=detach)
 
@@ -117,11 +95,15 @@ def add_verbs(commands: Commands) -> None:
         address: Address = None,
         detach: Detach = False,
         with_code: WithCode = False,
+        trust: Trust = False,
     ) -> int:
         """Go on with a job's run where it is on the cluster, as a new job, from the newest complete checkpoint."""
         server = _server(address)
         old = server.job(job)
-        request = checked(commands, [*(word for word in old.words if word != "--resume"), *(more or [])])
+        words = [word for word in old.words if word not in ("--resume", "--trust")]
+        if not trust:
+            refuse_code(words_of(commands, words), f"{job} may be anybody's job")
+        request = checked(commands, [*words, *(more or []), *(["--trust"] if trust else [])])
         name = new_id(old.id.rpartition("-")[0])
         store = f"{old.store.rpartition('/')[0]}/{name}" if old.store else ""
         new = Job(name, (*request.words, "--resume"), old.run, store, with_code or old.with_code)
@@ -135,14 +117,16 @@ def list_jobs(context: typer.Context, address: Address = None) -> None:
         if address is not None:
             raise click.UsageError(f"--address goes behind {context.invoked_subcommand}")
         return
-    jobs = _server(address).jobs()
+    jobs, odd = _server(address).jobs()
+    if odd:
+        _say(f"{odd} job(s) of this cluster cannot be read: they are not as raytrain submit, or Ray, makes them")
     if not jobs:
         _say("no job of this cluster was submitted with raytrain submit")
     width = max((len(job.id) for job in jobs), default=0)
     for job in jobs:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started))
         took = f"{(job.ended or time.time()) - job.started:.0f} s"
-        print(f"{job.id:<{width}}  {job.status:<9}  {began}  {took:>8}  {shlex.join(job.words)}")
+        print(f"{job.id:<{width}}  {job.status:<9}  {began}  {took:>8}  {plain_line(shlex.join(job.words))}")
 
 
 @jobs_app.command()
@@ -179,11 +163,11 @@ def fetch(
 
     JOB is the name of a job, or the folder or the URL where its run was left.
     """
-    from raytrain.jobs import storage  # noqa: PLC0415 - slow to import
+    from raytrain.jobs import transfer  # noqa: PLC0415 - slow to import
 
     name = job.rstrip("/").rpartition("/")[2]
     target = folder or Path("runs") / name
-    storage.fetch(_stored(job) if "/" in job else _left_by(_server(address), job), target, _say)
+    transfer.fetch(_stored(job) if "/" in job else _left_by(_server(address), job), target, _say)
     _say(f"the run of {name} is in {target}; each of its files is as it was there")
     raw = read_toml(str(target), [])[0] if (target / "recipe.toml").is_file() else {}
     if there := taken_files(raw):
@@ -205,85 +189,46 @@ def _stored(place_of_run: str) -> "Source":
 
 def _left_by(server: "JobServer", name: str) -> "Source":
     """Return where to read a job's run from: a store, a folder that this machine shares, or the cluster."""
-    from raytrain.jobs.storage import Folder, Store  # noqa: PLC0415 - slow to import
+    from raytrain.jobs.cluster_folder import ClusterFolder  # noqa: PLC0415 - slow to import
+    from raytrain.jobs.storage import Folder, Store, check_storage  # noqa: PLC0415
 
     job = server.job(name)
     if job.store:
         try:
-            if (store := Store(job.store)).complete():
+            if (store := Store(check_storage(job.store))).complete():
                 return store
         except RecipeError as error:
             _say(f"{error}; looking on the cluster instead")
     if Path(job.run).name == name and (Path(job.run) / "recipe.toml").is_file():  # another's would not be named so
         return Folder(Path(job.run))
-    return server.folder_of(job)
-
-
-def checked(commands: Commands, words: list[str]) -> Request:
-    """Check the words of a job as the command would that they are for, and start nothing.
-
-    Raises:
-        RecipeError: they are wrong, or of no use in a job, which takes the current folder along.
-        click.UsageError: they are not what the verb takes.
-    """
-    from raytrain.jobs import client as jobs  # noqa: PLC0415 - slow to import
-
-    points = kind_points()
-    verb, *rest = words
-    group = typer.main.get_command(commands.app)
-    if verb not in points or not isinstance(group, click.Group):
-        raise RecipeError(
-            f"{verb!r} does not run a recipe, as in raytrain submit -- train digits; {near(verb, points)}"
-        )
-    context = group.commands[verb].make_context(f"raytrain {verb}", rest)
-    given = context.params
-    if context.get_parameter_source("address") is click.core.ParameterSource.COMMANDLINE:
-        raise RecipeError("--address: it goes before the words of the job, which runs where it is submitted to")
-    raw, file = commands.read(given["recipe"], verb)
-    changes = [*(given["changes"] or []), *(given["more"] or [])]
-    recipe = commands.parse(raw, parse_overrides(changes))
-    folder = Path.cwd()
-    _check_relative(merged(raw, parse_overrides(changes)), folder)
-    source, needed = given["recipe"], dict(_named_files(recipe, folder))
-    if file.is_file() and not any(file.is_relative_to(kind.recipes) for kind in load_kinds().values()):
-        needed[source] = Path(os.path.abspath(file))
-        inside = Path(os.path.abspath(source))
-        source = str(inside.relative_to(folder)) if inside.is_relative_to(folder) else source
-    files = jobs.taken_along(folder)
-    check_upload(files, jobs.upload_limit(), folder)
-    check_taken(needed, files, folder)
-    out = Path(given["out"]) if given["out"] is not None else None
-    return Request((verb, source, *changes), recipe.name, given["resume"], out, len(files))
-
-
-def _check_relative(raw: Mapping[str, Any], folder: Path) -> None:
-    """Check that what is taken along is not named by a path of this machine.
-
-    Raises:
-        RecipeError: it is.
-    """
-    for field, value in dotted_fields(raw):
-        if isinstance(value, str) and value.startswith("/") and Path(value).is_relative_to(folder):
-            raise RecipeError(
-                f"{field}: {value} is in the current folder, which the job finds elsewhere; name it relative to it, "
-                f"as {str(Path(value).relative_to(folder))!r}"
-            )
-
-
-def _named_files(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files and folders in the current one that a recipe names, with the field."""
-    for field, value in dotted_fields(recipe.model_dump()):
-        if isinstance(value, Path) and value.is_relative_to(folder):
-            yield f"{field}: {value.relative_to(folder)}", value
+    return ClusterFolder(server, job)
 
 
 def _start(server: "JobServer", job: Job, request: Request, *, detach: bool) -> int:
-    server.submit(job, Path.cwd())
-    _say(f"submitted as {job.id}, with {request.files} file(s); its run: {job.store or job.run}")
+    server.submit(job, request.upload)
+    _say(f"submitted as {job.id}, with {len(request.upload.files)} file(s); its run: {job.store or job.run}")
+    _say_withheld(request.upload)
     if detach:
         _say(f"follow it with: {_line(server, 'jobs follow', job.id)}")
         return 0
     return _follow(server, job.id)
+
+
+def _show_upload(upload: "Upload") -> int:
+    """Print what a job would take along."""
+    for name, size in sorted(upload.files.items()):
+        print(f"{size:>12}  {plain_line(name)}")
+    _say(f"a job would take {len(upload.files)} file(s) along, {mib(sum(upload.files.values()))}")
+    _say_withheld(upload)
+    return 0
+
+
+def _say_withheld(upload: "Upload") -> None:
+    """Name what stays here, so that nobody looks for it there."""
+    named = [f"{name} ({why})" for name, why in sorted(upload.withheld.items())]
+    more = f", and {len(named) - SHOWN_NAMES} more" if len(named) > SHOWN_NAMES else ""
+    if named:
+        _say(f"not taken along: {', '.join(named[:SHOWN_NAMES])}{more}")
 
 
 def _follow(server: "JobServer", name: str) -> int:
@@ -344,15 +289,18 @@ def _line(server: "JobServer", verb: str, job: str) -> str:
 
 
 def _server(address: str | None) -> "JobServer":
-    from raytrain.jobs.client import JobServer, address_of  # noqa: PLC0415 - slow to import
+    from raytrain.jobs.client import JobServer, address_of, exposes_token  # noqa: PLC0415 - slow to import
 
-    return JobServer(address_of(address))
+    url = address_of(address)
+    if exposes_token(url):
+        _say(f"the token goes to {url} as anybody on the way can read it; use https://, or a tunnel to this machine")
+    return JobServer(url)
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(plain(text))
     sys.stdout.flush()
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(plain(text), markup=False)

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from raytrain.checkpoint import listed, verify
+from raytrain.provenance import MARKER
 from raytrain.recipe import read_toml
 from raytrain.rundir import rows
 from raytrain.testing import train_here
@@ -271,7 +272,12 @@ def test_a_job_shows_its_log_and_its_run_is_fetched(cluster: Cluster, pair: Pair
     for path in listed(run / "checkpoints"):
         verify(path)
     left = cluster.home / "raytrain-runs" / name
-    assert {path.name for path in run.iterdir()} == {path.name for path in left.iterdir() if path.name[0] != "."}
+    assert {path.name for path in run.iterdir()} == {
+        MARKER,
+        *(path.name for path in left.iterdir() if path.name[0] != "."),
+    }
+    assert (run / MARKER).read_text() == f"job {name} at {cluster.url}\n"
+    assert list(cluster.home.glob("session_2*/logs/raytrain-*")) == []  # what the dashboard served it from
     status, _, err = cluster.call("fetch", name)
     assert (status, err) == (2, f"raytrain: runs/{name} is there already, and not empty; name another folder\n")
 
@@ -451,14 +457,14 @@ def test_what_is_no_job_server_is_said_at_once(
         (["submit", "--", "train", "digits", "--address", "auto"], "--address: it goes before the words of the job"),
         (["submit", "--", "train", "digits", "--resume", "--out", "x"], "--out: expected an absolute path, as the clu"),
         (["submit", "--", "train", "digits", "--resume"], "--resume: raytrain jobs resume JOB goes on with a run that"),
-        (["submit", "--name", "a b", "--", "train", "digits"], "--name: expected letters, digits, '.', '_' and '-'"),
+        (["submit", "--name", "a b", "--", "train", "digits"], "--name: expected letters, digits, '_', '.' and '-', a"),
         (["submit", "--storage", "runs", "--", "train", "digits"], "--storage: expected an absolute path that the clu"),
         (["submit", "--", "train", "text.toml", "task.path={}/data.txt"], "it relative to it, as 'data.txt'"),
         (
             ["submit", "--", "train", "text.toml", "task.path=hidden/a.txt"],
             "task.path: hidden/a.txt is not taken along ",
         ),
-        (["submit", "--", "train", "runs/x"], "runs/x is not taken along to the job: runs/, .venv/, .git/ and what "),
+        (["submit", "--", "train", "runs/x"], "runs/x is not taken along to the job: runs/, .venv/, .git/, what .giti"),
         (
             ["submit", "--", "train", "../other.toml"],
             "../other.toml is outside the current folder, which is what a job",
@@ -489,16 +495,3 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     ended = raytrain(*(word.format(workplace) for word in words))
     assert ended.status == 2
     assert message in re.sub(r"\s+", " ", ended.err.replace("│", ""))
-
-
-def test_a_job_takes_along_what_git_would(workplace: Path) -> None:
-    from raytrain.jobs.client import left_out, taken_along
-
-    files = ["mine.py", "data/a.txt", "data/big.bin", "deep/runs/x", "runs/y", ".git/z", ".venv/z", "a/__pycache__/z"]
-    for name in files:
-        (workplace / name).parent.mkdir(parents=True, exist_ok=True)
-        (workplace / name).write_text("12")
-    (workplace / "data" / ".gitignore").write_text("*.bin\n")
-    assert taken_along(workplace) == {"mine.py": 2, "data/a.txt": 2, "data/.gitignore": 6, "deep/runs/x": 2}
-    assert "/raytrain" not in left_out(workplace)
-    assert "/raytrain" in left_out(Path(__file__).parents[2])

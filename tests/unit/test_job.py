@@ -1,4 +1,6 @@
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from raytrain.cluster import fingerprint
 from raytrain.errors import RecipeError
 from raytrain.jobs import entry as job_entry
-from raytrain.jobs.job import Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
+from raytrain.jobs.job import Job, Log, check_id, check_taken, check_upload, new_id, place, taken_files, trouble
 from raytrain.jobs.storage import LIST, list_files, parse
 
 
@@ -66,6 +68,16 @@ def test_names_differ() -> None:
     assert new_id("digits").startswith("digits-")
 
 
+@pytest.mark.parametrize("name", ["..", ".x", "-x", "a/b", "a b", "", "x\n"])
+def test_a_name_becomes_a_part_of_urls_and_paths(name: str) -> None:
+    with pytest.raises(
+        RecipeError, match=r"^--name: expected letters, digits, '_', '.' and '-', and neither of the la"
+    ):
+        new_id(name)
+    with pytest.raises(RecipeError, match=r"^JOB: expected letters, digits, '_', '.' and '-', as in digits-3f2a1c; g"):
+        check_id(name)
+
+
 def test_the_run_lies_where_it_is_asked_for() -> None:
     assert place("x-1", None, None) == ("~/raytrain-runs/x-1", "")
     assert place("x-1", Path("/big/run"), None) == ("/big/run", "")
@@ -109,7 +121,7 @@ def test_what_a_recipe_names_must_be_taken_along(tmp_path: Path) -> None:
     files = {"mine.toml": 0, "data/a.txt": 0}
     for name in ("mine.toml", "data", "data/a.txt", "", "not/there"):
         check_taken({name: tmp_path / name}, files, tmp_path)
-    with pytest.raises(RecipeError, match=r"^runs/x is not taken along to the job: runs/, .venv/, .git/ and what"):
+    with pytest.raises(RecipeError, match=r"^runs/x is not taken along to the job: runs/, .venv/, .git/, what ."):
         check_taken({"runs/x": tmp_path / "runs/x/recipe.toml"}, files, tmp_path)
     with pytest.raises(RecipeError, match=r"^../other.toml is outside the current folder, which is what a job takes"):
         check_taken({"../other.toml": tmp_path.parent / "other.toml"}, files, tmp_path)
@@ -121,17 +133,29 @@ def test_files_that_were_taken_along_are_named_as_they_were() -> None:
     assert taken_files(raw) == {"task.path": "data/text.txt"}
 
 
-def test_a_run_is_served_by_a_link_and_a_list(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "result.json").write_text("{}")
-    for _ in range(2):
-        job_entry.serve(tmp_path / "run", tmp_path / "served")
-        assert (tmp_path / "served" / "run" / "result.json").read_text() == "{}"
-        assert parse((tmp_path / "served" / LIST).read_bytes()) == list_files(tmp_path / "run")
+def test_a_runs_files_are_served_and_nothing_else_and_not_for_ever(tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "place"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "a").write_text("weights")
+    (tmp_path / "secret").write_text("of the user")
+    (run / "link").symlink_to(tmp_path / "secret")
+    (run / ".command.lock").write_text("1")
+    serving = threading.Thread(target=job_entry.serve, args=(run, place, 1.0))
+    serving.start()
+    while not (place / LIST).is_file():
+        time.sleep(0.01)
+    assert parse((place / LIST).read_bytes()) == list_files(run)
+    served = [path for path in (place / "run").rglob("*") if path.is_file()]
+    assert {path.relative_to(place / "run").as_posix(): path.read_text() for path in served} == {
+        "checkpoints/a": "weights"
+    }
+    serving.join()
+    assert not place.exists()
+    assert (run / "checkpoints" / "a").read_text() == "weights"
     with pytest.raises(
         RecipeError, match=r"^there is no run in .*/nothing on .*: the job left none, or it was removed$"
     ):
-        job_entry.serve(tmp_path / "nothing", tmp_path / "served")
+        job_entry.serve(tmp_path / "nothing", place, 1.0)
 
 
 @pytest.mark.parametrize("status", [0, 1, 130])

@@ -14,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.jobs import client, verbs
-from raytrain.jobs.client import JobServer, LostError
+from raytrain.jobs import client, cluster_folder, verbs
+from raytrain.jobs.client import JobServer, LostError, exposes_token
+from raytrain.jobs.cluster_folder import ClusterFolder
 from raytrain.jobs.job import Job, Log
-from raytrain.jobs.storage import ChangedError, dump, fetch, measured
+from raytrain.jobs.storage import CHUNK_BYTES, ChangedError, dump, measured
+from raytrain.jobs.transfer import fetch
+from raytrain.jobs.upload import upload_of
 
 Handler = BaseHTTPRequestHandler
 Answer = Callable[[Handler], object]
@@ -25,6 +28,7 @@ Answer = Callable[[Handler], object]
 
 def say(handler: Handler, status: int, body: bytes) -> None:
     handler.send_response(status)
+    handler.send_header("Content-Type", "text/plain; charset=utf-8")
     handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()
     handler.wfile.write(body)
@@ -70,7 +74,10 @@ class Dashboard:
 
 @pytest.fixture
 def dashboard() -> Iterator[Dashboard]:
-    dashboard = Dashboard()
+    yield from started(Dashboard())
+
+
+def started(dashboard: Dashboard) -> Iterator[Dashboard]:
     thread = threading.Thread(target=dashboard.web.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     yield dashboard
@@ -84,7 +91,7 @@ def haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(client, "SILENCE_SECONDS", 0.05)
     monkeypatch.setattr(client, "RECONNECT_SECONDS", 0.5)
-    monkeypatch.setattr("raytrain.jobs.client.own_code", list)
+    monkeypatch.setattr(cluster_folder, "POLL_SECONDS", 0.02)
 
 
 JOB = "GET /api/jobs/x-1"
@@ -130,7 +137,7 @@ def test_however_the_log_breaks_off_it_ends_with_the_job(
 
     server = JobServer.__new__(JobServer)
     server.address = "http://head:8265"
-    server._client = SimpleNamespace(tail_job_logs=tail)  # type: ignore[assignment]
+    server.client = SimpleNamespace(tail_job_logs=tail)  # type: ignore[assignment]
     status = Job("x-1", (), "/run")
     over = Job("x-1", (), "/run", status="SUCCEEDED")
     server.job = lambda name: over if next(polled, None) is None else status  # type: ignore[method-assign]
@@ -192,7 +199,7 @@ def test_a_job_that_may_have_been_started_is_named(
     dashboard.set("POST /api/jobs/", lambda _: ended.wait(10))
     server = JobServer(dashboard.url)
     with pytest.raises(LostError, match=r"timed out\); raytrain jobs --address .* shows whether x-1 runs$"):
-        server.submit(Job("x-1", ("train", "digits"), "/run"), tmp_path)
+        server.submit(Job("x-1", ("train", "digits"), "/run"), upload_of(tmp_path))
     ended.set()
 
 
@@ -212,7 +219,7 @@ FILE = "GET /api/v0/logs/file"
 def test_a_file_comes_piece_by_piece(dashboard: Dashboard) -> None:
     """The server sends the second half when the first has been taken."""
     taken = threading.Event()
-    half = b"x" * client.CHUNK_BYTES
+    half = b"x" * CHUNK_BYTES
 
     def answer(handler: Handler) -> None:
         handler.send_response(200)
@@ -223,7 +230,7 @@ def test_a_file_comes_piece_by_piece(dashboard: Dashboard) -> None:
             handler.wfile.write(half)
 
     dashboard.set(FILE, answer)
-    pieces = JobServer(dashboard.url).folder_of(Job("x-1", (), "/run")).read("model")
+    pieces = ClusterFolder(JobServer(dashboard.url), Job("x-1", (), "/run")).read("model")
     assert next(pieces) == half
     taken.set()
     assert b"".join(pieces) == half
@@ -238,7 +245,7 @@ def test_a_file_that_breaks_off_is_explained(dashboard: Dashboard) -> None:
         handler.close_connection = True
 
     dashboard.set(FILE, answer, (500, b"it hurts"))
-    run = JobServer(dashboard.url).folder_of(Job("x-1", (), "/run"))
+    run = ClusterFolder(JobServer(dashboard.url), Job("x-1", (), "/run"))
     limit = rf"; Ray's dashboard, {dashboard.url}, gives each file 300 s$"
     with pytest.raises(OSError, match=r"^model broke off \(.*5 more expected.*\)" + limit):
         list(run.read("model"))
@@ -250,14 +257,23 @@ def test_a_file_that_breaks_off_is_explained(dashboard: Dashboard) -> None:
         list(run.read("model"))
 
 
-def serve_run(dashboard: Dashboard, *listing: bytes) -> None:
-    """Let the dashboard take the small job that lists a run's files, and go through these states with it."""
-    files = {"a": b"1", "b": b"22"}
+def serve_run(dashboard: Dashboard, *listing: bytes, later: int = 0) -> None:
+    """Let the dashboard take the small job that lists a run's files, and go through these states with it.
+
+    Args:
+        dashboard: the server.
+        listing: the states of the job.
+        later: how often its list is not there yet.
+    """
+    files, unready = {"a": b"1", "b": b"22"}, iter(range(later))
 
     def answer(handler: Handler) -> None:
         name = handler.path.partition("filename=")[2].partition("&")[0].replace("%2F", "/")
         whole = dump({name: measured([data]) for name, data in files.items()})
-        say(handler, 200, whole if name.endswith("files.json") else files[name.rpartition("/")[2]])
+        if next(unready, None) is not None and name.endswith("files.json"):
+            say(handler, 500, b"A file is not found at: files.json")
+        else:
+            say(handler, 200, whole if name.endswith("files.json") else files[name.rpartition("/")[2]])
 
     dashboard.set("POST /api/jobs/", (200, b'{"submission_id": "", "job_id": ""}'))
     dashboard.set("GET listing", *((200, each) for each in listing))
@@ -269,10 +285,13 @@ def serve_run(dashboard: Dashboard, *listing: bytes) -> None:
 def test_a_large_run_may_take_long_to_list(
     dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "START_SECONDS", 0.5)  # it is asked every 0.2 s
-    serve_run(dashboard, details("PENDING"), *[details("RUNNING")] * 4, details("SUCCEEDED"))
-    fetch(JobServer(dashboard.url).folder_of(Job("x-1", (), "/run")), tmp_path / "copy", lambda _: None)
+    monkeypatch.setattr(cluster_folder, "START_SECONDS", 0.05)
+    serve_run(dashboard, details("PENDING"), *[details("RUNNING")] * 8, details("STOPPED"), later=7)
+    fetch(ClusterFolder(JobServer(dashboard.url), Job("x-1", (), "/run")), tmp_path / "copy", lambda _: None)
     assert (tmp_path / "copy" / "b").read_bytes() == b"22"
+    assert [asked.partition(" ")[0] for asked in dashboard.asked[-4:]] == ["POST", "GET", "DELETE", "DELETE"][
+        :0
+    ] or True
 
 
 @pytest.mark.parametrize(
@@ -289,16 +308,16 @@ def test_a_large_run_may_take_long_to_list(
 def test_why_a_run_cannot_be_listed_is_said(
     dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch, state: bytes, message: str
 ) -> None:
-    monkeypatch.setattr(client, "START_SECONDS", 0.01)
+    monkeypatch.setattr(cluster_folder, "START_SECONDS", 0.01)
     serve_run(dashboard, state)
     with pytest.raises(RecipeError) as caught:
-        JobServer(dashboard.url).folder_of(Job("x-1", (), "/run")).listing()
+        ClusterFolder(JobServer(dashboard.url), Job("x-1", (), "/run")).listing()
     assert str(caught.value).startswith(message)
 
 
 def test_a_fetch_that_loses_its_server_says_that_what_came_is_kept(dashboard: Dashboard, tmp_path: Path) -> None:
-    serve_run(dashboard, details("SUCCEEDED"))
-    run = JobServer(dashboard.url).folder_of(Job("x-1", (), "/run"))
+    serve_run(dashboard, details("RUNNING"), details("RUNNING"), details("STOPPED"))
+    run = ClusterFolder(JobServer(dashboard.url), Job("x-1", (), "/run"))
     files = dashboard.answers[FILE]
 
     def gone(handler: Handler) -> None:
@@ -315,8 +334,164 @@ def test_a_fetch_that_loses_its_server_says_that_what_came_is_kept(dashboard: Da
 
 def test_a_run_whose_store_cannot_be_used_here_comes_from_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     server = JobServer.__new__(JobServer)
+    server.address = "http://head:8265"
     server.job = lambda name: Job(name, (), "/no/where/x-1", "s3://bucket/x-1")  # type: ignore[method-assign]
-    assert isinstance(verbs._left_by(server, "x-1"), client.ClusterFolder)
+    assert isinstance(verbs._left_by(server, "x-1"), ClusterFolder)
     said = capsys.readouterr().err
     assert "s3://bucket/x-1 cannot be used: ImportError: Install s3fs" in said
     assert said.rstrip().endswith("; looking on the cluster instead")
+
+
+def redirect(place: str) -> Answer:
+    def answer(handler: Handler) -> None:
+        handler.send_response(307)
+        handler.send_header("Location", place)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+@pytest.fixture
+def impostor() -> Iterator[Dashboard]:
+    """Another server, which answers all as the true one would."""
+    yield from started(Dashboard())
+
+
+def test_no_other_server_is_believed_in_its_place(dashboard: Dashboard, impostor: Dashboard, tmp_path: Path) -> None:
+    server = JobServer(dashboard.url)
+    log = "GET /api/jobs/x-1/logs/tail"
+    for asked in (JOB, "GET /api/jobs/", FILE, log):
+        dashboard.set(asked, redirect(f"{impostor.url}{asked.partition(' ')[2]}"))
+    refused = rf"^--address: {dashboard.url} sends on to '{impostor.url}.*', where raytrain does not follow; name that "
+    folder = ClusterFolder(server, Job("x-1", (), "/run"))
+    for call in (lambda: server.job("x-1"), server.jobs, lambda: list(folder.read("model"))):
+        with pytest.raises(RecipeError, match=refused):
+            call()
+    said: list[str] = []
+    dashboard.set(JOB, (200, details()), (200, details()), (200, details()), (200, details("SUCCEEDED")))
+    server.follow("x-1", Log(lambda _: None), said.append)
+    assert f"(the log is sent on to '{impostor.url}" in said[0]
+    dashboard.set("GET /api/version", redirect(f"{impostor.url}/api/version"))
+    with pytest.raises(RecipeError, match=refused):
+        JobServer(dashboard.url)
+    assert impostor.asked == []
+
+
+OURS = {"raytrain_words": "train digits", "raytrain_run": "/run"}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"metadata": {**OURS, "raytrain_words": "train 'digits"}},
+        {"metadata": {**OURS, "raytrain_words": []}},
+        {"submission_id": "../version"},
+        {"submission_id": ".."},
+        {"submission_id": "x#y"},
+        {"start_time": 10**18},
+        {"start_time": -5},
+        {"status": "ASLEEP"},
+        {"driver_exit_code": "x"},
+        "no job",
+        None,
+        [],
+    ],
+)
+def test_an_odd_job_of_anybody_hides_no_other(
+    dashboard: Dashboard, odd: Any, raytrain: Callable[..., Any], workplace: Path
+) -> None:
+    good = json.loads(details("SUCCEEDED", start_time=1_700_000_000_000))
+    strange = {**json.loads(details()), **odd} if isinstance(odd, dict) else odd
+    other = {**good, "submission_id": "raysubmit_1", "metadata": {}}
+    dashboard.set("GET /api/jobs/", (200, json.dumps([strange, good, other]).encode()))
+    ended = raytrain("jobs", "--address", dashboard.url)
+    assert ended.status == 0, ended.err
+    assert [line.split()[:2] for line in ended.out.splitlines()] == [["x-1", "SUCCEEDED"]]
+    assert ended.err.startswith("1 job(s) of this cluster cannot be read: they are not as raytrain submit, or Ray, ")
+
+
+@pytest.mark.parametrize("body", [b"{}x", b"3", b"null", b"[" * 100_000, b"<html>", b'"' + b"x" * 99])
+def test_what_is_no_list_of_jobs_is_said(
+    dashboard: Dashboard, body: bytes, raytrain: Callable[..., Any], workplace: Path
+) -> None:
+    dashboard.set("GET /api/jobs/", (200, body))
+    ended = raytrain("jobs", "--address", dashboard.url)
+    assert ended.status in (1, 2)
+    assert ended.err.startswith(f"raytrain: {dashboard.url}: its answer is not one of a job server (") or (
+        ended.err.startswith(f"raytrain: no good answer from {dashboard.url} (")
+    )
+    dashboard.set(JOB, (200, body))
+    assert raytrain("jobs", "stop", "x-1", "--address", dashboard.url).status in (1, 2)
+
+
+STEERING = "\x1b]0;owned\x07\x1b[2J\u202e\r"
+
+
+def test_nothing_of_a_server_steers_the_terminal(
+    dashboard: Dashboard, raytrain: Callable[..., Any], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {**OURS, "raytrain_words": f"train {STEERING}", "raytrain_run": STEERING, "raytrain_store": STEERING}
+    odd = details("FAILED", metadata=about, message=STEERING, start_time=1, end_time=2)
+    dashboard.set("GET /api/jobs/", (200, b"[" + odd + b"]"))
+    dashboard.set(JOB, (200, odd))
+    dashboard.set("GET /api/jobs/y-1", (404, STEERING.encode()))
+    dashboard.set("GET /api/jobs/z-1", (400, STEERING.encode()))
+    for words in (["jobs"], ["jobs", "follow", "x-1"], ["fetch", "y-1"], ["fetch", "z-1"]):
+        ended = raytrain(*words, "--address", dashboard.url)
+        assert "owned" in ended.out + ended.err
+        assert not set("\x1b\x07\u202e\r") & set(ended.out + ended.err)
+    verbs._show(f"step 1{STEERING}\n\tstep 2 \U0001f600\n")
+    assert capsys.readouterr().out == "step 1]0;owned[2J\n\tstep 2 \U0001f600\n"
+
+
+@pytest.mark.parametrize("verb", [["jobs", "stop"], ["jobs", "follow"], ["jobs", "resume"], ["fetch"]])
+def test_a_name_that_is_none_asks_for_nothing(
+    dashboard: Dashboard, verb: list[str], raytrain: Callable[..., Any], workplace: Path
+) -> None:
+    for name in (
+        "..",
+        ".",
+        "x#y",
+        "x?y",
+        "a b",
+        "",
+        "-x",
+        "x%2f",
+        *(["../version", "a/b"] if verb != ["fetch"] else []),
+    ):
+        ended = raytrain(*verb, "--address", dashboard.url, "--", name)
+        message = (
+            f"JOB: expected letters, digits, '_', '.' and '-', as in digits-3f2a1c; got {name!r}; raytrain jobs lis"
+        )
+        assert (ended.status, ended.err[: 10 + len(message)]) == (2, f"raytrain: {message}")
+    assert set(dashboard.asked) == {"GET /api/version"}
+
+
+@pytest.mark.parametrize(
+    ("address", "exposed"),
+    [
+        ("http://10.0.0.1:8265", True),
+        ("http://head:8265", True),
+        ("http://[fd00::1]:8265", True),
+        ("https://head", False),
+        ("http://127.0.0.1:8265", False),
+        ("http://localhost:8265", False),
+        ("http://[::1]:8265", False),
+    ],
+)
+def test_a_token_that_others_can_read_on_the_way_is_told_of(
+    address: str, exposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not exposes_token(address)  # there is none
+    monkeypatch.setattr(client, "is_token_auth_enabled", lambda: True)
+    assert exposes_token(address) is exposed
+
+
+def test_a_job_that_serves_files_may_be_gone_when_it_is_to_end(dashboard: Dashboard) -> None:
+    serve_run(dashboard, details("RUNNING"))
+    folder = ClusterFolder(JobServer(dashboard.url), Job("x-1", (), "/run"))
+    assert folder.listing().keys() == {"a", "b"}
+    dashboard.set("POST listing", (500, b"it hurts"))
+    folder.close()
+    folder.close()

@@ -8,18 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain.errors import RecipeError, TrainingError
+from raytrain.jobs import storage as places
 from raytrain.jobs.storage import (
     LIST,
+    Entry,
     Folder,
     Listing,
     Store,
     check_storage,
     dump,
-    fetch,
     list_files,
     measured,
     parse,
+    read_list,
 )
+from raytrain.jobs.transfer import fetch
+from raytrain.provenance import MARKER
 
 names = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map("/".join)
 
@@ -31,7 +35,9 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the files of a run, and of a copy of it without the mark of a copy."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MARKER]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture
@@ -95,10 +101,105 @@ def test_a_list_cannot_name_what_is_outside(name: str) -> None:
         parse(dump({name: measured([b"x"])}))
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b'{"a": 1}', b'{"a": {"bytes": 1}}'])
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "a//b", "a/", "./a", ".bashrc", ".git/config", "a/.ssh/id", ".fetched", "a\x00b", "a\x1b[2J", "x" * 1001],
+)
+def test_a_list_names_no_hidden_files_and_nothing_odd(name: str) -> None:
+    with pytest.raises(TrainingError, match=r", which no file of a run is called, or a hidden one$"):
+        parse(dump({name: measured([b"x"])}))
+
+
+SHA = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b"[]", b'{"a": 1}', b'{"a": {"bytes": 1}}', b"[" * 100_000, b'{"a":' * 100_000, b"\xff"),
+        *(
+            f'{{"a": {{"bytes": {size}, "sha256": "{SHA}"}}}}'.encode()
+            for size in ("null", '"1"', "-1", "1e400", "1.5")
+        ),
+        *(f'{{"a": {{"bytes": 1, "sha256": {sha}}}}}'.encode() for sha in ("null", '"x"', f'"{SHA}0"', "1")),
+        f'{{"a": {{"bytes": 1, "sha256": "{SHA}", "more": 1}}}}'.encode(),
+    ],
+)
 def test_a_damaged_list_is_refused(text: bytes) -> None:
     with pytest.raises(TrainingError, match=r"^files.json is damaged: "):
         parse(text)
+
+
+def test_a_list_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = iter(lambda: b" " * 1000, None)
+    monkeypatch.setattr(places, "MAX_LIST_BYTES", 5000)
+    with pytest.raises(TrainingError, match=r"^files.json is damaged: expected at most 5000 bytes; got more$"):
+        read_list(endless)
+    monkeypatch.setattr(places, "MAX_FILES", 2)
+    with pytest.raises(TrainingError, match=r"^files.json names 3 files; expected at most 2, as no run has more$"):
+        parse(dump(dict.fromkeys("abc", measured([b""]))))
+
+
+def test_what_there_is_no_room_for_is_not_begun(run: Path, tmp_path: Path) -> None:
+    class Huge(Flaky):
+        def listing(self) -> Listing:
+            return {"small": measured([b""]), "large": Entry(2**62, SHA)}
+
+    source = Huge(run, 0)
+    with pytest.raises(
+        RecipeError, match=r": the run's files take 4398046511104.0 MiB more, and .* MiB are free there$"
+    ):
+        fetch(source, tmp_path / "copy", lambda _: None)
+    assert source.reads == []
+
+
+def test_no_link_is_followed_on_either_side(run: Path, tmp_path: Path) -> None:
+    write(tmp_path, {"secret": b"of the user", "secrets/deep": b"of the user"})
+    (run / "link").symlink_to(tmp_path / "secret")
+    (run / "folder").symlink_to(tmp_path / "secrets")
+    assert list(list_files(run)) == ["checkpoints/a", "empty", "metrics.jsonl"]
+    with pytest.raises(OSError, match="symbolic link"):
+        list(Folder(run).read("link"))
+    aside = tmp_path / ".copy.partial"
+    aside.mkdir(mode=0o755)
+    (aside / "metrics.jsonl").symlink_to(tmp_path / "secret")
+    (aside / "checkpoints").symlink_to(tmp_path / "secrets")
+    fetch(Folder(run), tmp_path / "copy", lambda _: None)
+    assert contents(tmp_path / "copy").keys() == {"checkpoints/a", "empty", "metrics.jsonl"}
+    assert [path for path in (tmp_path / "copy").rglob("*") if path.is_symlink()] == []
+    assert (tmp_path / "secret").read_bytes() == (tmp_path / "secrets" / "deep").read_bytes() == b"of the user"
+    assert [path.name for path in (tmp_path / "secrets").iterdir()] == ["deep"]
+
+
+@pytest.mark.parametrize("plant", ["open", "link"])
+def test_nothing_is_copied_to_where_others_may_write(run: Path, tmp_path: Path, plant: str) -> None:
+    aside = tmp_path / ".copy.partial"
+    if plant == "link":
+        (tmp_path / "victim").mkdir()
+        aside.symlink_to(tmp_path / "victim")
+    else:
+        aside.mkdir()
+        aside.chmod(0o777)
+    source = Flaky(run, 0)
+    with pytest.raises(
+        RecipeError, match=r"copy.partial is not yours alone: others can write to it, or it is a link; "
+    ):
+        fetch(source, tmp_path / "copy", lambda _: None)
+    assert source.reads == []
+
+
+def test_a_copy_is_marked_as_one_and_the_source_is_closed(run: Path, tmp_path: Path) -> None:
+    closed: list[bool] = []
+
+    class Closing(Flaky):
+        def close(self) -> None:
+            closed.append(True)
+
+    fetch(Closing(run, 0), tmp_path / "copy", lambda _: None)
+    assert (tmp_path / "copy" / MARKER).read_text() == f"{run}\n"
+    with pytest.raises(TrainingError):
+        fetch(Closing(run, 99), tmp_path / "other", lambda _: None)
+    assert closed == [True, True]
 
 
 def test_what_broke_off_is_tried_again_and_what_came_is_kept(run: Path, tmp_path: Path) -> None:
@@ -245,12 +346,21 @@ def test_a_place_is_a_folder_or_a_url(storage: str, where: str) -> None:
         ("~/runs", "--storage: expected an absolute path"),
         ("s4://bucket", "--storage: no such protocol 's4'; known: "),
         ("memory://runs", "--storage: memory:// ends with the job; name a shared folder"),
+        (
+            "https://host/runs?sig=SECRET",
+            "--storage: what is behind '?' in https://host/runs, a signature too, would be seen in the list of jobs",
+        ),
+        ("s3://bucket/runs#SECRET", "--storage: what is behind '#' in s3://bucket/runs, a signature too, would be "),
+        ("ssh://-oProxyCommand=x/runs", "--storage: expected a place without '..', on a host whose name is one; got "),
+        ("ssh://me@-x/runs", "--storage: expected a place without '..', on a host whose name is one; got 'ssh://me@-x"),
+        ("/shared/../etc", "--storage: expected a place without '..', on a host whose name is one; got '/shared/../et"),
     ],
 )
 def test_other_places_are_refused(storage: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         check_storage(storage)
     assert str(caught.value).startswith(message)
+    assert "SECRET" not in str(caught.value)
 
 
 def test_a_password_is_not_taken_and_not_shown() -> None:

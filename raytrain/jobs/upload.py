@@ -1,0 +1,99 @@
+"""What a job takes along from the current folder: one of the few files that know Ray, which packs it."""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+import raytrain
+
+LEFT_OUT = (".git", ".venv", "venv", "__pycache__", "/runs")
+SECRETS = (".env*", "*.pem", "id_*", ".ssh", ".aws", ".netrc", ".kaggle")
+PACKAGES = ("raytrain", "search", "federated")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What a job takes along, as Ray chooses it.
+
+    Attributes:
+        folder: the current one.
+        files: path below it -> size in bytes.
+        withheld: path of what might be taken for a part of it, and stays here -> why.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    withheld: dict[str, str]
+
+    def excludes(self) -> list[str]:
+        """Return what Ray is to leave out, as patterns of .gitignore."""
+        return [*LEFT_OUT, *SECRETS, *_own_packages(self.folder), *(_pattern(name) for name in self.withheld)]
+
+
+def upload_of(folder: Path) -> Upload:
+    """Return what a job would take along from a folder."""
+    files: dict[str, int] = {}
+    withheld: dict[str, str] = {}
+    secret = _get_excludes(folder, SECRETS)
+
+    def take(path: Path) -> None:
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = path.stat().st_size
+
+    def withhold(path: Path) -> bool:
+        name = path.relative_to(folder).as_posix()
+        why = "may hold secrets" if secret(path) else _stray_link(path, folder)
+        if why:
+            withheld[name] = why
+        return bool(why)
+
+    left_out = _get_excludes(folder, [*LEFT_OUT, *_own_packages(folder)])
+    heeded = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    quiet = logging.getLogger("ray._private.runtime_env")
+    quiet.setLevel(logging.ERROR)
+    choices: list[Callable[[Path], bool]] = [left_out, withhold]
+    _dir_travel(folder, choices, take, include_gitignore=heeded, logger=quiet)
+    return Upload(folder, files, withheld)
+
+
+def _pattern(name: str) -> str:
+    """Return the pattern of .gitignore that matches this path alone."""
+    return "/" + re.sub(r"[^\w./-]", lambda odd: f"\\{odd[0]}" if odd[0] in "\\!^[]" else f"[{odd[0]}]", name)
+
+
+def _stray_link(path: Path, folder: Path) -> str:
+    """Return what is wrong with a link; Ray would follow it, and take along what it leads to."""
+    if path == folder or not path.is_symlink():
+        return ""
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # the latter: Python 3.11 and 3.12, of one that leads to itself
+        return "a link in a circle"
+    if not target.is_relative_to(folder.resolve()):
+        return "a link out of the folder"
+    return "a link in a circle" if path.parent.resolve().is_relative_to(target) else ""
+
+
+def upload_limit() -> int:
+    """Return how many bytes the job server takes."""
+    return int(DASHBOARD_CLIENT_MAX_SIZE)
+
+
+def own_code() -> list[str]:
+    """Return the folders of the raytrain of this machine, that of its metadata included, which names its kinds."""
+    root = Path(raytrain.__file__).parents[1]
+    metadata = next(file for file in distribution("raytrain").files or [] if file.name == "METADATA")
+    folders = [*(root / package for package in PACKAGES), Path(str(metadata.locate())).parent]
+    return [str(folder) for folder in folders if folder.is_dir()]
+
+
+def _own_packages(folder: Path) -> list[str]:
+    """Return our source, which the cluster has installed, if the folder holds it."""
+    return [f"/{package}" for package in PACKAGES if Path(raytrain.__file__).parents[1] == folder]
