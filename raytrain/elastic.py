@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -36,7 +35,7 @@ from raytrain.errors import RaytrainError
 from raytrain.kinds import Order, Result
 from raytrain.rundir import RunDirectory
 from raytrain.supervise import supervise
-from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Transport
+from raytrain.sync.transport import LOOPBACK, GroupTransport, LocalTransport, PeerLostError, Transport
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watchdog import kept_stack
 from raytrain.worker import work_watched
@@ -46,8 +45,6 @@ GONE_SECONDS = 1.0
 """How long the agent may take to hear of a process that has ended."""
 END_SECONDS = 60.0
 """How long the command waits for workers that are ended; one that the kernel does not let go is left behind."""
-LOOPBACK = ("lo", "lo0")
-"""What Linux and macOS call the loopback interface."""
 STOPPED = "it was stopped (SIGSTOP), and was ended"
 GONE = "its process ended with exit status 0 before the training did"
 
@@ -141,9 +138,11 @@ class LocalWorkers(threading.Thread):
             self.ended.set()
 
     def close(self) -> None:
-        """End the workers at once, if they have not ended."""
+        """End the workers at once, if they have not ended; those that have not started yet end by themselves."""
         self._agent.asked_to_end.set()
-        self.ended.wait(END_SECONDS)
+        if self._agent.watching:
+            self.ended.wait(END_SECONDS)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class _Agent(LocalElasticAgent):
@@ -151,13 +150,15 @@ class _Agent(LocalElasticAgent):
 
     Attributes:
         asked_to_end: set it to end the workers at once.
+        watching: whether there are workers.
         causes: worker -> why it failed the last time.
     """
 
     def __init__(self, recipe: TrainRecipe, run: RunDirectory, config: dict[str, Any]) -> None:
         for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-            logging.getLogger(name).addHandler(logging.NullHandler())
-            logging.getLogger(name).propagate = False  # what they say of failures, the run's display says in a line
+            logger = logging.getLogger(name)
+            logger.handlers = [logging.NullHandler()]
+            logger.propagate = False  # what they say of failures, the run's display says in a line
         spec = WorkerSpec(
             role="worker",
             local_world_size=recipe.workers,
@@ -170,6 +171,7 @@ class _Agent(LocalElasticAgent):
         logs = DefaultLogsSpecs(log_dir=config["folder"])  # where a worker's last error goes
         super().__init__(spec, logs, start_method="forkserver")
         self.asked_to_end = threading.Event()
+        self.watching = False
         self.causes: dict[int, str] = {}
         self._silence = _Silence(recipe.sync.timeout_seconds)
         self._run_directory = run
@@ -180,6 +182,7 @@ class _Agent(LocalElasticAgent):
         Raises:
             SignalException: they are to be ended.
         """
+        self.watching = True
         if self.asked_to_end.is_set():
             raise SignalException("asked to end", signal.SIGKILL)
         self._silence.look({worker.global_rank: int(worker.id) for worker in worker_group.workers})
@@ -318,9 +321,7 @@ def _end_with_command() -> None:
 def _meet(recipe: TrainRecipe, folder: Path, rank: int) -> Transport:
     """Form the process group of all workers, and return their transport."""
     gpus, timeout_seconds = recipe.resources.gpus, recipe.sync.timeout_seconds
-    interface = next((name for _, name in socket.if_nameindex() if name in LOOPBACK), "")
-    if interface:
-        os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+    os.environ.update(GLOO_SOCKET_IFNAME=LOOPBACK, NCCL_SOCKET_IFNAME=LOOPBACK)
     device = torch.device("cuda", int(rank * gpus)) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)

@@ -126,9 +126,7 @@ def test_an_unreachable_cluster_is_said(raytrain: Callable[..., Any], workplace:
     assert not (workplace / "run").exists()
 
 
-def test_a_resume_that_is_refused_leaves_the_run_as_it_was(
-    ray_cluster: None, raytrain: Callable[..., Any], workplace: Path
-) -> None:
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(raytrain: Callable[..., Any], workplace: Path) -> None:
     assert raytrain("train", "raytrain.testing:tiny", "steps=4", "resources.cpus=1", "--out", "run").status == 0
     kept = [workplace / "run" / name for name in ("recipe.toml", "result.json")]
     before = [file.read_text() for file in kept]
@@ -140,9 +138,7 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(
     assert "steps = 6" in (workplace / "run" / "recipe.toml").read_text()
 
 
-def test_a_new_run_that_a_worker_refuses_leaves_nothing(
-    ray_cluster: None, raytrain: Callable[..., Any], workplace: Path
-) -> None:
+def test_a_new_run_that_a_worker_refuses_leaves_nothing(raytrain: Callable[..., Any], workplace: Path) -> None:
     (workplace / "short.txt").write_text("ab" * 50)
     ended = raytrain(
         "train",
