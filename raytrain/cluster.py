@@ -7,11 +7,11 @@ import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
-import raytrain
 from raytrain.errors import RecipeError
+from raytrain.kinds import kind_points
+from raytrain.modules import sources_of
 
 REACH_SECONDS = 5.0
 MOST_ACTORS = 8
@@ -245,9 +245,9 @@ def check_reachable(address: str) -> None:
 
 
 def fingerprint() -> str:
-    """Return a hash of this package's source, to tell whether two machines run the same."""
-    root = Path(raytrain.__file__).parent
+    """Return a hash of the source of raytrain and of all installed kinds, to tell whether two machines run the same."""
     total = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        total.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    for package in sorted({"raytrain", *(point.module.partition(".")[0] for point in kind_points().values())}):
+        for name, file in sources_of(package).items():
+            total.update(f"{package}/{name}".encode() + b"\0" + file.read_bytes())
     return total.hexdigest()

@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -23,7 +23,7 @@ from rich.table import Table
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.jobs.request import Commands
 from raytrain.jobs.verbs import add_verbs
-from raytrain.kinds import Kind, Order, load_kinds
+from raytrain.kinds import Order, kind_points, load_kind, load_kinds
 from raytrain.names import line_about, near, resolve
 from raytrain.provenance import check_trusted
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
@@ -55,7 +55,11 @@ Changes = Annotated[
 Run = Annotated[Path, typer.Argument(metavar="RUN")]
 Address = Annotated[
     str | None,
-    typer.Option(envvar="RAY_ADDRESS", help="A running Ray cluster: auto or HOST:PORT [default: start Ray here]."),
+    typer.Option(
+        envvar="RAY_ADDRESS",
+        help="A Ray cluster: auto or HOST:PORT of one that runs, or local for one of this machine that ends with the "
+        "command [default: this machine, without Ray where that does].",
+    ),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the recipe of a fetched run names.")]
 
@@ -114,17 +118,14 @@ def check(recipe: Source, more: More = None, changes: Changes = None, trust: Tru
 @app.command(name="list")
 def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
     """List what a recipe can name, with a line each; TABLE is one of recipes, tasks, optimizers, and so on."""
+    broken: list[RecipeError] = []
+    kinds = load_kinds(broken.append)
     tables: dict[str, dict[str, str]] = {"recipes": {}}
-    for kind in load_kinds().values():
+    for kind in kinds.values():
         tables["recipes"] |= {file.stem: _first_comment(file) for file in sorted(kind.recipes.glob("*.toml"))}
         for title, table in kind.tables.items():
-            if what in (None, title):
-                remarks = resolve({}, kind.remarks[title], title)() if title in kind.remarks else {}
-                tables[title] = {
-                    name: " ".join(filter(None, [line_about(table, name), remarks.get(name, "")])) for name in table
-                }
-            else:
-                tables[title] = {}
+            remarks = resolve({}, kind.remarks[title], title)() if title == what and title in kind.remarks else {}
+            tables[title] = _lines(table, remarks) if what in (None, title) else {}
     if what is not None and what not in tables:
         raise RecipeError(f"{what!r} is not a table; {near(what, tables)}")
     for title, lines in tables.items():
@@ -133,6 +134,13 @@ def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = 
             for name, line in lines.items():
                 grid.add_row(name, line)
             Console().print(grid)
+    for error in broken:
+        _complain(str(error), 0)
+
+
+def _lines(table: Mapping[str, str], remarks: Mapping[str, str]) -> dict[str, str]:
+    """Return a line for each name of a table."""
+    return {name: " ".join(filter(None, [line_about(table, name), remarks.get(name, "")])) for name in table}
 
 
 @app.command()
@@ -181,7 +189,7 @@ def _ability(run: Path, verb: str, *, trust: bool) -> Any:
     if not file.is_file():
         raise RecipeError(f"{run}: there is no run here (no recipe.toml); a run's folder is what --out named")
     raw, _ = _read(str(file), None, trust)
-    target = getattr(load_kinds()[raw["kind"]], verb)
+    target = getattr(load_kind(raw["kind"]), verb)
     if not target:
         raise RecipeError(f"kind: {run} is a run of the kind {raw['kind']}, which cannot {verb}")
     return resolve({}, target, verb)
@@ -190,9 +198,8 @@ def _ability(run: Path, verb: str, *, trust: bool) -> Any:
 @cache
 def _add_kinds() -> None:
     """Give each installed kind a command of its name; the kind itself is loaded when it is used."""
-    for point in entry_points(group="raytrain.kinds"):
-        about = f"Run a recipe of the kind {point.name}.\n\n{RECIPE_HELP}"
-        app.command(point.name, help=about)(_runner(point.name))
+    for name in kind_points():
+        app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name))
     add_verbs(Commands(app, _read, _parse))
 
 
@@ -210,7 +217,7 @@ def _runner(verb: str) -> Callable[..., int]:
         trust: Trust = False,
     ) -> int:
         raw, _ = _read(recipe, verb, trust)
-        kind = load_kinds()[verb]
+        kind = load_kind(verb)
         resolved = _parse(raw, parse_overrides([*(changes or []), *(more or [])]))
         if resume and out is None and not Path(recipe).is_dir():
             raise RecipeError(f"--resume: say which run, as in raytrain {verb} runs/NAME-TIME --resume")
@@ -239,16 +246,14 @@ def _read(source: str, verb: str | None, trust: bool) -> tuple[dict[str, Any], P
         if not trust:
             check_trusted(raw, file)
     raw = {"kind": verb or "train", "name": file.stem, **raw}
-    if raw["kind"] not in kinds:
-        raise RecipeError(f"kind: no such kind {raw['kind']!r}; {near(str(raw['kind']), kinds)}")
+    load_kind(str(raw["kind"]))
     if verb not in (None, raw["kind"]):
         raise RecipeError(f"kind: {source} is a recipe to {raw['kind']}: raytrain {raw['kind']} {source}")
     return raw, file
 
 
 def _parse(raw: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
-    kind: Kind = load_kinds()[raw["kind"]]
-    return kind.recipe.parse(merged(raw, overrides))
+    return load_kind(raw["kind"]).recipe.parse(merged(raw, overrides))
 
 
 def _first_comment(file: Path) -> str:

@@ -9,11 +9,11 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
+from raytrain.modules import spec_of
 from raytrain.names import near, place_named, resolve
 
 
@@ -111,13 +111,16 @@ class ExtensionPoint:
         return f"takes ({', '.join(each.arg for each in everything if each)})"
 
 
+CALLBACK = ExtensionPoint("callbacks", "a function of the replica, called after every step", arguments=1)
+
+
 def _source(module: str, field: str) -> ast.Module:
     """Return the source of a module, as a tree without statements if it is not Python's.
 
     Raises:
         RecipeError: there is no such module, or it is not right.
     """
-    spec = _spec(module)
+    spec = spec_of(module)
     if spec is None:
         raise RecipeError(f"{field}: cannot import {module!r}: ModuleNotFoundError: No module named {module!r}")
     file = Path(spec.origin or "")
@@ -127,17 +130,6 @@ def _source(module: str, field: str) -> ast.Module:
         return ast.parse(file.read_bytes(), str(file))
     except (OSError, SyntaxError, ValueError) as error:
         raise RecipeError(f"{field}: cannot import {module!r}: {type(error).__name__}: {error}") from error
-
-
-def _spec(module: str) -> ModuleSpec | None:
-    """Return where a module would be imported from; `importlib.util` would run the packages that it is in."""
-    parent, _, _ = module.rpartition(".")
-    outer = _spec(parent) if parent else None
-    if parent and (outer is None or outer.submodule_search_locations is None):
-        return None
-    path = outer.submodule_search_locations if outer else None
-    found = (finder.find_spec(module, path) for finder in sys.meta_path)
-    return next((spec for spec in found if spec), None)
 
 
 def _definitions(tree: ast.AST) -> Iterator[tuple[str, ast.stmt | None]]:

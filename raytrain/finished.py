@@ -20,7 +20,7 @@ from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task
 from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import build, task_of
+from raytrain.worker import build, plan_of, task_of
 
 
 def result_of(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -> Result:
@@ -137,7 +137,7 @@ def evaluate_run(folder: Path, overrides: Mapping[str, Any]) -> dict[str, float]
     changed = recipe_of(folder, overrides).task.on_other_data(recipe_of(folder, {}).task)
     best = best_of(folder, {f"task.{name}": value for name, value in changed.items()} | dict(overrides))
     task, module, exchange = best.task, best.replica.module, ExactExchange(LocalTransport())
-    autocast = best.recipe.plan().autocast
+    autocast = plan_of(best.recipe).autocast
     metrics = evaluate(task, module, task.data("valid"), best.recipe.evaluation.batch, exchange, autocast=autocast)
     return {"step": read_manifest(best.path).step, **metrics}
 

@@ -1,12 +1,17 @@
 """Kinds of runs: what the command can check, list and run. Others add theirs as entry points `raytrain.kinds`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
+from raytrain.errors import RecipeError
+from raytrain.names import near, place_of
 from raytrain.recipe import Recipe
+
+GROUP = "raytrain.kinds"
+"""Of entry points, each of which is a kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +21,7 @@ class Order:
     Attributes:
         out: the run's folder.
         resume: continue what is in `out`, instead of asking for a new folder.
-        address: of a running Ray cluster: "auto" or "HOST:PORT"; None: start Ray on this machine.
+        address: "auto" or "HOST:PORT" of a Ray cluster that runs, "local" for one of its own; None: the kind chooses.
     """
 
     out: Path
@@ -87,8 +92,39 @@ class Kind:
     export: str = ""
 
 
-def load_kinds() -> dict[str, Kind]:
-    """Return the installed kinds by name."""
-    return {
-        point.name: point.load() for point in sorted(entry_points(group="raytrain.kinds"), key=lambda point: point.name)
-    }
+def kind_points() -> dict[str, EntryPoint]:
+    """Return the installed kinds by name, as what they are loaded from."""
+    return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
+
+
+def load_kind(name: str) -> Kind:
+    """Return an installed kind.
+
+    Raises:
+        RecipeError: there is none of this name, or it cannot be imported.
+    """
+    points = kind_points()
+    if name not in points:
+        raise RecipeError(f"kind: no such kind {name!r}; {near(name, points)}")
+    try:
+        kind: Kind = points[name].load()
+    except (Exception, SystemExit) as error:
+        raise RecipeError(
+            f"kind: {name} cannot be loaded from {points[name].value}: {type(error).__name__}: {error}{place_of(error)}"
+        ) from error
+    return kind
+
+
+def load_kinds(complain: Callable[[RecipeError], None] = lambda error: None) -> dict[str, Kind]:  # noqa: ARG005
+    """Return the installed kinds that can be loaded, by name.
+
+    Args:
+        complain: called with the error of each that cannot, which breaks none of the others.
+    """
+    kinds = {}
+    for name in kind_points():
+        try:
+            kinds[name] = load_kind(name)
+        except RecipeError as error:
+            complain(error)
+    return kinds

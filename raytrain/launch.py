@@ -7,10 +7,9 @@ import re
 import secrets
 import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,17 +35,17 @@ from raytrain.cluster import (
 )
 from raytrain.data.feed import Feeds, local_feed
 from raytrain.data.source import ActorSource
-from raytrain.display import Display
-from raytrain.errors import RaytrainError, RecipeError, TrainingError
-from raytrain.finished import result_of
+from raytrain.errors import RaytrainError, RecipeError
+from raytrain.forkserver import WORKER_ENVIRONMENT
 from raytrain.kinds import Order, Result
 from raytrain.private_cluster import private_cluster
 from raytrain.process_group import GroupConfig
-from raytrain.rundir import Failure, RunDirectory, Trace, elsewhere
+from raytrain.rundir import RunDirectory, elsewhere
+from raytrain.supervise import supervise
 from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.train_recipe import TrainRecipe
-from raytrain.watchdog import Watchdog
-from raytrain.worker import settled, work
+from raytrain.watchdog import kept_stack
+from raytrain.worker import work_watched
 
 # Ray Train reads these when it starts; what the user has set stays. Without the first, a report takes 2 s.
 SETTINGS = {
@@ -60,74 +59,58 @@ SETTINGS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 OBJECT_STORE_BYTES = 200 << 20
-
-# glibc gives large blocks back to the system at once, and each step takes thousands of page faults to get them again.
-WORKER_ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-}
+OWN = "local"
+"""The address of a cluster that starts and ends with this process."""
 
 
 def run(recipe: TrainRecipe, order: Order) -> Result:
-    """Train on Ray, and return how it ended; the same is in the run's `result.json`.
-
-    Ctrl-C asks the workers to save and end; a second one ends them at once.
+    """Train on the Ray cluster at `order.address`, or else on one of its own, and return how it ended.
 
     Raises:
-        RecipeError: the recipe, the folder or the cluster does not allow it.
-        TrainingError: the run failed; what was computed is in its folder.
+        RaytrainError: as `supervise`.
     """
-    run_directory = RunDirectory(order.out.absolute())
-    recipe, _ = settled(recipe, run_directory)  # its errors are better here than in a worker
-    if order.address is not None:
-        check_reachable(order.address)
-    elif not ray.is_initialized():
-        _share(machines_here(recipe), recipe)
-    with run_directory.opened(resume=order.resume), Display(run_directory, recipe.steps) as display:
-        display.say("starting Ray" if order.address is None else f"connecting to Ray at {order.address}")
-        with joined(order.address, recipe) as machines:
-            if order.address == "auto":
-                display.say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
-            share = _share(machines, recipe)
-            _say_room(recipe, share, display)
-            before = run_directory.trace()
-            run_directory.begin(recipe.to_toml())
-            fit = _Fit(_trainer(recipe, run_directory, share, TorchTrainer if order.address else _OwnClusterTrainer))
-            ended = display.follow(fit.ended)
-        failure = _failure(run_directory, before, fit.error if ended else None)
-        result = result_of(recipe, run_directory, failure)
-        try:
-            run_directory.write_result(result)
-        except OSError as error:
-            display.say(f"{run_directory.result} could not be written: {error.strerror}")
-        display.finish(result)
-    if failure:
-        kept = f"the last complete checkpoint is {result.checkpoint}" if result.checkpoint else "there is no checkpoint"
-        raise TrainingError(f"{failure.trace}{failure.message}\n{kept}")
-    return result
+    return supervise(recipe, order, Cluster(order.address or OWN))
 
 
-def _failure(run_directory: RunDirectory, before: Trace, error: Exception | None) -> Failure | None:
-    """Return what failed, if anything did.
+class Cluster:
+    """Where to train: a Ray cluster.
 
     Args:
-        run_directory: the run's.
-        before: what was there when it began.
-        error: of Ray Train.
-
-    Raises:
-        RecipeError: it failed before there was any training.
-        TrainingError: the folder is gone; or the run that was to be resumed is as it was, and so is its result.
+        address: "auto", "HOST:PORT", or "local" for one that starts and ends with this process.
     """
-    if not run_directory.recipe.is_file():
-        raise TrainingError(f"{run_directory.path} was removed or emptied while the run went on")
-    failure, after = run_directory.failure() or (Failure(_summary(error)) if error else None), run_directory.trace()
-    if failure and failure.exit_status == RecipeError.exit_status and not after.trained(before):
-        raise RecipeError(failure.message)
-    if failure and before.checkpoints and after == before:
-        raise TrainingError(failure.trace + failure.message)
-    return failure
+
+    def __init__(self, address: str) -> None:
+        self._address = None if address == OWN else address
+
+    def check(self, recipe: TrainRecipe) -> None:
+        """Check that something answers, or that the workers fit on this machine.
+
+        Raises:
+            RecipeError: nothing does, or they do not.
+        """
+        if self._address is not None:
+            check_reachable(self._address)
+        elif not ray.is_initialized():
+            _share(machines_here(recipe), recipe)
+
+    @contextlib.contextmanager
+    def joined(self, recipe: TrainRecipe, say: Callable[[str], None]) -> Iterator[Share]:
+        """Be in the cluster inside the `with` block, and yield what each worker gets of the processors.
+
+        Raises:
+            RecipeError: there is no such cluster, or the workers do not fit.
+        """
+        say("starting Ray" if self._address is None else f"connecting to Ray at {self._address}")
+        with joined(self._address, recipe) as machines:
+            if self._address == "auto":
+                say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
+            share = _share(machines, recipe)
+            _say_room(recipe, share, say)
+            yield share
+
+    def start(self, recipe: TrainRecipe, run: RunDirectory, share: Share) -> "RayWorkers":
+        """Start the workers."""
+        return RayWorkers(_trainer(recipe, run, share, TorchTrainer if self._address else _OwnClusterTrainer))
 
 
 def _summary(error: Exception) -> str:
@@ -138,13 +121,18 @@ def _summary(error: Exception) -> str:
     return f"Ray Train stopped: {error}"
 
 
-class _Fit(threading.Thread):
-    """Runs Ray Train beside the main thread, which keeps Ctrl-C for itself."""
+class RayWorkers(threading.Thread):
+    """Workers that Ray Train looks after, beside the main thread, which keeps Ctrl-C for itself.
+
+    Attributes:
+        ended: set when they have ended; an interrupted `join` takes a thread for ended (Python 3.11).
+        error: why they ended, if it was not well.
+    """
 
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(daemon=True)
-        self.error: Exception | None = None
-        self.ended = threading.Event()  # to wait for: an interrupted `join` takes the thread for ended (Python 3.11)
+        self.error = ""
+        self.ended = threading.Event()
         self._trainer = trainer
         self.start()
 
@@ -153,9 +141,12 @@ class _Fit(threading.Thread):
         try:
             self._trainer.fit()
         except Exception as error:
-            self.error = error
+            self.error = _summary(error)
         finally:
             self.ended.set()
+
+    def close(self) -> None:
+        """Do nothing: they end with what is joined."""
 
 
 @contextlib.contextmanager
@@ -192,15 +183,27 @@ def session(address: str | None, cpus: int) -> Iterator[None]:
 
 
 def _start_ray(address: str | None, **how: Any) -> None:
+    """Join or start a Ray cluster; if Ray's own processes take too long to start, try it once more.
+
+    Raises:
+        RecipeError: it does not work.
+    """
     quiet = {"logging_level": logging.ERROR, "logging_config": ray.LoggingConfig(log_level="ERROR")}
+    what = f"--address: cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
     on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address or "local", **quiet, **how)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
-    except (OSError, ValueError, RuntimeError, RayError) as error:
-        what = f"--address: cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
-        raise RecipeError(f"{what}: {error}") from error
+    for last in (False, True):
+        try:
+            ray.init(address or "local", **quiet, **how)
+            break
+        except (OSError, ValueError, RuntimeError, RayError) as error:
+            raise RecipeError(f"{what}: {error}") from error
+        except Exception as error:  # a bare one says that its processes did not start in the 30 s that it gives them
+            if last:
+                raise RecipeError(
+                    f"{what}: it did not start in time, twice; the machine is too busy: {error}"
+                ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
 
 
 def _joining(address: str) -> dict[str, Any]:
@@ -222,13 +225,7 @@ def machines_here(recipe: TrainRecipe) -> list[Machine]:
 def _machines(recipe: TrainRecipe) -> list[Machine]:
     nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
     resources = recipe.resources
-    return machines_for(nodes, recipe.workers, _beside_cpus(recipe), resources.labels, resources.placement)
-
-
-def _beside_cpus(recipe: TrainRecipe) -> dict[str, float]:
-    """Return what each worker takes beside processors."""
-    gpus = {"GPU": recipe.resources.gpus} if recipe.resources.gpus else {}
-    return {**gpus, **recipe.resources.custom}
+    return machines_for(nodes, recipe.workers, resources.beside_cpus(), resources.labels, resources.placement)
 
 
 def _share(machines: list[Machine], recipe: TrainRecipe) -> Share:
@@ -243,14 +240,14 @@ def _share(machines: list[Machine], recipe: TrainRecipe) -> Share:
     return Share(cpus_per_worker(machines, recipe.workers, cpus))
 
 
-def _say_room(recipe: TrainRecipe, share: Share, display: Display) -> None:
+def _say_room(recipe: TrainRecipe, share: Share, say: Callable[[str], None]) -> None:
     """Say what the workers get, and whether they have to wait for it."""
-    display.say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
+    say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
     there = ray.available_resources()
-    for name, amount in {"CPU": share.total, **_beside_cpus(recipe)}.items():
+    for name, amount in {"CPU": share.total, **recipe.resources.beside_cpus()}.items():
         free, wanted = there.get(name, 0.0), recipe.workers * amount
         if wanted > free:
-            display.say(f"the cluster is busy: waiting for {wanted:g} {name}, of which {free:g} is free")
+            say(f"the cluster is busy: waiting for {wanted:g} {name}, of which {free:g} is free")
 
 
 def _actors(workers: int, share: Share) -> str:
@@ -297,7 +294,7 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kin
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,
             use_gpu=bool(resources.gpus),
-            resources_per_worker={"CPU": share.cpus, **_beside_cpus(recipe)},
+            resources_per_worker={"CPU": share.cpus, **recipe.resources.beside_cpus()},
             label_selector=resources.labels or None,
             placement_strategy=resources.placement,
         ),
@@ -332,10 +329,8 @@ def _worker(config: dict[str, Any]) -> None:
         if not run_directory.record_failure(error, rank):
             raise
         return
-    seen = run_directory.path if run_directory.path.is_dir() else Path(tempfile.gettempdir())
-    with Watchdog(hang_file(seen, rank), timeout_seconds, lambda: transport.waiting) as watchdog:
-        feeds = _feeds(config["actors"], config["actor_cpus"], recipe.max_failures)
-        last = work(recipe, run_directory, transport, watchdog.beat, feeds)
+    feeds = _feeds(config["actors"], config["actor_cpus"], recipe.max_failures)
+    last = work_watched(recipe, run_directory, transport, feeds)
     if last:  # only the last one: Ray takes one report in each of its polls, which is slower than we write them
         path, metrics = last
         ray.train.report(
@@ -364,10 +359,8 @@ class RestartNotes(ray.train.UserCallback):
         """Write a line to `restarts.jsonl`."""
         causes = {}
         for rank, error in worker_exceptions.items():
-            hang = hang_file(self._run.path, rank)
-            if hang.exists() and hang.stat().st_size:
-                kept = hang.rename(hang.with_stem(f"{hang.stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
-                causes[str(rank)] = f"it hung, and was ended{elsewhere(_host(error))}; its stack is in {kept}"
+            if stack := kept_stack(self._run.path, rank):
+                causes[str(rank)] = f"it hung, and was ended{elsewhere(_host(error))}; its stack is in {stack}"
             else:
                 causes[str(rank)] = cause(error)
         self._run.append(self._run.restarts, {"time": time.time(), "workers": causes})
@@ -379,6 +372,8 @@ def cause(error: Exception) -> str:
     what = text.splitlines()[-1] if text else type(error).__name__
     if "PeerLostError" in text:
         what = "it lost another worker"
+    elif silent := re.search(r"health check has been hanging for (\d+)", text):
+        what = f"it did not answer for {silent[1]} s: stopped (SIGSTOP) or swapped out, or its machine is too busy"
     elif "has died" in text or "died unexpectedly" in text:
         what = "its process died: killed, out of memory, or crashed"
     return what + elsewhere(_host(error))
@@ -388,8 +383,3 @@ def _host(error: Exception) -> str:
     """Return the machine of the worker that an error of Ray Train is about, which only the error's text tells."""
     found = re.search(r"hostname='([^']+)'", str(error))
     return found[1] if found else ""
-
-
-def hang_file(path: Path, rank: int) -> Path:
-    """Return where the stack of a hanging worker goes."""
-    return path / f"hang-worker-{rank}.txt"

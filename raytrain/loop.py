@@ -12,15 +12,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytrain.data.feed import Feed
 from raytrain.errors import TrainingError
-from raytrain.extensions import ExtensionPoint
 from raytrain.optim.extras import add_noise
 from raytrain.replica import Progress, Replica
 from raytrain.sync.synchroniser import Totals
 from raytrain.task import Batch, Task
 from raytrain.tensors import moved, seed_step, weighed, weights_of
 from raytrain.zeroth import Zeroth, loss_of
-
-CALLBACK = ExtensionPoint("callbacks", "a function of the replica, called after every step", arguments=1)
 
 
 @dataclass(frozen=True, slots=True)

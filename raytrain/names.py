@@ -12,11 +12,12 @@ import importlib
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
+from raytrain.modules import documentation
 
 PLACE = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 """How "module:attribute" is written."""
@@ -84,8 +85,32 @@ def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
     return found
 
 
+def check_known(table: Mapping[str, str], name: str, what: str) -> None:
+    """Check that `name` stands for something; what the table names is not imported for that.
+
+    Args:
+        table: as in `resolve`.
+        name: as in `resolve`.
+        what: as in `resolve`.
+
+    Raises:
+        RecipeError: as `resolve`.
+    """
+    if name not in table:
+        resolve(table, name, what)
+
+
+def deferred(target: str) -> Callable[..., Any]:
+    """Return a function that imports the one at "module:attribute" when it is called, and calls it."""
+
+    def call(*arguments: Any) -> Any:
+        return resolve({}, target, target)(*arguments)
+
+    return call
+
+
 def line_about(table: Mapping[str, str], name: str) -> str:
-    """Return in one line what a name of a table stands for."""
-    _, _, line = table[name].partition(" ")
-    document = resolve(table, name, name).__doc__ or ""
-    return line or document.strip().partition("\n")[0]
+    """Return in one line what a name of a table stands for; it is imported only if its source does not tell."""
+    target, _, line = table[name].partition(" ")
+    document = line or documentation(*place_named(target, name)) or resolve(table, name, name).__doc__ or ""
+    return document.strip().partition("\n")[0]

@@ -20,7 +20,7 @@ from raytrain.launch import joined, machines_here
 from raytrain.names import place_of
 from raytrain.task import Examples, Task
 from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import task_of
+from raytrain.worker import plan_of, task_of
 
 
 def predict_file(folder: Path, overrides: Mapping[str, Any], source: Path, target: Path, address: str | None) -> int:
@@ -99,7 +99,7 @@ class _Predictor:
         torch.set_num_threads(threads)
         best = best_of(folder, overrides)
         self._task = best.task
-        self._autocast = best.recipe.plan().autocast
+        self._autocast = plan_of(best.recipe).autocast
         self._device = torch.device("cuda" if best.recipe.resources.gpus else "cpu")
         self._module = best.replica.module.to(self._device).eval()
         self._examples = _inputs(best.recipe, best.task, source)

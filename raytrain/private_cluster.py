@@ -1,7 +1,6 @@
 """A Ray cluster of one machine that nobody else can use: one of the few files that know Ray."""
 
 import secrets
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,7 @@ from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # its stub lacks them
 
 from raytrain.environment import environment
-
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+from raytrain.sync.transport import LOOPBACK
 
 
 @contextmanager

@@ -107,7 +107,11 @@ def combined(declared: type[Options], base: type[OptionsT], what: str) -> type[O
 
 
 def chosen(
-    table: Mapping[str, str], what: str, options_of: Callable[[Any], type[Options]], default: str | None = None
+    table: Mapping[str, str],
+    what: str,
+    options_of: Callable[[Any], type[Options]],
+    default: str | None = None,
+    known: Callable[[str], type[Options] | None] = lambda name: None,  # noqa: ARG005
 ) -> BeforeValidator:
     """Return a validator that reads a section by the options of whatever its `name` names.
 
@@ -116,6 +120,7 @@ def chosen(
         what: the section's name in the recipe.
         options_of: the object that the name stands for -> the class of its options.
         default: the name of a section that gives none.
+        known: name -> the class of its options, where it is known without importing what the name stands for.
     """
 
     def read(value: Any) -> Options:
@@ -126,8 +131,8 @@ def chosen(
             section = {"name": default, **section}
         if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
             raise PydanticCustomError("no_name", "expected a table with a name; {known}", {"known": near("", table)})
-        found = resolve(table, section["name"], f"{what}.name")
-        return options_of(found).model_validate(section)
+        options = known(section["name"]) or options_of(resolve(table, section["name"], f"{what}.name"))
+        return options.model_validate(section)
 
     return BeforeValidator(read)
 
@@ -149,7 +154,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise RecipeError("\n".join(_explain(detail) for detail in error.errors())) from None
+            raise RecipeError(explain(error)) from None
 
     def with_overrides(self, changes: Mapping[str, Any]) -> Self:
         """Return this recipe with `changes`, a mapping of dotted field to value, laid over it."""
@@ -236,6 +241,11 @@ def dotted_fields(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from dotted_fields(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def explain(error: ValidationError) -> str:
+    """Return one line for each wrong field."""
+    return "\n".join(map(_explain, error.errors()))
 
 
 def _explain(detail: ErrorDetails) -> str:

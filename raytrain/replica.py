@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from raytrain.errors import CheckpointError
 from raytrain.model.freezing import Half
 from raytrain.optim.ema import Average
-from raytrain.optim.optimizers import OptimizerOptions, load_state_by_name, state_by_name
+from raytrain.optim.optimizers import load_state_by_name, state_by_name
+from raytrain.optim.options import OptimizerOptions
 from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
 from raytrain.zeroth import Zeroth

@@ -12,7 +12,9 @@ from raytrain.bits import digest_of
 from raytrain.errors import CheckpointError
 from raytrain.model.adapters import is_new
 from raytrain.names import resolve
-from raytrain.optim.optimizers import ZEROTH, OptimizerOptions, make_optimizer, options_of_optimizer
+from raytrain.optim.arguments import OPTIONS
+from raytrain.optim.optimizers import make_optimizer
+from raytrain.optim.options import ZEROTH, OptimizerOptions, with_rules
 from raytrain.optim.zeroth import ZerothOrder, ZOAdam, ZOMomentum, space_of
 from raytrain.seeds.space import Space
 from raytrain.seeds.trajectory import Records, Step, read, steps
@@ -121,10 +123,9 @@ def _known(space: Space, module: nn.Module) -> dict[str, str]:
 
 def _stepper(about: Mapping[str, Any], module: nn.Module) -> ZerothOrder:
     """Return what made the moves of a trajectory, for a model."""
-    constructor = resolve({}, ZEROTH[about["optimizer"]["name"]], "optimizer.name")
-    optimizer = make_optimizer(
-        constructor, options_of_optimizer(constructor).model_validate(about["optimizer"]), module
-    )
+    name = about["optimizer"]["name"]
+    options = with_rules(OPTIONS[name]).model_validate(about["optimizer"])
+    optimizer = make_optimizer(resolve({}, ZEROTH[name], "optimizer.name"), options, module)
     if not isinstance(optimizer, ZerothOrder):  # the table has no others
         raise TypeError(type(optimizer))
     shape = {name: about["space"][name] for name in ("mode", "sparsity", "blocks")}

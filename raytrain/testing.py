@@ -148,7 +148,7 @@ class _Gathered:
         return self._combine([self._given[rank] for rank in sorted(everyone)])
 
 
-Fault = Literal["kill", "hang", "fail"]
+Fault = Literal["kill", "hang", "fail", "stop", "leave"]
 
 
 class FaultPlan:
@@ -166,7 +166,13 @@ class FaultPlan:
         self._faults: dict[tuple[int, int], Fault] = {}
 
     def at(self, rank: int, step: int, fault: Fault) -> "FaultPlan":
-        """Let `fault` happen to replica `rank` after step `step`: "kill" (SIGKILL), "hang" or "fail" (an exception)."""
+        """Let `fault` happen to replica `rank` after step `step`.
+
+        Args:
+            rank: the replica's.
+            step: counted from 1.
+            fault: "kill" (SIGKILL), "hang", "fail" (an exception), "stop" (SIGSTOP) or "leave" (exit status 0).
+        """
         self._faults[rank, step] = fault
         return self
 
@@ -182,8 +188,10 @@ class FaultPlan:
         if fault is None or mark.exists():
             return
         mark.write_text(f"{fault} at rank {place[0]}, step {place[1]}")
-        if fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if fault in ("kill", "stop"):
+            os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+        elif fault == "leave":
+            os._exit(0)
         elif fault == "hang":
             time.sleep(3600)
         else:

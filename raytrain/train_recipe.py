@@ -1,40 +1,53 @@
 """The recipe of a training run."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from raytrain.data.source import SOURCES
+from raytrain.extensions import CALLBACK
 from raytrain.kinds import Kind
 from raytrain.loggers import LOGGERS, check_logger
-from raytrain.loop import CALLBACK, Plan
-from raytrain.model.adapters import ADAPTERS, AdapterOptions, options_of_adapter
-from raytrain.names import resolve
-from raytrain.optim.ema import averages
-from raytrain.optim.optimizers import ALL, OptimizerOptions, options_of_optimizer
-from raytrain.optim.schedules import SCHEDULES, SHAPE, rate
-from raytrain.optim.zeroth import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
-from raytrain.recipe import Options, Recipe, Section, chosen, declared_options
-from raytrain.seeds.kernels import KERNELS
-from raytrain.seeds.trajectory import MOST_DIRECTIONS
-from raytrain.sync.compressed import CODECS
-from raytrain.sync.methods import LocalOptions
-from raytrain.sync.numbers import NumberOptions
-from raytrain.sync.outer import PENALTIES
-from raytrain.sync.shards import check_optimizer
-from raytrain.sync.synchroniser import NUMBERS, SYNCHRONISERS, SyncOptions
+from raytrain.model import options as adapter
+from raytrain.model.options import ADAPTERS, AdapterOptions
+from raytrain.names import deferred, resolve
+from raytrain.optim.arguments import optimizer_options
+from raytrain.optim.options import ALL, OPTIMIZERS, ZEROTH, OptimizerOptions, is_elementwise
+from raytrain.optim.schedules import SCHEDULES, SHAPE
+from raytrain.recipe import Options, Recipe, Section, chosen
+from raytrain.seeds.options import KERNELS, MOST_DIRECTIONS
+from raytrain.sync import options as sync
+from raytrain.sync.options import (
+    CODECS,
+    NUMBERS,
+    PENALTIES,
+    SYNCHRONISERS,
+    LocalOptions,
+    NumberOptions,
+    SyncOptions,
+    options_of_synchroniser,
+)
 from raytrain.task import TASKS, TaskOptions, options_of_task
+from raytrain.tasks import options as task
 
-TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task)]
-AdapterField = Annotated[SerializeAsAny[AdapterOptions], chosen(ADAPTERS, "adapter", options_of_adapter, "none")]
-OptimizerField = Annotated[SerializeAsAny[OptimizerOptions], chosen(ALL, "optimizer", options_of_optimizer, "adamw")]
+options_of_adapter = deferred("raytrain.model.adapters:options_of_adapter")
+options_of_optimizer = deferred("raytrain.optim.optimizers:options_of_optimizer")
+"""Those of the user's own import torch; all others are declared where that is not needed."""
+
+TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task, known=task.OPTIONS.get)]
+AdapterField = Annotated[
+    SerializeAsAny[AdapterOptions],
+    chosen(ADAPTERS, "adapter", options_of_adapter, "none", known=adapter.OPTIONS.get),
+]
+OptimizerField = Annotated[
+    SerializeAsAny[OptimizerOptions],
+    chosen(ALL, "optimizer", options_of_optimizer, "adamw", known=optimizer_options),
+]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
-    chosen(SYNCHRONISERS | NUMBERS, "sync", partial(declared_options, base=SyncOptions), "gradients"),
+    chosen(SYNCHRONISERS | NUMBERS, "sync", options_of_synchroniser, "gradients", known=sync.OPTIONS.get),
 ]
 
 
@@ -152,6 +165,10 @@ class Resources(Section):
     labels: dict[str, Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w., -]+\))$")]] = {}
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
 
+    def beside_cpus(self) -> dict[str, float]:
+        """Return what each worker takes beside processors, by Ray's names."""
+        return {**({"GPU": self.gpus} if self.gpus else {}), **self.custom}
+
     @field_validator("custom")
     @classmethod
     def _others(cls, custom: dict[str, float]) -> dict[str, float]:
@@ -268,30 +285,41 @@ class TrainRecipe(Recipe):
             raise ValueError(f"expected accumulate of at most batch = {self.batch}; got {self.accumulate}")
         if self.freeze.half and self.adapter.name != "none":
             raise ValueError("expected freeze.half = false with an adapter, beside which nothing else moves")
-        if self.ema and averages(self.optimizer.constructor):
+        if self.ema and self.optimizer.averages:
             raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
-        if isinstance(self.sync, LocalOptions) and (self.ema or averages(self.optimizer.constructor)):
+        if isinstance(self.sync, LocalOptions) and (self.ema or self.optimizer.averages):
             raise ValueError(
                 f"sync.name: expected gradients with an average of the weights ({'ema' if self.ema else 'optimizer'}), "
                 f"which takes workers that are equal after every step; got {self.sync.name}"
             )
         self._fit_zeroth()
         if self.workers > 1 and getattr(self.sync, "shard", False):
-            check_optimizer(self.optimizer)
-            if self.freeze.half:
-                raise ValueError("sync.shard: expected freeze.half = false, because what is frozen is cut once")
-            if getattr(self.task, "generate", 0):
-                raise ValueError(
-                    "sync.shard: expected task.generate = 0, because answers call the model unequally often"
-                )
+            self._fit_shards()
         return self
 
+    def _fit_shards(self) -> None:
+        name = self.optimizer.name
+        if not is_elementwise(name):
+            raise ValueError(
+                f"sync.shard: {name} is not known to step a part of a matrix as it steps the whole; expected "
+                f"optimizer.name to be one of {', '.join(filter(is_elementwise, OPTIMIZERS))}, or sync.shard = false"
+            )
+        for option in ("max_grad_norm", "gradient_noise"):  # for which whole gradients are looked at
+            if getattr(self.optimizer, option, 0):
+                raise ValueError(
+                    f"sync.shard: expected optimizer.{option} = 0, because each worker knows only its share"
+                )
+        if self.freeze.half:
+            raise ValueError("sync.shard: expected freeze.half = false, because what is frozen is cut once")
+        if getattr(self.task, "generate", 0):
+            raise ValueError("sync.shard: expected task.generate = 0, because answers call the model unequally often")
+
     def _fit_zeroth(self) -> None:
-        zeroth = issubclass(self.optimizer.constructor, ZerothOrder)
+        zeroth = self.optimizer.zeroth
         if zeroth != isinstance(self.sync, NumberOptions):
             wanted = "numbers or one-byte" if zeroth else "one of the others"
             raise ValueError(f"sync.name: expected {wanted} with {self.optimizer.name}; got {self.sync.name}")
-        hybrid = issubclass(self.optimizer.constructor, ZOHybrid)
+        hybrid = self.optimizer.hybrid
         if hybrid != bool(self.directions.first_order):
             wanted = "patterns" if hybrid else "none"
             raise ValueError(f"directions.first_order: expected {wanted} with {self.optimizer.name}")
@@ -300,13 +328,13 @@ class TrainRecipe(Recipe):
                 "optimizer.name: zo-hybrid takes workers = 1, directions.trajectory = false and no "
                 "directions.objective: its gradients are neither exchanged nor written down"
             )
-        if issubclass(self.optimizer.constructor, ZOConservative) and self.workers > 1:
+        if self.optimizer.decides and self.workers > 1:
             raise ValueError(
                 f"workers: expected 1 with zo-sgd-conservative, which decides by a loss; got {self.workers}"
             )
         if not zeroth:
             return
-        if self.directions.objective and issubclass(self.optimizer.constructor, ForwardGradient):
+        if self.directions.objective and self.optimizer.exact:
             raise ValueError(f"directions.objective: expected none with {self.optimizer.name}, which differentiates it")
         without = {
             "freeze.half": self.freeze.half,
@@ -317,41 +345,19 @@ class TrainRecipe(Recipe):
         if used := [name for name, value in without.items() if value]:
             raise ValueError(f"{used[0]}: expected none with {self.optimizer.name}, which makes no backward pass")
 
-    def plan(self) -> Plan:
-        """Return what the loop needs to know."""
-        schedule = self.schedule
-        shape = SHAPE.load(SCHEDULES, schedule.name)
-        return Plan(
-            steps=self.steps,
-            seed=self.seed,
-            batch=self.batch,
-            accumulate=self.accumulate,
-            clip=self.clip,
-            noise=self.optimizer.gradient_noise,
-            noise_decay=self.optimizer.gradient_noise_decay,
-            autocast=torch.bfloat16 if self.precision == "bfloat16" else None,
-            rate=partial(
-                rate, shape, steps=self.steps, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
-            ),
-            evaluate_every=self.evaluation.every,
-            checkpoint_every=self.checkpoint.every,
-            patience=self.evaluation.patience,
-        )
-
 
 def _is_zeroth(section: Any) -> bool:
     """Return whether a section of a raw recipe names a zeroth-order optimizer; what is wrong with it is said later."""
     name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", section)
-    if not isinstance(name, str) or (name not in ALL and ":" not in name):
-        return False
-    constructor = resolve(ALL, name, "optimizer.name")
-    return isinstance(constructor, type) and issubclass(constructor, ZerothOrder)
+    if not isinstance(name, str) or name in ALL or ":" not in name:
+        return name in ZEROTH
+    return bool(options_of_optimizer(resolve({}, name, "optimizer.name")).zeroth)
 
 
 KIND = Kind(
     recipe=TrainRecipe,
     recipes=Path(__file__).parent / "recipes",
-    run="raytrain.launch:run",
+    run="raytrain.dispatch:run",
     evaluate="raytrain.finished:evaluate_run",
     predict="raytrain.predict:predict_file",
     export="raytrain.finished:export_run",

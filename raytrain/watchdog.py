@@ -2,6 +2,7 @@
 
 import faulthandler
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -59,3 +60,16 @@ class Watchdog:
 
     def _wind(self) -> None:
         faulthandler.dump_traceback_later(self._clock_seconds, file=self._file, exit=True)
+
+
+def hang_file(path: Path, rank: int) -> Path:
+    """Return where in a run's folder the stack of a hanging worker goes."""
+    return path / f"hang-worker-{rank}.txt"
+
+
+def kept_stack(path: Path, rank: int) -> Path | None:
+    """Return where the stack is that a worker left when it hung, from now on; None if it left none."""
+    hang = hang_file(path, rank)
+    if not hang.exists() or hang.stat().st_size == 0:
+        return None
+    return hang.rename(hang.with_stem(f"{hang.stem}-{time.strftime('%Y%m%d-%H%M%S')}"))

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -11,19 +12,24 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from raytrain.bits import digest_of
 from raytrain.checkpoint import CheckpointStore, Manifest, load
 from raytrain.data.feed import Feeds, Walk, local_feed
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
+from raytrain.extensions import CALLBACK
 from raytrain.loggers import logger_class
-from raytrain.loop import CALLBACK, Plan, train
+from raytrain.loop import Plan, train
 from raytrain.model.adapters import adapt
 from raytrain.model.blocks import compile_blocks, recompute
 from raytrain.model.freezing import Half, freeze
 from raytrain.names import resolve
 from raytrain.optim.ema import average_of
-from raytrain.optim.optimizers import ALL, make_optimizer
+from raytrain.optim.optimizers import make_optimizer
+from raytrain.optim.options import ALL
+from raytrain.optim.schedules import SCHEDULES, SHAPE, rate
 from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import read_toml
 from raytrain.replica import Progress, Replica, load_state
@@ -33,12 +39,13 @@ from raytrain.seeds.probe import Probe
 from raytrain.seeds.trajectory import Trajectory
 from raytrain.sync.exchange import ExactExchange, Exchange
 from raytrain.sync.numbers import Numbers
+from raytrain.sync.options import NUMBERS, SYNCHRONISERS
 from raytrain.sync.sharded import ShardedGradients
-from raytrain.sync.synchroniser import NUMBERS, SYNCHRONISERS
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.task import TASKS, Task, make_task
 from raytrain.train_recipe import TrainRecipe
 from raytrain.watch import RunWatch, constants_of
+from raytrain.watchdog import Watchdog, hang_file
 from raytrain.zeroth import Zeroth
 
 logger = logging.getLogger(__name__)
@@ -99,6 +106,18 @@ def work(
     return None
 
 
+def work_watched(recipe: TrainRecipe, run: RunDirectory, transport: Transport, feeds: Feeds = local_feed) -> Last:
+    """Train as `work` does, in a process of its own that ends if it hangs.
+
+    Raises:
+        PeerLostError: as `work`.
+    """
+    seen = run.path if run.path.is_dir() else Path(tempfile.gettempdir())
+    file = hang_file(seen, transport.rank)
+    with Watchdog(file, recipe.sync.timeout_seconds, lambda: transport.waiting) as watchdog:
+        return work(recipe, run, transport, watchdog.beat, feeds)
+
+
 def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Callable[[], None], feeds: Feeds) -> Last:
     _check_shared(run, exchange)
     if exchange.gather(b"failed" if run.failure() else b"")[0]:
@@ -117,7 +136,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         restore(replica, found)
     beat()  # what comes before the first step reads, imports and compiles, which can take as long as many steps
     _announce(recipe, run, exchange, replica.progress.step)
-    plan = recipe.plan()
+    plan = plan_of(recipe)
     measure = partial(
         evaluate,
         task=task,
@@ -170,6 +189,28 @@ def _walk(replica: Replica, plan: Plan) -> Walk:
     )
 
 
+def plan_of(recipe: TrainRecipe) -> Plan:
+    """Return what the loop needs to know of a recipe."""
+    schedule = recipe.schedule
+    shape = SHAPE.load(SCHEDULES, schedule.name)
+    return Plan(
+        steps=recipe.steps,
+        seed=recipe.seed,
+        batch=recipe.batch,
+        accumulate=recipe.accumulate,
+        clip=recipe.clip,
+        noise=recipe.optimizer.gradient_noise,
+        noise_decay=recipe.optimizer.gradient_noise_decay,
+        autocast=torch.bfloat16 if recipe.precision == "bfloat16" else None,
+        rate=partial(
+            rate, shape, steps=recipe.steps, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
+        ),
+        evaluate_every=recipe.evaluation.every,
+        checkpoint_every=recipe.checkpoint.every,
+        patience=recipe.evaluation.patience,
+    )
+
+
 def task_of(recipe: TrainRecipe) -> Task:
     """Return the recipe's task."""
     return make_task(resolve(TASKS, recipe.task.name, "task.name"), recipe.task)
@@ -195,7 +236,7 @@ def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
     for name in recipe.log.to:
         logger_class(name)
     callbacks_of(recipe)
-    recipe.plan()
+    plan_of(recipe)
     task = task_of(recipe)
     found = task.settle()
     if not found:
@@ -239,7 +280,7 @@ def build(
         compile_blocks(module, recipe.compile, transport.device)
     if recipe.activation_checkpointing:
         recompute(module)
-    shards = sync.shard(module, recipe.plan().autocast) if isinstance(sync, ShardedGradients) else None
+    shards = sync.shard(module, plan_of(recipe).autocast) if isinstance(sync, ShardedGradients) else None
     parts = shards.parts if shards else module.to(transport.device)
     optimizer = make_optimizer(resolve(ALL, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts)
     return Replica(

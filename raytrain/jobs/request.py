@@ -11,7 +11,7 @@ import typer
 
 from raytrain.errors import RecipeError
 from raytrain.jobs.job import check_taken, check_upload
-from raytrain.kinds import load_kinds
+from raytrain.kinds import kind_points, load_kinds
 from raytrain.names import near
 from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides
 
@@ -60,12 +60,12 @@ def checked(commands: Commands, words: list[str]) -> Request:
         RecipeError: they are wrong, or of no use in a job, which takes the current folder along.
         click.UsageError: they are not what the verb takes.
     """
-    from raytrain.jobs.upload import upload_limit, upload_of  # noqa: PLC0415 - slow to import
-
     verb, given = _read_words(commands, words)
     raw, file = commands.read(given["recipe"], verb, given["trust"])
     changes = [*(given["changes"] or []), *(given["more"] or [])]
     recipe = commands.parse(raw, parse_overrides(changes))
+    from raytrain.jobs.upload import upload_limit, upload_of  # noqa: PLC0415 - slow to import
+
     folder = Path.cwd()
     _check_relative(merged(raw, parse_overrides(changes)), folder)
     source, needed = given["recipe"], dict(_named_files(recipe, folder))
@@ -88,7 +88,7 @@ def _read_words(commands: Commands, words: list[str]) -> tuple[str, dict[str, An
         RecipeError: there is no such verb, or it is given an address.
         click.UsageError: they are not what the verb takes.
     """
-    kinds = load_kinds()
+    kinds = kind_points()
     verb, *rest = words or [""]
     group = typer.main.get_command(commands.app)
     if verb not in kinds or not isinstance(group, click.Group):

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Annotated, Protocol
 
-import fsspec
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 
 from raytrain.errors import RecipeError, TrainingError
@@ -107,6 +106,9 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
+
+        import fsspec  # noqa: PLC0415 - slow to import
+
         self.origin = self._url = url
         with _explained(url):
             self._files, self._root = fsspec.core.url_to_fs(url)
@@ -186,6 +188,8 @@ def check_storage(storage: str) -> str:
     Raises:
         RecipeError: it is neither, or a store that ends with the process, or it holds a password or a signature.
     """
+    import fsspec  # noqa: PLC0415
+
     place = "/" + storage.removeprefix(LOCAL).strip("/") if storage.startswith(LOCAL) else storage.rstrip("/")
     protocol, separator, rest = place.partition("://")
     if not separator and not place.startswith("/"):

@@ -4,10 +4,10 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from pydantic import create_model, model_validator
@@ -15,36 +15,14 @@ from torch import nn
 
 from raytrain.errors import RecipeError
 from raytrain.model.blocks import blocks
-from raytrain.names import near
+from raytrain.model.options import ADAPTERS, HEADS, AdapterOptions
+from raytrain.names import near, resolve
 from raytrain.recipe import Options
-
-ADAPTERS: dict[str, str] = {
-    "none": "raytrain.model.adapters:none",
-    "lora": "peft:LoraConfig Add the product of two matrices of low rank (Hu et al. 2022).",
-    "randlora": "peft:RandLoraConfig Add a full rank from random bases with trained scales (Albert et al. 2025).",
-    "loha": "peft:LoHaConfig Add the product by element of two updates of low rank (Hyeon-Woo et al. 2022).",
-    "lokr": "peft:LoKrConfig Add a Kronecker product of small matrices (Yeh et al. 2024).",
-    "hira": "peft:HiraConfig Add the weight times an update of low rank, by element (Huang et al. 2025).",
-    "gralora": "peft:GraloraConfig Add an update of low rank to each block of the matrix (Jung et al. 2025).",
-    "delora": "peft:DeloraConfig Add an update of low rank whose length is bounded (Bini et al. 2025).",
-    "miss": "peft:MissConfig Add a small matrix, repeated over shards of the weight (Kang and Yin 2024).",
-    "shira": "peft:ShiraConfig Train a few entries of the weight, chosen at random (Bhardwaj et al. 2024).",
-    "oft": "peft:OFTConfig Turn the weight by rotations of blocks (Qiu et al. 2023).",
-    "hra": "peft:HRAConfig Turn the weight by a chain of Householder reflections (Yuan et al. 2024).",
-}
-"""Those of peft that live inside the layers of any model and start as what it is.
-
-Others are named in full, as in "peft:C3AConfig", which starts elsewhere. Left out: prompts and prefixes, which need
-models of their own kind; VeRA and its like, which keep shared parameters outside of the model; and BOFT, which wants to
-compile CUDA code."""
 
 NOT_OPTIONS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "modules_to_save",
 }  # fmt: skip
-
-HEADS = ("classifier*", "score*")
-"""What heads are usually called."""
 
 NEW = "_raytrain_new"
 """The attribute of parameters that are not those of a pretrained model."""
@@ -52,32 +30,22 @@ NEW = "_raytrain_new"
 PLAIN = {str, int, float, bool, type(None), list, dict, ...}
 
 
-class AdapterOptions(Options):
-    """What every adapter takes beside the fields of its configuration in peft.
-
-    Attributes:
-        beside: patterns of parameters that are trained in full beside the adapter. What a pretrained model lacks is in
-            any case, as the layers of a new head.
-    """
-
-    config: ClassVar[Callable[..., Any] | None] = None
-    name: str = "none"
-    beside: tuple[str, ...] = HEADS
+class ConfigurationOptions(AdapterOptions):
+    """The options of an adapter that is named in full, whose configuration is asked whether it takes them."""
 
     @model_validator(mode="after")
     def _accepted(self) -> Self:
-        if (rank := getattr(self, "r", 0)) < 0:
-            raise ValueError(f"expected adapter.r of 0 or more; got {rank}")
         try:
-            self.configuration()
+            configuration(self)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.name} refuses its options: {error}") from None
         return self
 
-    def configuration(self) -> Any:
-        """Return peft's configuration, or None where there is no adapter."""
-        given = self.model_dump(exclude={"name", "beside"}, exclude_unset=True)
-        return self.config(**given) if self.config else None
+
+def configuration(options: AdapterOptions) -> Any:
+    """Return peft's configuration, or None where there is no adapter."""
+    given = options.model_dump(exclude={"name", "beside"}, exclude_unset=True)
+    return resolve(ADAPTERS, options.name, "adapter.name")(**given)
 
 
 def none() -> None:
@@ -91,8 +59,6 @@ def options_of_adapter(config: Any) -> type[Options]:
     Raises:
         RecipeError: `config` is not a configuration of peft.
     """
-    if config is none:
-        return AdapterOptions
     if not (inspect.isclass(config) and dataclasses.is_dataclass(config) and hasattr(config, "peft_type")):
         raise RecipeError(f"adapter.name: expected a configuration class of peft; got {config!r}")
     hints = typing.get_type_hints(config)
@@ -101,9 +67,7 @@ def options_of_adapter(config: Any) -> type[Options]:
         for field in dataclasses.fields(config)
         if field.init and field.name not in NOT_OPTIONS and _plain(hints[field.name])
     }
-    options = create_model(f"{config.__name__}Options", __base__=AdapterOptions, **fields)
-    options.config = config
-    return options
+    return create_model(f"{config.__name__}Options", __base__=ConfigurationOptions, **fields)
 
 
 def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[str]:
@@ -118,7 +82,7 @@ def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[st
     Raises:
         RecipeError: the model has no place for it, or an option does not fit the model.
     """
-    config = options.configuration()
+    config = configuration(options)
     if config is None:
         return frozenset()
     from peft import inject_adapter_in_model  # noqa: PLC0415 - slow to import

@@ -5,36 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pydantic import Field
 from torch import nn
 from torch.nn import Parameter
 
 from raytrain.errors import RecipeError
-from raytrain.recipe import Section
+from raytrain.optim.options import GroupRule
 
 NEAREST = 5
 HIDDEN, MATRIX, VECTOR = range(3)
-RULE_FIELDS = {"match", "lr_scale", "decay_vectors", "hidden"}
-"""Fields of a rule that are ours; all others are options of the optimizer."""
-
-
-class GroupRule(Section):
-    """How to treat some parameters. Each field beyond these is an option of the optimizer, set for them alone.
-
-    Attributes:
-        match: which parameters, as a pattern of their names ("*.embed*", "layers.[01].*"); a parameter follows the
-            first rule that fits it. The pattern stands for the whole name, upper and lower case differ.
-        lr_scale: factor of the learning rate.
-        decay_vectors: whether weight decay also shrinks vectors; left out: as for all others.
-    """
-
-    match: str
-    lr_scale: float = Field(1.0, ge=0)
-    decay_vectors: bool | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Return the options of the optimizer that the rule sets."""
-        return self.model_dump(exclude=RULE_FIELDS, exclude_none=True)
 
 
 def parameter_groups(

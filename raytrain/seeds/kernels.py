@@ -9,14 +9,9 @@ from torch import Tensor
 
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.names import near, resolve
+from raytrain.seeds.options import KERNELS
 from raytrain.seeds.stream import UNITS, Mode, checked, direction, units
 
-KERNELS: dict[str, str] = {
-    "native": "raytrain.seeds.native:NativeKernel",
-    "numba": "raytrain.seeds.portable:PortableKernel",
-    "triton": "raytrain.seeds.gpu:TritonKernel",
-    "reference": "raytrain.seeds.kernels:ReferenceKernel",
-}
 FASTEST = {"cpu": ("native", "numba"), "cuda": ("triton",)}
 
 WEIGHT_BITS = 25

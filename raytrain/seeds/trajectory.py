@@ -18,10 +18,6 @@ Records = NDArray[Any]
 MAGIC = b"raytrain trajectory 2\n"
 
 
-MOST_DIRECTIONS = 2**16 - 1
-"""Of one step."""
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one step moved by.

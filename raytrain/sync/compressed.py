@@ -20,11 +20,6 @@ from raytrain.state import state_to
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import Pending, Transport
 
-CODECS: dict[str, str] = {
-    "bfloat16": "raytrain.sync.compressed:BFloat16",
-    "int8": "raytrain.sync.compressed:Int8",
-}
-
 
 class Codec(Protocol):
     """Numbers as fewer bytes.

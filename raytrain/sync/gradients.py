@@ -4,36 +4,16 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from raytrain.errors import TrainingError
 from raytrain.sync.buffers import persistent
 from raytrain.sync.exchange import Exchange
+from raytrain.sync.options import GradientOptions
 from raytrain.sync.rest import Rest
 from raytrain.sync.sharded import ShardedGradients
-from raytrain.sync.synchroniser import EveryStep, SyncOptions, Totals
+from raytrain.sync.synchroniser import EveryStep, Totals
 from raytrain.sync.transport import Pending
-
-
-class GradientOptions(SyncOptions):
-    """Options of gradient averaging.
-
-    Attributes:
-        bucket_bytes: gradients are sent in pieces of about this size, each as soon as the backward pass has filled it;
-            0: a sixteenth of the model, between 1 and 25 MiB. Between two workers at 1 Gbit/s, pieces of 1 MiB of a
-            model of 13 MB took 0.32 s a step where one piece took 0.37 s (alone: 0.25 s), and on one machine they cost
-            nothing.
-        shard: whether each worker keeps only its share of the parameters, of the gradients and of the optimizer's
-            state, and gathers the parameters block by block to compute (FSDP), in bfloat16 if that is the recipe's
-            precision: for models that are too large for one worker, at the price of sending one and a half times as
-            much, and that for each micro-batch. The task must call the model as a whole, and equally often on each
-            worker. Checkpoints are the same.
-    """
-
-    name: str = "gradients"
-    bucket_bytes: int = Field(0, ge=0)
-    shard: bool = False
 
 
 def gradients(exchange: Exchange, options: GradientOptions) -> "GradientAveraging | ShardedGradients":

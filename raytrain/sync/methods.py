@@ -1,106 +1,25 @@
 """The methods of local updates by their names: which outer step, how late, and what becomes of what was done since."""
 
 import logging
-from typing import Annotated, Literal, Self
-
-from pydantic import Field, field_validator, model_validator
 
 from raytrain.names import resolve
-from raytrain.sync.compressed import CODECS, CompressedExchange
+from raytrain.sync.compressed import CompressedExchange
 from raytrain.sync.exchange import Exchange
 from raytrain.sync.local import LocalUpdates
-from raytrain.sync.outer import PENALTIES, OuterStep, stable_below
+from raytrain.sync.options import (
+    CODECS,
+    PENALTIES,
+    Co2Options,
+    LateOptions,
+    LocalOptions,
+    MomentumOptions,
+    NesterovOptions,
+)
+from raytrain.sync.outer import OuterStep, stable_below
 from raytrain.sync.pace import Pace
-from raytrain.sync.synchroniser import SyncOptions
 from raytrain.sync.velocity import Velocity
 
 logger = logging.getLogger(__name__)
-
-
-class LocalOptions(SyncOptions):
-    """Options of local SGD: every so many steps the replicas go on from their mean.
-
-    Attributes:
-        every: steps in a round.
-        codec: how differences are sent: "bfloat16", "int8", or as they are; what rounding leaves out is sent later.
-        buffers: "mean": buffers such as the running means of BatchNorm are averaged too, without rounding; "local":
-            each worker keeps its own, and they are averaged at the end.
-    """
-
-    name: str = "local-sgd"
-    every: int = Field(12, ge=1)
-    codec: str | None = None
-    buffers: Literal["mean", "local"] = "mean"
-
-    @field_validator("codec")
-    @classmethod
-    def _known_codec(cls, name: str | None) -> str | None:
-        if name is not None:
-            resolve(CODECS, name, "sync.codec")
-        return name
-
-
-class MomentumOptions(LocalOptions):
-    """Options of an outer step with momentum.
-
-    Attributes:
-        rate: of the outer step.
-        momentum: of the outer step.
-    """
-
-    rate: float = Field(1.0, gt=0)
-    momentum: float = Field(0.5, ge=0, lt=1)
-
-
-class NesterovOptions(MomentumOptions):
-    """Options of an outer step with Nesterov's momentum; the defaults are those of DiLoCo."""
-
-    rate: float = Field(0.7, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-
-
-class LateOptions(LocalOptions):
-    """Options of the mean that comes late, on top of what was done since.
-
-    Attributes:
-        every: steps in a round; "auto": as few as hide the exchange, and keep its processor time below 3 % of theirs.
-        delay: steps from sending to applying, at most `every`; "auto": as few as hide the exchange.
-        momentum: of the mean of the workers' last steps, the share that each of them adds to its own, in at least
-            twelve parts of a round; a movement that lasts is amplified by up to 1 / (1 - momentum). It takes less where
-            the optimizer's own momentum is above 0.9.
-        pull: how far a replica comes from where it was when it sent to the shared point; default: 1, all the way, at
-            once, down to 1/2 a round late.
-    """
-
-    every: Annotated[int, Field(ge=1)] | Literal["auto"] = 12  # type: ignore[assignment]
-    delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    momentum: float = Field(0.7, ge=0, lt=1)
-    pull: float | None = Field(None, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _fit(self) -> Self:
-        if self.every != "auto" and self.delay != "auto" and self.delay > self.every:
-            raise ValueError(f"expected sync.delay of at most sync.every = {self.every}; got {self.delay}")
-        return self
-
-
-class Co2Options(MomentumOptions):
-    """Options of CO2 as published.
-
-    Attributes:
-        penalty: what a difference is divided by, because it is late: "none", "constant", "gap-aware" or "secant".
-        clip: the largest element of the momentum; 0: any.
-    """
-
-    momentum: float = Field(0.2, ge=0, lt=1)
-    penalty: str = "secant"
-    clip: float = Field(1.0, ge=0)
-
-    @field_validator("penalty")
-    @classmethod
-    def _known_penalty(cls, name: str) -> str:
-        resolve(PENALTIES, name, "sync.penalty")
-        return name
 
 
 def local_sgd(exchange: Exchange, options: LocalOptions) -> LocalUpdates:

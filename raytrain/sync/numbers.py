@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import nn
 
 from raytrain.bits import digest_of
 from raytrain.errors import TrainingError
 from raytrain.sync.buffers import persistent
 from raytrain.sync.exchange import Exchange
-from raytrain.sync.synchroniser import EveryStep, SyncOptions, Totals
+from raytrain.sync.options import NumberOptions
+from raytrain.sync.synchroniser import EveryStep, Totals
 
 STEPS_PER_OCTAVE = 6
 LEVELS = 127
@@ -34,19 +34,6 @@ Exponents = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 
 logger = logging.getLogger(__name__)
-
-
-class NumberOptions(SyncOptions):
-    """Options of exchanging numbers.
-
-    Attributes:
-        check_every: steps after which workers compare a hash of their parameters, of 8 bytes; 0: never.
-        stop_every: steps after which they agree on whether to stop, with one byte each. Nothing else is sent beside the
-            slopes, but the weight of each worker's losses where losses have weights.
-    """
-
-    check_every: int = Field(100, ge=0)
-    stop_every: int = Field(8, ge=1)
 
 
 def numbers(exchange: Exchange, options: NumberOptions) -> "Numbers":

@@ -7,12 +7,6 @@ from torch import Tensor
 
 from raytrain.state import state_to
 
-PENALTIES: dict[str, str] = {
-    "none": "raytrain.sync.outer:NoPenalty",
-    "constant": "raytrain.sync.outer:Constant",
-    "gap-aware": "raytrain.sync.outer:GapAware",
-    "secant": "raytrain.sync.outer:Secant",
-}
 KAPPA = 3.0
 MEMORY = 0.7
 

@@ -7,28 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from raytrain.optim.optimizers import OPTIMIZERS, is_elementwise
-from raytrain.recipe import Options
 from raytrain.sync.transport import GroupTransport
-
-WHOLE = ("max_grad_norm", "gradient_noise")
-"""Options of optimizers that look at whole gradients, where they are not 0."""
-
-
-def check_optimizer(options: Options) -> None:
-    """Check that an optimizer steps the parts of a matrix as it would step the matrix.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if not is_elementwise(options.name):
-        raise ValueError(
-            f"sync.shard: {options.name} is not known to step a part of a matrix as it steps the whole; expected "
-            f"optimizer.name to be one of {', '.join(filter(is_elementwise, OPTIMIZERS))}, or sync.shard = false"
-        )
-    for option in WHOLE:
-        if getattr(options, option, 0):
-            raise ValueError(f"sync.shard: expected optimizer.{option} = 0, because each worker knows only its share")
 
 
 class Shards:

@@ -6,38 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydantic import Field
 from torch import nn
 
-from raytrain.recipe import Options
 from raytrain.sync.transport import Pending
-
-SYNCHRONISERS: dict[str, str] = {
-    "gradients": "raytrain.sync.gradients:gradients",
-    "local-sgd": "raytrain.sync.methods:local_sgd",
-    "slowmo": "raytrain.sync.methods:slowmo",
-    "diloco": "raytrain.sync.methods:diloco",
-    "cocod": "raytrain.sync.methods:cocod",
-    "late": "raytrain.sync.methods:late",
-    "co2": "raytrain.sync.methods:co2",
-}
-
-
-NUMBERS: dict[str, str] = {
-    "numbers": "raytrain.sync.numbers:numbers",
-    "one-byte": "raytrain.sync.numbers:one_byte",
-}
-"""What zeroth-order optimizers take in their place."""
-
-
-class SyncOptions(Options):
-    """Options of every synchroniser.
-
-    Attributes:
-        timeout_seconds: how long a worker may show no progress, and an exchange may take, before the attempt ends.
-    """
-
-    timeout_seconds: float = Field(300.0, gt=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Every operation starts at once and returns a `Pending`; a tensor given to one mu
 import datetime
 import gc
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 OWN_FAULTS = ("Invalid scalar type", "out of memory", "must be contiguous", "nsupported")
 """Parts of the messages of errors that this replica makes by itself, and would make again."""
 
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+"""The network interface that leads nowhere but to this machine."""
 
 MOST_MEMBERS = 1024
 """How many may ask for a connection to the store at once."""

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
@@ -18,37 +17,13 @@ from raytrain.task import Task
 from raytrain.tasks.batches import scored, token_losses, token_weights
 from raytrain.tasks.columns import domain_of, text_of
 from raytrain.tasks.generation import continuations
-from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
-from raytrain.tasks.readers import Unit
-from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.options import CausalLmOptions, Long
+from raytrain.tasks.pretrained import Pretrained
+from raytrain.tasks.records import Part, Splits
 from raytrain.tasks.sources import of_file
 from raytrain.tasks.stored import Example, StoredExamples, length
 
 LENGTH = 512
-
-Long = Literal["error", "cut", "split"]
-
-
-class CausalLmOptions(RecordOptions, PretrainedOptions):
-    """Options of `causal-lm`; those of its data and of its model come first.
-
-    Attributes:
-        text: the column of the documents; default: one that is called so.
-        document: what a document of a .txt file is.
-        length: tokens that the model sees at once; 0: as many as it can, at most 512.
-        packed: join all documents, each with an end-of-text token after it, and cut them into pieces of `length`; or
-            else each example is a document.
-        long: what becomes of a document that does not fit into `length` if they are not packed: an error, its beginning
-            ("cut"), or several examples ("split").
-        new_tokens: how many tokens `predict` adds to a text, at most.
-    """
-
-    text: str = ""
-    document: Unit = "line"
-    length: int = Field(0, ge=0)
-    packed: bool = True
-    long: Long = "split"
-    new_tokens: int = Field(64, ge=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -18,11 +17,12 @@ from raytrain.task import Task
 from raytrain.tasks import gaussians
 from raytrain.tasks.batches import inputs
 from raytrain.tasks.columns import Label, domain_of, label_of, text_of
-from raytrain.tasks.pretrained import Loader, Pretrained, PretrainedOptions
-from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.options import ClassifyOptions
+from raytrain.tasks.pretrained import Loader, Pretrained
+from raytrain.tasks.records import Part, Splits
 from raytrain.tasks.sources import Record, of_file
 from raytrain.tasks.stored import Example, StoredExamples, length
-from raytrain.tasks.words import HOLE, Words
+from raytrain.tasks.words import Words
 from raytrain.tensors import moved, wide
 
 LENGTH = 512
@@ -35,47 +35,6 @@ LOADERS: dict[str, Loader] = {
 }
 MANY = 20
 """Different labels from which on they must not be as many as half of the texts."""
-
-
-class ClassifyOptions(RecordOptions, PretrainedOptions):
-    """Options of `classify`; those of its data and of its model come first.
-
-    Measured are the loss, the accuracy, "expected_accuracy", which is the mean probability of the right class, and with
-    two classes the F1 score of the second.
-
-    Attributes:
-        text, label: columns; default: one that is called so, or first and last if columns have no names.
-        classes: the labels in their order; default: those of the training data, sorted. A run keeps them.
-        length: tokens of a text that are looked at; 0: as many as the model can see, at most 512.
-        head: "own", what transformers gives the model (a BERT's looks at the first token); "mean", a linear layer on
-            the mean of the model's vectors, as sentence encoders want it; or "words", nothing new: how likely a causal
-            model finds the class's word after a prompt.
-        start: of a new head: "random"; "prototypes", nearest to the mean features of a few training examples; or
-            "discriminant", their linear discriminant analysis, which is better with many.
-        shots: how many of each class; 0: all.
-        prompt: what stands around a text for "words", with {text} in its place.
-        words: what stands for the classes in their order, for "words"; default: " " and the label.
-    """
-
-    text: str = ""
-    label: str = ""
-    classes: tuple[Label, ...] = ()
-    length: int = Field(0, ge=0)
-    head: Literal["own", "mean", "words"] = "own"
-    start: Literal["random", "prototypes", "discriminant"] = "random"
-    shots: int = Field(16, ge=0)
-    prompt: str = "{text}\nLabel:"
-    words: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _fit(self) -> Self:
-        if self.classes and len(set(self.classes)) < max(2, len(self.classes)):
-            raise ValueError(f"expected task.classes of two or more labels, all different; got {list(self.classes)}")
-        if self.prompt.count(HOLE) != 1:
-            raise ValueError(f"expected task.prompt with {HOLE} in it once; got {self.prompt!r}")
-        if self.head == "words" and self.start != "random":
-            raise ValueError("expected task.start = 'random' with task.head = 'words', which has no head to start")
-        return self
 
 
 def classify(options: ClassifyOptions) -> Task:

@@ -9,36 +9,16 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raytrain.errors import RecipeError
-from raytrain.task import Task, TaskOptions
+from raytrain.task import Task
+from raytrain.tasks.options import DigitsOptions
 from raytrain.tensors import wide
 
 SIDE = 8
 CLASSES = 10
-
-
-class DigitsOptions(TaskOptions):
-    """Options of `digits`.
-
-    Attributes:
-        model: "mlp" or "cnn".
-        widths: units of each hidden layer, or channels of each convolution.
-        depth: how often each width is repeated.
-        dropout: probability of dropping a hidden unit, or a channel.
-        norm: what follows each layer.
-        valid: share of the images that is held out, the same images for every seed.
-    """
-
-    model: Literal["mlp", "cnn"] = "cnn"
-    widths: tuple[PositiveInt, ...] = Field((32, 64), min_length=1)
-    depth: int = Field(1, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    norm: Literal["none", "batch", "layer"] = "none"
-    valid: float = Field(0.2, gt=0, lt=1)
 
 
 class DigitExamples:

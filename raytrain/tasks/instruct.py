@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 from torch import nn
 
 from raytrain.errors import RecipeError
@@ -15,41 +14,13 @@ from raytrain.tasks.batches import UNSCORED, Tokens, scored, token_losses, token
 from raytrain.tasks.chat import Chat, Message, checked
 from raytrain.tasks.columns import column, domain_of, text_of, usual
 from raytrain.tasks.generation import continuations, rouge_l
-from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
-from raytrain.tasks.records import Part, RecordOptions, Splits
+from raytrain.tasks.options import InstructOptions
+from raytrain.tasks.pretrained import Pretrained
+from raytrain.tasks.records import Part, Splits
 from raytrain.tasks.sources import Record, of_file
 from raytrain.tasks.stored import Example, StoredExamples, length
 
 LENGTH = 1024
-
-
-class InstructOptions(RecordOptions, PretrainedOptions):
-    """Options of `instruct`; those of its data and of its model come first.
-
-    A record has either messages, each with a "role" and a "content", or a prompt and an answer. They are written by the
-    tokenizer's chat template; a tokenizer without one gets a plain one ("### user:" on a line before a message, "###
-    assistant:" before an answer), and is exported with it.
-
-    Attributes:
-        messages, prompt, answer: columns; default: those that are called so.
-        context: a column whose text follows the prompt, where there is any; default: one that is called so.
-        turns: which messages of the assistant are answers to learn, each after all that came before: "all" or "last".
-        length: tokens of prompt and answer together; 0: as many as the model can see, at most 1024.
-        long: what becomes of records that do not fit: an error, their answers are cut ("cut"), or they are left out
-            ("skip").
-        generate: of how many held-out records the answers are also written, greedily, and compared; 0: of none.
-        new_tokens: how many tokens such an answer has at most, and one of `predict`.
-    """
-
-    messages: str = ""
-    prompt: str = ""
-    answer: str = ""
-    context: str = ""
-    turns: Literal["all", "last"] = "all"
-    length: int = Field(0, ge=0)
-    long: Literal["error", "cut", "skip"] = "error"
-    generate: int = Field(0, ge=0)
-    new_tokens: int = Field(128, ge=1)
 
 
 def instruct(options: InstructOptions) -> Task:

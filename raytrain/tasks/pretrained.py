@@ -10,34 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from raytrain.errors import RecipeError
 from raytrain.model.adapters import mark_new
-from raytrain.recipe import Options
 from raytrain.tasks.folders import folder_of
-from raytrain.tasks.sources import Location, is_local
+from raytrain.tasks.options import PretrainedOptions
+from raytrain.tasks.sources import is_local
 
 Loader = Literal["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"]
 """What of transformers loads a folder."""
-
-
-class PretrainedOptions(Options):
-    """Which model, and how it computes.
-
-    Attributes:
-        model: a Hugging Face folder, a name on its hub, or "package:NAME", the folder that a Python package calls
-            MODEL_DIR.
-        fresh: start from random weights, and take only the architecture and the tokenizer from there.
-        dtype: of the parameters.
-        attention: how attention is computed: "sdpa", "eager", "flash_attention_2", ...; default: the model's choice.
-    """
-
-    model: Location = Field(min_length=1)
-    fresh: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: str = ""
 
 
 class Pretrained:

@@ -1,45 +1,20 @@
 """Records to learn from, and records that are held out to measure on."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field
 
 from raytrain.errors import RecipeError
 from raytrain.names import near
-from raytrain.recipe import Options
+from raytrain.tasks.options import RecordOptions
 from raytrain.tasks.readers import Unit
-from raytrain.tasks.sources import CALLED, Data, Files, Hub, Location, Record, absolute, is_local
+from raytrain.tasks.sources import CALLED, Data, Files, Hub, Record, is_local
 
 Part = Literal["train", "valid"]
 """What is learned from, and what is held out to measure on."""
-
-
-class RecordOptions(Options):
-    """Where records come from.
-
-    Attributes:
-        path: a file (.jsonl, .json, .csv, .tsv, .txt, .parquet), a folder or a glob of such files, or a data set of the
-            Hugging Face hub ("org/name", or "org/name:config"). Of a folder, the files (or sub-folders) called train,
-            valid, validation, dev or test are these splits; if none is called so, all are for training.
-        valid: share of the training records that is held out if there is no validation split, the same for every seed;
-            1: nothing is learned from, and all of the test split, or else of what there is, is measured on, as
-            `evaluate` does with data at another path than the run's.
-        held_out: what to measure on instead: a split ("test"), or a file.
-        domain: the column that says where a record comes from, as federated partitions ask for; default: its file.
-    """
-
-    path: Location = ""
-    valid: float = Field(0.1, gt=0, le=1)
-    held_out: Annotated[str, AfterValidator(lambda value: value if value in CALLED else absolute(value))] = ""
-    domain: str = ""
-
-    def on_other_data(self, trained: Options) -> Mapping[str, Any]:
-        """Return that all of it is held out, unless it is the data that was `trained` on."""
-        return {} if self.path == getattr(trained, "path", self.path) else {"valid": 1.0, "held_out": ""}
 
 
 class Splits:

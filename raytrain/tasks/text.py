@@ -6,72 +6,25 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
-from raytrain.recipe import AbsolutePath
-from raytrain.task import Task, TaskOptions
+from raytrain.task import Task
 from raytrain.tasks import corpus
 from raytrain.tasks.batches import UNSCORED, losses_of, token_weights
 from raytrain.tasks.corpus import Bytes, Characters, Document
+from raytrain.tasks.options import TextOptions
 from raytrain.tensors import wide
 
 XZ_LIMIT_BYTES = 64 << 20
 
 Window = tuple[NDArray[np.uint16], int]
 """Tokens, one more than the model sees, and how many of its predictions are not scored."""
-
-
-class TextOptions(TaskOptions):
-    """Options of `text`.
-
-    Attributes:
-        path: a text file, or a folder of them; without it, the source text of the Python standard library.
-        pattern: which files of a folder.
-        tokens: "bytes" or "chars".
-        alphabet: the characters that are tokens; default: those of the text. A run keeps them.
-        valid: share that is held out: of the files, or of a single file its end; 1: all of it, as `evaluate` does with
-            text at another path than the run's.
-        block: the longest context, in tokens.
-        stride: how far apart held-out windows start, at most `block`; a smaller one scores each token with more context
-            before it and takes longer; 0: `block`.
-        model: "gpt" (GPT-2) or "llama".
-        layers, heads, width: its size.
-        dropout: its dropout; "gpt" only.
-    """
-
-    path: AbsolutePath | None = None
-    pattern: str = "**/*"
-    tokens: Literal["bytes", "chars"] = "bytes"
-    alphabet: str = ""
-    valid: float = Field(0.1, gt=0, le=1)
-    block: int = Field(256, ge=2)
-    stride: int = Field(0, ge=0)
-    model: Literal["gpt", "llama"] = "llama"
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    width: int = Field(128, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _fit(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"expected task.width to be a multiple of task.heads; got {self.width} and {self.heads}")
-        if self.stride > self.block:
-            raise ValueError(f"expected task.stride of at most task.block; got {self.stride} and {self.block}")
-        if self.dropout and self.model == "llama":
-            raise ValueError("expected task.dropout = 0, because a Llama has no dropout; or task.model = 'gpt'")
-        return self
-
-    def on_other_data(self, trained: TaskOptions) -> Mapping[str, Any]:
-        """Return that all of it is held out, unless it is the text that was `trained` on."""
-        return {} if self.path == getattr(trained, "path", self.path) else {"valid": 1.0}
 
 
 class TextExamples:

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
 from raytrain.tasks.batches import UNSCORED, Tokens, kept_logits, scored, token_losses
+from raytrain.tasks.options import HOLE
 from raytrain.tasks.pretrained import Pretrained
-
-HOLE = "{text}"
 
 
 class Words:

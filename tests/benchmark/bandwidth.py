@@ -51,7 +51,7 @@ from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.task import Task
 from raytrain.testing import train_each_with_gloo
 from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import _walk, build, task_of
+from raytrain.worker import _walk, build, plan_of, task_of
 
 RATES = (10, 30, 100, 300, 1000)
 PORT = 29700
@@ -191,7 +191,7 @@ def measure(order: Fields) -> dict[str, float]:
     method, recipe = order["method"], TrainRecipe.parse(order["recipe"])
     transport = LocalTransport() if method == "none" else GroupTransport(torch.device("cpu"), 300.0)
     replica = build(recipe, task := task_of(recipe), ExactExchange(transport))
-    plan = recipe.plan()
+    plan = plan_of(recipe)
     if "pace" in order:
         replica.sync._pace.go_on(*order["pace"])
     if "until" in order:

@@ -10,8 +10,9 @@ from torch import nn
 from raytrain.checkpoint import listed, load
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.finished import evaluate_run
-from raytrain.model.adapters import ADAPTERS, AdapterOptions, adapt, mark_new, merge, options_of_adapter
-from raytrain.names import resolve
+from raytrain.model import options as declared
+from raytrain.model.adapters import adapt, mark_new, merge
+from raytrain.model.options import ADAPTERS, AdapterOptions
 from raytrain.recipe import Options
 from raytrain.rundir import RunDirectory
 from raytrain.task import Task
@@ -78,9 +79,7 @@ def another_base(options: Other) -> Task:
 
 
 def chosen(name: str) -> AdapterOptions:
-    options = options_of_adapter(resolve(ADAPTERS, name, "adapter.name"))(name=name, **OPTIONS.get(name, {}))
-    assert isinstance(options, AdapterOptions)
-    return options
+    return declared.OPTIONS[name](name=name, **OPTIONS.get(name, {}))
 
 
 def recipe(name: str, **changes: Any) -> TrainRecipe:
@@ -212,7 +211,7 @@ def test_new_parameters_are_trained_or_at_least_saved() -> None:
 
 
 def test_patterns_of_what_is_trained_beside_an_adapter_must_fit() -> None:
-    options = options_of_adapter(resolve(ADAPTERS, "lora", "adapter.name"))
+    options = declared.OPTIONS["lora"]
     module = model(0)
     adapt(module, options(name="lora", beside=("*norm*", "score*")), 0)
     trained = {key for key, value in module.named_parameters() if value.requires_grad}

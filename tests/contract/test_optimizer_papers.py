@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raytrain.names import resolve
+from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.ema import averages
-from raytrain.optim.optimizers import OPTIMIZERS, make_optimizer, options_of_optimizer
+from raytrain.optim.optimizers import make_optimizer
+from raytrain.optim.options import OPTIMIZERS
 
 Array = NDArray[np.float64]
 Recursion = Callable[[Array], Iterator[Array]]
@@ -223,7 +225,7 @@ def test_it_takes_the_steps_of_its_paper(name: str) -> None:
     draw = np.random.default_rng(len(name))
     module = nn.Linear(5, 4, bias=False, dtype=torch.float64)
     constructor = resolve(OPTIMIZERS, name, "optimizer.name")
-    options = options_of_optimizer(constructor)(name=name, **{"lr": LR, "weight_decay": DECAY, **changes})
+    options = optimizer_options(name)(name=name, **{"lr": LR, "weight_decay": DECAY, **changes})
     optimizer = make_optimizer(constructor, options, module)
     recursion = paper(module.weight.detach().numpy().copy())
     next(recursion)

@@ -14,7 +14,7 @@ from raytrain.kinds import load_kinds
 from raytrain.names import line_about, resolve
 from raytrain.recipe import declared_options, read_toml
 from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.synchroniser import SYNCHRONISERS
+from raytrain.sync.options import SYNCHRONISERS
 from raytrain.task import TASKS, Task, make_task, options_of_task
 from raytrain.tensors import weights_of
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raytrain.checkpoint import listed, load
-from raytrain.errors import TrainingError
+from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import Order
 from raytrain.recipe import merged
 from raytrain.rundir import rows
@@ -136,6 +136,11 @@ def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: No
         ),
         ("Worker(hostname='node-b')\nPeerLostError: x", "it lost another worker (on node-b)"),
         ("Worker(hostname='node-b')\nit is too late", "it is too late (on node-b)"),
+        (
+            "A worker health check has been hanging for 21.53 seconds. Marking the worker as dead.\nWorker info: "
+            "Worker(hostname='node-b')\nSet the RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S environment variable to incr",
+            "it did not answer for 21 s: stopped (SIGSTOP) or swapped out, or its machine is too busy (on node-b)",
+        ),
     ],
 )
 def test_a_fault_on_another_machine_says_where(text: str, what: str) -> None:
@@ -144,3 +149,23 @@ def test_a_fault_on_another_machine_says_where(text: str, what: str) -> None:
     assert cause(RuntimeError(text)).startswith(what)
     assert cause(RuntimeError(text)).endswith(" (on node-b)")
     assert "(on" not in cause(RuntimeError(text.replace("node-b", socket.gethostname())))
+
+
+def test_a_machine_that_is_too_busy_for_ray_is_said_after_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray waits 30 s for its own processes, and then raises an `Exception` of no class of its own."""
+    import ray
+
+    from raytrain.launch import _start_ray
+
+    tried = []
+
+    def slow(*words: Any, **options: Any) -> None:
+        tried.append(words)
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", slow)
+    with pytest.raises(
+        RecipeError, match=r"^cannot start Ray on this machine: it did not start in time, twice; the ma"
+    ):
+        _start_ray(None)
+    assert tried == [("local",), ("local",)]

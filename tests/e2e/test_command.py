@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 
 from raytrain.checkpoint import listed
+from raytrain.cluster import fingerprint
+from raytrain.kinds import load_kinds
+from raytrain.model.options import ADAPTERS
+from raytrain.optim.options import OPTIMIZERS
 from raytrain.rundir import RunDirectory
+from raytrain.sync.options import SYNCHRONISERS
 from raytrain.testing import train_here
 from raytrain.train_recipe import TrainRecipe
 
@@ -73,7 +78,11 @@ def test_check_shows_each_value_and_where_it_comes_from(raytrain: Callable[..., 
             ["train", "digits", "task=mine:broken"],
             "cannot import 'mine': SyntaxError: invalid syntax (mine.py, line 1)",
         ),
-        (["train", "digits", "optimizer.lr=-1"], "optimizer: adamw refuses its options: Invalid learning rate: -1"),
+        (["train", "digits", "optimizer.lr=-1"], "optimizer.lr: expected greater than or equal to 0; got -1"),
+        (
+            ["train", "digits", "optimizer=torch.optim:Rprop", "optimizer.lr=-1"],
+            "torch.optim:Rprop refuses its options: ",
+        ),
         (["train", "digits", 'callbacks=["nowhere:x"]'], "callbacks: cannot import 'nowhere': ModuleNotFoundError"),
         (["train", "mine2:raises"], "task.name: mine2:raises raised ValueError: cannot (mine2.py, line 2)"),
         (["check", "mine3:task"], "task.name: cannot import 'mine3': SystemExit: 3 (mine3.py, line 1)"),
@@ -236,21 +245,84 @@ def test_evaluate_measures_the_best_checkpoint(raytrain: Callable[..., Any], wor
     assert "this checkpoint is of another model: " in other.err
 
 
-def test_help_is_quick_and_names_the_verbs() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "raytrain", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    for verb in ("train", "evaluate", "check", "list"):
-        assert verb in shown
+def test_what_trains_nothing_imports_neither_torch_nor_ray(workplace: Path) -> None:
+    """Each of them takes seconds, on a slow machine many, which nobody should wait to be told of a typing error."""
+    commands = [
+        (["--help"], 0),
+        (["list"], 0),
+        *((["check", file], 0) for file in load_kinds()["train"].recipes.glob("*.toml")),
+        *((["check", "digits", f"optimizer={name}"], 0) for name in OPTIMIZERS),
+        (["check", "digits", "optimizer=zo-hybrid", "directions.first_order=['*']", "directions.trajectory=false"], 0),
+        *((["check", "digits", f"sync={name}"], 0) for name in SYNCHRONISERS),
+        *((["check", "digits", f"adapter={name}"], 0) for name in ADAPTERS),
+        (["trian", "digits"], 2),
+        (["train", "digit"], 2),
+        (["train", "digits", "wrokers=2"], 2),
+        (["train", "digits", "optimizer=admw"], 2),
+        (["train", "digits", "optimizer.lr=-1"], 2),
+        (["train", "digits", "adapter=lora", "adapter.rank=3"], 2),
+        (["train", "digits", "sync=co2", "sync.penalty=x"], 2),
+        (["submit", "--", "trian", "digits"], 2),
+        (["list", "optimiser"], 2),
+    ]
+    ours = [([str(word) for word in words], status) for words, status in commands]
+    script = f"""
+import sys
+from raytrain.command import main
+for words, expected in {ours!r}:
+    sys.argv = ["raytrain", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        assert (ended.code or 0) == expected, (words, ended.code)
+    heavy = sys.modules.keys() & {{"torch", "ray", "transformers", "peft", "numpy", "datasets"}}
+    assert not heavy, (words, heavy)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for word in ("train", "evaluate", "check", "list", "Return the task of telling handwritten digits apart."):
+        assert word in ended.stdout
 
 
-def test_others_can_add_a_kind(workplace: Path) -> None:
-    """A package with an entry point is all that it takes; nothing in raytrain knows of it."""
+def install(workplace: Path, kinds: str) -> None:
+    """Make a folder what an installed package with entry points is."""
     (workplace / "greeting-1.0.dist-info").mkdir()
     (workplace / "greeting-1.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: greeting\nVersion: 1.0\n"
     )
-    (workplace / "greeting-1.0.dist-info" / "entry_points.txt").write_text("[raytrain.kinds]\ngreet = greeting:KIND\n")
+    (workplace / "greeting-1.0.dist-info" / "entry_points.txt").write_text(f"[raytrain.kinds]\n{kinds}\n")
+
+
+def test_a_kind_that_cannot_be_loaded_breaks_only_itself(raytrain: Callable[..., Any], workplace: Path) -> None:
+    install(workplace, "greet = greeting:KIND")
+    (workplace / "greeting.py").write_text("import nowhere\n")
+    (workplace / "hello.toml").write_text('kind = "greet"\n')
+    message = "kind: greet cannot be loaded from greeting:KIND: ModuleNotFoundError: No module named 'nowhere'"
+    listed = raytrain("list", "schedules")
+    assert (listed.status, listed.err.count(message)) == (0, 1)
+    assert "Stay at 1, then fall" in listed.out
+    assert raytrain("check", "digits").status == 0
+    for words in (["greet", "hello.toml"], ["check", "hello.toml"]):
+        ended = raytrain(*words)
+        assert (ended.status, message in ended.err) == (2, True), ended.err
+
+
+def test_the_fingerprint_of_the_code_covers_every_kind(workplace: Path) -> None:
+    before = fingerprint()
+    install(workplace, "greet = greeting.kind:KIND")
+    (workplace / "greeting").mkdir()
+    (workplace / "greeting" / "__init__.py").write_text("")
+    (workplace / "greeting" / "kind.py").write_text("import nowhere\n")
+    (workplace / "greeting" / "deep").mkdir()
+    (workplace / "greeting" / "deep" / "inside.py").write_text("x = 1\n")
+    installed = fingerprint()
+    (workplace / "greeting" / "deep" / "inside.py").write_text("x = 2\n")
+    assert len({before, installed, fingerprint()}) == 3
+
+
+def test_others_can_add_a_kind(workplace: Path) -> None:
+    """A package with an entry point is all that it takes; nothing in raytrain knows of it."""
+    install(workplace, "greet = greeting:KIND")
     (workplace / "greeting.py").write_text(
         """
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command as a user runs it: in a process of its own, with Ctrl-C, kill -9, --resume, and a cluster of its own."""
+"""The command as a user runs it: in a process of its own, with Ctrl-C, kill -9, --resume, and Ray if asked for."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -100,8 +100,10 @@ def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(start: Start, str
     assert equal(straight, tmp_path / "run")
 
 
-def test_ctrl_c_while_ray_starts_leaves_nothing(start: Start, tmp_path: Path) -> None:
-    command = start(tmp_path, "train", "digits", *QUICK)
+@pytest.mark.parametrize("words", [[], ["--address", "local"]], ids=["here", "on Ray"])
+def test_ctrl_c_while_workers_start_leaves_nothing(start: Start, tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(30)\ntime.sleep(5)\n")
+    command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:sleep"]', *words)
     while not (tmp_path / "runs").exists():
         time.sleep(0.01)
     time.sleep(1)
@@ -153,6 +155,16 @@ def test_kill_9_of_the_command_leaves_nothing_running_and_resume_goes_on_to_the_
     assert status == 0, err
     assert equal(straight, tmp_path / "run")
     assert not any(psutil.pid_exists(pid) for pid in workers)
+
+
+def test_the_recipe_of_a_run_repeats_it_to_the_bit_on_a_ray_cluster_of_its_own(
+    start: Start, straight: Path, tmp_path: Path
+) -> None:
+    words = ["train", str(straight / "recipe.toml"), "--address", "local", "--out", "again"]
+    status, _, err = finish(start(tmp_path, *words))
+    assert status == 0, err
+    assert "starting Ray" in err
+    assert equal(straight, tmp_path / "again")
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.names import resolve
-from raytrain.sync.compressed import CODECS, CompressedExchange
+from raytrain.sync.compressed import CompressedExchange
+from raytrain.sync.options import CODECS
 from raytrain.testing import ThreadGroup, ThreadTransport
 
 ERRORS = {"bfloat16": 2**-7, "int8": 1 / 127}

@@ -20,7 +20,7 @@ from raytrain.rundir import rows
 from raytrain.sync.exchange import ExactExchange
 from raytrain.testing import ThreadGroup, ThreadTransport, tiny, train_here
 from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import build
+from raytrain.worker import build, plan_of
 
 
 def noise(seed: int = 0, step: int = 0, variance: float = 0.3, decay: float = 0.55) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ def test_any_number_of_workers_adds_the_same(members: int) -> None:
         task = tiny(settings.task)
         with one_at_a_time:
             replica = build(settings, task, ExactExchange(transport))
-        plan = replace(settings.plan(), batch=6 // len(transport.members))
+        plan = replace(plan_of(settings), batch=6 // len(transport.members))
         train(replica, task, Indexed(task, task.data("train"), plan.seed), plan, Silent(task, transport))
         return [value.detach() for value in replica.module.parameters()]
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from raytrain.names import resolve
 from raytrain.recipe import declared_options
-from raytrain.sync.compressed import CODECS, CompressedExchange
+from raytrain.sync.compressed import CompressedExchange
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.gradients import GradientAveraging
 from raytrain.sync.local import LocalUpdates
-from raytrain.sync.methods import LateOptions, late
+from raytrain.sync.methods import late
+from raytrain.sync.options import CODECS, SYNCHRONISERS, LateOptions
 from raytrain.sync.outer import GapAware, OuterStep, Secant, stable_below
 from raytrain.sync.pace import Pace
-from raytrain.sync.synchroniser import SYNCHRONISERS
 from raytrain.sync.transport import LocalTransport
 from raytrain.sync.velocity import Velocity
 from raytrain.testing import ThreadGroup, ThreadTransport

@@ -21,7 +21,7 @@ from torch import nn
 from raytrain.names import resolve
 from raytrain.recipe import declared_options
 from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.synchroniser import SYNCHRONISERS
+from raytrain.sync.options import SYNCHRONISERS
 from raytrain.testing import ThreadGroup, ThreadTransport
 
 Floats = NDArray[np.float64]

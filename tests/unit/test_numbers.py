@@ -12,7 +12,8 @@ from torch import nn
 
 from raytrain.errors import TrainingError
 from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.numbers import NumberOptions, decode, encode, numbers, one_byte
+from raytrain.sync.numbers import decode, encode, numbers, one_byte
+from raytrain.sync.options import NumberOptions
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import RecipeError
-from raytrain.model.adapters import ADAPTERS, adapt, options_of_adapter
+from raytrain.model.adapters import adapt
 from raytrain.model.blocks import recompute
-from raytrain.names import resolve
+from raytrain.model.options import OPTIONS
 from raytrain.tasks.batches import scored, token_losses
 from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
 
@@ -289,7 +289,7 @@ def test_models_take_adapters_in_every_layer_of_their_blocks(models: Path, name:
     module = pretrained.prepare(pretrained.module(0)).eval()
     batch = scored([[2, 3, 4], [5, 6]], [[3, 4, 5], [6, 7]], 1)
     before = token_losses(module, batch).detach()
-    lora = options_of_adapter(resolve(ADAPTERS, "lora", "adapter.name"))
+    lora = OPTIONS["lora"]
     adapt(module, lora(name="lora", r=2, fan_in_fan_out=name == "gpt2"), seed=0)
     losses = token_losses(module.eval(), batch)
     torch.testing.assert_close(losses, before)
@@ -326,7 +326,7 @@ def test_all_that_a_folder_lacks_is_trained_beside_an_adapter(
     config = transformers.AutoConfig.for_model(kind, **SIZES)
     getattr(transformers, base).from_config(config).save_pretrained(tmp_path / "model")
     module = opened(tmp_path / "model", HEADED).module(0, num_labels=3)
-    lora = options_of_adapter(resolve(ADAPTERS, "lora", "adapter.name"))
+    lora = OPTIONS["lora"]
     elsewhere = adapt(module, lora(name="lora", r=2, beside=()), seed=0)
     beside = {key for key, value in module.named_parameters() if value.requires_grad and "lora" not in key}
     assert {place for key in beside for place in new if key.startswith(f"{place}.")} == new

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.names import resolve
-from raytrain.optim.optimizers import OPTIMIZERS, is_elementwise, make_optimizer, options_of_optimizer
+from raytrain.optim.arguments import optimizer_options
+from raytrain.optim.optimizers import make_optimizer
+from raytrain.optim.options import OPTIMIZERS, is_elementwise
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task
@@ -43,7 +45,7 @@ def test_an_elementwise_optimizer_steps_parts_as_the_whole(
 
     one, parts = Held(whole), Held(cut(whole))
     constructor = resolve(OPTIMIZERS, name, "optimizer.name")
-    options = options_of_optimizer(constructor)(name=name, lr=0.1, weight_decay=decay)
+    options = optimizer_options(name)(name=name, lr=0.1, weight_decay=decay)
     optimizers = [make_optimizer(constructor, options, module) for module in (one, parts)]
     for _ in range(4):
         gradients = [torch.randn_like(tensor) for tensor in whole]

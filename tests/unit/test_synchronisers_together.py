@@ -24,7 +24,7 @@ from raytrain.names import resolve
 from raytrain.recipe import declared_options
 from raytrain.replica import Replica
 from raytrain.rundir import RunDirectory, rows
-from raytrain.sync.synchroniser import NUMBERS, SYNCHRONISERS
+from raytrain.sync.options import NUMBERS, SYNCHRONISERS
 from raytrain.task import Task, TaskOptions
 from raytrain.testing import ONE_AT_A_TIME, train_with_threads
 from raytrain.train_recipe import TrainRecipe

@@ -8,7 +8,7 @@ import pytest
 
 from raytrain import worker
 from raytrain.errors import RecipeError
-from raytrain.optim.optimizers import ALL
+from raytrain.optim.options import ALL
 from raytrain.rundir import RunDirectory
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from raytrain.checkpoint import load, step_name
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.evaluation import evaluate
-from raytrain.optim.optimizers import ZEROTH, load_state_by_name, make_optimizer, options_of_optimizer, state_by_name
+from raytrain.names import resolve
+from raytrain.optim.arguments import optimizer_options
+from raytrain.optim.optimizers import load_state_by_name, make_optimizer, state_by_name
+from raytrain.optim.options import ZEROTH
 from raytrain.optim.zeroth import ZOSGD, ZerothOrder, ZOConservative, space_of
 from raytrain.recipe import merged
 from raytrain.retrace import retrace
@@ -29,7 +32,8 @@ from raytrain.seeds.space import Space
 from raytrain.seeds.stream import direction, identity
 from raytrain.seeds.trajectory import MAGIC, Trajectory, read, steps
 from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.numbers import NumberOptions, numbers
+from raytrain.sync.numbers import numbers
+from raytrain.sync.options import NumberOptions
 from raytrain.sync.transport import LocalTransport
 from raytrain.task import Task
 from raytrain.testing import (
@@ -294,7 +298,7 @@ def test_a_stepper_takes_the_step_of_torch_on_the_mean_of_slope_times_direction(
     options = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "optimizer": fields}).optimizer
     module, twin = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
     twin.load_state_dict(module.state_dict())
-    optimizer = make_optimizer(options.constructor, options, module)
+    optimizer = make_optimizer(resolve(ZEROTH, name, "optimizer.name"), options, module)
     assert isinstance(optimizer, ZerothOrder)
     optimizer.shape(space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False))
     groups = [{"params": [twin.weight], "lr": 0.01}, {"params": [twin.bias], "lr": 0.04}]
@@ -324,7 +328,7 @@ def test_what_a_stepper_holds_does_not_depend_on_the_type_of_the_parameters(name
 
     def stepper(dtype: torch.dtype) -> tuple[nn.Module, ZerothOrder]:
         module = nn.Linear(5, 3).to(dtype)
-        optimizer = make_optimizer(options.constructor, options, module)
+        optimizer = make_optimizer(resolve(ZEROTH, name, "optimizer.name"), options, module)
         assert isinstance(optimizer, ZerothOrder)
         optimizer.shape(space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False))
         return module, optimizer
@@ -461,7 +465,7 @@ def test_what_is_far_out_in_the_second_step_is_not_applied_and_does_not_become_o
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_ordinary_is_what_most_recent_slopes_are(blocks: int) -> None:
     module = nn.Linear(2, 1)
-    optimizer = make_optimizer(ZOSGD, options_of_optimizer(ZOSGD).model_validate({"name": "zo-sgd"}), module)
+    optimizer = make_optimizer(ZOSGD, optimizer_options("zo-sgd")(name="zo-sgd"), module)
     space = Space.of(dict(module.named_parameters()), blocks={"bias": blocks - 1})
     zeroth = Zeroth(Probe(module, space), optimizer, None, 1, 1e-3, 2, False, "", 10.0, False)
 
@@ -539,7 +543,7 @@ def test_replicas_count_by_the_weight_of_their_losses() -> None:
     def replica(transport: ThreadTransport) -> Tensor:
         module = nn.Linear(3, 1, bias=False)
         nn.init.zeros_(module.weight)
-        optimizer = make_optimizer(ZOSGD, options_of_optimizer(ZOSGD).model_validate({"name": "x", "lr": lr}), module)
+        optimizer = make_optimizer(ZOSGD, optimizer_options("zo-sgd")(name="x", lr=lr), module)
         space = space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False)
         optimizer.shape(space)
         sync = numbers(ExactExchange(transport), NumberOptions(name="numbers"))

@@ -1,0 +1,23 @@
+"""Chooses where a recipe trains: on this machine, or on a Ray cluster. What that takes is imported when it is known."""
+
+from raytrain import forkserver
+from raytrain.data.source import ActorSource
+from raytrain.kinds import Order, Result
+from raytrain.train_recipe import TrainRecipe
+
+
+def run(recipe: TrainRecipe, order: Order) -> Result:
+    """Train on the Ray cluster at `order.address`, or without one on this machine, where only actors need Ray.
+
+    Raises:
+        RecipeError: the recipe, the folder, this machine or the cluster does not allow it.
+        TrainingError: the run failed; what was computed is in its folder.
+    """
+    if order.address is None and not isinstance(recipe.task.source, ActorSource):
+        forkserver.start()  # it imports torch while this process does
+        from raytrain.elastic import run as run_here  # noqa: PLC0415 - slow to import
+
+        return run_here(recipe, order)
+    from raytrain.launch import run as run_on_ray  # noqa: PLC0415
+
+    return run_on_ray(recipe, order)

@@ -1,0 +1,225 @@
+"""Options of the tasks that come with raytrain. They load without torch and transformers: a recipe is read by them."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
+
+from raytrain.recipe import AbsolutePath, Options
+from raytrain.task import TaskOptions
+from raytrain.tasks.columns import Label
+from raytrain.tasks.readers import Unit
+from raytrain.tasks.sources import CALLED, Location, absolute
+
+HOLE = "{text}"
+
+Long = Literal["error", "cut", "split"]
+
+
+class DigitsOptions(TaskOptions):
+    """Options of `digits`.
+
+    Attributes:
+        model: "mlp" or "cnn".
+        widths: units of each hidden layer, or channels of each convolution.
+        depth: how often each width is repeated.
+        dropout: probability of dropping a hidden unit, or a channel.
+        norm: what follows each layer.
+        valid: share of the images that is held out, the same images for every seed.
+    """
+
+    model: Literal["mlp", "cnn"] = "cnn"
+    widths: tuple[PositiveInt, ...] = Field((32, 64), min_length=1)
+    depth: int = Field(1, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    norm: Literal["none", "batch", "layer"] = "none"
+    valid: float = Field(0.2, gt=0, lt=1)
+
+
+class TextOptions(TaskOptions):
+    """Options of `text`.
+
+    Attributes:
+        path: a text file, or a folder of them; without it, the source text of the Python standard library.
+        pattern: which files of a folder.
+        tokens: "bytes" or "chars".
+        alphabet: the characters that are tokens; default: those of the text. A run keeps them.
+        valid: share that is held out: of the files, or of a single file its end; 1: all of it, as `evaluate` does with
+            text at another path than the run's.
+        block: the longest context, in tokens.
+        stride: how far apart held-out windows start, at most `block`; a smaller one scores each token with more context
+            before it and takes longer; 0: `block`.
+        model: "gpt" (GPT-2) or "llama".
+        layers, heads, width: its size.
+        dropout: its dropout; "gpt" only.
+    """
+
+    path: AbsolutePath | None = None
+    pattern: str = "**/*"
+    tokens: Literal["bytes", "chars"] = "bytes"
+    alphabet: str = ""
+    valid: float = Field(0.1, gt=0, le=1)
+    block: int = Field(256, ge=2)
+    stride: int = Field(0, ge=0)
+    model: Literal["gpt", "llama"] = "llama"
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    width: int = Field(128, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"expected task.width to be a multiple of task.heads; got {self.width} and {self.heads}")
+        if self.stride > self.block:
+            raise ValueError(f"expected task.stride of at most task.block; got {self.stride} and {self.block}")
+        if self.dropout and self.model == "llama":
+            raise ValueError("expected task.dropout = 0, because a Llama has no dropout; or task.model = 'gpt'")
+        return self
+
+    def on_other_data(self, trained: TaskOptions) -> Mapping[str, Any]:
+        """Return that all of it is held out, unless it is the text that was `trained` on."""
+        return {} if self.path == getattr(trained, "path", self.path) else {"valid": 1.0}
+
+
+class RecordOptions(TaskOptions):
+    """Where records come from.
+
+    Attributes:
+        path: a file (.jsonl, .json, .csv, .tsv, .txt, .parquet), a folder or a glob of such files, or a data set of the
+            Hugging Face hub ("org/name", or "org/name:config"). Of a folder, the files (or sub-folders) called train,
+            valid, validation, dev or test are these splits; if none is called so, all are for training.
+        valid: share of the training records that is held out if there is no validation split, the same for every seed;
+            1: nothing is learned from, and all of the test split, or else of what there is, is measured on, as
+            `evaluate` does with data at another path than the run's.
+        held_out: what to measure on instead: a split ("test"), or a file.
+        domain: the column that says where a record comes from, as federated partitions ask for; default: its file.
+    """
+
+    path: Location = ""
+    valid: float = Field(0.1, gt=0, le=1)
+    held_out: Annotated[str, AfterValidator(lambda value: value if value in CALLED else absolute(value))] = ""
+    domain: str = ""
+
+    def on_other_data(self, trained: Options) -> Mapping[str, Any]:
+        """Return that all of it is held out, unless it is the data that was `trained` on."""
+        return {} if self.path == getattr(trained, "path", self.path) else {"valid": 1.0, "held_out": ""}
+
+
+class PretrainedOptions(Options):
+    """Which model, and how it computes.
+
+    Attributes:
+        model: a Hugging Face folder, a name on its hub, or "package:NAME", the folder that a Python package calls
+            MODEL_DIR.
+        fresh: start from random weights, and take only the architecture and the tokenizer from there.
+        dtype: of the parameters.
+        attention: how attention is computed: "sdpa", "eager", "flash_attention_2", ...; default: the model's choice.
+    """
+
+    model: Location = Field(min_length=1)
+    fresh: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: str = ""
+
+
+class ClassifyOptions(RecordOptions, PretrainedOptions):
+    """Options of `classify`; those of its data and of its model come first.
+
+    Measured are the loss, the accuracy, "expected_accuracy", which is the mean probability of the right class, and with
+    two classes the F1 score of the second.
+
+    Attributes:
+        text, label: columns; default: one that is called so, or first and last if columns have no names.
+        classes: the labels in their order; default: those of the training data, sorted. A run keeps them.
+        length: tokens of a text that are looked at; 0: as many as the model can see, at most 512.
+        head: "own", what transformers gives the model (a BERT's looks at the first token); "mean", a linear layer on
+            the mean of the model's vectors, as sentence encoders want it; or "words", nothing new: how likely a causal
+            model finds the class's word after a prompt.
+        start: of a new head: "random"; "prototypes", nearest to the mean features of a few training examples; or
+            "discriminant", their linear discriminant analysis, which is better with many.
+        shots: how many of each class; 0: all.
+        prompt: what stands around a text for "words", with {text} in its place.
+        words: what stands for the classes in their order, for "words"; default: " " and the label.
+    """
+
+    text: str = ""
+    label: str = ""
+    classes: tuple[Label, ...] = ()
+    length: int = Field(0, ge=0)
+    head: Literal["own", "mean", "words"] = "own"
+    start: Literal["random", "prototypes", "discriminant"] = "random"
+    shots: int = Field(16, ge=0)
+    prompt: str = "{text}\nLabel:"
+    words: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.classes and len(set(self.classes)) < max(2, len(self.classes)):
+            raise ValueError(f"expected task.classes of two or more labels, all different; got {list(self.classes)}")
+        if self.prompt.count(HOLE) != 1:
+            raise ValueError(f"expected task.prompt with {HOLE} in it once; got {self.prompt!r}")
+        if self.head == "words" and self.start != "random":
+            raise ValueError("expected task.start = 'random' with task.head = 'words', which has no head to start")
+        return self
+
+
+class CausalLmOptions(RecordOptions, PretrainedOptions):
+    """Options of `causal-lm`; those of its data and of its model come first.
+
+    Attributes:
+        text: the column of the documents; default: one that is called so.
+        document: what a document of a .txt file is.
+        length: tokens that the model sees at once; 0: as many as it can, at most 512.
+        packed: join all documents, each with an end-of-text token after it, and cut them into pieces of `length`; or
+            else each example is a document.
+        long: what becomes of a document that does not fit into `length` if they are not packed: an error, its beginning
+            ("cut"), or several examples ("split").
+        new_tokens: how many tokens `predict` adds to a text, at most.
+    """
+
+    text: str = ""
+    document: Unit = "line"
+    length: int = Field(0, ge=0)
+    packed: bool = True
+    long: Long = "split"
+    new_tokens: int = Field(64, ge=1)
+
+
+class InstructOptions(RecordOptions, PretrainedOptions):
+    """Options of `instruct`; those of its data and of its model come first.
+
+    A record has either messages, each with a "role" and a "content", or a prompt and an answer. They are written by the
+    tokenizer's chat template; a tokenizer without one gets a plain one ("### user:" on a line before a message, "###
+    assistant:" before an answer), and is exported with it.
+
+    Attributes:
+        messages, prompt, answer: columns; default: those that are called so.
+        context: a column whose text follows the prompt, where there is any; default: one that is called so.
+        turns: which messages of the assistant are answers to learn, each after all that came before: "all" or "last".
+        length: tokens of prompt and answer together; 0: as many as the model can see, at most 1024.
+        long: what becomes of records that do not fit: an error, their answers are cut ("cut"), or they are left out
+            ("skip").
+        generate: of how many held-out records the answers are also written, greedily, and compared; 0: of none.
+        new_tokens: how many tokens such an answer has at most, and one of `predict`.
+    """
+
+    messages: str = ""
+    prompt: str = ""
+    answer: str = ""
+    context: str = ""
+    turns: Literal["all", "last"] = "all"
+    length: int = Field(0, ge=0)
+    long: Literal["error", "cut", "skip"] = "error"
+    generate: int = Field(0, ge=0)
+    new_tokens: int = Field(128, ge=1)
+
+
+OPTIONS: dict[str, type[TaskOptions]] = {
+    "digits": DigitsOptions,
+    "text": TextOptions,
+    "classify": ClassifyOptions,
+    "causal-lm": CausalLmOptions,
+    "instruct": InstructOptions,
+}
+"""Task -> its options."""
