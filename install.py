@@ -21,7 +21,7 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 CHOSEN = ("TORCH_INDEX", "UV_TORCH_BACKEND")
-"""Variables by which a user says where torch comes from: what he says is done, or fails."""
+"""Variables by which a user says where torch comes from: it comes from there, or not at all."""
 
 UV_NAMES = {
     "index-url": "UV_DEFAULT_INDEX",

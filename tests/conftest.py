@@ -108,11 +108,13 @@ MARK = "RAYTRAIN_STARTED_BY_TEST"
 def ended_with_the_test() -> Iterator[dict[str, str]]:
     """Yield an environment by which all that has it is known, and end what is left of that: Ray outlives its driver."""
     mark = uuid.uuid4().hex
-    yield {**os.environ, MARK: mark}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == mark:
-                process.kill()
+    try:
+        yield {**os.environ, MARK: mark}
+    finally:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == mark:
+                    process.kill()
 
 
 @pytest.fixture

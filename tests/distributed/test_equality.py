@@ -1,5 +1,7 @@
-"""One process, threads and gloo processes train alike, to the bit where sums have one order; so do Ray workers, which
-`test_faults_on_ray` compares."""
+"""One process, threads and gloo processes train alike, to the bit where sums have one order.
+
+So do the workers of Ray, which `test_faults_on_ray` compares with threads and gloo processes.
+"""
 
 from pathlib import Path
 from typing import Any
