@@ -13,11 +13,16 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
         RecipeError: the recipe, the folder, this machine or the cluster does not allow it.
         TrainingError: the run failed; what was computed is in its folder.
     """
-    if order.address is None and not isinstance(recipe.task.source, ActorSource):
-        forkserver.start()  # it imports torch while this process does
-        from raytrain.elastic import run as run_here  # noqa: PLC0415 - slow to import
+    if needs_ray(recipe, order.address):
+        from raytrain.launch import run as run_on_ray  # noqa: PLC0415 - slow to import
 
-        return run_here(recipe, order)
-    from raytrain.launch import run as run_on_ray  # noqa: PLC0415
+        return run_on_ray(recipe, order)
+    forkserver.start()  # it imports torch while this process does
+    from raytrain.elastic import run as run_here  # noqa: PLC0415
 
-    return run_on_ray(recipe, order)
+    return run_here(recipe, order)
+
+
+def needs_ray(recipe: TrainRecipe, address: str | None) -> bool:
+    """Return whether a recipe trains on Ray: where an address says so, and where actors prepare its data."""
+    return address is not None or isinstance(recipe.task.source, ActorSource)

@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -120,7 +121,20 @@ def listening(processes: list[psutil.Process]) -> Iterator[str]:
                 yield connection.laddr.ip
 
 
-def test_nothing_listens_where_others_could_reach_it(workplace: Path) -> None:
+@pytest.fixture
+def outer_interface() -> str:
+    """A network interface of this machine that others may reach."""
+    for name, addresses in psutil.net_if_addrs().items():
+        for each in addresses:
+            if each.family == socket.AF_INET and not ipaddress.ip_address(each.address).is_loopback:
+                return name
+    pytest.skip("this machine has no network")
+
+
+def test_nothing_listens_where_others_could_reach_it(
+    workplace: Path, outer_interface: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", outer_interface)  # as for a cluster
     (workplace / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(0.1)\n")
     settings, heard = recipe(workplace, callbacks=["slow:sleep"]), []
     before = set(listening([psutil.Process()]))

@@ -1,0 +1,25 @@
+"""Where a recipe trains."""
+
+import subprocess
+import sys
+
+import pytest
+
+from raytrain.dispatch import needs_ray
+from raytrain.train_recipe import TrainRecipe
+
+
+@pytest.mark.parametrize(
+    ("source", "address", "expected"),
+    [("local", None, False), ("local", "local", True), ("local", "auto", True), ("ray", None, True)],
+)
+def test_only_an_address_and_actors_need_ray(source: str, address: str | None, expected: bool) -> None:
+    recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "digits", "source": source}})
+    assert needs_ray(recipe, address) == expected
+
+
+def test_training_on_this_machine_imports_no_ray() -> None:
+    script = "import sys, raytrain.dispatch, raytrain.elastic; print(*sys.modules)"
+    imported = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in imported
+    assert "ray" not in imported
