@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Annotated, Protocol
 
 import fsspec
+from pydantic import ConfigDict, Field, with_config
 
 from raytrain.errors import CheckpointError, RecipeError, TrainingError
+from raytrain.json_files import parse_json
 from raytrain.names import near
 
 LIST = "files.json"
@@ -25,12 +27,13 @@ ATTEMPTS = 3
 LOCAL = "file://"
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What a list says of a file."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 Listing = dict[str, Entry]
@@ -221,11 +224,7 @@ def parse(text: bytes) -> Listing:
     Raises:
         TrainingError: it is not one, or names a file outside the folder.
     """
-    try:
-        raw: dict[str, Any] = json.loads(text)
-        listing = {name: Entry(**entry) for name, entry in raw.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise TrainingError(f"{LIST} is damaged: {error}") from error
+    listing = parse_json(text, Listing, f"{LIST} is damaged")
     for name in listing:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise TrainingError(f"{LIST} names {name!r}, which is outside the run's folder")
