@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from raytrain.bits import digest_of
-from raytrain.checkpoint import CheckpointStore, Manifest, load
+from raytrain.checkpoint import CheckpointStore, Manifest, load, reading
 from raytrain.data.feed import Feeds, Walk, local_feed
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
@@ -25,7 +25,7 @@ from raytrain.optim.ema import average_of
 from raytrain.optim.optimizers import ALL, make_optimizer
 from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import read_toml
-from raytrain.replica import Progress, Replica, load_state
+from raytrain.replica import Progress, Replica, load_state, progress_from
 from raytrain.retrace import beginning
 from raytrain.rundir import RunDirectory
 from raytrain.seeds.probe import Probe
@@ -294,8 +294,9 @@ def restore(replica: Replica, found: Manifest) -> None:
     """
     shared = load(found.path, 0)
     own = load(found.path, replica.rank) if found.members == replica.members else None
-    load_state(replica, shared, own, found.path)
-    replica.progress = Progress(**found.progress)
+    with reading(found.path):
+        load_state(replica, shared, own, found.path)
+    replica.progress = progress_from(found.progress, found.path)
 
 
 def _check_shared(run: RunDirectory, exchange: Exchange) -> None:
