@@ -24,7 +24,8 @@ from raytrain.errors import RaytrainError, RecipeError
 from raytrain.jobs.verbs import Commands, add_verbs
 from raytrain.kinds import Kind, Order, load_kinds
 from raytrain.names import line_about, near, resolve
-from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
+from raytrain.overrides import parse_overrides
+from raytrain.recipe import Recipe, dotted_fields, read_toml
 
 INTERRUPTED = 130
 
@@ -99,7 +100,8 @@ def check(recipe: Source, more: More = None, changes: Changes = None) -> None:
     given = dict(dotted_fields(raw))
     for field, value in dotted_fields(resolved.plain()):
         spellings = {field, field.removesuffix(".name")}  # `optimizer=lion` is short for `optimizer.name=lion`
-        source = "--set" if spellings & overrides.keys() else origin.name if spellings & given.keys() else "default"
+        changed = any(name in spellings or name.startswith(f"{field}.") for name in overrides)  # an entry of a list
+        source = "--set" if changed else origin.name if spellings & given.keys() else "default"
         line = f"{field} = {tomli_w.dumps({'x': value}).removeprefix('x = ').strip()}"
         print(f"{' '.join(line.split()):<48}  # {source}")
 
@@ -224,7 +226,7 @@ def _read(source: str, verb: str | None) -> tuple[dict[str, Any], Path]:
     else:
         raw, file = read_toml(source, [kind.recipes for kind in kinds.values()])
     raw = {"kind": verb or "train", "name": file.stem, **raw}
-    if raw["kind"] not in kinds:
+    if not isinstance(raw["kind"], str) or raw["kind"] not in kinds:
         raise RecipeError(f"kind: no such kind {raw['kind']!r}; {near(str(raw['kind']), kinds)}")
     if verb not in (None, raw["kind"]):
         raise RecipeError(f"kind: {source} is a recipe to {raw['kind']}: raytrain {raw['kind']} {source}")
@@ -233,7 +235,7 @@ def _read(source: str, verb: str | None) -> tuple[dict[str, Any], Path]:
 
 def _parse(raw: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
     kind: Kind = load_kinds()[raw["kind"]]
-    return kind.recipe.parse(merged(raw, overrides))
+    return kind.recipe.parse_with(raw, overrides)
 
 
 def _first_comment(file: Path) -> str:

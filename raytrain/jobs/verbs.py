@@ -18,7 +18,8 @@ from raytrain.errors import RecipeError, TrainingError
 from raytrain.jobs.job import INTERRUPTED, Job, Log, check_taken, check_upload, new_id, place, taken_files, trouble
 from raytrain.kinds import load_kinds
 from raytrain.names import near
-from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
+from raytrain.overrides import merged, parse_overrides
+from raytrain.recipe import Recipe, dotted_fields, read_toml
 
 if TYPE_CHECKING:
     from raytrain.jobs.client import JobServer

@@ -8,7 +8,7 @@ import torch
 
 from raytrain.checkpoint import listed, load, read_manifest
 from raytrain.kinds import Order
-from raytrain.recipe import merged
+from raytrain.overrides import merged
 from raytrain.rundir import RunDirectory, rows
 from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
 from raytrain.train_recipe import TrainRecipe

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from raytrain.recipe import merged, read_toml
+from raytrain.overrides import merged
+from raytrain.recipe import read_toml
 from raytrain.rundir import rows
 from raytrain.testing import train_here
 from raytrain.train_recipe import KIND, TrainRecipe

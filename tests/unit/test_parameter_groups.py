@@ -10,7 +10,7 @@ from raytrain.errors import RecipeError
 from raytrain.names import resolve
 from raytrain.optim.groups import outer_parameters
 from raytrain.optim.optimizers import OPTIMIZERS, make_optimizer
-from raytrain.recipe import parse_overrides
+from raytrain.overrides import parse_overrides
 from raytrain.train_recipe import TrainRecipe
 
 
