@@ -226,7 +226,7 @@ def parse(text: bytes) -> Listing:
     """
     listing = parse_json(text, Listing, f"{LIST} is damaged")
     for name in listing:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise TrainingError(f"{LIST} names {name!r}, which is outside the run's folder")
     return listing
 

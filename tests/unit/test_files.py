@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from raytrain.errors import TrainingError
 from raytrain.files import AppendOnlyFile, append_line, flush, make_folder, read_bytes, write_whole
 from raytrain.rundir import RunDirectory, rows
+from raytrain.testing import train_here
+from raytrain.train_recipe import TrainRecipe
 
 
 @pytest.fixture
@@ -54,6 +56,17 @@ def test_new_files_and_folders_are_flushed_with_the_folder_that_names_them(
     (folder / "there").touch()
     write(folder)
     assert [name or "reserve" for name in synced] == expected
+
+
+def test_a_checkpoint_is_on_the_disk_after_the_rows_and_records_that_it_counts_on(
+    tmp_path: Path, synced: list[str]
+) -> None:
+    plan = {"kind": "train", "task": "raytrain.testing:tiny", "steps": 6, "optimizer": "zo-sgd", "log": {"to": []}}
+    train_here(TrainRecipe.parse(plan).with_overrides({"checkpoint.every": 2, "evaluation.every": 3}), tmp_path / "run")
+    events = [name for name in synced if name in ("metrics.jsonl", "trajectory.bin", "manifest")]
+    saved = ["trajectory.bin", "metrics.jsonl", "manifest"]  # after steps 2, 3 (the best so far), 4 and 6
+    noted = ["metrics.jsonl", "manifest"]
+    assert events == [*saved, *saved, *noted, *saved, *saved, *noted]
 
 
 def test_a_file_system_without_flushed_folders_is_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

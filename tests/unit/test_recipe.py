@@ -194,6 +194,8 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             r"^task.name: cannot import 'nowhere': ModuleNotFoundError: No module named 'nowhere'$",
         ),
         ("task.name=json:dmp", r"^task.name: 'json' has no 'dmp'; did you mean dump"),
+        ("task.name=json:dump.x.y", r"^task.name: 'json' has no 'dump.x.y'; known: "),
+        ("task.name=json:__name__.x", r"^task.name: 'json' has no '__name__.x'; known: capitalize, "),
         ("task.name=json:dump", r"^task.name: json:dump must take nothing, or one parameter annotated with a subclass"),
         ("task.name=json:decoder", r"^task.name: expected a raytrain.Task or a function that returns one; got <module"),
         ("optimizer.name=json:dump", r"^optimizer.name: expected a class of torch.optim.Optimizer; got <function dump"),

@@ -92,7 +92,7 @@ def test_a_list_survives_being_written_and_read(run: Path) -> None:
     assert list(listing) == ["checkpoints/a", "empty", "metrics.jsonl"]
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x"])
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\0b"])
 def test_a_list_cannot_name_what_is_outside(name: str) -> None:
     with pytest.raises(TrainingError, match=r"which is outside the run's folder$"):
         parse(dump({name: measured([b"x"])}))
