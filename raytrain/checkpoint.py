@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from raytrain.errors import CheckpointError
 from raytrain.files import digest, flush, read_bytes, write_whole
-from raytrain.json_files import MAX_JSON_BYTES, add_checksum, parse_json, verify_checksum
+from raytrain.json_files import add_checksum, parse_json, verify_checksum
 from raytrain.state import dumps, join, marked, savable, split
 from raytrain.sync.exchange import Exchange
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 30
+"""It names each tensor of each replica."""
 
 
 class _Part(BaseModel, frozen=True, extra="forbid"):
@@ -307,11 +309,12 @@ def _verify_file(file: Path, part: _Part) -> None:
 def _contents(path: Path) -> _Contents:
     """Return what the manifest of the checkpoint at `path` says."""
     file = path / MANIFEST
-    data = read_bytes(file, CheckpointError, MAX_JSON_BYTES)
+    data = read_bytes(file, CheckpointError, MAX_MANIFEST_BYTES)
     found = re.match(rb'\{"format": (\d{1,9})\b', data)
     if found and int(found[1]) != FORMAT:
         raise CheckpointError(
             f"{file}: expected a checkpoint of format {FORMAT}; this one has format {int(found[1])}, of another "
             "version of raytrain: resume the run with that version, or start another"
         )
-    return parse_json(verify_checksum(data, str(file), CheckpointError), _Contents, str(file), CheckpointError)
+    content = verify_checksum(data, str(file), CheckpointError)
+    return parse_json(content, _Contents, str(file), CheckpointError, MAX_MANIFEST_BYTES)

@@ -13,7 +13,7 @@ from raytrain.errors import RaytrainError, TrainingError
 from raytrain.files import read_bytes
 
 MAX_JSON_BYTES = 64 << 20
-MAX_ROW_BYTES = 1 << 20
+MAX_ROW_BYTES = 16 << 20
 DIGEST_FIELD = b', "sha256": "'
 DIGEST_DIGITS = 64
 
@@ -30,7 +30,11 @@ def read_json(path: Path, model: type[ModelT], error: type[RaytrainError] = Trai
 
 
 def parse_json(
-    data: bytes | str, model: type[ModelT], where: str, error: type[RaytrainError] = TrainingError
+    data: bytes | str,
+    model: type[ModelT],
+    where: str,
+    error: type[RaytrainError] = TrainingError,
+    most: int = MAX_JSON_BYTES,
 ) -> ModelT:
     """Return what a JSON document says, checked against a type; one that nests deeper than 200 levels is refused.
 
@@ -39,12 +43,13 @@ def parse_json(
         model: a type that pydantic knows. Numbers are not read from strings, nor the like.
         where: what the document is, for the message.
         error: what to raise.
+        most: bytes that it may have.
 
     Raises:
         RaytrainError: an `error`: it is no JSON, or not of this type.
     """
-    if len(data) > MAX_JSON_BYTES:
-        raise error(f"{where}: cannot be read: expected at most {MAX_JSON_BYTES} bytes; got {len(data)}")
+    if len(data) > most:
+        raise error(f"{where}: cannot be read: expected at most {most} bytes; got {len(data)}")
     try:
         return TypeAdapter(model).validate_json(data, strict=True)
     except ValidationError as problem:

@@ -36,7 +36,7 @@ from raytrain.overrides import as_table, merged
 
 logger = logging.getLogger(__name__)
 
-MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_BYTES = 64 << 20  # that of a run has the classes and characters of its data
 SHOWN_CHARACTERS = 500
 """Of a wrong value, in an error."""
 

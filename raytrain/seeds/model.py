@@ -21,7 +21,7 @@ from raytrain.seeds.space import Space
 from raytrain.seeds.stream import UNITS, Mode, checked, derived
 
 NAME = "raytrain seed model "
-FORMAT = NAME + "3"
+FORMAT = 3
 
 
 class _About(BaseModel, frozen=True, extra="forbid"):
@@ -104,7 +104,7 @@ class SeedModel:
         """Write it to a file."""
         tensors = {"coefficients": self.coefficients, "seeds": seeds_tensor(self.seeds)}
         about = {"base": self.base, "mode": self.mode, "version": self.version, "tensors": digest_of(tensors.items())}
-        write_whole(path, save(tensors, {"format": FORMAT, "about": add_checksum(about).decode()}))
+        write_whole(path, save(tensors, {"format": f"{NAME}{FORMAT}", "about": add_checksum(about).decode()}))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -129,11 +129,9 @@ class SeedModel:
 def _about(path: Path, named: Mapping[str, str]) -> _About:
     """Return what is said of a `SeedModel` in its file's metadata."""
     form = named.get("format", "")
-    if form != FORMAT:
+    if form != f"{NAME}{FORMAT}":
         found = f"one of format {form.removeprefix(NAME)!r}" if form.startswith(NAME) else "another one"
-        raise CheckpointError(
-            f"{path}: expected a file that SeedModel.save wrote, of format {FORMAT[-1]}; this is {found}"
-        )
+        raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote, of format {FORMAT}; this is {found}")
     data = verify_checksum(named["about"].encode(), str(path), CheckpointError)
     return parse_json(data, _About, str(path), CheckpointError)
 

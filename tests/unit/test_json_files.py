@@ -60,10 +60,9 @@ def test_every_change_of_it_is_refused(content: dict[str, Any], data: st.DataObj
         (b'{"a": 1}'.ljust(999_999), "expected at most 700000 bytes; got 999999"),
     ],
 )
-def test_what_is_wrong_is_said(data: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_files, "MAX_JSON_BYTES", 700_000)
+def test_what_is_wrong_is_said(data: bytes, message: str) -> None:
     with pytest.raises(TrainingError, match=rf"^list: cannot be read: {message}$"):
-        parse_json(data, dict[str, int], "list")
+        parse_json(data, dict[str, int], "list", most=700_000)
 
 
 @given(st.binary() | documents.map(lambda content: json.dumps(content).encode()))
