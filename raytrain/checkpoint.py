@@ -1,28 +1,58 @@
 """Checkpoints: a run's whole state in a folder that is complete or absent.
 
 ``step-00000100/`` holds a file of tensors for each replica that has any (safetensors) and ``manifest.json``: the
-progress, the metrics, the plain part of the state, and the size and hash of every file. Replicas write into a hidden
-folder, the first one writes the manifest last and renames the folder. Nothing is ever unpickled.
+progress, the metrics, the plain part of the state, the size and hash of every file, and a hash of all that. Replicas
+write into a hidden folder, the first one writes the manifest last and renames the folder. Nothing is ever unpickled.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors import SafetensorError
+from pydantic import BaseModel, Field
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from raytrain.errors import CheckpointError
-from raytrain.files import digest, flush, write_whole
-from raytrain.state import dumps, join, savable, split
+from raytrain.files import digest, flush, read_bytes, write_whole
+from raytrain.json_files import add_checksum, parse_json, verify_checksum
+from raytrain.state import dumps, join, marked, savable, split
 from raytrain.sync.exchange import Exchange
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 30
+"""It names each tensor of each replica."""
+
+
+class _Part(BaseModel, frozen=True, extra="forbid"):
+    """What a manifest says of what a replica saved: its file, None without tensors, and all else of its state."""
+
+    file: Annotated[str, Field(pattern=r"^rank-\d{5}\.safetensors$")] | None
+    bytes: int = 0
+    sha256: str = ""
+    state: Any
+
+
+class _Progress(BaseModel, frozen=True, extra="allow"):
+    """What a checkpoint needs to know of a run's progress."""
+
+    step: int = Field(ge=0)
+    best_step: int = Field(ge=0)
+
+
+class _Contents(BaseModel, frozen=True, extra="forbid"):
+    """A manifest as it is written."""
+
+    format: int
+    progress: _Progress
+    metrics: dict[str, float]
+    parts: list[_Part] = Field(min_length=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +133,8 @@ class CheckpointStore:
         name, failure = step_name(progress["step"]), None
         if self._exchange.transport.rank == 0:
             try:
-                manifest = {**_raw_manifest(self._folder / name), "progress": progress, "metrics": metrics}
-                write_whole(self._folder / name / MANIFEST, dumps(manifest))
+                manifest = {**_contents(self._folder / name).model_dump(), "progress": progress, "metrics": metrics}
+                write_whole(self._folder / name / MANIFEST, add_checksum(manifest))
                 self._rotate(name, progress["best_step"])
             except (OSError, CheckpointError) as error:
                 failure = f"worker 0: {error}"
@@ -137,8 +167,7 @@ class CheckpointStore:
     def _complete(self, aside: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
         """Write the manifest, rename the folder and remove old checkpoints; return what went wrong."""
         try:
-            write_whole(aside / MANIFEST, dumps(manifest))
-            flush(aside)
+            write_whole(aside / MANIFEST, add_checksum(manifest))
             replaced = self._hidden(self._folder / name, "replaced")  # one of the same step, which may be the only one
             aside.rename(self._folder / name)
             flush(self._folder)
@@ -188,8 +217,8 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: there is none, or it is not one of ours.
     """
-    raw = _raw_manifest(path)
-    return Manifest(path, raw["progress"], raw["metrics"], len(raw["parts"]))
+    contents = _contents(path)
+    return Manifest(path, contents.progress.model_dump(), contents.metrics, len(contents.parts))
 
 
 def verify(path: Path) -> None:
@@ -198,26 +227,39 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: one is missing, cut short or changed.
     """
-    for part in _raw_manifest(path)["parts"]:
-        if part["file"] is not None:
-            _verify_part(path / part["file"], part)
+    for part in _contents(path).parts:
+        _verify_part(path, part)
 
 
 def load(path: Path, rank: int) -> Any:
     """Return the part of the state that replica `rank` saved.
 
     Raises:
-        CheckpointError: a file is missing, cut short or changed.
+        CheckpointError: there is none, or a file is missing, cut short or changed.
     """
-    part = _raw_manifest(path)["parts"][rank]
-    if part["file"] is None:
-        return join(part["state"], {})
-    file = path / part["file"]
-    _verify_part(file, part)
+    parts = _contents(path).parts
+    if rank >= len(parts):
+        raise CheckpointError(f"{path}: expected a part of replica {rank}; got parts of {len(parts)} replicas")
+    part = parts[rank]
+    _verify_part(path, part)
+    with reading(path):
+        return join(part.state, load_file(path / part.file) if part.file else {})
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with the state of a checkpoint inside the `with` block into one error.
+
+    Raises:
+        CheckpointError: the state is not one that the model, the optimizer and the synchroniser saved.
+    """
     try:
-        return join(part["state"], load_file(file))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+        yield
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: what it holds is not the state that this run saves: {type(error).__name__}: {error}; use another "
+            "checkpoint of the run"
+        ) from error
 
 
 def _write_part(aside: Path, rank: int, state: Mapping[str, Any]) -> bytes:
@@ -236,25 +278,43 @@ def _write_part(aside: Path, rank: int, state: Mapping[str, Any]) -> bytes:
     return dumps(part)
 
 
-def _verify_part(file: Path, part: Mapping[str, Any]) -> None:
-    size = file.stat().st_size if file.is_file() else -1
-    if size != part["bytes"]:
+def _verify_part(path: Path, part: _Part) -> None:
+    """Check that the file of a part is as it was written, and has the tensors that the rest of the part speaks of."""
+    if part.file is None:
+        found = set()
+    else:
+        file = path / part.file
+        _verify_file(file, part)
+        with reading(path), safe_open(file, "pt") as tensors:
+            found = set(tensors.keys())
+    if found != marked(part.state):
+        raise CheckpointError(f"{path}: its manifest and its files speak of other tensors; use another checkpoint")
+
+
+def _verify_file(file: Path, part: _Part) -> None:
+    try:
+        size = file.stat().st_size if file.is_file() and not file.is_symlink() else -1
+        right = size == part.bytes and digest(file) == part.sha256
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}; use another checkpoint of the run") from error
+    if size != part.bytes:
         found = "is missing" if size < 0 else f"has {size} bytes"
         raise CheckpointError(
-            f"{file}: {found} where {part['bytes']} bytes were written; use another checkpoint of the run"
+            f"{file}: {found} where {part.bytes} bytes were written; use another checkpoint of the run"
         )
-    if digest(file) != part["sha256"]:
+    if not right:
         raise CheckpointError(f"{file}: its contents changed since it was written; use another checkpoint of the run")
 
 
-def _raw_manifest(path: Path) -> dict[str, Any]:
+def _contents(path: Path) -> _Contents:
+    """Return what the manifest of the checkpoint at `path` says."""
     file = path / MANIFEST
-    try:
-        raw = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+    data = read_bytes(file, CheckpointError, MAX_MANIFEST_BYTES)
+    found = re.match(rb'\{"format": (\d{1,9})\b', data)
+    if found and int(found[1]) != FORMAT:
         raise CheckpointError(
-            f"{file}: not a checkpoint of format {FORMAT}; was it written by another version of raytrain?"
+            f"{file}: expected a checkpoint of format {FORMAT}; this one has format {int(found[1])}, of another "
+            "version of raytrain: resume the run with that version, or start another"
         )
-    return raw
+    content = verify_checksum(data, str(file), CheckpointError)
+    return parse_json(content, _Contents, str(file), CheckpointError, MAX_MANIFEST_BYTES)

@@ -25,8 +25,9 @@ from raytrain.jobs.request import Commands
 from raytrain.jobs.verbs import add_verbs
 from raytrain.kinds import Order, kind_points, load_kind, load_kinds
 from raytrain.names import line_about, near, resolve
+from raytrain.overrides import parse_overrides
 from raytrain.provenance import check_trusted
-from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides, read_toml
+from raytrain.recipe import Recipe, dotted_fields, read_toml
 from raytrain.terminal import plain
 
 INTERRUPTED = 130
@@ -110,7 +111,8 @@ def check(recipe: Source, more: More = None, changes: Changes = None, trust: Tru
     given = dict(dotted_fields(raw))
     for field, value in dotted_fields(resolved.plain()):
         spellings = {field, field.removesuffix(".name")}  # `optimizer=lion` is short for `optimizer.name=lion`
-        source = "--set" if spellings & overrides.keys() else origin.name if spellings & given.keys() else "default"
+        changed = any(name in spellings or name.startswith(f"{field}.") for name in overrides)  # an entry of a list
+        source = "--set" if changed else origin.name if spellings & given.keys() else "default"
         line = f"{field} = {tomli_w.dumps({'x': value}).removeprefix('x = ').strip()}"
         print(f"{' '.join(line.split()):<48}  # {source}")
 
@@ -246,14 +248,16 @@ def _read(source: str, verb: str | None, trust: bool) -> tuple[dict[str, Any], P
         if not trust:
             check_trusted(raw, file)
     raw = {"kind": verb or "train", "name": file.stem, **raw}
-    load_kind(str(raw["kind"]))
+    if not isinstance(raw["kind"], str):
+        raise RecipeError(f"kind: expected a name; got {raw['kind']!r}")
+    load_kind(raw["kind"])
     if verb not in (None, raw["kind"]):
         raise RecipeError(f"kind: {source} is a recipe to {raw['kind']}: raytrain {raw['kind']} {source}")
     return raw, file
 
 
 def _parse(raw: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
-    return load_kind(raw["kind"]).recipe.parse(merged(raw, overrides))
+    return load_kind(raw["kind"]).recipe.parse_with(raw, overrides)
 
 
 def _first_comment(file: Path) -> str:

@@ -1,6 +1,5 @@
 """What the person at the terminal sees: a progress bar there, plain lines elsewhere. It reads the run's files."""
 
-import json
 import threading
 import time
 from collections.abc import Mapping
@@ -13,8 +12,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from raytrain.json_files import parse_rows
 from raytrain.kinds import Result
-from raytrain.rundir import RunDirectory
+from raytrain.rundir import ROWS, RunDirectory
 
 LOOK_SECONDS = 0.25
 LINE_SECONDS = 10.0
@@ -135,7 +135,8 @@ class Display:
             self._line(self._last)
 
     def _set_pace(self, row: Mapping[str, Any]) -> None:
-        steps, samples, seconds = (row[key] - self._last.get(key, row[key]) for key in ("step", "samples", "seconds"))
+        before = {**row, **self._last}
+        steps, samples, seconds = (row.get(key, 0) - before.get(key, 0) for key in ("step", "samples", "seconds"))
         if seconds > 0:
             fresh = (steps / seconds, samples / seconds)
             old = self._pace if self._pace[0] else fresh
@@ -172,7 +173,7 @@ class Tail:
         self._inode = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """Return the complete rows since the last call."""
+        """Return the complete rows since the last call; lines that are none are left out, as by `rundir.rows`."""
         try:
             with self._file.open("rb") as lines:
                 state = self._file.stat()
@@ -184,4 +185,5 @@ class Tail:
         except FileNotFoundError:
             return []
         self._place += len(complete) + len(newline)
-        return [json.loads(line) for line in complete.splitlines()]
+        found, _ = parse_rows(complete.splitlines(), ROWS.get(self._file.name, dict[str, Any]))
+        return found

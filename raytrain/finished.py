@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrain.checkpoint import CheckpointStore, Manifest, load, read_manifest, step_name
+from raytrain.checkpoint import CheckpointStore, Manifest, load, read_manifest, reading, step_name
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.kinds import Result
 from raytrain.model.adapters import merge
 from raytrain.names import place_of
 from raytrain.recipe import read_toml
-from raytrain.replica import Replica, load_model
+from raytrain.replica import Replica, load_model, progress_from
 from raytrain.rundir import Failure, RunDirectory, rows
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
@@ -35,26 +35,27 @@ def result_of(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -
     restarts = len(rows(run.restarts))
     try:
         last = _newest(run)
+        if last is None:
+            return Result("failed" if failure else "interrupted", restarts=restarts, error=error)
+        progress = progress_from(last.progress, last.path)
     except CheckpointError as damaged:
         return Result("failed", restarts=restarts, error=error or str(damaged))
-    if last is None:
-        return Result("failed" if failure else "interrupted", restarts=restarts, error=error)
-    progress = last.progress
-    ended = progress["status"] in ("done", "stopped early") and not failure
+    status = "failed" if failure else "interrupted" if progress.status == "running" else progress.status
+    ended = status in ("done", "stopped early")
     task = task_of(recipe)
-    best = {"metric": task.metric, "value": progress["best"], "step": progress["best_step"]}
+    best = {"metric": task.metric, "value": progress.best, "step": progress.best_step}
     return Result(
-        status=progress["status"] if ended else "failed" if failure else "interrupted",
+        status=status,
         metrics=next((row["valid"] for row in reversed(rows(run.metrics)) if "valid" in row), {}),
-        best=best if progress["best_step"] else {},
+        best=best if progress.best_step else {},
         references=_references(task) if ended else {},
-        steps=progress["step"],
-        samples=progress["position"],
-        seconds=round(progress["seconds"], 3),
-        stalled_seconds=round(progress["stalled_seconds"], 3),
-        bytes_sent=progress["bytes_sent"],
-        exchange_seconds=round(progress["exchange_seconds"], 3),
-        hidden_share=round(_hidden(progress["exchange_seconds"], progress["waited_seconds"]), 4),
+        steps=progress.step,
+        samples=progress.position,
+        seconds=round(progress.seconds, 3),
+        stalled_seconds=round(progress.stalled_seconds, 3),
+        bytes_sent=progress.bytes_sent,
+        exchange_seconds=round(progress.exchange_seconds, 3),
+        hidden_share=round(_hidden(progress.exchange_seconds, progress.waited_seconds), 4),
         restarts=restarts,
         checkpoint=str(last.path),
         error=error,
@@ -120,7 +121,8 @@ def best_of(folder: Path, overrides: Mapping[str, Any]) -> Best:
     path = best if best.is_dir() else newest.path
     task = task_of(recipe)
     replica = build(recipe, task, ExactExchange(LocalTransport()), start=False)
-    load_model(replica, load(path, 0), path, averaged=True)
+    with reading(path):
+        load_model(replica, load(path, 0), path, averaged=True)
     return Best(recipe, task, replica, path)
 
 

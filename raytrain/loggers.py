@@ -1,10 +1,11 @@
 """Loggers by name: what takes the rows of ``metrics.jsonl`` too, to show them."""
 
 import importlib.util
-import json
+import os
 import shutil
+import socket
+import struct
 import time
-import tomllib
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, ClassVar, Protocol
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.extensions import ExtensionPoint
-from raytrain.files import write_whole
-from raytrain.recipe import dotted_fields
+from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.json_files import read_json, to_json
+from raytrain.recipe import dotted_fields, read_toml
 from raytrain.rundir import rows
 
 LOGGERS: dict[str, str] = {
@@ -101,12 +103,20 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a row of training as "train/loss", or of one of an evaluation as "valid/loss"."""
     parts = {name: value for name, value in row.items() if isinstance(value, dict)}
     if not parts:
-        return {f"train/{name}": value for name, value in row.items() if name != "step"}
-    return {f"{name}/{measured}": number for name, part in parts.items() for measured, number in part.items()}
+        parts = {"train": {name: value for name, value in row.items() if name != "step"}}
+    return {
+        f"{name}/{measured}": number
+        for name, part in parts.items()
+        for measured, number in part.items()
+        if isinstance(number, int | float)  # the file has null for one that is not finite
+    }
 
 
 class TensorBoard:
-    """Event files for TensorBoard, in ``tensorboard/``.
+    """An event file for TensorBoard, in ``tensorboard/``.
+
+    It is written here and not by a `SummaryWriter`, whose thread ends when the disk is full, and whose queue then
+    blocks the training for ever.
 
     Args:
         folder: the run's folder.
@@ -114,18 +124,34 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        from tensorboardX import SummaryWriter  # noqa: PLC0415 - slow to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: PLC0415 - slow to import
+        from tensorboardX.record_writer import masked_crc32c  # noqa: PLC0415
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._event, self._checksum = Event, masked_crc32c
+        place = folder / "tensorboard"
+        place.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        self._file = AppendOnlyFile(place / name)
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._append(Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row."""
+        event = self._event(step=row["step"], wall_time=time.time())
         for name, number in scalars(row).items():
-            self._writer.add_scalar(name, number, row["step"])
+            event.summary.value.add(tag=name, simple_value=number)
+        self._append(event)
 
     def close(self, failed: bool) -> None:  # noqa: ARG002
-        """Write what is left."""
-        self._writer.close()
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, event: Any) -> None:
+        """Write a record: the length of the event and the event, each with its checksum."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checked = (length, struct.pack("<I", self._checksum(length)), data, struct.pack("<I", self._checksum(data)))
+        self._file.write(b"".join(checked))
 
 
 class Mlflow:
@@ -148,13 +174,13 @@ class Mlflow:
         uri = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else local
         self._client = mlflow.MlflowClient(tracking_uri=uri)
         note = folder / "mlflow.json"
-        known = json.loads(note.read_text()) if note.is_file() else {}
+        known = read_json(note, dict[str, str]) if note.is_file() else {}
         if known.get("uri") == uri:
-            self._run = str(known["run"])
+            self._run = known["run"]
             self._client.update_run(self._run, status="RUNNING")
         else:
             self._run = self._created(folder, (folder / "mlflow-artifacts").as_uri() if uri == local else None)
-            write_whole(note, json.dumps({"uri": uri, "run": self._run}).encode())
+            write_whole(note, to_json({"uri": uri, "run": self._run}).encode())
         self._last = {
             name: max(metric.step for metric in self._client.get_metric_history(self._run, name))
             for name in self._client.get_run(self._run).data.metrics
@@ -208,8 +234,8 @@ class WandB:
 
         note = folder / "wandb.json"
         if not note.is_file():
-            write_whole(note, json.dumps({"id": uuid.uuid4().hex[:12]}).encode())
-        name = json.loads(note.read_text())["id"]
+            write_whole(note, to_json({"id": uuid.uuid4().hex[:12]}).encode())
+        name = read_json(note, dict[str, str])["id"]
         for earlier in (folder / "wandb").glob(f"offline-run-*-{name}"):
             shutil.rmtree(earlier)
         settings = wandb.setup().settings
@@ -243,4 +269,4 @@ class WandB:
 
 def _recipe(folder: Path) -> dict[str, Any]:
     file = folder / "recipe.toml"
-    return tomllib.loads(file.read_text()) if file.is_file() else {}
+    return read_toml(str(file), [])[0] if file.is_file() else {}

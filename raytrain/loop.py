@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from raytrain.data.feed import Feed
 from raytrain.errors import TrainingError
 from raytrain.optim.extras import add_noise
-from raytrain.replica import Progress, Replica
+from raytrain.replica import Progress, Replica, Status
 from raytrain.sync.synchroniser import Totals
 from raytrain.task import Batch, Task
 from raytrain.tensors import moved, seed_step, weighed, weights_of
@@ -234,7 +234,7 @@ def judge(progress: Progress, task: Task, metrics: dict[str, float]) -> None:
         progress.stale += 1
 
 
-def status(progress: Progress, plan: Plan, stop: bool) -> str:
+def status(progress: Progress, plan: Plan, stop: bool) -> Status:
     """Return "running", or why training ends here."""
     if progress.step >= plan.steps:
         return "done"

@@ -80,7 +80,7 @@ def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
-            public = [key for key in vars(found) if not key.startswith("_")]
+            public = [key for key in dir(found) if not key.startswith("_")]
             raise RecipeError(f"{what}: {module_name!r} has no {attribute!r}; {near(part, public)}") from None
     return found
 

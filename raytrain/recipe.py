@@ -6,10 +6,12 @@ errors, and an error names the dotted field, what was expected, what came, and t
 """
 
 import inspect
+import logging
 import os
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -28,7 +30,15 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from raytrain.errors import RecipeError
+from raytrain.files import read_bytes
 from raytrain.names import near, resolve
+from raytrain.overrides import as_table, merged
+
+logger = logging.getLogger(__name__)
+
+MAX_RECIPE_BYTES = 64 << 20  # that of a run has the classes and characters of its data
+SHOWN_CHARACTERS = 500
+"""Of a wrong value, in an error."""
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(path.expanduser())))]
 """A path made absolute on load, because workers do not share the current folder of the command."""
@@ -106,16 +116,11 @@ def combined(declared: type[Options], base: type[OptionsT], what: str) -> type[O
     return create_model(declared.__name__, __base__=bases, __module__=declared.__module__, __doc__=declared.__doc__)
 
 
-def chosen(
-    table: Mapping[str, str],
-    what: str,
-    options_of: Callable[[Any], type[Options]],
-    default: str | None = None,
-    known: Callable[[str], type[Options] | None] = lambda name: None,  # noqa: ARG005
-) -> BeforeValidator:
-    """Return a validator that reads a section by the options of whatever its `name` names.
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedSection:
+    """Reads a section by the options of whatever its `name` names.
 
-    Args:
+    Attributes:
         table: the names that can be chosen.
         what: the section's name in the recipe.
         options_of: the object that the name stands for -> the class of its options.
@@ -123,18 +128,42 @@ def chosen(
         known: name -> the class of its options, where it is known without importing what the name stands for.
     """
 
-    def read(value: Any) -> Options:
+    table: Mapping[str, str]
+    what: str
+    options_of: Callable[[Any], type[Options]]
+    default: str | None
+    known: Callable[[str], type[Options] | None]
+
+    def __call__(self, value: Any) -> Options:
+        """Return the section's options, checked."""
         if isinstance(value, Options):
             return value
-        section = {"name": value} if isinstance(value, str) else value
-        if isinstance(section, Mapping) and default is not None:
-            section = {"name": default, **section}
+        section = as_table(value)
+        if isinstance(section, Mapping) and self.default is not None:
+            section = {"name": self.default, **section}
         if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
-            raise PydanticCustomError("no_name", "expected a table with a name; {known}", {"known": near("", table)})
-        options = known(section["name"]) or options_of(resolve(table, section["name"], f"{what}.name"))
-        return options.model_validate(section)
+            known = {"known": near("", self.table)}
+            raise PydanticCustomError("no_name", "expected a table with a name; {known}", known)
+        return self.options(section["name"]).model_validate(section)
 
-    return BeforeValidator(read)
+    def options(self, name: str) -> type[Options]:
+        """Return the class of the options of what a name stands for.
+
+        Raises:
+            RecipeError: there is no such name.
+        """
+        return self.known(name) or self.options_of(resolve(self.table, name, f"{self.what}.name"))
+
+
+def chosen(
+    table: Mapping[str, str],
+    what: str,
+    options_of: Callable[[Any], type[Options]],
+    default: str | None = None,
+    known: Callable[[str], type[Options] | None] = lambda name: None,  # noqa: ARG005
+) -> BeforeValidator:
+    """Return a validator that reads a section as `NamedSection` says."""
+    return BeforeValidator(NamedSection(table, what, options_of, default, known))
 
 
 class Recipe(Section):
@@ -157,8 +186,19 @@ class Recipe(Section):
             raise RecipeError(explain(error)) from None
 
     def with_overrides(self, changes: Mapping[str, Any]) -> Self:
-        """Return this recipe with `changes`, a mapping of dotted field to value, laid over it."""
-        return self.parse(merged(self.plain(only_set=True), changes))
+        """Return this recipe with `changes`, a mapping of dotted field to value, laid over it; see `parse_with`."""
+        return self.parse_with(self.plain(only_set=True), changes)
+
+    @classmethod
+    def parse_with(cls, raw: Mapping[str, Any], changes: Mapping[str, Any]) -> Self:
+        """Check `raw` with `changes`, a mapping of dotted field to value, laid over it, and return the recipe.
+
+        A section whose name changes loses the options that only the old name has, which a warning names.
+
+        Raises:
+            RecipeError: as `parse`, or a change is of a field that cannot be there.
+        """
+        return cls.parse(merged(_without_stale(raw, cls, changes), changes))
 
     def plain(self, *, only_set: bool = False) -> dict[str, Any]:
         """Return the recipe as nested plain data; with `only_set`, without what was left to the defaults."""
@@ -169,46 +209,68 @@ class Recipe(Section):
         return tomli_w.dumps(self.plain())
 
 
-def merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of the nested mapping `raw` with each dotted field of `changes` set; all others stay."""
-    result: dict[str, Any] = {
-        key: merged(value, {}) if isinstance(value, Mapping) else value for key, value in raw.items()
-    }
-    for dotted, value in changes.items():
-        *sections, field = dotted.split(".")
-        place = result
-        for section in sections:
-            inner = place.setdefault(section, {})
-            if isinstance(inner, str):  # `task = "digits"` is short for `task.name = "digits"`
-                inner = place[section] = {"name": inner}
-            if not isinstance(inner, dict):
-                raise RecipeError(f"{dotted}: {section} is not a section but {inner!r}")
-            place = inner
-        place[field] = value
+def _without_stale(
+    raw: Mapping[str, Any], model: type[BaseModel], changes: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Return `raw` without what `changes` makes stale: options of a name that another one takes the place of.
+
+    Args:
+        raw: the recipe, or a section of it.
+        model: the class that will read it.
+        changes: dotted fields of the recipe -> new values.
+        prefix: of the section, as "task.".
+    """
+    result = dict(raw)
+    for field, info in model.model_fields.items():
+        readers = [getattr(one, "func", None) for one in info.metadata]
+        named = next((one for one in readers if isinstance(one, NamedSection)), None)
+        section, where = as_table(raw.get(field)), f"{prefix}{field}"
+        if named is None or not isinstance(section, Mapping):
+            continue
+        old, short = section.get("name", named.default), changes.get(where)
+        new = changes.get(f"{where}.name", short if isinstance(short, str) else old)
+        if not isinstance(new, str):
+            continue
+        options = named.options(new)
+        if new != old:
+            section = {key: value for key, value in section.items() if f"{where}.{key}" not in changes}
+            section, dropped = _fitting({**section, "name": new}, options)
+            if dropped:
+                fields = ", ".join(f"{where}.{path}" for path in dropped)
+                logger.warning("%s.name=%s: dropped %s, which %s does not take", where, new, fields, new)
+        result[field] = _without_stale(section, options, changes, f"{where}.")
     return result
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``a.b=VALUE`` words, VALUE as TOML or else as a string; the last word for a field wins.
+def _fitting(section: Mapping[str, Any], options: type[BaseModel]) -> tuple[dict[str, Any], list[str]]:
+    """Return what of a section a class of options takes, and the dotted fields of the rest."""
+    kept, dropped = merged(section, {}), list[str]()
+    while True:
+        try:
+            options.model_validate(kept)
+        except ValidationError as error:
+            found = [_pop(kept, _path(detail)) for detail in error.errors()]
+            if any(found):
+                dropped += filter(None, found)
+                continue
+        return kept, dropped
 
-    Raises:
-        RecipeError: a word is not of that form.
-    """
-    changes: dict[str, Any] = {}
-    for word in words:
-        field, equals, text = word.partition("=")
-        if not equals or not all(part.isidentifier() for part in field.split(".")):
-            raise RecipeError(f"{word!r}: expected FIELD=VALUE, as in optimizer.lr=0.001")
-        changes[field] = parse_value(text)
-    return changes
 
-
-def parse_value(text: str) -> Any:
-    """Read `text` as a TOML value, or else return it as it is."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+def _pop(section: dict[str, Any], path: list[str | int]) -> str:
+    """Remove the innermost field on the path of an error, and return it as a dotted field; "" if there is none."""
+    holders: list[tuple[Any, int]] = []
+    place: Any = section
+    for depth, part in enumerate(path):
+        if isinstance(place, dict) and part in place and (depth or part != "name"):
+            holders.append((place, depth))
+        elif not (isinstance(place, list) and isinstance(part, int) and part < len(place)):
+            break
+        place = place[part]
+    if not holders:
+        return ""
+    holder, depth = holders[-1]
+    del holder[path[depth]]
+    return ".".join(str(part) for part in path[: depth + 1])
 
 
 def read_toml(source: str, shipped: Iterable[Path]) -> tuple[dict[str, Any], Path]:
@@ -228,9 +290,10 @@ def read_toml(source: str, shipped: Iterable[Path]) -> tuple[dict[str, Any], Pat
             f"{source!r} is neither a file, nor a run's folder with a recipe.toml, nor a shipped recipe, nor a task as "
             f"module:attribute; {near(source, files)}"
         )
+    data = read_bytes(path, RecipeError, MAX_RECIPE_BYTES)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8")), path
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(data.decode()), path
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of thousands of digits, too
         raise RecipeError(f"{path}: not a TOML file: {error}") from None
 
 
@@ -250,13 +313,25 @@ def explain(error: ValidationError) -> str:
 
 def _explain(detail: ErrorDetails) -> str:
     """Return one line that names the dotted field, what was expected and what came."""
-    path = [str(part) for part in detail["loc"]]
-    context = detail.get("ctx", {})
+    field = ".".join(str(part) for part in _path(detail)) or "recipe"
     if detail["type"] == "unknown_field":
-        return f"{'.'.join([*path, context['field']])}: {detail['msg']}"
-    field = ".".join(path) or "recipe"
+        return f"{field}: {detail['msg']}"
     if detail["type"] == "missing":
         return f"{field}: required, and not given"
     message = detail["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
-    came = "" if detail["type"] == "value_error" else f"; got {detail['input']!r}"  # ours say it themselves
+    came = "" if detail["type"] == "value_error" else f"; got {_shown(detail['input'])}"  # ours say it themselves
     return f"{field}: {message}{came}"
+
+
+def _path(detail: ErrorDetails) -> list[str | int]:
+    """Return where an error is: the parts of the dotted field."""
+    unknown = [detail["ctx"]["field"]] if detail["type"] == "unknown_field" else []
+    return [*detail["loc"], *unknown]
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        return "a number that is too large to be shown"
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."

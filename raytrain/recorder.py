@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from raytrain.files import to_json, write_whole
+from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.json_files import to_json
 from raytrain.loggers import started
 from raytrain.rundir import RunDirectory, rows
 
@@ -32,13 +33,25 @@ class Recorder:
         write_whole(run.metrics, "".join(to_json(row) + "\n" for row in kept).encode())
         self._loggers = started(loggers, run.path, step)
         self._path = run.metrics
-        self._file = run.metrics.open("a", buffering=1)
+        self._file = AppendOnlyFile(run.metrics)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write one row."""
-        self._file.write(to_json(row) + "\n")
+        """Write one row.
+
+        Raises:
+            TrainingError: the file cannot be written.
+        """
+        self._file.write(f"{to_json(row)}\n".encode())
         for name, logger in list(self._loggers.items()):
             self._try(name, partial(logger.write, row))
+
+    def keep(self) -> None:
+        """Return when all rows so far are on the disk, as a checkpoint that counts on them asks for.
+
+        Raises:
+            TrainingError: they cannot be.
+        """
+        self._file.keep()
 
     def close(self, failed: bool = False) -> None:
         """Write what is left, and tell the loggers how the attempt ended."""

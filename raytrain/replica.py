@@ -2,22 +2,28 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, with_config
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytrain.errors import CheckpointError
+from raytrain.json_files import parse_json
 from raytrain.model.freezing import Half
 from raytrain.optim.ema import Average
 from raytrain.optim.optimizers import load_state_by_name, state_by_name
 from raytrain.optim.options import OptimizerOptions
+from raytrain.state import dumps
 from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
 from raytrain.zeroth import Zeroth
 
+Status = Literal["running", "done", "stopped early", "interrupted"]
 
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(slots=True)
 class Progress:
     """Where a run stands: equal on every replica, and part of every checkpoint.
@@ -48,12 +54,25 @@ class Progress:
     bytes_sent: int = 0
     exchange_seconds: float = 0.0
     waited_seconds: float = 0.0
-    status: str = "running"
+    status: Status = "running"
 
 
 def plain(progress: Progress) -> dict[str, Any]:
     """Return the progress as plain data."""
     return {field: getattr(progress, field) for field in Progress.__slots__}
+
+
+def progress_from(saved: Mapping[str, Any], path: object) -> Progress:
+    """Return the progress that `plain` was given.
+
+    Args:
+        saved: what it returned.
+        path: where it came from, for the error message.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    return parse_json(dumps(dict(saved)), Progress, str(path), CheckpointError)
 
 
 @dataclass(slots=True)

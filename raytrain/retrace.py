@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from raytrain.bits import digest_of
@@ -16,8 +17,38 @@ from raytrain.optim.arguments import OPTIONS
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import ZEROTH, OptimizerOptions, with_rules
 from raytrain.optim.zeroth import ZerothOrder, ZOAdam, ZOMomentum, space_of
+from raytrain.seeds.records import Records, Step, read, steps
 from raytrain.seeds.space import Space
-from raytrain.seeds.trajectory import Records, Step, read, steps
+from raytrain.seeds.stream import Mode
+
+
+class _Shape(BaseModel, frozen=True, extra="forbid"):
+    """What directions are, of a recipe's options of them."""
+
+    mode: Mode
+    sparsity: float
+    blocks: bool
+
+
+class Header(BaseModel, frozen=True, extra="forbid"):
+    """What a trajectory says of its beginning.
+
+    Attributes:
+        base: a hash of the weights that are moved, and of their directions.
+        directions: a hash of the directions alone.
+        still: a hash of what is not moved.
+        first: name -> first weights of what is new in the model, in base 64.
+        optimizer: the recipe's.
+        space: of the directions.
+    """
+
+    base: str
+    directions: str
+    still: str
+    first: dict[str, str]
+    optimizer: dict[str, Any]
+    space: _Shape
+
 
 KNOWN_BY = {
     "base": "weights and directions",
@@ -69,20 +100,21 @@ def retrace(path: Path, module: nn.Module, first: int = 0) -> int:
     """
     about, records = read(path)
     try:
+        header = Header.model_validate(about, strict=True)
         if not first:
-            _write_first(about["first"], module)
-        optimizer = _stepper(about, module)
+            _write_first(header.first, module)
+        optimizer = _stepper(header, module)
         known = _known(optimizer.space, module)
-        odd = [name for name in ("directions" if first else "base", "still") if about[name] != known[name]]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: its first line does not say how to make its moves on this model: {error!r}"
         ) from error
-    if first and (isinstance(optimizer, ZOMomentum | ZOAdam) or about["space"]["sparsity"]):
+    if first and (isinstance(optimizer, ZOMomentum | ZOAdam) or header.space.sparsity):
         raise CheckpointError(
-            f"{path}: {about['optimizer']['name']} with sparsity = {about['space']['sparsity']:g} can only be retraced "
-            "from its first step, for it goes by more than the weights"
+            f"{path}: {header.optimizer['name']} with sparsity = {header.space.sparsity:g} can only be retraced from "
+            "its first step, for it goes by more than the weights"
         )
+    odd = [name for name in ("directions" if first else "base", "still") if about[name] != known[name]]
     if odd:
         what, theirs, ours = KNOWN_BY[odd[0]], about[odd[0]], known[odd[0]]
         raise CheckpointError(
@@ -121,15 +153,14 @@ def _known(space: Space, module: nn.Module) -> dict[str, str]:
     return {"base": space.digest(), "directions": space.meaning(), "still": digest_of(still)}
 
 
-def _stepper(about: Mapping[str, Any], module: nn.Module) -> ZerothOrder:
+def _stepper(header: Header, module: nn.Module) -> ZerothOrder:
     """Return what made the moves of a trajectory, for a model."""
-    name = about["optimizer"]["name"]
-    options = with_rules(OPTIONS[name]).model_validate(about["optimizer"])
+    name = header.optimizer["name"]
+    options = with_rules(OPTIONS[name]).model_validate(header.optimizer)
     optimizer = make_optimizer(resolve({}, ZEROTH[name], "optimizer.name"), options, module)
     if not isinstance(optimizer, ZerothOrder):  # the table has no others
         raise TypeError(type(optimizer))
-    shape = {name: about["space"][name] for name in ("mode", "sparsity", "blocks")}
-    optimizer.shape(space_of(module, optimizer, **shape))
+    optimizer.shape(space_of(module, optimizer, **header.space.model_dump()))
     return optimizer
 
 

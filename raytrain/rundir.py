@@ -1,27 +1,64 @@
 """A run's folder: who may write there, and what is in it beside the checkpoints."""
 
 import fcntl
-import json
+import logging
 import os
 import platform
-import shutil
 import socket
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.files import to_json, write_whole
+from raytrain.files import append_line, make_folder, write_whole
+from raytrain.json_files import read_json, read_rows, to_json
 from raytrain.kinds import Result
 
+logger = logging.getLogger(__name__)
+
 RESERVE_BYTES = 64 << 10
+RAY_MARK = ".validate_storage_marker"
+"""What Ray Train puts into the folder of checkpoints before it starts workers."""
 
 
+@with_config(ConfigDict(extra="allow"))
+class MetricsRow(TypedDict):
+    """A row of ``metrics.jsonl``: of training, or with "valid" of an evaluation."""
+
+    step: int
+    samples: NotRequired[int]
+    seconds: NotRequired[float]
+    valid: NotRequired[dict[str, Any]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class AttemptRow(TypedDict):
+    """A row of ``attempts.jsonl``."""
+
+    from_step: int
+
+
+@with_config(ConfigDict(extra="allow"))
+class RestartRow(TypedDict):
+    """A row of ``restarts.jsonl``."""
+
+    workers: dict[str, str]
+
+
+ROWS: dict[str, Any] = {"metrics.jsonl": MetricsRow, "attempts.jsonl": AttemptRow, "restarts.jsonl": RestartRow}
+"""What a file's rows must have; those of other files are any JSON objects."""
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why a run ended where starting its workers again would not help.
@@ -82,7 +119,8 @@ class RunDirectory:
     def opened(self, *, resume: bool) -> Iterator[None]:
         """Hold the folder as the only command that uses it.
 
-        A new run that is refused or interrupted before it took a step leaves nothing behind.
+        A new run that is refused or interrupted leaves nothing behind, as long as there is nothing in its folder but
+        what every run begins with. With one file more, of whatever kind of run, all of it stays.
 
         Args:
             resume: whether there must be a run already, or must not.
@@ -92,16 +130,15 @@ class RunDirectory:
                 cannot be written.
         """
         self._check(resume)
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
+            new = make_folder(self.path)
         with self.locked("command", 0):
             self._check(resume)  # another command may have been quicker
             try:
                 yield
             except (RecipeError, KeyboardInterrupt):
-                if not resume and not rows(self.metrics) and not self.trace().checkpoints:
-                    self._clear(made)
+                if not resume:
+                    self._discard(new)
                 raise
 
     def begin(self, recipe: str) -> None:
@@ -114,7 +151,7 @@ class RunDirectory:
             RecipeError: the folder cannot be written.
         """
         with self._writing():
-            self.checkpoints.mkdir(exist_ok=True)
+            make_folder(self.checkpoints)
             for leftover in (self._failure, self._stop):
                 leftover.unlink(missing_ok=True)
             if not self.recipe.is_file():
@@ -164,16 +201,20 @@ class RunDirectory:
         except OSError as error:
             raise RecipeError(f"--out: cannot write to {self.path}: {error.strerror}") from error
 
-    def _clear(self, made: Iterable[Path]) -> None:
-        """Remove what was put into a folder that was empty, and the folders that were made for it, from the inside."""
-        for entry in self.path.iterdir() if self.path.is_dir() else ():
-            if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
-        for folder in made:
-            with suppress(OSError):  # somebody else has put something there since
-                folder.rmdir()
+    def _discard(self, new: Iterable[Path]) -> None:
+        """Remove a run that has not begun: files by name, and folders that are empty then.
+
+        Args:
+            new: folders that were made for it, the inner ones first.
+        """
+        files = [self.recipe, self.attempts, self._failure, self._reserve, self._stop, self.checkpoints / RAY_MARK]
+        files += [self._lock(who) for who in ("command", "worker")]
+        if self.path.is_dir() and set(self.path.rglob("*")) <= {*files, self.checkpoints}:
+            for file in files:
+                file.unlink(missing_ok=True)
+            for folder in (self.checkpoints, *new):
+                with suppress(OSError):  # it is not there, or somebody else has put something there since
+                    folder.rmdir()
 
     @contextmanager
     def locked(self, who: str, wait_seconds: float) -> Iterator[None]:
@@ -223,17 +264,21 @@ class RunDirectory:
             lines = "".join(traceback.format_exception(error))
             failure = Failure(f"worker {worker}: {type(error).__name__}: {error}", trace=lines, host=host)
         if not self._failure.exists():
-            write_whole(self._failure, json.dumps(asdict(failure)).encode())
+            write_whole(self._failure, to_json(asdict(failure)).encode())
         return True
 
     def failure(self, wait_seconds: float = 0.0) -> Failure | None:
-        """Return what `record_failure` left, waiting for it a little; it says where, unless on this machine."""
+        """Return what `record_failure` left, waiting for it a little; it says where, unless on this machine.
+
+        Raises:
+            TrainingError: the file is damaged.
+        """
         give_up = time.monotonic() + wait_seconds
         while not self._failure.exists():
             if time.monotonic() >= give_up:
                 return None
             time.sleep(0.05)
-        failure = Failure(**json.loads(self._failure.read_bytes()))
+        failure = read_json(self._failure, Failure)
         return replace(failure, message=failure.message + elsewhere(failure.host))
 
     def write_result(self, result: Result) -> None:
@@ -241,9 +286,8 @@ class RunDirectory:
         write_whole(self.result, to_json(asdict(result), indent=2).encode() + b"\n")
 
     def append(self, file: Path, row: dict[str, Any]) -> None:
-        """Add a line to one of the ``.jsonl`` files."""
-        with file.open("a") as lines:
-            lines.write(to_json(row) + "\n")
+        """Add a line to one of the ``.jsonl`` files; it is on the disk when this returns."""
+        append_line(file, to_json(row))
 
 
 def _take(file: IO[str]) -> bool:
@@ -267,8 +311,18 @@ def versions() -> str:
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a ``.jsonl`` file; a last line that a killed process left half-written is left out."""
+    """Return the rows of a ``.jsonl`` file; lines that are none are left out, and said once.
+
+    A last line that has no end is being written, or was when its process was killed.
+    """
     if not file.is_file():
         return []
-    complete, _, _ = file.read_text().rpartition("\n")
-    return [json.loads(line) for line in complete.splitlines()]
+    found, damaged = read_rows(file, ROWS.get(file.name, dict[str, Any]))
+    if damaged:
+        _warn_of_damage(file, damaged)
+    return found
+
+
+@cache  # once for each state of a file
+def _warn_of_damage(file: Path, damaged: int) -> None:
+    logger.warning("%s: %d line(s) are torn or damaged and are left out", file, damaged)

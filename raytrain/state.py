@@ -61,6 +61,14 @@ def join(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     return skeleton
 
 
+def marked(skeleton: Any) -> set[str]:
+    """Return the paths of the tensors that the marks of a skeleton stand for."""
+    if isinstance(skeleton, str):
+        return {skeleton.removeprefix(MARK)} if skeleton.startswith(MARK) else set()
+    inner = skeleton.values() if isinstance(skeleton, dict) else skeleton if isinstance(skeleton, list) else ()
+    return set().union(*(marked(value) for value in inner))
+
+
 def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors as safetensors wants them: contiguous, on the CPU, none sharing memory with another."""
     seen: set[int] = set()

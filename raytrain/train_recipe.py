@@ -350,7 +350,7 @@ def _is_zeroth(section: Any) -> bool:
     """Return whether a section of a raw recipe names a zeroth-order optimizer; what is wrong with it is said later."""
     name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", section)
     if not isinstance(name, str) or name in ALL or ":" not in name:
-        return name in ZEROTH
+        return isinstance(name, str) and name in ZEROTH
     return bool(options_of_optimizer(resolve({}, name, "optimizer.name")).zeroth)
 
 

@@ -97,12 +97,19 @@ class RunWatch:
             )
         if replica.zeroth and replica.zeroth.trajectory:
             replica.zeroth.trajectory.keep()
+        self._keep_rows()
         self.last = (self.store.save(state, plain(replica.progress)), {})
         self.beat()
 
     def note(self, replica: Replica, metrics: dict[str, float]) -> None:
         """Add metrics to the checkpoint of this step."""
+        self._keep_rows()
         self.last = (self.store.note(plain(replica.progress), metrics), metrics)
+
+    def _keep_rows(self) -> None:
+        """See to it that the rows up to here are on the disk: from a checkpoint that is, they are not written again."""
+        if self._recorder:
+            self._recorder.keep()
 
     def _record(self, progress: Progress, values: Mapping[str, object]) -> None:
         if self._recorder:

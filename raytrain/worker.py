@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from raytrain.bits import digest_of
-from raytrain.checkpoint import CheckpointStore, Manifest, load
+from raytrain.checkpoint import CheckpointStore, Manifest, load, reading
 from raytrain.data.feed import Feeds, Walk, local_feed
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
@@ -32,7 +32,7 @@ from raytrain.optim.options import ALL
 from raytrain.optim.schedules import SCHEDULES, SHAPE, rate
 from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import read_toml
-from raytrain.replica import Progress, Replica, load_state
+from raytrain.replica import Progress, Replica, load_state, progress_from
 from raytrain.retrace import beginning
 from raytrain.rundir import RunDirectory
 from raytrain.seeds.probe import Probe
@@ -357,8 +357,9 @@ def restore(replica: Replica, found: Manifest) -> None:
     """
     shared = load(found.path, 0)
     own = load(found.path, replica.rank) if found.members == replica.members else None
-    load_state(replica, shared, own, found.path)
-    replica.progress = Progress(**found.progress)
+    with reading(found.path):
+        load_state(replica, shared, own, found.path)
+    replica.progress = progress_from(found.progress, found.path)
 
 
 def _check_shared(run: RunDirectory, exchange: Exchange) -> None:

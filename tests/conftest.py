@@ -3,9 +3,11 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +92,36 @@ def forget_modules(folder: Path) -> None:
         file = getattr(module, "__file__", None)
         if file and Path(file).is_relative_to(folder):
             del sys.modules[name]
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A disk of a few megabytes of its own."""
+
+    path: Path
+
+    def fill(self) -> None:
+        """Leave no room; what has begun a page of 4096 bytes can still end it."""
+        with (self.path / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+
+    def free(self) -> None:
+        (self.path / "filler").unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk that can be filled: a tmpfs, which takes the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a full disk needs a small one, and a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

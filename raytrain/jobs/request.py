@@ -13,7 +13,8 @@ from raytrain.errors import RecipeError
 from raytrain.jobs.job import check_taken, check_upload
 from raytrain.kinds import kind_points, load_kinds
 from raytrain.names import near
-from raytrain.recipe import Recipe, dotted_fields, merged, parse_overrides
+from raytrain.overrides import merged, parse_overrides
+from raytrain.recipe import Recipe, dotted_fields
 
 if TYPE_CHECKING:
     from raytrain.jobs.upload import Upload

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Annotated, Protocol
 
-from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from pydantic import ConfigDict, Field, with_config
 
 from raytrain.errors import RecipeError, TrainingError
+from raytrain.json_files import parse_json
 from raytrain.names import near
 
 LIST = "files.json"
@@ -257,10 +258,7 @@ def parse(text: bytes) -> Listing:
     Raises:
         TrainingError: it is not one, or names what no run has: a file outside the folder, or a hidden one.
     """
-    try:
-        listing = TypeAdapter(Listing).validate_json(text, strict=True)
-    except ValueError as error:
-        raise TrainingError(f"{LIST} is damaged: {error}") from error
+    listing = parse_json(text, Listing, f"{LIST} is damaged", most=MAX_LIST_BYTES)
     _check_names(listing)
     return listing
 

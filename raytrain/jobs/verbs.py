@@ -39,6 +39,14 @@ Detach = Annotated[bool, typer.Option("--detach", "--no-follow", help="Leave the
 WithCode = Annotated[bool, typer.Option("--with-code", help="Take this machine's raytrain along, and use it there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List what the job would take along; submit nothing.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the job's words name.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Where to leave the run: a folder that the cluster's machines share, or s3://bucket/runs "
+        "[default: the disk of the cluster's head].",
+    ),
+]
 SHOWN_NAMES = 10
 
 jobs_app = typer.Typer(
@@ -59,14 +67,7 @@ def add_verbs(commands: Commands) -> None:
     def submit(
         words: Annotated[list[str], typer.Argument(metavar="-- train RECIPE [FIELD=VALUE]...")],
         address: Address = None,
-        storage: Annotated[
-            str | None,
-            typer.Option(
-                metavar="URL",
-                help="Where to leave the run: a folder that the cluster's machines share, or s3://bucket/runs "
-                "[default: the disk of the cluster's head].",
-            ),
-        ] = None,
+        storage: Storage = None,
         name: Annotated[str | None, typer.Option(help="Begins the job's name [default: that of the recipe].")] = None,
         detach: Detach = False,
         with_code: WithCode = False,

@@ -1,24 +1,36 @@
 """A model as what it started from and how far it went along each of some directions: kilobytes, whatever its size."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from raytrain.bits import digest_of
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.files import write_whole
+from raytrain.json_files import add_checksum, parse_json, verify_checksum
 from raytrain.seeds.kernels import seeds_tensor
 from raytrain.seeds.replay import FARTHEST, Nudge, materialise
 from raytrain.seeds.space import Space
 from raytrain.seeds.stream import UNITS, Mode, checked, derived
 
-FORMAT = "raytrain seed model 2"
+NAME = "raytrain seed model "
+FORMAT = 3
+
+
+class _About(BaseModel, frozen=True, extra="forbid"):
+    """What the file of a `SeedModel` says beside its tensors, whose hash it has."""
+
+    base: str
+    mode: Mode
+    version: Annotated[int, Field(ge=0)]
+    tensors: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,29 +104,38 @@ class SeedModel:
 
     def save(self, path: Path) -> None:
         """Write it to a file."""
-        about = {"base": self.base, "mode": self.mode, "version": self.version}
         tensors = {"coefficients": self.coefficients, "seeds": seeds_tensor(self.seeds)}
-        write_whole(path, save(tensors, {"format": FORMAT, "about": json.dumps(about)}))
+        about = {"base": self.base, "mode": self.mode, "version": self.version, "tensors": digest_of(tensors.items())}
+        write_whole(path, save(tensors, {"format": f"{NAME}{FORMAT}", "about": add_checksum(about).decode()}))
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Return what `save` wrote.
 
         Raises:
-            CheckpointError: the file is something else.
+            CheckpointError: the file is something else, or damaged.
         """
         try:
             with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("format") != FORMAT:
-                    raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote; this is another one")
-                about = json.loads(file.metadata()["about"])
-                seeds, coefficients = file.get_tensor("seeds"), file.get_tensor("coefficients")
-            if seeds.dtype != torch.int64:
-                raise ValueError(f"its seeds are {seeds.dtype}")
-            drawn = tuple(seed % 2**64 for seed in seeds.tolist())
-            return cls(str(about["base"]), drawn, coefficients, about["mode"], int(about["version"]))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                named = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in ("coefficients", "seeds")}
+                about = _about(path, named)
+            if digest_of(tensors.items()) != about.tensors or tensors["seeds"].dtype != torch.int64:
+                raise CheckpointError(f"{path}: its seeds or coefficients changed since it was written")
+            seeds = tuple(seed % 2**64 for seed in tensors["seeds"].tolist())
+            return cls(about.base, seeds, tensors["coefficients"], about.mode, about.version)
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote: {error}") from error
+
+
+def _about(path: Path, named: Mapping[str, str]) -> _About:
+    """Return what is said of a `SeedModel` in its file's metadata."""
+    form = named.get("format", "")
+    if form != f"{NAME}{FORMAT}":
+        found = f"one of format {form.removeprefix(NAME)!r}" if form.startswith(NAME) else "another one"
+        raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote, of format {FORMAT}; this is {found}")
+    data = verify_checksum(named["about"].encode(), str(path), CheckpointError)
+    return parse_json(data, _About, str(path), CheckpointError)
 
 
 def combined(models: Sequence[SeedModel], weights: Sequence[float]) -> SeedModel:

@@ -1,42 +1,26 @@
 """A fine-tune of any size as a file of a few kilobytes: what it started from, and each step's seeds and slopes."""
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from raytrain.errors import CheckpointError, RecipeError
-from raytrain.files import write_whole
+from raytrain.errors import RecipeError
+from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.json_files import add_checksum
+from raytrain.seeds.records import MAGIC, RECORD, Records, checksums, read_intact
 
-RECORD = np.dtype([("step", "<u4"), ("of", "<u2"), ("rate", "<f4"), ("seed", "<u8"), ("slope", "<f4")])
-Records = NDArray[Any]
-MAGIC = b"raytrain trajectory 2\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one step moved by.
-
-    Attributes:
-        step: counted from 0.
-        rate: the learning rate.
-        slopes: (seed, slope) of each direction; none if none was usable.
-    """
-
-    step: int
-    rate: float
-    slopes: Sequence[tuple[int, float]]
+MOST_DIRECTIONS = 2**16 - 1
+"""Of one step."""
 
 
 class Trajectory:
-    """The file of a run that goes on: a line of JSON about its beginning, then 22 bytes for each direction.
+    """The file of a run that goes on: a line of JSON about its beginning, then 26 bytes for each direction.
 
-    A step that moved nothing has one record too, of no directions, so that a step that is missing is seen.
+    A step that moved nothing has one record too, of no directions, so that a step that is missing is seen. Each record
+    ends in the CRC-32 of all before it, so that one that is changed, missing or of another file is seen too.
 
     Args:
         path: the file.
@@ -54,18 +38,26 @@ class Trajectory:
         before = np.empty(0, RECORD)
         if step:
             about, before = _continued(path, about, step)
-        write_whole(path, MAGIC + json.dumps(about, sort_keys=True).encode() + b"\n" + before.tobytes())
-        self._file: IO[bytes] = path.open("ab")
+        head = MAGIC + add_checksum(about) + b"\n"
+        self._crc = int(before["crc"][-1]) if len(before) else zlib.crc32(head)
+        write_whole(path, head + before.tobytes())
+        self._file = AppendOnlyFile(path)
 
     def append(self, step: int, rate: float, slopes: Sequence[tuple[int, float]]) -> None:
-        """Add a step; it is on its way to the disk when this returns."""
-        records = [(step, len(slopes), rate, seed, slope) for seed, slope in slopes] or [(step, 0, rate, 0, 0.0)]
-        self._file.write(np.array(records, RECORD).tobytes())
-        self._file.flush()
+        """Add a step.
+
+        Raises:
+            TrainingError: the file cannot be written.
+        """
+        rows = [(step, len(slopes), rate, seed, slope, 0) for seed, slope in slopes] or [(step, 0, rate, 0, 0.0, 0)]
+        records = np.array(rows, RECORD)
+        for place, crc in enumerate(checksums(records, self._crc)):
+            records["crc"][place] = self._crc = crc
+        self._file.write(records.tobytes())
 
     def keep(self) -> None:
         """Return when all steps so far are on the disk, as a checkpoint that counts on them asks for."""
-        os.fsync(self._file.fileno())
+        self._file.keep()
 
     def close(self) -> None:
         """Close the file."""
@@ -89,7 +81,7 @@ def _continued(path: Path, about: Mapping[str, Any], step: int) -> tuple[dict[st
     way_out = "; set directions.trajectory = false, or start another run"
     if not path.is_file():
         raise RecipeError(f"directions.trajectory: expected {path}, which the run should have kept so far{way_out}")
-    kept, before = read(path)
+    kept, before, _ = read_intact(path)  # what is damaged behind the steps that are needed does not matter
     for name in ("space", "optimizer"):
         was, now = kept.get(name, {}), about[name]
         odd = [key for key in {**now, **was} if key != "lr" and was.get(key) != now.get(key)]  # lr is in each record
@@ -110,36 +102,3 @@ def _continued(path: Path, about: Mapping[str, Any], step: int) -> tuple[dict[st
         missing = next(place for place, found in enumerate([*there.tolist(), step]) if place != found)
         raise RecipeError(f"directions.trajectory: expected step {missing + 1} in {path}; it is not there{way_out}")
     return kept, before
-
-
-def read(path: Path) -> tuple[dict[str, Any], Records]:
-    """Return what a trajectory says of its beginning, and its records; a step that was cut off at the end is dropped.
-
-    Raises:
-        CheckpointError: the file is no trajectory.
-    """
-    data = path.read_bytes()
-    head, _, rest = data.removeprefix(MAGIC).partition(b"\n")
-    try:
-        if not data.startswith(MAGIC):
-            raise ValueError
-        about = json.loads(head)
-    except ValueError:
-        raise CheckpointError(
-            f"{path}: this is not a trajectory, as zeroth-order runs write; set directions.trajectory = false to go on "
-            "without one"
-        ) from None
-    records = np.frombuffer(rest[: len(rest) // RECORD.itemsize * RECORD.itemsize], RECORD)
-    if len(records):
-        last = records["step"] == records["step"][-1]
-        records = records if last.sum() == max(1, records["of"][-1]) else records[~last]
-    return about, records
-
-
-def steps(records: Records) -> Iterator[Step]:
-    """Yield the steps of a trajectory."""
-    edges = np.flatnonzero(np.diff(records["step"].astype(np.int64), prepend=-1, append=-1))
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
-        part = records[first:last][: records["of"][first]]
-        slopes = [(int(seed), float(slope)) for seed, slope in zip(part["seed"], part["slope"], strict=True)]
-        yield Step(int(records["step"][first]), float(records["rate"][first]), slopes)

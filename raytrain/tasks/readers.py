@@ -67,6 +67,8 @@ def _jsonl(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise BadRowError(f"line {number}: not JSON: {error.msg} (column {error.colno})") from None
+            except (RecursionError, ValueError) as error:  # a number of thousands of digits
+                raise BadRowError(f"line {number}: {error}") from None
             yield f"line {number}", _object(value, f"line {number}")
 
 
@@ -82,6 +84,8 @@ def _json(path: Path, columns: Sequence[str], unit: Unit) -> Rows:
         raise BadRowError(f"line {error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise BadRowError(f"byte {error.start}: not UTF-8") from None
+    except (RecursionError, ValueError) as error:
+        raise BadRowError(f"{path.name}: {error}") from None
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", _object(row, f"row {number}")
 

@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raytrain.data.feed import local_feed
 from raytrain.evaluation import evaluate
 from raytrain.loop import Plan, backward, train
-from raytrain.recipe import merged
+from raytrain.overrides import merged
 from raytrain.replica import Replica
 from raytrain.rundir import rows
 from raytrain.sync.exchange import ExactExchange

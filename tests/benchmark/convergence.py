@@ -24,7 +24,7 @@ from typing import Any
 from bench import finish, parse, parser_of
 from scipy import stats
 
-from raytrain.recipe import merged
+from raytrain.overrides import merged
 from raytrain.rundir import RunDirectory, rows
 from raytrain.testing import train_each_with_gloo
 from raytrain.train_recipe import TrainRecipe

@@ -38,7 +38,8 @@ import torch
 from bench import finish, parse, parser_of
 from torch import nn
 
-from raytrain.recipe import merged, parse_overrides, read_toml
+from raytrain.overrides import merged, parse_overrides
+from raytrain.recipe import read_toml
 from raytrain.replica import Replica
 from raytrain.task import Task
 from raytrain.tasks.classify import ClassifyOptions, classify

@@ -29,7 +29,8 @@ import torch
 from bench import arguments, finish
 
 from raytrain.data.feed import Feed, Walk, local_feed
-from raytrain.recipe import AbsolutePath, merged
+from raytrain.overrides import merged
+from raytrain.recipe import AbsolutePath
 from raytrain.task import Task
 from raytrain.tasks import corpus
 from raytrain.tasks.text import TextOptions, Window, _collate, _losses, _model

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,25 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, cap
         f"route to host; all metrics are in {run.metrics}"
     ]
     assert rounded(in_tensorboard(run.path)) == rounded(in_metrics(run))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", LOGGERS)
+def test_none_waits_for_room_on_a_full_disk(name: str, small_disk: Any) -> None:
+    """WandB says nothing, as a process of its own writes; the others do, and are then left out."""
+    logger = logger_class(name)(small_disk.path, 0)
+    small_disk.fill()
+    row = {f"number {place} of many": place / 7 for place in range(50)}
+    failed = False
+    for step in range(1, 200):
+        try:
+            logger.write({"step": step, **row})
+        except Exception as error:
+            failed = "No space left" in str(error) or "disk is full" in str(error)
+            break
+    assert failed or name == "wandb"
+    with suppress(Exception):
+        logger.close(failed=True)
 
 
 def test_a_logger_learns_whether_the_run_failed(tmp_path: Path) -> None:

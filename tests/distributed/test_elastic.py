@@ -17,7 +17,7 @@ from raytrain.checkpoint import listed, load
 from raytrain.dispatch import run
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import Order
-from raytrain.recipe import merged
+from raytrain.overrides import merged
 from raytrain.rundir import RunDirectory, rows
 from raytrain.testing import train_with_threads
 from raytrain.train_recipe import TrainRecipe

@@ -11,7 +11,7 @@ import torch
 from raytrain.checkpoint import listed, load
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import Order
-from raytrain.recipe import merged
+from raytrain.overrides import merged
 from raytrain.rundir import rows
 from raytrain.testing import train_with_gloo, train_with_threads
 from raytrain.train_recipe import TrainRecipe

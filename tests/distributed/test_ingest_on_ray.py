@@ -16,7 +16,7 @@ from raytrain.checkpoint import listed, load
 from raytrain.data.feed import Batches, Feed, Generated, Walk, local_feed
 from raytrain.errors import TrainingError
 from raytrain.kinds import Order
-from raytrain.recipe import merged
+from raytrain.overrides import merged
 from raytrain.rundir import rows
 from raytrain.testing import train_here, train_with_gloo
 from raytrain.train_recipe import TrainRecipe

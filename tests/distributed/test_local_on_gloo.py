@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raytrain.checkpoint import listed, load
-from raytrain.recipe import merged
+from raytrain.overrides import merged
 from raytrain.rundir import rows
 from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo, train_with_threads
 from raytrain.train_recipe import TrainRecipe

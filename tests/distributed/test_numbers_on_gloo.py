@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from raytrain.checkpoint import listed, load, read_manifest
-from raytrain.recipe import merged
+from raytrain.overrides import merged
 from raytrain.retrace import retrace
 from raytrain.rundir import RunDirectory, rows
-from raytrain.seeds.trajectory import read, steps
+from raytrain.seeds.records import read, steps
 from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import settled

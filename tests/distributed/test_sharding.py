@@ -14,7 +14,7 @@ import torch
 
 from raytrain.checkpoint import listed, load
 from raytrain.finished import evaluate_run
-from raytrain.recipe import merged
+from raytrain.overrides import merged
 from raytrain.rundir import RunDirectory, rows
 from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo
 from raytrain.train_recipe import TrainRecipe

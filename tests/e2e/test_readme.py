@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from raytrain.recipe import merged, parse_overrides, read_toml
+from raytrain.overrides import merged, parse_overrides
+from raytrain.recipe import read_toml
 from raytrain.rundir import rows
 from raytrain.testing import train_here
 from raytrain.train_recipe import KIND, TrainRecipe

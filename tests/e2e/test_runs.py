@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -161,7 +161,7 @@ def test_the_recipe_of_a_run_repeats_it_to_the_bit_on_a_ray_cluster_of_its_own(
     start: Start, straight: Path, tmp_path: Path
 ) -> None:
     words = ["train", str(straight / "recipe.toml"), "--address", "local", "--out", "again"]
-    status, _, err = finish(start(tmp_path, *words))
+    status, _, err = start(tmp_path, *words).finish()
     assert status == 0, err
     assert "starting Ray" in err
     assert equal(straight, tmp_path / "again")

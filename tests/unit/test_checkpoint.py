@@ -1,13 +1,16 @@
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from raytrain.checkpoint import MANIFEST, CheckpointStore, listed, load, read_manifest, verify
 from raytrain.errors import CheckpointError
+from raytrain.json_files import add_checksum
 from raytrain.replica import load_state, state_of
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
@@ -88,6 +91,28 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
+def move_out(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def mkfifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def rewrite(path: Path, **fields: Any) -> None:
+    """Change a manifest as somebody who gets its checksum right does."""
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    del manifest["sha256"]
+    (path / MANIFEST).write_bytes(add_checksum({**manifest, **fields}))
+
+
+def rewrite_part(path: Path, **fields: Any) -> None:
+    (part,) = json.loads((path / MANIFEST).read_bytes())["parts"]
+    rewrite(path, parts=[{**part, **fields}])
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -109,9 +134,34 @@ def flip(path: Path) -> None:
             lambda path: (path / "rank-00000.safetensors").unlink(),
             r"rank-00000.safetensors: is missing where \d+ bytes",
         ),
-        (lambda path: cut_short(path / MANIFEST), r"manifest.json: cannot be read: "),
+        (
+            lambda path: move_out(path / "rank-00000.safetensors"),
+            r"rank-00000.safetensors: is missing where \d+ bytes",
+        ),
+        (
+            lambda path: save_file({"v": torch.ones(5)}, path / "rank-00000.safetensors"),
+            r"rank-00000.safetensors: its contents changed since it was",
+        ),
+        (lambda path: cut_short(path / MANIFEST), r"manifest.json: its contents changed since it was written"),
         (lambda path: (path / MANIFEST).unlink(), r"manifest.json: cannot be read: .*No such file"),
-        (lambda path: (path / MANIFEST).write_text('{"format": 99}'), r"manifest.json: not a checkpoint of format 1"),
+        (lambda path: mkfifo(path / MANIFEST), r"manifest.json: cannot be read: it is not a regular file"),
+        (
+            lambda path: (path / MANIFEST).write_text('{"format": 1, "metrics": {}}'),
+            r"manifest.json: expected a checkpoint of format 2; this one has format 1, of another version of raytrain: "
+            r"resume the run with that version, or start another$",
+        ),
+        (lambda path: rewrite(path, format="2"), r"manifest.json: cannot be read: format: Input should be a valid int"),
+        (lambda path: rewrite(path, parts=[]), r"manifest.json: cannot be read: parts: List should have at least 1"),
+        (lambda path: rewrite(path, progress={}), r"manifest.json: cannot be read: progress.step: Field required"),
+        (lambda path: rewrite(path, more=1), r"manifest.json: cannot be read: more: Extra inputs are not permitted"),
+        (lambda path: rewrite_part(path, file="../x"), r"manifest.json: cannot be read: parts.0.file: String should m"),
+        (lambda path: rewrite_part(path, file="/dev/zero"), r"manifest.json: cannot be read: parts.0.file: String sho"),
+        (
+            lambda path: rewrite_part(path, state={"w": "tensor:v"}),
+            r"its manifest and its files speak of other tensors",
+        ),
+        (lambda path: rewrite_part(path, state={}), r"its manifest and its files speak of other tensors"),
+        (lambda path: rewrite_part(path, bytes=-1.5), r"manifest.json: cannot be read: parts.0.bytes: Input should be"),
     ],
 )
 def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, damage: Any, message: str) -> None:

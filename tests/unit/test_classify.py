@@ -18,7 +18,7 @@ from raytrain.checkpoint import load, step_name
 from raytrain.errors import RecipeError
 from raytrain.evaluation import evaluate
 from raytrain.finished import best_of
-from raytrain.recipe import merged
+from raytrain.overrides import merged
 from raytrain.retrace import retrace
 from raytrain.rundir import rows
 from raytrain.sync.exchange import ExactExchange

@@ -11,7 +11,7 @@ from raytrain.names import resolve
 from raytrain.optim.groups import outer_parameters
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import OPTIMIZERS
-from raytrain.recipe import parse_overrides
+from raytrain.overrides import parse_overrides
 from raytrain.train_recipe import TrainRecipe
 
 

@@ -1,13 +1,16 @@
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.errors import RecipeError
-from raytrain.recipe import dotted_fields, merged, parse_overrides, parse_value, read_toml
+from raytrain.optim.options import OPTIMIZERS
+from raytrain.overrides import merged, parse_overrides, parse_value
+from raytrain.recipe import dotted_fields, read_toml
 from raytrain.train_recipe import KIND, TrainRecipe
 
 SMALL = {"kind": "train", "task": {"name": "digits"}}
@@ -75,6 +78,91 @@ def test_what_is_not_toml_is_a_string() -> None:
     assert parse_overrides(["a=b c", "a.b=/x/y", "c=1", "c=2", "d="]) == {"a": "b c", "a.b": "/x/y", "c": 2, "d": ""}
 
 
+BETAS = {"optimizer": {"name": "adamw", "lr": 0.1, "betas": [0.8, 0.9]}}
+GROUPS = {"optimizer": {"name": "adamw", "groups": [{"match": "a", "eps": 1e-6, "lr_scale": 2}, {"match": "b"}]}}
+SOURCE = {"task": {"name": "digits", "source": {"name": "ray", "actors": 2, "ahead_bytes": 9}}}
+
+
+@pytest.mark.parametrize(
+    ("raw", "changes", "said"),
+    [
+        (BETAS, {"optimizer.name": "sgd"}, "optimizer.name=sgd: dropped optimizer.betas, which sgd does not take"),
+        (BETAS, {"optimizer": "sgd"}, "optimizer.name=sgd: dropped optimizer.betas, which sgd does not take"),
+        (BETAS, {"optimizer.name": "adan"}, "optimizer.name=adan: dropped optimizer.betas, which adan does not take"),
+        (BETAS, {"optimizer.name": "adan", "optimizer.betas": [0.9, 0.9, 0.9]}, ""),
+        (BETAS, {"optimizer.name": "adam"}, ""),
+        (BETAS, {"optimizer.name": "adamw", "optimizer.lr": 0.2}, ""),
+        ({"optimizer": {"betas": [0.8, 0.9]}}, {"optimizer.name": "adam"}, ""),  # of the default
+        (
+            {"optimizer": {"betas": [0.8, 0.9]}},
+            {"optimizer.name": "lamb", "optimizer.lr": 0.1, "steps": 3},
+            "",
+        ),
+        (
+            GROUPS,
+            {"optimizer.name": "sgd"},
+            "optimizer.name=sgd: dropped optimizer.groups.0.eps, which sgd does not take",
+        ),
+        (
+            SOURCE,
+            {"task.source": "local"},
+            "task.source.name=local: dropped task.source.actors, task.source.ahead_bytes, which local does not take",
+        ),
+        (
+            {"sync": {"name": "late", "every": 8, "pull": 0.5}},
+            {"sync.name": "co2"},
+            "sync.name=co2: dropped sync.pull, which co2 does not take",
+        ),
+    ],
+)
+def test_a_new_name_drops_the_options_that_only_the_old_one_has_and_says_which(
+    raw: dict[str, Any], changes: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = json.dumps(raw)
+    found = TrainRecipe.parse_with({**SMALL, **raw}, changes)
+    assert [record.getMessage() for record in caplog.records] == ([said] if said else [])
+    assert json.dumps(raw) == before
+    assert found == TrainRecipe.parse({**SMALL, **raw}).with_overrides(changes)
+    for section in ("optimizer", "sync"):
+        kept = {key for key in raw.get(section, {}) if f"{section}.{key}" not in said} - {"name", "groups"}
+        now = found.plain()[section]
+        assert {key: now[key] for key in kept - {name.split(".")[-1] for name in changes}} == {
+            key: raw[section][key] for key in kept - {name.split(".")[-1] for name in changes}
+        }
+
+
+def test_what_is_set_for_the_new_name_must_fit_it() -> None:
+    with pytest.raises(RecipeError, match=r"^optimizer.betas: no such field; known: .*lr, maximize|.*momentum"):
+        TrainRecipe.parse_with({**SMALL, **BETAS}, {"optimizer.name": "sgd", "optimizer.betas": [0.8, 0.9]})
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(sorted(OPTIMIZERS)), st.sampled_from(sorted(OPTIMIZERS)))
+def test_every_optimizer_can_take_the_place_of_every_other(old: str, new: str) -> None:
+    recipe = TrainRecipe.parse({**SMALL, "optimizer": {"name": old, "lr": 0.01}})
+    full = TrainRecipe.parse(recipe.plain())
+    assert full.with_overrides({"optimizer.name": new}).optimizer.name == new
+
+
+def test_entries_of_lists_can_be_changed() -> None:
+    recipe = TrainRecipe.parse({**SMALL, **GROUPS, "task": {"name": "digits", "widths": [8, 9]}})
+    changed = recipe.with_overrides(
+        parse_overrides(["optimizer.groups.0.lr_scale=3", "optimizer.groups.1.match=*", "task.widths.1=5"])
+    )
+    assert [(rule.match, rule.lr_scale) for rule in changed.optimizer.groups] == [("a", 3), ("*", 1)]
+    assert changed.plain()["task"]["widths"] == [8, 5]
+    assert recipe.plain()["task"]["widths"] == [8, 9]
+
+
+@given(st.lists(st.integers(), min_size=1, max_size=5), st.data())
+def test_an_entry_that_is_changed_leaves_all_others(numbers: list[int], data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, len(numbers) - 1))
+    raw = {"a": {"b": [{"c": number} for number in numbers]}}
+    found = merged(raw, {f"a.b.{place}.c": "x"})["a"]["b"]
+    assert [one["c"] for one in found] == [*numbers[:place], "x", *numbers[place + 1 :]]
+    assert raw == {"a": {"b": [{"c": number} for number in numbers]}}
+
+
 def test_a_name_alone_stands_for_its_section() -> None:
     recipe = TrainRecipe.parse({"kind": "train", "task": "digits"})
     assert recipe.with_overrides({"task.model": "mlp"}).task.name == "digits"
@@ -106,9 +194,14 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             r"^task.name: cannot import 'nowhere': ModuleNotFoundError: No module named 'nowhere'$",
         ),
         ("task.name=tomli_w:dmp", r"^task.name: 'tomli_w' has no 'dmp'; did you mean dump"),
+        ("task.name=tomli_w:dump.x.y", r"^task.name: 'tomli_w' has no 'dump.x.y'; known: "),
+        ("task.name=tomli_w:__name__.x", r"^task.name: 'tomli_w' has no '__name__.x'; known: capitalize, "),
         ("task.name=json:dump", r"^task.name: 'json' is a module of Python itself; name one of yours; got 'json:dump'"),
         ("task.name=a b:c", r"^task.name: expected module:attribute, as in mine:task; got 'a b:c'$"),
-        ("task.name=raytrain.files:to_json", r"^task.name: raytrain.files:to_json must take nothing, or one parameter"),
+        (
+            "task.name=raytrain.files:write_whole",
+            r"^task.name: raytrain.files:write_whole must take nothing, or one parameter",
+        ),
         (
             "task.name=tomli_w:dump",
             r"^tomli_w._writer:dump: its annotations cannot be read: NameError: name 'Any' is not defined$",
@@ -123,6 +216,20 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ),
         ("optimizer.betas=[0.9]", r"^optimizer.betas.1: required, and not given$"),
         ("accumulate=99", r"^recipe: expected accumulate of at most batch = 32; got 99$"),
+        (
+            "optimizer.groups.2.lr_scale=2",
+            r"^optimizer.groups.2.lr_scale: the list optimizer.groups has entries 0 to 0; got '2'$",
+        ),
+        ("optimizer.groups.x=2", r"^optimizer.groups.x: the list optimizer.groups has entries 0 to 0; got 'x'$"),
+        ("log.to.0=mlflow", r"^log.to.0: the list log.to has no entries; got '0'$"),
+        (
+            "task.widths.0=2",
+            r"^task.widths.0: the recipe sets no list task.widths, of which this could be an entry; set task.widths$",
+        ),
+        ("steps.0=1", r"^steps.0: steps is not a section but 10$"),
+        ("optimizer.groups.0.lr_scal=2", r"^optimizer.groups.0.lr_scal: no such field; did you mean lr_scale\?"),
+        ("seed=0x" + "f" * 9999, r"^seed: expected less than \d+; got a number that is too large to be shown$"),
+        ("clip=[" + "1, " * 999 + "1]", r"^clip: expected a valid number; got \[1, 1, .* \.\.\.$"),
         ("steps.x=1", r"^steps.x: steps is not a section but 10$"),
         ("task=3", r"^task: expected a table with a name; known: causal-lm, classify, digits, instruct, text; got 3$"),
         ("sync.timeout_seconds=0", r"^sync.timeout_seconds: expected greater than 0; got 0$"),
@@ -130,8 +237,9 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_errors_name_the_field_and_the_way_out(change: str, message: str) -> None:
+    raw = {**SMALL, "steps": 10, "log": {"to": []}, "optimizer": {"groups": [{"match": "*"}]}}
     with pytest.raises(RecipeError, match=message):
-        TrainRecipe.parse({**SMALL, "steps": 10}).with_overrides(parse_overrides([change]))
+        TrainRecipe.parse(raw).with_overrides(parse_overrides([change]))
 
 
 def test_all_wrong_fields_are_named_at_once() -> None:
@@ -145,7 +253,7 @@ def test_a_recipe_needs_a_task() -> None:
         TrainRecipe.parse({"kind": "train"})
 
 
-@pytest.mark.parametrize("word", ["steps", "=3", "a b=3", "a..b=3"])
+@pytest.mark.parametrize("word", ["steps", "=3", "a b=3", "a..b=3", "0=3", "0.a=3", "a.-1=3"])
 def test_an_override_is_a_field_and_a_value(word: str) -> None:
     with pytest.raises(RecipeError, match="expected FIELD=VALUE, as in optimizer.lr=0.001"):
         parse_overrides([word])

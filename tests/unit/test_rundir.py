@@ -52,6 +52,56 @@ def test_a_new_run_that_is_refused_leaves_nothing(tmp_path: Path, existed: bool)
     assert not existed or list(run.path.iterdir()) == []
 
 
+@pytest.mark.parametrize("ended", [RecipeError("too late"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "left",
+    [
+        "lineage.jsonl",  # of a search
+        "trials/0/checkpoints/step-00000010/manifest.json",
+        "reports.bin",  # of a federated run
+        "trajectory.bin",
+        "restarts.jsonl",
+        "checkpoints/notes.txt",  # the user's
+        "hang-worker-0.txt",
+    ],
+)
+def test_with_one_file_more_than_every_run_begins_with_all_stays(
+    tmp_path: Path, left: str, ended: BaseException
+) -> None:
+    run = RunDirectory(tmp_path / "runs" / "new")
+
+    def end() -> None:
+        with run.opened(resume=False):
+            run.begin("x = 1\n")
+            (run.path / left).parent.mkdir(parents=True, exist_ok=True)
+            (run.path / left).touch()
+            raise ended
+
+    with pytest.raises(type(ended)):
+        end()
+    assert (run.path / left).is_file()
+    assert run.recipe.read_text() == f"# {versions()}\nx = 1\n"
+    opened(run, "", resume=True)
+
+
+def test_all_that_a_refused_run_begins_with_goes(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "runs" / "new")
+
+    def refused() -> None:
+        with run.opened(resume=False):
+            run.begin("x = 1\n")
+            with run.locked("worker", 0):
+                run.announce("x = 1\n", 0, [])
+                run.request_stop()
+                (run.checkpoints / rundir.RAY_MARK).touch()
+                run.record_failure(RecipeError("no"), 0)
+            raise RecipeError("no")
+
+    with pytest.raises(RecipeError, match="no"):
+        refused()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_that_took_a_step_stays(run: RunDirectory, tmp_path: Path, resume: bool) -> None:
     run = run if resume else RunDirectory(tmp_path / "new")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytrain.checkpoint import CheckpointStore
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.jobs import storage as places
 from raytrain.jobs.storage import (
@@ -24,6 +25,8 @@ from raytrain.jobs.storage import (
 )
 from raytrain.jobs.transfer import fetch
 from raytrain.provenance import MARKER
+from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.transport import LocalTransport
 
 names = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map("/".join)
 
@@ -248,7 +251,7 @@ def test_a_damaged_checkpoint_is_named_and_arrives_with_a_complete_one(run: Path
     ):
         fetch(Folder(run), tmp_path / "copy", lambda _: None)
     assert not (tmp_path / "copy").exists()
-    write(run, {"checkpoints/step-00000004/manifest.json": b'{"format": 1, "parts": []}'})
+    CheckpointStore(run / "checkpoints", 9, ExactExchange(LocalTransport())).save({}, {"step": 4, "best_step": 2})
     said: list[str] = []
     fetch(Folder(run), tmp_path / "copy", said.append)
     assert contents(tmp_path / "copy") == contents(run)

@@ -1,0 +1,130 @@
+"""JSON from the disk, a store or a server: checked before it is believed, whatever it holds."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from raytrain.errors import RaytrainError, TrainingError
+from raytrain.files import read_bytes
+
+MAX_JSON_BYTES = 64 << 20
+MAX_ROW_BYTES = 16 << 20
+DIGEST_FIELD = b', "sha256": "'
+DIGEST_DIGITS = 64
+
+ModelT = TypeVar("ModelT")
+
+
+def read_json(path: Path, model: type[ModelT], error: type[RaytrainError] = TrainingError) -> ModelT:
+    """Return what a JSON file says, as `parse_json` does.
+
+    Raises:
+        RaytrainError: an `error`: the file cannot be read, is too large, or holds something else.
+    """
+    return parse_json(read_bytes(path, error, MAX_JSON_BYTES), model, str(path), error)
+
+
+def parse_json(
+    data: bytes | str,
+    model: type[ModelT],
+    where: str,
+    error: type[RaytrainError] = TrainingError,
+    most: int = MAX_JSON_BYTES,
+) -> ModelT:
+    """Return what a JSON document says, checked against a type; one that nests deeper than 200 levels is refused.
+
+    Args:
+        data: the document.
+        model: a type that pydantic knows. Numbers are not read from strings, nor the like.
+        where: what the document is, for the message.
+        error: what to raise.
+        most: bytes that it may have.
+
+    Raises:
+        RaytrainError: an `error`: it is no JSON, or not of this type.
+    """
+    if len(data) > most:
+        raise error(f"{where}: cannot be read: expected at most {most} bytes; got {len(data)}")
+    try:
+        return TypeAdapter(model).validate_json(data, strict=True)
+    except ValidationError as problem:
+        detail = problem.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in detail["loc"])
+        at = "" if not field else f"{field}: " if field.isprintable() else f"{field!r}: "
+        raise error(f"{where}: cannot be read: {at}{detail['msg']}") from problem
+
+
+def read_rows(path: Path, model: type[ModelT]) -> tuple[list[ModelT], int]:
+    """Return the rows of a ``.jsonl`` file as `parse_rows` does; a last line without its end is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return parse_rows(_lines(file), model)
+
+
+def parse_rows(lines: Iterable[bytes], model: type[ModelT]) -> tuple[list[ModelT], int]:
+    """Return the rows that lines hold, and the number of lines that hold none: torn, or of another type."""
+    adapter, rows, damaged = TypeAdapter(model), [], 0
+    for line in lines:
+        try:
+            rows.append(adapter.validate_json(line, strict=True))
+        except ValidationError:
+            damaged += 1
+    return rows, damaged
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines that have their end; one that is longer than a row can be as an empty one."""
+    whole = True
+    while piece := file.readline(MAX_ROW_BYTES):
+        ended = piece.endswith(b"\n")
+        if ended:
+            yield piece if whole else b""
+        whole = ended
+
+
+def add_checksum(content: Mapping[str, Any]) -> bytes:
+    """Return `content` as JSON, the same bytes for the same content, with its SHA-256 as the last field."""
+    return _with_digest(json.dumps(content, sort_keys=True).encode())
+
+
+def verify_checksum(data: bytes, where: str, error: type[RaytrainError]) -> bytes:
+    """Return the JSON that `add_checksum` was given.
+
+    Raises:
+        RaytrainError: an `error`: a byte is another, or is missing.
+    """
+    content = data[: -len(DIGEST_FIELD) - DIGEST_DIGITS - len(b'"}')] + b"}"
+    if _with_digest(content) != data:
+        raise error(f"{where}: its contents changed since it was written")
+    return content
+
+
+def _with_digest(content: bytes) -> bytes:
+    return content[:-1] + DIGEST_FIELD + hashlib.sha256(content).hexdigest().encode() + b'"}'
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return nested plain data as JSON for others to read.
+
+    What JSON lacks is replaced: numbers that are not finite by null, and halves of a character, as Python has them in
+    names of files, by "?".
+    """
+    return json.dumps(_portable(value), indent=indent, allow_nan=False)
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_portable(key): _portable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(inner) for inner in value]
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
