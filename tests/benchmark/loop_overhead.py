@@ -1,4 +1,4 @@
-"""Our loop under Ray against a bare PyTorch loop: the same model, batch, optimizer and threads.
+"""Our loop in a worker against a bare PyTorch loop: the same model, batch, optimizer and threads.
 
     python tests/benchmark/loop_overhead.py
 
@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from raytrain.launch import WORKER_ENVIRONMENT
+from raytrain.forkserver import WORKER_ENVIRONMENT
 from raytrain.optim.schedules import cosine, rate
 from raytrain.replica import Replica
 from raytrain.rundir import rows
