@@ -3,12 +3,11 @@
 #   make test    all tests, two files at a time
 #   make lint    style, imports, types
 #   make bench   benchmarks (an hour); make bench BENCH=finetune for one that takes longer
-# On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
+# On Linux without a GPU of NVIDIA's torch's build for CPUs is taken; TORCH_INDEX=URL names another index for torch.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH_INDEX ?=
 BENCH ?= loop_overhead resume ingest
 
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -32,15 +31,13 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	for name in $(BENCH); do $(BIN)/python tests/benchmark/$$name.py || exit 1; done
 
-# torch comes first and alone: resolved together with what needs it, pip may take another build.
-$(VENV)/.base: pyproject.toml constraints.txt
+$(VENV)/.base: pyproject.toml constraints.txt install.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python install.py
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
+	$(BIN)/python install.py dev
 	touch $@
 
 clean:

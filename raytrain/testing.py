@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -278,16 +279,23 @@ def train_each_with_gloo(runs: Sequence[tuple[TrainRecipe, Path]]) -> list[int]:
     for run in runs:
         _begun(*run)
     store = folder / f".store-{time.time_ns()}"
-    # Forked from a process that has imported all this and done nothing: to import it takes longer than a tiny run too.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])
     arguments = (size, [(recipe.plain(), str(folder)) for recipe, folder in runs], str(store), dict(os.environ))
-    workers = [context.Process(target=_gloo_worker, args=(rank, *arguments)) for rank in range(size)]
+    workers = [forks().Process(target=_gloo_worker, args=(rank, *arguments)) for rank in range(size)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     return [worker.exitcode or 0 for worker in workers]
+
+
+def forks() -> ForkServerContext:
+    """Return what starts processes, forked from one that has imported all that they need and done nothing.
+
+    To import it takes longer than a tiny run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo", "raytrain.command", "raytrain.launch"])
+    return context
 
 
 def _begun(recipe: TrainRecipe, folder: Path) -> RunDirectory:

@@ -1,15 +1,18 @@
 """Fixtures of all tests, and markers from folders."""
 
+import contextlib
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # by 15, Ray's own, workers would starve beside the tests of another process
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     FLWR_TELEMETRY_ENABLED="0",
     HF_HUB_OFFLINE="1",
@@ -17,12 +20,18 @@ os.environ.update(
     WANDB_ERROR_REPORTING="false",
 )
 
+import psutil
 import pytest
 import torch
 from hypothesis import settings
 
+if TYPE_CHECKING:
+    from raytrain.testing_command import Command
+
+# At a desk examples are drawn anew each time; where changes are judged they are few, and the same for each change.
 settings.register_profile("patient", deadline=None)  # a busy machine is no failure
-settings.load_profile("patient")
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("ci" if os.environ.get("CI") else "patient")
 
 # A shell that starts us in the background has us ignore Ctrl-C, and what we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -90,6 +99,31 @@ def ray_cluster() -> Iterator[None]:
 
     with session(None, cpus=4):
         yield
+
+
+MARK = "RAYTRAIN_STARTED_BY_TEST"
+
+
+@contextlib.contextmanager
+def ended_with_the_test() -> Iterator[dict[str, str]]:
+    """Yield an environment by which all that has it is known, and end what is left of that: Ray outlives its driver."""
+    mark = uuid.uuid4().hex
+    try:
+        yield {**os.environ, MARK: mark}
+    finally:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == mark:
+                    process.kill()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., "Command"]]:
+    """Start the command in a process of its own, as `start(folder, "train", "digits")`."""
+    from raytrain.testing_command import start_command
+
+    with ended_with_the_test() as environment:
+        yield lambda folder, *words: start_command(words, folder, environment)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,7 @@
-"""One process, threads, gloo processes and Ray workers train alike, to the bit where sums have one order."""
+"""One process, threads and gloo processes train alike, to the bit where sums have one order.
+
+So do the workers of Ray, which `test_faults_on_ray` compares with threads and gloo processes.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,6 @@ import pytest
 import torch
 
 from raytrain.checkpoint import listed, load, read_manifest
-from raytrain.kinds import Order
 from raytrain.recipe import merged
 from raytrain.rundir import RunDirectory, rows
 from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
@@ -148,14 +150,3 @@ def test_an_error_ends_all_workers_at_once_and_is_told_to_the_command(
     assert failure.message == "worker 1: RuntimeError: a fault on purpose at rank 1, step 27"
     assert "testing.py" in failure.trace
     assert [path.name for path in listed(workplace / "run" / "checkpoints")] == ["step-00000010", "step-00000020"]
-
-
-def test_ray_workers_equal_gloo_processes_to_the_bit(ray_cluster: None, tmp_path: Path) -> None:
-    from raytrain.launch import run
-
-    result = run(recipe(workers=2, resources__cpus=1), Order(tmp_path / "ray"))
-    assert train_with_gloo(recipe(workers=2), tmp_path / "gloo") == [0, 0]
-    assert equal(tmp_path / "ray", tmp_path / "gloo")
-    assert history(tmp_path / "ray") == history(tmp_path / "gloo")
-    assert (result.status, result.steps, result.samples, result.restarts) == ("done", 50, 400, 0)
-    assert result.bytes_sent > 0

@@ -1,4 +1,4 @@
-"""Faults in workers that Ray started: what can be survived is, and what cannot is told at once."""
+"""Workers that Ray started train as threads and gloo processes do; faults that can be survived are, others are told."""
 
 import json
 import socket
@@ -12,8 +12,8 @@ from raytrain.checkpoint import listed, load
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import Order
 from raytrain.recipe import merged
-from raytrain.rundir import RunDirectory, rows
-from raytrain.testing import train_with_threads
+from raytrain.rundir import rows
+from raytrain.testing import train_with_gloo, train_with_threads
 from raytrain.train_recipe import TrainRecipe
 
 TINY = {
@@ -46,16 +46,28 @@ def faults(workplace: Path) -> list[str]:
     return plan.happened()
 
 
-def test_killed_and_hanging_workers_are_started_again(ray_cluster: None, workplace: Path) -> None:
+def check_equal(one: Path, other: Path) -> None:
+    """Check that two runs are equal to the bit, and their logs but for the clock."""
+    first, second = (load(listed(folder / "checkpoints")[-1], 0)["model"] for folder in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    logs = [rows(folder / "metrics.jsonl") for folder in (one, other)]
+    for log in logs:
+        for row in log:
+            del row["seconds"]
+    assert logs[0] == logs[1]
+
+
+def test_killed_and_hanging_workers_are_started_again_and_equal_threads(ray_cluster: None, workplace: Path) -> None:
     from raytrain.launch import run
 
     broken = recipe(workplace, "1, 15, 'kill'", "0, 35, 'hang'", sync__timeout_seconds=20)
     result = run(broken, Order(workplace / "broken"))
-    assert (result.status, result.restarts) == ("done", 2)
+    assert (result.status, result.steps, result.samples, result.restarts) == ("done", 60, 480, 2)
+    assert result.bytes_sent > 0
     assert faults(workplace) == ["hang at rank 0, step 35", "kill at rank 1, step 15"]
-    whole = train_with_threads(broken.with_overrides({"callbacks": []}), workplace / "whole")
-    one, other = (load(listed(path.checkpoints)[-1], 0) for path in (whole, RunDirectory(workplace / "broken")))
-    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    train_with_threads(broken.with_overrides({"callbacks": []}), workplace / "whole")
+    check_equal(workplace / "broken", workplace / "whole")
     notes = rows(workplace / "broken" / "restarts.jsonl")
     assert notes[0]["workers"]["1"] == "its process died: killed, out of memory, or crashed"
     assert notes[1]["workers"]["0"].startswith("it hung, and was ended; its stack is in ")
@@ -65,23 +77,30 @@ def test_killed_and_hanging_workers_are_started_again(ray_cluster: None, workpla
     assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 10, 30]
 
 
-def test_many_checkpoints_cost_no_waiting(ray_cluster: None, workplace: Path) -> None:
+def test_many_checkpoints_of_local_updates_cost_no_waiting_and_equal_those_of_threads(
+    ray_cluster: None, workplace: Path
+) -> None:
     """Ray takes one report in each of its polls, for which a run that saves faster would wait: it gets the last one."""
     from raytrain.launch import run
 
-    result = run(recipe(workplace, checkpoint__every=1), Order(workplace / "run"))
+    sync = {"name": "late", "every": 7, "delay": 5, "codec": "int8", "buffers": "local", "timeout_seconds": 60}
+    settings = TrainRecipe.parse({**recipe(workplace, checkpoint__every=1, task__norm=True).plain(), "sync": sync})
+    result = run(settings, Order(workplace / "run"))
     assert (result.status, result.restarts) == ("done", 0)
+    assert result.bytes_sent > 0
+    train_with_threads(settings, workplace / "threads")
+    check_equal(workplace / "run", workplace / "threads")
     seen = json.loads((workplace / "run" / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
     assert seen["current_report_index"] == 1
     assert [kept["checkpoint_dir_name"] for kept in seen["checkpoint_results"]] == ["step-00000060"]
 
 
-def test_a_worker_that_fails_too_often_ends_the_run(
+def test_a_sharded_worker_that_fails_too_often_ends_the_run_which_goes_on_to_the_bit(
     ray_cluster: None, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from raytrain.launch import run
 
-    broken = recipe(workplace, "0, 15, 'kill'", "1, 25, 'kill'", max_failures=1)
+    broken = recipe(workplace, "0, 15, 'kill'", "1, 25, 'kill'", max_failures=1, sync__shard=True)
     with pytest.raises(TrainingError) as caught:
         run(broken, Order(workplace / "run"))
     assert str(caught.value).startswith("the workers failed more often than max_failures allows; ")
@@ -92,6 +111,8 @@ def test_a_worker_that_fails_too_often_ends_the_run(
     result = run(broken, Order(workplace / "run", resume=True))
     notes = rows(workplace / "run" / "restarts.jsonl")
     assert (result.status, result.steps, result.restarts) == ("done", 60, 2), notes
+    assert train_with_gloo(broken.with_overrides({"callbacks": []}), workplace / "whole") == [0, 0]
+    check_equal(workplace / "run", workplace / "whole")
 
 
 def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: None, workplace: Path) -> None:

@@ -1,4 +1,4 @@
-"""Local updates: threads, gloo processes and Ray workers train alike, and a killed run resumes to the bit."""
+"""Local updates: threads and gloo processes train alike, and a killed run resumes to the bit."""
 
 import shutil
 import time
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from raytrain.checkpoint import listed, load
-from raytrain.kinds import Order
 from raytrain.recipe import merged
 from raytrain.rundir import rows
 from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo, train_with_threads
@@ -170,12 +169,3 @@ def test_gradient_averaging_goes_on_with_one_optimizer_for_all(tmp_path: Path) -
     one, two = final(tmp_path / "one"), final(tmp_path / "two")
     for name in (name for name in one if name.startswith("out")):
         torch.testing.assert_close(one[name], two[name], rtol=1e-9, atol=1e-9)
-
-
-def test_ray_workers_equal_gloo_processes_to_the_bit(ray_cluster: None, tmp_path: Path, with_gloo: Path) -> None:
-    from raytrain.launch import run
-
-    result = run(of("late-int8", resources__cpus=1), Order(tmp_path / "ray"))
-    assert equal(tmp_path / "ray", with_gloo / "late-int8")
-    assert history(tmp_path / "ray") == history(with_gloo / "late-int8")
-    assert result.bytes_sent > 0

@@ -14,7 +14,6 @@ import torch
 
 from raytrain.checkpoint import listed, load
 from raytrain.finished import evaluate_run
-from raytrain.kinds import Order
 from raytrain.recipe import merged
 from raytrain.rundir import RunDirectory, rows
 from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo
@@ -61,7 +60,6 @@ from raytrain.testing import FaultPlan
 HERE = Path(__file__).parent
 fails = FaultPlan(HERE).at(1, 3, "fail")
 hangs = FaultPlan(HERE).at(1, 8, "hang")
-dies = FaultPlan(HERE).at(0, 10, "kill")
 
 
 def weigh(replica):
@@ -324,20 +322,3 @@ def test_a_worker_that_hangs_ends_and_the_other_learns_of_it(runs: Runs, monkeyp
     hanging = runs.sharded(TINY, 2, callbacks=["probe:hangs"], sync__timeout_seconds=8)
     assert train_with_gloo(hanging, runs.folder / "hanging") == [PEER_LOST, 1]
     assert "testing.py" in (runs.folder / "hanging" / "hang-1.txt").read_text()
-
-
-def test_ray_workers_survive_a_kill_and_equal_gloo_processes_to_the_bit(
-    ray_cluster: None, runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from raytrain.launch import run
-
-    monkeypatch.chdir(runs.folder)
-    monkeypatch.syspath_prepend(str(runs.folder))
-    broken = runs.sharded(TINY, 2, callbacks=["probe:dies"], resources__cpus=1)
-    result = run(broken, Order(runs.folder / "ray"))
-    assert (result.status, result.steps, result.restarts) == ("done", 12, 1)
-    assert result.bytes_sent > 0
-    notes = rows(runs.folder / "ray" / "restarts.jsonl")[0]["workers"]
-    assert notes["0"] == "its process died: killed, out of memory, or crashed"
-    assert [row["from_step"] for row in rows(runs.folder / "ray" / "attempts.jsonl")] == [0, 6]
-    runs.check_equal("ray", "unbroken", atol=0)

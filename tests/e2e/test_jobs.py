@@ -25,6 +25,7 @@ from raytrain.provenance import MARKER
 from raytrain.recipe import read_toml
 from raytrain.rundir import rows
 from raytrain.testing import train_here
+from raytrain.testing_command import Command, start_command
 from raytrain.train_recipe import TrainRecipe
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine; alone it takes an eighth
@@ -62,26 +63,13 @@ class Cluster:
     user: Path
     environment: dict[str, str]
 
-    def start(self, *words: str, program: tuple[str, ...] = ("-m", "raytrain"), **changes: str) -> Any:
+    def start(self, *words: str, **changes: str) -> Command:
         """Start the command."""
-        return subprocess.Popen(
-            [sys.executable, *program, *words],
-            cwd=self.user,
-            env={**self.environment, **changes},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return start_command(words, self.user, {**self.environment, **changes})
 
     def call(self, *words: str, **changes: str) -> tuple[int, str, str]:
         """Call the command."""
-        return finish(self.start(*words, **changes))
-
-
-def finish(command: Any) -> tuple[int, str, str]:
-    out, err = command.communicate(timeout=600)
-    return command.returncode, out, err
+        return self.start(*words, **changes).finish()
 
 
 def free_ports(count: int) -> list[int]:
@@ -244,17 +232,25 @@ def pair(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     name = name_in(started[2])
     long = cluster.start("jobs", "follow", name)
     line = Line(int(cluster.url.rpartition(":")[2]))
-    looker = cluster.start("jobs", "follow", name, "--address", line.url, program=("-c", IMPATIENT))
+    looker = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT, "jobs", "follow", name, "--address", line.url],
+        cwd=cluster.user,
+        env=cluster.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(lambda: rows(shared / name / "metrics.jsonl"))
     line.cut()
     before = len(rows(shared / name / "metrics.jsonl"))
     wait_for(lambda: len(rows(shared / name / "metrics.jsonl")) > before)
     time.sleep(15)  # it prints a line every 10 s
     line.close()
-    looked = finish(looker)
-    short_ended = finish(short)
+    out, err = looker.communicate(timeout=600)
+    short_ended = short.finish()
     stop = cluster.call("jobs", "stop", name)
-    return Pair(short_ended, finish(long), looked, stop, shared)
+    return Pair(short_ended, long.finish(), (looker.returncode, out, err), stop, shared)
 
 
 def test_a_job_shows_its_log_and_its_run_is_fetched(cluster: Cluster, pair: Pair) -> None:
@@ -341,7 +337,7 @@ def failed(cluster: Cluster, pair: Pair, tmp_path_factory: pytest.TempPathFactor
     failing = cluster.start("submit", "--name", "bang", "--storage", f"local://{store}", "--", *words)
     steps = json.loads((pair.shared / pair.stop[2].split()[0] / "result.json").read_text())["steps"]
     resumed = cluster.call("jobs", "resume", pair.stop[2].split()[0], f"steps={steps + 5}")
-    return finish(failing), resumed, store, steps
+    return failing.finish(), resumed, store, steps
 
 
 def test_a_failing_job_returns_its_status_and_is_stored_too(cluster: Cluster, failed: Any) -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,9 @@ import torch
 
 from raytrain.checkpoint import listed, load
 from raytrain.rundir import rows
+from raytrain.testing_command import Command
+
+Start = Callable[..., Command]
 
 QUICK = [
     "workers=2",
@@ -31,22 +34,6 @@ QUICK = [
     "ema=0.95",
     "max_failures=1",
 ]
-
-
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "raytrain", *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # as a shell does, so that Ctrl-C reaches all that the command started
-    )
-
-
-def finish(command: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = command.communicate(timeout=600)
-    return command.returncode, out, err
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -67,9 +54,10 @@ def final(run: Path) -> dict[str, torch.Tensor]:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("straight")
-    status, out, err = finish(start(folder, "train", "digits", *QUICK, "--out", "run"))
-    assert status == 0, err
-    assert out == ""
+    words = [sys.executable, "-m", "raytrain", "train", "digits", *QUICK, "--out", "run"]
+    ended = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == ""
     return folder / "run"
 
 
@@ -92,51 +80,51 @@ def test_a_run_leaves_what_is_promised(straight: Path) -> None:
     assert re.match(r"# raytrain \S+, ray \S+, torch \S+", (straight / "recipe.toml").read_text())
 
 
-def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(straight: Path, tmp_path: Path) -> None:
+def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(start: Start, straight: Path, tmp_path: Path) -> None:
     words = ["train", "digits", *QUICK, "--out", "run"]
     result = {"steps": 50}
     for attempt, (ask, what) in enumerate([(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]):
         command = start(tmp_path, *words)
         wait_for_step(tmp_path / "run", result["steps"] + 1)
         ask(command.pid, what)
-        status, _, err = finish(command)
+        status, _, err = command.finish()
         assert status == 130, err
         assert "stopping: the workers save and end after the step they are at" in err
         result = json.loads((tmp_path / "run" / "result.json").read_text())
         assert result["status"] == "interrupted"
         words = re.search(r"continue with: raytrain (.*)", err).group(1).split()
         assert len(rows(tmp_path / "run" / "attempts.jsonl")) == attempt + 1
-    status, _, err = finish(start(tmp_path, *words))
+    status, _, err = start(tmp_path, *words).finish()
     assert status == 0, err
     assert rows(tmp_path / "run" / "attempts.jsonl")[2]["from_step"] == result["steps"]
     assert equal(straight, tmp_path / "run")
 
 
 @pytest.mark.parametrize("words", [[], ["--address", "local"]], ids=["here", "on Ray"])
-def test_ctrl_c_while_workers_start_leaves_nothing(tmp_path: Path, words: list[str]) -> None:
+def test_ctrl_c_while_workers_start_leaves_nothing(start: Start, tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(30)\ntime.sleep(5)\n")
     command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:sleep"]', *words)
     while not (tmp_path / "runs").exists():
         time.sleep(0.01)
     time.sleep(1)
     os.killpg(command.pid, signal.SIGINT)
-    status, _, err = finish(command)
+    status, _, err = command.finish()
     assert (status, err.strip().splitlines()[-1]) == (130, "raytrain: interrupted")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_that_is_removed_ends_the_run(tmp_path: Path) -> None:
+def test_a_folder_that_is_removed_ends_the_run(start: Start, tmp_path: Path) -> None:
     command = start(tmp_path, "train", "digits", *QUICK, "steps=100000", "--out", "run")
     wait_for_step(tmp_path / "run", 20)
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    status, _, err = finish(command)
+    status, _, err = command.finish()
     assert (status, err.strip().splitlines()[-1]) == (
         1,
         f"raytrain: {tmp_path}/run was removed or emptied while the run went on",
     )
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(30)\n")
     command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:sleep"]', "--out", "run")
     give_up = time.monotonic() + 300
@@ -146,7 +134,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     for _ in range(2):
         os.killpg(command.pid, signal.SIGINT)
         time.sleep(1)
-    status, _, err = finish(command)
+    status, _, err = command.finish()
     assert status == 130, err
     assert "Traceback" not in err
     give_up = time.monotonic() + 10  # which is less than they would sleep
@@ -156,22 +144,24 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_kill_9_of_the_command_leaves_nothing_running_and_resume_goes_on_to_the_bit(
-    straight: Path, tmp_path: Path
+    start: Start, straight: Path, tmp_path: Path
 ) -> None:
     command = start(tmp_path, "train", "digits", *QUICK, "--out", "run")
     wait_for_step(tmp_path / "run", 100)
     workers = [worker["pid"] for worker in rows(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
     command.kill()
-    finish(command)
-    status, _, err = finish(start(tmp_path, "train", "digits", *QUICK, "--out", "run", "--resume"))
+    command.finish()
+    status, _, err = start(tmp_path, "train", "digits", *QUICK, "--out", "run", "--resume").finish()
     assert status == 0, err
     assert equal(straight, tmp_path / "run")
     assert not any(psutil.pid_exists(pid) for pid in workers)
 
 
-def test_the_recipe_of_a_run_repeats_it_to_the_bit_on_a_ray_cluster_of_its_own(straight: Path, tmp_path: Path) -> None:
+def test_the_recipe_of_a_run_repeats_it_to_the_bit_on_a_ray_cluster_of_its_own(
+    start: Start, straight: Path, tmp_path: Path
+) -> None:
     words = ["train", str(straight / "recipe.toml"), "--address", "local", "--out", "again"]
-    status, _, err = finish(start(tmp_path, *words))
+    status, _, err = start(tmp_path, *words).finish()
     assert status == 0, err
     assert "starting Ray" in err
     assert equal(straight, tmp_path / "again")
@@ -207,10 +197,13 @@ def head(tmp_path: Path) -> Iterator[str]:
     command.wait()
 
 
-def test_a_running_cluster_is_used_and_left_running(straight: Path, head: str, tmp_path: Path) -> None:
-    status, _, err = finish(start(tmp_path, "train", "digits", *QUICK, "--address", head, "--out", "one"))
+def test_the_recipe_of_a_run_repeats_it_on_a_running_cluster_that_is_left_running(
+    start: Start, straight: Path, head: str, tmp_path: Path
+) -> None:
+    recipe = str(straight / "recipe.toml")
+    status, _, err = start(tmp_path, "train", recipe, "--address", head, "--out", "again").finish()
     assert status == 0, err
-    assert equal(straight, tmp_path / "one")
-    status, _, err = finish(start(tmp_path, "train", "digits", "workers=3", "--address", head, "--out", "three"))
+    assert equal(straight, tmp_path / "again")
+    status, _, err = start(tmp_path, "train", "digits", "workers=3", "--address", head, "--out", "three").finish()
     assert status == 2
     assert "workers: 3 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs" in err
