@@ -254,7 +254,7 @@ def _silent(pid: int) -> str:
     """Return what keeps a process from going on, if it can be seen from outside."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # the second: the number is another user's by now
         return GONE
     return STOPPED if read_proc_state(pid) == "T" else ""
 

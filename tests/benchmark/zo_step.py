@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from raytrain.bits import rounded
+from raytrain.forkserver import WORKER_ENVIRONMENT
 from raytrain.seeds.probe import Probe
 from raytrain.seeds.replay import materialise
 from raytrain.seeds.slope import slope
@@ -145,8 +146,6 @@ def memory(what: str, name: str) -> None:
 
 def peak(what: str, name: str, kind: str, quick: bool) -> int:
     """Return what `memory` prints in a process of its own, "resident" or "in use", the median of some."""
-    from raytrain.launch import WORKER_ENVIRONMENT  # noqa: PLC0415 - Ray, which is not to be in what is measured
-
     command = [sys.executable, __file__, "--memory", what, name]
     environment, times = (WORKER_ENVIRONMENT, 9) if kind == "resident" else (GIVING_BACK, 3)
     times = 1 if quick else times

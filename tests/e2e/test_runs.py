@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -207,3 +208,20 @@ def test_the_recipe_of_a_run_repeats_it_on_a_running_cluster_that_is_left_runnin
     status, _, err = start(tmp_path, "train", "digits", "workers=3", "--address", head, "--out", "three").finish()
     assert status == 2
     assert "workers: 3 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs" in err
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this machine's malloc is not that of glibc")
+def test_memory_that_a_worker_frees_stays_with_it(start: Start, tmp_path: Path) -> None:
+    """To have it again from the system takes a page fault for each 4 KiB: here 20,480 in a step."""
+    (tmp_path / "blocks.py").write_text(
+        "import resource, torch\nfrom pathlib import Path\n\n"
+        "def take(replica):\n"
+        "    [torch.empty(20 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]\n"
+        "    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    Path(f'faults-{replica.progress.step}').write_text(str(faults))\n"
+    )
+    words = ["train", "digits", "steps=30", "task.widths=[4]", "evaluation.every=0", 'callbacks=["blocks:take"]']
+    status, _, err = start(tmp_path, *words, "--out", "run").finish()
+    assert status == 0, err
+    first, last = (int((tmp_path / f"faults-{step}").read_text()) for step in (10, 30))
+    assert (last - first) / 20 < 1000
