@@ -8,7 +8,7 @@ from torch import Tensor
 
 from raytrain.bits import rounded
 from raytrain.seeds.kernels import quantised, seeds_tensor
-from raytrain.seeds.space import Space, pieces
+from raytrain.seeds.space import Part, Space, pieces
 from raytrain.seeds.stream import checked
 
 SUMMED = 1 << 21
@@ -98,9 +98,18 @@ def materialise(
             if part.mask is not None:
                 moves *= part.mask.view(-1)[piece]
             written[:, piece] = rounded(moves + base[piece], part.tensor.dtype)
-            if not (written[:, piece].isfinite() | ~base[piece].isfinite()).all():
-                raise ValueError(
-                    f"coefficients: expected finite parameters; the largest, {coefficients.abs().max():g}, takes "
-                    f"{part.name} beyond {part.tensor.dtype}"
-                )
+            _check_reach(part, base[piece], written[:, piece], coefficients)
     return out
+
+
+def _check_reach(part: Part, base: Tensor, written: Tensor, coefficients: Tensor) -> None:
+    """Check that what was finite still is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not (written.isfinite() | ~base.isfinite()).all():
+        raise ValueError(
+            f"coefficients: expected finite parameters; the largest, {coefficients.abs().max():g}, takes {part.name} "
+            f"beyond {part.tensor.dtype}"
+        )

@@ -1,13 +1,14 @@
 """How well replicas learn that meet rarely, late, or both: every synchroniser against averaged gradients.
 
-    python tests/benchmark/convergence.py [--runs FILE]
+    python tests/benchmark/convergence.py [--runs FILE] [--rows PATTERN ...]
 
 Four workers take equal samples, in 1,920 steps (40 rounds of 48): a GPT of 0.1M parameters on tinyshakespeare, with the
 optimizer, the schedule and, on each worker, the batch of `shakespeare-co2`, and the digits CNN with SGD and momentum,
 batches of 8. Rounds of tau = 4, 12 and 48 steps; averaged gradients and the default method have seeds 0 to 4, the
 others 0 and 1. Four more rows for the GPT are with half and twice the learning rate. Gaps are means over seeds of
 (method - gradients) with the same seed, with the half-width of the 95 % interval by Student's t. Workers are gloo
-processes; `--runs` keeps what was done already. With `--quick`: 96 steps, one seed.
+processes; `--runs` keeps what was done already, and `--rows "digits * co2*"` measures rows of that again: patterns of
+"task tau method". With `--quick`: 96 steps, one seed.
 """
 
 import json
@@ -15,6 +16,7 @@ import math
 import statistics
 from argparse import Namespace
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -127,7 +129,7 @@ def wanted(options: Namespace) -> list[tuple[tuple[str, int, str, int], TrainRec
         ((task, tau, name, seed), recipe(task, changes, seed, options), len(seeds))
         for task, tau, name, changes, seeds in cases()
         for seed in (seeds[:1] if options.quick else seeds)
-        if task in options.tasks
+        if task in options.tasks and any(fnmatchcase(f"{task} {tau} {name}", pattern) for pattern in options.rows)
     ]
     every.sort(key=lambda run: (run[2] != len(ALL), run[0][3], run[0][0] != "gpt", run[0][1] != 12))
     return [(key, plain) for key, plain, _ in every]
@@ -189,11 +191,15 @@ def main() -> None:
         "--runs", type=Path, help="a file that keeps what runs came to: those that it holds are not made"
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--rows", nargs="+", default=[], help='rows to measure again, as in --rows "digits 48 co2*"')
     options = parse(parser)
     options.data = options.data.absolute()
     runs: Runs = {}
     if options.runs and options.runs.is_file():
         runs = {(task, tau, name, seed): value for task, tau, name, seed, value in json.loads(options.runs.read_text())}
+    again = {key for key, _ in wanted(options)} if options.rows else set()
+    runs = {key: value for key, value in runs.items() if key not in again}
+    options.rows = options.rows or ["*"]
     run_all(options, runs)
     finish("convergence", *report(runs), options)
 

@@ -58,7 +58,7 @@ class Everything(nn.Module):
     def __init__(self, options: EverythingOptions) -> None:
         super().__init__()
         self.first = nn.Linear(4, 4).requires_grad_(not options.frozen)
-        self.norm = nn.BatchNorm1d(4) if options.norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(4, momentum=0.5) if options.norm else nn.Identity()
         self.embedding = nn.Embedding(6, 4)
         self.head = nn.Linear(4, 6, bias=False)
         if options.tied:
@@ -142,38 +142,47 @@ def history(run: RunDirectory) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(run.metrics)]
 
 
-@st.composite
-def recipes(draw: st.DrawFn, name: str) -> TrainRecipe:
-    every = draw(st.integers(1, 5))
-    possible = {
-        "every": st.just(every),
-        "delay": st.integers(0, every),
-        "codec": st.sampled_from([None, "int8", "bfloat16"]),
-        "buffers": st.sampled_from(["mean", "mean", "local"]),
-        "penalty": st.sampled_from(["none", "constant", "gap-aware", "secant"]),
-        "stop_every": st.integers(1, 4),
-        "check_every": st.just(3),
-    }
-    known = declared_options(resolve(SYNCHRONISERS | NUMBERS, name, "sync.name")).model_fields
-    features = {key: draw(st.booleans()) for key in ("norm", "mask", "tied", "frozen", "uneven")}
-    dtype = draw(st.sampled_from(["float32", "bfloat16"]))
-    first_order = {"name": "sgd", "lr": 0.05, "momentum": draw(st.sampled_from([0.0, 0.9]))}
+def options_of(name: str) -> set[str]:
+    """Return the options of a synchroniser."""
+    return {*declared_options(resolve(SYNCHRONISERS | NUMBERS, name, "sync.name")).model_fields}
+
+
+def recipe(name: str, sync: dict[str, Any], task: dict[str, Any], **fields: Any) -> TrainRecipe:
+    """Return the recipe of a run; of `sync` what this synchroniser has as an option."""
+    known = options_of(name)
+    optimizer = {"name": "zo-sgd", "lr": 1e-3} if name in NUMBERS else {"name": "sgd", "lr": 0.05, "momentum": 0.9}
     return TrainRecipe.parse(
         {
             "kind": "train",
-            "task": {"name": f"{__name__}:everything", "dtype": dtype, **features},
-            "workers": draw(st.integers(1, 3)),
+            "task": {"name": f"{__name__}:everything", **task},
             "steps": STEPS,
             "batch": 4,
-            "seed": draw(st.integers(0, 9)),
-            "optimizer": {"name": "zo-sgd", "lr": 1e-3} if name in NUMBERS else first_order,
-            "sync": {"name": name, **{key: draw(values) for key, values in possible.items() if key in known}},
+            "optimizer": optimizer,
+            "sync": {"name": name, **{key: value for key, value in sync.items() if key in known}},
             "evaluation": {"every": 4},
             "checkpoint": {"every": 1, "keep": STEPS + 1},
             "log": {"every": 1, "to": []},
             "callbacks": [f"{__name__}:SEEN"],
+            **fields,
         }
     )
+
+
+@st.composite
+def recipes(draw: st.DrawFn, name: str) -> TrainRecipe:
+    every = draw(st.integers(1, 5))
+    sync = {
+        "every": every,
+        "delay": draw(st.integers(0, every)),
+        "codec": draw(st.sampled_from([None, "int8", "bfloat16"])),
+        "buffers": draw(st.sampled_from(["mean", "mean", "local"])),
+        "penalty": draw(st.sampled_from(["none", "constant", "gap-aware", "secant"])),
+        "stop_every": draw(st.integers(1, 4)),
+        "check_every": 3,
+    }
+    task = {key: draw(st.booleans()) for key in ("norm", "mask", "tied", "frozen", "uneven")}
+    task["dtype"] = draw(st.sampled_from(["float32", "bfloat16"]))
+    return recipe(name, sync, task, workers=draw(st.integers(1, 3)), seed=draw(st.integers(0, 9)))
 
 
 def steps_to_stop(plan: TrainRecipe) -> int:
@@ -185,15 +194,39 @@ def steps_to_stop(plan: TrainRecipe) -> int:
     return int(getattr(sync, "every", 0) + late.get(plan.sync.name, 0) + 1)
 
 
-@pytest.mark.parametrize("name", SYNCHRONISERS | NUMBERS)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_replicas_end_equal_and_every_way_there_is_the_same(
-    name: str, data: st.DataObject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = data.draw(recipes(name))
-    killed, asked = data.draw(st.integers(1, STEPS - 1)), data.draw(st.integers(1, STEPS - 1))
+every_synchroniser = pytest.mark.parametrize("name", SYNCHRONISERS | NUMBERS)
+
+
+@pytest.fixture(autouse=True)
+def looks_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have runs look for a wish to stop at every step."""
     monkeypatch.setattr(watch, "STOP_CHECK_SECONDS", 0.0)
+
+
+@every_synchroniser
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_everything_at_once(name: str, dtype: str) -> None:
+    for codec in (None, "int8")[: 1 + ("codec" in options_of(name) and dtype == "float32")]:
+        sync = {"every": 3, "delay": 2, "codec": codec, "stop_every": 3, "check_every": 3}
+        check(recipe(name, sync, {"dtype": dtype}, workers=3), killed=5, asked=4)
+
+
+@every_synchroniser
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_with_some_of_it_wherever_a_run_is_ended(name: str, data: st.DataObject) -> None:
+    plan = data.draw(recipes(name))
+    check(plan, killed=data.draw(st.integers(1, STEPS - 1)), asked=data.draw(st.integers(1, STEPS - 1)))
+
+
+def check(plan: TrainRecipe, killed: int, asked: int) -> None:
+    """Check that replicas end equal, that all on the way is sound, and that a run that is ended and goes on is equal.
+
+    Args:
+        plan: of the run.
+        killed: the step of the last checkpoint that a kill leaves.
+        asked: the step after which it is asked to stop.
+    """
     with TemporaryDirectory() as folder:
         whole = train(plan, Path(folder) / "whole")
         ends = [replica.module.state_dict() for _, replica in sorted(SEEN.replicas.items())]
