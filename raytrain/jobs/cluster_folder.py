@@ -35,13 +35,13 @@ class ClusterFolder:
         self._server = server
         self._job = job
         self._node = job.node
-        self._place = f"{SERVED}{job.id}-{secrets.token_hex(8)}"
-        self._serving = ""
+        self._place = self._serving = ""
 
     def listing(self) -> Listing:
         """Return what there is, listed by the small job."""
         self.close()
         name = f"fetch-{self._job.id}-{time.time_ns():x}"
+        self._place = f"{SERVED}{self._job.id}-{secrets.token_hex(8)}"
         words = ["python", "-m", "raytrain.jobs.entry", "serve", "--out", self._job.run, "--place", self._place]
         with self._server.explained():
             self._server.client.submit_job(

@@ -17,6 +17,9 @@ import psutil
 import pytest
 import ray
 
+from raytrain.kinds import Order
+from raytrain.train_recipe import TrainRecipe
+
 STRANGER = """
 import sys
 import ray
@@ -27,6 +30,21 @@ if what == "read":
 else:
     ray.init(address=address, log_to_driver=False)
     print(ray.get(ray.remote(lambda: "code ran").remote()))
+"""
+# A callback of rank 0: what its store holds, and where the process listens.
+LOOK = """
+import json
+from pathlib import Path
+import psutil
+import torch.distributed as dist
+
+def after_step(replica):
+    if replica.rank == 0 and replica.progress.step == 2:
+        store = dist.distributed_c10d._get_default_store()
+        while hasattr(store, "underlying_store"):
+            store = store.underlying_store
+        listens = [each.laddr.ip for each in psutil.Process().net_connections("tcp") if each.status == "LISTEN"]
+        Path("FOUND").write_text(json.dumps({"keys": store.list_keys(), "listens": listens}))
 """
 LOOPBACK = "127.0.0.1"
 
@@ -124,6 +142,26 @@ def test_nobody_else_can_read_the_token_or_the_logs(ray_cluster: None) -> None:
     written = [path for path in logs.rglob("*") if path.is_file() and not path.is_symlink()]
     assert written
     assert not any(token.encode() in path.read_bytes() for path in written)
+
+
+def test_a_run_in_it_ends_well_and_its_secret_is_written_nowhere(
+    ray_cluster: None, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raytrain import launch
+
+    secret = "5ec2e7" * 5
+    monkeypatch.setattr(launch.secrets, "token_hex", lambda _: secret)
+    (workplace / "look.py").write_text(LOOK.replace("FOUND", str(workplace / "found.json")))
+    recipe = {"kind": "train", "task": "raytrain.testing:tiny", "workers": 2, "steps": 3, "log": {"to": []}}
+    asked = TrainRecipe.parse({**recipe, "resources": {"cpus": 1}, "callbacks": ["look:after_step"]})
+    assert launch.run(asked, Order(workplace / "run")).status == "done"
+    found = json.loads((workplace / "found.json").read_text())
+    assert found["keys"]
+    assert all(key.startswith(f"{secret}/") for key in found["keys"])
+    assert set(found["listens"]) <= {LOOPBACK, "::1", f"::ffff:{LOOPBACK}"}
+    folders = [workplace / "run", Path(ray._private.worker._global_node.get_session_dir_path())]
+    written = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert not any(secret.encode() in path.read_bytes() for path in written)
 
 
 def test_afterwards_ray_is_as_it_was(tmp_path: Path) -> None:
