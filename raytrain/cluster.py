@@ -240,7 +240,7 @@ def check_reachable(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise RecipeError(
             f"--address: no Ray cluster answers at {address} ({error}); is `ray start --head` running there, and its "
-            "port open to this machine? Leave --address out to start Ray here"
+            "port open to this machine? Leave --address out to train on this machine"
         ) from None
 
 

@@ -16,7 +16,7 @@ from ray.util import ActorPool
 from raytrain.cluster import check_reachable, cpus_per_worker
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.finished import best_of, recipe_of
-from raytrain.launch import joined, machines_here
+from raytrain.launch import OWN, joined, machines_here
 from raytrain.names import place_of
 from raytrain.task import Examples, Task
 from raytrain.train_recipe import TrainRecipe
@@ -31,7 +31,7 @@ def predict_file(folder: Path, overrides: Mapping[str, Any], source: Path, targe
         overrides: changes to its recipe.
         source: what the task reads examples without labels from.
         target: where one line of JSON goes for each example, in their order; it is complete afterwards, or as it was.
-        address: of a running Ray cluster; None: start Ray on this machine.
+        address: of a running Ray cluster; None or "local": start Ray on this machine.
 
     Returns:
         How many lines were written.
@@ -42,6 +42,7 @@ def predict_file(folder: Path, overrides: Mapping[str, Any], source: Path, targe
     """
     recipe = recipe_of(folder, overrides)
     count = len(_inputs(recipe, task_of(recipe), source))
+    address = None if address == OWN else address
     if address is not None:
         check_reachable(address)
     elif not ray.is_initialized():

@@ -75,17 +75,20 @@ def bare_loop(config: dict[str, Any]) -> None:
 @contextmanager
 def head() -> Iterator[str]:
     """Run a Ray cluster of this machine inside the `with` block, and yield its address."""
+    from ray.util import get_node_ip_address  # noqa: PLC0415 - only here
+
+    host = get_node_ip_address()  # for which Ray takes 127.0.0.1 too, wherever the cluster listens
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         port = free.getsockname()[1]
-    words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
+    words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", f"--node-ip-address={host}"]
     ray = [sys.executable, "-m", "ray.scripts.scripts", *words, "--include-dashboard=false"]
     process = subprocess.Popen(
         ray, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(HERE.parent)}
     )
     try:
-        wait_for(port)
-        yield f"127.0.0.1:{port}"
+        wait_for(host, port)
+        yield f"{host}:{port}"
     finally:
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess):
@@ -93,11 +96,11 @@ def head() -> Iterator[str]:
         process.wait()
 
 
-def wait_for(port: int) -> None:
-    """Wait until something listens on a port of this machine."""
+def wait_for(host: str, port: int) -> None:
+    """Wait until something listens on a port."""
     for _ in range(1200):
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            if probe.connect_ex((host, port)) == 0:
                 return
         time.sleep(0.1)
     raise TimeoutError(f"nothing listens on port {port}")

@@ -171,8 +171,11 @@ def test_the_recipe_of_a_run_repeats_it_to_the_bit_on_a_ray_cluster_of_its_own(
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[str]:
     """The address of a Ray cluster that runs without us, and ends by its process id."""
+    from ray.util import get_node_ip_address
+
+    host = get_node_ip_address()  # for which Ray takes 127.0.0.1 too, wherever the cluster listens
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         port = free.getsockname()[1]
     ray = Path(sys.executable).with_name("ray")
     words = [
@@ -182,16 +185,16 @@ def head(tmp_path: Path) -> Iterator[str]:
         f"--port={port}",
         "--num-cpus=2",
         "--include-dashboard=false",
-        "--node-ip-address=127.0.0.1",
+        f"--node-ip-address={host}",
     ]
     command = subprocess.Popen([ray, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     give_up = time.monotonic() + 300
     while time.monotonic() < give_up:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            if probe.connect_ex((host, port)) == 0:
                 break
         time.sleep(0.2)
-    yield f"127.0.0.1:{port}"
+    yield f"{host}:{port}"
     for process in [*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
