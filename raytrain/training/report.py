@@ -1,0 +1,86 @@
+"""Panels of a training run's report page: loss, metrics, learning rate, throughput, communication, events."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from raytrain.run.report.panel import Panel, Series, line_chart, table
+from raytrain.rundir import RunDirectory, rows
+
+Rows = Sequence[Mapping[str, Any]]
+
+CHARTS = (
+    ("Learning rate", ("lr",), "learning rate"),
+    ("Gradient norm", ("gradient_norm",), "norm before clipping"),
+    ("Projected gradient", ("slope",), "root mean square"),
+    ("Perturbations not used", ("skipped",), "in a step"),
+    ("Synchronisation interval", ("every", "delay"), "steps"),
+)
+"""Title, fields of the training rows, and label of the vertical axis; a chart without data is left out."""
+
+
+def panels(run: RunDirectory) -> list[Panel]:
+    """Return what a training run has recorded so far, as panels."""
+    recorded = rows(run.metrics)
+    steps = [row for row in recorded if "valid" not in row]
+    evaluations = [row for row in recorded if "valid" in row]
+    charts = [
+        _loss(steps, evaluations),
+        *_metrics(evaluations),
+        _throughput(steps),
+        *(
+            line_chart(title, {field: _line(steps, field) for field in fields}, x="step", y=label)
+            for title, fields, label in CHARTS
+        ),
+        _events(run),
+    ]
+    return [panel for panel in charts if panel is not None]
+
+
+def _loss(steps: Rows, evaluations: Rows) -> Panel | None:
+    held_out = [{"step": row["step"], **row["valid"]} for row in evaluations]
+    lines = {"training": _line(steps, "loss"), "held-out": _line(held_out, "loss")}
+    return line_chart("Loss", lines, x="step", y="loss")
+
+
+def _metrics(evaluations: Rows) -> list[Panel | None]:
+    names = dict.fromkeys(name for row in evaluations for name in row["valid"] if name != "loss")
+    flat = [{"step": row["step"], **row["valid"]} for row in evaluations]
+    return [
+        line_chart(f"Held-out {name.replace('_', ' ')}", {name: _line(flat, name)}, x="step", y=name) for name in names
+    ]
+
+
+def _throughput(steps: Rows) -> Panel | None:
+    """Return samples per second between consecutive rows; where an attempt ends, the clock stands still."""
+    speeds = [
+        {
+            "step": after["step"],
+            "speed": (after["samples"] - before["samples"]) / (after["seconds"] - before["seconds"]),
+        }
+        for before, after in zip(steps, steps[1:], strict=False)
+        if after["seconds"] > before["seconds"]
+    ]
+    return line_chart("Throughput", {"samples": _line(speeds, "speed")}, x="step", y="samples per second")
+
+
+def _events(run: RunDirectory) -> Panel | None:
+    attempts = [
+        (row["time"], f"attempt from step {row['from_step']}", f"{len(row['workers'])} worker(s)")
+        for row in rows(run.attempts)
+    ]
+    restarts = [
+        (row["time"], "restart", "; ".join(f"worker {rank}: {cause}" for rank, cause in sorted(row["workers"].items())))
+        for row in rows(run.restarts)
+    ]
+    events = [[_clock(when), what, detail] for when, what, detail in sorted([*attempts, *restarts])]
+    return table("Events", ["time", "event", "detail"], events)
+
+
+def _line(points: Iterable[Mapping[str, Any]], field: str) -> Series:
+    found = [(row["step"], row[field]) for row in points if field in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
