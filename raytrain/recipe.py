@@ -142,7 +142,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise RecipeError("\n".join(_explain(detail) for detail in error.errors())) from None
+            raise RecipeError("\n".join(explain(detail) for detail in error.errors())) from None
 
     def with_overrides(self, changes: Mapping[str, Any]) -> Self:
         """Return this recipe with `changes`, a mapping of dotted field to value, laid over it."""
@@ -231,9 +231,9 @@ def dotted_fields(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
-def _explain(detail: ErrorDetails) -> str:
-    """Return one line that names the dotted field, what was expected and what came."""
-    path = [str(part) for part in detail["loc"]]
+def explain(detail: ErrorDetails, within: str = "") -> str:
+    """Return one line that names the dotted field, inside the section `within`, what was expected and what came."""
+    path = [*filter(None, [within]), *map(str, detail["loc"])]
     context = detail.get("ctx", {})
     if detail["type"] == "unknown_field":
         return f"{'.'.join([*path, context['field']])}: {detail['msg']}"
