@@ -5,7 +5,8 @@ order give equal decisions, and `state_dict` holds all that later decisions depe
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,14 +43,12 @@ class Problem:
         objective: the metric.
         steps: how long a training is.
         seed: of all draws of the search.
-        max_failures: how often a failed segment is handed out again.
     """
 
     space: Space
     objective: Objective
     steps: int
     seed: int = 0
-    max_failures: int = 3
 
 
 class Scheduler(ABC):
@@ -57,15 +56,26 @@ class Scheduler(ABC):
 
     Args:
         problem: what the search is about.
+        max_failures: how often a failed segment is handed out again.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, max_failures: int) -> None:
         self.problem = problem
         self.best: Report | None = None
-        self._queue = WorkQueue(problem.max_failures)
+        self._queue = WorkQueue(max_failures)
         self._segments: dict[int, Segment] = {}
         self._rows: list[Row] = []
         self._next_row = 0
+        self._order: deque[int] = deque()
+        self._early: dict[int, Outcome] = {}
+
+    def follow(self, order: Iterable[int]) -> None:
+        """Make decisions in a logged order of arrivals; an outcome that comes before its turn waits.
+
+        Args:
+            order: rows of segments, in the order in which they ended: "ended" of the rows of a lineage.
+        """
+        self._order = deque(order)
 
     def ask(self, limit: int) -> list[Work]:
         """Return at most `limit` segments to train now; none if there is nothing to do until more outcomes come."""
@@ -81,17 +91,14 @@ class Scheduler(ABC):
         Raises:
             SearchError: nothing is left that could be trained.
         """
-        work = self._queue.close(outcome.attempt)
-        if work is None:
+        work = self._queue.under_way.get(outcome.attempt)
+        if work is None or work.row in self._early:
             return (
                 f"attempt {outcome.attempt} is not under way: it was reported before, or given up and handed out again"
             )
-        if isinstance(outcome, Paused):
-            self._queue.add(replace(work, snapshot=outcome.snapshot))
-        elif isinstance(outcome, Failed):
-            self._fail(work, outcome)
-        else:
-            self._finish(work, outcome)
+        self._early[work.row] = outcome
+        while (row := self._turn(work.row)) in self._early:
+            self._process(self._early.pop(row))
         return ""
 
     def expire(self) -> bool:
@@ -111,8 +118,9 @@ class Scheduler(ABC):
     def digests(self) -> set[str]:
         """Return the states that a later decision, or a resume, can need."""
         best = {self.best.snapshot.digest} if self.best else set()
+        early = {outcome.snapshot.digest for outcome in self._early.values() if not isinstance(outcome, Failed)}
         origins = [origin for segment in self._segments.values() for origin in (segment.origin, segment.fallback)]
-        return (best | self._queue.digests() | {origin.snapshot.digest for origin in origins if origin}) - {""}
+        return (best | early | self._queue.digests() | {origin.snapshot.digest for origin in origins if origin}) - {""}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that decisions depend on, as plain data."""
@@ -130,6 +138,21 @@ class Scheduler(ABC):
         self._next_row = state["next_row"]
         self._queue.load_state_dict(state["queue"])
         self.best = state["best"] and self._read_report(state["best"])
+
+    def _turn(self, arrived: int) -> int:
+        """Return the row of the segment whose outcome is to be decided on: any that arrived, or the next in order."""
+        while self._order and self._order[0] < self._next_row and self._order[0] not in self._segments:
+            self._order.popleft()  # it has ended
+        return self._order[0] if self._order else arrived
+
+    def _process(self, outcome: Outcome) -> None:
+        work = self._queue.close(outcome.attempt)
+        if isinstance(outcome, Paused):
+            self._queue.add(replace(work, snapshot=outcome.snapshot))
+        elif isinstance(outcome, Failed):
+            self._fail(work, outcome)
+        else:
+            self._finish(work, outcome)
 
     @abstractmethod
     def _fill(self, limit: int) -> None:

@@ -130,9 +130,9 @@ class WorkQueue:
         self.under_way |= {work.attempt: work for work in attempts}
         return attempts
 
-    def close(self, attempt: str) -> Work | None:
-        """Return the work of an attempt, which is then no longer under way; None if it was not."""
-        return self.under_way.pop(attempt, None)
+    def close(self, attempt: str) -> Work:
+        """Return the work of an attempt, which is then no longer under way."""
+        return self.under_way.pop(attempt)
 
     def repeat(self, work: Work, cause: str) -> bool:
         """Queue a failed segment again, unless that is hopeless or was done often enough; return whether it was."""

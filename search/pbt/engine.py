@@ -52,7 +52,7 @@ class PopulationBasedTraining(Scheduler):
     """
 
     def __init__(self, problem: Problem, options: PBTOptions) -> None:
-        super().__init__(problem)
+        super().__init__(problem, options.max_failures)
         self.options = options
         self._reports: list[Report] = []
         self._failures: dict[int, tuple[Segment, Failed]] = {}
@@ -177,7 +177,7 @@ class PopulationBasedTraining(Scheduler):
     def _replace(self, segment: Segment, failure: Failed, reports: Sequence[Report]) -> None:
         """Begin the next segment of a member that has failed, as a clone of a good one."""
         donors = self._population(segment, self._latest(reports))
-        hopeless = self._failed_in_a_row[segment.member] > self.problem.max_failures
+        hopeless = self._failed_in_a_row[segment.member] > max(1, self.options.max_failures)
         if hopeless or (reports and not donors.reports):
             self._note(action="retire", ended=segment.row, member=segment.member, failure=about(failure))
             self._active.discard(segment.member)
@@ -273,7 +273,7 @@ class PopulationBasedTraining(Scheduler):
         if self.options.step_matched:
             slowest = min((segment.until for segment in self._segments.values()), default=self.problem.steps)
             latest = [report for report in self._reports if report in latest or report.snapshot.step >= slowest]
-        self._reports = latest
+        self._reports = latest if self._active else []
 
     def _observe(self, reports: Sequence[Report]) -> None:
         memory = self.options.explore.memory
