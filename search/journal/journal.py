@@ -11,6 +11,7 @@ from raytrain.files import flush, write_whole
 from search.journal.lineage import Chain, Lineage
 from search.journal.store import StateStore
 from search.scheduler import Scheduler
+from search.segments import Report
 from search.work import Outcome, Work
 
 FORMAT = 1
@@ -62,6 +63,15 @@ class Journal:
         if not refused:
             self._commit(self._scheduler.drain())
         return refused
+
+    @property
+    def best(self) -> Report | None:
+        """The best report so far."""
+        return self._scheduler.best
+
+    def digests(self) -> set[str]:
+        """Return the states that a later decision, or a resume, can need."""
+        return self._scheduler.digests()
 
     def expire(self) -> bool:
         """Give up what others have waited for long enough; see `Scheduler.expire`."""

@@ -18,7 +18,7 @@ from search.segments import Report
 
 Array = NDArray[np.float64]
 
-CANDIDATES = 256
+CANDIDATES = 128
 ROUNDS = 3
 """Each perturbs the best candidates of the round before."""
 
@@ -148,7 +148,8 @@ class _Acquisition:
     encoder: _Encoder
     theta: Array
     observed: _Inputs
-    pending: _Inputs
+    known: _Inputs
+    factor: tuple[Array, bool]
     weights: Array
     score: float
     time: int
@@ -167,18 +168,17 @@ class _Acquisition:
         observed = encoder.inputs(configurations, times, before)
         theta = _fit(observed, y)
         now, here = np.full(len(running), float(time)), np.full(len(running), score)
-        pending = encoder.inputs(running, now, here)
+        known = observed.joined(encoder.inputs(running, now, here))
         weights = cho_solve(_factor(theta, observed), y)
-        return cls(encoder, theta, observed, pending, weights, score, time)
+        return cls(encoder, theta, observed, known, _factor(theta, known), weights, score, time)
 
     def __call__(self, configurations: Sequence[Configuration]) -> Array:
         """Return the bound of each configuration, shape (n,)."""
         count = len(configurations)
         points = self.encoder.inputs(configurations, np.full(count, float(self.time)), np.full(count, self.score))
         mean = _kernel(self.theta, points, self.observed) @ self.weights
-        known = self.observed.joined(self.pending)
-        cross = _kernel(self.theta, points, known)
-        explained = np.einsum("ij,ji->i", cross, cho_solve(_factor(self.theta, known), cross.T))
+        cross = _kernel(self.theta, points, self.known)
+        explained = np.einsum("ij,ji->i", cross, cho_solve(self.factor, cross.T))
         deviation = np.sqrt(np.maximum(np.exp(self.theta[0]) - explained, 0))
         beta = 0.2 + max(0.0, math.log(0.4 * len(self.weights)))
         bounds: Array = mean + math.sqrt(beta) * deviation
@@ -220,7 +220,7 @@ def _fit(points: _Inputs, y: Array) -> Array:
         return prior + float(y @ cho_solve(factor, y)) / 2 + float(np.log(np.diag(factor[0])).sum())
 
     bounds = [(centre - 4 * width, centre + 4 * width) for centre, width in zip(START, PRIOR_WIDTH, strict=True)]
-    found: Array = minimize(loss, START, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30}).x
+    found: Array = minimize(loss, START, method="L-BFGS-B", bounds=bounds, options={"maxiter": 15}).x
     return found
 
 
