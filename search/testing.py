@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 from raytrain.errors import CheckpointError
 from search.driver import SegmentEnd
@@ -50,17 +50,24 @@ def train_toy(work: Work, state: bytes | None) -> SegmentEnd:
     return SegmentEnd(json.dumps(theta).encode(), work.until, {"q": score})
 
 
-def toy_search(seed: int = 0, steps: int = 200, noise: float = 0.1, **options: Any) -> PopulationBasedTraining:
+def toy_search(
+    seed: int = 0,
+    steps: int = 200,
+    noise: float = 0.1,
+    better: Literal["lower", "higher"] = "higher",
+    **options: Any,
+) -> PopulationBasedTraining:
     """Return population based training of the toy problem, by default with its two members.
 
     Args:
         seed: of all draws.
         steps: of each member.
         noise: standard deviation of what explore adds; 0: explore multiplies.
+        better: which scores are.
         options: of the `[search]` section.
     """
     dimension = {"type": "float", "low": 0, "high": 1, "step": noise}
     table = {"h0": dimension, "h1": dimension}
     section = {"name": "pbt", "population": 2, "interval": 5, "exploit": "tournament", "first": HALVES, **options}
-    problem = Problem(space_of(table), Objective("q", "higher"), steps, seed)
+    problem = Problem(space_of(table), Objective("q", better), steps, seed)
     return PopulationBasedTraining(problem, PBTOptions.model_validate({"space": table, **section}))
