@@ -20,6 +20,8 @@ FACTOR = 1.2
 class Domain(Section, ABC):
     """The values that one hyperparameter can have."""
 
+    type: str
+
     @abstractmethod
     def contains(self, value: Any) -> bool:
         """Return whether `value` is one of them."""

@@ -26,6 +26,15 @@ from search.segments import (
 from search.space import Space
 from search.work import Done, Failed, Outcome, Paused, Work, WorkQueue
 
+SEARCHES: dict[str, str] = {
+    "pbt": "search.pbt.engine:pbt",
+    "grid": "search.sweep.searches:grid",
+    "random": "search.sweep.searches:random",
+    "asha": "search.sweep.searches:asha",
+    "median": "search.sweep.searches:median",
+    "tpe": "search.sweep.searches:tpe",
+}
+
 Row = dict[str, Any]
 """A decision, as a row of the lineage."""
 
@@ -66,16 +75,16 @@ class Scheduler(ABC):
         self._segments: dict[int, Segment] = {}
         self._rows: list[Row] = []
         self._next_row = 0
-        self._order: deque[int] = deque()
+        self._order: deque[Row] = deque()
         self._early: dict[int, Outcome] = {}
 
-    def follow(self, order: Iterable[int]) -> None:
-        """Make decisions in a logged order of arrivals; an outcome that comes before its turn waits.
+    def follow(self, rows: Iterable[Row]) -> None:
+        """Make decisions in the order of a lineage, whatever the order of arrivals; what comes too early waits.
 
         Args:
-            order: rows of segments, in the order in which they ended: "ended" of the rows of a lineage.
+            rows: of a search with the same recipe.
         """
-        self._order = deque(order)
+        self._order = deque(rows)
 
     def ask(self, limit: int) -> list[Work]:
         """Return at most `limit` segments to train now; none if there is nothing to do until more outcomes come."""
@@ -139,11 +148,26 @@ class Scheduler(ABC):
         self._queue.load_state_dict(state["queue"])
         self.best = state["best"] and self._read_report(state["best"])
 
-    def _turn(self, arrived: int) -> int:
-        """Return the row of the segment whose outcome is to be decided on: any that arrived, or the next in order."""
-        while self._order and self._order[0] < self._next_row and self._order[0] not in self._segments:
-            self._order.popleft()  # it has ended
-        return self._order[0] if self._order else arrived
+    def _turn(self, arrived: int | None = None) -> int | None:
+        """Return whose outcome is decided on next: the row of a segment, or None where a segment begins before.
+
+        Args:
+            arrived: the row to return where no order is followed.
+        """
+        while self._order and self._is_past(self._order[0]):
+            self._order.popleft()
+        return self._order[0].get("ended") if self._order else arrived
+
+    def _is_past(self, row: Row) -> bool:
+        ended = row.get("ended")
+        begun = row["row"] if ended is None else ended
+        return begun < self._next_row and ended not in self._segments
+
+    def _may_begin(self, limit: int) -> bool:
+        """Return whether a segment can begin that no outcome asks for: one that `ask` hands out at once."""
+        if self._turn() is not None:
+            return False
+        return bool(self._order) or len(self._queue.waiting) < limit
 
     def _process(self, outcome: Outcome) -> None:
         work = self._queue.close(outcome.attempt)
@@ -190,7 +214,9 @@ class Scheduler(ABC):
         segment = self._segments.pop(work.row)
         if failure.cause == "unreadable" and segment.fallback:
             earlier = replace(segment, row=self._next_row, origin=segment.fallback, history=segment.history[:-1])
-            self._open(replace(earlier, fallback=None), action="fallback", ended=segment.row, failure=about(failure))
+            self._open(
+                replace(earlier, fallback=None), action="fallback", ended=segment.row, failure=summary_of(failure)
+            )
         else:
             self._given_up(segment, failure)
 
@@ -224,6 +250,6 @@ class Scheduler(ABC):
         return report_from_plain(plain, self.problem.space, self.problem.objective)
 
 
-def about(failure: Failed) -> dict[str, str]:
+def summary_of(failure: Failed) -> dict[str, str]:
     """Return what a row says of a failure."""
     return {"cause": failure.cause, "message": failure.message}

@@ -38,15 +38,23 @@ class Space:
 
     Args:
         program: (chooser) -> dotted field of the recipe -> value. It decides by the chooser alone.
+        domains: path -> domain, as far as they are known beforehand.
 
     >>> space = Space(lambda choose: {"optimizer.lr": choose.float("lr", 1e-4, 1e-1, log=True)})
     >>> space.replay({"lr": 0.01}).changes
     {'optimizer.lr': 0.01}
     """
 
-    def __init__(self, program: Callable[[Chooser], Mapping[str, Any]]) -> None:
+    def __init__(
+        self, program: Callable[[Chooser], Mapping[str, Any]], domains: Mapping[str, Domain] | None = None
+    ) -> None:
         self._program = program
-        self._domains: dict[str, Domain] = {}
+        self._domains = dict(domains or {})
+
+    @property
+    def domains(self) -> Mapping[str, Domain]:
+        """The paths that are known: of a table all, of a function those that it has asked for so far."""
+        return self._domains
 
     def run(self, policy: Policy) -> Configuration:
         """Return the configuration that a policy decides on.
@@ -105,7 +113,8 @@ def space_of(source: str | Mapping[str, Any]) -> Space:
         RecipeError: there is no such function, or the table is wrong.
     """
     if not isinstance(source, str):
-        return Space(_table_program(parse_dimensions(source)))
+        dimensions = parse_dimensions(source)
+        return Space(_table_program(dimensions), {name: dimension.domain for name, dimension in dimensions.items()})
     program = resolve({}, source, FIELD) if ":" in source else None
     if not callable(program):
         raise RecipeError(f"{FIELD}: expected a table, or a function as module:attribute; got {source!r}")

@@ -21,7 +21,7 @@ from search.pbt.exploit import KEEP
 from search.pbt.options import PBTOptions
 from search.pbt.population import Population, Selection
 from search.rng import keyed_generator
-from search.scheduler import Problem, Scheduler, SearchError, about
+from search.scheduler import Problem, Scheduler, SearchError, summary_of
 from search.segments import (
     Report,
     Segment,
@@ -179,16 +179,16 @@ class PopulationBasedTraining(Scheduler):
         donors = self._population(segment, self._latest(reports))
         hopeless = self._failed_in_a_row[segment.member] > max(1, self.options.max_failures)
         if hopeless or (reports and not donors.reports):
-            self._note(action="retire", ended=segment.row, member=segment.member, failure=about(failure))
+            self._note(action="retire", ended=segment.row, member=segment.member, failure=summary_of(failure))
             self._active.discard(segment.member)
             return
         if not donors.reports:
-            self._start(segment.member, segment.generation + 1, ended=segment.row, failure=about(failure))
+            self._start(segment.member, segment.generation + 1, ended=segment.row, failure=summary_of(failure))
             return
         best = donors.ranked()[-max(1, int(DONORS * len(donors.reports))) :]
         donor = best[self._rng("replace", segment).integers(len(best))]
         configuration = self._explore(segment, donor, donors)
-        self._continue(segment, donor, configuration, action="replace", failure=about(failure))
+        self._continue(segment, donor, configuration, action="replace", failure=summary_of(failure))
 
     def _start(self, member: int, generation: int, **why: Any) -> None:
         """Begin a segment with new weights and drawn hyperparameters."""
@@ -284,6 +284,11 @@ class PopulationBasedTraining(Scheduler):
 
     def _rng(self, purpose: str, segment: Segment) -> np.random.Generator:
         return keyed_generator(self.problem.seed, purpose, segment.generation, segment.member)
+
+
+def pbt(problem: Problem, options: PBTOptions) -> PopulationBasedTraining:
+    """Population based training: hyperparameters change while the members train."""
+    return PopulationBasedTraining(problem, options)
 
 
 def _all_failed(members: int, segment: Segment, failure: Failed) -> str:

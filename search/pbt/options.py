@@ -1,8 +1,8 @@
 """What `[search]` can say with `name = "pbt"`."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
 from raytrain.recipe import Options, chosen
 from search.options import SearchOptions
@@ -40,7 +40,7 @@ class PBTOptions(SearchOptions):
             after timeout_seconds; asynchronous: before it has, nobody exploits.
     """
 
-    population: int = 16
+    population: int = Field(16, ge=2)
     interval: int = Field(100, ge=1)
     exploit: ExploitField = Field(default={}, validate_default=True)
     explore: ExploreField = Field(default={}, validate_default=True)
@@ -50,16 +50,23 @@ class PBTOptions(SearchOptions):
     step_matched: bool = False
     quorum: float = Field(1.0, gt=0, le=1)
 
-    @model_validator(mode="after")
-    def _fit(self) -> Self:
-        try:
-            self.exploit.check(self.population)
-        except ValueError as error:
-            raise ValueError(f"population: {error}") from None
-        if self.step_matched and self.synchronous:
-            raise ValueError("step_matched: expected false with synchronous = true, where all members are at one step")
-        if len(self.first) > self.population:
-            raise ValueError(
-                f"first: expected at most {self.population}, a guess for each member; got {len(self.first)}"
-            )
-        return self
+    @field_validator("population")
+    @classmethod
+    def _room_for_guesses(cls, population: int, info: ValidationInfo) -> int:
+        if population < len(guesses := info.data.get("first", ())):
+            raise ValueError(f"expected at least {len(guesses)}, one for each guess in first; got {population}")
+        return population
+
+    @field_validator("exploit")
+    @classmethod
+    def _comparable(cls, exploit: Exploit, info: ValidationInfo) -> Exploit:
+        if "population" in info.data:
+            exploit.check(info.data["population"])
+        return exploit
+
+    @field_validator("step_matched")
+    @classmethod
+    def _asynchronous(cls, step_matched: bool, info: ValidationInfo) -> bool:
+        if step_matched and info.data.get("synchronous"):
+            raise ValueError("expected false with synchronous = true, where all members are at one step")
+        return step_matched

@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from search.chooser import perturbing
 from search.genome import Configuration
 from search.pbt.explore import Explore
 from search.pbt.population import Population
 from search.segments import Report
+from search.space import Space
 
 Array = NDArray[np.float64]
 
@@ -63,17 +65,21 @@ class PB2(Explore):
         candidates = [space.sample(rng) for _ in range(CANDIDATES)]
         if len(observed) < 4:
             return candidates[0]
-        acquisition = _Acquisition.fit(observed, population.running, member.fitness, population.generation + 1)
-        for _ in range(ROUNDS):
-            bounds = acquisition(candidates)
-            best = [candidates[index] for index in np.argsort(-bounds, kind="stable")[:8]]
-            near = [
-                space.run(perturbing(one.genome.values(), rng, self.factor))
-                for one in best
-                for _ in range(CANDIDATES // 16)
-            ]
-            candidates = [*best, *near]
-        return candidates[int(np.argmax(acquisition(candidates)))]
+        with threadpool_limits(1):  # small matrices: more threads only wait for cores that the members use
+            acquisition = _Acquisition.fit(observed, population.running, member.fitness, population.generation + 1)
+            return _maximize(acquisition, candidates, population.space, self.factor, rng)
+
+
+def _maximize(
+    acquisition: "_Acquisition", candidates: list[Configuration], space: Space, factor: float, rng: np.random.Generator
+) -> Configuration:
+    """Return the best candidate, after some rounds in which the best ones are perturbed."""
+    for _ in range(ROUNDS):
+        bounds = acquisition(candidates)
+        best = [candidates[index] for index in np.argsort(-bounds, kind="stable")[:8]]
+        values = [one.genome.values() for one in best for _ in range(CANDIDATES // 16)]
+        candidates = [*best, *(space.run(perturbing(each, rng, factor)) for each in values)]
+    return candidates[int(np.argmax(acquisition(candidates)))]
 
 
 @dataclass(frozen=True, slots=True)

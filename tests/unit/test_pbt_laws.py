@@ -5,15 +5,13 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.driver import drive, run_attempt
+from search.driver import run_attempt
 from search.journal.ancestry import ancestors, schedule
 from search.pbt.engine import PopulationBasedTraining
-from search.scheduler import SearchError
 from search.testing import MemoryStates, toy_search, train_toy
 from search.work import Done, Failed, Outcome, Paused, Snapshot, Work
 
@@ -23,9 +21,9 @@ RULES = [
     {"exploit": "tournament", "population": 4, "inherit": "weights"},
     {"exploit": "welch", "population": 4, "explore": "resample"},
     {"exploit": {"name": "mf-pbt", "frequencies": [1, 2]}, "population": 8},
-    {"exploit": "truncation", "population": 4, "explore": "pb2"},
 ]
 rules = st.sampled_from(RULES)
+orders = st.randoms(use_true_random=False)
 modes = st.sampled_from([{}, {"synchronous": False}, {"synchronous": False, "step_matched": True}])
 
 
@@ -55,12 +53,19 @@ def plain(engine: PopulationBasedTraining) -> Any:
 
 
 @FEW
-@given(rule=rules, seed=st.integers(0, 100), order=st.randoms(use_true_random=False))
+@given(rule=rules, seed=st.integers(0, 100), order=orders)
 def test_the_order_of_arrivals_within_a_generation_changes_nothing(
     rule: dict[str, Any], seed: int, order: random.Random
 ) -> None:
     one, other = search(seed=seed, **rule), search(seed=seed, **rule)
     assert run(one) == run(other, order)
+    assert plain(one) == plain(other)
+
+
+def test_what_pb2_learns_does_not_depend_on_the_order_of_arrivals() -> None:
+    rule = {"population": 4, "exploit": "truncation", "explore": "pb2", "steps": 60}
+    one, other = search(**rule), search(**rule)
+    assert run(one) == run(other, random.Random(0))
     assert plain(one) == plain(other)
 
 
@@ -85,7 +90,7 @@ def test_a_restart_between_any_two_outcomes_changes_nothing(
 
 
 @FEW
-@given(rule=rules, mode=modes, seed=st.integers(0, 100), order=st.randoms(use_true_random=False))
+@given(rule=rules, mode=modes, seed=st.integers(0, 100), order=orders)
 def test_the_lineage_is_a_graph_without_cycles(
     rule: dict[str, Any], mode: dict[str, Any], seed: int, order: random.Random
 ) -> None:
@@ -103,19 +108,19 @@ def test_the_lineage_is_a_graph_without_cycles(
 
 
 @FEW
-@given(rule=rules, seed=st.integers(0, 100), order=st.randoms(use_true_random=False), matched=st.booleans())
+@given(rule=rules, seed=st.integers(0, 100), order=orders, matched=st.booleans())
 def test_a_logged_order_of_arrivals_is_repeated(
     rule: dict[str, Any], seed: int, order: random.Random, matched: bool
 ) -> None:
     mode = {"synchronous": False, "step_matched": matched}
     rows = run(search(seed=seed, **rule, **mode), order)
     again = search(seed=seed, **rule, **mode)
-    again.follow(row["ended"] for row in rows if "ended" in row)
+    again.follow(rows)
     assert run(again, order) == rows
 
 
 @FEW
-@given(rule=rules, mode=modes, seed=st.integers(0, 100), order=st.randoms(use_true_random=False))
+@given(rule=rules, mode=modes, seed=st.integers(0, 100), order=orders)
 def test_states_that_can_be_needed_are_never_collected(
     rule: dict[str, Any], mode: dict[str, Any], seed: int, order: random.Random
 ) -> None:
@@ -144,33 +149,24 @@ def test_step_matched_donors_are_at_the_step_of_the_child() -> None:
 
 
 @FEW
-@given(
-    rule=rules,
-    mode=modes,
-    seed=st.integers(0, 50),
-    order=st.randoms(use_true_random=False),
-    bad=st.sets(st.integers(0, 60), max_size=25),
-)
+@given(rule=rules, mode=modes, seed=st.integers(0, 50), order=orders, bad=st.lists(st.integers(0, 60), max_size=8))
 def test_failures_end_no_search(
-    rule: dict[str, Any], mode: dict[str, Any], seed: int, order: random.Random, bad: set[int]
+    rule: dict[str, Any], mode: dict[str, Any], seed: int, order: random.Random, bad: list[int]
 ) -> None:
     """Attempts fail by their row, for a cause that repeats or not; members are replaced, and the rest goes on."""
     engine = search(seed=seed, **rule, **mode)
+    rows_that_fail = bad[: rule["population"] - 1]  # were they all of one generation, one member would be left
     causes = ["dead", "slow", "error", "stopped", "unreadable"]
 
     def outcome(work: Work, good: Outcome) -> Outcome:
-        return Failed(work.attempt, causes[work.row % 5], "as told") if work.row in bad else good
+        return Failed(work.attempt, causes[work.row % 5], "as told") if work.row in rows_that_fail else good
 
-    try:
-        rows = run(engine, order, outcome=outcome)
-    except SearchError as error:
-        assert str(error).endswith("as told")
-        return
+    rows = run(engine, order, outcome=outcome)
     assert {row["member"] for row in rows if row["action"] in ("end", "retire")} == set(range(rule["population"]))
     for row in rows:
-        assert ("failure" in row) == (
-            row["action"] in ("replace", "fallback", "retire") or "ended" in row and row["action"] == "start"
-        )
+        ended = row["ended"] if "failure" in row else None
+        assert ended is None or ended in rows_that_fail
+        assert ("failure" in row) == (row["action"] in ("replace", "fallback", "retire"))
 
 
 def test_the_schedule_of_the_winner_gives_its_score_again() -> None:
