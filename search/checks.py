@@ -105,7 +105,7 @@ def check_shapes(base: Recipe, search: SearchOptions, shapes: Shapes) -> None:
     before = shapes(base)
     for place, changes in _probes(search, space_of(search.space)):
         after = shapes(base.with_overrides(changes))
-        for name in sorted(before.keys() | after.keys()):
+        for name in [*before, *after]:
             if before.get(name) != after.get(name):
                 raise RecipeError(
                     f"{place}: {_listed(changes)} changes the shape of {name} from {before.get(name)} to "

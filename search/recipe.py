@@ -40,7 +40,10 @@ def _read_base(value: Any) -> Recipe:
         raw = merged({"kind": "train", **raw}, dict(dotted_fields(rest)))
     if raw["kind"] not in kinds or raw["kind"] == "search":
         raise RecipeError(f"base.kind: no such kind {raw['kind']!r}; {near(raw['kind'], kinds.keys() - {'search'})}")
-    return kinds[raw["kind"]].recipe.model_validate(raw)
+    try:
+        return kinds[raw["kind"]].recipe.model_validate(raw)
+    except RecipeError as error:  # of what a name stands for; those of pydantic get their place by themselves
+        raise RecipeError(f"base.{error}") from None
 
 
 BaseField = Annotated[SerializeAsAny[Recipe], BeforeValidator(_read_base)]
