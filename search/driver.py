@@ -64,8 +64,13 @@ def drive(search: AsksAndTells, states: States, train: Train, stop: Callable[[],
         stop: asked before each segment.
     """
     while not stop() and (works := search.ask(1)):
-        for work in works:
-            search.tell(run_attempt(work, states, train))
+        [work] = works
+        outcome = run_attempt(work, states, train)
+        if isinstance(outcome, Paused) and outcome.snapshot.step <= work.snapshot.step:
+            if stop():
+                return  # the segment is as it was
+            outcome = Failed(work.attempt, "stopped", f"training ended at step {outcome.snapshot.step}, without a step")
+        search.tell(outcome)
 
 
 def run_attempt(work: Work, states: States, train: Train) -> Outcome:

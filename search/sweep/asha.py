@@ -54,13 +54,14 @@ class SuccessiveHalving(Pruner):
                     return trial, self._rungs[level + 1]
         return None
 
-    def promotable(self, trial: int) -> bool:
-        """Return whether the trial could be among the best 1 / eta of its rung if all others came as far."""
-        level = max(level for level, scores in enumerate(self._scores) if trial in scores)
-        if level == len(self._rungs) - 1 or trial in self._promoted[level]:
-            return False
-        rank = self._ranked(level).index(trial)
-        return rank < self._trials // self._eta
+    def promotable(self) -> set[int]:
+        """Return the trials that would be among the best 1 / eta of their rung if all others came as far."""
+        return {
+            trial
+            for level in range(len(self._rungs) - 1)
+            for trial in self._ranked(level)[: self._trials // self._eta]
+            if trial not in self._promoted[level]
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores and promotions of all rungs."""

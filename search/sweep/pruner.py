@@ -28,9 +28,9 @@ class Pruner(ABC):
         """Return a trial that paused and should go on now, and the step to train it to; None if there is none."""
         return None
 
-    def promotable(self, trial: int) -> bool:  # noqa: ARG002 - for pruners that pause
-        """Return whether a trial that does not go on now can still do so later."""
-        return False
+    def promotable(self) -> set[int]:
+        """Return the trials that paused and can still be promoted, now or later."""
+        return set()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that decisions depend on, as plain data."""

@@ -83,12 +83,11 @@ class Sweep(Scheduler):
         if until is not None and not self._spent:
             self._continue(report, until, action="continue", ended=report.segment.row, score=report.score)
             return
-        pauses = self._pruner.promotable(trial)
-        action = "end" if step >= self.problem.steps else "pause" if pauses else "stop"
+        promotable = self._pruner.promotable()
+        action = "end" if step >= self.problem.steps else "pause" if trial in promotable else "stop"
         self._note(action=action, ended=report.segment.row, member=trial, step=step, score=report.score)
-        if pauses:
-            self._paused[trial] = report
-        self._paused = {other: paused for other, paused in self._paused.items() if self._pruner.promotable(other)}
+        paused = {**self._paused, trial: report}
+        self._paused = {other: paused[other] for other in paused if other in promotable}
 
     def _given_up(self, segment: Segment, failure: Failed) -> None:
         self._last_failure = f"trial {segment.member} ({failure.cause}): {failure.message}"
