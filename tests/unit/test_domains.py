@@ -122,6 +122,13 @@ def test_perturbations_are_those_of_the_paper() -> None:
     assert {round(linear.perturb(90, rng), 9) for _ in range(50)} == {92, 72}, "108 is reflected at 100"
 
 
+@pytest.mark.parametrize(("value", "neighbours"), [(8, {6, 10}), (-13, {-16, -10}), (0, {-1, 1}), (99, {79, 81})])
+def test_steps_of_whole_numbers_are_rounded(value: int, neighbours: set[int]) -> None:
+    """20 % of 13 are 2.6, so 3; 99 + 20 is reflected at 100."""
+    rng = np.random.default_rng(0)
+    assert {Int(low=-100, high=100).perturb(value, rng) for _ in range(50)} == neighbours
+
+
 def test_all_whole_numbers_are_equally_likely() -> None:
     rng, domain = np.random.default_rng(0), Int(low=3, high=6)
     counts = np.bincount([domain.sample(rng) for _ in range(8000)], minlength=7)[3:]

@@ -179,8 +179,8 @@ def test_attempts_of_before_a_restart_are_refused(tmp_path: Path) -> None:
     old = first.ask(4)
     second = journal(tmp_path)
     second.open()
-    assert second.tell(Done(old[0].attempt, Snapshot("a", 5), {"q": 1.0})).startswith("attempt 0.0.0 is not under way")
     assert [work.row for work in second.ask(4)] == [work.row for work in old]
+    assert second.tell(Done(old[0].attempt, Snapshot("a", 5), {"q": 1.0})).startswith("attempt 0.0.0 is not under way")
 
 
 def test_an_unreadable_donor_is_replaced_by_its_previous_state(tmp_path: Path) -> None:

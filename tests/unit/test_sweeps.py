@@ -22,6 +22,7 @@ from search.scheduler import SEARCHES, Problem, Scheduler, SearchError
 from search.searchers.grid import grid
 from search.segments import Objective
 from search.space import Space, space_of
+from search.sweep.asha import SuccessiveHalving
 from search.testing import MemoryStates
 from search.work import Done, Failed, Outcome, Work
 
@@ -163,6 +164,20 @@ def test_halving_promotes_the_best_of_each_rung(seed: int, order: random.Random,
         best = sorted(scores[below], key=lambda trial: (scores[below][trial], trial))[:room]
         assert set(best) <= scores[rung].keys()
     assert sum(row["action"] == "start" for row in rows) == trials
+
+
+def test_halving_promotes_from_the_highest_rung_first() -> None:
+    pruner = SuccessiveHalving(steps=8, interval=2, eta=2, trials=16)
+    assert pruner.first == 2
+    for trial in range(4):
+        assert pruner.judge(trial, 2, fitness=trial) is None
+    assert [pruner.promote() for _ in range(3)] == [(3, 4), (2, 4), None]
+    for trial in (2, 3):
+        pruner.judge(trial, 4, fitness=trial)
+    for trial in (4, 5):
+        pruner.judge(trial, 2, fitness=-trial)
+    assert [pruner.promote() for _ in range(3)] == [(3, 8), (1, 4), None]
+    assert pruner.promotable() == {0, 4, 5, 2}
 
 
 def test_halving_takes_fewer_steps_and_finds_the_same_best() -> None:
