@@ -13,8 +13,8 @@ from raytrain.names import near, resolve
 from raytrain.recipe import Recipe, chosen, declared_options, dotted_fields, merged, read_toml
 from search.checks import check_factors, check_guesses, check_space, check_steps
 from search.options import SearchOptions
-from search.scheduler import SEARCHES, Problem, Scheduler
-from search.segments import Objective
+from search.scheduling.scheduler import SEARCHES, Problem, Scheduler
+from search.scheduling.segments import Objective
 from search.space import Space, space_of
 
 

@@ -5,13 +5,13 @@ import json
 from typing import Any, Literal
 
 from raytrain.errors import CheckpointError
-from search.driver import SegmentEnd
 from search.pbt.engine import PopulationBasedTraining
 from search.pbt.options import PBTOptions
-from search.scheduler import Problem
-from search.segments import Objective
+from search.scheduling.driver import SegmentEnd
+from search.scheduling.scheduler import Problem
+from search.scheduling.segments import Objective
+from search.scheduling.work import Work
 from search.space import space_of
-from search.work import Work
 
 HALVES: tuple[dict[str, Any], ...] = ({"h0": 1.0, "h1": 0.0}, {"h0": 0.0, "h1": 1.0})
 """The two members of the toy problem; each sees one half of it."""

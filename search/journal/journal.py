@@ -10,9 +10,9 @@ from raytrain.errors import CheckpointError
 from raytrain.files import flush, write_whole
 from search.journal.lineage import Chain, Lineage
 from search.journal.store import StateStore
-from search.scheduler import Scheduler
-from search.segments import Report
-from search.work import Outcome, Work
+from search.scheduling.scheduler import Scheduler
+from search.scheduling.segments import Report
+from search.scheduling.work import Outcome, Work
 
 FORMAT = 1
 

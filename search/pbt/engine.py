@@ -21,15 +21,15 @@ from search.pbt.exploit import KEEP
 from search.pbt.options import PBTOptions
 from search.pbt.population import Population, Selection
 from search.rng import keyed_generator
-from search.scheduler import Problem, Scheduler, SearchError, summary_of
-from search.segments import (
+from search.scheduling.scheduler import Problem, Scheduler, SearchError, summary_of
+from search.scheduling.segments import (
     Report,
     Segment,
     report_to_plain,
     segment_from_plain,
     segment_to_plain,
 )
-from search.work import Failed
+from search.scheduling.work import Failed
 
 logger = logging.getLogger(__name__)
 

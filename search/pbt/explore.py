@@ -18,7 +18,7 @@ from search.chooser import perturbing, replaying, sampling
 from search.domains import FACTOR
 from search.genome import Configuration
 from search.pbt.population import Population
-from search.segments import Report
+from search.scheduling.segments import Report
 
 EXPLORES: dict[str, str] = {
     "perturb": "search.pbt.explore:Perturb",

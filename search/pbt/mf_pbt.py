@@ -7,7 +7,7 @@ from pydantic import Field
 
 from search.pbt.exploit import KEEP, Exploit
 from search.pbt.population import Population, Selection
-from search.segments import Report
+from search.scheduling.segments import Report
 
 
 class MultipleFrequencies(Exploit):

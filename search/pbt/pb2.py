@@ -15,7 +15,7 @@ from search.chooser import perturbing
 from search.genome import Configuration
 from search.pbt.explore import Explore
 from search.pbt.population import Population
-from search.segments import Report
+from search.scheduling.segments import Report
 from search.space import Space
 
 Array = NDArray[np.float64]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from search.genome import Configuration
-from search.segments import Report
+from search.scheduling.segments import Report
 from search.space import Space
 
 

@@ -1,7 +1,7 @@
 """The sweeps that a recipe can name."""
 
 from raytrain.names import resolve
-from search.scheduler import Problem
+from search.scheduling.scheduler import Problem
 from search.searcher import SEARCHERS, Searcher
 from search.searchers.grid import GridSearcher
 from search.searchers.random import RandomSearcher

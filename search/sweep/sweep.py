@@ -5,12 +5,12 @@ from typing import Any
 
 from search.chooser import replaying, sampling
 from search.rng import keyed_generator
-from search.scheduler import Problem, Scheduler, SearchError, summary_of
+from search.scheduling.scheduler import Problem, Scheduler, SearchError, summary_of
+from search.scheduling.segments import Report, Segment, report_to_plain
+from search.scheduling.work import Failed
 from search.searcher import Candidate, CandidateResult, Searcher
-from search.segments import Report, Segment, report_to_plain
 from search.sweep.options import SweepOptions
 from search.sweep.pruner import Pruner
-from search.work import Failed
 
 
 class Sweep(Scheduler):

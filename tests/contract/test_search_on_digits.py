@@ -20,11 +20,11 @@ from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.train_recipe import TrainRecipe
 from raytrain.worker import build, task_of
-from search.driver import SegmentEnd, drive
 from search.journal.ancestry import schedule
 from search.journal.journal import Journal
 from search.recipe import SearchRecipe
-from search.work import Snapshot, Work
+from search.scheduling.driver import SegmentEnd, drive
+from search.scheduling.work import Snapshot, Work
 
 RAW: dict[str, Any] = {
     "kind": "search",

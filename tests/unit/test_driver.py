@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from raytrain.errors import CheckpointError, TrainingError
-from search.driver import SegmentEnd, drive, run_attempt
+from search.scheduling.driver import SegmentEnd, drive, run_attempt
+from search.scheduling.work import Done, Failed, Paused, Work
 from search.testing import MemoryStates, toy_search, train_toy
-from search.work import Done, Failed, Paused, Work
 
 
 def attempted(train: Any, states: MemoryStates | None = None) -> Any:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from raytrain.errors import CheckpointError
-from search.driver import drive, run_attempt
 from search.journal.journal import Journal
 from search.journal.lineage import Lineage
+from search.scheduling.driver import drive, run_attempt
+from search.scheduling.work import Done, Snapshot
 from search.testing import toy_search, train_toy
-from search.work import Done, Snapshot
 
 OPERATIONS = [(os, "write"), (os, "fsync"), (os, "truncate"), (Path, "open"), (Path, "replace"), (Path, "unlink")]
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from search.driver import SegmentEnd, drive
 from search.pbt.engine import PopulationBasedTraining
 from search.pbt.options import PBTOptions
-from search.scheduler import Problem
-from search.segments import Objective
+from search.scheduling.driver import SegmentEnd, drive
+from search.scheduling.scheduler import Problem
+from search.scheduling.segments import Objective
+from search.scheduling.work import Work
 from search.space import space_of
 from search.testing import MemoryStates
-from search.work import Work
 
 TABLE = {
     "kind": {"type": "choice", "values": ["a", "b", "c"]},

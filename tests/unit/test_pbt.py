@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from raytrain.errors import TrainingError
-from search.driver import drive
 from search.pbt.engine import PopulationBasedTraining
 from search.rng import keyed_seed
-from search.scheduler import SearchError
+from search.scheduling.driver import drive
+from search.scheduling.scheduler import SearchError
+from search.scheduling.work import Done, Failed, Snapshot
 from search.testing import HALVES, MemoryStates, toy_search, train_toy
-from search.work import Done, Failed, Snapshot
 
 
 def best_score(**options: Any) -> float:

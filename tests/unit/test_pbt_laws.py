@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.driver import run_attempt
 from search.journal.ancestry import ancestors, schedule
 from search.pbt.engine import PopulationBasedTraining
+from search.scheduling.driver import run_attempt
+from search.scheduling.work import Done, Failed, Outcome, Paused, Snapshot, Work
 from search.testing import MemoryStates, toy_search, train_toy
-from search.work import Done, Failed, Outcome, Paused, Snapshot, Work
 
 FEW = settings(max_examples=25)
 RULES = [

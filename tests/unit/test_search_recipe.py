@@ -14,8 +14,8 @@ from search.pbt.engine import PopulationBasedTraining
 from search.pbt.exploit import Truncation
 from search.pbt.explore import Perturb
 from search.recipe import SearchRecipe
-from search.scheduler import SEARCHES
-from search.segments import Objective
+from search.scheduling.scheduler import SEARCHES
+from search.scheduling.segments import Objective
 from search.sweep.sweep import Sweep
 
 LR = {"type": "float", "low": 1e-4, "high": 0.1, "scale": "log"}

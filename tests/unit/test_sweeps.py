@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from raytrain.names import resolve
 from raytrain.recipe import declared_options
 from search.chooser import Chooser
-from search.driver import SegmentEnd, run_attempt
 from search.options import SearchOptions
-from search.scheduler import SEARCHES, Problem, Scheduler, SearchError
+from search.scheduling.driver import SegmentEnd, run_attempt
+from search.scheduling.scheduler import SEARCHES, Problem, Scheduler, SearchError
+from search.scheduling.segments import Objective
+from search.scheduling.work import Done, Failed, Outcome, Work
 from search.searchers.grid import grid
-from search.segments import Objective
 from search.space import Space, space_of
 from search.sweep.asha import SuccessiveHalving
 from search.testing import MemoryStates
-from search.work import Done, Failed, Outcome, Work
 
 FEW = settings(max_examples=20)
 TABLE = {

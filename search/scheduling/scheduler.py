@@ -13,7 +13,7 @@ from typing import Any
 from raytrain.errors import TrainingError
 from search.genome import Configuration
 from search.rng import keyed_seed
-from search.segments import (
+from search.scheduling.segments import (
     Objective,
     Origin,
     Report,
@@ -23,8 +23,8 @@ from search.segments import (
     segment_from_plain,
     segment_to_plain,
 )
+from search.scheduling.work import Done, Failed, Outcome, Paused, Work, WorkQueue
 from search.space import Space
-from search.work import Done, Failed, Outcome, Paused, Work, WorkQueue
 
 SEARCHES: dict[str, str] = {
     "pbt": "search.pbt.engine:pbt",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raytrain.errors import CheckpointError, TrainingError
-from search.work import Done, Failed, Outcome, Paused, Snapshot, Work
+from search.scheduling.work import Done, Failed, Outcome, Paused, Snapshot, Work
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from raytrain.names import near
 from search.genome import Configuration
+from search.scheduling.work import Snapshot, Work
 from search.space import Space
-from search.work import Snapshot, Work
 
 WINDOW = 10
 """Scores of a model that are kept: Jaderberg et al. 2017 test the last 10."""
