@@ -131,7 +131,9 @@ def perturbing(
 
     def perturbed(path: str, domain: Domain) -> Any:
         anew = rng.random() < resample
-        return domain.sample(rng) if anew or path not in values else domain.perturb(values[path], rng, factor)
+        if anew or path not in values:
+            return domain.sample(rng)
+        return domain.perturb(domain.nearest(values[path]), rng, factor)  # bounds may have changed since
 
     return perturbed
 

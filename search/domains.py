@@ -3,13 +3,14 @@
 All methods keep values inside the domain. A perturbation goes up as often as down; at a bound it is reflected.
 """
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raytrain.recipe import Section
 
@@ -209,6 +210,15 @@ class _Listed(Domain):
     """Values that are listed one by one."""
 
     values: tuple[Any, ...]
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _as_data(cls, values: Any) -> Any:
+        """Return the values as they are read back from a file, where a tuple is a list."""
+        try:
+            return json.loads(json.dumps(values, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected numbers, text, lists and tables: {error}") from None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

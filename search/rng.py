@@ -17,8 +17,8 @@ def keyed_generator(seed: int, *key: str | int) -> np.random.Generator:
         seed: of the search.
         key: what is drawn, for whom and when, as in ("explore", member, generation).
 
-    >>> keyed_generator(0, "explore", 3, 1).integers(100) == keyed_generator(0, "explore", 3, 1).integers(100)
-    True
+    >>> int(keyed_generator(0, "explore", 3, 1).integers(100))
+    51
     """
     name = json.dumps([seed, *key]).encode()
     digest = hashlib.blake2b(name, digest_size=16).digest()

@@ -66,7 +66,7 @@ class Space:
         changes = dict(self._program(chooser))
         for decision in chooser.genome.decisions:
             known = self._domains.setdefault(decision.path, decision.domain)
-            if known != decision.domain:
+            if known is not decision.domain and known != decision.domain:
                 raise RecipeError(
                     f"{decision.path}: a path has one domain; got {known.summary()}, and then "
                     f"{decision.domain.summary()}; put what decides between them into the path"

@@ -55,6 +55,7 @@ def toy_search(
     steps: int = 200,
     noise: float = 0.1,
     better: Literal["lower", "higher"] = "higher",
+    bounds: tuple[float, float] = (0, 1),
     **options: Any,
 ) -> PopulationBasedTraining:
     """Return population based training of the toy problem, by default with its two members.
@@ -64,9 +65,10 @@ def toy_search(
         steps: of each member.
         noise: standard deviation of what explore adds; 0: explore multiplies.
         better: which scores are.
+        bounds: of both hyperparameters.
         options: of the `[search]` section.
     """
-    dimension = {"type": "float", "low": 0, "high": 1, "step": noise}
+    dimension = {"type": "float", "low": bounds[0], "high": bounds[1], "step": noise}
     table = {"h0": dimension, "h1": dimension}
     section = {"name": "pbt", "population": 2, "interval": 5, "exploit": "tournament", "first": HALVES, **options}
     problem = Problem(space_of(table), Objective("q", better), steps, seed)

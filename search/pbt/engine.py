@@ -10,7 +10,7 @@ Source: Jaderberg et al. 2017, Population Based Training of Neural Networks (arX
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from search.scheduling.scheduler import Problem, Scheduler, SearchError, summary
 from search.scheduling.segments import (
     Report,
     Segment,
+    continued,
     report_to_plain,
     segment_from_plain,
     segment_to_plain,
@@ -153,7 +154,7 @@ class PopulationBasedTraining(Scheduler):
     def _decide(self, own: Report, reports: Sequence[Report]) -> None:
         """Begin the next segment of a member that has reported, or end it."""
         if own.snapshot.step >= self.problem.steps:
-            self._note(action="end", ended=own.segment.row, member=own.member, step=own.snapshot.step, score=own.score)
+            self._close(own, "end")
             self._active.discard(own.member)
             return
         population = self._population(own.segment, self._comparable(own, reports))
@@ -161,7 +162,7 @@ class PopulationBasedTraining(Scheduler):
         state_from, values_from = self._inherit(own, selection)
         configuration = values_from.segment.configuration
         if selection.explore:
-            configuration = self._explore(own.segment, values_from, population)
+            configuration = self._explore(own.segment, values_from, state_from, population)
         old, new = own.segment.configuration.changes, configuration.changes
         self._continue(
             own.segment,
@@ -187,7 +188,7 @@ class PopulationBasedTraining(Scheduler):
             return
         best = donors.ranked()[-max(1, int(DONORS * len(donors.reports))) :]
         donor = best[self._rng("replace", segment).integers(len(best))]
-        configuration = self._explore(segment, donor, donors)
+        configuration = self._explore(segment, donor, donor, donors)
         self._continue(segment, donor, configuration, action="replace", failure=summary_of(failure))
 
     def _start(self, member: int, generation: int, **why: Any) -> None:
@@ -200,17 +201,7 @@ class PopulationBasedTraining(Scheduler):
 
     def _continue(self, before: Segment, source: Report, configuration: Configuration, action: str, **why: Any) -> None:
         """Begin the next segment of a member from the state at the end of another one, or of its own last one."""
-        segment = Segment(
-            row=self._next_row,
-            member=before.member,
-            generation=before.generation + 1,
-            origin=source.end,
-            fallback=source.segment.origin,
-            until=self._until(source.snapshot.step),
-            configuration=configuration,
-            seed=before.seed,
-            history=source.history,
-        )
+        segment = continued(before, self._next_row, source, self._until(source.snapshot.step), configuration)
         old = dict(before.configuration.changes)
         self._open(segment, action=action, ended=before.row, parent=source.member, old=old, **why)
 
@@ -233,7 +224,9 @@ class PopulationBasedTraining(Scheduler):
             own if inherit == "weights" else selection.donor,
         )
 
-    def _explore(self, segment: Segment, values_from: Report, population: Population) -> Configuration:
+    def _explore(
+        self, segment: Segment, values_from: Report, state_from: Report, population: Population
+    ) -> Configuration:
         explore = self.options.explore
         for decision in values_from.segment.configuration.genome.decisions if explore.multiplies else ():
             if decision.domain.traps(decision.value) and decision.path not in self._trapped:
@@ -244,6 +237,7 @@ class PopulationBasedTraining(Scheduler):
                     decision.path,
                     values_from.member,
                 )
+        population = replace(population, level=state_from.fitness)
         return explore.propose(values_from, population, self._rng("explore", segment))
 
     def _population(self, segment: Segment, reports: Sequence[Report]) -> Population:

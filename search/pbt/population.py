@@ -19,6 +19,7 @@ class Population:
         generation: how many decisions were made before for the member that is decided on.
         space: the hyperparameters.
         running: configurations that are being trained.
+        level: fitness of the model that will be trained with the explored hyperparameters.
         observations: earlier reports, oldest first, as far as the explore rule wants them.
     """
 
@@ -27,6 +28,7 @@ class Population:
     generation: int
     space: Space
     running: tuple[Configuration, ...] = ()
+    level: float = 0.0
     observations: tuple[Report, ...] = ()
 
     def ranked(self) -> list[Report]:

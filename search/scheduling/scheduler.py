@@ -50,7 +50,7 @@ class Problem:
     Attributes:
         space: the hyperparameters.
         objective: the metric.
-        steps: how long a training is.
+        steps: optimizer steps of a whole training.
         seed: of all draws of the search.
     """
 
@@ -191,21 +191,19 @@ class Scheduler(ABC):
         """Learn that a segment failed for good."""
 
     def _finish(self, work: Work, done: Done) -> None:
-        objective = self.problem.objective
-        try:
-            score = objective.score(done.metrics)
-            if done.snapshot.step != work.until:
-                raise TypeError(f"expected training to step {work.until}; it ended at step {done.snapshot.step}")
-        except ValueError as error:
-            self._fail(work, Failed(work.attempt, "diverged", str(error)))
-        except (KeyError, TypeError) as error:
-            self._fail(work, Failed(work.attempt, "error", str(error.args[0])))
-        else:
-            report = Report(self._segments.pop(work.row), done.snapshot, score, objective.fitness(score))
-            self._queue.forget_failures(work.row)
-            if self.best is None or (report.fitness, -report.segment.row) > (self.best.fitness, -self.best.segment.row):
-                self.best = report
-            self._reported(report)
+        objective, step = self.problem.objective, done.snapshot.step
+        fault = objective.fault(done)
+        if step != work.until:
+            fault = Failed(done.attempt, "error", f"expected training to step {work.until}; it ended at step {step}")
+        if fault:
+            self._fail(work, fault)
+            return
+        score = float(done.metrics[objective.metric])
+        report = Report(self._segments.pop(work.row), done.snapshot, score, objective.fitness(score))
+        self._queue.forget_failures(work.row)
+        if self.best is None or (report.fitness, -report.segment.row) > (self.best.fitness, -self.best.segment.row):
+            self.best = report
+        self._reported(report)
 
     def _fail(self, work: Work, failure: Failed) -> None:
         if self._queue.repeat(work, failure.cause):
@@ -235,6 +233,17 @@ class Scheduler(ABC):
         )
         self._segments[segment.row] = segment
         self._queue.add(segment.work())
+
+    def _close(self, report: Report, action: str) -> None:
+        """Write the row that ends a member, for good or until it is promoted."""
+        self._note(
+            action=action,
+            ended=report.segment.row,
+            member=report.member,
+            step=report.snapshot.step,
+            state=report.snapshot.digest,
+            score=report.score,
+        )
 
     def _note(self, **row: Any) -> None:
         """Write a row."""

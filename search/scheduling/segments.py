@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from raytrain.names import near
 from search.genome import Configuration
-from search.scheduling.work import Snapshot, Work
+from search.scheduling.work import Done, Failed, Snapshot, Work
 from search.space import Space
 
 WINDOW = 10
@@ -97,11 +97,6 @@ class Report:
         return self.segment.configuration.genome.values()
 
     @property
-    def end(self) -> Origin:
-        """Where a segment comes from that continues this one."""
-        return Origin(self.segment.row, self.snapshot)
-
-    @property
     def history(self) -> tuple[float, ...]:
         """The fitness of this model, at most `WINDOW` values, the newest last."""
         return (*self.segment.history, self.fitness)[-WINDOW:]
@@ -110,6 +105,29 @@ class Report:
     def rank(self) -> tuple[float, int]:
         """What a population is sorted by: of equals, the higher member counts as better."""
         return (self.fitness, self.member)
+
+
+def continued(before: Segment, row: int, source: Report, until: int, configuration: Configuration) -> Segment:
+    """Return the next segment of a member.
+
+    Args:
+        before: its last one.
+        row: of the decision.
+        source: whose end it continues: its own, or another member's.
+        until: step to train to.
+        configuration: its hyperparameters.
+    """
+    return Segment(
+        row=row,
+        member=before.member,
+        generation=before.generation + 1,
+        origin=Origin(source.segment.row, source.snapshot),
+        fallback=source.segment.origin,
+        until=until,
+        configuration=configuration,
+        seed=before.seed,
+        history=source.history,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,22 +146,17 @@ class Objective:
         """Return the score with the sign that makes higher better."""
         return score if self.better == "higher" else -score
 
-    def score(self, metrics: Mapping[str, Any]) -> float:
-        """Return the metric.
-
-        Raises:
-            KeyError: it was not measured.
-            TypeError: it is not a number.
-            ValueError: it is not finite.
-        """
-        if self.metric not in metrics:
-            raise KeyError(f"the metric {self.metric!r} was not measured; {near(self.metric, metrics)}")
-        value = metrics[self.metric]
+    def fault(self, done: Done) -> Failed | None:
+        """Return the failure that an outcome without a finite score is; None for one with a score."""
+        if self.metric not in done.metrics:
+            known = near(self.metric, done.metrics)
+            return Failed(done.attempt, "error", f"the metric {self.metric!r} was not measured; {known}")
+        value = done.metrics[self.metric]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"the metric {self.metric} is no number: {value!r}")
+            return Failed(done.attempt, "error", f"the metric {self.metric} is no number: {value!r}")
         if not math.isfinite(value):
-            raise ValueError(f"the metric {self.metric} is {value}")
-        return float(value)
+            return Failed(done.attempt, "diverged", f"the metric {self.metric} is {value}")
+        return None
 
 
 def segment_to_plain(segment: Segment) -> dict[str, Any]:

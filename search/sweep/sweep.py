@@ -6,7 +6,7 @@ from typing import Any
 from search.chooser import replaying, sampling
 from search.rng import keyed_generator
 from search.scheduling.scheduler import Problem, Scheduler, SearchError, summary_of
-from search.scheduling.segments import Report, Segment, report_to_plain
+from search.scheduling.segments import Report, Segment, continued, report_to_plain
 from search.scheduling.work import Failed
 from search.searcher import Candidate, CandidateResult, Searcher
 from search.sweep.options import SweepOptions
@@ -85,7 +85,7 @@ class Sweep(Scheduler):
             return
         promotable = self._pruner.promotable()
         action = "end" if step >= self.problem.steps else "pause" if trial in promotable else "stop"
-        self._note(action=action, ended=report.segment.row, member=trial, step=step, score=report.score)
+        self._close(report, action)
         paused = {**self._paused, trial: report}
         self._paused = {other: paused[other] for other in paused if other in promotable}
 
@@ -124,15 +124,5 @@ class Sweep(Scheduler):
         return next(iter(self._searcher.ask([trial])), None)
 
     def _continue(self, report: Report, until: int, **about: Any) -> None:
-        segment = Segment(
-            row=self._next_row,
-            member=report.member,
-            generation=report.segment.generation + 1,
-            origin=report.end,
-            fallback=report.segment.origin,
-            until=until,
-            configuration=report.segment.configuration,
-            seed=report.segment.seed,
-            history=report.history,
-        )
+        segment = continued(report.segment, self._next_row, report, until, report.segment.configuration)
         self._open(segment, parent=report.member, **about)

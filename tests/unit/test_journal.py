@@ -204,6 +204,23 @@ def test_an_unreadable_donor_is_replaced_by_its_previous_state(tmp_path: Path) -
     assert [row["action"] for row in opened.lineage.read()[-4:]] == ["end"] * 4
 
 
+def test_bounds_can_be_narrowed_and_old_results_stay(tmp_path: Path) -> None:
+    """What is under way keeps its values; decisions from then on are inside the new bounds."""
+    opened = journal(tmp_path)
+    opened.open()
+    for _ in range(6):
+        opened.tell(run_attempt(opened.ask(1)[0], opened.store, train_toy))
+    before = opened.lineage.read()
+    narrow = Journal(tmp_path, toy_search(steps=15, population=4, exploit="truncation", first=(), bounds=(0.4, 0.5)))
+    narrow.open()
+    drive(narrow, narrow.store, train_toy)
+    rows = narrow.lineage.read()
+    assert rows[: len(before)] == before
+    explored = [row["new"] for row in rows[len(before) :] if row["action"] == "exploit"]
+    assert explored
+    assert all(0.4 <= value <= 0.5 for new in explored for value in new.values())
+
+
 def test_a_full_disk_fails_an_attempt_and_not_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = journal(tmp_path)
     opened.open()

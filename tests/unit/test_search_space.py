@@ -81,6 +81,27 @@ def test_quoted_names_are_the_same_as_nested_ones() -> None:
     assert samples[0] == samples[1]
 
 
+def test_values_are_plain_data_as_they_are_read_back() -> None:
+    """Otherwise a tuple would be another value after a restart."""
+    space = Space(lambda choose: {"widths": choose.ordered("widths", [(8,), (8, 8), (8, 8, 8)])})
+    widths = space.replay({"widths": [8, 8]})
+    assert space.sample(np.random.default_rng(0)).changes["widths"] in ([8], [8, 8], [8, 8, 8])
+    assert space.run(perturbing(widths.genome.values(), np.random.default_rng(0))).changes["widths"] in ([8], [8, 8, 8])
+
+
+def test_perturbation_brings_a_value_inside_bounds_that_have_changed() -> None:
+    table = {
+        "lr": {"type": "float", "low": 0.1, "high": 0.2, "scale": "log"},
+        "n": {"type": "int", "low": 3, "high": 5},
+        "kind": {"type": "choice", "values": ["a", "b"]},
+        "size": {"type": "ordered", "values": [1, 2]},
+    }
+    old = {"lr": 0.0, "n": 100, "kind": "c", "size": 7}
+    for seed in range(20):
+        found = space_of(table).run(perturbing(old, np.random.default_rng(seed)))
+        assert all(decision.domain.contains(decision.value) for decision in found.genome.decisions)
+
+
 def test_versions_tell_spaces_apart() -> None:
     def version(**change: Any) -> str:
         table = {"x": {"type": "int", "low": 1, "high": 4, **change}}
@@ -161,6 +182,10 @@ WRONG_PROGRAMS = [
     ),
     (lambda choose: {"a": choose.one_of("a", [])}, "a: expected at least 2 values; got []"),
     (lambda choose: {"a": choose.float("a", 2, 1)}, "a: expected low < high; got low = 2 and high = 1"),
+    (
+        lambda choose: {"a": choose.one_of("a", [1, {2}])},
+        "a: expected numbers, text, lists and tables: Object of type set is not JSON serializable",
+    ),
 ]
 
 
