@@ -10,7 +10,7 @@ from search.domains import Float
 from search.options import SearchOptions
 from search.pbt.options import PBTOptions
 from search.rng import keyed_generator
-from search.space import Dimension, Space, parse_dimensions, space_of
+from search.space import Dimension, Space, make_space, parse_dimensions
 from search.sweep.options import PrunerOptions
 
 SAMPLES = 32
@@ -103,7 +103,7 @@ def check_shapes(base: Recipe, search: SearchOptions, shapes: Shapes) -> None:
     if not isinstance(search, PBTOptions) or search.inherit == "hyperparameters":
         return
     before = shapes(base)
-    for place, changes in _probes(search, space_of(search.space)):
+    for place, changes in _probes(search, make_space(search.space)):
         after = shapes(base.with_overrides(changes))
         for name in [*before, *after]:
             if before.get(name) != after.get(name):

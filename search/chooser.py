@@ -129,20 +129,20 @@ def perturbing(
         resample: probability that a value is drawn anew instead.
     """
 
-    def perturbed(path: str, domain: Domain) -> Any:
+    def decide(path: str, domain: Domain) -> Any:
         anew = rng.random() < resample
         if anew or path not in values:
             return domain.sample(rng)
         return domain.perturb(domain.nearest(values[path]), rng, factor)  # bounds may have changed since
 
-    return perturbed
+    return decide
 
 
 def crossing(first: Mapping[str, Any], second: Mapping[str, Any], rng: np.random.Generator) -> Policy:
     """Return the policy that takes each value from one of two parents, and draws those that neither has."""
 
-    def crossed(path: str, domain: Domain) -> Any:
+    def decide(path: str, domain: Domain) -> Any:
         parents = [parent for parent in (first, second) if path in parent]
         return domain.nearest(parents[rng.integers(len(parents))][path]) if parents else domain.sample(rng)
 
-    return crossed
+    return decide

@@ -15,7 +15,7 @@ from search.checks import check_factors, check_guesses, check_space, check_steps
 from search.options import SearchOptions
 from search.scheduling.scheduler import SEARCHES, Problem, Scheduler
 from search.scheduling.segments import Objective
-from search.space import Space, space_of
+from search.space import Space, make_space
 
 
 def _read_base(value: Any) -> Recipe:
@@ -81,7 +81,7 @@ class SearchRecipe(Recipe):
 
     def space(self) -> Space:
         """Return the space that is searched."""
-        return space_of(self.search.space)
+        return make_space(self.search.space)
 
     def objective(self, metric: str, better: Literal["lower", "higher"], measured: Collection[str] = ()) -> Objective:
         """Return what is improved.
@@ -106,6 +106,6 @@ class SearchRecipe(Recipe):
 
     def scheduler(self, objective: Objective) -> Scheduler:
         """Return the engine of the search."""
-        problem = Problem(self.space(), objective, self.steps, self.seed)
+        problem = Problem(self.space(), objective, self.steps, self.seed, self.base.seed)
         engine: Scheduler = resolve(SEARCHES, self.search.name, "search.name")(problem, self.search)
         return engine

@@ -103,7 +103,7 @@ class Dimension:
         return all(name in changes and changes[name] in values for name, values in self.when.items())
 
 
-def space_of(source: str | Mapping[str, Any]) -> Space:
+def make_space(source: str | Mapping[str, Any]) -> Space:
     """Return the space that a recipe names or contains.
 
     Args:

@@ -11,7 +11,7 @@ from search.scheduling.driver import SegmentEnd
 from search.scheduling.scheduler import Problem
 from search.scheduling.segments import Objective
 from search.scheduling.work import Work
-from search.space import space_of
+from search.space import make_space
 
 HALVES: tuple[dict[str, Any], ...] = ({"h0": 1.0, "h1": 0.0}, {"h0": 0.0, "h1": 1.0})
 """The two members of the toy problem; each sees one half of it."""
@@ -71,5 +71,5 @@ def toy_search(
     dimension = {"type": "float", "low": bounds[0], "high": bounds[1], "step": noise}
     table = {"h0": dimension, "h1": dimension}
     section = {"name": "pbt", "population": 2, "interval": 5, "exploit": "tournament", "first": HALVES, **options}
-    problem = Problem(space_of(table), Objective("q", better), steps, seed)
+    problem = Problem(make_space(table), Objective("q", better), steps, seed)
     return PopulationBasedTraining(problem, PBTOptions.model_validate({"space": table, **section}))

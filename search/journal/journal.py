@@ -14,11 +14,11 @@ from search.scheduling.scheduler import Scheduler
 from search.scheduling.segments import Report
 from search.scheduling.work import Outcome, Work
 
-FORMAT = 1
+STATE_FORMAT = 1
 
 
 class Journal:
-    """A scheduler and its files: `state.json`, `lineage.jsonl` and the folder `states`.
+    """A scheduler and its files: `state.json`, `lineage.jsonl` and the folder `states`, for one process at a time.
 
     After each outcome the scheduler's state, with the rows that it has just decided on, replaces `state.json` in one
     operation. Then the rows are added to the lineage, then states that nothing refers to are removed. A kill between
@@ -48,6 +48,8 @@ class Journal:
             self.lineage.heal(self._chain, state["tail"])
             self._scheduler.load_state_dict(state["scheduler"])
         self.store.clean()
+        for leftover in self._file.parent.glob(f".{self._file.name}.*.tmp"):
+            leftover.unlink()
         self._commit()  # so that attempts of before are void before the first new one is handed out
 
     def ask(self, limit: int) -> list[Work]:
@@ -89,7 +91,9 @@ class Journal:
         }
         text = json.dumps(state, sort_keys=True, allow_nan=False)
         try:
-            write_whole(self._file, json.dumps({"format": FORMAT, "sha256": _sha256(text), "state": text}).encode())
+            write_whole(
+                self._file, json.dumps({"format": STATE_FORMAT, "sha256": _sha256(text), "state": text}).encode()
+            )
             flush(self._file.parent)
             self._chain = chain
             if lines:
@@ -104,8 +108,10 @@ class Journal:
             version, sha256, text = raw["format"], raw["sha256"], raw["state"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{self._file}: cannot be read: {type(error).__name__}: {error}") from error
-        if version != FORMAT:
-            raise CheckpointError(f"{self._file}: expected format {FORMAT}; got {version}; go on with that version")
+        if version != STATE_FORMAT:
+            raise CheckpointError(
+                f"{self._file}: expected format {STATE_FORMAT}; got {version}; go on with that version"
+            )
         if _sha256(text) != sha256:
             raise CheckpointError(f"{self._file}: its contents changed since it was written")
         state: dict[str, Any] = json.loads(text)

@@ -52,6 +52,7 @@ class Lineage:
     def append(self, lines: Sequence[str]) -> None:
         """Add lines and flush them to the disk."""
         data = "".join(f"{line}\n" for line in lines).encode()
+        new = not self.path.exists()
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             while data:
@@ -59,6 +60,8 @@ class Lineage:
             os.fsync(handle)
         finally:
             os.close(handle)
+        if new:
+            flush(self.path.parent)
 
     def heal(self, chain: Chain, tail: Sequence[str]) -> None:
         """Bring the file to the end of `chain`: remove a torn last line, add lines that were not written.

@@ -20,12 +20,13 @@ from search.genome import Configuration
 from search.pbt.exploit import KEEP
 from search.pbt.options import PBTOptions
 from search.pbt.population import Population, Selection
-from search.rng import keyed_generator
+from search.rng import keyed_generator, keyed_seed
 from search.scheduling.scheduler import Problem, Scheduler, SearchError, summary_of
 from search.scheduling.segments import (
+    Origin,
     Report,
     Segment,
-    continued,
+    next_segment,
     report_to_plain,
     segment_from_plain,
     segment_to_plain,
@@ -196,12 +197,13 @@ class PopulationBasedTraining(Scheduler):
         guess = self.options.first[member] if generation == 0 and member < len(self.options.first) else {}
         rng = keyed_generator(self.problem.seed, "start", generation, member)
         configuration = self.problem.space.run(replaying(guess, sampling(rng)))
-        segment = self._first_segment(member, generation, self._until(0), configuration)
+        seed = keyed_seed(self.problem.seed, "data", member)  # members see the data in orders of their own
+        segment = Segment(self._next_row, member, generation, Origin(), None, self._until(0), configuration, seed)
         self._open(segment, action="start", **why)
 
     def _continue(self, before: Segment, source: Report, configuration: Configuration, action: str, **why: Any) -> None:
         """Begin the next segment of a member from the state at the end of another one, or of its own last one."""
-        segment = continued(before, self._next_row, source, self._until(source.snapshot.step), configuration)
+        segment = next_segment(before, self._next_row, source, self._until(source.snapshot.step), configuration)
         old = dict(before.configuration.changes)
         self._open(segment, action=action, ended=before.row, parent=source.member, old=old, **why)
 
@@ -258,7 +260,7 @@ class PopulationBasedTraining(Scheduler):
         return self._latest(reports)
 
     def _latest(self, reports: Sequence[Report]) -> list[Report]:
-        """Return the last report of each member, of those that can still be continued."""
+        """Return the last report of each member, of those that can still be next_segment."""
         return list({report.member: report for report in reports if report.snapshot.step < self.problem.steps}.values())
 
     def _forget(self) -> None:

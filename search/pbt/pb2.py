@@ -17,7 +17,7 @@ from search.space import Space
 
 CANDIDATES = 128
 KEPT = 8
-ROUNDS = 3
+REFINEMENTS = 3
 LEAST = 4
 
 Bound = Callable[[Sequence[Configuration]], Array]
@@ -88,7 +88,7 @@ def _maximum(
     bound: Bound, candidates: list[Configuration], space: Space, factor: float, rng: np.random.Generator
 ) -> Configuration:
     """Return the best candidate, after rounds in which the best ones are perturbed."""
-    for _ in range(ROUNDS):
+    for _ in range(REFINEMENTS):
         order = np.argsort(-bound(candidates), kind="stable")
         best = [candidates[index] for index in order[:KEPT]]
         values = [one.genome.values() for one in best for _ in range(CANDIDATES // KEPT // 2)]

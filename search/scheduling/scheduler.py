@@ -11,11 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raytrain.errors import TrainingError
-from search.genome import Configuration
-from search.rng import keyed_seed
 from search.scheduling.segments import (
     Objective,
-    Origin,
     Report,
     Segment,
     report_from_plain,
@@ -35,7 +32,7 @@ SEARCHES: dict[str, str] = {
     "tpe": "search.sweep.searches:tpe",
 }
 
-Row = dict[str, Any]
+LineageRow = dict[str, Any]
 """A decision, as a row of the lineage."""
 
 
@@ -52,12 +49,14 @@ class Problem:
         objective: the metric.
         steps: optimizer steps of a whole training.
         seed: of all draws of the search.
+        base_seed: of the base recipe.
     """
 
     space: Space
     objective: Objective
     steps: int
     seed: int = 0
+    base_seed: int = 0
 
 
 class Scheduler(ABC):
@@ -73,12 +72,12 @@ class Scheduler(ABC):
         self.best: Report | None = None
         self._queue = WorkQueue(max_failures)
         self._segments: dict[int, Segment] = {}
-        self._rows: list[Row] = []
+        self._rows: list[LineageRow] = []
         self._next_row = 0
-        self._order: deque[Row] = deque()
+        self._order: deque[LineageRow] = deque()
         self._early: dict[int, Outcome] = {}
 
-    def follow(self, rows: Iterable[Row]) -> None:
+    def follow(self, rows: Iterable[LineageRow]) -> None:
         """Make decisions in the order of a lineage, whatever the order of arrivals; what comes too early waits.
 
         Args:
@@ -119,7 +118,7 @@ class Scheduler(ABC):
         """The attempts that are handed out and not ended."""
         return self._queue.under_way
 
-    def drain(self) -> list[Row]:
+    def drain(self) -> list[LineageRow]:
         """Return the decisions since the last call."""
         rows, self._rows = self._rows, []
         return rows
@@ -158,7 +157,7 @@ class Scheduler(ABC):
             self._order.popleft()
         return self._order[0].get("ended") if self._order else arrived
 
-    def _is_past(self, row: Row) -> bool:
+    def _is_past(self, row: LineageRow) -> bool:
         ended = row.get("ended")
         begun = row["row"] if ended is None else ended
         return begun < self._next_row and ended not in self._segments
@@ -249,11 +248,6 @@ class Scheduler(ABC):
         """Write a row."""
         self._rows.append({"row": self._next_row, **row})
         self._next_row += 1
-
-    def _first_segment(self, member: int, generation: int, until: int, configuration: Configuration) -> Segment:
-        """Return a segment that starts anew."""
-        seed = keyed_seed(self.problem.seed, "data", member)
-        return Segment(self._next_row, member, generation, Origin(), None, until, configuration, seed)
 
     def _read_report(self, plain: Mapping[str, Any]) -> Report:
         return report_from_plain(plain, self.problem.space, self.problem.objective)

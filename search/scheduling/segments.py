@@ -107,7 +107,7 @@ class Report:
         return (self.fitness, self.member)
 
 
-def continued(before: Segment, row: int, source: Report, until: int, configuration: Configuration) -> Segment:
+def next_segment(before: Segment, row: int, source: Report, until: int, configuration: Configuration) -> Segment:
     """Return the next segment of a member.
 
     Args:

@@ -29,7 +29,7 @@ class Work:
         snapshot: the state to start from.
         until: step to train to.
         changes: dotted field of the base recipe -> value.
-        seed: of the recipe: data order, dropout, and without a state the weights.
+        seed: of the recipe, unless the changes have one: data order, dropout, and without a state the weights.
     """
 
     attempt: str

@@ -25,7 +25,7 @@ class GridSearcher(Searcher):
         super().__init__(space, seed)
         self._points = points
         self._asked = 0
-        self._grid = grid(space, points)
+        self._grid = grid_points(space, points)
 
     def ask(self, numbers: Sequence[int]) -> list[Candidate]:
         """Return the next points, or fewer at the end of the grid."""
@@ -39,34 +39,49 @@ class GridSearcher(Searcher):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the points that were proposed."""
-        self._grid = grid(self.space, self._points)
+        self._grid = grid_points(self.space, self._points)
         self._asked = len(list(islice(self._grid, state["asked"])))
 
 
-def grid(space: Space, points: int) -> Iterator[Configuration]:
-    """Yield every combination, the last decision changing first; decisions that depend on others are in their branches.
+def grid_points(space: Space, points: int) -> Iterator[Configuration]:
+    """Yield every combination, the last decision changing first; conditions have branches of their own.
 
     Args:
         space: what is enumerated.
         points: of each dimension of numbers.
     """
-    branch: list[int] | None = []
-    while branch is not None:
-        indices, counts = branch, list[int]()
-
-        def decided(_: str, domain: Domain, indices: list[int] = indices, counts: list[int] = counts) -> Any:
-            values = domain.grid(points)
-            index = indices[len(counts)] if len(counts) < len(indices) else 0
-            counts.append(len(values))
-            return values[index]
-
-        yield space.run(decided)
-        branch = _next_branch([*indices, *[0] * (len(counts) - len(indices))], counts)
+    indices: list[int] | None = []
+    while indices is not None:
+        branch = _Branch(indices, points)
+        yield space.run(branch)
+        indices = branch.next()
 
 
-def _next_branch(indices: Sequence[int], counts: Sequence[int]) -> list[int] | None:
-    """Return the indices of the next combination up to the last one that changes; None after the last combination."""
-    for place in reversed(range(len(indices))):
-        if indices[place] + 1 < counts[place]:
-            return [*indices[:place], indices[place] + 1]
-    return None
+class _Branch:
+    """The policy of one combination: the values at some indices, then the first one of each further decision.
+
+    Args:
+        indices: of the first decisions.
+        points: of each dimension of numbers.
+    """
+
+    def __init__(self, indices: Sequence[int], points: int) -> None:
+        self._given = indices
+        self._points = points
+        self._places: list[tuple[int, int]] = []
+
+    def __call__(self, _: str, domain: Domain) -> Any:
+        """Return the value of the next decision."""
+        values, place = domain.grid(self._points), len(self._places)
+        index = self._given[place] if place < len(self._given) else 0
+        self._places.append((index, len(values)))
+        return values[index]
+
+    def next(self) -> list[int] | None:
+        """Return the indices of the next combination, up to the last one that changes; None after the last."""
+        indices = [index for index, _ in self._places]
+        for place in reversed(range(len(indices))):
+            index, count = self._places[place]
+            if index + 1 < count:
+                return [*indices[:place], index + 1]
+        return None

@@ -6,7 +6,7 @@ from typing import Any
 from search.chooser import replaying, sampling
 from search.rng import keyed_generator
 from search.scheduling.scheduler import Problem, Scheduler, SearchError, summary_of
-from search.scheduling.segments import Report, Segment, continued, report_to_plain
+from search.scheduling.segments import Origin, Report, Segment, next_segment, report_to_plain
 from search.scheduling.work import Failed
 from search.searcher import Candidate, CandidateResult, Searcher
 from search.sweep.options import SweepOptions
@@ -113,7 +113,9 @@ class Sweep(Scheduler):
             self._exhausted = True
             return False
         self._begun += 1
-        self._open(self._first_segment(trial, 0, self._pruner.first, candidate.configuration), action="start")
+        until, seed = self._pruner.first, self.problem.base_seed  # trials differ by their configurations alone
+        segment = Segment(self._next_row, trial, 0, Origin(), None, until, candidate.configuration, seed)
+        self._open(segment, action="start")
         return True
 
     def _candidate(self, trial: int) -> Candidate | None:
@@ -124,5 +126,5 @@ class Sweep(Scheduler):
         return next(iter(self._searcher.ask([trial])), None)
 
     def _continue(self, report: Report, until: int, **about: Any) -> None:
-        segment = continued(report.segment, self._next_row, report, until, report.segment.configuration)
+        segment = next_segment(report.segment, self._next_row, report, until, report.segment.configuration)
         self._open(segment, parent=report.member, **about)

@@ -86,7 +86,7 @@ def unpack(packed: bytes) -> Any:
 
 
 def train_segment(base: TrainRecipe, work: Work, packed: bytes | None) -> SegmentEnd:
-    recipe = base.with_overrides({**work.changes, "seed": work.seed})
+    recipe = base.with_overrides({"seed": work.seed, **work.changes})
     task, exchange = task_of(recipe), ExactExchange(LocalTransport())
     replica = build(recipe, task, exchange)
     if packed is not None:

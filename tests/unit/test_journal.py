@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +89,7 @@ def test_a_kill_between_any_two_file_operations_changes_nothing(tmp_path: Path, 
         assert (folder / "lineage.jsonl").read_bytes() == (whole / "lineage.jsonl").read_bytes(), operation
         assert state_of(folder) == state_of(whole), operation
         assert [file.stem for file in (folder / "states").iterdir()] == [resumed.best.snapshot.digest]
+        assert not list(folder.glob(".*"))
 
 
 def test_a_state_is_on_disk_before_anything_refers_to_it(tmp_path: Path) -> None:
@@ -102,6 +106,39 @@ def test_a_state_is_on_disk_before_anything_refers_to_it(tmp_path: Path) -> None
                 opened.open()
             for digest in opened.digests():
                 assert opened.store.get(digest)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from search.journal.journal import Journal
+from search.scheduling.driver import drive
+from search.testing import toy_search, train_toy
+
+journal = Journal(Path(sys.argv[1]), toy_search(steps=15, population=4, exploit="truncation", first=()))
+journal.open()
+
+def train(work, state):
+    print(work.row, flush=True)
+    return train_toy(work, state)
+
+drive(journal, journal.store, train)
+"""
+
+
+def test_a_killed_process_goes_on_with_the_same_decisions(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    for segments in (1, 6, 4, None):
+        with subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.PIPE) as process:
+            for _ in range(segments or 0):
+                process.stdout.readline()
+            if segments:
+                process.kill()
+            process.communicate()
+        assert process.returncode == (-signal.SIGKILL if segments else 0)
+    assert (folder / "lineage.jsonl").read_bytes() == (whole / "lineage.jsonl").read_bytes()
+    assert state_of(folder) == state_of(whole)
 
 
 def test_collection_leaves_files_of_others(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from search.scheduling.driver import SegmentEnd, drive
 from search.scheduling.scheduler import Problem
 from search.scheduling.segments import Objective
 from search.scheduling.work import Work
-from search.space import space_of
+from search.space import make_space
 from search.testing import MemoryStates
 
 TABLE = {
@@ -34,7 +34,7 @@ def bandit(seed: int, explore: Any, steps: int = 14, drift: float = 0.0) -> Popu
 
     section = {"name": "pbt", "space": TABLE, "population": 4, "interval": 1, "explore": explore}
     engine = PopulationBasedTraining(
-        Problem(space_of(TABLE), Objective("total", "higher"), steps, seed), PBTOptions.model_validate(section)
+        Problem(make_space(TABLE), Objective("total", "higher"), steps, seed), PBTOptions.model_validate(section)
     )
     drive(engine, MemoryStates(), train)
     return engine

@@ -64,6 +64,29 @@ def test_the_order_of_arrivals_within_a_generation_changes_nothing(
     assert plain(one) == plain(other)
 
 
+@FEW
+@given(rule=rules, seed=st.integers(0, 100), orders=st.tuples(orders, orders), kill=st.integers(0, 40))
+def test_an_asynchronous_search_is_repeated_although_it_was_killed(
+    rule: dict[str, Any], seed: int, orders: tuple[random.Random, random.Random], kill: int
+) -> None:
+    rows = run(search(seed=seed, **rule, synchronous=False), orders[0])
+    engine, states, again, told = search(seed=seed, **rule, synchronous=False), MemoryStates(), [], set[str]()
+    engine.follow(rows)
+    for place in range(10_000):
+        if place == kill:  # what came too early is lost with the process
+            state, engine = plain(engine), search(seed=seed, **rule, synchronous=False)
+            engine.load_state_dict(state)
+            engine.follow(rows)
+        engine.ask(100)
+        if not (free := [work for work in engine.under_way.values() if work.attempt not in told]):
+            break
+        work = orders[1].choice(free)
+        told.add(work.attempt)
+        assert engine.tell(run_attempt(work, states, train_toy)) == ""
+        again += engine.drain()
+    assert [row for row in again if row["row"] >= rule["population"]] == rows[rule["population"] :]
+
+
 def test_what_pb2_learns_does_not_depend_on_the_order_of_arrivals() -> None:
     rule = {"population": 4, "exploit": "truncation", "explore": "pb2", "steps": 60}
     one, other = search(**rule), search(**rule)

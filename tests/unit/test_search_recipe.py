@@ -82,6 +82,16 @@ def test_every_search_makes_an_engine(name: str) -> None:
     assert work.until in (100, 600)
 
 
+def test_trials_of_a_sweep_have_the_seed_of_the_base_recipe_and_members_have_their_own() -> None:
+    def seeds(name: str) -> list[int]:
+        section = {"name": name, "space": {"optimizer": {"lr": LR}}}
+        works = parse(search=section, base__seed=7).scheduler(Objective("loss", "lower")).ask(4)
+        return [work.seed for work in works]
+
+    assert seeds("random") == [7] * 4
+    assert len(set(seeds("pbt"))) == 4
+
+
 def test_a_space_is_a_function_too(workplace: Path) -> None:
     (workplace / "mine.py").write_text(
         "def space(choose):\n    return {'optimizer.lr': choose.float('lr', 1e-4, 0.1, log=True)}\n"

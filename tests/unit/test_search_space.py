@@ -11,7 +11,7 @@ from raytrain.errors import RecipeError
 from search.chooser import Chooser, crossing, perturbing
 from search.domains import Domain
 from search.genome import Configuration
-from search.space import Space, space_of
+from search.space import Space, make_space
 
 TABLE = {
     "optimizer": {
@@ -36,7 +36,7 @@ def nested(choose: Chooser) -> dict[str, Any]:
     return {"task.widths": widths, "task.norm": choose.one_of("norm", ["batch", "layer"])}
 
 
-SPACES = {"table": space_of(TABLE), "function": Space(nested)}
+SPACES = {"table": make_space(TABLE), "function": Space(nested)}
 
 
 def never(path: str, domain: Domain) -> Any:
@@ -67,7 +67,7 @@ def test_mutants_and_children_are_in_the_space(name: str, first: int, second: in
 
 
 def test_conditions_switch_dimensions_on_and_off() -> None:
-    space, rng = space_of(TABLE), np.random.default_rng(0)
+    space, rng = make_space(TABLE), np.random.default_rng(0)
     for _ in range(100):
         changes = space.sample(rng).changes
         assert ("optimizer.momentum" in changes) == (changes["optimizer.name"] == "sgd")
@@ -77,7 +77,7 @@ def test_conditions_switch_dimensions_on_and_off() -> None:
 def test_quoted_names_are_the_same_as_nested_ones() -> None:
     flat = {"optimizer.lr": TABLE["optimizer"]["lr"], "batch": TABLE["batch"]}
     deep = {"optimizer": {"lr": TABLE["optimizer"]["lr"]}, "batch": TABLE["batch"]}
-    samples = [space_of(table).sample(np.random.default_rng(1)) for table in (flat, deep)]
+    samples = [make_space(table).sample(np.random.default_rng(1)) for table in (flat, deep)]
     assert samples[0] == samples[1]
 
 
@@ -98,14 +98,14 @@ def test_perturbation_brings_a_value_inside_bounds_that_have_changed() -> None:
     }
     old = {"lr": 0.0, "n": 100, "kind": "c", "size": 7}
     for seed in range(20):
-        found = space_of(table).run(perturbing(old, np.random.default_rng(seed)))
+        found = make_space(table).run(perturbing(old, np.random.default_rng(seed)))
         assert all(decision.domain.contains(decision.value) for decision in found.genome.decisions)
 
 
 def test_versions_tell_spaces_apart() -> None:
     def version(**change: Any) -> str:
         table = {"x": {"type": "int", "low": 1, "high": 4, **change}}
-        return space_of(table).sample(np.random.default_rng(0)).genome.version()
+        return make_space(table).sample(np.random.default_rng(0)).genome.version()
 
     assert version() == version()
     assert version() != version(high=5)
@@ -113,7 +113,7 @@ def test_versions_tell_spaces_apart() -> None:
 
 def test_a_function_by_name_is_a_space(workplace: Any) -> None:
     (workplace / "mine.py").write_text("def space(choose):\n    return {'batch': choose.int('batch', 1, 4)}\n")
-    found = space_of("mine:space").sample(np.random.default_rng(0))
+    found = make_space("mine:space").sample(np.random.default_rng(0))
     assert isinstance(found, Configuration)
     assert found.genome.values() == dict(found.changes)
 
@@ -161,7 +161,7 @@ WRONG_TABLES = [
 @pytest.mark.parametrize(("table", "message"), WRONG_TABLES)
 def test_tables_that_cannot_be(table: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as error:
-        space_of(table)
+        make_space(table)
     assert str(error.value) == message
 
 
@@ -208,10 +208,10 @@ def test_a_function_that_fails_is_named(workplace: Any) -> None:
     )
     rng = np.random.default_rng(0)
     with pytest.raises(RecipeError, match=r"^mine:space: ZeroDivisionError: division by zero \(mine.py, line 2\)$"):
-        space_of("mine:space").sample(rng)
+        make_space("mine:space").sample(rng)
     with pytest.raises(RecipeError, match=r"^mine:two: expected a mapping of recipe fields to values; got 2$"):
-        space_of("mine:two").sample(rng)
+        make_space("mine:two").sample(rng)
     for source, came in (("mine:word", "mine:word"), ("flat", "flat")):
         with pytest.raises(RecipeError) as error:
-            space_of(source)
+            make_space(source)
         assert str(error.value) == f"search.space: expected a table, or a function as module:attribute; got '{came}'"

@@ -21,8 +21,8 @@ from search.scheduling.driver import SegmentEnd, run_attempt
 from search.scheduling.scheduler import SEARCHES, Problem, Scheduler, SearchError
 from search.scheduling.segments import Objective
 from search.scheduling.work import Done, Failed, Outcome, Work
-from search.searchers.grid import grid
-from search.space import Space, space_of
+from search.searchers.grid import grid_points
+from search.space import Space, make_space
 from search.sweep.asha import SuccessiveHalving
 from search.testing import MemoryStates
 
@@ -59,7 +59,7 @@ def train(work: Work, state: bytes | None) -> SegmentEnd:
 def sweep(seed: int = 0, steps: int = 20, **section: Any) -> Scheduler:
     factory = resolve(SEARCHES, section["name"], "search.name")
     options = declared_options(factory, SearchOptions).model_validate({"space": TABLE, **section})
-    return factory(Problem(space_of(TABLE), Objective("loss", "lower"), steps, seed), options)
+    return factory(Problem(make_space(TABLE), Objective("loss", "lower"), steps, seed), options)
 
 
 def run(
@@ -126,7 +126,7 @@ def test_trials_that_fail_are_counted_and_the_rest_goes_on(
 
 
 def test_a_grid_has_every_combination_once() -> None:
-    points = list(grid(space_of(TABLE), 3))
+    points = list(grid_points(make_space(TABLE), 3))
     assert len(points) == (1 + 3) * 3 * 3 * 3, "beta is active under one of two kinds"
     assert len({json.dumps(point.genome.values()) for point in points}) == len(points)
     rows = run(sweep(name="grid", points=3, trials=5))
@@ -138,7 +138,7 @@ def test_a_grid_of_nested_choices_is_a_product(counts: list[int]) -> None:
     def program(choose: Chooser) -> dict[str, Any]:
         return {str(place): choose.one_of(str(place), list(range(count))) for place, count in enumerate(counts)}
 
-    points = [tuple(point.changes.values()) for point in grid(Space(program), 2)]
+    points = [tuple(point.changes.values()) for point in grid_points(Space(program), 2)]
     assert sorted(set(points)) == points
     assert len(points) == math.prod(counts)
 
@@ -226,7 +226,7 @@ def test_tpe_learns() -> None:
 def test_tpe_reads_all_kinds_of_dimensions() -> None:
     rows = run(sweep(name="tpe", trials=25))
     seen = [row["new"] for row in rows if row["action"] == "start"]
-    domains = space_of(TABLE).domains
+    domains = make_space(TABLE).domains
     for changes in seen:
         assert ("beta" in changes) == (changes["kind"] == "b")
         assert all(domains[path].contains(value) for path, value in changes.items())
