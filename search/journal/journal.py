@@ -89,11 +89,9 @@ class Journal:
             "tail": lines,
             "scheduler": self._scheduler.state_dict(),
         }
-        text = json.dumps(state, sort_keys=True, allow_nan=False)
+        signed = {"format": STATE_FORMAT, "sha256": _sha256(state), "state": state}
         try:
-            write_whole(
-                self._file, json.dumps({"format": STATE_FORMAT, "sha256": _sha256(text), "state": text}).encode()
-            )
+            write_whole(self._file, _canonical(signed))
             flush(self._file.parent)
             self._chain = chain
             if lines:
@@ -105,18 +103,22 @@ class Journal:
     def _read(self) -> dict[str, Any]:
         try:
             raw = json.loads(self._file.read_bytes())
-            version, sha256, text = raw["format"], raw["sha256"], raw["state"]
+            version, sha256, state = raw["format"], raw["sha256"], raw["state"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{self._file}: cannot be read: {type(error).__name__}: {error}") from error
         if version != STATE_FORMAT:
             raise CheckpointError(
                 f"{self._file}: expected format {STATE_FORMAT}; got {version}; go on with that version"
             )
-        if _sha256(text) != sha256:
+        if _sha256(state) != sha256:
             raise CheckpointError(f"{self._file}: its contents changed since it was written")
-        state: dict[str, Any] = json.loads(text)
-        return state
+        checked: dict[str, Any] = state
+        return checked
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, allow_nan=False).encode()
+
+
+def _sha256(state: Any) -> str:
+    return hashlib.sha256(_canonical(state)).hexdigest()

@@ -154,7 +154,7 @@ class PopulationBasedTraining(Scheduler):
 
     def _decide(self, own: Report, reports: Sequence[Report]) -> None:
         """Begin the next segment of a member that has reported, or end it."""
-        if own.snapshot.step >= self.problem.steps:
+        if own.snapshot.step >= self.problem.steps or self._is_last(own.segment):
             self._close(own, "end")
             self._active.discard(own.member)
             return
@@ -180,7 +180,7 @@ class PopulationBasedTraining(Scheduler):
         """Begin the next segment of a member that has failed, as a clone of a good one."""
         donors = self._population(segment, self._latest(reports))
         hopeless = self._failed_in_a_row[segment.member] > max(1, self.options.max_failures)
-        if hopeless or (reports and not donors.reports):
+        if hopeless or self._is_last(segment) or (reports and not donors.reports):
             self._note(action="retire", ended=segment.row, member=segment.member, failure=summary_of(failure))
             self._active.discard(segment.member)
             return
@@ -274,6 +274,13 @@ class PopulationBasedTraining(Scheduler):
     def _observe(self, reports: Sequence[Report]) -> None:
         memory = self.options.explore.memory
         self._observations = [*self._observations, *reports][-memory:] if memory else []
+
+    def _is_last(self, segment: Segment) -> bool:
+        """Return whether a member has had as many segments as a whole training is.
+
+        An asynchronous member can inherit from a donor that is behind it, and trains no longer for that.
+        """
+        return (segment.generation + 1) * self.options.interval >= self.problem.steps
 
     def _until(self, step: int) -> int:
         return min(step + self.options.interval, self.problem.steps)

@@ -66,7 +66,7 @@ def run(folder: Path) -> Journal:
 
 def state_of(folder: Path) -> dict[str, Any]:
     """The scheduler's state, without the count of restarts."""
-    state = json.loads(json.loads((folder / "state.json").read_text())["state"])["scheduler"]
+    state = json.loads((folder / "state.json").read_text())["state"]["scheduler"]
     return {**state, "queue": {**state["queue"], "incarnation": 0}}
 
 
@@ -129,7 +129,7 @@ drive(journal, journal.store, train)
 def test_a_killed_process_goes_on_with_the_same_decisions(tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "killed"
     folder.mkdir()
-    for segments in (1, 6, 4, None):
+    for segments in (5, 6, None):
         with subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.PIPE) as process:
             for _ in range(segments or 0):
                 process.stdout.readline()
@@ -193,7 +193,7 @@ def test_a_torn_last_row_is_healed(whole: Path, kept: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("until", "untli", 1), "its contents changed since it was written"),
+        (lambda text: text.replace('"until": 5', '"until": 6', 1), "its contents changed since it was written"),
         (lambda text: text[:-40], "cannot be read: JSONDecodeError: "),
         (lambda text: '{"format": 1}', "cannot be read: KeyError: 'sha256'"),
         (lambda text: "3", "cannot be read: TypeError: "),

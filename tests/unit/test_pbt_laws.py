@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,7 @@ def test_the_lineage_is_a_graph_without_cycles(
         assert (parent is None) == (row["action"] in ("start", "end"))
         if row["action"] == "exploit" and not rule.get("inherit"):
             assert rows[parent]["member"] == row["parent"] != row["member"]
+    assert max(Counter(row["member"] for row in rows if "seed" in row).values()) <= 40 / 5, "no member trains longer"
     steps = [row["step"] for row in ancestors(rows, engine.best.segment.row)]
     assert steps == list(range(0, 40, 5))[: len(steps)]
 
