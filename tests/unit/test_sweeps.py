@@ -24,6 +24,7 @@ from search.scheduling.work import Done, Failed, Outcome, Work
 from search.searchers.grid import grid_points
 from search.space import Space, make_space
 from search.sweep.asha import SuccessiveHalving
+from search.sweep.median import MedianStopping
 from search.testing import MemoryStates
 
 FEW = settings(max_examples=20)
@@ -211,6 +212,16 @@ def test_the_median_rule_is_that_of_the_paper() -> None:
         stopped = len(means) >= 3 and max(own) < median(means)
         assert (row["action"] == "stop") == (stopped and len(own) < 5)
     assert Counter(row["action"] for row in rows)["stop"] > 3
+
+
+def test_a_trial_is_judged_by_its_best_score_against_means() -> None:
+    pruner = MedianStopping(steps=12, interval=4, least=2)
+    for trial, scores in enumerate([[0.5, 0.1], [0.4, 0.2]]):
+        assert [pruner.judge(trial, step, score) for step, score in zip((4, 8), scores, strict=True)] == [8, 12]
+    assert pruner.judge(2, 4, 0.5) == 8, "above the median of 0.5 and 0.4"
+    assert pruner.judge(2, 8, 0.0) == 12, "its best is 0.5, and the means are 0.3"
+    assert pruner.judge(3, 4, 0.3) is None
+    assert pruner.judge(2, 12, 0.0) is None, "the end"
 
 
 def test_tpe_learns() -> None:
