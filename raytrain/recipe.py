@@ -306,14 +306,14 @@ def dotted_fields(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
-def explain(error: ValidationError) -> str:
-    """Return one line for each wrong field."""
-    return "\n".join(map(_explain, error.errors()))
+def explain(error: ValidationError, within: str = "") -> str:
+    """Return one line for each wrong field; with `within`, of the section of that name."""
+    return "\n".join(_explain(detail, within) for detail in error.errors())
 
 
-def _explain(detail: ErrorDetails) -> str:
+def _explain(detail: ErrorDetails, within: str) -> str:
     """Return one line that names the dotted field, what was expected and what came."""
-    field = ".".join(str(part) for part in _path(detail)) or "recipe"
+    field = ".".join([*filter(None, [within]), *(str(part) for part in _path(detail))]) or "recipe"
     if detail["type"] == "unknown_field":
         return f"{field}: {detail['msg']}"
     if detail["type"] == "missing":

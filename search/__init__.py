@@ -1,1 +1,1 @@
-"""Population based training and architecture search on Ray Tune, which is still to come."""
+"""Population based training and sweeps: algorithms without Ray; the command on Ray Tune is still to come."""

@@ -3,20 +3,14 @@
 import base64
 import gzip
 import html
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from string import Template
 from typing import Any
 
-from raytrain.files import to_json
+from raytrain.json_files import to_json
 from raytrain.run.report.panel import Panel
-
-
-class _Page(Template):
-    """A page with places such as @title@."""
-
-    pattern = r"@(?:(?P<named>[a-z]+)@|(?P<braced>(?!))|(?P<escaped>(?!))|(?P<invalid>(?!)))"
 
 
 def render(title: str, about: str, figures: Mapping[str, Any], panels: Sequence[Panel], footer: str = "") -> str:
@@ -31,17 +25,18 @@ def render(title: str, about: str, figures: Mapping[str, Any], panels: Sequence[
         panels: in the order to show them.
         footer: a line at the end.
     """
-    return _Page(_asset("page.html")).substitute(
-        title=html.escape(title),
-        about=html.escape(about),
-        style=_asset("page.css"),
-        figures="\n".join(_figure(label, value) for label, value in figures.items()),
-        panels="\n".join(_section(place, panel) for place, panel in enumerate(panels)),
-        footer=html.escape(footer),
-        data=_data(panels),
-        plotly=_plotly() if any(panel.traces for panel in panels) else "",
-        script=_asset("page.js"),
-    )
+    parts = {
+        "title": html.escape(title),
+        "about": html.escape(about),
+        "style": _asset("page.css"),
+        "figures": "\n".join(_figure(label, value) for label, value in figures.items()),
+        "panels": "\n".join(_section(place, panel) for place, panel in enumerate(panels)),
+        "footer": html.escape(footer),
+        "data": _data(panels),
+        "plotly": _plotly() if any(panel.traces for panel in panels) else "",
+        "script": _asset("page.js"),
+    }
+    return re.sub("@([a-z]+)@", lambda place: parts[place[1]], _asset("page.html"))
 
 
 def _figure(label: str, value: Any) -> str:
@@ -106,7 +101,8 @@ def _plotly() -> str:
     """Return Plotly's library, compressed."""
     from plotly.offline import get_plotlyjs  # noqa: PLC0415 - slow to import
 
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
+    library: str = get_plotlyjs()
+    return base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode()
 
 
 def _asset(name: str) -> str:

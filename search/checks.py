@@ -1,0 +1,167 @@
+"""Checks of a search before anything starts: does the base recipe take what the search will ask of it?"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from raytrain.errors import RecipeError
+from raytrain.names import near
+from raytrain.recipe import Recipe
+from search.domains import Float
+from search.options import SearchOptions
+from search.pbt.options import PBTOptions
+from search.rng import keyed_generator
+from search.space import Dimension, Space, make_space, parse_dimensions
+from search.sweep.options import PrunerOptions
+
+SAMPLES = 32
+"""Configurations of a space function that are tried."""
+
+Shapes = Callable[[Recipe], Mapping[str, tuple[int, ...]]]
+"""recipe -> the shapes of its model's parameters."""
+
+WAY_OUT_OF_ZERO = "a step, which is added, or set search.explore = 'resample'"
+
+
+def check_steps(base: Recipe, search: SearchOptions) -> None:
+    """Check that trainings can be cut where the search decides.
+
+    Raises:
+        RecipeError: the interval does not fit the base recipe's steps, or it has none.
+    """
+    interval = getattr(search, "interval", None)
+    if interval is None:
+        return
+    steps = getattr(base, "steps", None)
+    if steps is None:
+        raise RecipeError(
+            f"search.name: {search.name} trains a recipe part by part, and {base.kind} has no steps; use random, grid "
+            "or tpe"
+        )
+    if isinstance(search, PrunerOptions) and interval >= steps:
+        raise RecipeError(f"search.interval: expected less than base.steps = {steps}; got {interval}")
+    if isinstance(search, PBTOptions) and steps % interval:
+        raise RecipeError(f"search.interval: expected a divisor of base.steps = {steps}; got {interval}")
+
+
+def check_space(base: Recipe, search: SearchOptions, space: Space) -> None:
+    """Check that the base recipe takes both bounds, or all values, of each dimension.
+
+    Raises:
+        RecipeError: it refuses one; the message has its own reason.
+    """
+    for place, changes in _probes(search, space):
+        try:
+            base.with_overrides(changes)
+        except RecipeError as error:
+            raise RecipeError(f"{place}: the base recipe refuses {_listed(changes)}: {error}") from None
+
+
+def check_factors(search: SearchOptions, space: Space) -> None:
+    """Check that a factor can lead from each number to every other one, if numbers change by factors.
+
+    Raises:
+        RecipeError: a dimension has 0 between its bounds.
+    """
+    if not _multiplies(search):
+        return
+    for path, domain in space.domains.items():
+        if isinstance(domain, Float) and domain.traps(0) and domain.low < 0 < domain.high:
+            raise RecipeError(
+                f"search.space.{path}: no factor leads across 0, which is {domain.summary()}; give the dimension "
+                f"{WAY_OUT_OF_ZERO}"
+            )
+
+
+def check_guesses(search: SearchOptions, space: Space) -> None:
+    """Check the hyperparameters to begin with.
+
+    Raises:
+        RecipeError: one is not searched, outside its domain, or a 0 that its explore rule cannot leave.
+    """
+    for number, guess in enumerate(search.first):
+        for path, value in guess.items():
+            field, domain = f"search.first.{number}.{path}", space.domains.get(path)
+            if domain is None:
+                raise RecipeError(f"{field}: not searched; {near(path, space.domains)}")
+            if not domain.contains(value):
+                raise RecipeError(f"{field}: expected {domain.summary()}; got {value!r}")
+            if _multiplies(search) and domain.traps(value):
+                raise RecipeError(f"{field}: no factor leads away from 0; give search.space.{path} {WAY_OUT_OF_ZERO}")
+
+
+def check_shapes(base: Recipe, search: SearchOptions, shapes: Shapes) -> None:
+    """Check that weights can be inherited whatever the hyperparameters.
+
+    Args:
+        base: the recipe whose fields are searched.
+        search: how.
+        shapes: recipe -> the shapes of its model's parameters.
+
+    Raises:
+        RecipeError: a dimension changes the shape of a parameter, and members inherit weights.
+    """
+    if not isinstance(search, PBTOptions) or search.inherit == "hyperparameters":
+        return
+    before = shapes(base)
+    for place, changes in _probes(search, make_space(search.space)):
+        after = shapes(base.with_overrides(changes))
+        for name in [*before, *after]:
+            if before.get(name) != after.get(name):
+                raise RecipeError(
+                    f"{place}: {_listed(changes)} changes the shape of {name} from {before.get(name)} to "
+                    f"{after.get(name)}, and weights of another shape cannot be inherited; set "
+                    "search.inherit = 'hyperparameters'"
+                )
+
+
+def check_resume(before: SearchOptions, now: SearchOptions) -> None:
+    """Check that a search can go on with changed options: bounds and lists of values may be others.
+
+    Raises:
+        RecipeError: a dimension was added, removed or changed its type, or the method is another one.
+    """
+    for field in ("name", "population", "interval", "synchronous", "step_matched"):
+        was, wanted = getattr(before, field, None), getattr(now, field, None)
+        if was != wanted:
+            raise RecipeError(f"search.{field}: expected {was!r}, with which the search began; got {wanted!r}")
+    if isinstance(before.space, str) or isinstance(now.space, str):
+        if before.space != now.space:
+            raise RecipeError("search.space: expected that of the beginning; only a table can change")
+        return
+    old, new = parse_dimensions(before.space), parse_dimensions(now.space)
+    for name in sorted(old.keys() | new.keys()):
+        if problem := _difference(old.get(name), new.get(name)):
+            raise RecipeError(f"search.space.{name}: {problem}; bounds and values can change, or begin a new search")
+
+
+def _difference(old: Dimension | None, new: Dimension | None) -> str:
+    if old is None:
+        return "added since the search began"
+    if new is None:
+        return "removed since the search began"
+    if old.domain.type != new.domain.type:
+        return f"a dimension of type {old.domain.type} when the search began, and now {new.domain.type}"
+    return "" if old.when == new.when else "active under other conditions when the search began"
+
+
+def _probes(search: SearchOptions, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (field of the recipe, changes) of configurations that the base recipe has to take."""
+    if isinstance(search.space, str):
+        for number in range(SAMPLES):
+            yield "search.space", dict(space.sample(keyed_generator(0, "probe", number)).changes)
+        return
+    active: dict[str, dict[str, Any]] = {}
+    for name, dimension in parse_dimensions(search.space).items():
+        active[name] = {}
+        for other, values in dimension.when.items():
+            active[name] |= {**active[other], other: values[0]}
+        for value in dimension.domain.extremes():
+            yield f"search.space.{name}", {**active[name], name: value}
+
+
+def _multiplies(search: SearchOptions) -> bool:
+    return isinstance(search, PBTOptions) and search.explore.multiplies
+
+
+def _listed(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{field} = {value!r}" for field, value in changes.items())

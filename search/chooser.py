@@ -1,0 +1,148 @@
+"""Choosers: what a search space asks for its values, and the policies that answer."""
+
+import builtins
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from raytrain.errors import RecipeError
+from search.domains import FACTOR, Bool, Choice, Domain, Float, Int, Ordered
+from search.genome import Decision, Genome
+
+Policy = Callable[[str, Domain], Any]
+"""(path, domain) -> value: how decisions are taken, whatever the space."""
+
+
+class Chooser:
+    """Answers a space's questions by a policy, and records the decisions.
+
+    Args:
+        policy: how decisions are taken.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._decisions: dict[str, Decision] = {}
+        self._prefix = ""
+
+    @property
+    def genome(self) -> Genome:
+        """The decisions so far."""
+        return Genome(tuple(self._decisions.values()))
+
+    def decide(self, name: str, domain: Domain) -> Any:
+        """Return a value of the domain.
+
+        Raises:
+            RecipeError: the space has asked for this path before.
+        """
+        path = f"{self._prefix}{name}"
+        if path in self._decisions:
+            raise RecipeError(f"{path}: decided twice; give each decision a name of its own, as with choose.under")
+        value = self._policy(path, domain)
+        self._decisions[path] = Decision(path, domain, value)
+        return value
+
+    def one_of(self, name: str, values: Sequence[Any]) -> Any:
+        """Return one of `values`, which have no order."""
+        return self._listed(name, values, Choice)
+
+    def ordered(self, name: str, values: Sequence[Any]) -> Any:
+        """Return one of `values`, which have an order."""
+        return self._listed(name, values, Ordered)
+
+    def bool(self, name: str) -> Any:
+        """Return False or True."""
+        return self.decide(name, Bool())
+
+    def int(self, name: str, low: builtins.int, high: builtins.int, *, log: builtins.bool = False) -> Any:
+        """Return a whole number between two bounds, both included."""
+        return self._between(name, low, high, Int, scale="log" if log else "linear")
+
+    def float(
+        self,
+        name: str,
+        low: builtins.float,
+        high: builtins.float,
+        *,
+        log: builtins.bool = False,
+        one_minus: builtins.bool = False,
+        step: builtins.float = 0.0,
+    ) -> Any:
+        """Return a real number between two bounds; see `domains.Float` for the scales and `step`."""
+        scale = "one-minus" if one_minus else "log" if log else "linear"
+        return self._between(name, low, high, Float, scale=scale, step=step)
+
+    @contextmanager
+    def under(self, *names: str | builtins.int) -> Iterator[None]:
+        """Put names before the paths of all decisions inside the `with` block, as in ``under("block", 2)``."""
+        before = self._prefix
+        self._prefix = "".join([before, *(f"{name}." for name in names)])
+        try:
+            yield
+        finally:
+            self._prefix = before
+
+    def _listed(self, name: str, values: Sequence[Any], domain: type[Domain]) -> Any:
+        if len(values) == 1:
+            return values[0]
+        return self._declared(name, domain, values=tuple(values))
+
+    def _between(
+        self, name: str, low: builtins.float, high: builtins.float, domain: type[Domain], **options: Any
+    ) -> Any:
+        if low == high:
+            return low
+        return self._declared(name, domain, low=low, high=high, **options)
+
+    def _declared(self, name: str, domain: type[Domain], **options: Any) -> Any:
+        try:
+            declared = domain(**options)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"{self._prefix}{name}: {message}") from None
+        return self.decide(name, declared)
+
+
+def sampling(rng: np.random.Generator) -> Policy:
+    """Return the policy that draws each value."""
+    return lambda _, domain: domain.sample(rng)
+
+
+def replaying(values: Mapping[str, Any], otherwise: Policy) -> Policy:
+    """Return the policy that repeats known values as they are, and asks another one for the rest."""
+    return lambda path, domain: values[path] if path in values else otherwise(path, domain)
+
+
+def perturbing(
+    values: Mapping[str, Any], rng: np.random.Generator, factor: float = FACTOR, resample: float = 0.0
+) -> Policy:
+    """Return the policy that perturbs each known value, and draws those that have become active.
+
+    Args:
+        values: path -> value.
+        rng: of all draws.
+        factor: see `Domain.perturb`.
+        resample: probability that a value is drawn anew instead.
+    """
+
+    def decide(path: str, domain: Domain) -> Any:
+        anew = rng.random() < resample
+        if anew or path not in values:
+            return domain.sample(rng)
+        return domain.perturb(domain.nearest(values[path]), rng, factor)  # bounds may have changed since
+
+    return decide
+
+
+def crossing(first: Mapping[str, Any], second: Mapping[str, Any], rng: np.random.Generator) -> Policy:
+    """Return the policy that takes each value from one of two parents, and draws those that neither has."""
+
+    def decide(path: str, domain: Domain) -> Any:
+        parents = [parent for parent in (first, second) if path in parent]
+        return domain.nearest(parents[rng.integers(len(parents))][path]) if parents else domain.sample(rng)
+
+    return decide

@@ -1,0 +1,1 @@
+"""A search on disk: its state, its decisions, and the states of its models."""

@@ -1,0 +1,27 @@
+"""What the `[search]` section of a recipe can say, for every kind of search."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from raytrain.recipe import Options
+
+
+class SearchOptions(Options):
+    """Options of every search.
+
+    Attributes:
+        space: a table of dimensions, or "module:function" of a chooser; see `search.space`.
+        metric: what is improved, among the metrics that the task measures; "": the task's own.
+        mode: whether lower ("min") or higher ("max") is better; "": as the task says for its metric.
+        first: hyperparameters to begin with, path -> value; those that a guess leaves out are drawn.
+        timeout_seconds: how long a member may be silent before its attempt is given up.
+        max_failures: how often a failed segment is handed out again.
+    """
+
+    space: str | dict[str, Any]
+    metric: str = ""
+    mode: Literal["", "min", "max"] = ""
+    first: tuple[dict[str, Any], ...] = ()
+    timeout_seconds: float = Field(60.0, gt=0)
+    max_failures: int = Field(3, ge=0)

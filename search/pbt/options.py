@@ -1,0 +1,72 @@
+"""What `[search]` can say with `name = "pbt"`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
+
+from raytrain.recipe import Options, chosen
+from search.options import SearchOptions
+from search.pbt.exploit import EXPLOITS, Exploit
+from search.pbt.explore import EXPLORES, CustomExplore, Explore
+
+
+def _options_of_explore(found: Any) -> type[Options]:
+    return found if isinstance(found, type) and issubclass(found, Explore) else CustomExplore
+
+
+def _options_of_exploit(found: Any) -> type[Options]:
+    if isinstance(found, type) and issubclass(found, Exploit):
+        return found
+    raise ValueError(f"expected a subclass of search.pbt.exploit.Exploit; got {found!r}")
+
+
+ExploitField = Annotated[SerializeAsAny[Exploit], chosen(EXPLOITS, "search.exploit", _options_of_exploit, "truncation")]
+ExploreField = Annotated[SerializeAsAny[Explore], chosen(EXPLORES, "search.explore", _options_of_explore, "perturb")]
+
+
+class PBTOptions(SearchOptions):
+    """Options of population based training.
+
+    Attributes:
+        population: members.
+        interval: steps between two decisions.
+        exploit: whom a member inherits from.
+        explore: how inherited hyperparameters change.
+        inherit: what a member takes from its donor: "weights", "hyperparameters" or "both".
+        burn_in: steps before the first exploitation.
+        synchronous: whether a decision waits for all members; otherwise each is made when its member reports.
+        step_matched: without synchronous: compare a member with reports of the same step alone.
+        quorum: share of the members that a decision needs. Synchronous: once it has reported, the others are given up
+            after timeout_seconds; asynchronous: before it has, nobody exploits.
+    """
+
+    population: int = Field(16, ge=2)
+    interval: int = Field(100, ge=1)
+    exploit: ExploitField = Field(default={}, validate_default=True)
+    explore: ExploreField = Field(default={}, validate_default=True)
+    inherit: Literal["weights", "hyperparameters", "both"] = "both"
+    burn_in: int = Field(0, ge=0)
+    synchronous: bool = True
+    step_matched: bool = False
+    quorum: float = Field(1.0, gt=0, le=1)
+
+    @field_validator("population")
+    @classmethod
+    def _room_for_guesses(cls, population: int, info: ValidationInfo) -> int:
+        if population < len(guesses := info.data.get("first", ())):
+            raise ValueError(f"expected at least {len(guesses)}, one for each guess in first; got {population}")
+        return population
+
+    @field_validator("exploit")
+    @classmethod
+    def _comparable(cls, exploit: Exploit, info: ValidationInfo) -> Exploit:
+        if "population" in info.data:
+            exploit.check(info.data["population"])
+        return exploit
+
+    @field_validator("step_matched")
+    @classmethod
+    def _asynchronous(cls, step_matched: bool, info: ValidationInfo) -> bool:
+        if step_matched and info.data.get("synchronous"):
+            raise ValueError("expected false with synchronous = true, where all members are at one step")
+        return step_matched

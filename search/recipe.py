@@ -1,0 +1,112 @@
+"""The recipe of a search: a base recipe of any kind, and how to search its fields."""
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, SerializeAsAny, model_validator
+from pydantic_core import PydanticCustomError
+
+from raytrain.errors import RecipeError
+from raytrain.kinds import load_kinds
+from raytrain.names import near, resolve
+from raytrain.overrides import merged
+from raytrain.recipe import Recipe, chosen, declared_options, dotted_fields, read_toml
+from search.checks import check_factors, check_guesses, check_space, check_steps
+from search.options import SearchOptions
+from search.scheduling.scheduler import SEARCHES, Problem, Scheduler
+from search.scheduling.segments import Objective
+from search.space import Space, make_space
+
+
+def _read_base(value: Any) -> Recipe:
+    """Read a base recipe: a name or a file, also with fields to lay over it, or a whole recipe with its kind."""
+    if isinstance(value, Recipe):
+        return value
+    section = {"name": value} if isinstance(value, str) else value
+    if not isinstance(section, Mapping) or not isinstance(section.get("kind", section.get("name")), str):
+        raise PydanticCustomError(
+            "no_base", "expected the name of a recipe or a file, or a table with a name or a kind"
+        )
+    kinds = load_kinds()
+    raw = dict(section)
+    if "kind" not in section:
+        source = section["name"]
+        if ":" in source:
+            raw = {"name": source.partition(":")[2], "task": source}
+        else:
+            raw, file = read_toml(source, [kind.recipes for kind in kinds.values()])
+            raw = {"name": file.stem, **raw}
+        rest = {field: inner for field, inner in section.items() if field != "name"}
+        raw = merged({"kind": "train", **raw}, dict(dotted_fields(rest)))
+    if raw["kind"] not in kinds or raw["kind"] == "search":
+        raise RecipeError(f"base.kind: no such kind {raw['kind']!r}; {near(raw['kind'], kinds.keys() - {'search'})}")
+    try:
+        return kinds[raw["kind"]].recipe.model_validate(raw)
+    except RecipeError as error:  # of what a name stands for; those of pydantic get their place by themselves
+        raise RecipeError(f"base.{error}") from None
+
+
+BaseField = Annotated[SerializeAsAny[Recipe], BeforeValidator(_read_base)]
+SearchField = Annotated[
+    SerializeAsAny[SearchOptions], chosen(SEARCHES, "search", partial(declared_options, base=SearchOptions), "pbt")
+]
+
+
+class SearchRecipe(Recipe):
+    """How to search the fields of another recipe.
+
+    Attributes:
+        base: the recipe whose fields are searched: a name or a file, also as base.name with fields to lay over it, or a
+            whole recipe with its kind.
+        search: the method, its budget and the space.
+    """
+
+    kind: Literal["search"] = "search"
+    base: BaseField
+    search: SearchField
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        check_steps(self.base, self.search)
+        space = self.space()
+        check_space(self.base, self.search, space)
+        check_factors(self.search, space)
+        check_guesses(self.search, space)
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a whole training; 1 for kinds without, whose runs are done at once."""
+        return int(getattr(self.base, "steps", 1))
+
+    def space(self) -> Space:
+        """Return the space that is searched."""
+        return make_space(self.search.space)
+
+    def objective(self, metric: str, better: Literal["lower", "higher"], measured: Collection[str] = ()) -> Objective:
+        """Return what is improved.
+
+        Args:
+            metric: of the base recipe's task.
+            better: which values of it are better.
+            measured: all metrics that the task measures, if known.
+
+        Raises:
+            RecipeError: the recipe asks for a metric that is not measured, or does not say which values are better.
+        """
+        wanted = self.search.metric or metric
+        if measured and wanted not in measured:
+            raise RecipeError(f"search.metric: the task does not measure {wanted!r}; {near(wanted, measured)}")
+        if wanted != metric and not self.search.mode:
+            raise RecipeError(
+                f"search.mode: required with the metric {wanted!r}, which is not the task's own ({metric}); min or max"
+            )
+        modes: dict[str, Literal["lower", "higher"]] = {"min": "lower", "max": "higher"}
+        return Objective(wanted, modes.get(self.search.mode, better))
+
+    def scheduler(self, objective: Objective) -> Scheduler:
+        """Return the engine of the search."""
+        problem = Problem(self.space(), objective, self.steps, self.seed, self.base.seed)
+        engine: Scheduler = resolve(SEARCHES, self.search.name, "search.name")(problem, self.search)
+        return engine

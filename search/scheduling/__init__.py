@@ -1,0 +1,1 @@
+"""Scheduling: segments of training, asked for and told about."""

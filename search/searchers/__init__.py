@@ -1,0 +1,1 @@
+"""Searchers: one method each, which proposes configurations and learns from their scores."""

@@ -1,0 +1,204 @@
+"""Search spaces: functions that ask a chooser for values and return changes of a recipe.
+
+In a recipe a space is a table of dimensions, one for each field that is searched:
+
+    [search.space]
+    optimizer.name = {type = "choice", values = ["sgd", "adamw"]}
+    optimizer.lr = {type = "float", low = 1e-4, high = 1, scale = "log"}
+    optimizer.momentum = {type = "float", low = 0.5, high = 0.99, scale = "one-minus", when = {optimizer.name = "sgd"}}
+
+Or it is a Python function, with loops and conditions of its own, as "module:space":
+
+    def space(choose):
+        widths = [choose.one_of(f"width{i}", [16, 32, 64]) for i in range(choose.int("layers", 1, 3))]
+        return {"task.widths": widths, "optimizer.lr": choose.float("lr", 1e-4, 1, log=True)}
+
+Both become a `Space`: sampling, replay, mutation and enumeration are policies of the chooser that it is run with.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from raytrain.errors import RecipeError
+from raytrain.names import near, place_of, resolve
+from raytrain.recipe import dotted_fields, explain
+from search.chooser import Chooser, Policy, replaying, sampling
+from search.domains import DOMAINS, Domain
+from search.genome import Configuration
+
+FIELD = "search.space"
+
+
+class Space:
+    """A search space.
+
+    Args:
+        program: (chooser) -> dotted field of the recipe -> value. It decides by the chooser alone.
+        domains: path -> domain, as far as they are known beforehand.
+
+    >>> space = Space(lambda choose: {"optimizer.lr": choose.float("lr", 1e-4, 1e-1, log=True)})
+    >>> space.replay({"lr": 0.01}).changes
+    {'optimizer.lr': 0.01}
+    """
+
+    def __init__(
+        self, program: Callable[[Chooser], Mapping[str, Any]], domains: Mapping[str, Domain] | None = None
+    ) -> None:
+        self._program = program
+        self._domains = dict(domains or {})
+
+    @property
+    def domains(self) -> Mapping[str, Domain]:
+        """The paths that are known: of a table all, of a function those that it has asked for so far."""
+        return self._domains
+
+    def run(self, policy: Policy) -> Configuration:
+        """Return the configuration that a policy decides on.
+
+        Raises:
+            RecipeError: the space decides a path twice, or gives it another domain than before.
+        """
+        chooser = Chooser(policy)
+        changes = dict(self._program(chooser))
+        for decision in chooser.genome.decisions:
+            known = self._domains.setdefault(decision.path, decision.domain)
+            if known is not decision.domain and known != decision.domain:
+                raise RecipeError(
+                    f"{decision.path}: a path has one domain; got {known.summary()}, and then "
+                    f"{decision.domain.summary()}; put what decides between them into the path"
+                )
+        return Configuration(chooser.genome, changes)
+
+    def sample(self, rng: np.random.Generator) -> Configuration:
+        """Draw a configuration."""
+        return self.run(sampling(rng))
+
+    def replay(self, values: Mapping[str, Any]) -> Configuration:
+        """Return the configuration of known values.
+
+        Raises:
+            RecipeError: the space decides on a path that has no value.
+        """
+        return self.run(replaying(values, _missing))
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """One field of the recipe in a table of dimensions.
+
+    Attributes:
+        domain: its values.
+        when: field of an earlier dimension -> the values under which this one is active.
+    """
+
+    domain: Domain
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def active(self, changes: Mapping[str, Any]) -> bool:
+        """Return whether the dimension is active after the earlier ones."""
+        return all(name in changes and changes[name] in values for name, values in self.when.items())
+
+
+def make_space(source: str | Mapping[str, Any]) -> Space:
+    """Return the space that a recipe names or contains.
+
+    Args:
+        source: "module:attribute" of a function of a chooser, or a table of dimensions.
+
+    Raises:
+        RecipeError: there is no such function, or the table is wrong.
+    """
+    if not isinstance(source, str):
+        dimensions = parse_dimensions(source)
+        return Space(_table_program(dimensions), {name: dimension.domain for name, dimension in dimensions.items()})
+    program = resolve({}, source, FIELD) if ":" in source else None
+    if not callable(program):
+        raise RecipeError(f"{FIELD}: expected a table, or a function as module:attribute; got {source!r}")
+
+    def checked(choose: Chooser) -> Mapping[str, Any]:
+        try:
+            changes = program(choose)
+        except RecipeError as error:
+            raise RecipeError(f"{source}: {error}{place_of(error)}") from error
+        except Exception as error:
+            raise RecipeError(f"{source}: {type(error).__name__}: {error}{place_of(error)}") from error
+        if not isinstance(changes, Mapping):
+            raise RecipeError(f"{source}: expected a mapping of recipe fields to values; got {changes!r}")
+        return changes
+
+    return Space(checked)
+
+
+def parse_dimensions(table: Mapping[str, Any]) -> dict[str, Dimension]:
+    """Read a table of dimensions, nested by the sections of the recipe.
+
+    Raises:
+        RecipeError: a dimension is wrong; the message names its field.
+    """
+    dimensions: dict[str, Dimension] = {}
+    for name, raw in _flat(table):
+        if name in dimensions:
+            raise RecipeError(f"{FIELD}.{name}: given twice")
+        when = _conditions(name, raw.get("when", {}), dimensions)
+        domain = _domain(name, {key: value for key, value in raw.items() if key != "when"})
+        dimensions[name] = Dimension(domain, when)
+    if not dimensions:
+        raise RecipeError(f"{FIELD}: expected at least one dimension")
+    return dimensions
+
+
+def _table_program(dimensions: Mapping[str, Dimension]) -> Callable[[Chooser], Mapping[str, Any]]:
+    def program(choose: Chooser) -> Mapping[str, Any]:
+        changes: dict[str, Any] = {}
+        for name, dimension in dimensions.items():
+            if dimension.active(changes):
+                changes[name] = choose.decide(name, dimension.domain)
+        return changes
+
+    return program
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (dotted field, raw dimension); a table is a dimension if its `type` is a word."""
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if not isinstance(value, Mapping):
+            raise RecipeError(f'{FIELD}.{name}: expected a dimension, as {{type = "float", ...}}; got {value!r}')
+        if isinstance(value.get("type"), str):
+            yield name, value
+        else:
+            yield from _flat(value, f"{name}.")
+
+
+def _domain(name: str, raw: Mapping[str, Any]) -> Domain:
+    if raw["type"] not in DOMAINS:
+        raise RecipeError(f"{FIELD}.{name}.type: no such type {raw['type']!r}; {near(raw['type'], DOMAINS)}")
+    try:
+        return DOMAINS[raw["type"]].model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(explain(error, f"{FIELD}.{name}")) from None
+
+
+def _conditions(name: str, raw: Any, earlier: Mapping[str, Dimension]) -> dict[str, tuple[Any, ...]]:
+    if not isinstance(raw, Mapping):
+        raise RecipeError(f'{FIELD}.{name}.when: expected a table, as {{optimizer.name = "sgd"}}; got {raw!r}')
+    when: dict[str, tuple[Any, ...]] = {}
+    for other, wanted in dotted_fields(raw):
+        if other not in earlier:
+            raise RecipeError(
+                f"{FIELD}.{name}.when: expected an earlier dimension; got {other!r}; {near(other, earlier)}"
+            )
+        domain = earlier[other].domain
+        when[other] = tuple(wanted) if isinstance(wanted, list) else (wanted,)
+        for value in when[other]:
+            if not domain.contains(value):
+                raise RecipeError(f"{FIELD}.{name}.when: {other} is never {value!r}; it is {domain.summary()}")
+    return when
+
+
+def _missing(path: str, _: Domain) -> Any:
+    raise RecipeError(f"{path}: the genome has no value for this decision; it is of another space")

@@ -1,0 +1,64 @@
+"""What `[search]` can say for sweeps."""
+
+from pydantic import Field
+
+from search.options import SearchOptions
+from search.searchers.grid import POINTS
+
+
+class SweepOptions(SearchOptions):
+    """Options of every sweep. It ends with the first of its budgets.
+
+    Attributes:
+        trials: configurations that are tried.
+        total_steps: optimizer steps of all trials together; 0: any.
+        seconds: wall-clock time; 0: any.
+    """
+
+    trials: int = Field(32, ge=1)
+    total_steps: int = Field(0, ge=0)
+    seconds: float = Field(0.0, ge=0)
+
+
+class GridOptions(SweepOptions):
+    """Options of a grid.
+
+    Attributes:
+        trials: at most; the grid can have fewer points.
+        points: values of each dimension of numbers; of others all values.
+    """
+
+    trials: int = Field(10_000, ge=1)
+    points: int = Field(POINTS, ge=2)
+
+
+class PrunerOptions(SweepOptions):
+    """Options of sweeps that stop bad trials early.
+
+    Attributes:
+        searcher: proposes the configurations: "random" or "tpe".
+        interval: steps after which a trial is judged for the first time.
+    """
+
+    searcher: str = "random"
+    interval: int = Field(100, ge=1)
+
+
+class ASHAOptions(PrunerOptions):
+    """Options of asynchronous successive halving.
+
+    Attributes:
+        eta: of the trials that reach a rung, one in eta goes on, to eta times the steps.
+    """
+
+    eta: int = Field(3, ge=2)
+
+
+class MedianOptions(PrunerOptions):
+    """Options of the median rule.
+
+    Attributes:
+        least: trials that have to have come as far before one is stopped.
+    """
+
+    least: int = Field(5, ge=1)

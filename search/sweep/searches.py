@@ -1,0 +1,45 @@
+"""The sweeps that a recipe can name."""
+
+from raytrain.names import resolve
+from search.scheduling.scheduler import Problem
+from search.searcher import SEARCHERS, Searcher
+from search.searchers.grid import GridSearcher
+from search.searchers.random import RandomSearcher
+from search.sweep.asha import SuccessiveHalving
+from search.sweep.median import MedianStopping
+from search.sweep.options import ASHAOptions, GridOptions, MedianOptions, SweepOptions
+from search.sweep.pruner import NoPruner
+from search.sweep.sweep import Sweep
+
+
+def grid(problem: Problem, options: GridOptions) -> Sweep:
+    """Every combination of some values of each dimension."""
+    searcher = GridSearcher(problem.space, problem.seed, options.points)
+    return Sweep(problem, options, searcher, NoPruner(problem.steps))
+
+
+def random(problem: Problem, options: SweepOptions) -> Sweep:
+    """Independent draws, each trained to the end."""
+    return Sweep(problem, options, RandomSearcher(problem.space, problem.seed), NoPruner(problem.steps))
+
+
+def tpe(problem: Problem, options: SweepOptions) -> Sweep:
+    """Tree-structured Parzen estimator (Optuna), each proposal trained to the end."""
+    return Sweep(problem, options, _searcher("tpe", problem), NoPruner(problem.steps))
+
+
+def asha(problem: Problem, options: ASHAOptions) -> Sweep:
+    """Asynchronous successive halving: bad trials pause early, good ones are promoted."""
+    pruner = SuccessiveHalving(problem.steps, options.interval, options.eta, options.trials)
+    return Sweep(problem, options, _searcher(options.searcher, problem), pruner)
+
+
+def median(problem: Problem, options: MedianOptions) -> Sweep:
+    """Trials that are worse than the median of the others are stopped early."""
+    pruner = MedianStopping(problem.steps, options.interval, options.least)
+    return Sweep(problem, options, _searcher(options.searcher, problem), pruner)
+
+
+def _searcher(name: str, problem: Problem) -> Searcher:
+    searcher: Searcher = resolve(SEARCHERS, name, "search.searcher")(problem.space, problem.seed)
+    return searcher

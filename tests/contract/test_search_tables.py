@@ -1,0 +1,54 @@
+"""Every entry of the tables of search, the shipped recipes, and the examples in docstrings and on the page."""
+
+import doctest
+import importlib
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import search
+from raytrain.names import line_about, resolve
+from search.pbt.exploit import EXPLOITS, Exploit
+from search.pbt.explore import EXPLORES, Explore
+from search.recipe import SearchRecipe
+from search.scheduling.scheduler import SEARCHES
+from search.scheduling.segments import Objective
+from search.searcher import SEARCHERS, Searcher
+
+FOLDER = Path(search.__file__).parent
+TABLES = {"searches": SEARCHES, "searchers": SEARCHERS, "exploits": EXPLOITS, "explores": EXPLORES}
+BASES = {"searchers": Searcher, "exploits": Exploit, "explores": Explore}
+
+
+@pytest.mark.parametrize(("title", "name"), [(title, name) for title, table in TABLES.items() for name in table])
+def test_every_name_stands_for_something_described(title: str, name: str) -> None:
+    table: Mapping[str, str] = TABLES[title]
+    assert line_about(table, name).endswith(".")
+    if title in BASES:
+        assert issubclass(resolve(table, name, title), BASES[title])
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "recipes").glob("*.toml")), ids=lambda file: file.stem)
+def test_shipped_recipes_are_complete(file: Path) -> None:
+    text = file.read_text()
+    recipe = SearchRecipe.parse(tomllib.loads(text))
+    assert recipe.name == file.stem
+    assert text.startswith("# ")
+    assert recipe.scheduler(Objective("loss", "lower")).ask(2)
+
+
+@pytest.mark.parametrize("module", ["search.rng", "search.space"])
+def test_examples_in_docstrings_run(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert (result.failed, result.attempted > 0) == (0, True)
+
+
+def test_the_example_on_the_page_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [first, *_] = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
+    exec(first, {})
+    score, changes = capsys.readouterr().out.split(" ", 1)
+    assert float(score) < 1e-6
+    assert changes.startswith("{'lr': ")
