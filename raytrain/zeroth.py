@@ -1,10 +1,9 @@
 """A step without gradients: probe some directions, share what they say, and move."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import NormalDist, median_low
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.optim.zeroth import Slopes, ZerothOrder
 from raytrain.seeds.probe import Loss, Probe
-from raytrain.seeds.slope import Slope, derivative, slope
+from raytrain.seeds.slope import Slope, derivative, slope, without_outliers
 from raytrain.seeds.stream import derived
 from raytrain.seeds.trajectory import Trajectory
 from raytrain.sync.numbers import Numbers
@@ -22,10 +21,6 @@ from raytrain.tensors import seed_step, weighed
 
 PATIENCE = 20
 """Steps without one usable slope, after which a run is given up."""
-RECENT = 64
-"""Slopes that say what is ordinary."""
-MEDIAN_SIZE = NormalDist().inv_cdf(0.75)
-"""Of normal numbers, in standard deviations."""
 
 
 @dataclass(slots=True)
@@ -135,29 +130,20 @@ class Zeroth:
         at_rest = float(self.probe.at_rest(loss)) if self.sides == 1 else None
         return [slope(loss, self.probe, seed, self.eps, at_rest=at_rest) for seed in seeds]
 
-    def _usable(self, slopes: Slopes) -> dict[int, float]:
-        """Return the slopes that are numbers, and of an ordinary size, for which all replicas take the same.
-
-        A median does not mind what is far out, not even in the first step; and if most slopes have grown, it follows.
-        Each block has its own, as a block's slopes may all be steeper than another's.
-        """
+    def _usable(self, slopes: Slopes) -> Mapping[int, float]:
+        """Return the slopes that are used; all replicas take the same."""
         blocks, group = self.probe.space.blocks, self.optimizer.param_groups[0]
-        numbers = {seed: value for seed, value in slopes if math.isfinite(value)}
-        sizes: list[list[float]] = list(group.get("sizes", ()))
-        sizes = sizes if len(sizes) == blocks else [[]] * blocks
-        for block in range(blocks):
-            new = [abs(value) for seed, value in numbers.items() if value and seed % blocks == block]
-            sizes[block] = [*sizes[block], *new][-max(RECENT, len(new)) :]
-        group["sizes"] = sizes
-        limits = [self.outlier * median_low(one) / MEDIAN_SIZE if self.outlier and one else math.inf for one in sizes]
-        return {seed: value for seed, value in numbers.items() if abs(value) <= limits[seed % blocks]}
+        recent: list[list[float]] = list(group.get("sizes", ()))
+        recent = recent if len(recent) == blocks else [[] for _ in range(blocks)]
+        used, group["sizes"] = without_outliers(slopes, recent, self.outlier)
+        return used
 
 
 def loss_of(
     task: Task,
     module: nn.Module,
     batches: Sequence[tuple[Batch, Tensor]],
-    place: tuple[int, int, int],
+    place: tuple[int, int, int] | tuple[()],
     autocast: torch.dtype | None,
     objective: str,
 ) -> Loss:
@@ -167,7 +153,7 @@ def loss_of(
         task: what is learned.
         module: the model.
         batches: with the weights of their losses.
-        place: the run's seed, the replica's rank and the step.
+        place: the run's seed, the replica's rank and the step; (): the model and the loss draw nothing.
         autocast: the type to compute in; None: that of the parameters.
         objective: a value that the task measures, to raise in place of lowering the loss; with a minus before it, to
             lower.
@@ -182,7 +168,8 @@ def loss_of(
         raise RecipeError(f"directions.objective: less of {name} is better; expected '-{name}', to lower it")
 
     def loss() -> Tensor:
-        seed_step(*place)
+        if place:
+            seed_step(*place)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             if objective:
                 value = torch.tensor(_measured(task, module, batches, name), dtype=torch.float64)

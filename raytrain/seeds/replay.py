@@ -61,7 +61,8 @@ def materialise(
         `out`.
 
     Raises:
-        ValueError: there is not one coefficient for each seed, one is not finite, or `out` is of other shapes or types.
+        ValueError: there is not one coefficient for each seed, one is not finite, or `out` is of other shapes or types,
+            or is w0 itself in a space that is read-only.
     """
     device = space.parts[0].tensor.device
     many = coefficients.dim() == 2
@@ -87,6 +88,7 @@ def materialise(
                 f"got {target.dtype}, {tuple(target.shape)} with strides {target.stride()}"
             )
     for part, target in zip(space.parts, out, strict=True):
+        space.check_writable(part, target)
         base, written = part.tensor.view(-1), target.view(models, part.tensor.numel())
         for piece in pieces(base.numel(), max(1, SUMMED // models)):
             sums = torch.zeros(models, piece.stop - piece.start, dtype=torch.int64, device=device)

@@ -60,6 +60,7 @@ ROOT_HALF_BITS = 0x3F3504F3
 
 Words = NDArray[np.uint32]
 Units = NDArray[np.int32]
+Seeds = NDArray[np.uint64]
 
 
 def identity(name: str) -> int:
@@ -106,10 +107,19 @@ def checked(seed: int) -> int:
 
 def derived(master: int, *place: int) -> int:
     """Return the seed that follows from another one at a place: up to four numbers of 32 bits, the rest being 0."""
-    checked(master)
-    counter = np.array([*place, *[0] * (4 - len(place))], np.uint32)
-    first, second, *_ = philox(counter, np.array([master & LOW, master >> 32], np.uint32)).tolist()
-    return int(first) | int(second) << 32
+    return int(fold_in_all(checked(master), *place))
+
+
+def fold_in_all(masters: int | Seeds, *place: int | NDArray[np.integer]) -> Seeds:
+    """Return the seeds that follow from others at many places: `derived` of each, shapes being broadcast."""
+    keys = np.asarray(masters, np.uint64)
+    counters = [np.asarray(number, np.uint32) for number in (*place, *[0] * (4 - len(place)))]
+    words = philox(
+        np.stack(np.broadcast_arrays(*counters), axis=-1),
+        np.stack([keys & np.uint64(LOW), keys >> np.uint64(32)], axis=-1).astype(np.uint32),
+    ).astype(np.uint64)
+    seeds: Seeds = words[..., 0] | words[..., 1] << np.uint64(32)
+    return seeds
 
 
 def units(mode: Mode, seed: int, parameter: int, start: int, stop: int) -> Units:
