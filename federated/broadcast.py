@@ -1,0 +1,171 @@
+"""The global model as a payload, in the form that is smallest for a client, and back.
+
+    whole       all coefficients
+    changed     those that changed since the version that the client has, with their places
+    summaries   the summary of each round since then, from which the client advances its own
+
+All three end with the same coefficients, to the bit: the seal of a payload is under their digest. A model of new seeds
+in each round has only summaries, those of all rounds.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from federated.encodings import PayloadError
+from federated.global_model import GlobalModel
+from federated.protocols.protocol import Protocol
+from federated.sampling import Indices
+from federated.wire import (
+    Cursor,
+    ModelHeader,
+    check_model_seal,
+    read_model,
+    read_places,
+    write_model,
+    write_places,
+)
+
+FORMS = ("whole", "changed", "summaries")
+WHOLE, CHANGED, SUMMARIES = range(3)
+
+
+class ModelHistory:
+    """The server's model, and how each recent version of it becomes the newest.
+
+    Args:
+        protocol: how it advances.
+        model: to start from.
+        form: of payloads, or "smallest".
+
+    Attributes:
+        model: the newest.
+        changed_at: the version that last changed each coefficient, shape (k,).
+        summaries: of the last rounds, oldest first: all that together are smaller than the whole model.
+    """
+
+    def __init__(self, protocol: Protocol, model: GlobalModel, form: str = "smallest") -> None:
+        self.model = model
+        self.changed_at: NDArray[np.uint32] = np.zeros(len(model.coefficients), np.uint32)
+        self.summaries: deque[bytes] = deque()
+        self._protocol = protocol
+        self._form = form
+        self._bodies: dict[int, tuple[int, bytes]] = {}
+
+    def advance(self, summary: bytes) -> None:
+        """Take one more round into the model."""
+        before, self.model = self.model, self._protocol.advance(self.model, summary)
+        self.summaries.append(summary)
+        self._bodies.clear()
+        if self._protocol.table.grows:
+            return
+        self.changed_at[before.coefficients != self.model.coefficients] = self.model.version
+        most = self._protocol.coefficients.size(len(self.model.coefficients))
+        while sum(map(len, self.summaries)) > most:
+            self.summaries.popleft()
+
+    def payload(self, base: int, directions: Indices | None = None) -> bytes:
+        """Return the model for a client.
+
+        Args:
+            base: the version that it has; 0 is w0, which all have.
+            directions: that it is to probe, if the server draws them.
+        """
+        if base not in self._bodies:
+            self._bodies[base] = self._body(base)
+        form, body = self._bodies[base]
+        drawn = b"" if directions is None else write_places(directions)
+        return write_model(ModelHeader(self.model.version, base, form), drawn + body, self.model.digest)
+
+    def sizes(self, base: int) -> dict[int, int]:
+        """Return the bytes of each form that makes the newest model of a version."""
+        if self._protocol.table.grows:
+            return {SUMMARIES: sum(map(len, self._since(base)))}
+        size, changed = self._protocol.coefficients.size, int((self.changed_at > base).sum())
+        sizes = {WHOLE: size(len(self.model.coefficients)), CHANGED: 2 * changed + size(changed)}
+        if self.model.version - base <= len(self.summaries):
+            sizes[SUMMARIES] = sum(map(len, self._since(base)))
+        return sizes
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return all of it."""
+        return {
+            "coefficients": self.model.coefficients,
+            "version": np.array([self.model.version]),
+            "changed_at": self.changed_at,
+            "summaries": np.frombuffer(b"".join(self.summaries), np.uint8),
+            "lengths": np.array([len(summary) for summary in self.summaries], np.int64),
+        }
+
+    def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take back what `state` returned."""
+        self.model = GlobalModel(self.model.base, state["coefficients"], int(state["version"][0]))
+        self.changed_at = state["changed_at"]
+        cursor = Cursor(state["summaries"].tobytes())
+        self.summaries = deque(cursor.read(length, "a summary") for length in state["lengths"].tolist())
+        self._bodies.clear()
+
+    def _since(self, base: int) -> list[bytes]:
+        return list(self.summaries)[len(self.summaries) - (self.model.version - base) :]
+
+    def _body(self, base: int) -> tuple[int, bytes]:
+        sizes = self.sizes(base)
+        form = min(sizes, key=lambda form: sizes[form])
+        if self._form in FORMS and FORMS.index(self._form) in sizes:
+            form = FORMS.index(self._form)
+        if form == SUMMARIES:
+            return form, b"".join(self._since(base))
+        if form == WHOLE:
+            return form, self._protocol.coefficients.write(self.model.coefficients)
+        (places,) = np.nonzero(self.changed_at > base)
+        return form, write_places(places) + self._protocol.coefficients.write(self.model.coefficients[places])
+
+
+def receive(
+    data: bytes, protocol: Protocol, known: Callable[[int], GlobalModel | None]
+) -> tuple[GlobalModel, Indices | None]:
+    """Return the model that a payload makes, and the directions that the server drew, if it does.
+
+    Args:
+        data: what `ModelHistory.payload` returned.
+        protocol: the run's.
+        known: version -> the model, if the client has it; it has version 0.
+
+    Raises:
+        PayloadError: the payload is malformed, or makes something else of what the client has.
+    """
+    header, body = read_model(data)
+    forms, most = {SUMMARIES} if protocol.table.grows else {WHOLE, CHANGED, SUMMARIES}, len(protocol.rates.lr)
+    if header.form not in forms or not header.base <= header.version <= most:
+        raise PayloadError(f"expected a form of {sorted(forms)} and at most version {most}; got {header}")
+    cursor, drawn = Cursor(body), None
+    if protocol.sends_directions:
+        drawn = read_places(cursor, protocol.options.local_steps, protocol.table.size(0))
+    model = known(header.version) or _made(header, cursor, protocol, known)
+    check_model_seal(data, model.digest)
+    return model, drawn
+
+
+def _made(
+    header: ModelHeader, cursor: Cursor, protocol: Protocol, known: Callable[[int], GlobalModel | None]
+) -> GlobalModel:
+    base = known(0 if header.form == WHOLE else header.base)
+    if base is None:
+        raise PayloadError(f"expected a model made of a version that is here; got one made of version {header.base}")
+    if header.form == SUMMARIES:
+        for _ in range(header.base, header.version):
+            base = protocol.advance(base, protocol.next_summary(cursor))
+        cursor.end()
+        return base
+    size, coefficients = protocol.coefficients.size, base.coefficients.copy()
+    if header.form == WHOLE:
+        places = np.arange(len(coefficients))
+    else:
+        count = max(0, cursor.left() - size(0)) // (2 + size(1) - size(0))
+        places = read_places(cursor, count, len(coefficients))
+    coefficients[places] = protocol.coefficients.read(cursor.read(size(len(places)), "coefficients"), len(places))
+    cursor.end()
+    return GlobalModel(base.base, coefficients, header.version)

@@ -1,0 +1,146 @@
+"""What clients do in a round: they make the round's model, take local steps on their own examples, and report."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from federated.broadcast import receive
+from federated.encodings import Floats, PayloadError
+from federated.global_model import GlobalModel
+from federated.protocols.protocol import Protocol
+from federated.sampling import Indices, batches, fold_in
+from federated.wire import ReportHeader, read_model, write_lost, write_report
+from federated.working_model import WorkingModel
+from raytrain.seeds.probe import Loss
+from raytrain.seeds.slope import slope, without_outliers
+from raytrain.task import Examples, Task
+from raytrain.tensors import moved, weights_of
+from raytrain.zeroth import loss_of
+
+logger = logging.getLogger(__name__)
+
+VERSIONS_KEPT = 8
+"""Versions of the model that a process remembers, of K numbers each: one for each client would be too many."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeOptions:
+    """How clients probe a loss.
+
+    Attributes:
+        eps: how far a perturbation goes.
+        outlier_threshold: projected gradients beyond so many robust standard deviations of the client's own are not
+            used; 0: all are.
+        train_mode: whether the model is in training mode.
+        objective: see `raytrain.zeroth.loss_of`.
+    """
+
+    eps: float = 1e-3
+    outlier_threshold: float = 10.0
+    train_mode: bool = False
+    objective: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientData:
+    """What clients learn from.
+
+    Attributes:
+        task: what is learned.
+        examples: the training split.
+        indices: client -> which of the examples are its own.
+    """
+
+    task: Task
+    examples: Examples
+    indices: Callable[[int], Indices]
+
+
+class LocalTrainer:
+    """Answers for any number of clients, one after the other.
+
+    A client leaves nothing behind: it begins with a copy of the round's model, and what it draws depends on the round
+    and its number alone.
+
+    Args:
+        model: with w0.
+        protocol: the run's.
+        data: of the clients.
+        probing: how to probe.
+    """
+
+    def __init__(self, model: WorkingModel, protocol: Protocol, data: ClientData, probing: ProbeOptions) -> None:
+        self._model, self._protocol, self._data, self._probing = model, protocol, data, probing
+        self._initial = protocol.initial(model.base)
+        self._versions: OrderedDict[int, GlobalModel] = OrderedDict()
+        self._loaded: GlobalModel | None = None
+        model.module.train(probing.train_mode)
+
+    def answer(self, client: int, payload: bytes) -> bytes:
+        """Return a client's report on a round, whose number is the version of the model that it is sent.
+
+        A client that cannot make the model of the payload reports that it is lost, and is sent all of it.
+
+        Raises:
+            PayloadError: the payload is too short for a header.
+        """
+        try:
+            model, drawn = receive(payload, self._protocol, self._version)
+        except PayloadError as error:
+            logger.warning("client %d: %s; it asks for the whole model", client, error)
+            version = read_model(payload)[0].version
+            return write_lost(version, version, client)
+        self._remember(model)
+        self._load(model)
+        directions = self._protocol.directions(model.version, client) if drawn is None else drawn
+        own = self._data.indices(client)
+        numbers = self._local_steps(client, model.version, directions, own)
+        header = ReportHeader(model.version, model.version, len(numbers), len(own))
+        return write_report(header, self._protocol.encoding.write(numbers), client, model.digest)
+
+    def _version(self, version: int) -> GlobalModel | None:
+        return self._initial if version == 0 else self._versions.get(version)
+
+    def _remember(self, model: GlobalModel) -> None:
+        self._versions[model.version] = model
+        while len(self._versions) > VERSIONS_KEPT:
+            self._versions.popitem(last=False)
+
+    def _load(self, model: GlobalModel) -> None:
+        if self._loaded is None or self._loaded.digest != model.digest:
+            self._model.load(*self._protocol.seeds_and_coefficients(model))
+            self._loaded = model
+        else:
+            self._model.restore()
+
+    @torch.no_grad()
+    def _local_steps(self, client: int, round_number: int, directions: Indices, own: Indices) -> Floats:
+        """Return the projected gradient that is reported of each direction; a local step moves by what arrives."""
+        protocol, space = self._protocol, self._model.space
+        steps, rate = len(directions), protocol.rate(round_number)
+        drawn = own[batches(protocol.master, round_number, client, len(own), steps, protocol.options.batch)]
+        numbers = np.empty(steps, np.float32)
+        recent: list[list[float]] = [[] for _ in range(space.blocks)]
+        for step, seed in enumerate(protocol.table.seeds(directions).tolist()):
+            loss = self._loss(drawn[step], (round_number, client, step))
+            found = slope(loss, self._model.probe, seed, self._probing.eps).value
+            used, recent = without_outliers([(seed, found)], recent, self._probing.outlier_threshold)
+            number = protocol.encoding.rounded(used[seed]) if seed in used else protocol.unusable(seed)
+            numbers[step] = number
+            if protocol.local and not np.isnan(number):
+                space.move(seed, -rate * number)
+        return numbers
+
+    def _loss(self, places: Indices, place: tuple[int, int, int]) -> Loss:
+        """Return the mean loss over some examples; in training mode all calls draw the same dropout."""
+        parameter = self._model.space.parts[0].tensor
+        batch = self._data.task.collate([self._data.examples[index] for index in places.tolist()])
+        batch = moved(batch, parameter.device, parameter.dtype)
+        weights = weights_of(self._data.task, batch, len(places), parameter.device)
+        round_number, client, step = place
+        drawn = (fold_in(self._protocol.master, round_number), client, step) if self._probing.train_mode else ()
+        return loss_of(self._data.task, self._model.module, [(batch, weights)], drawn, None, self._probing.objective)

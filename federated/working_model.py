@@ -1,0 +1,55 @@
+"""The parameters that a federated run moves: w0, the model of a round, and a working copy."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from federated.encodings import Coefficients
+from federated.sampling import Seeds
+from raytrain.seeds.probe import Probe
+from raytrain.seeds.replay import materialise
+from raytrain.seeds.space import Space
+
+
+class WorkingModel:
+    """A module whose parameters are set to the model of a round, again for each client.
+
+    Args:
+        module: with w0; from now on its parameters are the working copy.
+        space: of its parameters that directions move.
+        initial: w0 by names, as of a file that is mapped; None: a copy of the module's.
+        keep_round: whether the round's model is kept beside the working copy, so that a client begins with a copy of
+            it. Without, it is made anew for each client: slower, with one model less in memory.
+
+    Attributes:
+        base: the digest of w0 and its directions.
+    """
+
+    def __init__(
+        self, module: nn.Module, space: Space, initial: Mapping[str, Tensor] | None = None, *, keep_round: bool = True
+    ) -> None:
+        self.module = module
+        self.space = space
+        self.probe = Probe(module, space)
+        w0 = {part.name: part.tensor.clone() for part in space.parts} if initial is None else initial
+        self._initial = space.over(w0, read_only=True)
+        self.base = self._initial.digest()
+        self._working = [part.tensor for part in space.parts]
+        self._round = [tensor.clone() for tensor in self._working] if keep_round else None
+        self._seeds: list[int] = []
+        self._coefficients = torch.zeros(0, dtype=torch.float64)
+
+    def load(self, seeds: Seeds, coefficients: Coefficients) -> None:
+        """Make the model of a round: w0 + sum of coefficients * directions, rounded once."""
+        self._seeds, self._coefficients = seeds.tolist(), torch.from_numpy(coefficients)
+        if self._round is not None:
+            materialise(self._initial, self._coefficients, self._seeds, self._round)
+        self.restore()
+
+    def restore(self) -> None:
+        """Set the working copy to the model of the round."""
+        if self._round is None:
+            materialise(self._initial, self._coefficients, self._seeds, self._working)
+        else:
+            torch._foreach_copy_(self._working, self._round)
