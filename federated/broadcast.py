@@ -39,7 +39,6 @@ class ModelHistory:
     Args:
         protocol: how it advances.
         model: to start from.
-        form: of payloads, or "smallest".
 
     Attributes:
         model: the newest.
@@ -47,12 +46,11 @@ class ModelHistory:
         summaries: of the last rounds, oldest first: all that together are smaller than the whole model.
     """
 
-    def __init__(self, protocol: Protocol, model: GlobalModel, form: str = "smallest") -> None:
+    def __init__(self, protocol: Protocol, model: GlobalModel) -> None:
         self.model = model
         self.changed_at: NDArray[np.uint32] = np.zeros(len(model.coefficients), np.uint32)
         self.summaries: deque[bytes] = deque()
         self._protocol = protocol
-        self._form = form
         self._bodies: dict[int, tuple[int, bytes]] = {}
 
     def advance(self, summary: bytes) -> None:
@@ -114,8 +112,9 @@ class ModelHistory:
     def _body(self, base: int) -> tuple[int, bytes]:
         sizes = self.sizes(base)
         form = min(sizes, key=lambda form: sizes[form])
-        if self._form in FORMS and FORMS.index(self._form) in sizes:
-            form = FORMS.index(self._form)
+        wanted = self._protocol.options.form
+        if wanted != "smallest" and FORMS.index(wanted) in sizes:
+            form = FORMS.index(wanted)
         if form == SUMMARIES:
             return form, b"".join(self._since(base))
         if form == WHOLE:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from federated.broadcast import receive
 from federated.encodings import Floats, PayloadError
@@ -15,6 +16,7 @@ from federated.protocols.protocol import Protocol
 from federated.sampling import Indices, batches, fold_in
 from federated.wire import ReportHeader, read_model, write_lost, write_report
 from federated.working_model import WorkingModel
+from raytrain.recipe import Section
 from raytrain.seeds.probe import Loss
 from raytrain.seeds.slope import slope, without_outliers
 from raytrain.task import Examples, Task
@@ -27,20 +29,19 @@ VERSIONS_KEPT = 8
 """Versions of the model that a process remembers, of K numbers each: one for each client would be too many."""
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeOptions:
+class ProbeOptions(Section):
     """How clients probe a loss.
 
     Attributes:
-        eps: how far a perturbation goes.
-        outlier_threshold: projected gradients beyond so many robust standard deviations of the client's own are not
-            used; 0: all are.
-        train_mode: whether the model is in training mode.
-        objective: see `raytrain.zeroth.loss_of`.
+        eps: length of a perturbation, of each parameter.
+        outlier_threshold: projected gradients beyond so many robust standard deviations of the client's own in this
+            round are not used; 0: all are.
+        train_mode: whether the model is in training mode, with dropout.
+        objective: a value that the task measures, to be raised in place of lowering the loss; with a minus, lowered.
     """
 
-    eps: float = 1e-3
-    outlier_threshold: float = 10.0
+    eps: float = Field(1e-3, gt=0)
+    outlier_threshold: float = Field(10.0, ge=0)
     train_mode: bool = False
     objective: str = ""
 
@@ -77,7 +78,6 @@ class LocalTrainer:
         self._model, self._protocol, self._data, self._probing = model, protocol, data, probing
         self._initial = protocol.initial(model.base)
         self._versions: OrderedDict[int, GlobalModel] = OrderedDict()
-        self._loaded: GlobalModel | None = None
         model.module.train(probing.train_mode)
 
     def answer(self, client: int, payload: bytes) -> bytes:
@@ -95,7 +95,7 @@ class LocalTrainer:
             version = read_model(payload)[0].version
             return write_lost(version, version, client)
         self._remember(model)
-        self._load(model)
+        self._model.set_to(model, self._protocol)
         directions = self._protocol.directions(model.version, client) if drawn is None else drawn
         own = self._data.indices(client)
         numbers = self._local_steps(client, model.version, directions, own)
@@ -109,13 +109,6 @@ class LocalTrainer:
         self._versions[model.version] = model
         while len(self._versions) > VERSIONS_KEPT:
             self._versions.popitem(last=False)
-
-    def _load(self, model: GlobalModel) -> None:
-        if self._loaded is None or self._loaded.digest != model.digest:
-            self._model.load(*self._protocol.seeds_and_coefficients(model))
-            self._loaded = model
-        else:
-            self._model.restore()
 
     @torch.no_grad()
     def _local_steps(self, client: int, round_number: int, directions: Indices, own: Indices) -> Floats:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from federated.broadcast import ModelHistory
 from federated.checkpoint import read_newest, write_checkpoint
@@ -23,13 +24,14 @@ from federated.protocols.protocol import Protocol, Report
 from federated.sampling import participants
 from federated.wire import ReportHeader, check_report_seal, is_lost, read_report
 from raytrain.errors import RecipeError
+from raytrain.recipe import Section
 
 logger = logging.getLogger(__name__)
 
 REFUSALS_KEPT = 20
 """Of a round, with their reasons; all are counted."""
 
-Heard = Literal["heard", "lost", "refused"]
+Outcome = Literal["heard", "lost", "refused", "missing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,16 @@ class Participation:
     quorum: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class ReportLimits:
-    """What a report may say.
+class ReportLimits(Section):
+    """What a client's report may say.
 
     Attributes:
-        least_examples: of a client.
-        most_examples: of a client, so that none owns the mean by saying that it has 10^9.
+        examples: of a client, at most, so that none owns the mean by its own word.
         largest: magnitude of a number.
     """
 
-    least_examples: int = 1
-    most_examples: int = 100_000
-    largest: float = 1e6
+    examples: int = Field(100_000, ge=1, lt=2**32)
+    largest: float = Field(1e6, gt=0)
 
 
 @dataclass(slots=True)
@@ -71,6 +70,7 @@ class CommunicationRound:
         clients: that take part, in ascending order.
         asked: of these, those that were sent the model.
         heard: client -> its report.
+        missing: client -> why nothing of it was heard in time.
         refused: how many reports are not used.
         refusals: why, of the first ones.
         bytes_down: of all payloads.
@@ -81,6 +81,7 @@ class CommunicationRound:
     clients: tuple[int, ...]
     asked: set[int] = field(default_factory=set)
     heard: dict[int, Report] = field(default_factory=dict)
+    missing: dict[int, str] = field(default_factory=dict)
     refused: int = 0
     refusals: list[str] = field(default_factory=list)
     bytes_down: int = 0
@@ -91,6 +92,11 @@ class CommunicationRound:
         place = bisect_left(self.clients, client)
         return place < len(self.clients) and self.clients[place] == client
 
+    def miss(self, client: int, reason: str) -> Outcome:
+        """Note that nothing of a client was heard in time."""
+        self.missing[client] = reason
+        return "missing"
+
 
 class Server:
     """The state of a run, and its transitions.
@@ -100,7 +106,6 @@ class Server:
         base: the digest of w0 and its directions.
         participation: who takes part; a client that is idle costs 4 bytes.
         limits: what a report may say.
-        form: of the model's payloads, see `ModelHistory`.
 
     Attributes:
         round: the one that is going on; None between rounds.
@@ -113,11 +118,10 @@ class Server:
         base: str,
         participation: Participation,
         limits: ReportLimits | None = None,
-        form: str = "smallest",
     ) -> None:
         self._protocol, self._participation = protocol, participation
         self._limits = limits or ReportLimits()
-        self._history = ModelHistory(protocol, protocol.initial(base), form)
+        self._history = ModelHistory(protocol, protocol.initial(base))
         self.versions: NDArray[np.uint32] = np.zeros(participation.clients, np.uint32)
         self.round: CommunicationRound | None = None
 
@@ -148,7 +152,7 @@ class Server:
         going.bytes_down += len(payload)
         return payload
 
-    def hear(self, client: int, data: bytes) -> Heard:
+    def hear(self, client: int, data: bytes) -> Outcome:
         """Take a client's report, and return what became of it.
 
         Returns:
@@ -157,9 +161,7 @@ class Server:
         """
         going = self._going()
         going.bytes_up += len(data)
-        expected = ReportHeader(
-            self.model.version, going.number, self._protocol.options.local_steps, self._limits.least_examples
-        )
+        expected = ReportHeader(self.model.version, going.number, self._protocol.options.local_steps, examples=1)
         if client in going.asked and client not in going.heard and is_lost(data, expected, client):
             self.versions[client] = 0
             return "lost"
@@ -240,7 +242,7 @@ class Server:
             raise PayloadError("expected no report of a client that was not asked")
         if client in going.heard:
             raise PayloadError("expected one report; this is another one")
-        examples, numbers = read_report(data, expected, self._limits.most_examples, self._protocol.encoding)
+        examples, numbers = read_report(data, expected, self._limits.examples, self._protocol.encoding)
         check_report_seal(data, client, self.model.digest)
         finite = numbers[~np.isnan(numbers)]
         if len(finite) and np.abs(finite).max() > self._limits.largest:

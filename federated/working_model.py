@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from federated.encodings import Coefficients
-from federated.sampling import Seeds
+from federated.global_model import GlobalModel
+from federated.protocols.protocol import Protocol
 from raytrain.seeds.probe import Probe
 from raytrain.seeds.replay import materialise
 from raytrain.seeds.space import Space
@@ -37,18 +37,17 @@ class WorkingModel:
         self.base = self._initial.digest()
         self._working = [part.tensor for part in space.parts]
         self._round = [tensor.clone() for tensor in self._working] if keep_round else None
-        self._seeds: list[int] = []
         self._coefficients = torch.zeros(0, dtype=torch.float64)
+        self._seeds: list[int] = []
+        self._digest = b""
 
-    def load(self, seeds: Seeds, coefficients: Coefficients) -> None:
-        """Make the model of a round: w0 + sum of coefficients * directions, rounded once."""
-        self._seeds, self._coefficients = seeds.tolist(), torch.from_numpy(coefficients)
-        if self._round is not None:
-            materialise(self._initial, self._coefficients, self._seeds, self._round)
-        self.restore()
-
-    def restore(self) -> None:
-        """Set the working copy to the model of the round."""
+    def set_to(self, model: GlobalModel, protocol: Protocol) -> None:
+        """Set the working copy to the model of a round: w0 + sum of coefficients * directions, rounded once."""
+        if model.digest != self._digest:
+            seeds, coefficients = protocol.seeds_and_coefficients(model)
+            self._seeds, self._coefficients, self._digest = seeds.tolist(), torch.from_numpy(coefficients), model.digest
+            if self._round is not None:
+                materialise(self._initial, self._coefficients, self._seeds, self._round)
         if self._round is None:
             materialise(self._initial, self._coefficients, self._seeds, self._working)
         else:

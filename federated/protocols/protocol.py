@@ -54,12 +54,14 @@ class ProtocolOptions(Options):
         batch: examples of a client in each step; one that has fewer takes them again.
         weighting: what a client's report counts: the number of its "examples", or "equal".
         weight_decay: towards w0, as a share of the learning rate.
+        form: in which clients are sent the model: "whole", "changed" or "summaries", where it can be so, or "smallest".
     """
 
     local_steps: int = Field(200, ge=1, le=2**16 - 1)
     batch: int = Field(8, ge=1)
     weighting: Literal["examples", "equal"] = "examples"
     weight_decay: float = Field(0.0, ge=0)
+    form: Literal["smallest", "whole", "changed", "summaries"] = "smallest"
 
 
 class PoolOptions(ProtocolOptions):
