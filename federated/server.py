@@ -108,6 +108,8 @@ class Server:
         limits: what a report may say.
 
     Attributes:
+        protocol: the same.
+        history: of the model.
         round: the one that is going on; None between rounds.
         versions: of the model that each client has, shape (clients,).
     """
@@ -119,21 +121,21 @@ class Server:
         participation: Participation,
         limits: ReportLimits | None = None,
     ) -> None:
-        self._protocol, self._participation = protocol, participation
+        self.protocol, self._participation = protocol, participation
         self._limits = limits or ReportLimits()
-        self._history = ModelHistory(protocol, protocol.initial(base))
+        self.history = ModelHistory(protocol, protocol.initial(base))
         self.versions: NDArray[np.uint32] = np.zeros(participation.clients, np.uint32)
         self.round: CommunicationRound | None = None
 
     @property
     def model(self) -> GlobalModel:
         """The newest model; its version is the number of rounds that are done."""
-        return self._history.model
+        return self.history.model
 
     def sample(self) -> CommunicationRound:
         """Begin the next round, with clients that follow from its number."""
         number = self.model.version
-        clients = participants(self._protocol.master, number, len(self.versions), self._participation.per_round)
+        clients = participants(self.protocol.master, number, len(self.versions), self._participation.per_round)
         self.round = CommunicationRound(number, tuple(clients.tolist()))
         return self.round
 
@@ -146,8 +148,8 @@ class Server:
         going = self._going()
         if not going.has(client):
             raise ValueError(f"client: expected one of round {going.number}; got {client}")
-        directions = self._protocol.directions(going.number, client) if self._protocol.sends_directions else None
-        payload = self._history.payload(int(self.versions[client]), directions)
+        directions = self.protocol.directions(going.number, client) if self.protocol.sends_directions else None
+        payload = self.history.payload(int(self.versions[client]), directions)
         going.asked.add(client)
         going.bytes_down += len(payload)
         return payload
@@ -161,7 +163,7 @@ class Server:
         """
         going = self._going()
         going.bytes_up += len(data)
-        expected = ReportHeader(self.model.version, going.number, self._protocol.options.local_steps, examples=1)
+        expected = ReportHeader(self.model.version, going.number, self.protocol.options.local_steps, examples=1)
         if client in going.asked and client not in going.heard and is_lost(data, expected, client):
             self.versions[client] = 0
             return "lost"
@@ -184,8 +186,8 @@ class Server:
         enough = len(going.heard) >= self._participation.quorum
         reports = [going.heard[client] for client in sorted(going.heard)] if enough else []
         self.versions[sorted(going.heard)] = self.model.version
-        self._history.advance(self._protocol.summarise(reports))
-        self._protocol.observe(reports)
+        self.history.advance(self.protocol.summarise(reports))
+        self.protocol.observe(reports)
         return going
 
     def save(self, folder: Path) -> None:
@@ -196,8 +198,8 @@ class Server:
         """
         if self.round is not None:
             raise RuntimeError("a round is going on; call aggregate() first")
-        state = {**self._history.state(), "versions": self.versions}
-        state |= {f"protocol.{name}": value for name, value in self._protocol.state().items()}
+        state = {**self.history.state(), "versions": self.versions}
+        state |= {f"protocol.{name}": value for name, value in self.protocol.state().items()}
         write_checkpoint(folder, self.model.version, self._about(), state)
 
     def resume(self, folder: Path) -> bool:
@@ -218,18 +220,18 @@ class Server:
             )
         self.round, self.versions = None, state.pop("versions")
         prefix = "protocol."
-        self._protocol.load_state({k.removeprefix(prefix): state.pop(k) for k in list(state) if k.startswith(prefix)})
-        self._history.load_state(state)
+        self.protocol.load_state({k.removeprefix(prefix): state.pop(k) for k in list(state) if k.startswith(prefix)})
+        self.history.load_state(state)
         return True
 
     def _about(self) -> dict[str, str]:
         """Return what a run is known by: with another of these its draws or its model mean something else."""
         return {
             "base": self.model.base,
-            "seed": str(self._protocol.master),
+            "seed": str(self.protocol.master),
             "participation": repr(self._participation),
-            "protocol": self._protocol.options.model_dump_json(),
-            "rates": hashlib.sha256(self._protocol.rates.lr.tobytes()).hexdigest(),
+            "protocol": self.protocol.options.model_dump_json(),
+            "rates": hashlib.sha256(self.protocol.rates.lr.tobytes()).hexdigest(),
         }
 
     def _going(self) -> CommunicationRound:
@@ -239,12 +241,12 @@ class Server:
 
     def _report(self, going: CommunicationRound, client: int, data: bytes, expected: ReportHeader) -> Report:
         if client not in going.asked:
-            raise PayloadError("expected no report of a client that was not asked")
+            raise PayloadError("expected a client that was asked; this one was not")
         if client in going.heard:
-            raise PayloadError("expected one report; this is another one")
-        examples, numbers = read_report(data, expected, self._limits.examples, self._protocol.encoding)
+            raise PayloadError("expected one report; got another one")
+        examples, numbers = read_report(data, expected, self._limits.examples, self.protocol.encoding)
         check_report_seal(data, client, self.model.digest)
         finite = numbers[~np.isnan(numbers)]
         if len(finite) and np.abs(finite).max() > self._limits.largest:
             raise PayloadError(f"expected numbers up to {self._limits.largest:g}; got {np.abs(finite).max():g}")
-        return Report(client, examples, numbers, self._protocol.directions(going.number, client))
+        return Report(client, examples, numbers, self.protocol.directions(going.number, client))

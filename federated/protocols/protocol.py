@@ -154,7 +154,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def write_summary(self, reports: Sequence[Report]) -> bytes:
-        """Return what the pseudo-gradient of one or more reports follows from; they are in the order of clients."""
+        """Return what the pseudo-gradient of one or more reports follows from."""
 
     @abstractmethod
     def read_summary(self, cursor: Cursor, heard: int) -> bytes:
@@ -199,9 +199,12 @@ class Protocol(ABC):
         return GlobalModel(base, np.zeros(self.table.size(0)))
 
     def summarise(self, reports: Sequence[Report]) -> bytes:
-        """Return a round's summary: how many clients were heard, and what its pseudo-gradient follows from."""
-        ordered = sorted(reports, key=lambda report: report.client)
-        return HEARD.pack(len(ordered)) + (self.write_summary(ordered) if ordered else b"")
+        """Return a round's summary: how many clients were heard, and what its pseudo-gradient follows from.
+
+        Args:
+            reports: in the order of clients, in which they are added up.
+        """
+        return HEARD.pack(len(reports)) + (self.write_summary(reports) if reports else b"")
 
     def next_summary(self, cursor: Cursor) -> bytes:
         """Return the next round's summary of a payload.
