@@ -122,7 +122,7 @@ class LocalTrainer:
             loss = self._loss(drawn[step], (round_number, client, step))
             found = slope(loss, self._model.probe, seed, self._probing.eps).value
             used, recent = without_outliers([(seed, found)], recent, self._probing.outlier_threshold)
-            number = protocol.encoding.rounded(used[seed]) if seed in used else protocol.unusable(seed)
+            number = protocol.encoding.rounded(used[seed]) if seed in used else protocol.unusable(seed, client)
             numbers[step] = number
             if protocol.local and not np.isnan(number):
                 space.move(seed, -rate * number)

@@ -186,7 +186,7 @@ class Protocol(ABC):
     def load_state(self, state: dict[str, NDArray[np.float64]]) -> None:  # noqa: B027 - as little as they learn
         """Take back what `state` returned."""
 
-    def unusable(self, seed: int) -> float:  # noqa: ARG002 - a vote depends on it
+    def unusable(self, seed: int, client: int) -> float:  # noqa: ARG002 - a vote depends on them
         """Return what a client reports along a direction whose projected gradient it does not use."""
         return np.nan
 

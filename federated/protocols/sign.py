@@ -32,9 +32,9 @@ class Sign(CommonSeedsProtocol):
     def __init__(self, options: SignOptions, rates: RoundRates, master: int) -> None:
         super().__init__(options, rates, master, "sign", "float16")
 
-    def unusable(self, seed: int) -> float:
-        """Return a vote that is as often for as against: one bit has no room for none."""
-        return 1.0 if seed % 2 else -1.0
+    def unusable(self, seed: int, client: int) -> float:
+        """Return a vote that half of the clients cast for, and half against: one bit has no room for none."""
+        return 1.0 if (seed ^ client) % 2 else -1.0
 
     def write_summary(self, reports: Sequence[Report]) -> bytes:
         """Return a bit for each vote, and if one of them is even, another one that says whether it is decided."""
