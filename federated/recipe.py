@@ -125,6 +125,13 @@ class Strategy(Section):
     name: str = ""
     arguments: Mapping[str, float | int | bool | str] = {}
 
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name and name not in STRATEGIES:
+            raise ValueError(f"no such strategy {name!r}; {near(name, STRATEGIES)}")
+        return name
+
 
 class FederateRecipe(Recipe):
     """How to fine-tune a model with clients that keep their data.
@@ -157,13 +164,6 @@ class FederateRecipe(Recipe):
             known = f"a federated recipe says {ELSEWHERE[name]}"
             raise PydanticCustomError("unknown_field", "no such field; {known}", {"field": name, "known": known})
         return raw
-
-    @field_validator("strategy")
-    @classmethod
-    def _known(cls, strategy: Strategy) -> Strategy:
-        if strategy.name and strategy.name not in STRATEGIES:
-            raise ValueError(f"name: no such strategy {strategy.name!r}; {near(strategy.name, STRATEGIES)}")
-        return strategy
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
