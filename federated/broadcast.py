@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from federated.encodings import PayloadError
 from federated.global_model import GlobalModel
-from federated.protocols.protocol import Protocol
+from federated.protocols.protocol import HEARD, Protocol
 from federated.sampling import Indices
 from federated.wire import (
+    MODEL_BYTES,
+    REPORT_BYTES,
     Cursor,
     ModelHeader,
     check_model_seal,
@@ -121,6 +123,21 @@ class ModelHistory:
             return form, self._protocol.coefficients.write(self.model.coefficients)
         (places,) = np.nonzero(self.changed_at > base)
         return form, write_places(places) + self._protocol.coefficients.write(self.model.coefficients[places])
+
+
+def payload_bytes(protocol: Protocol, heard: int, missed: int) -> tuple[int, int]:
+    """Return the bytes down and up of a client, in a round some rounds after the last one that it took part in.
+
+    Args:
+        protocol: of the run.
+        heard: clients that were heard in each of these rounds.
+        missed: these rounds, of which its last one is the first.
+    """
+    steps, summaries = protocol.options.local_steps, missed * (HEARD.size + protocol.summary_bytes(heard))
+    whole = protocol.coefficients.size(protocol.table.size(0))
+    model = summaries if protocol.table.grows else min(whole, summaries)
+    drawn = 2 * steps if protocol.sends_directions else 0
+    return MODEL_BYTES + drawn + model, REPORT_BYTES + protocol.encoding.size(steps)
 
 
 def receive(

@@ -71,6 +71,7 @@ class CommunicationRound:
         asked: of these, those that were sent the model.
         heard: client -> its report.
         missing: client -> why nothing of it was heard in time.
+        used: the reports that were added up, in the order of clients; none without a quorum.
         refused: how many reports are not used.
         refusals: why, of the first ones.
         bytes_down: of all payloads.
@@ -82,6 +83,7 @@ class CommunicationRound:
     asked: set[int] = field(default_factory=set)
     heard: dict[int, Report] = field(default_factory=dict)
     missing: dict[int, str] = field(default_factory=dict)
+    used: list[Report] = field(default_factory=list)
     refused: int = 0
     refusals: list[str] = field(default_factory=list)
     bytes_down: int = 0
@@ -184,10 +186,10 @@ class Server:
         """
         going, self.round = self._going(), None
         enough = len(going.heard) >= self._participation.quorum
-        reports = [going.heard[client] for client in sorted(going.heard)] if enough else []
+        going.used = [going.heard[client] for client in sorted(going.heard)] if enough else []
         self.versions[sorted(going.heard)] = self.model.version
-        self.history.advance(self.protocol.summarise(reports))
-        self.protocol.observe(reports)
+        self.history.advance(self.protocol.summarise(going.used))
+        self.protocol.observe(going.used)
         return going
 
     def save(self, folder: Path) -> None:
@@ -200,7 +202,7 @@ class Server:
             raise RuntimeError("a round is going on; call aggregate() first")
         state = {**self.history.state(), "versions": self.versions}
         state |= {f"protocol.{name}": value for name, value in self.protocol.state().items()}
-        write_checkpoint(folder, self.model.version, self._about(), state)
+        write_checkpoint(folder, self.model.version, self.about(), state)
 
     def resume(self, folder: Path) -> bool:
         """Take back the newest state in a folder, and return whether there is one.
@@ -213,9 +215,9 @@ class Server:
         if found is None:
             return False
         about, state = found
-        if odd := [name for name, value in self._about().items() if about.get(name) != value]:
+        if odd := [name for name, value in self.about().items() if about.get(name) != value]:
             raise RecipeError(
-                f"{folder}: expected a run with {odd[0]} = {self._about()[odd[0]]}; got {about.get(odd[0])}; "
+                f"{folder}: expected a run with {odd[0]} = {self.about()[odd[0]]}; got {about.get(odd[0])}; "
                 "begin another run, or keep what this one began with"
             )
         self.round, self.versions = None, state.pop("versions")
@@ -224,7 +226,7 @@ class Server:
         self.history.load_state(state)
         return True
 
-    def _about(self) -> dict[str, str]:
+    def about(self) -> dict[str, str]:
         """Return what a run is known by: with another of these its draws or its model mean something else."""
         return {
             "base": self.model.base,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
@@ -28,6 +29,8 @@ from federated.global_model import GlobalModel, NewSeeds, RoundRates, SeedPool
 from federated.sampling import Indices, Seeds
 from federated.wire import Cursor
 from raytrain.recipe import Options
+from raytrain.seeds.model import SeedModel
+from raytrain.seeds.stream import Mode
 
 PROTOCOLS: dict[str, str] = {
     "fedkseed": "federated.protocols.fedkseed:FedKSeed Local steps along a pool of K seeds (Qin et al. 2024).",
@@ -232,6 +235,11 @@ class Protocol(ABC):
         if not self.table.grows:  # else its summaries are all that is ever sent
             coefficients = self.coefficients.rounded(coefficients)
         return GlobalModel(model.base, coefficients, model.version + 1)
+
+    def seed_model(self, model: GlobalModel, mode: Mode) -> SeedModel:
+        """Return a model as others read it, with directions of a mode."""
+        seeds, coefficients = self.seeds_and_coefficients(model)
+        return SeedModel(model.base, tuple(seeds.tolist()), torch.from_numpy(coefficients), mode, model.version)
 
     def seeds_and_coefficients(self, model: GlobalModel) -> tuple[Seeds, Coefficients]:
         """Return the directions of a model that are not 0, and how far it is from w0 along each."""

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federated.broadcast import FORMS, receive
+from federated.broadcast import FORMS, payload_bytes, receive
 from federated.encodings import Floats, PayloadError
 from federated.global_model import GlobalModel, RoundRates
 from federated.protocols.protocol import PROTOCOLS, Protocol, Report
 from federated.recipe import options_of_protocol
-from federated.server import Participation, ReportLimits, Server
+from federated.round_log import RoundLog, replay
+from federated.server import CommunicationRound, Participation, ReportLimits, Server
 from federated.wire import (
     MODEL_BYTES,
     REPORT_BYTES,
@@ -76,7 +77,7 @@ def report_of(server: Server, client: int, numbers: Floats | None = None, exampl
     return write_report(header, protocol.encoding.write(numbers), client, model.digest)
 
 
-def play(server: Server, order: Sequence[int] | None = None, deaf: frozenset[int] = frozenset()) -> None:
+def play(server: Server, order: Sequence[int] | None = None, deaf: frozenset[int] = frozenset()) -> CommunicationRound:
     """Play a round with drawn reports, which arrive in some order."""
     clients = [client for client in server.sample().clients if client not in deaf]
     for client in clients:
@@ -85,7 +86,7 @@ def play(server: Server, order: Sequence[int] | None = None, deaf: frozenset[int
         client = clients[place % len(clients)]
         if client not in server.round.heard:
             assert server.hear(client, report_of(server, client)) == "heard"
-    server.aggregate()
+    return server.aggregate()
 
 
 class Client:
@@ -442,8 +443,34 @@ def test_payloads_are_as_small_as_the_table_of_the_readme_says(
         server.aggregate()
     assert len(server.history.payload(0)) == down
     assert len(report_of(server, 0, drawn(0, 200))) == up
-    if not isinstance(variant[1].get("form"), str):
-        assert server.history.sizes(0)[2] == missed * (2 + server.protocol.summary_bytes(heard))
+    if "form" not in variant[1]:
+        assert payload_bytes(server.protocol, heard, missed) == (down, up)
+
+
+def test_a_run_is_repeated_from_its_log(tmp_path: Path) -> None:
+    for variant in VARIANTS:
+        server, log = server_of(variant), tmp_path / "reports.bin"
+        with RoundLog(log, server.about(), server.protocol, 0) as rounds:
+            for number in range(3):
+                rounds.append(number, play(server, deaf=frozenset({3})).used)
+        whole = log.read_bytes()
+        with log.open("ab") as file:
+            file.write(b"\3\0\0\0\4\0half of")
+        assert equal(replay(log, protocol_of(variant), BASE), server.model)
+        with RoundLog(log, server.about(), server.protocol, 3):
+            assert log.read_bytes() == whole
+        with RoundLog(log, server.about(), server.protocol, 2):
+            assert len(log.read_bytes()) < len(whole)
+        with pytest.raises(
+            CheckpointError, match=r"reports.bin: expected 3 rounds: expected 6 bytes of round 2; got 0"
+        ):
+            RoundLog(log, server.about(), server.protocol, 3)
+    for content in (b"", b"another file"):
+        log.write_bytes(content)
+        with pytest.raises(CheckpointError, match="expected the log of this run; it is not there, or is another's"):
+            RoundLog(log, server.about(), server.protocol, 1)
+        with pytest.raises(CheckpointError, match="expected a log of rounds, as a federated run writes"):
+            replay(log, server.protocol, BASE)
 
 
 def test_a_seal_is_of_all_that_is_sent() -> None:

@@ -26,6 +26,7 @@ from raytrain.names import resolve
 from raytrain.optim.optimizers import ZEROTH, make_optimizer, options_of_optimizer
 from raytrain.optim.zeroth import ZerothOrder, space_of
 from raytrain.recipe import merged
+from raytrain.seeds.model import SeedModel
 from raytrain.seeds.probe import Probe
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.numbers import NumberOptions, numbers, one_byte
@@ -337,3 +338,17 @@ def test_faults_are_survived_counted_and_repeated(fault: str) -> None:
     expected = {"drop": {"no answer"}, "slow": {"late by 31 s"}, "crash": {"its process was lost"}, "garble": set()}
     assert reasons == expected[fault]
     assert (refused > 0) == (fault == "garble")
+
+
+@each_protocol
+def test_the_result_is_a_seed_model_of_the_same_weights(more: dict[str, Any], tmp_path: Path) -> None:
+    recipe = recipe_of(**more, **{"protocol.weight_decay": 1.0})
+    federation = Federation.of(recipe)
+    initial = federation.model.space.over({part.name: part.tensor.clone() for part in federation.model.space.parts})
+    server = federation.server()
+    for _ in range(2):
+        federation.simulation(server).play_round()
+    server.protocol.seed_model(server.model, recipe.zo.distribution).save(tmp_path / "seeds.safetensors")
+    federation.model.set_to(server.model, protocol_of(recipe))
+    weights = SeedModel.load(tmp_path / "seeds.safetensors").weights(initial)
+    assert all(map(torch.equal, weights, parameters_of(federation)))
