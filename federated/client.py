@@ -2,8 +2,9 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,10 +117,12 @@ class LocalTrainer:
         protocol, space = self._protocol, self._model.space
         steps, rate = len(directions), protocol.rate(round_number)
         drawn = own[batches(protocol.master, round_number, client, len(own), steps, protocol.options.batch)]
+        examples = {index: self._data.examples[index] for index in np.unique(drawn).tolist()}
         numbers = np.empty(steps, np.float32)
         recent: list[list[float]] = [[] for _ in range(space.blocks)]
         for step, seed in enumerate(protocol.table.seeds(directions).tolist()):
-            loss = self._loss(drawn[step], (round_number, client, step))
+            batch = [examples[index] for index in drawn[step].tolist()]
+            loss = self._loss(batch, (round_number, client, step))
             found = slope(loss, self._model.probe, seed, self._probing.eps).value
             used, recent = without_outliers([(seed, found)], recent, self._probing.outlier_threshold)
             number = protocol.encoding.rounded(used[seed]) if seed in used else protocol.unusable(seed, client)
@@ -128,12 +131,11 @@ class LocalTrainer:
                 space.move(seed, -rate * number)
         return numbers
 
-    def _loss(self, places: Indices, place: tuple[int, int, int]) -> Loss:
+    def _loss(self, examples: Sequence[Any], place: tuple[int, int, int]) -> Loss:
         """Return the mean loss over some examples; in training mode all calls draw the same dropout."""
         parameter = self._model.space.parts[0].tensor
-        batch = self._data.task.collate([self._data.examples[index] for index in places.tolist()])
-        batch = moved(batch, parameter.device, parameter.dtype)
-        weights = weights_of(self._data.task, batch, len(places), parameter.device)
+        batch = moved(self._data.task.collate(examples), parameter.device, parameter.dtype)
+        weights = weights_of(self._data.task, batch, len(examples), parameter.device)
         round_number, client, step = place
         drawn = (fold_in(self._protocol.master, round_number), client, step) if self._probing.train_mode else ()
         return loss_of(self._data.task, self._model.module, [(batch, weights)], drawn, None, self._probing.objective)

@@ -134,6 +134,18 @@ class Server:
         """The newest model; its version is the number of rounds that are done."""
         return self.history.model
 
+    def check_base(self, client: int, base: str) -> None:
+        """Refuse a client that begins with something else: it would add other directions to other weights.
+
+        Raises:
+            RecipeError: its w0, its adapter, or what its directions are is not the run's.
+        """
+        if base != self.model.base:
+            raise RecipeError(
+                f"client {client}: expected first weights and directions with digest {self.model.base[:12]}; got "
+                f"{base[:12]!r}; it needs the recipe, the model, the adapter's seed and the versions of the server"
+            )
+
     def sample(self) -> CommunicationRound:
         """Begin the next round, with clients that follow from its number."""
         number = self.model.version

@@ -1,9 +1,11 @@
 """A run in one process: every message is the bytes that would travel, and clients are served one after the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from federated.client import LocalTrainer
 from federated.faults import FaultPlan, ProcessLostError
+from federated.round_log import RoundLog
 from federated.server import CommunicationRound, Outcome, Server
 
 
@@ -21,6 +23,25 @@ class Simulation:
         self._make_trainer = make_trainer
         self._faults = faults
         self._trainer = make_trainer()
+
+    def run(self, folder: Path) -> Iterator[CommunicationRound]:
+        """Play a run to its end, from what a folder holds of it, and yield each round when it is saved.
+
+        The folder gets `states`, and `reports.bin`, from which `round_log.replay` repeats the run.
+
+        Raises:
+            CheckpointError: the folder cannot be written to, or holds something damaged.
+            RecipeError: it holds another run.
+        """
+        server, protocol = self._server, self._server.protocol
+        server.resume(folder / "states")
+        folder.mkdir(parents=True, exist_ok=True)
+        with RoundLog(folder / "reports.bin", server.about(), protocol, server.model.version) as log:
+            while server.model.version < len(protocol.rates.lr):
+                done = self.play_round()
+                log.append(done.number, done.used)
+                server.save(folder / "states")
+                yield done
 
     def play_round(self) -> CommunicationRound:
         """Sample clients, ask them, hear them and aggregate."""

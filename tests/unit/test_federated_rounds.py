@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def drawn(seed: int, count: int = STEPS) -> Floats:
 def report_of(server: Server, client: int, numbers: Floats | None = None, examples: int | None = None) -> bytes:
     protocol, model = server.protocol, server.model
     numbers = drawn(1000 * model.version + client) if numbers is None else numbers
-    header = ReportHeader(model.version, model.version, len(numbers), 1 + client if examples is None else examples)
+    header = ReportHeader(model.version, model.version, len(numbers), 1 + client % 40 if examples is None else examples)
     return write_report(header, protocol.encoding.write(numbers), client, model.digest)
 
 
@@ -478,3 +479,21 @@ def test_a_seal_is_of_all_that_is_sent() -> None:
     check_model_seal(payload, b"some digest")
     with pytest.raises(PayloadError, match="expected the seal of these coefficients"):
         check_model_seal(payload, b"other digest")
+
+
+def test_a_million_idle_clients_cost_four_bytes_each() -> None:
+    tracemalloc.start()
+    server = server_of(VARIANTS[1], clients=1_000_000, per_round=20, local_steps=10)
+    play(server)
+    play(server)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 4_000_000 <= used < 4_500_000
+    assert (server.versions > 0).sum() in range(19, 21)
+
+
+def test_a_client_with_other_first_weights_is_told() -> None:
+    server = server_of(VARIANTS[0])
+    server.check_base(3, BASE)
+    with pytest.raises(RecipeError, match=r"^client 3: expected first weights and directions with digest digest of w0"):
+        server.check_base(3, "another")

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from federated.build import Federation, initial_module, protocol_of, task_of, wo
 from federated.encodings import ENCODINGS
 from federated.faults import FAULTS
 from federated.recipe import FederateRecipe
+from federated.round_log import replay
 from federated.sampling import batches
 from federated.server import Server
 from federated.wire import MODEL_BYTES, REPORT_BYTES, ReportHeader, is_lost
@@ -267,7 +270,6 @@ def played(recipe: FederateRecipe, folder: Path, hook: Callable[[str, Server], N
     """Play a run to its end from what is saved, and call the hook at each transition."""
     federation = Federation.of(recipe)
     server = federation.server()
-    server.resume(folder)
     simulation = federation.simulation(server)
     for name in ("sample", "ask", "hear", "aggregate", "save"):
         act = getattr(server, name)
@@ -277,10 +279,9 @@ def played(recipe: FederateRecipe, folder: Path, hook: Callable[[str, Server], N
             return act(*arguments)
 
         setattr(server, name, noted)
-    while server.model.version < recipe.rounds:
-        simulation.play_round()
-        server.save(folder)
+    for _ in simulation.run(folder):
         hook("after save", server)
+    assert replay(folder / "reports.bin", protocol_of(recipe), federation.model.base).digest == server.model.digest
     return server
 
 
@@ -352,3 +353,16 @@ def test_the_result_is_a_seed_model_of_the_same_weights(more: dict[str, Any], tm
     federation.model.set_to(server.model, protocol_of(recipe))
     weights = SeedModel.load(tmp_path / "seeds.safetensors").weights(initial)
     assert all(map(torch.equal, weights, parameters_of(federation)))
+
+
+UNPICKLED: list[object] = []
+sys.addaudithook(lambda event, arguments: UNPICKLED.append(arguments) if event == "pickle.find_class" else None)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Path("a")))
+    assert UNPICKLED, "the hook sees it"
+    UNPICKLED.clear()
+    for _ in range(2):
+        played(recipe_of(), tmp_path)
+    assert not UNPICKLED
