@@ -1,12 +1,14 @@
 """The recipe of a federated run: what it takes, what it refuses and how it says so."""
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import federated
-from federated.build import Federation, partition_of, task_of
+from federated.broadcast import payload_bytes
+from federated.build import Federation, partition_of, protocol_of, task_of
 from federated.faults import FAULTS
 from federated.partition import PARTITIONS
 from federated.protocols.protocol import PROTOCOLS
@@ -14,10 +16,12 @@ from federated.recipe import STRATEGIES, FederateRecipe
 from raytrain.errors import RecipeError
 from raytrain.names import line_about
 from raytrain.recipe import merged, read_toml
+from raytrain.seeds.model import SeedModel
 from raytrain.task import Task
 
 TABLES = (PROTOCOLS, PARTITIONS, FAULTS, STRATEGIES)
-SHIPPED = sorted((Path(federated.__file__).parent / "recipes").glob("*.toml"))
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "federated" / "recipes").glob("*.toml"))
 DIGITS = {"task": {"name": "digits", "model": "mlp", "widths": [4]}, "optimizer": {"lr": 1e-3}}
 
 
@@ -35,13 +39,7 @@ def test_shipped_recipes_say_what_they_are(file: Path) -> None:
     recipe = FederateRecipe.parse(read_toml(str(file), [])[0])
     assert recipe.name == file.stem
     assert file.read_text().startswith("# ")
-    assert FederateRecipe.parse(read_toml_of(recipe)) == recipe
-
-
-def read_toml_of(recipe: FederateRecipe) -> dict[str, Any]:
-    import tomllib
-
-    return tomllib.loads(recipe.to_toml())
+    assert FederateRecipe.parse(tomllib.loads(recipe.to_toml())) == recipe
 
 
 @pytest.mark.parametrize(
@@ -123,3 +121,29 @@ def test_an_evaluation_tells_of_the_worst_tenth_of_clients() -> None:
     assert 0 <= metrics["worst_tenth"] <= metrics["clients"] <= 1
     assert metrics["spread"] > 0
     assert 0 <= metrics["accuracy"] <= 0.3
+
+
+README = (ROOT / "federated" / "README.md").read_text()
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "federated").symlink_to(ROOT / "federated")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    exec(code.replace('"rounds": 40', '"rounds": 2, "protocol.local_steps": 3'), {})
+    assert capsys.readouterr().out.startswith("0 10 clients heard, 160 bytes down, 230 bytes up\n1 10 clients heard, ")
+    assert SeedModel.load(Path("runs/digits-fedkseed/seeds.safetensors")).version == 2
+
+
+def test_the_bytes_in_the_readme_are_those_that_are_sent() -> None:
+    float32 = {"up": "float32", "down": "float32"}
+    for row, options, heard in (
+        ("`fedkseed`, float32 both ways", {"name": "fedkseed", **float32}, 10),
+        ("`fedkseed`", {"name": "fedkseed"}, 10),
+        ('`common-seeds`, `down = "float16"`', {"name": "common-seeds", "down": "float16"}, 10),
+        ("`common-seeds`", {"name": "common-seeds"}, 10),
+        ("`sign`, 9 clients", {"name": "sign"}, 9),
+    ):
+        protocol = protocol_of(recipe_of(protocol=options))
+        cells = [f"{down:,} + {up:,}" for down, up in (payload_bytes(protocol, heard, missed) for missed in (1, 10))]
+        assert f"| {row} | {' | '.join(cells)} |" in README
