@@ -1,7 +1,7 @@
 """The global model as a payload, in the form that is smallest for a client, and back.
 
     whole       all coefficients
-    changed     those that changed since the version that the client has, with their places
+    changed     those that changed since the version that the client has, with their indices
     summaries   the summary of each round since then, from which the client advances its own
 
 All three end with the same coefficients, to the bit: the seal of a payload is under their digest. A model of new seeds
@@ -9,7 +9,7 @@ in each round has only summaries, those of all rounds.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,11 @@ from federated.wire import (
     REPORT_BYTES,
     Cursor,
     ModelHeader,
-    check_model_seal,
+    has_model_seal,
+    read_indices,
     read_model,
-    read_places,
+    write_indices,
     write_model,
-    write_places,
 )
 
 FORMS = ("whole", "changed", "summaries")
@@ -77,7 +77,7 @@ class ModelHistory:
         if base not in self._bodies:
             self._bodies[base] = self._body(base)
         form, body = self._bodies[base]
-        drawn = b"" if directions is None else write_places(directions)
+        drawn = b"" if directions is None else write_indices(directions)
         return write_model(ModelHeader(self.model.version, base, form), drawn + body, self.model.digest)
 
     def sizes(self, base: int) -> dict[int, int]:
@@ -102,7 +102,7 @@ class ModelHistory:
 
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Take back what `state` returned."""
-        self.model = GlobalModel(self.model.base, state["coefficients"], int(state["version"][0]))
+        self.model = GlobalModel(self.model.origin, state["coefficients"], int(state["version"][0]))
         self.changed_at = state["changed_at"]
         cursor = Cursor(state["summaries"].tobytes())
         self.summaries = deque(cursor.read(length, "a summary") for length in state["lengths"].tolist())
@@ -121,8 +121,8 @@ class ModelHistory:
             return form, b"".join(self._since(base))
         if form == WHOLE:
             return form, self._protocol.coefficients.write(self.model.coefficients)
-        (places,) = np.nonzero(self.changed_at > base)
-        return form, write_places(places) + self._protocol.coefficients.write(self.model.coefficients[places])
+        (indices,) = np.nonzero(self.changed_at > base)
+        return form, write_indices(indices) + self._protocol.coefficients.write(self.model.coefficients[indices])
 
 
 def payload_bytes(protocol: Protocol, heard: int, missed: int) -> tuple[int, int]:
@@ -141,47 +141,57 @@ def payload_bytes(protocol: Protocol, heard: int, missed: int) -> tuple[int, int
 
 
 def receive(
-    data: bytes, protocol: Protocol, known: Callable[[int], GlobalModel | None]
+    data: bytes, protocol: Protocol, newest: GlobalModel, initial: GlobalModel
 ) -> tuple[GlobalModel, Indices | None]:
     """Return the model that a payload makes, and the directions that the server drew, if it does.
+
+    A payload for a client with some version makes the model of any later one too. So a process that serves many
+    clients needs no more than the newest version that one of them was sent.
 
     Args:
         data: what `ModelHistory.payload` returned.
         protocol: the run's.
-        known: version -> the model, if the client has it; it has version 0.
+        newest: the version that this process has.
+        initial: w0.
 
     Raises:
-        PayloadError: the payload is malformed, or makes something else of what the client has.
+        PayloadError: the payload is malformed, or makes something else of what this process has.
     """
     header, body = read_model(data)
     forms, most = {SUMMARIES} if protocol.table.grows else {WHOLE, CHANGED, SUMMARIES}, len(protocol.rates.lr)
     if header.form not in forms or not header.base <= header.version <= most:
         raise PayloadError(f"expected a form of {sorted(forms)} and at most version {most}; got {header}")
-    cursor, drawn = Cursor(body), None
+    cursor, directions = Cursor(body), None
     if protocol.sends_directions:
-        drawn = read_places(cursor, protocol.options.local_steps, protocol.table.size(0))
-    model = known(header.version) or _made(header, cursor, protocol, known)
-    check_model_seal(data, model.digest)
-    return model, drawn
-
-
-def _made(
-    header: ModelHeader, cursor: Cursor, protocol: Protocol, known: Callable[[int], GlobalModel | None]
-) -> GlobalModel:
-    base = known(0 if header.form == WHOLE else header.base)
-    if base is None:
+        directions = read_indices(cursor, protocol.options.local_steps, protocol.table.size(0))
+    if newest.version == header.version and has_model_seal(data, newest.digest):
+        return newest, directions
+    rest = cursor.read(cursor.left(), "a model")
+    starts = [model for model in (newest, initial) if header.base <= model.version <= header.version]
+    if not starts and header.form != WHOLE:
         raise PayloadError(f"expected a model made of a version that is here; got one made of version {header.base}")
+    for start in [initial] if header.form == WHOLE else starts:
+        model = _rebuild(header, Cursor(rest), protocol, start)
+        if has_model_seal(data, model.digest):
+            return model, directions
+    raise PayloadError("expected the seal of these coefficients; the payload is damaged, or was made of others")
+
+
+def _rebuild(header: ModelHeader, cursor: Cursor, protocol: Protocol, start: GlobalModel) -> GlobalModel:
+    """Return the model that a payload makes of a version from its base on."""
     if header.form == SUMMARIES:
-        for _ in range(header.base, header.version):
-            base = protocol.advance(base, protocol.next_summary(cursor))
+        model = start
+        for version in range(header.base, header.version):
+            summary = protocol.next_summary(cursor)
+            model = protocol.advance(model, summary) if version >= start.version else model
         cursor.end()
-        return base
-    size, coefficients = protocol.coefficients.size, base.coefficients.copy()
+        return model
+    size, coefficients = protocol.coefficients.size, start.coefficients.copy()
     if header.form == WHOLE:
-        places = np.arange(len(coefficients))
+        indices = np.arange(len(coefficients))
     else:
         count = max(0, cursor.left() - size(0)) // (2 + size(1) - size(0))
-        places = read_places(cursor, count, len(coefficients))
-    coefficients[places] = protocol.coefficients.read(cursor.read(size(len(places)), "coefficients"), len(places))
+        indices = read_indices(cursor, count, len(coefficients))
+    coefficients[indices] = protocol.coefficients.read(cursor.read(size(len(indices)), "coefficients"), len(indices))
     cursor.end()
-    return GlobalModel(base.base, coefficients, header.version)
+    return GlobalModel(start.origin, coefficients, header.version)

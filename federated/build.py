@@ -12,7 +12,7 @@ from federated.global_model import RoundRates
 from federated.partition import PARTITIONS, Partition
 from federated.protocols.protocol import PROTOCOLS, Protocol
 from federated.recipe import FederateRecipe
-from federated.sampling import PARTITION, fold_in, participants
+from federated.sampling import Stream, fold_in, participants
 from federated.server import Participation, Server
 from federated.simulation import Simulation
 from federated.working_model import WorkingModel
@@ -37,7 +37,7 @@ def partition_of(recipe: FederateRecipe, task: Task) -> Partition:
         RecipeError: the examples cannot be divided so, or there are fewer clients than take part in a round.
     """
     make = resolve(PARTITIONS, recipe.partition.name, "partition.name")
-    seed = fold_in(recipe.seed, PARTITION)
+    seed = fold_in(recipe.seed, Stream.PARTITION)
     partition: Partition = make(recipe.partition, task.data("train"), recipe.clients.count, seed)
     if recipe.clients.per_round > partition.clients:
         raise RecipeError(
@@ -113,7 +113,8 @@ class Federation:
         self.model.set_to(server.model, protocol_of(self.recipe))
         metrics = evaluate_on(task, self.model.module, task.data("valid"), batch)
         if count := round(self.recipe.evaluation.clients * self.partition.clients):
-            some = participants(self.recipe.seed, server.model.version, self.partition.clients, count).tolist()
+            seed = fold_in(self.recipe.seed, Stream.EVALUATION)
+            some = participants(seed, server.model.version, self.partition.clients, count).tolist()
             own = [OwnExamples(task.data("train"), self.partition.indices(client)) for client in some]
             rows = [evaluate_on(task, self.model.module, examples, batch) for examples in own]
             metrics |= over_clients(rows, task)

@@ -1,8 +1,8 @@
 """The server's state in a file that is complete or absent.
 
 `round-00000012.state` is the SHA-256 of all that follows, then the arrays and, as JSON, what the run is known by, in
-the format of safetensors. The file is written beside its place, flushed and renamed, and its folder is flushed; the two
-newest are kept, so a damaged one costs a round.
+the format of safetensors. The file is written under another name, flushed and renamed, and its folder is flushed. The
+two newest are kept, so a damaged one costs a round.
 """
 
 import hashlib

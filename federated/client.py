@@ -1,7 +1,6 @@
 """What clients do in a round: they make the round's model, take local steps on their own examples, and report."""
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,6 @@ from pydantic import Field
 
 from federated.broadcast import receive
 from federated.encodings import Floats, PayloadError
-from federated.global_model import GlobalModel
 from federated.protocols.protocol import Protocol
 from federated.sampling import Indices, batches, fold_in
 from federated.wire import ReportHeader, read_model, write_lost, write_report
@@ -25,9 +23,6 @@ from raytrain.tensors import moved, weights_of
 from raytrain.zeroth import loss_of
 
 logger = logging.getLogger(__name__)
-
-VERSIONS_KEPT = 8
-"""Versions of the model that a process remembers, of K numbers each: one for each client would be too many."""
 
 
 class ProbeOptions(Section):
@@ -73,12 +68,14 @@ class LocalTrainer:
         protocol: the run's.
         data: of the clients.
         probing: how to probe.
+
+    Attributes:
+        newest: the last model that was received, from which a payload may make the next.
     """
 
     def __init__(self, model: WorkingModel, protocol: Protocol, data: ClientData, probing: ProbeOptions) -> None:
         self._model, self._protocol, self._data, self._probing = model, protocol, data, probing
-        self._initial = protocol.initial(model.base)
-        self._versions: OrderedDict[int, GlobalModel] = OrderedDict()
+        self.newest = self._initial = protocol.initial(model.base)
         model.module.train(probing.train_mode)
 
     def answer(self, client: int, payload: bytes) -> bytes:
@@ -90,26 +87,18 @@ class LocalTrainer:
             PayloadError: the payload is too short for a header.
         """
         try:
-            model, drawn = receive(payload, self._protocol, self._version)
+            model, sent = receive(payload, self._protocol, self.newest, self._initial)
         except PayloadError as error:
             logger.warning("client %d: %s; it asks for the whole model", client, error)
             version = read_model(payload)[0].version
             return write_lost(version, version, client)
-        self._remember(model)
+        self.newest = model
         self._model.set_to(model, self._protocol)
-        directions = self._protocol.directions(model.version, client) if drawn is None else drawn
+        directions = self._protocol.directions(model.version, client) if sent is None else sent
         own = self._data.indices(client)
-        numbers = self._local_steps(client, model.version, directions, own)
-        header = ReportHeader(model.version, model.version, len(numbers), len(own))
-        return write_report(header, self._protocol.encoding.write(numbers), client, model.digest)
-
-    def _version(self, version: int) -> GlobalModel | None:
-        return self._initial if version == 0 else self._versions.get(version)
-
-    def _remember(self, model: GlobalModel) -> None:
-        self._versions[model.version] = model
-        while len(self._versions) > VERSIONS_KEPT:
-            self._versions.popitem(last=False)
+        scalars = self._local_steps(client, model.version, directions, own)
+        header = ReportHeader(model.version, model.version, len(scalars), len(own))
+        return write_report(header, self._protocol.encoding.write(scalars), client, model.digest)
 
     @torch.no_grad()
     def _local_steps(self, client: int, round_number: int, directions: Indices, own: Indices) -> Floats:
@@ -118,24 +107,24 @@ class LocalTrainer:
         steps, rate = len(directions), protocol.rate(round_number)
         drawn = own[batches(protocol.master, round_number, client, len(own), steps, protocol.options.batch)]
         examples = {index: self._data.examples[index] for index in np.unique(drawn).tolist()}
-        numbers = np.empty(steps, np.float32)
+        scalars = np.empty(steps, np.float32)
         recent: list[list[float]] = [[] for _ in range(space.blocks)]
         for step, seed in enumerate(protocol.table.seeds(directions).tolist()):
             batch = [examples[index] for index in drawn[step].tolist()]
             loss = self._loss(batch, (round_number, client, step))
             found = slope(loss, self._model.probe, seed, self._probing.eps).value
             used, recent = without_outliers([(seed, found)], recent, self._probing.outlier_threshold)
-            number = protocol.encoding.rounded(used[seed]) if seed in used else protocol.unusable(seed, client)
-            numbers[step] = number
-            if protocol.local and not np.isnan(number):
-                space.move(seed, -rate * number)
-        return numbers
+            scalar = protocol.encoding.rounded(used[seed]) if seed in used else protocol.unusable(seed, client)
+            scalars[step] = scalar
+            if protocol.local and not np.isnan(scalar):
+                space.move(seed, -rate * scalar)
+        return scalars
 
-    def _loss(self, examples: Sequence[Any], place: tuple[int, int, int]) -> Loss:
+    def _loss(self, examples: Sequence[Any], at: tuple[int, int, int]) -> Loss:
         """Return the mean loss over some examples; in training mode all calls draw the same dropout."""
         parameter = self._model.space.parts[0].tensor
         batch = moved(self._data.task.collate(examples), parameter.device, parameter.dtype)
         weights = weights_of(self._data.task, batch, len(examples), parameter.device)
-        round_number, client, step = place
+        round_number, client, step = at
         drawn = (fold_in(self._protocol.master, round_number), client, step) if self._probing.train_mode else ()
         return loss_of(self._data.task, self._model.module, [(batch, weights)], drawn, None, self._probing.objective)

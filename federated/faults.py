@@ -9,8 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from federated.sampling import FAULTS as STREAM
-from federated.sampling import fold_in
+from federated.sampling import Stream, fold_in
 from raytrain.names import resolve
 from raytrain.recipe import Section
 
@@ -83,10 +82,10 @@ def crash(call: Call, draw: int, faults: Faults) -> Reply | None:  # noqa: ARG00
 def garble(call: Call, draw: int, faults: Faults) -> Reply | None:  # noqa: ARG001
     """Return the reply with one byte changed, or cut off there."""
     data = bytearray(call())
-    place = (draw >> 16) % len(data)
+    index = (draw >> 16) % len(data)
     if draw % 2:
-        return Reply(bytes(data[:place]))
-    data[place] ^= 1 + (draw >> 1) % 255
+        return Reply(bytes(data[:index]))
+    data[index] ^= 1 + (draw >> 1) % 255
     return Reply(bytes(data))
 
 
@@ -104,8 +103,8 @@ class FaultPlan:
 
     def fault(self, round_number: int, client: int) -> str:
         """Return the name of the fault that happens to a client in a round, the first of the table; "": none."""
-        for place, name in enumerate(FAULTS):
-            if self._draw(round_number, client, place) / 2.0**64 < getattr(self.faults, name):
+        for index, name in enumerate(FAULTS):
+            if self._draw(round_number, client, index) / 2.0**64 < getattr(self.faults, name):
                 return name
         return ""
 
@@ -126,5 +125,5 @@ class FaultPlan:
         """Return whether a round has ended before a reply."""
         return 0 < self.faults.timeout_seconds < reply.seconds
 
-    def _draw(self, round_number: int, client: int, place: int) -> int:
-        return fold_in(fold_in(self.master, STREAM), round_number, client, place)
+    def _draw(self, round_number: int, client: int, index: int) -> int:
+        return fold_in(fold_in(self.master, Stream.FAULTS), round_number, client, index)

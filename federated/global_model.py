@@ -16,20 +16,20 @@ class GlobalModel:
     """The model that a round starts from.
 
     Attributes:
-        base: the digest of w0 and its directions.
+        origin: the digest of what the run starts from and goes by: w0, directions, and options.
         coefficients: of its directions, but for weight decay, shape (k,).
         version: how many rounds made it.
         digest: of all this.
     """
 
-    base: str
+    origin: str
     coefficients: Coefficients
     version: int = 0
     digest: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         """Find the digest."""
-        about = f"{self.base} {self.version} ".encode()
+        about = f"{self.origin} {self.version} ".encode()
         object.__setattr__(self, "digest", hashlib.sha256(about + self.coefficients.tobytes()).digest())
 
 
@@ -50,9 +50,9 @@ class SeedPool:
         """Return the number of directions of a model."""
         return len(self._seeds)
 
-    def seeds(self, places: Indices) -> Seeds:
-        """Return the seeds at some places."""
-        return self._seeds[places]
+    def seeds(self, indices: Indices) -> Seeds:
+        """Return the seeds of some directions."""
+        return self._seeds[indices]
 
 
 class NewSeeds:
@@ -73,9 +73,9 @@ class NewSeeds:
         """Return the number of directions of a model."""
         return version * self._steps
 
-    def seeds(self, places: Indices) -> Seeds:
-        """Return the seeds at some places."""
-        return common_seeds(self._master, places // self._steps, places % self._steps)
+    def seeds(self, indices: Indices) -> Seeds:
+        """Return the seeds of some directions."""
+        return common_seeds(self._master, indices // self._steps, indices % self._steps)
 
 
 @dataclass(frozen=True, slots=True)

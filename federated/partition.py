@@ -74,7 +74,7 @@ class Partition(Protocol):
         ...
 
     @property
-    def drawn(self) -> bool:
+    def with_replacement(self) -> bool:
         """Return whether clients draw with replacement, so that an example may be at several or at none."""
         ...
 
@@ -95,7 +95,7 @@ class Division:
         clients: how many there are.
     """
 
-    drawn = False
+    with_replacement = False
 
     def __init__(self, owners: NDArray[np.int64], clients: int) -> None:
         self.clients = clients
@@ -132,7 +132,7 @@ class Draws:
     seed: int
     mean: float
     choose: Callable[[np.random.Generator, int], Indices]
-    drawn: bool = True
+    with_replacement: bool = True
 
     def size(self, client: int) -> int:
         """Return the number of examples of a client."""
@@ -227,8 +227,8 @@ def domain(options: PartitionOptions, examples: Examples, clients: int, seed: in
     ask = getattr(examples, "domain", None)
     if ask is None:
         raise RecipeError("partition.name: expected examples with domains; the task's have none; take iid or dirichlet")
-    names, places = np.unique(np.array([ask(index) for index in range(len(examples))]), return_inverse=True)
-    large = np.bincount(places) >= options.minimum
+    names, numbers = np.unique(np.array([ask(index) for index in range(len(examples))]), return_inverse=True)
+    large = np.bincount(numbers) >= options.minimum
     found = int(large.sum())
     if found == 0 or clients not in (0, found):
         way = f"; there are {len(names)} in all" if found < len(names) else ""
@@ -236,8 +236,8 @@ def domain(options: PartitionOptions, examples: Examples, clients: int, seed: in
             f"clients.count: expected {found}, one for each domain with {options.minimum} examples or more, or 0; "
             f"got {clients}{way}"
         )
-    numbers = np.where(large, np.cumsum(large) - 1, -1)
-    return Division(numbers[places], found)
+    clients_of = np.where(large, np.cumsum(large) - 1, -1)
+    return Division(clients_of[numbers], found)
 
 
 def labels_of(examples: Examples) -> NDArray[Any]:

@@ -46,7 +46,7 @@ class RoundLog:
     def append(self, round_number: int, reports: list[Report]) -> None:
         """Add a round, on the disk when this returns: the state that counts on it is saved after it."""
         entries = [
-            CLIENT.pack(report.client, report.examples) + self._protocol.encoding.write(report.numbers)
+            CLIENT.pack(report.client, report.examples) + self._protocol.encoding.write(report.scalars)
             for report in reports
         ]
         self._file.write(ROUND.pack(round_number, len(reports)) + b"".join(entries))
@@ -93,8 +93,8 @@ def _read(cursor: Cursor, protocol: Protocol) -> Iterator[list[Report]]:
         reports = []
         for _ in range(heard):
             client, examples = CLIENT.unpack(cursor.read(CLIENT.size, "a client"))
-            numbers = protocol.encoding.read(cursor.read(size, "numbers"), steps)
-            reports.append(Report(client, examples, numbers, protocol.directions(round_number, client)))
+            scalars = protocol.encoding.read(cursor.read(size, "scalars"), steps)
+            reports.append(Report(client, examples, scalars, protocol.directions(round_number, client)))
         yield reports
 
 

@@ -91,8 +91,8 @@ class CommunicationRound:
 
     def has(self, client: int) -> bool:
         """Return whether a client takes part."""
-        place = bisect_left(self.clients, client)
-        return place < len(self.clients) and self.clients[place] == client
+        index = bisect_left(self.clients, client)
+        return index < len(self.clients) and self.clients[index] == client
 
     def miss(self, client: int, reason: str) -> Outcome:
         """Note that nothing of a client was heard in time."""
@@ -134,21 +134,24 @@ class Server:
         """The newest model; its version is the number of rounds that are done."""
         return self.history.model
 
-    def check_base(self, client: int, base: str) -> None:
+    def check_origin(self, client: int, origin: str) -> None:
         """Refuse a client that begins with something else: it would add other directions to other weights.
 
         Raises:
-            RecipeError: its w0, its adapter, or what its directions are is not the run's.
+            RecipeError: its first weights, its adapter, what these stand beside, or its recipe is not the run's.
         """
-        if base != self.model.base:
+        if origin != self.model.origin:
             raise RecipeError(
-                f"client {client}: expected first weights and directions with digest {self.model.base[:12]}; got "
-                f"{base[:12]!r}; it needs the recipe, the model, the adapter's seed and the versions of the server"
+                f"client {client}: expected first weights, directions and options with digest "
+                f"{self.model.origin[:12]}; got {origin[:12]!r}; it needs the server's recipe, and the same files of "
+                "the model, also those that an adapter stands beside"
             )
 
     def sample(self) -> CommunicationRound:
         """Begin the next round, with clients that follow from its number."""
         number = self.model.version
+        if number == len(self.protocol.rates.lr):
+            raise RuntimeError(f"all {number} rounds are done")
         clients = participants(self.protocol.master, number, len(self.versions), self._participation.per_round)
         self.round = CommunicationRound(number, tuple(clients.tolist()))
         return self.round
@@ -241,11 +244,11 @@ class Server:
     def about(self) -> dict[str, str]:
         """Return what a run is known by: with another of these its draws or its model mean something else."""
         return {
-            "base": self.model.base,
             "seed": str(self.protocol.master),
             "participation": repr(self._participation),
             "protocol": self.protocol.options.model_dump_json(),
             "rates": hashlib.sha256(self.protocol.rates.lr.tobytes()).hexdigest(),
+            "origin": self.model.origin,
         }
 
     def _going(self) -> CommunicationRound:
@@ -258,9 +261,9 @@ class Server:
             raise PayloadError("expected a client that was asked; this one was not")
         if client in going.heard:
             raise PayloadError("expected one report; got another one")
-        examples, numbers = read_report(data, expected, self._limits.examples, self.protocol.encoding)
+        examples, scalars = read_report(data, expected, self._limits.examples, self.protocol.encoding)
         check_report_seal(data, client, self.model.digest)
-        finite = numbers[~np.isnan(numbers)]
+        finite = scalars[~np.isnan(scalars)]
         if len(finite) and np.abs(finite).max() > self._limits.largest:
             raise PayloadError(f"expected numbers up to {self._limits.largest:g}; got {np.abs(finite).max():g}")
-        return Report(client, examples, numbers, self.protocol.directions(going.number, client))
+        return Report(client, examples, scalars, self.protocol.directions(going.number, client))

@@ -5,7 +5,7 @@ rest under the digest of the coefficients that the payload is about. So a flippe
 client whose coefficients are not those of the server are all found, without a byte of their own.
 
     report   version u32, round u16, numbers u16, examples u32, seal;  then the numbers in `Encoding`
-    model    version u32, base u16, form u16, seal;                    then what `federated.down` writes
+    model    version u32, base u16, form u16, seal;                    then what `federated.broadcast` writes
 
 What arrives is data: its exact length is checked before anything is made of it, and every error is a `PayloadError`.
 """
@@ -37,7 +37,7 @@ class Cursor:
 
     def __init__(self, data: bytes) -> None:
         self._data = memoryview(data)
-        self._place = 0
+        self._offset = 0
 
     def read(self, size: int, what: str) -> bytes:
         """Return the next bytes.
@@ -45,15 +45,15 @@ class Cursor:
         Raises:
             PayloadError: there are fewer.
         """
-        left = len(self._data) - self._place
+        left = len(self._data) - self._offset
         if size > left:
             raise PayloadError(f"expected {size} bytes of {what}; got {left}")
-        self._place += size
-        return bytes(self._data[self._place - size : self._place])
+        self._offset += size
+        return bytes(self._data[self._offset - size : self._offset])
 
     def left(self) -> int:
         """Return how many bytes are left."""
-        return len(self._data) - self._place
+        return len(self._data) - self._offset
 
     def end(self) -> None:
         """Check that nothing is left.
@@ -65,21 +65,21 @@ class Cursor:
             raise PayloadError(f"expected no more bytes; got {self.left()}")
 
 
-def write_places(places: NDArray[np.int64]) -> bytes:
-    """Return places in a pool, two bytes each."""
-    return places.astype("<u2").tobytes()
+def write_indices(indices: NDArray[np.int64]) -> bytes:
+    """Return indices in a pool, two bytes each."""
+    return indices.astype("<u2").tobytes()
 
 
-def read_places(cursor: Cursor, count: int, pool: int) -> NDArray[np.int64]:
-    """Return so many places in a pool.
+def read_indices(cursor: Cursor, count: int, pool: int) -> NDArray[np.int64]:
+    """Return so many indices in a pool.
 
     Raises:
         PayloadError: there are fewer, or one is outside of the pool.
     """
-    places = np.frombuffer(cursor.read(2 * count, "places in the pool"), "<u2").astype(np.int64)
-    if count and places.max() >= pool:
-        raise PayloadError(f"expected places below {pool}; got {places.max()}")
-    return places
+    indices = np.frombuffer(cursor.read(2 * count, "indices in the pool"), "<u2").astype(np.int64)
+    if count and indices.max() >= pool:
+        raise PayloadError(f"expected indices below {pool}; got {indices.max()}")
+    return indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +99,17 @@ class ReportHeader:
     examples: int
 
 
-def write_report(header: ReportHeader, numbers: bytes, client: int, key: bytes) -> bytes:
+def write_report(header: ReportHeader, scalars: bytes, client: int, key: bytes) -> bytes:
     """Return a report.
 
     Args:
         header: see there.
-        numbers: as an `Encoding` wrote them.
+        scalars: as an `Encoding` wrote them.
         client: whose; it is sealed, and not sent.
         key: the digest of the coefficients.
     """
     fields = REPORT.pack(header.version, header.round % 2**16, header.count, header.examples)
-    return fields + _seal(fields + numbers, key, client) + numbers
+    return fields + _seal(fields + scalars, key, client) + scalars
 
 
 def write_lost(version: int, round_number: int, client: int) -> bytes:
@@ -202,14 +202,9 @@ def read_model(data: bytes) -> tuple[ModelHeader, bytes]:
     return ModelHeader(*MODEL.unpack_from(data)), data[MODEL_BYTES:]
 
 
-def check_model_seal(data: bytes, key: bytes) -> None:
-    """Check that a model payload is as it was sent, and makes the coefficients with this digest.
-
-    Raises:
-        PayloadError: it does not.
-    """
-    if data[MODEL.size : MODEL_BYTES] != _seal(data[: MODEL.size] + data[MODEL_BYTES:], key):
-        raise PayloadError("expected the seal of these coefficients; the payload is damaged, or was made of others")
+def has_model_seal(data: bytes, key: bytes) -> bool:
+    """Return whether a model payload is as it was sent, and makes the coefficients with this digest."""
+    return data[MODEL.size : MODEL_BYTES] == _seal(data[: MODEL.size] + data[MODEL_BYTES:], key)
 
 
 def _seal(data: bytes, key: bytes, client: int | None = None) -> bytes:

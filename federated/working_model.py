@@ -1,5 +1,6 @@
 """The parameters that a federated run moves: w0, the model of a round, and a working copy."""
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 
 from federated.global_model import GlobalModel
 from federated.protocols.protocol import Protocol
+from raytrain.bits import digest_of
+from raytrain.seeds.model import SeedModel
 from raytrain.seeds.probe import Probe
 from raytrain.seeds.replay import materialise
 from raytrain.seeds.space import Space
@@ -23,7 +26,7 @@ class WorkingModel:
             it. Without, it is made anew for each client: slower, with one model less in memory.
 
     Attributes:
-        base: the digest of w0 and its directions.
+        base: the digest of all the weights that the module begins with, and of what directions are.
     """
 
     def __init__(
@@ -34,7 +37,8 @@ class WorkingModel:
         self.probe = Probe(module, space)
         w0 = {part.name: part.tensor.clone() for part in space.parts} if initial is None else initial
         self._initial = space.over(w0, read_only=True)
-        self.base = self._initial.digest()
+        self._space_digest = self._initial.digest()
+        self.base = hashlib.sha256((self._space_digest + _digest_beside(module, space)).encode()).hexdigest()
         self._working = [part.tensor for part in space.parts]
         self._round = [tensor.clone() for tensor in self._working] if keep_round else None
         self._coefficients = torch.zeros(0, dtype=torch.float64)
@@ -52,3 +56,15 @@ class WorkingModel:
             materialise(self._initial, self._coefficients, self._seeds, self._working)
         else:
             torch._foreach_copy_(self._working, self._round)
+
+    def seed_model(self, model: GlobalModel, protocol: Protocol) -> SeedModel:
+        """Return a model for others to read, from whom only w0 is asked."""
+        seeds, coefficients = protocol.seeds_and_coefficients(model)
+        numbers = torch.from_numpy(coefficients)
+        return SeedModel(self._space_digest, tuple(seeds.tolist()), numbers, self.space.mode, model.version)
+
+
+def _digest_beside(module: nn.Module, space: Space) -> str:
+    """Return the digest of what directions leave alone: frozen parameters, as of an adapter's base, and buffers."""
+    moved = {part.tensor.data_ptr() for part in space.parts}
+    return digest_of((name, value) for name, value in module.state_dict().items() if value.data_ptr() not in moved)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from federated.encodings import ENCODINGS, Floats
 from federated.global_model import NewSeeds, RoundRates, SeedPool
-from federated.protocols.protocol import Protocol, ProtocolOptions, Report, check_pool, client_weights, used
+from federated.protocols.protocol import Protocol, ProtocolOptions, Report, check_pool, client_weights, nan_as_zero
 from federated.sampling import Indices, common_seeds
 from federated.wire import Cursor
 
@@ -74,11 +74,11 @@ class CommonSeedsProtocol(Protocol):
 
     def pseudo_gradient(self, round_number: int, heard: int, summary: bytes) -> tuple[Indices, NDArray[np.float64]]:  # noqa: ARG002
         """Return the summary's numbers; without local moves each is the share of one direction in their mean."""
-        gradient = used(self.read_numbers(summary))
+        gradient = nan_as_zero(self.read_scalars(summary))
         return self.directions(round_number, 0), gradient if self.local else gradient / self.options.local_steps
 
     @abstractmethod
-    def read_numbers(self, summary: bytes) -> Floats:
+    def read_scalars(self, summary: bytes) -> Floats:
         """Return the numbers of a summary, shape (steps,).
 
         Raises:
@@ -103,7 +103,7 @@ class CommonSeeds(CommonSeedsProtocol):
         """Return the mean, rounded once for all."""
         mean = np.zeros(self.options.local_steps)
         for weight, report in zip(client_weights(reports, self.options.weighting), reports, strict=True):
-            mean += weight * used(report.numbers)
+            mean += weight * nan_as_zero(report.scalars)
         return self._mean.write(mean)
 
     def read_summary(self, cursor: Cursor, heard: int) -> bytes:  # noqa: ARG002 - it does not depend on it
@@ -114,7 +114,7 @@ class CommonSeeds(CommonSeedsProtocol):
         """Return the bytes of the mean."""
         return self._mean.size(self.options.local_steps)
 
-    def read_numbers(self, summary: bytes) -> Floats:
+    def read_scalars(self, summary: bytes) -> Floats:
         """Return the mean."""
         cursor = Cursor(summary)
         data = self.read_summary(cursor, 1)

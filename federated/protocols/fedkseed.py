@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federated.global_model import RoundRates, SeedPool
-from federated.protocols.protocol import PoolOptions, Protocol, Report, client_weights, used
+from federated.protocols.protocol import PoolOptions, Protocol, Report, client_weights, nan_as_zero
 from federated.sampling import Indices, pool_directions
 from federated.wire import Cursor
 
@@ -33,7 +33,7 @@ class FedKSeed(Protocol):
         self.pool = options.pool
 
     def directions(self, round_number: int, client: int) -> Indices:
-        """Draw uniformly; both sides can, so no places are sent."""
+        """Draw uniformly; both sides can, so no indices are sent."""
         return pool_directions(self.master, round_number, client, self.options.local_steps, self.pool)
 
     def write_summary(self, reports: Sequence[Report]) -> bytes:
@@ -54,20 +54,20 @@ class FedKSeed(Protocol):
         reports = [self._read_report(cursor, round_number) for _ in range(heard)]
         cursor.end()
         weights = client_weights(reports, self.options.weighting)
-        gradients = [weight * used(report.numbers) for weight, report in zip(weights, reports, strict=True)]
+        gradients = [weight * nan_as_zero(report.scalars) for weight, report in zip(weights, reports, strict=True)]
         return np.concatenate([report.directions for report in reports]), np.concatenate(gradients)
 
     def _read_report(self, cursor: Cursor, round_number: int) -> Report:
         client, examples = CLIENT.unpack(cursor.read(CLIENT.size, "a client"))
-        directions, numbers = self._read_entry(cursor, round_number, client)
-        return Report(client, examples, self.encoding.read(numbers, self.options.local_steps), directions)
+        directions, scalars = self._read_entry(cursor, round_number, client)
+        return Report(client, examples, self.encoding.read(scalars, self.options.local_steps), directions)
 
     def _entry_size(self) -> int:
         return CLIENT.size + self.encoding.size(self.options.local_steps)
 
     def _write_entry(self, report: Report) -> bytes:
-        return self.encoding.write(report.numbers)
+        return self.encoding.write(report.scalars)
 
     def _read_entry(self, cursor: Cursor, round_number: int, client: int) -> tuple[Indices, bytes]:
-        numbers = cursor.read(self.encoding.size(self.options.local_steps), "numbers")
-        return self.directions(round_number, client), numbers
+        scalars = cursor.read(self.encoding.size(self.options.local_steps), "scalars")
+        return self.directions(round_number, client), scalars

@@ -9,7 +9,7 @@ from federated.global_model import RoundRates
 from federated.protocols.fedkseed import FedKSeed
 from federated.protocols.protocol import PoolOptions, Report
 from federated.sampling import Indices, important_directions
-from federated.wire import Cursor, read_places, write_places
+from federated.wire import Cursor, read_indices, write_indices
 
 LARGEST = 1000.0
 """A projected gradient counts no more than this."""
@@ -44,8 +44,8 @@ class FedKSeedPro(FedKSeed):
     def observe(self, reports: Sequence[Report]) -> None:
         """Add a round's projected gradients to the means of their seeds."""
         for report in reports:
-            heard = ~np.isnan(report.numbers)
-            np.add.at(self._totals, report.directions[heard], np.abs(report.numbers[heard]).clip(max=LARGEST))
+            heard = ~np.isnan(report.scalars)
+            np.add.at(self._totals, report.directions[heard], np.abs(report.scalars[heard]).clip(max=LARGEST))
             np.add.at(self._counts, report.directions[heard], 1)
 
     def state(self) -> dict[str, NDArray[np.float64]]:
@@ -60,8 +60,8 @@ class FedKSeedPro(FedKSeed):
         return super()._entry_size() + 2 * self.options.local_steps
 
     def _write_entry(self, report: Report) -> bytes:
-        return write_places(report.directions) + super()._write_entry(report)
+        return write_indices(report.directions) + super()._write_entry(report)
 
     def _read_entry(self, cursor: Cursor, round_number: int, client: int) -> tuple[Indices, bytes]:  # noqa: ARG002
-        places = read_places(cursor, self.options.local_steps, self.pool)
-        return places, cursor.read(self.encoding.size(self.options.local_steps), "numbers")
+        indices = read_indices(cursor, self.options.local_steps, self.pool)
+        return indices, cursor.read(self.encoding.size(self.options.local_steps), "scalars")

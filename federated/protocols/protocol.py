@@ -13,6 +13,7 @@ The factor of all decays is a number that follows from the schedule. So it is ke
 coefficients of directions that were reported: `GlobalModel.coefficients` are a over that factor.
 """
 
+import hashlib
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
@@ -29,8 +29,6 @@ from federated.global_model import GlobalModel, NewSeeds, RoundRates, SeedPool
 from federated.sampling import Indices, Seeds
 from federated.wire import Cursor
 from raytrain.recipe import Options
-from raytrain.seeds.model import SeedModel
-from raytrain.seeds.stream import Mode
 
 PROTOCOLS: dict[str, str] = {
     "fedkseed": "federated.protocols.fedkseed:FedKSeed Local steps along a pool of K seeds (Qin et al. 2024).",
@@ -104,13 +102,13 @@ class Report:
     Attributes:
         client: its number.
         examples: that it has.
-        numbers: a projected gradient for each of its directions, shape (steps,); nan: not used.
-        directions: which ones, by their places in the model, shape (steps,).
+        scalars: the projected gradient along each of its directions, shape (steps,); nan: not used.
+        directions: which ones, by their indices in the model, shape (steps,).
     """
 
     client: int
     examples: int
-    numbers: Floats
+    scalars: Floats
     directions: Indices
 
 
@@ -153,7 +151,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def directions(self, round_number: int, client: int) -> Indices:
-        """Return the places of the directions that a client probes in a round, in order, shape (steps,)."""
+        """Return the indices of the directions that a client probes in a round, in order, shape (steps,)."""
 
     @abstractmethod
     def write_summary(self, reports: Sequence[Report]) -> bytes:
@@ -173,7 +171,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def pseudo_gradient(self, round_number: int, heard: int, summary: bytes) -> tuple[Indices, NDArray[np.float64]]:
-        """Return places of directions, in the order in which they are added up, and what to add to each.
+        """Return indices of directions, in the order in which they are added up, and what to add to each.
 
         Raises:
             PayloadError: the summary is malformed.
@@ -198,8 +196,16 @@ class Protocol(ABC):
         return float(self.rates.lr[round_number])
 
     def initial(self, base: str) -> GlobalModel:
-        """Return w0."""
-        return GlobalModel(base, np.zeros(self.table.size(0)))
+        """Return w0.
+
+        Args:
+            base: the digest of w0 and of what directions are. A client that begins with other weights, draws from
+                another seed or has other options has another origin, and its reports are refused.
+        """
+        options = self.options.model_dump_json(exclude={"form"})  # of which all make the same model
+        about = f"{base} {self.master} {options} ".encode()
+        origin = hashlib.sha256(about + self.rates.lr.tobytes()).hexdigest()
+        return GlobalModel(origin, np.zeros(self.table.size(0)))
 
     def summarise(self, reports: Sequence[Report]) -> bytes:
         """Return a round's summary: how many clients were heard, and what its pseudo-gradient follows from.
@@ -229,22 +235,17 @@ class Protocol(ABC):
         coefficients[: len(model.coefficients)] = model.coefficients
         (heard,) = HEARD.unpack_from(summary)
         if heard:
-            places, gradient = self.pseudo_gradient(model.version, heard, summary[HEARD.size :])
+            indices, gradient = self.pseudo_gradient(model.version, heard, summary[HEARD.size :])
             rate = self.rates.lr[model.version] / self.rates.shrinkage[model.version + 1]
-            np.add.at(coefficients, places, -rate * gradient)
+            np.add.at(coefficients, indices, -rate * gradient)
         if not self.table.grows:  # else its summaries are all that is ever sent
             coefficients = self.coefficients.rounded(coefficients)
-        return GlobalModel(model.base, coefficients, model.version + 1)
-
-    def seed_model(self, model: GlobalModel, mode: Mode) -> SeedModel:
-        """Return a model as others read it, with directions of a mode."""
-        seeds, coefficients = self.seeds_and_coefficients(model)
-        return SeedModel(model.base, tuple(seeds.tolist()), torch.from_numpy(coefficients), mode, model.version)
+        return GlobalModel(model.origin, coefficients, model.version + 1)
 
     def seeds_and_coefficients(self, model: GlobalModel) -> tuple[Seeds, Coefficients]:
         """Return the directions of a model that are not 0, and how far it is from w0 along each."""
-        (places,) = np.nonzero(model.coefficients)
-        return self.table.seeds(places), model.coefficients[places] * self.rates.shrinkage[model.version]
+        (indices,) = np.nonzero(model.coefficients)
+        return self.table.seeds(indices), model.coefficients[indices] * self.rates.shrinkage[model.version]
 
 
 def client_weights(reports: Sequence[Report], weighting: str) -> list[float]:
@@ -253,6 +254,6 @@ def client_weights(reports: Sequence[Report], weighting: str) -> list[float]:
     return [count / sum(counts) for count in counts]
 
 
-def used(numbers: Floats) -> NDArray[np.float64]:
-    """Return numbers of which those that are not used are 0."""
-    return np.nan_to_num(numbers.astype(np.float64), nan=0.0)
+def nan_as_zero(scalars: Floats) -> NDArray[np.float64]:
+    """Return scalars in float64; those that are not used are 0."""
+    return np.nan_to_num(scalars.astype(np.float64), nan=0.0)

@@ -38,7 +38,7 @@ class Sign(CommonSeedsProtocol):
 
     def write_summary(self, reports: Sequence[Report]) -> bytes:
         """Return a bit for each vote, and if one of them is even, another one that says whether it is decided."""
-        votes = np.sum([report.numbers for report in reports], axis=0)
+        votes = np.sum([report.scalars for report in reports], axis=0)
         bits, decided = ENCODINGS["sign"].write(votes), ENCODINGS["sign"].write(np.abs(votes))
         return ALL_DECIDED + bits if (votes != 0).all() else SOME_EVEN + bits + decided
 
@@ -54,7 +54,7 @@ class Sign(CommonSeedsProtocol):
         size = self.encoding.size(self.options.local_steps)
         return 1 + (size if heard % 2 else 2 * size)
 
-    def read_numbers(self, summary: bytes) -> Floats:
+    def read_scalars(self, summary: bytes) -> Floats:
         """Return +1, -1 or 0 for each direction."""
         cursor, steps = Cursor(summary), self.options.local_steps
         data = self.read_summary(cursor, 1)

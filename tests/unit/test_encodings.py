@@ -43,7 +43,6 @@ def test_coefficients_arrive_once_rounded_and_then_unchanged(name: str, values: 
     assert len(encoding.write(sent)) == encoding.size(len(values))
     once = encoding.rounded(sent)
     assert np.array_equal(encoding.rounded(once), once)
-    assert encoding.write(once) == encoding.write(sent)
     largest = np.abs(sent).max(initial=0)
     least = 2.0**-149 if name == "float32" else largest * 2.0**-38
     assert (np.abs(once - sent) <= RELATIVE[name] * np.abs(sent) + least).all()

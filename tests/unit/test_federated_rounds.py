@@ -24,7 +24,6 @@ from federated.wire import (
     REPORT_BYTES,
     ModelHeader,
     ReportHeader,
-    check_model_seal,
     read_model,
     write_lost,
     write_model,
@@ -94,12 +93,11 @@ class Client:
     """The part of a client that makes models of payloads, and remembers the last one."""
 
     def __init__(self, protocol: Protocol) -> None:
-        self.protocol, self.initial = protocol, protocol.initial(BASE)
-        self.model = self.initial
+        self.protocol = protocol
+        self.model = self.initial = protocol.initial(BASE)
 
     def take(self, payload: bytes) -> None:
-        known = {0: self.initial, self.model.version: self.model}
-        self.model, _ = receive(payload, self.protocol, known.get)
+        self.model, _ = receive(payload, self.protocol, self.model, self.initial)
 
 
 def equal(one: GlobalModel, other: GlobalModel) -> bool:
@@ -111,18 +109,22 @@ def equal(one: GlobalModel, other: GlobalModel) -> bool:
 def test_every_form_of_payload_makes_the_same_model_after_any_missed_rounds(
     variant: tuple[str, dict[str, Any]], takes_part: list[bool]
 ) -> None:
-    """Whole, changed, summaries or the smallest: to the bit, for a client that is sent some of the rounds."""
+    """Whole, changed, summaries or the smallest: to the bit, for a client that is sent some of the rounds.
+
+    And for a process that serves many, of which each has another version, none later than the last that it was sent.
+    """
     server = server_of(variant)
     clients = {form: Client(protocol_of(variant)) for form in (*FORMS, "smallest")}
+    process = Client(protocol_of(variant))
     for present in takes_part:
         play(server)
         for form, client in clients.items() if present else ():
             server.protocol.options = server.protocol.options.model_copy(update={"form": form})
             server.history._bodies.clear()
-            places = np.zeros(STEPS, np.int64) if server.protocol.sends_directions else None
-            payload = server.history.payload(client.model.version, places)
+            indices = np.zeros(STEPS, np.int64) if server.protocol.sends_directions else None
+            payload = server.history.payload(client.model.version, indices)
             sizes = server.history.sizes(client.model.version)
-            body = len(payload) - MODEL_BYTES - (0 if places is None else 2 * STEPS)
+            body = len(payload) - MODEL_BYTES - (0 if indices is None else 2 * STEPS)
             assert body == sizes[read_model(payload)[0].form]
             if form == "smallest":
                 assert body == min(sizes.values())
@@ -130,6 +132,11 @@ def test_every_form_of_payload_makes_the_same_model_after_any_missed_rounds(
                 assert read_model(payload)[0].form == FORMS.index(form)
             client.take(payload)
             assert equal(client.model, server.model)
+            before = process.model
+            for base in reversed(range(before.version + 1)):
+                process.model = before
+                process.take(server.history.payload(base, indices))
+                assert equal(process.model, server.model)
 
 
 @settings(max_examples=40)
@@ -327,13 +334,13 @@ def sealed(form: int, body: bytes, version: int = 1, base: int = 0) -> bytes:
         (0, sealed(2, b"", 2, 1), "expected a model made of a version that is here; got one made of version 1"),
         (0, sealed(0, b"1234"), "expected 160 bytes of coefficients; got 4"),
         (0, sealed(0, b"1" * 161), "expected no more bytes; got 1"),
-        (0, sealed(1, b"\x28\0" + b"1234"), "expected places below 40; got 40"),
+        (0, sealed(1, b"\x28\0" + b"1234"), "expected indices below 40; got 40"),
         (0, sealed(1, b"12345"), "expected no more bytes; got 5"),
         (0, sealed(2, b"\1"), "expected 2 bytes of a count of clients; got 1"),
         (0, sealed(2, b"\xff\xff"), "expected 3145680 bytes of reports; got 0"),
         (3, sealed(2, b"\1\0"), "expected 10 bytes of a mean; got 0"),
         (6, sealed(2, b"\1\0\7"), "expected votes that begin with 0 or 1; got 7"),
-        (2, sealed(2, b"\x28\0"), "expected 20 bytes of places in the pool; got 2"),
+        (2, sealed(2, b"\x28\0"), "expected 20 bytes of indices in the pool; got 2"),
         (
             0,
             sealed(2, b"\0\0"),
@@ -474,11 +481,26 @@ def test_a_run_is_repeated_from_its_log(tmp_path: Path) -> None:
             replay(log, server.protocol, BASE)
 
 
-def test_a_seal_is_of_all_that_is_sent() -> None:
-    payload = sealed(0, b"body")
-    check_model_seal(payload, b"some digest")
-    with pytest.raises(PayloadError, match="expected the seal of these coefficients"):
-        check_model_seal(payload, b"other digest")
+def test_a_client_of_another_past_is_sent_all_of_the_model() -> None:
+    """As after a server has gone back to an older state, and heard others since."""
+    for variant in VARIANTS:
+        server, past = server_of(variant), server_of(variant)
+        for _ in range(2):
+            play(server)
+            play(past, deaf=frozenset(range(5)))
+        client = Client(protocol_of(variant))
+        client.model = past.model
+        indices = np.arange(STEPS) if server.protocol.sends_directions else None
+        client.take(server.history.payload(0, indices))
+        assert equal(client.model, server.model)
+        play(server)
+        client.model = past.model
+        payload = server.history.payload(2, indices)
+        if read_model(payload)[0].form == FORMS.index("summaries"):
+            with pytest.raises(PayloadError, match="expected the seal of these coefficients"):
+                client.take(payload)
+        client.take(server.history.payload(0, indices))
+        assert equal(client.model, server.model)
 
 
 def test_a_million_idle_clients_cost_four_bytes_each() -> None:
@@ -492,8 +514,26 @@ def test_a_million_idle_clients_cost_four_bytes_each() -> None:
     assert (server.versions > 0).sum() in range(19, 21)
 
 
-def test_a_client_with_other_first_weights_is_told() -> None:
+def test_a_client_with_another_origin_is_told_and_its_reports_are_refused() -> None:
     server = server_of(VARIANTS[0])
-    server.check_base(3, BASE)
-    with pytest.raises(RecipeError, match=r"^client 3: expected first weights and directions with digest digest of w0"):
-        server.check_base(3, "another")
+    server.check_origin(3, protocol_of(VARIANTS[0]).initial(BASE).origin)
+    client = server.sample().clients[0]
+    server.ask(client)
+    for base, changes in (("another", {}), (BASE, {"batch": 9}), (BASE, {"rounds": 13})):
+        strange = protocol_of(VARIANTS[0], **changes).initial(base)
+        with pytest.raises(
+            RecipeError, match=rf"^client 3: expected first weights, directions .*; got '{strange.origin[:12]}"
+        ):
+            server.check_origin(3, strange.origin)
+        header = ReportHeader(0, 0, STEPS, 3)
+        report = write_report(header, server.protocol.encoding.write(drawn(0)), client, strange.digest)
+        assert server.hear(client, report) == "refused"
+
+
+def test_a_run_has_its_rounds_and_no_more() -> None:
+    server = server_of(VARIANTS[0], rounds=1)
+    play(server)
+    with pytest.raises(RuntimeError, match="^all 1 rounds are done$"):
+        server.sample()
+    with pytest.raises(ValueError, match=r"^weight_decay: expected below 1 / lr = 2; got 3$"):
+        RoundRates.of([0.5, 0.1], 3.0)

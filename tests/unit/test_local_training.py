@@ -25,6 +25,7 @@ from federated.round_log import replay
 from federated.sampling import batches
 from federated.server import Server
 from federated.wire import MODEL_BYTES, REPORT_BYTES, ReportHeader, is_lost
+from federated.working_model import WorkingModel
 from raytrain.names import resolve
 from raytrain.optim.optimizers import ZEROTH, make_optimizer, options_of_optimizer
 from raytrain.optim.zeroth import ZerothOrder, space_of
@@ -202,7 +203,7 @@ def test_a_loss_that_is_not_finite_ends_no_round() -> None:
         server = federation.server()
         going = federation.simulation(server).play_round()
         assert len(going.heard) == 3
-        numbers = np.stack([report.numbers for report in going.heard.values()])
+        numbers = np.stack([report.scalars for report in going.heard.values()])
         if name == "sign":
             odd = np.array([client % 2 for client in going.heard])
             assert (numbers * np.where(odd, 1, -1)[:, None] == numbers[0] * (1 if odd[0] else -1)).all()
@@ -349,7 +350,7 @@ def test_the_result_is_a_seed_model_of_the_same_weights(more: dict[str, Any], tm
     server = federation.server()
     for _ in range(2):
         federation.simulation(server).play_round()
-    server.protocol.seed_model(server.model, recipe.zo.distribution).save(tmp_path / "seeds.safetensors")
+    federation.model.seed_model(server.model, server.protocol).save(tmp_path / "seeds.safetensors")
     federation.model.set_to(server.model, protocol_of(recipe))
     weights = SeedModel.load(tmp_path / "seeds.safetensors").weights(initial)
     assert all(map(torch.equal, weights, parameters_of(federation)))
@@ -366,3 +367,17 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     for _ in range(2):
         played(recipe_of(), tmp_path)
     assert not UNPICKLED
+
+
+def test_what_stands_still_beside_the_directions_is_known_by_the_digest_too() -> None:
+    recipe = recipe_of()
+    federation = Federation.of(recipe)
+    for name in ("frozen.weight", "version"):
+        module = initial_module(recipe, federation.task)
+        module.state_dict()[name].view(-1)[0] += 1
+        space = federation.model.space.over(dict(module.named_parameters()))
+        other = WorkingModel(module, space)
+        assert other.base != federation.model.base
+        assert other.seed_model(federation.server().model, protocol_of(recipe)).base == space.digest()
+    again = working_model_of(recipe, federation.task)
+    assert again.base == federation.model.base

@@ -68,7 +68,7 @@ def test_every_example_belongs_to_one_client(
     partition = made(name, examples, clients, seed, **options)
     found = all_of(partition)
     assert sorted(sum(found, [])) == list(range(len(examples)))
-    assert not partition.drawn
+    assert not partition.with_replacement
     assert [partition.size(client) for client in range(clients)] == list(map(len, found))
     assert min(map(len, found)) >= minimum
     again = made(name, examples, clients, seed, **options)
@@ -87,7 +87,7 @@ def test_every_example_belongs_to_one_client(
 def test_more_clients_than_examples_draw_on_their_own(name: str, sizes: str, seed: int, asked: list[int]) -> None:
     examples = labelled(50)
     partition = made(name, examples, 1_000_000, seed, sizes=sizes, minimum=2)
-    assert partition.drawn
+    assert partition.with_replacement
     alone = {client: made(name, examples, 1_000_000, seed, sizes=sizes, minimum=2).indices(client) for client in asked}
     for client in asked:
         own = partition.indices(client)
