@@ -150,6 +150,9 @@ def test_the_model_does_not_depend_on_the_order_of_arrival(
         play(second, other, frozenset(deaf))
         assert equal(first.model, second.model)
         assert np.array_equal(first.versions, second.versions)
+        assert first.history.summaries == second.history.summaries, "what clients add up has an order too"
+        learned = (server.protocol.state() for server in (first, second))
+        assert all(np.array_equal(*pair) for pair in zip(*(state.values() for state in learned), strict=True))
 
 
 def test_the_sum_is_that_of_the_paper() -> None:
