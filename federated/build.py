@@ -56,14 +56,19 @@ def protocol_of(recipe: FederateRecipe) -> Protocol:
 
 
 def working_model_of(
-    recipe: FederateRecipe, task: Task, initial: Mapping[str, Tensor] | None = None, *, keep_round: bool = True
+    recipe: FederateRecipe,
+    task: Task,
+    initial: Mapping[str, Tensor] | None = None,
+    *,
+    keep_round: bool = True,
+    device: str = "cpu",
 ) -> WorkingModel:
     """Return the recipe's model with w0, which follows from the seed; see `WorkingModel`.
 
     Raises:
         RecipeError: the recipe does not fit the model.
     """
-    module = initial_module(recipe, task)
+    module = initial_module(recipe, task).to(device)
     optimizer = make_optimizer(ZOSGD, recipe.optimizer, module)
     if not isinstance(optimizer, ZerothOrder):  # the recipe sees to that
         raise TypeError(type(optimizer))
@@ -98,14 +103,14 @@ class Federation:
     model: WorkingModel
 
     @classmethod
-    def of(cls, recipe: FederateRecipe) -> "Federation":
-        """Return them.
+    def of(cls, recipe: FederateRecipe, device: str = "cpu") -> "Federation":
+        """Return them, with the model on a device.
 
         Raises:
             RecipeError: the recipe does not fit the data or the model.
         """
         task = task_of(recipe)
-        return cls(recipe, task, partition_of(recipe, task), working_model_of(recipe, task))
+        return cls(recipe, task, partition_of(recipe, task), working_model_of(recipe, task, device=device))
 
     def evaluate(self, server: Server) -> dict[str, float]:
         """Return what the task measures of the server's model: on held-out examples, and on some clients' own."""

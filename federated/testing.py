@@ -43,15 +43,11 @@ def protocol_of(variant: Variant, rounds: int = ROUNDS, **more: Any) -> Protocol
 
 
 def server_of(
-    variant: Variant,
-    clients: int = 9,
-    per_round: int = 4,
-    quorum: int = 1,
-    limits: ReportLimits | None = None,
-    **more: Any,
+    variant: Variant, clients: int = 9, per_round: int = 4, limits: ReportLimits | None = None, **more: Any
 ) -> Server:
     """Return a server of few clients, as a run begins."""
-    return Server(protocol_of(variant, **more), BASE, Participation(clients, per_round, quorum), limits)
+    participation = Participation(clients, per_round, more.pop("quorum", 1))
+    return Server(protocol_of(variant, **more), BASE, participation, limits)
 
 
 def random_scalars(seed: int, count: int = STEPS) -> Floats:
@@ -68,14 +64,11 @@ def examples_of(client: int) -> int:
 
 def report_of(server: Server, client: int, scalars: Floats | None = None, examples: int | None = None) -> bytes:
     """Return the report of a client of the round, with its own scalars unless these are given."""
-    protocol, model = server.protocol, server.model
-    scalars = (
-        random_scalars(1000 * model.version + client, protocol.options.local_steps) if scalars is None else scalars
-    )
-    header = ReportHeader(
-        model.version, model.version, len(scalars), examples_of(client) if examples is None else examples
-    )
-    return write_report(header, protocol.encoding.write(scalars), client, model.digest)
+    protocol, version = server.protocol, server.model.version
+    if scalars is None:
+        scalars = random_scalars(1000 * version + client, protocol.options.local_steps)
+    header = ReportHeader(version, version, len(scalars), examples_of(client) if examples is None else examples)
+    return write_report(header, protocol.encoding.write(scalars), client, server.model.digest)
 
 
 def play(server: Server, order: Iterable[int] = (), without: Iterable[int] = ()) -> CommunicationRound:
@@ -83,13 +76,14 @@ def play(server: Server, order: Iterable[int] = (), without: Iterable[int] = ())
 
     Args:
         server: between rounds.
-        order: in which clients answer, each by its index in the round; default: as they were asked.
+        order: the turn of each client, by its index in the round; default: as they were asked.
         without: clients that do not answer.
     """
     clients = [client for client in server.sample().clients if client not in set(without)]
     for client in clients:
         server.ask(client)
-    for client in sorted(clients, key=dict(zip(clients, order, strict=False)).get) if order else clients:
+    turns = [*order] or [*range(len(clients))]
+    for _, client in sorted(zip(turns, clients, strict=False)):
         server.hear(client, report_of(server, client))
     return server.aggregate()
 

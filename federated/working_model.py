@@ -35,7 +35,11 @@ class WorkingModel:
         self.module = module
         self.space = space
         self.probe = Probe(module, space)
-        w0 = {part.name: part.tensor.clone() for part in space.parts} if initial is None else initial
+        device = space.parts[0].tensor.device
+        if initial is None:
+            w0 = {part.name: part.tensor.clone() for part in space.parts}
+        else:
+            w0 = {name: tensor.to(device) for name, tensor in initial.items()}  # on a CPU they stay in their file
         self._initial = space.over(w0, read_only=True)
         self._space_digest = self._initial.digest()
         self.base = hashlib.sha256((self._space_digest + _digest_beside(module, space)).encode()).hexdigest()
