@@ -64,7 +64,7 @@ def row_of(name: str, options: argparse.Namespace, clients: int, steps: int) -> 
     server, trainer = federation.server(), federation.trainer()
     numbers = np.random.default_rng(SEED).normal(size=POOL) * 1e-6
     rounded = server.protocol.coefficients.rounded(numbers)
-    server.history.model = GlobalModel(federation.model.base, rounded, 1)  # as after many rounds
+    server.history.model = GlobalModel(server.model.origin, rounded, 1)  # as after many rounds
     server.history.changed_at[:] = 1
     materialise = cpu_seconds(lambda: federation.model.set_to(server.model, server.protocol))
     restore = cpu_seconds(lambda: federation.model.set_to(server.model, server.protocol))
@@ -84,6 +84,8 @@ def row_of(name: str, options: argparse.Namespace, clients: int, steps: int) -> 
         ours.append(cpu_seconds(lambda: report.append(trainer.answer(client, payload))) / steps)  # noqa: B023 - now
         theirs.append(cpu_seconds(partial(forwards, client)) / steps)
         messages.append(cpu_seconds(partial(server.hear, client, report[0])))
+        if client not in server.round.heard:
+            raise RuntimeError(server.round.refusals)
     step, two = statistics.median(ours[1:]), statistics.median(theirs[1:])  # the first one warms up
     whole = materialise + CLIENTS * STEPS * step
     return {

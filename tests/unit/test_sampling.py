@@ -42,6 +42,11 @@ def test_batches_have_all_examples_before_any_comes_again(
 ) -> None:
     drawn = batches(master, number, client, examples, 20, batch)
     assert drawn.shape == (20, batch)
+    others = [
+        batches(*place, examples, 20, batch) for place in ((master + 1, number, client), (master, number ^ 1, client))
+    ]
+    others.append(batches(master, number, client ^ 1, examples, 20, batch))
+    assert examples < 5 or not any(np.array_equal(drawn, other) for other in others)
     flat = drawn.reshape(-1)
     for start in range(0, len(flat), examples):
         once = flat[start : start + examples].tolist()
