@@ -1,1 +1,1 @@
-"""Federated, zeroth-order fine-tuning on Flower, which is still to come."""
+"""Federated zeroth-order fine-tuning: clients send a few bytes a round, whatever the size of the model."""

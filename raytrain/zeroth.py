@@ -1,10 +1,10 @@
 """A step without gradients: probe some directions, share what they say, and move."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import NormalDist, median_low
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.optim.zeroth import Slopes, ZerothOrder
 from raytrain.seeds.probe import Loss, Probe
-from raytrain.seeds.slope import Slope, derivative, slope
+from raytrain.seeds.slope import Slope, derivative, slope, without_outliers
 from raytrain.seeds.stream import derived
 from raytrain.seeds.trajectory import Trajectory
 from raytrain.sync.numbers import Numbers
@@ -23,10 +23,6 @@ from raytrain.tensors import seed_step, weighed
 
 PATIENCE = 20
 """Steps without one usable slope, after which a run is given up."""
-RECENT = 64
-"""Slopes that say what is ordinary."""
-MEDIAN_SIZE = NormalDist().inv_cdf(0.75)
-"""Of normal numbers, in standard deviations."""
 
 
 @dataclass(slots=True)
@@ -154,27 +150,17 @@ class Zeroth:
         blocks, sizes = self.probe.space.blocks, self.optimizer.param_groups[0].get("sizes", ())
         return [list(one) for one in sizes] if len(sizes) == blocks else [[] for _ in range(blocks)]
 
-    def _usable(self, slopes: Slopes) -> dict[int, float]:
-        """Return the slopes that are numbers, and of an ordinary size, for which all replicas take the same.
-
-        A median does not mind what is far out, not even in the first step; and if most slopes have grown, it follows.
-        Each block has its own, as a block's slopes may all be steeper than another's.
-        """
-        sizes, numbers = self._recent(), {seed: value for seed, value in slopes if math.isfinite(value)}
-        blocks = len(sizes)
-        for block in range(blocks):
-            new = [abs(value) for seed, value in numbers.items() if value and seed % blocks == block]
-            sizes[block] = [*sizes[block], *new][-max(RECENT, len(new)) :]
-        self.optimizer.param_groups[0]["sizes"] = sizes
-        limits = [self.outlier * median_low(one) / MEDIAN_SIZE if self.outlier and one else math.inf for one in sizes]
-        return {seed: value for seed, value in numbers.items() if abs(value) <= limits[seed % blocks]}
+    def _usable(self, slopes: Slopes) -> Mapping[int, float]:
+        """Return the slopes that are used; all replicas take the same."""
+        used, self.optimizer.param_groups[0]["sizes"] = without_outliers(slopes, self._recent(), self.outlier)
+        return used
 
 
 def loss_of(
     task: Task,
     module: nn.Module,
     batches: Sequence[tuple[Batch, Tensor]],
-    place: tuple[int, int, int],
+    place: tuple[int, int, int] | tuple[()],
     autocast: torch.dtype | None,
     objective: str,
 ) -> Loss:
@@ -184,7 +170,7 @@ def loss_of(
         task: what is learned.
         module: the model.
         batches: with the weights of their losses.
-        place: the run's seed, the replica's rank and the step.
+        place: the run's seed, the replica's rank and the step; (): the model and the loss draw nothing.
         autocast: the type to compute in; None: that of the parameters.
         objective: a value that the task measures, to raise in place of lowering the loss; with a minus before it, to
             lower.
@@ -199,7 +185,8 @@ def loss_of(
         raise RecipeError(f"directions.objective: less of {name} is better; expected '-{name}', to lower it")
 
     def loss() -> Tensor:
-        seed_step(*place)
+        if place:
+            seed_step(*place)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             if objective:
                 value = torch.tensor(_measured(task, module, batches, name), dtype=torch.float64)

@@ -94,13 +94,20 @@ class SeedModel:
             coefficients[places[move.seed]] += move.scale
         return replace(self, seeds=tuple(places), coefficients=coefficients, version=self.version + 1)
 
-    def weights(self, space: Space, out: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+    def weights(
+        self, space: Space, out: Sequence[Tensor] | None = None, *, digest: str | None = None
+    ) -> Sequence[Tensor]:
         """Return its parameters, in the order of the parts of a space that holds w0; see `materialise`.
+
+        Args:
+            space: holds w0.
+            out: where to.
+            digest: what `space.digest()` returned, for a caller who asks often: it reads all of w0.
 
         Raises:
             RecipeError: the space holds something else.
         """
-        return weights_of_all([self], space, out, many=False)
+        return weights_of_all([self], space, out, many=False, digest=digest)
 
     def save(self, path: Path) -> None:
         """Write it to a file."""
@@ -167,16 +174,23 @@ def combined(models: Sequence[SeedModel], weights: Sequence[float]) -> SeedModel
 
 
 def weights_of_all(
-    models: Sequence[SeedModel], space: Space, out: Sequence[Tensor] | None = None, *, many: bool = True
+    models: Sequence[SeedModel],
+    space: Space,
+    out: Sequence[Tensor] | None = None,
+    *,
+    many: bool = True,
+    digest: str | None = None,
 ) -> Sequence[Tensor]:
     """Return the parameters of several models, shape (models, *shape) for each part: each direction is drawn once.
+
+    See `SeedModel.weights`.
 
     Raises:
         RecipeError: the space holds another w0 than theirs, or other directions.
     """
     if not models:
         raise RecipeError("models: expected one or more; got none")
-    here = space.digest()
+    here = space.digest() if digest is None else digest
     for model in models:
         if (model.base, model.mode) != (here, space.mode):
             raise RecipeError(

@@ -83,6 +83,8 @@ def _library() -> ctypes.CDLL:
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         raise CannotCompileError("the processor has no AVX2")
     command = [compiler, *FLAGS, *_defined("LOG", LOG), *_defined("SIN", SIN), *_defined("COS", COS)]
+    if not SOURCE.is_file():  # as where only files of Python were copied
+        raise CannotCompileError(f"its source {SOURCE} is not there")
     key = [_version(compiler), _processor(), *command, SOURCE.read_text()]
     name = f"seeds-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     try:

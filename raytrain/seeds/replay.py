@@ -61,8 +61,9 @@ def materialise(
         `out`.
 
     Raises:
-        ValueError: there is not one coefficient for each seed, one is not finite, or `out` is of other shapes or types;
-            or a sum is beyond what a parameter's type holds, and `out` is then of no use.
+        ValueError: there is not one coefficient for each seed, one is not finite, or `out` is of other shapes or types,
+            or is w0 itself in a space that is read-only; or a sum is beyond what a parameter's type holds, and `out` is
+            then of no use.
     """
     device = space.parts[0].tensor.device
     many = coefficients.dim() == 2
@@ -88,6 +89,7 @@ def materialise(
                 f"got {target.dtype}, {tuple(target.shape)} with strides {target.stride()}"
             )
     for part, target in zip(space.parts, out, strict=True):
+        space.check_writable(part, target)
         base, written = part.tensor.view(-1), target.view(models, part.tensor.numel())
         for piece in pieces(base.numel(), max(1, SUMMED // models)):
             sums = torch.zeros(models, piece.stop - piece.start, dtype=torch.int64, device=device)

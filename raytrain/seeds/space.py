@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Self
 
@@ -54,12 +54,14 @@ class Space:
         mode: of the numbers.
         kernel: draws them.
         blocks: into how many the parts are put; a seed moves the block seed % blocks, and nothing else.
+        read_only: whether the parameters are never written to, as those of a file that is mapped to memory.
     """
 
     parts: tuple[Part, ...]
     mode: Mode
     kernel: Kernel
     blocks: int = 1
+    read_only: bool = False
 
     @classmethod
     def of(
@@ -113,6 +115,25 @@ class Space:
         )
         return cls(parts, mode, kernel or fastest(device.type), 1 + max(part.block for part in parts))
 
+    def over(self, tensors: Mapping[str, Tensor], *, read_only: bool = False) -> Self:
+        """Return the same directions over other tensors, as over first weights that a file holds.
+
+        Args:
+            tensors: name -> tensor, contiguous, of the shape and type of the part; others are ignored. What
+                `safetensors.torch.load_file` returns is mapped: it takes no memory of the process that reads it.
+            read_only: whether to refuse to write to them.
+
+        Raises:
+            RecipeError: one is missing, or of another shape or type.
+        """
+        for part in self.parts:
+            other, wanted = tensors.get(part.name), (part.tensor.dtype, tuple(part.tensor.shape))
+            came = None if other is None else (other.dtype, tuple(other.shape))
+            if other is None or came != wanted or not other.is_contiguous():
+                raise RecipeError(f"parameters: expected {part.name} of {wanted}, contiguous; got {came}")
+        parts = tuple(replace(part, tensor=tensors[part.name].detach()) for part in self.parts)
+        return replace(self, parts=parts, read_only=read_only)
+
     def meaning(self) -> str:
         """Return a hash of what seeds stand for here: of all but the values of the parameters."""
         about = [
@@ -158,6 +179,7 @@ class Space:
     def _write(self, part: Part, base: Tensor, seed: int, scale: float, out: Tensor, rows: Tensor | None) -> None:
         if out.dtype != base.dtype or not (out.is_contiguous() and base.is_contiguous()):
             raise ValueError(f"out: expected a contiguous tensor of {base.dtype}; got {out.dtype}, {out.stride()}")
+        self.check_writable(part, out)
         drawn = Drawn(self.mode, seed, scale * part.scale, part.identity, part.start)
         if part.mask is None and base.dtype in self.kernel.types:
             self.kernel.move(drawn, base, out, rows)
@@ -172,6 +194,15 @@ class Space:
         for piece in pieces(len(flat)):
             some = None if mask is None else mask[piece]
             self._write_piece(drawn._replace(start=part.start + piece.start), flat[piece], some, target[piece])
+
+    def check_writable(self, part: Part, out: Tensor) -> None:
+        """Refuse to write to a parameter that is only read.
+
+        Raises:
+            ValueError: `out` is the parameter, and the space is read-only.
+        """
+        if self.read_only and out.data_ptr() == part.tensor.data_ptr():
+            raise ValueError(f"out: expected another tensor than {part.name}, which is read-only")
 
     def _write_piece(self, drawn: Drawn, base: Tensor, mask: Tensor | None, out: Tensor) -> None:
         by = torch.empty(base.shape, dtype=torch.float32, device=base.device)

@@ -60,6 +60,7 @@ ROOT_HALF_BITS = 0x3F3504F3
 
 Words = NDArray[np.uint32]
 Units = NDArray[np.int32]
+Seeds = NDArray[np.uint64]
 
 
 def identity(name: str) -> int:
@@ -110,12 +111,26 @@ def derived(master: int, *place: int) -> int:
     Raises:
         ValueError: the place has more numbers, or larger ones.
     """
-    checked(master)
-    if len(place) > 4 or not all(0 <= part <= LOW for part in place):
+    return int(fold_in_all(checked(master), *place))
+
+
+def fold_in_all(masters: int | Seeds, *place: int | NDArray[np.integer]) -> Seeds:
+    """Return the seeds that follow from others at many places: `derived` of each, shapes being broadcast.
+
+    Raises:
+        ValueError: as `derived`.
+    """
+    numbers = [np.asarray(number) for number in place]
+    if len(numbers) > 4 or not all(((number >= 0) & (number <= LOW)).all() for number in numbers):
         raise ValueError(f"place: expected up to four numbers from 0 to 2^32 - 1; got {place}")
-    counter = np.array([*place, *[0] * (4 - len(place))], np.uint32)
-    first, second, *_ = philox(counter, np.array([master & LOW, master >> 32], np.uint32)).tolist()
-    return int(first) | int(second) << 32
+    keys = np.asarray(masters, np.uint64)
+    counters = [number.astype(np.uint32) for number in (*numbers, *[np.zeros((), np.uint32)] * (4 - len(place)))]
+    words = philox(
+        np.stack(np.broadcast_arrays(*counters), axis=-1),
+        np.stack([keys & np.uint64(LOW), keys >> np.uint64(32)], axis=-1).astype(np.uint32),
+    ).astype(np.uint64)
+    seeds: Seeds = words[..., 0] | words[..., 1] << np.uint64(32)
+    return seeds
 
 
 def units(mode: Mode, seed: int, parameter: int, start: int, stop: int) -> Units:

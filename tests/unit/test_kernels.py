@@ -151,6 +151,20 @@ def test_where_nothing_can_be_kept_a_function_is_translated_in_every_process(mon
     assert kept == [True, False]
 
 
+def test_without_its_source_the_kernel_leaves_the_work_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where only files of Python were copied."""
+    monkeypatch.setattr(native, "SOURCE", native.SOURCE.with_name("gone.cpp"))
+    for cached in (native._library, kernel_of, fastest):
+        cached.cache_clear()
+    try:
+        with pytest.raises(CannotCompileError, match=r"^its source .*gone.cpp is not there$"):
+            native.NativeKernel()
+        assert fastest("cpu").name == "numba"
+    finally:
+        for cached in (native._library, kernel_of, fastest):
+            cached.cache_clear()
+
+
 def test_without_a_compiler_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raytrain.bits import rounded
@@ -301,3 +302,36 @@ def test_a_model_of_other_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "no").write_bytes(b"no such thing")
     with pytest.raises(CheckpointError, match="expected a file that SeedModel.save wrote"):
         SeedModel.load(tmp_path / "no")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_first_weights_in_a_mapped_file_are_read_and_never_written(dtype: torch.dtype, tmp_path: Path) -> None:
+    module = Space.of(parameters(dtype), sparsity=0.5, scales={"a.bias": 2.0})
+    save_file(parameters(dtype), tmp_path / "w0")
+    mapped = module.over(load_file(tmp_path / "w0"), read_only=True)
+    assert mapped.digest() == module.digest()
+    model = SeedModel(mapped.digest(), tuple(range(20)), coefficients(20))
+    found = model.weights(mapped, [torch.empty_like(part.tensor) for part in mapped.parts])
+    assert all(map(torch.equal, found, model.weights(module)))
+    for write in (
+        lambda: mapped.move(3, 0.5),
+        lambda: replay_log(mapped, [Nudge(3, 0.5)]),
+        lambda: model.weights(mapped, [part.tensor for part in mapped.parts]),
+    ):
+        with pytest.raises(ValueError, match=r"^out: expected another tensor than a.weight, which is read-only$"):
+            write()
+    with pytest.raises(RecipeError, match=r"^parameters: expected a.bias of .*, contiguous; got None$"):
+        module.over({"a.weight": parameters(dtype)["a.weight"]})
+    with pytest.raises(RecipeError, match=r"^parameters: expected b.weight of .*\(5, 300\)\), .*; got .*\(300, 5\)"):
+        module.over({**parameters(dtype), "b.weight": parameters(dtype)["b.weight"].T})
+
+
+def test_a_digest_that_the_caller_knows_is_taken_at_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Space.of(parameters())
+    digest = space.digest()
+    model = SeedModel(digest, tuple(range(5)), coefficients(5))
+    wanted = model.weights(space)
+    monkeypatch.setattr(Space, "digest", None)  # to call it would fail
+    assert all(map(torch.equal, wanted, model.weights(space, digest=digest)))
+    with pytest.raises(RecipeError, match="expected the parameters and directions with digest"):
+        model.weights(space, digest="other")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from raytrain.errors import RecipeError
-from raytrain.recipe import merged
 from raytrain.train_recipe import TrainRecipe
 from search.checks import check_resume, check_shapes
 from search.pbt.engine import PopulationBasedTraining
@@ -29,7 +28,7 @@ RAW: dict[str, Any] = {
 
 
 def parse(**changes: Any) -> SearchRecipe:
-    return SearchRecipe.parse(merged(RAW, {name.replace("__", "."): value for name, value in changes.items()}))
+    return SearchRecipe.parse_with(RAW, {name.replace("__", "."): value for name, value in changes.items()})
 
 
 def test_a_base_recipe_is_a_name_a_file_or_inline(tmp_path: Path) -> None:

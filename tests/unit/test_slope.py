@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from raytrain.errors import RecipeError
 from raytrain.seeds.kernels import Drawn, kernel_of
 from raytrain.seeds.probe import Probe
-from raytrain.seeds.slope import derivative, slope
+from raytrain.seeds.slope import derivative, slope, without_outliers
 from raytrain.seeds.space import Space
 from raytrain.tensors import wide
 
@@ -415,3 +415,25 @@ def test_parameters_may_share_their_memory_with_some_that_stand_still() -> None:
     found = Probe(module, space).at(1, 0.1, lambda: module(x).square().sum())
     wanted = moved_by_hand(module, space, 1, 0.1, lambda: module(x).square().sum())
     torch.testing.assert_close(found, wanted)
+
+
+@given(st.lists(st.floats(), max_size=80), st.integers(1, 3), st.sampled_from([0.0, 3.0]))
+def test_outliers_are_told_by_the_median_of_their_own_block(values: list[float], blocks: int, threshold: float) -> None:
+    """All at once or one after the other, history never grows, and what is used is finite and as it was."""
+    slopes = list(enumerate(values))
+    used, recent = without_outliers(slopes, [[]] * blocks, threshold)
+    finite = {seed: value for seed, value in slopes if math.isfinite(value)}
+    if not threshold:
+        assert dict(used) == finite
+    assert used.items() <= finite.items()
+    for block in range(blocks):
+        sizes = sorted(abs(value) for seed, value in finite.items() if value and seed % blocks == block)
+        assert sorted(recent[block]) == sizes
+        far = threshold * sizes[(len(sizes) - 1) // 2] / 0.674489750196 if sizes and threshold else math.inf
+        for seed, value in finite.items():
+            if seed % blocks == block and not math.isclose(abs(value), far, rel_tol=1e-9):
+                assert (seed in used) == (abs(value) <= far)
+    one_by_one: list[list[float]] = [[] for _ in range(blocks)]
+    for slope_of_one in slopes:
+        _, one_by_one = without_outliers([slope_of_one], one_by_one, threshold)
+    assert one_by_one == [sizes[-64:] for sizes in recent]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.seeds.stream import Mode, derived, direction, identity, philox, units
+from raytrain.seeds.stream import Mode, derived, direction, fold_in_all, identity, philox, units
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "stream.json").read_text())
 MODES: tuple[Mode, ...] = ("rademacher", "gaussian")
@@ -107,3 +107,9 @@ def test_derived_seeds_differ_by_master_and_place(master: int, other: int, place
 def test_a_place_that_does_not_fit_is_refused_and_not_cut(place: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"place: expected up to four numbers from 0 to 2\^32 - 1; got \("):
         derived(7, *place)
+
+
+@given(st.lists(U64, min_size=1, max_size=4), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4))
+def test_many_seeds_at_once_are_each_of_them(masters: list[int], places: list[int]) -> None:
+    found = fold_in_all(np.array(masters, np.uint64)[:, None], 7, np.array(places, np.int64))
+    assert found.tolist() == [[derived(master, 7, place) for place in places] for master in masters]

@@ -1,0 +1,141 @@
+"""The parts of a federated run, from its recipe: what a driver, an actor and a deployed client each put together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from federated.client import ClientData, LocalTrainer
+from federated.evaluation import OwnExamples, evaluate_on, over_clients
+from federated.faults import FaultPlan
+from federated.global_model import RoundRates
+from federated.partition import PARTITIONS, Partition
+from federated.protocols.protocol import PROTOCOLS, Protocol
+from federated.recipe import FederateRecipe
+from federated.sampling import Stream, fold_in, participants
+from federated.server import Participation, Server
+from federated.simulation import Simulation
+from federated.working_model import WorkingModel
+from raytrain.errors import RecipeError
+from raytrain.model.adapters import adapt
+from raytrain.model.freezing import freeze
+from raytrain.names import resolve
+from raytrain.optim.optimizers import make_optimizer
+from raytrain.optim.zeroth import ZOSGD, ZerothOrder, space_of
+from raytrain.task import TASKS, Task, make_task
+
+
+def task_of(recipe: FederateRecipe) -> Task:
+    """Return the recipe's task."""
+    return make_task(resolve(TASKS, recipe.task.name, "task.name"), recipe.task)
+
+
+def partition_of(recipe: FederateRecipe, task: Task) -> Partition:
+    """Return which of the task's training examples each client has.
+
+    Raises:
+        RecipeError: the examples cannot be divided so, or there are fewer clients than take part in a round.
+    """
+    make = resolve(PARTITIONS, recipe.partition.name, "partition.name")
+    seed = fold_in(recipe.seed, Stream.PARTITION)
+    partition: Partition = make(recipe.partition, task.data("train"), recipe.clients.count, seed)
+    if recipe.clients.per_round > partition.clients:
+        raise RecipeError(
+            f"clients.per_round: expected at most {partition.clients}, as many as there are clients; "
+            f"got {recipe.clients.per_round}"
+        )
+    return partition
+
+
+def protocol_of(recipe: FederateRecipe) -> Protocol:
+    """Return the recipe's protocol, as it begins."""
+    rates = RoundRates.of(recipe.learning_rates(), recipe.protocol.weight_decay)
+    make = resolve(PROTOCOLS, recipe.protocol.name, "protocol.name")
+    protocol: Protocol = make(recipe.protocol, rates, recipe.seed)
+    return protocol
+
+
+def working_model_of(
+    recipe: FederateRecipe,
+    task: Task,
+    initial: Mapping[str, Tensor] | None = None,
+    *,
+    keep_round: bool = True,
+    device: str = "cpu",
+) -> WorkingModel:
+    """Return the recipe's model with w0, which follows from the seed; see `WorkingModel`.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+    """
+    module = initial_module(recipe, task).to(device)
+    optimizer = make_optimizer(ZOSGD, recipe.optimizer, module)
+    if not isinstance(optimizer, ZerothOrder):  # the recipe sees to that
+        raise TypeError(type(optimizer))
+    space = space_of(module, optimizer, mode=recipe.zo.distribution, sparsity=recipe.zo.sparsity, blocks=False)
+    return WorkingModel(module, space, initial, keep_round=keep_round)
+
+
+def initial_module(recipe: FederateRecipe, task: Task) -> nn.Module:
+    """Return the model with its first weights, its adapter and what is frozen."""
+    module = task.model(recipe.seed)
+    if task.start:
+        task.start(module, recipe.seed)
+    freeze(module, recipe.freeze.match)
+    adapt(module, recipe.adapter, recipe.seed)
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class Federation:
+    """What the parts of a run share, in one process.
+
+    Attributes:
+        recipe: of the run.
+        task: of the recipe.
+        partition: of the task's examples.
+        model: with w0.
+    """
+
+    recipe: FederateRecipe
+    task: Task
+    partition: Partition
+    model: WorkingModel
+
+    @classmethod
+    def of(cls, recipe: FederateRecipe, device: str = "cpu") -> "Federation":
+        """Return them, with the model on a device.
+
+        Raises:
+            RecipeError: the recipe does not fit the data or the model.
+        """
+        task = task_of(recipe)
+        return cls(recipe, task, partition_of(recipe, task), working_model_of(recipe, task, device=device))
+
+    def evaluate(self, server: Server) -> dict[str, float]:
+        """Return what the task measures of the server's model: on held-out examples, and on some clients' own."""
+        batch, task = self.recipe.evaluation.batch, self.task
+        self.model.set_to(server.model, protocol_of(self.recipe))
+        metrics = evaluate_on(task, self.model.module, task.data("valid"), batch)
+        if count := round(self.recipe.evaluation.clients * self.partition.clients):
+            seed = fold_in(self.recipe.seed, Stream.EVALUATION)
+            some = participants(seed, server.model.version, self.partition.clients, count).tolist()
+            own = [OwnExamples(task.data("train"), self.partition.indices(client)) for client in some]
+            rows = [evaluate_on(task, self.model.module, examples, batch) for examples in own]
+            metrics |= over_clients(rows, task)
+        return metrics
+
+    def server(self) -> Server:
+        """Return a server between rounds, as the run begins."""
+        clients, faults = self.recipe.clients, self.recipe.faults
+        participation = Participation(self.partition.clients, clients.per_round, faults.quorum)
+        return Server(protocol_of(self.recipe), self.model.base, participation, self.recipe.limits)
+
+    def trainer(self) -> LocalTrainer:
+        """Return what answers for the clients."""
+        data = ClientData(self.task, self.task.data("train"), self.partition.indices)
+        return LocalTrainer(self.model, protocol_of(self.recipe), data, self.recipe.zo)
+
+    def simulation(self, server: Server) -> Simulation:
+        """Return what plays the server's rounds in this process."""
+        return Simulation(server, self.trainer, FaultPlan(self.recipe.faults, self.recipe.seed))

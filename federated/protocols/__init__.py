@@ -1,0 +1,1 @@
+"""What a client does in a round, and what the server adds up: one file for each method."""

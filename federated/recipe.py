@@ -1,0 +1,206 @@
+"""The recipe of a federated run."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from federated.client import ProbeOptions
+from federated.faults import Faults
+from federated.partition import PARTITIONS, PartitionOptions
+from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, PROTOCOLS, ProtocolOptions
+from federated.server import ReportLimits
+from raytrain.names import near, resolve
+from raytrain.optim.arguments import optimizer_options
+from raytrain.optim.options import ALL, OptimizerOptions
+from raytrain.optim.schedules import SCHEDULES, rate
+from raytrain.recipe import Recipe, Section, chosen, declared_options
+from raytrain.seeds.stream import Mode
+from raytrain.train_recipe import AdapterField, Freeze, Schedule, TaskField, options_of_optimizer
+
+STRATEGIES: dict[str, str] = {
+    "FedAvg": "flwr.serverapp.strategy:FedAvg Mean of parameters, by examples (McMahan et al. 2017).",
+    "FedProx": "flwr.serverapp.strategy:FedProx FedAvg with clients held near the model (Li et al. 2020).",
+    "FedAdam": "flwr.serverapp.strategy:FedAdam Adam on the server (Reddi et al. 2021).",
+    "FedYogi": "flwr.serverapp.strategy:FedYogi Yogi on the server (Reddi et al. 2021).",
+    "FedAdagrad": "flwr.serverapp.strategy:FedAdagrad Adagrad on the server (Reddi et al. 2021).",
+    "FedAvgM": "flwr.serverapp.strategy:FedAvgM Momentum on the server (Hsu et al. 2019).",
+    "FedMedian": "flwr.serverapp.strategy:FedMedian Median of each parameter (Yin et al. 2018).",
+    "FedTrimmedAvg": "flwr.serverapp.strategy:FedTrimmedAvg Mean without the extremes (Yin et al. 2018).",
+    "Krum": "flwr.serverapp.strategy:Krum The client nearest to its neighbours (Blanchard et al. 2017).",
+    "MultiKrum": "flwr.serverapp.strategy:MultiKrum Mean of some such clients (Blanchard et al. 2017).",
+    "Bulyan": "flwr.serverapp.strategy:Bulyan Krum, then a trimmed mean (El Mhamdi et al. 2018).",
+    "QFedAvg": "flwr.serverapp.strategy:QFedAvg Clients with a high loss count more (Li et al. 2020).",
+}
+"""Flower's, which average arrays of parameters."""
+
+ELSEWHERE = {
+    "workers": "clients.actors",
+    "steps": "rounds and protocol.local_steps",
+    "batch": "protocol.batch",
+    "accumulate": "protocol.batch",
+    "sync": "protocol",
+    "directions": "zo",
+}
+"""Fields of a training recipe, and where a federated one says the same."""
+
+
+def options_of_protocol(protocol: Any) -> type[ProtocolOptions]:
+    """Return the options of a protocol: the annotation of its constructor's parameter."""
+    options: Any = declared_options(protocol.__init__, ProtocolOptions)
+    found: type[ProtocolOptions] = options
+    return found
+
+
+def options_of_partition(partition: Any) -> type[PartitionOptions]:
+    """Return the options of a partition: the annotation of its parameter."""
+    options: Any = declared_options(partition, PartitionOptions)
+    found: type[PartitionOptions] = options
+    return found
+
+
+ProtocolField = Annotated[
+    SerializeAsAny[ProtocolOptions], chosen(PROTOCOLS, "protocol", options_of_protocol, "fedkseed")
+]
+PartitionField = Annotated[
+    SerializeAsAny[PartitionOptions], chosen(PARTITIONS, "partition", options_of_partition, "iid")
+]
+OptimizerField = Annotated[
+    SerializeAsAny[OptimizerOptions],
+    chosen(ALL, "optimizer", options_of_optimizer, "zo-sgd", known=optimizer_options),
+]
+
+
+class Clients(Section):
+    """Who takes part, and on what.
+
+    Attributes:
+        count: clients that are registered; 0: as many as the partition has domains.
+        per_round: of these, drawn for each round.
+        actors: processes that serve them; 0: as many as there are free CPUs, and at most two for each GPU.
+        cpus: of each process, which are also its threads.
+        gpus: of each process.
+    """
+
+    count: int = Field(100, ge=0, lt=2**32)
+    per_round: int = Field(10, ge=1, le=MOST_CLIENTS)
+    actors: int = Field(0, ge=0)
+    cpus: float = Field(1, gt=0)
+    gpus: float = Field(0, ge=0)
+
+
+class ZeroOrder(ProbeOptions):
+    """How clients perturb the model, see also `ProbeOptions`.
+
+    Attributes:
+        distribution: of a direction's numbers: "rademacher" or "gaussian".
+        sparsity: share of each matrix, its elements of largest magnitude in w0, that stands still.
+    """
+
+    distribution: Mode = "rademacher"
+    sparsity: float = Field(0.0, ge=0, lt=1)
+
+
+class FederatedEvaluation(Section):
+    """When to evaluate.
+
+    Attributes:
+        every: rounds between evaluations of the model on the task's held-out examples; 0: at the end only.
+        batch: examples at a time.
+        clients: share of the clients that evaluate it on their own examples then.
+    """
+
+    every: int = Field(5, ge=0)
+    batch: int = Field(256, ge=1)
+    clients: float = Field(0.0, ge=0, le=1)
+
+
+class Strategy(Section):
+    """A strategy of Flower's.
+
+    Attributes:
+        name: of STRATEGIES; "": none.
+        arguments: of its constructor.
+    """
+
+    name: str = ""
+    arguments: Mapping[str, float | int | bool | str] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name and name not in STRATEGIES:
+            raise ValueError(f"no such strategy {name!r}; {near(name, STRATEGIES)}")
+        return name
+
+
+class FederateRecipe(Recipe):
+    """How to fine-tune a model with clients that keep their data.
+
+    Attributes:
+        rounds: communication rounds.
+        limits: what a client's report may say.
+    """
+
+    kind: Literal["federate"] = "federate"
+    rounds: int = Field(40, ge=1, le=MOST_ROUNDS)
+    task: TaskField
+    adapter: AdapterField = Field(default={}, validate_default=True)
+    freeze: Freeze = Freeze()
+    clients: Clients = Clients()
+    partition: PartitionField = Field(default={}, validate_default=True)
+    protocol: ProtocolField = Field(default={}, validate_default=True)
+    strategy: Strategy = Strategy()
+    optimizer: OptimizerField = Field(default={}, validate_default=True)
+    schedule: Schedule = Schedule(name="constant")
+    zo: ZeroOrder = ZeroOrder()
+    evaluation: FederatedEvaluation = FederatedEvaluation()
+    faults: Faults = Faults()
+    limits: ReportLimits = ReportLimits()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_what_is_elsewhere(cls, raw: Any) -> Any:
+        for name in ELSEWHERE.keys() & raw.keys() if isinstance(raw, Mapping) else ():
+            known = f"a federated recipe says {ELSEWHERE[name]}"
+            raise PydanticCustomError("unknown_field", "no such field; {known}", {"field": name, "known": known})
+        return raw
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        clients, quorum = self.clients, self.faults.quorum
+        if self.clients.count and clients.per_round > clients.count:
+            raise ValueError(
+                f"clients.per_round: expected at most clients.count = {clients.count}; got {clients.per_round}"
+            )
+        if quorum > clients.per_round:
+            raise ValueError(f"faults.quorum: expected at most clients.per_round = {clients.per_round}; got {quorum}")
+        if not clients.count and self.partition.name != "domain":
+            raise ValueError(f"clients.count: expected 1 or more with partition {self.partition.name}; got 0")
+        if self.strategy.name:
+            raise ValueError(
+                f"strategy.name: {self.strategy.name} averages arrays of parameters, and clients of "
+                f"{self.protocol.name} send numbers; leave it out"
+            )
+        if self.optimizer.name != "zo-sgd":
+            raise ValueError(
+                f"optimizer.name: expected zo-sgd with {self.protocol.name}, whose steps the server repeats as a sum; "
+                f"got {self.optimizer.name}"
+            )
+        if not self.optimizer.arguments()["lr"] * self.protocol.weight_decay < 1:
+            raise ValueError(
+                f"protocol.weight_decay: expected below 1 / optimizer.lr = {1 / self.optimizer.arguments()['lr']:g}; "
+                f"got {self.protocol.weight_decay:g}"
+            )
+        return self
+
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate of each round."""
+        schedule = self.schedule
+        shape = resolve(SCHEDULES, schedule.name, "schedule.name")
+        factor = partial(
+            rate, shape, steps=self.rounds, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
+        )
+        return [self.optimizer.arguments()["lr"] * factor(number) for number in range(self.rounds)]

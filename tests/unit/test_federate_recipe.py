@@ -1,0 +1,149 @@
+"""The recipe of a federated run: what it takes, what it refuses and how it says so."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from federated.broadcast import payload_bytes
+from federated.build import Federation, partition_of, protocol_of, task_of
+from federated.faults import FAULTS
+from federated.partition import PARTITIONS
+from federated.protocols.protocol import PROTOCOLS
+from federated.recipe import STRATEGIES, FederateRecipe
+from raytrain.errors import RecipeError
+from raytrain.names import line_about
+from raytrain.recipe import read_toml
+from raytrain.seeds.model import SeedModel
+from raytrain.task import Task
+
+TABLES = (PROTOCOLS, PARTITIONS, FAULTS, STRATEGIES)
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "federated" / "recipes").glob("*.toml"))
+DIGITS = {"task": {"name": "digits", "model": "mlp", "widths": [4]}, "optimizer": {"lr": 1e-3}}
+
+
+def recipe_of(**more: Any) -> FederateRecipe:
+    return FederateRecipe.parse_with(DIGITS, more)
+
+
+@pytest.mark.parametrize(("table", "name"), [pytest.param(table, name, id=name) for table in TABLES for name in table])
+def test_every_name_stands_for_something_described(table: dict[str, str], name: str) -> None:
+    assert line_about(table, name).endswith((".", ")"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_recipes_say_what_they_are(file: Path) -> None:
+    recipe = FederateRecipe.parse(read_toml(str(file), [])[0])
+    assert recipe.name == file.stem
+    assert file.read_text().startswith("# ")
+    assert FederateRecipe.parse(tomllib.loads(recipe.to_toml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"clients.count": 5}, "recipe: clients.per_round: expected at most clients.count = 5; got 10"),
+        ({"clients.count": 0}, "recipe: clients.count: expected 1 or more with partition iid; got 0"),
+        ({"faults.quorum": 11}, "recipe: faults.quorum: expected at most clients.per_round = 10; got 11"),
+        (
+            {"protocol.pool": 65537},
+            "protocol.pool: expected at most 65536 seeds, which two bytes tell apart; got 65537",
+        ),
+        (
+            {"protocol": {"name": "sign", "pool": 65537}},
+            "protocol.pool: expected at most 65536 seeds, which two bytes tell apart; got 65537",
+        ),
+        ({"rounds": 65536}, "rounds: expected less than or equal to 65535; got 65536"),
+        (
+            {"strategy.name": "FedAvg"},
+            "recipe: strategy.name: FedAvg averages arrays of parameters, and clients of fedkseed send numbers; "
+            "leave it out",
+        ),
+        (
+            {"strategy.name": "FedAwg"},
+            "strategy.name: no such strategy 'FedAwg'; did you mean FedAvg ",
+        ),
+        ({"workers": 2}, "workers: no such field; a federated recipe says clients.actors"),
+        ({"steps": 2}, "steps: no such field; a federated recipe says rounds and protocol.local_steps"),
+        ({"directions": {}}, "directions: no such field; a federated recipe says zo"),
+        ({"round": 2}, "round: no such field; did you mean rounds? known: "),
+        ({"protocol.alpha": 2}, "protocol.alpha: no such field; known: batch, down, "),
+        ({"protocol.down": "one-byte"}, "protocol.down: expected 'float32' or 'float16'; got 'one-byte'"),
+        ({"protocol": {"name": "sign", "up": "float32"}}, "protocol.up: no such field; known: batch, form"),
+        ({"protocol": "fedkseet"}, "protocol.name: no such name 'fedkseet'; did you mean fedkseed or fedkseed-pro? "),
+        (
+            {"optimizer.name": "zo-adam"},
+            "recipe: optimizer.name: expected zo-sgd with fedkseed, whose steps the server repeats as a sum; "
+            "got zo-adam",
+        ),
+        (
+            {"optimizer.lr": 0.1, "protocol.weight_decay": 10.0},
+            "recipe: protocol.weight_decay: expected below 1 / optimizer.lr = 10; got 10",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe_of(**fields)
+    assert str(error.value).startswith(message)
+
+
+def without_labels() -> Task:
+    digits = task_of(recipe_of())
+    return Task(model=digits.model, data=lambda split: list(range(50)), losses=digits.losses)
+
+
+def test_what_only_the_data_can_tell_is_said_by_check() -> None:
+    for name in ("dirichlet", "shards"):
+        recipe = recipe_of(task=f"{__name__}:without_labels", partition=name)
+        with pytest.raises(RecipeError, match=r"^partition.name: expected examples with labels; the task's have none"):
+            partition_of(recipe, task_of(recipe))
+    recipe = recipe_of(partition="domain", **{"clients.count": 0})
+    with pytest.raises(RecipeError, match=r"^clients.per_round: expected at most 1, as many as there are clients; got"):
+        partition_of(recipe, task_of(recipe))
+
+
+def test_groups_and_frozen_parameters_shape_the_directions() -> None:
+    groups = [{"match": "5.weight", "lr_scale": 4.0}, {"match": "1.*", "lr_scale": 0.0}]
+    federation = Federation.of(recipe_of(**{"freeze.match": ["5.bias"], "optimizer.groups": groups}))
+    scales = {part.name: part.scale for part in federation.model.space.parts}
+    assert scales == {"1.weight": 0.0, "1.bias": 0.0, "5.weight": 2.0}
+    other = Federation.of(recipe_of(seed=1))
+    assert other.model.base != Federation.of(recipe_of()).model.base
+
+
+def test_an_evaluation_tells_of_the_worst_tenth_of_clients() -> None:
+    federation = Federation.of(recipe_of(**{"evaluation.clients": 0.2, "partition": {"name": "dirichlet"}}))
+    metrics = federation.evaluate(federation.server())
+    assert 0 <= metrics["worst_tenth"] <= metrics["clients"] <= 1
+    assert metrics["spread"] > 0
+    assert 0 <= metrics["accuracy"] <= 0.3
+
+
+README = (ROOT / "federated" / "README.md").read_text()
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "federated").symlink_to(ROOT / "federated")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    exec(code.replace('"rounds": 40', '"rounds": 2, "protocol.local_steps": 3'), {})
+    assert capsys.readouterr().out.startswith("0 10 clients heard, 160 bytes down, 230 bytes up\n1 10 clients heard, ")
+    assert SeedModel.load(Path("runs/digits-fedkseed/seeds.safetensors")).version == 2
+
+
+def test_the_bytes_in_the_readme_are_those_that_are_sent() -> None:
+    float32 = {"up": "float32", "down": "float32"}
+    for row, options, heard in (
+        ("`fedkseed`, float32 both ways", {"name": "fedkseed", **float32}, 10),
+        ("`fedkseed`", {"name": "fedkseed"}, 10),
+        ('`common-seeds`, `down = "float16"`', {"name": "common-seeds", "down": "float16"}, 10),
+        ("`common-seeds`", {"name": "common-seeds"}, 10),
+        ("`sign`, 9 clients", {"name": "sign"}, 9),
+    ):
+        protocol = protocol_of(recipe_of(protocol=options))
+        cells = [f"{down:,} + {up:,}" for down, up in (payload_bytes(protocol, heard, missed) for missed in (1, 10))]
+        assert f"| {row} | {' | '.join(cells)} |" in README
