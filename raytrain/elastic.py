@@ -311,6 +311,11 @@ def _work(config: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
+def device_of(rank: int, gpus: float) -> torch.device:
+    """Return where a worker computes, if each has so many GPUs, or shares of one, in the order of the ranks."""
+    return torch.device("cuda", int(rank * gpus)) if gpus else torch.device("cpu")
+
+
 def _end_with_command() -> None:
     """End this process when the command dies, whose child it is not: a server forked it."""
     if command := multiprocessing.parent_process():
@@ -322,7 +327,7 @@ def _meet(recipe: TrainRecipe, folder: Path, rank: int) -> Transport:
     """Form the process group of all workers, and return their transport."""
     gpus, timeout_seconds = recipe.resources.gpus, recipe.sync.timeout_seconds
     os.environ.update(GLOO_SOCKET_IFNAME=LOOPBACK, NCCL_SOCKET_IFNAME=LOOPBACK)
-    device = torch.device("cuda", int(rank * gpus)) if gpus else torch.device("cpu")
+    device = device_of(rank, gpus)
     if gpus:
         torch.cuda.set_device(device)
     dist.init_process_group(

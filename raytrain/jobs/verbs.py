@@ -62,7 +62,11 @@ def add_verbs(commands: Commands) -> None:
     """Add the verbs to the command."""
     commands.app.add_typer(jobs_app, name="jobs")
     commands.app.command()(fetch)
+    _add_submit(commands)
+    _add_resume(commands)
 
+
+def _add_submit(commands: Commands) -> None:
     @commands.app.command(context_settings={"allow_interspersed_args": False})
     def submit(
         words: Annotated[list[str], typer.Argument(metavar="-- train RECIPE [FIELD=VALUE]...")],
@@ -89,6 +93,8 @@ def add_verbs(commands: Commands) -> None:
         words_there = (*request.words, "--resume") if request.resume else request.words
         return _start(_server(address), Job(job, words_there, run, store, with_code), request, detach=detach)
 
+
+def _add_resume(commands: Commands) -> None:
     @jobs_app.command()
     def resume(
         job: JobName,
