@@ -111,8 +111,8 @@ def test_only_floating_buffers_of_the_state_count_and_tied_ones_once() -> None:
 def test_in_every_step_buffers_become_the_weighted_mean_whatever_the_weights_sum_to(weights: list[float]) -> None:
     modules = [nn.BatchNorm1d(2).double() for _ in weights]
     rests = [Rest(module, torch.device("cpu")) for module in modules]
-    for module, place in zip(modules, (2.0, 6.0), strict=True):
-        module.running_var.fill_(place)
+    for module, place, weight in zip(modules, (2.0, 6.0), weights, strict=True):
+        module.running_var.fill_(place if weight else torch.nan)
     packed = [rest.pack([weight, 7.0]) for rest, weight in zip(rests, weights, strict=True)]
     expected = (2.0 * weights[0] + 6.0 * weights[1]) / sum(weights) if sum(weights) else 1.0
     for rest, module in zip(rests, modules, strict=True):

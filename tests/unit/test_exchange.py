@@ -12,10 +12,11 @@ from raytrain.testing import ThreadGroup, ThreadTransport
 @given(st.lists(st.tuples(st.floats(-100, 100), st.floats(0, 50, allow_subnormal=False)), min_size=1, max_size=4))
 def test_the_mean_counts_by_weight(contributions: list[tuple[float, float]]) -> None:
     weight = sum(weight for _, weight in contributions)
-    mean = sum(value * weight for value, weight in contributions) / weight if weight else 0.0
+    mean = sum(value * own for value, own in contributions) / weight if weight else 0.0
 
     def replica(transport: ThreadTransport) -> list[float]:
         value, own = contributions[transport.rank]
+        value = value if own else float("nan")  # which does not count
         return ExactExchange(transport).mean(torch.tensor([value, -1.0], dtype=torch.float64), own).wait().tolist()
 
     for found, total in ThreadGroup(len(contributions)).run(replica):
