@@ -539,6 +539,33 @@ def test_buffers_are_averaged_or_stay_local_until_the_end(shared: bool) -> None:
     assert ThreadGroup(2).run(replica) == (averaged if shared else apart)
 
 
+@pytest.mark.parametrize(("keep", "delay"), [(False, 2), (False, 0), (True, 0), (True, 1)])
+def test_a_shared_buffer_is_the_mean_of_where_the_replicas_ended_a_round(keep: bool, delay: int) -> None:
+    """However late it comes; without `keep` a replica begins a round at the newest that there is."""
+
+    def replica(transport: ThreadTransport) -> tuple[list[float], list[float], list[float]]:
+        module = Counting()
+        sync = LocalUpdates(ExactExchange(transport), OuterStep(), Pace(2, delay), keep=keep)
+        sync.start(module)
+        ends, shared, begun = [], [], []
+        for step in range(12):
+            sync.begin(1.0 + transport.rank)
+            module.seen.mul_(0.5).add_(targets(0, transport.rank, step)[0].abs())
+            sync.before_step(0.0, stop=False)
+            ends.append(module.seen.item())
+            sync.after_step(1.0)
+            begun.append(module.seen.item())
+            with sync.shared():
+                shared.append(module.seen.item())
+        return ends[1::2], shared, begun[1::2]
+
+    (ends, shared, begun), (others, _, _) = ThreadGroup(2).run(replica)
+    means = [(one + 2 * other) / 3 for one, other in zip(ends, others, strict=True)]
+    assert shared[1 + delay :: 2][: len(means)] == pytest.approx(means[: len(shared[1 + delay :: 2])])
+    if not keep:
+        assert begun == pytest.approx(shared[1::2])
+
+
 @pytest.mark.parametrize("codec", [None, "int8"])
 @pytest.mark.parametrize("name", [name for name in SYNCHRONISERS if name != "gradients"])
 def test_what_was_loaded_is_where_the_model_is(name: str, codec: str | None) -> None:
