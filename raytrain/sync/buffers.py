@@ -75,9 +75,8 @@ class BufferMean:
             pull: 1: to X, where nothing changed since the round began.
         """
         for live, shared, begun in zip(self.live, self.shared, self.begun, strict=True):
-            since = live - begun
-            begun.lerp_(shared, pull)
-            place = (begun + since).clamp(torch.minimum(live, shared), torch.maximum(live, shared))
+            place = begun.lerp(shared, pull) + (live - begun)
+            place = place.clamp(torch.minimum(live, shared), torch.maximum(live, shared))
             # What is infinite has no distance from anything: it stays, or is X already.
             live.copy_(torch.where(place.isnan() | (bits_of(live) == bits_of(shared)), live, place))
 

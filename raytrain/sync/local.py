@@ -209,7 +209,7 @@ class LocalUpdates:
             self._loaded, self._before = state, first["shared"]
 
     def _shared_state(self) -> dict[str, Any]:
-        """Return what is equal on all replicas; of the shared point, what the model's narrower types cannot hold."""
+        """Return what is equal on all replicas; the shared point only where the model is of narrower types."""
         velocity = self._velocity.state_dict() if self._velocity else None
         narrow = any(value.dtype != self._point.dtype for value in self._live)
         return {"outer": self._outer.state_dict(), "velocity": velocity, "point": self._point if narrow else None}
@@ -302,7 +302,7 @@ class LocalUpdates:
         mean.load()
 
     def _gather(self) -> None:
-        """Copy the parameters and buffers into the message."""
+        """Copy the parameters into the message."""
         torch._foreach_copy_(self._views, self._live)
 
     def _gather_into(self, flat: Tensor) -> None:
