@@ -15,7 +15,7 @@ from raytrain.model.freezing import Half
 from raytrain.optim.ema import Average
 from raytrain.optim.optimizers import load_state_by_name, state_by_name
 from raytrain.optim.options import OptimizerOptions
-from raytrain.state import dumps
+from raytrain.state import dumps, state_to
 from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
 from raytrain.zeroth import Zeroth
@@ -196,7 +196,7 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
     cut = replica.shards.cut if replica.shards else _as_it_is
     apart = replica.sync.apart and own is not None and "optimizer" in own
     saved = own["optimizer"] if own is not None and apart else shared["optimizer"]
-    optimizer = {**saved, "state": _entries(saved["state"], cut)}
+    optimizer = {**saved, "state": state_to(_entries(saved["state"], cut), torch.device("cpu"))}
     load_state_by_name(replica.optimizer, replica.parts, optimizer, replica.options)
     if replica.ema:
         average = shared["ema"] or shared["model"]  # a run that starts averaging now

@@ -83,9 +83,12 @@ def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_to(state: Any, device: torch.device) -> Any:
-    """Return nested state with its tensors on a device, as one that was loaded is needed where the model is."""
+    """Return nested state that was loaded with its tensors on a device, in memory of their own.
+
+    Memory that a file was read into is not aligned as other memory is, and a sum over it may round otherwise.
+    """
     if isinstance(state, Tensor):
-        return state.to(device)
+        return state.to(device, copy=True)
     if isinstance(state, Mapping):
         return {key: state_to(value, device) for key, value in state.items()}
     return [state_to(value, device) for value in state] if isinstance(state, list | tuple) else state

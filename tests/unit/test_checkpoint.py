@@ -281,6 +281,9 @@ def test_a_replica_is_restored_to_the_bit_and_another_model_is_refused(tmp_path:
     path = store(tmp_path).save(state_of(one), progress(3))
     load_state(other, load(path, 0), load(path, 0), path)
     assert json.dumps(_listed(state_of(one)), sort_keys=True) == json.dumps(_listed(state_of(other)), sort_keys=True)
+    held = [value for entries in other.optimizer.state.values() for value in entries.values()]
+    assert held
+    assert all(value.data_ptr() % 64 == 0 for value in held), "not memory of the file, in which sums round otherwise"
 
     lion = build(recipe.with_overrides({"optimizer.name": "lion"}), task, exchange)
     with pytest.raises(

@@ -1,9 +1,11 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from raytrain.state import dumps, finite, join, savable, split, state_to
 
@@ -92,3 +94,14 @@ def test_nested_state_goes_to_a_device_and_the_rest_of_it_stays() -> None:
     there = state_to(state, torch.device("meta"))
     assert (there["a"][0].device.type, there["b"]["c"].device.type) == ("meta", "meta")
     assert (there["a"][1:], there["d"]) == ([3, None], "x")
+
+
+def test_a_sum_over_what_was_loaded_rounds_as_over_what_it_was_saved_from(tmp_path: Path) -> None:
+    """A file puts a tensor at any place in memory, and a dot product takes what is aligned in other groups."""
+    saved = {f"{size}": torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in range(60, 90)}
+    save_file({"odd": torch.ones(1), **saved}, tmp_path / "file")
+    loaded = state_to(load_file(tmp_path / "file"), torch.device("cpu"))
+    for name, value in saved.items():
+        other = torch.randn(len(value), generator=torch.Generator().manual_seed(1))
+        assert loaded[name].dot(other).item() == value.dot(other).item()
+        assert loaded[name].data_ptr() % 64 == 0
