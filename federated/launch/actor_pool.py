@@ -1,6 +1,5 @@
 """Actors that serve clients side by side: their places on the cluster, and a new one where one has died."""
 
-import logging
 import os
 import sys
 import threading
@@ -24,8 +23,6 @@ from raytrain.errors import RecipeError
 ACTORS_PER_GPU = 2
 PATIENCE_SECONDS = 10.0
 """How long an actor may work for nobody while messages wait: about what a new one takes to start."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +58,7 @@ def actor_count(options: ActorOptions, nodes: Sequence[Mapping[str, float]], fre
     amounts = options.amounts()
     room = sum(_fitting(node, amounts) for node in nodes)
     if room < max(options.count, 1):
-        each = " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
-        there = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in amounts)
+        each, there = _shown(amounts), _shown({name: sum(node.get(name, 0) for node in nodes) for name in amounts})
         way_out = f"set clients.actors={room}" if room else "set fewer for each"
         raise RecipeError(
             f"clients.actors: {max(options.count, 1)} actor(s) of {each} each do not fit on {len(nodes)} machine(s) "
@@ -78,6 +74,10 @@ def _fitting(there: Mapping[str, float], amounts: Mapping[str, float]) -> int:
     return min(round(there.get(name, 0) * 10_000) // amount for name, amount in wanted.items())
 
 
+def _shown(amounts: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+
+
 class ActorPool:
     """Actors that serve the messages of an outbox.
 
@@ -86,26 +86,36 @@ class ActorPool:
         factory: of the clients' app.
         population: the clients.
         look: called now and then while the pool waits; ends the waiting by an exception.
+        say: tells the user.
 
     Raises:
         RecipeError: the cluster has no room for the actors, or the app cannot be loaded.
     """
 
     def __init__(
-        self, options: ActorOptions, factory: ClientFactory, population: Population, look: Callable[[], None]
+        self,
+        options: ActorOptions,
+        factory: ClientFactory,
+        population: Population,
+        look: Callable[[], None],
+        say: Callable[[str], None],
     ) -> None:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self.count = actor_count(options, nodes, ray.available_resources())
+        free, amounts = ray.available_resources(), options.amounts()
+        self.count = actor_count(options, nodes, free)
+        if _fitting(free, amounts) < self.count:
+            say(f"the cluster is busy: waiting for {self.count} actor(s) of {_shown(amounts)} each")
         self.outbox = Outbox(self.count)
-        self._options, self._factory, self._population = options, factory, population
+        self._options, self._factory, self._population, self._say = options, factory, population, say
         self._threads: list[ActorThread] = []
-        self._places = placement_group([options.amounts()] * self.count)
+        self._places = placement_group([amounts] * self.count)
         try:
-            self._await_places(look)
+            while not self._places.wait(LOOK_SECONDS):
+                look()
             starts = [self._start(place) for place in range(self.count)]
             _await_all([loaded for _, loaded in starts], look)
             self._threads = [
-                ActorThread(self.outbox, start, partial(self._start, place)) for place, start in enumerate(starts)
+                ActorThread(self.outbox, start, partial(self._restart, place)) for place, start in enumerate(starts)
             ]
         except BaseException:
             self.close()
@@ -126,20 +136,16 @@ class ActorPool:
         for thread in self._threads:
             thread.join()
 
-    def _await_places(self, look: Callable[[], None]) -> None:
-        if self._places.wait(0):
-            return
-        each = " and ".join(f"{amount:g} {name}" for name, amount in self._options.amounts().items())
-        logger.warning("the cluster is busy: waiting for %d actor(s) of %s each", self.count, each)
-        while not self._places.wait(LOOK_SECONDS):
-            look()
-
     def _start(self, place: int) -> tuple[ActorHandle, ray.ObjectRef]:
         """Start an actor, and return it and what is there when it has loaded the app."""
         strategy = PlacementGroupSchedulingStrategy(self._places, placement_group_bundle_index=place)
         options = {"num_cpus": self._options.cpus, "num_gpus": self._options.gpus, "scheduling_strategy": strategy}
         actor = ray.remote(ClientActor).options(**options).remote([os.path.abspath(path) for path in sys.path])
         return actor, actor.load.remote(self._factory, self._population)
+
+    def _restart(self, place: int) -> tuple[ActorHandle, ray.ObjectRef]:
+        self._say("an actor died; starting another in its place")
+        return self._start(place)
 
 
 def _await_all(refs: list[ray.ObjectRef], look: Callable[[], None]) -> None:
@@ -153,10 +159,15 @@ def _await_all(refs: list[ray.ObjectRef], look: Callable[[], None]) -> None:
         look()
         try:
             ray.get(ready)
-        except RayTaskError as error:
-            raise error.cause from None
         except RayError as error:
-            raise RecipeError(f"clients.actors: an actor could not start: {error}") from error
+            cause = _cause(error)
+            raise cause if isinstance(cause, RecipeError) else RecipeError(f"an actor cannot start: {cause}") from error
+
+
+def _cause(error: RayError) -> BaseException:
+    """Return what an actor raised, without Ray's traces."""
+    cause: BaseException = error.cause if isinstance(error, RayTaskError) else error
+    return cause
 
 
 class ActorThread(threading.Thread):
@@ -218,9 +229,8 @@ class ActorThread(threading.Thread):
             return outcome
         except RayActorError:
             if not self._outbox.closed:
-                logger.warning("an actor died with %d message(s); starting another in its place", len(messages))
                 self._actor, self._loaded = self._start_actor()
             code, reason = ErrorCode.CLIENT_APP_CRASHED, "its actor died: killed, out of memory, or crashed"
         except RayError as error:
-            code, reason = ErrorCode.UNKNOWN, str(error)
+            code, reason = ErrorCode.UNKNOWN, f"its actor failed: {_cause(error)}"
         return Outcome([Error(code, f"client {message.node - FIRST_NODE}: {reason}") for message in messages])

@@ -1,6 +1,7 @@
 """Runs Flower apps on the Ray cluster: a user's own folder as it is, and any `ServerApp` on a `RayGrid`."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from raytrain.cluster import own_cpus
 from raytrain.errors import RecipeError
 from raytrain.launch import start_ray
 from raytrain.names import near, resolve
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +75,11 @@ def run_app(
     app: FlowerApp,
     clients: int,
     actors: ActorOptions | None = None,
+    *,
     seed: int = 0,
     address: str | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = logger.warning,
 ) -> Context:
     """Run a user's Flower app with simulated clients, and return the context of its server.
 
@@ -88,6 +93,7 @@ def run_app(
         seed: of the global random streams, in the server and for each call of a client.
         address: of the Ray cluster; None: one of this machine's processors. Of no use in a process that is in one.
         stopped: returns whether the user wants the run to end, which raises `RunNotRunningException` in the server.
+        say: tells the user what an actor does that it should not, and what is waited for.
 
     Raises:
         RecipeError: the app cannot be loaded, or the cluster has no room for the actors.
@@ -96,7 +102,7 @@ def run_app(
         server = resolve({}, app.server, "serverapp")
         if not isinstance(server, ServerApp):
             raise RecipeError(f"serverapp: expected a ServerApp at {app.server}; got {type(server).__name__}")
-        with RayGrid(partial(app.load_client, seed), clients, actors, app.run_config, stopped) as grid:
+        with RayGrid(partial(app.load_client, seed), clients, actors, app.run_config, stopped=stopped, say=say) as grid:
             return serve(server, grid, app.run_config, seed)
 
 

@@ -1,5 +1,6 @@
 """A Flower `Grid` whose clients are played by actors on the Ray cluster that this process is connected to."""
 
+import logging
 from collections.abc import Callable, Iterable
 from itertools import count
 from types import TracebackType
@@ -20,6 +21,8 @@ from federated.launch.outbox import Pending
 
 RUN_ID = 1
 
+logger = logging.getLogger(__name__)
+
 
 class RayGrid(Grid):
     """Sends lists of messages to a few actors, each of which serves any number of clients, one after the other.
@@ -33,6 +36,7 @@ class RayGrid(Grid):
         actors: how many actors serve them, and what each takes of the cluster.
         run_config: each client's `context.run_config`.
         stopped: returns whether the user wants the run to end, which ends all waiting.
+        say: tells the user what an actor does that it should not, and what is waited for.
 
     Raises:
         RecipeError: the cluster has no room for the actors, or the app cannot be loaded.
@@ -44,13 +48,15 @@ class RayGrid(Grid):
         clients: int,
         actors: ActorOptions | None = None,
         run_config: UserConfig | None = None,
+        *,
         stopped: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = logger.warning,
     ) -> None:
         self._population = Population(clients, dict(run_config or {}))
         self._stopped = stopped
         self._numbers = count(1)
         self.set_run(Run.create_empty(RUN_ID))
-        self._pool = ActorPool(actors or ActorOptions(), client, self._population, self._check_stop)
+        self._pool = ActorPool(actors or ActorOptions(), client, self._population, self._check_stop, say)
 
     def __enter__(self) -> Self:
         """Return the grid."""

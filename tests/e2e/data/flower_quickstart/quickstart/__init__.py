@@ -1,0 +1,1 @@
+"""An app in the form of Flower's quickstart for PyTorch."""

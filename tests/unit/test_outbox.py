@@ -1,0 +1,153 @@
+"""Messages that wait for actors: each is dealt once, each client's in order, and none is waited for without end."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from federated.flower.envelope import stamped
+from federated.flower.identity import assume_identity
+from federated.launch.contents import Content
+from federated.launch.outbox import Outbox, Pending
+
+from flwr.app import Message, MetricRecord, RecordDict  # isort: skip - after our settings for Flower
+from flwr.common.constant import ErrorCode  # isort: skip
+
+
+def pending(nodes: Sequence[int], ttl: float = 100.0) -> list[Pending]:
+    assume_identity(run_id=1)
+    sent = [Message(RecordDict(), dst_node_id=node, message_type="train", ttl=ttl) for node in nodes]
+    return [Pending(stamped(message, str(place)), Content({}, None)) for place, message in enumerate(sent)]
+
+
+def look() -> None:
+    """Do not end the waiting."""
+
+
+def answer(outbox: Outbox, messages: Sequence[Pending]) -> None:
+    outbox.answer(messages, [RecordDict() for _ in messages], {})
+
+
+def visit(outbox: Outbox, batch: Sequence[Pending]) -> None:
+    """Answer each message with how often its client was visited, as its state has it."""
+    states = outbox.batch_of(batch).states
+    answers = []
+    for message in batch:
+        before = states.get(message.node, RecordDict({"visits": MetricRecord({"count": 0})}))
+        states[message.node] = RecordDict({"visits": MetricRecord({"count": before["visits"]["count"] + 1})})
+        answers.append(states[message.node].copy())
+    outbox.answer(batch, answers, states)
+
+
+@settings(max_examples=30)
+@given(
+    nodes=st.lists(st.integers(2, 6), max_size=40),
+    actors=st.integers(1, 3),
+    limits=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+)
+def test_each_message_is_answered_once_and_each_clients_in_order(
+    nodes: list[int], actors: int, limits: list[tuple[int, int]]
+) -> None:
+    outbox, messages = Outbox(actors), pending(nodes)
+    at_work: Counter[int] = Counter()
+
+    def serve(actor: int) -> None:
+        for turn in range(10**6):
+            limit, done = limits[(turn + actor) % len(limits)]
+            if not (batch := outbox.take(limit)):
+                return
+            mine = {message.node for message in batch}
+            at_work.update(mine)
+            assert all(at_work[node] == 1 for node in mine)
+            time.sleep(0)
+            at_work.subtract(mine)
+            visit(outbox, batch[:done])
+            outbox.put_back(batch[done:])
+
+    threads = [threading.Thread(target=serve, args=[actor]) for actor in range(actors)]
+    for thread in threads:
+        thread.start()
+    outbox.post(messages)
+    ids = [message.id for message in messages]
+    outbox.wait(ids, 60, look)
+    replies = outbox.collect(ids)
+    outbox.close()
+    for thread in threads:
+        thread.join()
+    assert [reply.metadata.reply_to_message_id for reply in replies] == ids
+    visits = [(reply.metadata.src_node_id, reply.content["visits"]["count"]) for reply in replies]
+    seen: Counter[int] = Counter()
+    for node, count in visits:
+        seen[node] += 1
+        assert count == seen[node]
+    assert outbox.collect(ids) == []
+
+
+def test_shares_shrink_with_what_is_left() -> None:
+    outbox = Outbox(actors=2)
+    outbox.post(pending(range(2, 18)))
+    assert [len(outbox.take(100)) for _ in range(8)] == [4, 3, 3, 2, 1, 1, 1, 1]
+    outbox.post(pending(range(20, 60)))
+    assert [message.node for message in outbox.take(3)] == [20, 21, 22]
+
+
+def test_what_was_not_served_comes_first() -> None:
+    outbox = Outbox(actors=1)
+    outbox.post(pending(range(2, 10)))
+    batch = outbox.take(3)
+    answer(outbox, batch[:1])
+    outbox.put_back(batch[1:])
+    assert [message.node for message in outbox.take(3)] == [3, 4, 5]
+
+
+def test_a_client_that_is_served_waits_and_others_do_not() -> None:
+    outbox = Outbox(actors=1)
+    outbox.post(pending([2, 2, 3]))
+    first = outbox.take(1)
+    assert [message.node for message in outbox.take(1)] == [3]
+    answer(outbox, first)
+    assert [message.node for message in outbox.take(1)] == [2]
+
+
+def test_a_message_that_expires_is_not_served() -> None:
+    outbox = Outbox(actors=1)
+    late, fresh = pending([2], ttl=-1), pending([3])
+    fresh[0].fields["_message_id"] = "1"
+    outbox.post([*late, *fresh])
+    assert outbox.take(9) == fresh
+    (reply,) = outbox.collect(["0", "1"])
+    assert (reply.error.code, reply.error.reason) == (
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        "client 0: no reply within the message's -1 s",
+    )
+
+
+def test_what_is_not_answered_in_time_is_given_up() -> None:
+    outbox = Outbox(actors=1)
+    messages = pending(range(2, 8))
+    outbox.post(messages)
+    held = outbox.take(2)
+    answer(outbox, held[:1])
+    outbox.wait([message.id for message in messages], 0.05, look)
+    assert [message.given_up_at is None for message in messages] == [True] + [False] * 5
+    answer(outbox, held[1:])
+    assert len(outbox.collect([message.id for message in messages])) == 1
+    outbox.post(pending([9]))
+    assert [message.node for message in outbox.take(9)] == [9]
+
+
+def test_waiting_ends_by_an_exception_too() -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop() -> None:
+        raise StoppedError
+
+    outbox = Outbox(actors=1)
+    outbox.post(pending([2]))
+    with pytest.raises(StoppedError):
+        outbox.wait(["0"], None, stop)
