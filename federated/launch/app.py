@@ -1,6 +1,7 @@
 """Runs Flower apps on the Ray cluster: a user's own folder as it is, and any `ServerApp` on a `RayGrid`."""
 
 import contextlib
+import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -116,8 +117,12 @@ def serve(server: ServerApp, grid: Grid, run_config: UserConfig, seed: int) -> C
         seed: of the global random streams, from which Flower's strategies sample clients.
     """
     context = Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config))
-    with global_seed(seed):
-        server(grid, context)
+    gc.freeze()  # or else collections go through all that torch and Ray have imported, for each few thousand clients
+    try:
+        with global_seed(seed):
+            server(grid, context)
+    finally:
+        gc.unfreeze()
     return context
 
 

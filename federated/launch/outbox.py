@@ -1,5 +1,6 @@
 """The messages of a run on their way: waiting for an actor, held by one, answered, or given up."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -161,18 +162,23 @@ class Outbox:
             timeout_seconds: how long to wait; None: until all have an answer.
             look: called now and then; ends the waiting by an exception.
         """
-        end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         ids = list(message_ids)
         with self._changed:
-            for message_id in ids:
-                while (message := self._pending.get(message_id)) and (end is None or time.monotonic() < end):
-                    rest = LOOK_SECONDS if end is None else min(LOOK_SECONDS, end - time.monotonic())
-                    self._changed.wait(max(rest, 0))
-                    if message.expired(now := time.time()):
-                        self._expire(message, now)
-                    look()
-            for message_id in ids:
-                self._give_up(message_id)
+            try:
+                for message_id in ids:
+                    self._await(message_id, end, look)
+            finally:
+                for message_id in ids:
+                    self._give_up(message_id)
+
+    def _await(self, message_id: str, end: float, look: Callable[[], None]) -> None:
+        """Wait until a message is answered or expired, or the end has come, in seconds of `time.monotonic`."""
+        while (message := self._pending.get(message_id)) and (rest := end - time.monotonic()) > 0:
+            self._changed.wait(min(LOOK_SECONDS, rest))
+            if message.expired(now := time.time()):
+                self._expire(message, now)
+            look()
 
     def fail(self, message: Pending, error: Error) -> None:
         """Answer a message that was not posted with an error."""

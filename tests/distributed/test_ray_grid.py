@@ -15,17 +15,16 @@ from typing import Any
 
 import psutil
 import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import strategy
+from flwr.supercore.run import RunNotRunningException
 
 from federated.flower.seeding import global_seed
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.contents import Unpacker, pack
 from federated.launch.ray_grid import RayGrid
 from raytrain.errors import RecipeError
-
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict  # isort: skip - after our settings for Flower
-from flwr.common.constant import ErrorCode  # isort: skip
-from flwr.serverapp import strategy  # isort: skip
-from flwr.supercore.run import RunNotRunningException  # isort: skip
 
 DATA = Path(__file__).parent / "data"
 CLIENTS = 9

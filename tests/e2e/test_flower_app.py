@@ -61,5 +61,5 @@ def test_an_app_that_cannot_be_loaded_is_refused(ray_cluster: None, workplace: P
     assert str(caught.value) == "serverapp: expected a ServerApp at unsound:server; got int"
     sys.modules.pop("unsound")
     (workplace / "unsound.py").write_text("from flwr.serverapp import ServerApp\nserver = ServerApp()\n")
-    with pytest.raises(RecipeError, match=r"^clientapp: 'unsound' has no 'client'; did you mean"):
+    with pytest.raises(RecipeError, match=r"^clientapp: 'unsound' has no 'client'; known: ServerApp, server$"):
         run_app(read_app(workplace), 3, ActorOptions(1, cpus=0.5))

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +15,6 @@ from federated.flower.envelope import stamped
 from federated.flower.identity import assume_identity
 from federated.launch.contents import Content
 from federated.launch.outbox import Outbox, Pending
-
-from flwr.app import Message, MetricRecord, RecordDict  # isort: skip - after our settings for Flower
-from flwr.common.constant import ErrorCode  # isort: skip
 
 
 def pending(nodes: Sequence[int], ttl: float = 100.0) -> list[Pending]:
@@ -151,3 +150,5 @@ def test_waiting_ends_by_an_exception_too() -> None:
     outbox.post(pending([2]))
     with pytest.raises(StoppedError):
         outbox.wait(["0"], None, stop)
+    outbox.post(pending([3]))
+    assert [message.node for message in outbox.take(1)] == [3], "what nobody waits for any longer is not served"

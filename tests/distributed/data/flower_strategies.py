@@ -8,12 +8,12 @@ runs some of them on Flower's own simulation, and writes what they lead to.
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import federated.flower  # noqa: F401 # isort: skip - before Flower
 import numpy as np
 from flower_clients import TREES, client
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -144,7 +144,11 @@ def main(write: Callable[[str], Any]) -> None:
         write(json.dumps({**results, "by partition": add_up_by_partition(grid)}))
 
     resources = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 2}}
-    run_simulation(server, client, CLIENTS, backend_config=resources)
+    try:
+        run_simulation(server, client, CLIENTS, backend_config=resources)
+    except RuntimeError:
+        traceback.print_exc()
+        os._exit(1)  # past the thread of the server, which waits for clients for ever
 
 
 if __name__ == "__main__":

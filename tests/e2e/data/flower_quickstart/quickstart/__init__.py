@@ -1,1 +1,0 @@
-"""An app in the form of Flower's quickstart for PyTorch."""
