@@ -16,7 +16,14 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from federated.launch.client_actor import FIRST_NODE, ClientActor, ClientFactory, Outcome, Population
+from federated.launch.client_actor import (
+    FIRST_NODE,
+    MAX_BATCH_SECONDS,
+    ClientActor,
+    ClientFactory,
+    Outcome,
+    Population,
+)
 from federated.launch.outbox import LOOK_SECONDS, Outbox, Pending
 from raytrain.errors import RecipeError
 
@@ -197,14 +204,13 @@ class ActorThread(threading.Thread):
         """Serve until the outbox is closed; an exception waits for `check`."""
         limit = 1
         try:
-            while messages := self._outbox.take(limit):
-                self._held = messages
+            while messages := self._outbox.take(max(1, limit)):
+                self._held, began = messages, time.monotonic()
                 outcome = self._serve(messages)
-                self._held = ()
+                self._held, seconds = (), time.monotonic() - began
+                self._outbox.answer(messages, outcome.answers, outcome.states)
                 done = len(outcome.answers)
-                self._outbox.answer(messages[:done], outcome.answers, outcome.states)
-                self._outbox.put_back(messages[done:])
-                limit = max(limit, 2 * done) if done == len(messages) else done
+                limit = max(limit, 2 * done) if seconds < MAX_BATCH_SECONDS else int(done * MAX_BATCH_SECONDS / seconds)
         except Exception as error:  # whatever it is: without this thread, messages would be waited for without end
             self._failure = error
 

@@ -113,35 +113,27 @@ class Outbox:
         states = {message.node: self._states[message.node] for message in messages if message.node in self._states}
         return Batch([message.fields for message in messages], [message.content for message in messages], states)
 
-    def put_back(self, messages: Sequence[Pending]) -> None:
-        """Put messages that an actor did not get round to before all others."""
-        with self._changed:
-            self._served.difference_update(message.node for message in messages)
-            self._queue.extendleft(reversed(messages))
-            self._changed.notify_all()
-
     def answer(
         self, messages: Sequence[Pending], answers: Sequence[RecordDict | Error], states: dict[int, RecordDict]
     ) -> None:
-        """Keep the answers to messages, but for those that nobody waits for any longer.
+        """Keep the answers to messages, unless nobody waits for them any longer.
 
         Args:
-            messages: that an actor served.
-            answers: to each of them.
+            messages: that an actor took.
+            answers: to the first of them; the others go back to the head of the queue.
             states: node -> what its client has left in its context.
         """
-        now = time.time()
-        replies = [
-            (message.id, reply_to(message.fields, answer, now))
-            for message, answer in zip(messages, answers, strict=True)
-        ]
+        now, done = time.time(), len(answers)
+        replies = {
+            message.id: reply_to(message.fields, answer, now)
+            for message, answer in zip(messages[:done], answers, strict=True)
+        }
         with self._changed:
-            for message_id, reply in replies:
-                if self._pending.pop(message_id, None):
-                    self._replies[message_id] = reply
+            self._replies.update((key, reply) for key, reply in replies.items() if self._pending.pop(key, None))
             self._states.update(states)
             for node in [node for node, state in states.items() if not state]:
                 del self._states[node]
+            self._queue.extendleft(reversed(messages[done:]))
             self._served.difference_update(message.node for message in messages)
             self._changed.notify_all()
 

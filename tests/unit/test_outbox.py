@@ -27,15 +27,15 @@ def look() -> None:
     """Do not end the waiting."""
 
 
-def answer(outbox: Outbox, messages: Sequence[Pending]) -> None:
-    outbox.answer(messages, [RecordDict() for _ in messages], {})
+def answer(outbox: Outbox, messages: Sequence[Pending], done: int | None = None) -> None:
+    outbox.answer(messages, [RecordDict() for _ in messages[:done]], {})
 
 
-def visit(outbox: Outbox, batch: Sequence[Pending]) -> None:
-    """Answer each message with how often its client was visited, as its state has it."""
+def visit(outbox: Outbox, batch: Sequence[Pending], done: int) -> None:
+    """Answer the first messages with how often their clients were visited, as their states have it."""
     states = outbox.batch_of(batch).states
     answers = []
-    for message in batch:
+    for message in batch[:done]:
         before = states.get(message.node, RecordDict({"visits": MetricRecord({"count": 0})}))
         states[message.node] = RecordDict({"visits": MetricRecord({"count": before["visits"]["count"] + 1})})
         answers.append(states[message.node].copy())
@@ -64,8 +64,7 @@ def test_each_message_is_answered_once_and_each_clients_in_order(
             assert all(at_work[node] == 1 for node in mine)
             time.sleep(0)
             at_work.subtract(mine)
-            visit(outbox, batch[:done])
-            outbox.put_back(batch[done:])
+            visit(outbox, batch, done)
 
     threads = [threading.Thread(target=serve, args=[actor]) for actor in range(actors)]
     for thread in threads:
@@ -97,10 +96,16 @@ def test_shares_shrink_with_what_is_left() -> None:
 def test_what_was_not_served_comes_first() -> None:
     outbox = Outbox(actors=1)
     outbox.post(pending(range(2, 10)))
-    batch = outbox.take(3)
-    answer(outbox, batch[:1])
-    outbox.put_back(batch[1:])
+    answer(outbox, outbox.take(3), done=1)
     assert [message.node for message in outbox.take(3)] == [3, 4, 5]
+
+
+def test_a_client_gets_its_messages_in_order_when_some_were_not_served() -> None:
+    outbox = Outbox(actors=1)
+    messages = pending([2] * 6)
+    outbox.post(messages)
+    answer(outbox, outbox.take(3), done=1)
+    assert outbox.take(2) == messages[1:3]
 
 
 def test_a_client_that_is_served_waits_and_others_do_not() -> None:
@@ -129,11 +134,11 @@ def test_what_is_not_answered_in_time_is_given_up() -> None:
     outbox = Outbox(actors=1)
     messages = pending(range(2, 8))
     outbox.post(messages)
-    held = outbox.take(2)
-    answer(outbox, held[:1])
+    answer(outbox, outbox.take(1))
+    held = outbox.take(1)
     outbox.wait([message.id for message in messages], 0.05, look)
     assert [message.given_up_at is None for message in messages] == [True] + [False] * 5
-    answer(outbox, held[1:])
+    answer(outbox, held)
     assert len(outbox.collect([message.id for message in messages])) == 1
     outbox.post(pending([9]))
     assert [message.node for message in outbox.take(9)] == [9]
