@@ -13,7 +13,7 @@ Fields = dict[str, Any]
 """The instance dictionary of a message's `Metadata`."""
 
 
-def stamped(message: Message, message_id: str) -> Fields:
+def stamp(message: Message, message_id: str) -> Fields:
     """Give a message its id, and return the fields of its metadata as they are now.
 
     Args:

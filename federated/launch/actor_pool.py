@@ -29,7 +29,7 @@ from raytrain.errors import RecipeError
 
 ACTORS_PER_GPU = 2
 PATIENCE_SECONDS = 10.0
-"""How long an actor may work for nobody while messages wait: about what a new one takes to start."""
+"""How long an actor may go on with clients that nobody waits for: about what a new one takes to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def actor_count(options: ActorOptions, nodes: Sequence[Mapping[str, float]], fre
     amounts = options.amounts()
     room = sum(_fitting(node, amounts) for node in nodes)
     if room < max(options.count, 1):
-        each, there = _shown(amounts), _shown({name: sum(node.get(name, 0) for node in nodes) for name in amounts})
+        each, there = _format(amounts), _format({name: sum(node.get(name, 0) for node in nodes) for name in amounts})
         way_out = f"set clients.actors={room}" if room else "set fewer for each"
         raise RecipeError(
             f"clients.actors: {max(options.count, 1)} actor(s) of {each} each do not fit on {len(nodes)} machine(s) "
@@ -81,19 +81,19 @@ def _fitting(there: Mapping[str, float], amounts: Mapping[str, float]) -> int:
     return min(round(there.get(name, 0) * 10_000) // amount for name, amount in wanted.items())
 
 
-def _shown(amounts: Mapping[str, float]) -> str:
+def _format(amounts: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
 
 
 class ActorPool:
-    """Actors that serve the messages of an outbox.
+    """Actors that serve the messages of an outbox, in places that are reserved for them together.
 
     Args:
         options: how many, and what each takes.
         factory: of the clients' app.
         population: the clients.
-        look: called now and then while the pool waits; ends the waiting by an exception.
-        say: tells the user.
+        raise_if_stopped: called now and then while the pool waits; ends the waiting by an exception.
+        say: shows the user a line.
 
     Raises:
         RecipeError: the cluster has no room for the actors, or the app cannot be loaded.
@@ -104,23 +104,23 @@ class ActorPool:
         options: ActorOptions,
         factory: ClientFactory,
         population: Population,
-        look: Callable[[], None],
+        raise_if_stopped: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         free, amounts = ray.available_resources(), options.amounts()
         self.count = actor_count(options, nodes, free)
         if _fitting(free, amounts) < self.count:
-            say(f"the cluster is busy: waiting for {self.count} actor(s) of {_shown(amounts)} each")
+            say(f"the cluster is busy: waiting for {self.count} actor(s) of {_format(amounts)} each")
         self.outbox = Outbox(self.count)
         self._options, self._factory, self._population, self._say = options, factory, population, say
         self._threads: list[ActorThread] = []
         self._places = placement_group([amounts] * self.count)
         try:
             while not self._places.wait(LOOK_SECONDS):
-                look()
+                raise_if_stopped()
             starts = [self._start(place) for place in range(self.count)]
-            _await_all([loaded for _, loaded in starts], look)
+            _await_all([loaded for _, loaded in starts], raise_if_stopped)
             self._threads = [
                 ActorThread(self.outbox, start, partial(self._restart, place)) for place, start in enumerate(starts)
             ]
@@ -128,10 +128,14 @@ class ActorPool:
             self.close()
             raise
 
-    def check(self) -> None:
-        """End actors that hold up others, and raise the exception of a thread that has failed."""
+    def supervise(self) -> None:
+        """End actors that hold up others.
+
+        Raises:
+            Exception: that of a thread that has failed.
+        """
         for thread in self._threads:
-            thread.check()
+            thread.supervise()
 
     def close(self) -> None:
         """End the actors."""
@@ -144,7 +148,7 @@ class ActorPool:
             thread.join()
 
     def _start(self, place: int) -> tuple[ActorHandle, ray.ObjectRef]:
-        """Start an actor, and return it and what is there when it has loaded the app."""
+        """Start an actor; return it, and a reference to wait for until it has loaded the app."""
         strategy = PlacementGroupSchedulingStrategy(self._places, placement_group_bundle_index=place)
         options = {"num_cpus": self._options.cpus, "num_gpus": self._options.gpus, "scheduling_strategy": strategy}
         actor = ray.remote(ClientActor).options(**options).remote([os.path.abspath(path) for path in sys.path])
@@ -155,7 +159,7 @@ class ActorPool:
         return self._start(place)
 
 
-def _await_all(refs: list[ray.ObjectRef], look: Callable[[], None]) -> None:
+def _await_all(refs: list[ray.ObjectRef], raise_if_stopped: Callable[[], None]) -> None:
     """Wait for objects.
 
     Raises:
@@ -163,7 +167,7 @@ def _await_all(refs: list[ray.ObjectRef], look: Callable[[], None]) -> None:
     """
     while refs:
         ready, refs = ray.wait(refs, timeout=LOOK_SECONDS)
-        look()
+        raise_if_stopped()
         try:
             ray.get(ready)
         except RayError as error:
@@ -182,7 +186,7 @@ class ActorThread(threading.Thread):
 
     Args:
         outbox: the messages.
-        started: an actor, and what is there when it is ready.
+        started: an actor, and a reference to wait for until it is ready.
         start: starts another one.
     """
 
@@ -194,14 +198,14 @@ class ActorThread(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self._outbox = outbox
-        self._actor, self._loaded = started
+        self._actor, self._loading = started
         self._start_actor = start
         self._held: Sequence[Pending] = ()
         self._failure: Exception | None = None
         self.start()
 
     def run(self) -> None:
-        """Serve until the outbox is closed; an exception waits for `check`."""
+        """Serve until the outbox is closed; an exception waits for `supervise`."""
         limit = 1
         try:
             while messages := self._outbox.take(max(1, limit)):
@@ -214,8 +218,12 @@ class ActorThread(threading.Thread):
         except Exception as error:  # whatever it is: without this thread, messages would be waited for without end
             self._failure = error
 
-    def check(self) -> None:
-        """End the actor if it has worked for nobody for long, and raise the exception that ended this thread."""
+    def supervise(self) -> None:
+        """End the actor if nobody has waited for its replies for long, so that another takes its place.
+
+        Raises:
+            Exception: the one that ended this thread.
+        """
         if self._failure is not None:
             raise self._failure
         since = time.monotonic() - PATIENCE_SECONDS
@@ -230,12 +238,12 @@ class ActorThread(threading.Thread):
     def _serve(self, messages: Sequence[Pending]) -> Outcome:
         """Return what the actor makes of messages; an error for each of them if it dies."""
         try:
-            ray.get(self._loaded)
+            ray.get(self._loading)
             outcome: Outcome = ray.get(self._actor.serve.remote(self._outbox.batch_of(messages)))
             return outcome
         except RayActorError:
             if not self._outbox.closed:
-                self._actor, self._loaded = self._start_actor()
+                self._actor, self._loading = self._start_actor()
             code, reason = ErrorCode.CLIENT_APP_CRASHED, "its actor died: killed, out of memory, or crashed"
         except RayError as error:
             code, reason = ErrorCode.UNKNOWN, f"its actor failed: {_cause(error)}"

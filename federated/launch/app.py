@@ -16,7 +16,7 @@ from flwr.common.config import get_fused_config_from_dir, get_project_config
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid, ServerApp
 
-from federated.flower.seeding import SeededClient, global_seed
+from federated.flower.seeding import SeededClient, global_seed, seed_globals
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from raytrain.cluster import own_cpus
@@ -44,7 +44,8 @@ class FlowerApp:
     run_config: UserConfig
 
     def load_client(self, seed: int) -> SeededClient:
-        """Return the clients' app, in the process of an actor."""
+        """Return the clients' app, in the process of an actor; its module may draw numbers when it is imported."""
+        seed_globals(seed)
         return SeededClient(resolve({}, self.client, "clientapp"), seed)
 
 
@@ -93,13 +94,13 @@ def run_app(
         actors: how many actors serve them, and what each takes of the cluster.
         seed: of the global random streams, in the server and for each call of a client.
         address: of the Ray cluster; None: one of this machine's processors. Of no use in a process that is in one.
-        stopped: returns whether the user wants the run to end, which raises `RunNotRunningException` in the server.
-        say: tells the user what an actor does that it should not, and what is waited for.
+        stopped: returns whether the run is to stop, which raises `RunNotRunningException` in the server.
+        say: shows the user a line: an actor died, or the cluster is busy.
 
     Raises:
         RecipeError: the app cannot be loaded, or the cluster has no room for the actors.
     """
-    with _first_on_path(app.folder), connected(address):
+    with _first_on_path(app.folder), ray_session(address), global_seed(seed):
         server = resolve({}, app.server, "serverapp")
         if not isinstance(server, ServerApp):
             raise RecipeError(f"serverapp: expected a ServerApp at {app.server}; got {type(server).__name__}")
@@ -127,7 +128,7 @@ def serve(server: ServerApp, grid: Grid, run_config: UserConfig, seed: int) -> C
 
 
 @contextlib.contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def ray_session(address: str | None) -> Iterator[None]:
     """Join or start a Ray cluster and leave it afterwards, unless this process is in one.
 
     Args:
@@ -148,8 +149,9 @@ def connected(address: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _first_on_path(folder: Path) -> Iterator[None]:
+    before = list(sys.path)
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        sys.path[:] = before

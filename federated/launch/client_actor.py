@@ -102,7 +102,7 @@ class ClientActor:
             RecipeError: it cannot be imported, or raises an exception.
         """
         self._population = population
-        self._client = _loaded(factory)
+        self._client = _load(factory)
         gc.freeze()  # Flower collects garbage for each client that empties a record: 0.2 s with all that is imported
 
     def serve(self, batch: Batch) -> Outcome:
@@ -126,13 +126,13 @@ class ClientActor:
             context = self._population.context(fields["_run_id"], node, state)
             answer = _content_of(self._client(message_of(fields, content), context), node)
         except (Exception, SystemExit) as error:
-            return raised(node, error)
+            return client_error(node, error)
         if context.state or before is not None:
             batch.states[node] = outcome.states[node] = context.state
         return answer
 
 
-def raised(node: int, error: BaseException) -> Error:
+def client_error(node: int, error: BaseException) -> Error:
     """Return the error of a client whose app raised an exception."""
     text = f"{type(error).__name__}: {error}"[:MAX_REASON_CHARACTERS]
     reason = f"client {node - FIRST_NODE}: {text}{place_of(error)}"
@@ -142,11 +142,11 @@ def raised(node: int, error: BaseException) -> Error:
 def _content_of(reply: Any, node: int) -> RecordDict | Error:
     """Return what a client answered, apart from what it may use again for the next one."""
     if not isinstance(reply, Message):
-        return raised(node, TypeError(f"expected a Message in return; got {type(reply).__name__}"))
+        return client_error(node, TypeError(f"expected a Message in return; got {type(reply).__name__}"))
     return reply.error if reply.has_error() else duplicate(reply.content)
 
 
-def _loaded(factory: ClientFactory) -> Client:
+def _load(factory: ClientFactory) -> Client:
     if isinstance(factory, str):
         found: Client = resolve({}, factory, "client")
         return found

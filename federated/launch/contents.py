@@ -42,11 +42,11 @@ def pack(contents: Sequence[RecordDict]) -> dict[int, Content]:
     places = {key: place for place, key in enumerate(shared)}
     ref = ray.put([records[key] for key in shared]) if shared else None
 
-    def packed(record: Record) -> Record | int:
+    def reference(record: Record) -> Record | int:
         return places[id(record)] if id(record) in places else duplicate_record(record)
 
     return {
-        key: Content({name: packed(record) for name, record in content.items()}, ref)
+        key: Content({name: reference(record) for name, record in content.items()}, ref)
         for key, content in distinct.items()
     }
 

@@ -146,31 +146,33 @@ class Outbox:
                     self._expire(message, now)
             return [self._replies.pop(message_id) for message_id in ids if message_id in self._replies]
 
-    def wait(self, message_ids: Iterable[str], timeout_seconds: float | None, look: Callable[[], None]) -> None:
+    def wait(
+        self, message_ids: Iterable[str], timeout_seconds: float | None, raise_if_stopped: Callable[[], None]
+    ) -> None:
         """Wait until messages are answered or expired, or the time is up; give up on those that are not answered then.
 
         Args:
             message_ids: of the messages.
             timeout_seconds: how long to wait; None: until all have an answer.
-            look: called now and then; ends the waiting by an exception.
+            raise_if_stopped: called now and then; ends the waiting by an exception.
         """
         end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         ids = list(message_ids)
         with self._changed:
             try:
                 for message_id in ids:
-                    self._await(message_id, end, look)
+                    self._await(message_id, end, raise_if_stopped)
             finally:
                 for message_id in ids:
                     self._give_up(message_id)
 
-    def _await(self, message_id: str, end: float, look: Callable[[], None]) -> None:
+    def _await(self, message_id: str, end: float, raise_if_stopped: Callable[[], None]) -> None:
         """Wait until a message is answered or expired, or the end has come, in seconds of `time.monotonic`."""
         while (message := self._pending.get(message_id)) and (rest := end - time.monotonic()) > 0:
             self._changed.wait(min(LOOK_SECONDS, rest))
             if message.expired(now := time.time()):
                 self._expire(message, now)
-            look()
+            raise_if_stopped()
 
     def fail(self, message: Pending, error: Error) -> None:
         """Answer a message that was not posted with an error."""

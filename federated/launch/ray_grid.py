@@ -12,7 +12,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run, RunNotRunningException
 
-from federated.flower.envelope import stamped
+from federated.flower.envelope import stamp
 from federated.flower.identity import assume_identity
 from federated.launch.actor_pool import ActorOptions, ActorPool
 from federated.launch.client_actor import ClientFactory, Population
@@ -35,8 +35,8 @@ class RayGrid(Grid):
         clients: how many there are.
         actors: how many actors serve them, and what each takes of the cluster.
         run_config: each client's `context.run_config`.
-        stopped: returns whether the user wants the run to end, which ends all waiting.
-        say: tells the user what an actor does that it should not, and what is waited for.
+        stopped: returns whether the run is to stop, which ends all waiting.
+        say: shows the user a line: an actor died, or the cluster is busy.
 
     Raises:
         RecipeError: the cluster has no room for the actors, or the app cannot be loaded.
@@ -56,7 +56,7 @@ class RayGrid(Grid):
         self._stopped = stopped
         self._numbers = count(1)
         self.set_run(Run.create_empty(RUN_ID))
-        self._pool = ActorPool(actors or ActorOptions(), client, self._population, self._check_stop, say)
+        self._pool = ActorPool(actors or ActorOptions(), client, self._population, self._raise_if_stopped, say)
 
     def __enter__(self) -> Self:
         """Return the grid."""
@@ -98,13 +98,13 @@ class RayGrid(Grid):
         A message to a node that is not there is answered with an error.
 
         Raises:
-            RunNotRunningException: the user wants the run to end.
+            RunNotRunningException: the run is to stop.
         """
-        self._check()
+        self._supervise()
         outgoing = list(messages)
         contents = pack([message.content for message in outgoing])
         pending = [
-            Pending(stamped(message, str(next(self._numbers))), contents[id(message.content)]) for message in outgoing
+            Pending(stamp(message, str(next(self._numbers))), contents[id(message.content)]) for message in outgoing
         ]
         nodes, outbox = self.get_node_ids(), self._pool.outbox
         for message in pending:
@@ -118,13 +118,15 @@ class RayGrid(Grid):
         """Return the replies to messages that are there by now, each of them once.
 
         Raises:
-            RunNotRunningException: the user wants the run to end.
+            RunNotRunningException: the run is to stop.
         """
-        self._check()
+        self._supervise()
         return self._pool.outbox.collect(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages, and return the replies in the order of the messages.
+
+        A list and no iterator: some strategies go through it twice.
 
         Args:
             messages: to send.
@@ -132,17 +134,17 @@ class RayGrid(Grid):
                 dropped, and messages that no actor has got yet are withdrawn.
 
         Raises:
-            RunNotRunningException: the user wants the run to end.
+            RunNotRunningException: the run is to stop.
         """
         message_ids = self.push_messages(messages)
-        self._pool.outbox.wait(message_ids, timeout, self._check)
+        self._pool.outbox.wait(message_ids, timeout, self._supervise)
         return self._pool.outbox.collect(message_ids)
 
-    def _check(self) -> None:
-        """Raise what ends all waiting."""
-        self._check_stop()
-        self._pool.check()
+    def _supervise(self) -> None:
+        """Replace actors that are stuck, and raise what ends all waiting."""
+        self._raise_if_stopped()
+        self._pool.supervise()
 
-    def _check_stop(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self._stopped():
             raise RunNotRunningException

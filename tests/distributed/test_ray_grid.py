@@ -278,7 +278,7 @@ def test_a_message_that_expires_is_an_error(grid: RayGrid, tmp_path: Path) -> No
     assert grid.pull_messages([late]) == []
 
 
-def test_a_wish_to_stop_ends_all_waiting(ray_cluster: None, apps: Path, tmp_path: Path) -> None:
+def test_a_stop_request_ends_all_waiting(ray_cluster: None, apps: Path, tmp_path: Path) -> None:
     import ray
 
     stop = threading.Event()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from federated.launch.actor_pool import ActorOptions
-from federated.launch.app import read_app, run_app
+from federated.launch.app import FlowerApp, read_app, run_app
 from raytrain.errors import RecipeError
 
 DATA = Path(__file__).parent / "data"
@@ -30,6 +30,14 @@ def test_the_quickstart_learns_the_same_on_any_number_of_actors(ray_cluster: Non
 def test_an_app_with_client_fn_and_server_fn_runs(ray_cluster: None, workplace: Path) -> None:
     run_app(read_app(DATA / "flower_legacy"), 3, ActorOptions(1, cpus=0.5))
     assert Path("final.txt").read_text() == f"2 {[0.984375] * 2}", "each round goes 7/8 of the way to the mean, 1"
+
+
+def test_an_app_that_draws_when_it_is_imported_draws_the_same_in_each_actor(workplace: Path) -> None:
+    (workplace / "drawn.py").write_text("import random\nclient = random.random()\n")
+    app = FlowerApp(workplace, "drawn:server", "drawn:client", {})
+    first = app.load_client(3).client
+    del sys.modules["drawn"]
+    assert app.load_client(3).client == first
 
 
 def test_a_folder_that_is_no_app_is_refused(workplace: Path) -> None:

@@ -6,7 +6,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federated.flower.envelope import duplicate, message_of, reply_to, stamped
+from federated.flower.envelope import duplicate, message_of, reply_to, stamp
 from federated.flower.identity import assume_identity
 
 
@@ -19,7 +19,7 @@ def sent(node: int = 7, group: str = "3", ttl: float = 60.0) -> Message:
 @given(node=st.integers(0, 2**63), group=st.text(), ttl=st.floats(1, 1e6))
 def test_a_copy_has_the_metadata_of_the_message(node: int, group: str, ttl: float) -> None:
     message = sent(node, group, ttl)
-    fields = stamped(message, "17")
+    fields = stamp(message, "17")
     copy = message_of(dict(fields), message.content)
     assert message.metadata.message_id == "17"
     assert copy.metadata == message.metadata
@@ -29,7 +29,7 @@ def test_a_copy_has_the_metadata_of_the_message(node: int, group: str, ttl: floa
 
 def test_a_reply_is_what_flower_would_have_made_of_it() -> None:
     message = sent()
-    fields = stamped(message, "17")
+    fields = stamp(message, "17")
     content = RecordDict({"metrics": MetricRecord({"loss": 1.0})})
     theirs, ours = Message(content, reply_to=message), reply_to(fields, content, time.time())
     assert ours.metadata.message_id == "17-reply"

@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federated.flower.envelope import stamped
+from federated.flower.envelope import stamp
 from federated.flower.identity import assume_identity
 from federated.launch.contents import Content
 from federated.launch.outbox import Outbox, Pending
@@ -20,10 +20,10 @@ from federated.launch.outbox import Outbox, Pending
 def pending(nodes: Sequence[int], ttl: float = 100.0) -> list[Pending]:
     assume_identity(run_id=1)
     sent = [Message(RecordDict(), dst_node_id=node, message_type="train", ttl=ttl) for node in nodes]
-    return [Pending(stamped(message, str(place)), Content({}, None)) for place, message in enumerate(sent)]
+    return [Pending(stamp(message, str(place)), Content({}, None)) for place, message in enumerate(sent)]
 
 
-def look() -> None:
+def go_on() -> None:
     """Do not end the waiting."""
 
 
@@ -71,7 +71,7 @@ def test_each_message_is_answered_once_and_each_clients_in_order(
         thread.start()
     outbox.post(messages)
     ids = [message.id for message in messages]
-    outbox.wait(ids, 60, look)
+    outbox.wait(ids, 60, go_on)
     replies = outbox.collect(ids)
     outbox.close()
     for thread in threads:
@@ -136,7 +136,7 @@ def test_what_is_not_answered_in_time_is_given_up() -> None:
     outbox.post(messages)
     answer(outbox, outbox.take(1))
     held = outbox.take(1)
-    outbox.wait([message.id for message in messages], 0.05, look)
+    outbox.wait([message.id for message in messages], 0.05, go_on)
     assert [message.given_up_at is None for message in messages] == [True] + [False] * 5
     answer(outbox, held)
     assert len(outbox.collect([message.id for message in messages])) == 1

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from federated.flower.envelope import stamped
+from federated.flower.envelope import stamp
 from federated.flower.identity import assume_identity
 from federated.flower.seeding import SeededClient, global_seed
 
@@ -37,7 +37,7 @@ def test_a_client_draws_the_same_for_a_message_whatever_came_before() -> None:
     seeded = SeededClient(client, seed=3)
     for number in ("1", "2", "1"):
         message = Message(RecordDict(), dst_node_id=2, message_type="train")
-        stamped(message, number)
+        stamp(message, number)
         draw()
         seeded(message, Context(1, 2, {}, RecordDict(), {}))
     assert drawn[0] == drawn[2]
