@@ -6,9 +6,8 @@ metadata of a reply from those of the message that it answers. This relies on th
 
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, Metadata, MetricRecord, RecordDict
+from flwr.app import Error, Message, Metadata, RecordDict
 
-Record = ArrayRecord | MetricRecord | ConfigRecord
 Fields = dict[str, Any]
 """The instance dictionary of a message's `Metadata`."""
 
@@ -58,20 +57,3 @@ def reply_to(fields: Fields, content: RecordDict | Error, created_at: float) -> 
         "_ttl": fields["_created_at"] + fields["_ttl"] - created_at,
     }
     return message_of(reply, content)
-
-
-def duplicate(content: RecordDict) -> RecordDict:
-    """Return a copy of a content and of its records, so that a client can set, pop and empty them for itself."""
-    copy = content.copy()
-    for name, record in content.items():
-        copy[name] = duplicate_record(record)
-    return copy
-
-
-def duplicate_record(record: Record) -> Record:
-    """Return a copy of a record and of its lists; arrays and bytes, which nobody changes in place, are shared."""
-    copy: Record = record.copy()
-    for key, value in record.items():
-        if isinstance(value, list):
-            copy[key] = list(value)  # type: ignore[assignment]
-    return copy

@@ -16,14 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from federated.launch.client_actor import (
-    FIRST_NODE,
-    MAX_BATCH_SECONDS,
-    ClientActor,
-    ClientFactory,
-    Outcome,
-    Population,
-)
+from federated.launch.client_actor import FIRST_NODE, ClientActor, ClientFactory, Outcome, Population
 from federated.launch.outbox import LOOK_SECONDS, Outbox, Pending
 from raytrain.errors import RecipeError
 
@@ -206,15 +199,14 @@ class ActorThread(threading.Thread):
 
     def run(self) -> None:
         """Serve until the outbox is closed; an exception waits for `supervise`."""
-        limit = 1
+        paces: dict[str, float] = {}  # in which the sending of messages and answers is included
         try:
-            while messages := self._outbox.take(max(1, limit)):
+            while messages := self._outbox.take(paces):
                 self._held, began = messages, time.monotonic()
                 outcome = self._serve(messages)
                 self._held, seconds = (), time.monotonic() - began
                 self._outbox.answer(messages, outcome.answers, outcome.states)
-                done = len(outcome.answers)
-                limit = max(limit, 2 * done) if seconds < MAX_BATCH_SECONDS else int(done * MAX_BATCH_SECONDS / seconds)
+                paces[messages[0].type] = len(outcome.answers) / seconds
         except Exception as error:  # whatever it is: without this thread, messages would be waited for without end
             self._failure = error
 

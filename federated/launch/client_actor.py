@@ -12,14 +12,15 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, SUPERLINK_NODE_ID, ErrorCode
 
-from federated.flower.envelope import Fields, duplicate, message_of
+from federated.flower.envelope import Fields, message_of
 from federated.flower.identity import assume_identity
+from federated.flower.records import FlatContent, flatten_all, restore
 from federated.launch.contents import Content, Unpacker
 from raytrain.errors import RecipeError
 from raytrain.names import place_of, resolve
 
 FIRST_NODE = SUPERLINK_NODE_ID + 1
-MAX_BATCH_SECONDS = 0.25
+MIN_BATCH_SECONDS, MAX_BATCH_SECONDS = 0.02, 0.25
 MAX_REASON_CHARACTERS = 2000
 
 Client = Callable[[Message, Context], Message]
@@ -63,7 +64,11 @@ class Batch:
 
     fields: list[Fields]
     contents: list[Content]
-    states: dict[int, RecordDict]
+    states: dict[int, FlatContent]
+
+
+Answer = FlatContent | Error
+"""What a client answered: records, or the error in their place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,8 @@ class Outcome:
         states: node -> what its client has left in `context.state`, for those that have or had something there.
     """
 
-    answers: list[RecordDict | Error] = field(default_factory=list)
-    states: dict[int, RecordDict] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    states: dict[int, FlatContent] = field(default_factory=dict)
 
 
 class ClientActor:
@@ -113,22 +118,22 @@ class ClientActor:
         for fields, content in zip(batch.fields, batch.contents, strict=True):
             if outcome.answers and time.monotonic() > end:
                 break
-            outcome.answers.append(self._answer(fields, duplicate(contents[id(content)]), batch, outcome))
+            outcome.answers.append(self._answer(fields, restore(contents[id(content)]), batch, outcome))
         return outcome
 
-    def _answer(self, fields: Fields, content: RecordDict, batch: Batch, outcome: Outcome) -> RecordDict | Error:
+    def _answer(self, fields: Fields, content: RecordDict, batch: Batch, outcome: Outcome) -> Answer:
         """Return the answer of a client to a message."""
         node: int = fields["_dst_node_id"]
         before = batch.states.get(node)
         assume_identity(fields["_run_id"], node)
         try:
-            state = RecordDict() if before is None else duplicate(before)
-            context = self._population.context(fields["_run_id"], node, state)
+            context = self._population.context(fields["_run_id"], node, restore(before or {}))
             answer = _content_of(self._client(message_of(fields, content), context), node)
+            state = flatten_all(context.state)
         except (Exception, SystemExit) as error:
             return client_error(node, error)
-        if context.state or before is not None:
-            batch.states[node] = outcome.states[node] = context.state
+        if state or before is not None:
+            batch.states[node] = outcome.states[node] = state
         return answer
 
 
@@ -139,11 +144,11 @@ def client_error(node: int, error: BaseException) -> Error:
     return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
 
 
-def _content_of(reply: Any, node: int) -> RecordDict | Error:
+def _content_of(reply: Any, node: int) -> Answer:
     """Return what a client answered, apart from what it may use again for the next one."""
     if not isinstance(reply, Message):
         return client_error(node, TypeError(f"expected a Message in return; got {type(reply).__name__}"))
-    return reply.error if reply.has_error() else duplicate(reply.content)
+    return reply.error if reply.has_error() else flatten_all(reply.content)
 
 
 def _load(factory: ClientFactory) -> Client:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ray
 from flwr.app import RecordDict
 
-from federated.flower.envelope import Record, duplicate_record
+from federated.flower.records import FlatContent, FlatRecord, Record, flatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,7 +19,7 @@ class Content:
         shared: what the object store has: a list of shared records; None: nothing.
     """
 
-    records: Mapping[str, Record | int]
+    records: Mapping[str, FlatRecord | int]
     shared: ray.ObjectRef | None
 
 
@@ -40,10 +40,10 @@ def pack(contents: Sequence[RecordDict]) -> dict[int, Content]:
             records[id(record)] = record
     shared = [key for key in records if counts[key] > 1]
     places = {key: place for place, key in enumerate(shared)}
-    ref = ray.put([records[key] for key in shared]) if shared else None
+    ref = ray.put([flatten(records[key]) for key in shared]) if shared else None
 
-    def reference(record: Record) -> Record | int:
-        return places[id(record)] if id(record) in places else duplicate_record(record)
+    def reference(record: Record) -> FlatRecord | int:
+        return places[id(record)] if id(record) in places else flatten(record)
 
     return {
         key: Content({name: reference(record) for name, record in content.items()}, ref)
@@ -55,15 +55,15 @@ class Unpacker:
     """Gives contents their records back, and keeps what is shared for as long as messages refer to it."""
 
     def __init__(self) -> None:
-        self._shared: dict[ray.ObjectRef, list[Record]] = {}
+        self._shared: dict[ray.ObjectRef, list[FlatRecord]] = {}
 
-    def unpack(self, contents: Sequence[Content]) -> dict[int, RecordDict]:
+    def unpack(self, contents: Sequence[Content]) -> dict[int, FlatContent]:
         """Return the records of contents, by the `id` of each."""
         distinct = {id(content): content for content in contents}
         refs = {content.shared for content in distinct.values() if content.shared is not None}
         self._shared = {ref: self._shared[ref] if ref in self._shared else ray.get(ref) for ref in refs}
-        return {key: RecordDict(self._records(content)) for key, content in distinct.items()}
+        return {key: self._records(content) for key, content in distinct.items()}
 
-    def _records(self, content: Content) -> dict[str, Record]:
+    def _records(self, content: Content) -> FlatContent:
         shared = self._shared.get(content.shared, [])
         return {name: shared[record] if isinstance(record, int) else record for name, record in content.records.items()}

@@ -4,14 +4,15 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
 from federated.flower.envelope import Fields, reply_to
-from federated.launch.client_actor import FIRST_NODE, Batch
+from federated.flower.records import FlatContent, restore
+from federated.launch.client_actor import FIRST_NODE, MAX_BATCH_SECONDS, MIN_BATCH_SECONDS, Answer, Batch
 from federated.launch.contents import Content
 
 LOOK_SECONDS = 0.25
@@ -36,6 +37,12 @@ class Pending:
         """Return the message's id."""
         message_id: str = self.fields["_message_id"]
         return message_id
+
+    @property
+    def type(self) -> str:
+        """Return the type of the message."""
+        message_type: str = self.fields["_message_type"]
+        return message_type
 
     @property
     def node(self) -> int:
@@ -66,7 +73,7 @@ class Outbox:
         self._pending: dict[str, Pending] = {}
         self._replies: dict[str, Message] = {}
         self._served: set[int] = set()  # the nodes whose clients an actor has now
-        self._states: dict[int, RecordDict] = {}
+        self._states: dict[int, FlatContent] = {}
         self.closed = False
 
     def post(self, messages: Sequence[Pending]) -> None:
@@ -76,46 +83,60 @@ class Outbox:
             self._queue.extend(messages)
             self._changed.notify_all()
 
-    def take(self, limit: int) -> list[Pending]:
+    def take(self, paces: Mapping[str, float]) -> list[Pending]:
         """Return the next messages for an actor, as soon as there is one; none when the outbox is closed.
 
-        An actor gets a share of what is left that shrinks with it, so that all of them end at about the same time
-        (guided self-scheduling, Polychronopoulos and Kuck 1987).
-
         Args:
-            limit: the most that it can serve at once.
+            paces: type of message -> how many the actor serves in a second, as far as that is known.
         """
         with self._changed:
             while not self.closed:
-                share = -(-len(self._queue) // (2 * self._actors))
-                if batch := self._next(min(limit, share)):
+                if batch := self._next(paces):
                     return batch
                 self._changed.wait()
         return []
 
-    def _next(self, size: int) -> list[Pending]:
-        """Return the first messages that are still wanted and whose clients no other actor serves."""
+    def _next(self, paces: Mapping[str, float]) -> list[Pending]:
+        """Return the first messages that are of one type, still wanted, and whose clients no other actor serves."""
         batch: list[Pending] = []
         aside: list[Pending] = []
-        now = time.time()
-        while self._queue and len(batch) < size:
+        now, size, queued = time.time(), 1, len(self._queue)
+        while self._queue and len(batch) < size and (not batch or self._queue[0].type == batch[0].type):
             message = self._queue.popleft()
-            if message.given_up_at is None and message.expired(now):
-                self._expire(message, now)
-            elif message.given_up_at is None:
+            if self._wanted(message, now):
                 (aside if message.node in self._served else batch).append(message)
+            if len(batch) == 1:
+                size = self._size(paces.get(batch[0].type, 0.0), queued)
         self._queue.extendleft(reversed(aside))
         self._served.update(message.node for message in batch)
         return batch
+
+    def _size(self, pace: float, queued: int) -> int:
+        """Return how many messages to hand to an actor at once.
+
+        It is a share of the queue, and so shrinks with it, so that all actors end at about the same time (guided
+        self-scheduling, Polychronopoulos and Kuck 1987). It is worth a call of the actor, and no more than a quarter of
+        a second's work, so that few replies wait for others, and few are lost with an actor.
+
+        Args:
+            pace: how many messages the actor serves in a second; 0: not known.
+            queued: how many messages wait.
+        """
+        share = -(-queued // (2 * self._actors))
+        return min(max(share, int(pace * MIN_BATCH_SECONDS)), 1 + int(pace * MAX_BATCH_SECONDS))
+
+    def _wanted(self, message: Pending, now: float) -> bool:
+        """Return whether a message is still waited for and valid at a Unix time, in seconds."""
+        if message.given_up_at is None and message.expired(now):
+            self._expire(message, now)
+        return message.given_up_at is None
 
     def batch_of(self, messages: Sequence[Pending]) -> Batch:
         """Return messages as an actor gets them."""
         states = {message.node: self._states[message.node] for message in messages if message.node in self._states}
         return Batch([message.fields for message in messages], [message.content for message in messages], states)
 
-    def answer(
-        self, messages: Sequence[Pending], answers: Sequence[RecordDict | Error], states: dict[int, RecordDict]
-    ) -> None:
+    def answer(self, messages: Sequence[Pending], answers: Sequence[Answer], states: dict[int, FlatContent]) -> None:
         """Keep the answers to messages, unless nobody waits for them any longer.
 
         Args:
@@ -125,7 +146,7 @@ class Outbox:
         """
         now, done = time.time(), len(answers)
         replies = {
-            message.id: reply_to(message.fields, answer, now)
+            message.id: reply_to(message.fields, answer if isinstance(answer, Error) else restore(answer), now)
             for message, answer in zip(messages[:done], answers, strict=True)
         }
         with self._changed:

@@ -35,13 +35,13 @@ Figures = dict[str, float]
 
 def load_clients() -> ClientApp:
     """Return clients that only answer."""
-    app = ClientApp()
+    app, up = ClientApp(), RecordDict({"up": ConfigRecord({"bytes": bytes(UP_BYTES)})})
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         if len(message.content["down"]["bytes"]) != DOWN_BYTES:
             raise ValueError("the message is not whole")
-        return Message(RecordDict({"up": ConfigRecord({"bytes": bytes(UP_BYTES)})}), reply_to=message)
+        return Message(up, reply_to=message)
 
     return app
 
@@ -55,38 +55,41 @@ def server(clients: int, asked: int, rounds: int, report: Callable[[Sequence[Fig
         while len(nodes := grid.get_node_ids()) < clients:
             time.sleep(0.1)
         nodes = nodes if isinstance(nodes, range) else list(nodes)
-        report([round_of(grid, random.sample(nodes, asked)) for _ in range(rounds + 1)][1:])
+        round_of(grid, random.sample(nodes, asked), [])
+        actors = actors_of(psutil.Process())
+        report([round_of(grid, random.sample(nodes, asked), actors) for _ in range(rounds)])
 
     return app
 
 
-def round_of(grid: Grid, nodes: Iterable[int]) -> Figures:
+def round_of(grid: Grid, nodes: Iterable[int], actors: Sequence[psutil.Process]) -> Figures:
     """Ask clients, and return what it took."""
-    before, began = processor_seconds(), time.perf_counter()
+    actors_before = processor_seconds(actors)
+    before, began = time.process_time(), time.perf_counter()
     content = RecordDict({"down": ConfigRecord({"bytes": bytes(DOWN_BYTES)})})
     sent = [Message(content, dst_node_id=node, message_type="train") for node in nodes]
     replies = list(grid.send_and_receive(sent))
-    seconds = time.perf_counter() - began
+    seconds, driver = time.perf_counter() - began, time.process_time() - before
     if len(replies) != len(sent) or any(len(reply.content["up"]["bytes"]) != UP_BYTES for reply in replies):
         raise RuntimeError("a reply is not whole")
-    after = processor_seconds()
-    return {"seconds": seconds, **{key: after[key] - before[key] for key in after}, "bytes": resident_bytes()}
+    resident = sum(process.memory_info().rss for process in [psutil.Process(), *actors])
+    return {
+        "seconds": seconds,
+        "driver": driver,
+        "actors": processor_seconds(actors) - actors_before,
+        "bytes": resident,
+    }
 
 
-def actors() -> list[psutil.Process]:
-    """Return the processes of this one's actors."""
-    return [child for child in psutil.Process().children(recursive=True) if "Actor" in "".join(child.cmdline()[:1])]
+def actors_of(driver: psutil.Process) -> list[psutil.Process]:
+    """Return the processes of a driver's actors."""
+    return [child for child in driver.children(recursive=True) if "Actor" in "".join(child.cmdline()[:1])]
 
 
-def processor_seconds() -> Figures:
-    """Return the processor time of the driver and of the actors until now."""
-    times = [process.cpu_times() for process in actors()]
-    return {"driver": time.process_time(), "actors": sum(each.user + each.system for each in times)}
-
-
-def resident_bytes() -> int:
-    """Return the memory of the driver and of the actors."""
-    return sum(process.memory_info().rss for process in [psutil.Process(), *actors()])
+def processor_seconds(processes: Iterable[psutil.Process]) -> float:
+    """Return the processor time of processes until now."""
+    times = [process.cpu_times() for process in processes]
+    return sum(each.user + each.system for each in times)
 
 
 def measure(engine: str, clients: int, asked: int, rounds: int) -> None:

@@ -20,6 +20,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import strategy
 from flwr.supercore.run import RunNotRunningException
 
+from federated.flower.records import flatten, restore
 from federated.flower.seeding import global_seed
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.contents import Unpacker, pack
@@ -168,9 +169,9 @@ def test_what_messages_share_is_in_the_object_store_once(ray_cluster: None) -> N
     assert [packed[id(content)].records["arrays"] for content in (one, other)] == [0, 0]
     assert packed[id(one)].shared == packed[id(other)].shared
     assert packed[id(one)].records["config"] == 1
-    assert packed[id(other)].records["config"] == {"lr": 0.2}
+    assert packed[id(other)].records["config"] == flatten(ConfigRecord({"lr": 0.2}))
     unpacked = Unpacker().unpack(list(packed.values()))
-    assert [unpacked[id(packed[id(content)])] for content in (one, other)] == [one, other]
+    assert [restore(unpacked[id(packed[id(content)])]) for content in (one, other)] == [one, other]
     alone = RecordDict({"config": ConfigRecord()})
     assert pack([alone])[id(alone)].shared is None, "one reader needs no object store"
 

@@ -2,11 +2,11 @@
 
 import time
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federated.flower.envelope import duplicate, message_of, reply_to, stamp
+from federated.flower.envelope import message_of, reply_to, stamp
 from federated.flower.identity import assume_identity
 
 
@@ -43,17 +43,3 @@ def test_a_reply_is_what_flower_would_have_made_of_it() -> None:
     assert ours.deflate() == theirs.deflate(), "so it is one for all of Flower"
     failed = reply_to(fields, Error(2, "no data"), 0.0)
     assert (failed.has_content(), failed.error.reason) == (False, "no data")
-
-
-def test_a_duplicate_can_be_emptied() -> None:
-    array = Array("float32", (1,), "numpy.ndarray", b"1234")
-    content = RecordDict({"arrays": ArrayRecord({"w": array}), "config": ConfigRecord({"names": ["a"], "raw": b"x"})})
-    copy = duplicate(content)
-    assert copy == content
-    assert copy["arrays"]["w"] is content["arrays"]["w"], "arrays are not copied"
-    copy["config"]["names"].append("b")
-    copy["config"]["raw"] = b"y"
-    copy["arrays"].clear()
-    del copy["arrays"]
-    assert dict(content["config"]) == {"names": ["a"], "raw": b"x"}
-    assert content["arrays"]["w"] == array
