@@ -9,11 +9,13 @@ have many clients of which 1,000 take part in a round; the others are idle.
 """
 
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -99,7 +101,11 @@ def measure(engine: str, clients: int, asked: int, rounds: int) -> None:
         from flwr.simulation import run_simulation
 
         resources = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": ACTORS}}
-        run_simulation(app, load_clients(), clients, backend_config=resources)
+        try:
+            run_simulation(app, load_clients(), clients, backend_config=resources)
+        except RuntimeError:
+            traceback.print_exc()
+            os._exit(1)  # past the thread of the server, which waits for clients for ever
         return
     from federated.launch.actor_pool import ActorOptions
     from federated.launch.app import serve
