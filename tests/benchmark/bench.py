@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("ray", "torch", "transformers", "numpy", "triton")
+PACKAGES = ("ray", "torch", "transformers", "numpy", "triton", "flwr")
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -35,7 +35,12 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the arguments, with the environment set for what the benchmark starts."""
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", HF_HUB_OFFLINE="1")
+    os.environ.update(
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+        FLWR_TELEMETRY_ENABLED="0",
+        HF_HUB_OFFLINE="1",
+    )
     return parser.parse_args()
 
 

@@ -1,0 +1,156 @@
+"""Flower's strategies, all in one `ServerApp`, for `test_ray_grid.py`.
+
+    python flower_strategies.py RESULTS.json
+
+runs some of them on Flower's own simulation, and writes what they lead to.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flower_clients import TREES, client
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp, strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.simulation import run_simulation
+from flwr.supercore.run import Run
+
+from federated.flower.identity import assume_identity
+from federated.flower.seeding import global_seed
+
+CLIENTS = 9
+ROUNDS = 2
+ALL = {"min_available_nodes": CLIENTS, "fraction_evaluate": 0.0}
+DP = {"noise_multiplier": 0.1, "num_sampled_clients": CLIENTS}
+WRAPPERS = {
+    "DifferentialPrivacyServerSideFixedClipping": {"clipping_norm": 0.3},
+    "DifferentialPrivacyServerSideAdaptiveClipping": {},
+    "DifferentialPrivacyClientSideFixedClipping": {"clipping_norm": 0.3},
+    "DifferentialPrivacyClientSideAdaptiveClipping": {},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "FedAvg": {"fraction_evaluate": 1.0},
+    "FedProx": {"proximal_mu": 0.1},
+    "FedAdam": {},
+    "FedYogi": {},
+    "FedAdagrad": {},
+    "FedAvgM": {"server_momentum": 0.5},
+    "FedMedian": {},
+    "FedTrimmedAvg": {},
+    "Krum": {"num_malicious_nodes": 1},
+    "MultiKrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 3},
+    "Bulyan": {"num_malicious_nodes": 1},
+    "QFedAvg": {"client_learning_rate": 0.1},
+    "FedXgbBagging": {},
+    "FedXgbCyclic": {},
+}
+NAMES = [*OPTIONS, *WRAPPERS]
+ON_FLOWERS_OWN = ["FedAvg", "FedAdam", "Krum", "DifferentialPrivacyClientSideFixedClipping"]
+
+
+def strategy_of(name: str) -> Strategy:
+    if name in WRAPPERS:
+        return getattr(strategy, name)(FedAvg(**ALL), **DP, **WRAPPERS[name])
+    return getattr(strategy, name)(**{**ALL, **OPTIONS[name]})
+
+
+def mods_of(name: str) -> str:
+    return "none" if "ClientSide" not in name else "fixed" if "Fixed" in name else "adaptive"
+
+
+def follow(name: str, grid: Grid) -> dict[str, Any]:
+    """Return what a strategy leads to."""
+    arrays = [np.frombuffer(TREES, np.uint8)] if "Xgb" in name else [np.zeros(4), np.ones(2)]
+    with global_seed(7):
+        return outcome(strategy_of(name), ArrayRecord(arrays), grid, mods_of(name))
+
+
+def outcome(way: Strategy, arrays: ArrayRecord, grid: Grid, mods: str = "none") -> dict[str, Any]:
+    config = ConfigRecord({"mods": mods})
+    result = way.start(grid, arrays, num_rounds=ROUNDS, train_config=config, evaluate_config=ConfigRecord())
+    return {
+        "arrays": [array.tolist() for array in result.arrays.to_numpy_ndarrays()],
+        "trained": [dict(record) for record in result.train_metrics_clientapp.values()],
+        "evaluated": [dict(record) for record in result.evaluate_metrics_clientapp.values()],
+    }
+
+
+def add_up_by_partition(grid: Grid) -> list[Any]:
+    """Return the mean of clients, which are known and added up by their partition, after some rounds."""
+    nodes = list(grid.get_node_ids())
+    replies = ask(grid, "query.who", nodes, RecordDict())
+    node_of = {reply.content["answer"]["partition"]: reply.metadata.src_node_id for reply in replies}
+    arrays = ArrayRecord([np.zeros(4), np.ones(2)])
+    for number in range(3):
+        some = [node_of[partition] for partition in sorted(node_of) if partition % 3 != number]
+        replies = ask(grid, "train", some, RecordDict({"arrays": arrays, "config": ConfigRecord()}))
+        replies.sort(key=lambda reply: reply.content["metrics"]["partition"])
+        found = [reply.content["arrays"].to_numpy_ndarrays() for reply in replies]
+        arrays = ArrayRecord([sum(each) / len(found) for each in zip(*found, strict=True)])
+    return [array.tolist() for array in arrays.to_numpy_ndarrays()]
+
+
+def ask(grid: Grid, kind: str, nodes: Iterable[int], content: RecordDict) -> list[Message]:
+    return list(grid.send_and_receive([Message(content, dst_node_id=node, message_type=kind) for node in nodes]))
+
+
+class Here(Grid):
+    """Calls clients in this process, one after the other."""
+
+    def __init__(self) -> None:
+        self.set_run(Run.create_empty(1))
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+        assume_identity(run.run_id)
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def get_node_ids(self) -> list[int]:
+        return list(range(2, 2 + CLIENTS))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return [self.reply(deepcopy(message)) for message in messages]
+
+    def reply(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        return client(message, Context(1, node, {"partition-id": node - 2}, RecordDict(), {}))
+
+    def create_message(self, *arguments: Any) -> Message:
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        raise NotImplementedError
+
+
+def main(write: Callable[[str], Any]) -> None:
+    server = ServerApp()
+
+    @server.main()
+    def serve(grid: Grid, context: Context) -> None:
+        results = {name: follow(name, grid) for name in ON_FLOWERS_OWN}
+        write(json.dumps({**results, "by partition": add_up_by_partition(grid)}))
+
+    resources = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 2}}
+    try:
+        run_simulation(server, client, CLIENTS, backend_config=resources)
+    except RuntimeError:
+        traceback.print_exc()
+        os._exit(1)  # past the thread of the server, which waits for clients for ever
+
+
+if __name__ == "__main__":
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    main(Path(sys.argv[1]).write_text)
