@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bench import arguments, finish, median_and_interval, parse
+from bench import arguments, finish, median_and_interval
+from measured import FIRST_STEP
 
 HERE = Path(__file__).resolve()
 STEPS = 6
@@ -43,7 +44,7 @@ def bare(workers: int, address: str | None) -> None:
     scaling = ray.train.ScalingConfig(num_workers=workers)
     with tempfile.TemporaryDirectory() as folder:
         run = ray.train.RunConfig(storage_path=folder)
-        config = {"note": os.environ["STARTUP_NOTE"]}
+        config = {"note": str(FIRST_STEP)}
         torch_config = TorchConfig(backend="gloo")
         trainer = TorchTrainer(
             bare_loop, train_loop_config=config, torch_config=torch_config, scaling_config=scaling, run_config=run
@@ -73,8 +74,8 @@ def bare_loop(config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def head() -> Iterator[str]:
-    """Run a Ray cluster of this machine inside the `with` block, and yield its address."""
+def head() -> Iterator[tuple[str, int]]:
+    """Run a Ray cluster of this machine inside the `with` block, and yield its address and its process."""
     from ray.util import get_node_ip_address  # noqa: PLC0415 - only here
 
     host = get_node_ip_address()  # for which Ray takes 127.0.0.1 too, wherever the cluster listens
@@ -88,7 +89,7 @@ def head() -> Iterator[str]:
     )
     try:
         wait_for(host, port)
-        yield f"{host}:{port}"
+        yield f"{host}:{port}", process.pid
     finally:
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess):
@@ -106,25 +107,7 @@ def wait_for(host: str, port: int) -> None:
     raise TimeoutError(f"nothing listens on port {port}")
 
 
-def cluster_cpu(address: str) -> float:
-    """Return the processor seconds of a cluster's processes, those that have ended included."""
-    port = int(address.rpartition(":")[2])
-    mine = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if f"--port={port}" in " ".join(_words(process))
-    ]
-    family = [each for process in mine for each in (process, *process.children(recursive=True))]
-    return sum(sum(each.cpu_times()[:4]) for each in {each.pid: each for each in family}.values())
-
-
-def _words(process: psutil.Process) -> list[str]:
-    with suppress(psutil.NoSuchProcess):
-        return process.cmdline()
-    return []
-
-
-def timed(name: str, workers: int, address: str) -> dict[str, float]:
+def timed(name: str, workers: int, address: str, cluster: int) -> dict[str, float]:
     """Run one of the commands, and return what `measure` prints, with the processor seconds of the cluster."""
     with tempfile.TemporaryDirectory() as folder:
         ours = [sys.executable, "-m", "raytrain", *RECIPE, f"workers={workers}", "--out", f"{folder}/run"]
@@ -135,11 +118,10 @@ def timed(name: str, workers: int, address: str) -> dict[str, float]:
             "TorchTrainer": theirs,
             "TorchTrainer on a cluster": [*theirs, address],
         }[name]
-        before = cluster_cpu(address)
+        also = cluster if "cluster" in name else 0
         ended = subprocess.run(
-            [sys.executable, str(HERE.with_name("measured.py")), *words],
+            [sys.executable, str(HERE.with_name("measured.py")), str(also), *words],
             cwd=HERE.parent,
-            env={**os.environ, "STARTUP_NOTE": f"{folder}/first-step"},
             capture_output=True,
             text=True,
             check=True,
@@ -147,8 +129,7 @@ def timed(name: str, workers: int, address: str) -> dict[str, float]:
         found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
         if found.pop("status"):
             raise RuntimeError(ended.stderr)
-        on_cluster = cluster_cpu(address) - before if "cluster" in name else 0.0
-        return {**found, "cpu": found["cpu"] + on_cluster}
+        return found
 
 
 def alone(*words: str) -> tuple[float, float]:
@@ -175,15 +156,15 @@ def rows_of(measured: dict[tuple[str, int], list[dict[str, float]]]) -> list[dic
 
 def main() -> None:
     """Measure and report."""
-    options = parse(arguments(__doc__.partition("\n")[0]))
+    options = arguments(__doc__.partition("\n")[0])
     turns, sizes = (1, (2,)) if options.quick else (3, (1, 2))
     names = ("ours", "TorchTrainer", "ours on a cluster", "TorchTrainer on a cluster")
     measured: dict[tuple[str, int], list[dict[str, float]]] = {(name, size): [] for size in sizes for name in names}
     imports, checks, lists = [], [], []
-    with head() as address:
+    with head() as (address, cluster):
         for _ in range(turns):
             for (name, size), runs in measured.items():
-                runs.append(timed(name, size, address))
+                runs.append(timed(name, size, address, cluster))
             imports.append(alone("-c", IMPORTS)[0])
             checks.append(alone("-m", "raytrain", "check", "digits")[1])
             lists.append(alone("-m", "raytrain", "list")[1])
