@@ -21,7 +21,7 @@ from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from raytrain.cluster import own_cpus
 from raytrain.errors import RecipeError
-from raytrain.launch import start_ray
+from raytrain.launch import session
 from raytrain.names import near, resolve
 
 logger = logging.getLogger(__name__)
@@ -140,11 +140,8 @@ def ray_session(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    start_ray(address, own_cpus())
-    try:
+    with session(address, own_cpus()):
         yield
-    finally:
-        ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from raytrain.state import dumps, join, savable, split
 from raytrain.sync.exchange import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import build, task_of
+from raytrain.worker import build, plan_of, task_of
 from search.journal.ancestry import schedule
 from search.journal.journal import Journal
 from search.recipe import SearchRecipe
@@ -93,7 +93,7 @@ def train_segment(base: TrainRecipe, work: Work, packed: bytes | None) -> Segmen
         state = unpack(packed)
         load_state(replica, state["replica"], state["replica"], "the state")
         replica.progress = Progress(**{**state["progress"], "status": "running"})
-    plan = replace(recipe.plan(), steps=work.until, evaluate_every=0, checkpoint_every=0, patience=0)
+    plan = replace(plan_of(recipe), steps=work.until, evaluate_every=0, checkpoint_every=0, patience=0)
     progress = replica.progress
     walk = Walk(plan.seed, 0, progress.position, plan.batch, plan.steps - progress.step, plan.batch, plan.accumulate)
     metrics = Metrics(partial(evaluate, task, examples=task.data("valid"), batch=512, exchange=exchange))

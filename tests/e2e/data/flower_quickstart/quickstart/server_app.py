@@ -4,7 +4,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-
 from quickstart.task import Net
 
 app = ServerApp()
