@@ -42,10 +42,10 @@ def private_cluster() -> Iterator[dict[str, Any]]:
         }
         try:
             with environment(closed), _on_loopback():
-                _read_environment_anew()
+                read_environment_anew()
                 yield {"_temp_dir": str(Path(folder) / "ray"), "include_dashboard": False}
         finally:
-            _read_environment_anew()
+            read_environment_anew()
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _read_environment_anew() -> None:
+def read_environment_anew() -> None:
     """Let Ray forget what it read from the environment when it was imported: whether there is a token, and which."""
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")

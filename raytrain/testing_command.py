@@ -69,8 +69,11 @@ def _command(words: list[str], folder: str, environment: dict[str, str], output:
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["raytrain", *words]
-    from raytrain.command import main  # noqa: PLC0415 - who only starts it needs no command
+    # Who only starts it needs neither.
+    from raytrain.command import main  # noqa: PLC0415
+    from raytrain.private_cluster import read_environment_anew  # noqa: PLC0415
 
+    read_environment_anew()
     try:
         main()
     finally:
