@@ -5,16 +5,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from federated.channel import Channel
 from federated.client import ClientData, LocalTrainer
 from federated.evaluation import OwnExamples, evaluate_on, over_clients
-from federated.faults import FaultPlan
+from federated.faults import FaultPlan, FaultyChannel
 from federated.global_model import RoundRates
 from federated.partition import PARTITIONS, Partition
 from federated.protocols.protocol import PROTOCOLS, Protocol
 from federated.recipe import FederateRecipe
+from federated.rounds import Rounds
 from federated.sampling import Stream, fold_in, participants
 from federated.server import Participation, Server
-from federated.simulation import Simulation
+from federated.simulation import InProcessChannel
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
 from raytrain.model.adapters import adapt
@@ -136,6 +138,10 @@ class Federation:
         data = ClientData(self.task, self.task.data("train"), self.partition.indices)
         return LocalTrainer(self.model, protocol_of(self.recipe), data, self.recipe.zo)
 
-    def simulation(self, server: Server) -> Simulation:
-        """Return what plays the server's rounds in this process."""
-        return Simulation(server, self.trainer, FaultPlan(self.recipe.faults, self.recipe.seed))
+    def simulation(self, server: Server) -> Rounds:
+        """Return the server's rounds, all in this process."""
+        return self.rounds(server, InProcessChannel(self.trainer))
+
+    def rounds(self, server: Server, channel: Channel) -> Rounds:
+        """Return the server's rounds over a channel, with the recipe's faults."""
+        return Rounds(server, FaultyChannel(channel, FaultPlan(self.recipe.faults, self.recipe.seed)))

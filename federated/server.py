@@ -134,6 +134,10 @@ class Server:
         """The newest model; its version is the number of rounds that are done."""
         return self.history.model
 
+    def is_done(self) -> bool:
+        """Return whether all rounds of the schedule are done."""
+        return self.model.version == len(self.protocol.rates.lr)
+
     def check_origin(self, client: int, origin: str) -> None:
         """Refuse a client that begins with something else: it would add other directions to other weights.
 
@@ -150,7 +154,7 @@ class Server:
     def sample(self) -> CommunicationRound:
         """Begin the next round, with clients that follow from its number."""
         number = self.model.version
-        if number == len(self.protocol.rates.lr):
+        if self.is_done():
             raise RuntimeError(f"all {number} rounds are done")
         clients = participants(self.protocol.master, number, len(self.versions), self._participation.per_round)
         self.round = CommunicationRound(number, tuple(clients.tolist()))
