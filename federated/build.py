@@ -24,6 +24,7 @@ from raytrain.model.freezing import freeze
 from raytrain.names import resolve
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.zeroth import ZOSGD, ZerothOrder, space_of
+from raytrain.seeds.model import SeedModel
 from raytrain.task import TASKS, Task, make_task
 
 
@@ -126,6 +127,10 @@ class Federation:
             rows = [evaluate_on(task, self.model.module, examples, batch) for examples in own]
             metrics |= over_clients(rows, task)
         return metrics
+
+    def seed_model(self, server: Server) -> SeedModel:
+        """Return the server's model for others to read."""
+        return self.model.seed_model(server.model, server.protocol)
 
     def server(self) -> Server:
         """Return a server between rounds, as the run begins."""

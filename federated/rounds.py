@@ -1,6 +1,6 @@
 """The rounds of a run, over any channel: sample, ask, hear, aggregate, save."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 from federated.channel import Channel, NoReport
@@ -27,7 +27,7 @@ class Rounds:
         self,
         folder: Path,
         record: Callable[[CommunicationRound], None] = lambda done: None,  # noqa: ARG005
-    ) -> Iterator[CommunicationRound]:
+    ) -> Generator[CommunicationRound]:
         """Play a run to its end, from what a folder holds of it, and yield each round when it is saved.
 
         The folder gets `states`, and `reports.bin`, from which `round_log.replay` repeats the run.

@@ -64,7 +64,7 @@ class WorkingModel:
     def seed_model(self, model: GlobalModel, protocol: Protocol) -> SeedModel:
         """Return a model for others to read, from whom only w0 is asked."""
         seeds, coefficients = protocol.seeds_and_coefficients(model)
-        numbers = torch.from_numpy(coefficients)
+        numbers = torch.tensor(coefficients.tolist(), dtype=torch.float64)  # NumPy's, if empty, cannot be seen as bytes
         return SeedModel(self._space_digest, tuple(seeds.tolist()), numbers, self.space.mode, model.version)
 
 

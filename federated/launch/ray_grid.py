@@ -72,6 +72,10 @@ class RayGrid(Grid):
         """End the actors."""
         self._pool.close()
 
+    def end_actor(self, client: int) -> None:
+        """End an actor that may serve a client; another one takes its place when it has messages to serve."""
+        self._pool.end_actor(client)
+
     def set_run(self, run: Run) -> None:
         """Set the run, whose id the messages bear that this process constructs."""
         self._run = run
