@@ -16,7 +16,7 @@ from raytrain.optim.eager import eager
 from raytrain.optim.ema import averages
 from raytrain.optim.groups import parameter_groups
 from raytrain.optim.options import OptimizerOptions, with_rules
-from raytrain.optim.zeroth import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
+from raytrain.zeroth.optimizers import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
 
 FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
 """Optimizers with one kernel for a whole step on CPUs and GPUs, which is used unless optimizer.fused says otherwise."""

@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
+from raytrain.data.columns import Label
+from raytrain.data.readers import Unit
+from raytrain.data.records import CALLED, Location, absolute
 from raytrain.recipe import AbsolutePath, Options
-from raytrain.task import TaskOptions
-from raytrain.tasks.columns import Label
-from raytrain.tasks.readers import Unit
-from raytrain.tasks.sources import CALLED, Location, absolute
+from raytrain.tasks.task import TaskOptions
 
 HOLE = "{text}"
 
