@@ -3,16 +3,16 @@
 import hashlib
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from raytrain.errors import TrainingError
-from raytrain.tasks.task import Batch
 
 
-def moved(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+def moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return `batch` with its tensors on `device`, and those of floats as `dtype`; containers keep their shape."""
     if isinstance(batch, Tensor):
         return batch.to(device, dtype if batch.is_floating_point() else batch.dtype, non_blocking=True)

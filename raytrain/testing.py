@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raytrain.data.loader import Feeds, local_feed
 from raytrain.run.directory import RunDirectory
 from raytrain.run.watchdog import Watchdog
 from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Pending
 from raytrain.tasks.task import Task, TaskOptions
+from raytrain.training.loader import Feeds, local_feed
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
 from raytrain.training.worker import work

@@ -24,12 +24,12 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrain.data.loader import Batches, Feed, Generated, Indexed, Walk, indexed
 from raytrain.data.packing import decode, encode
 from raytrain.data.source import Generators, RayData
 from raytrain.errors import TrainingError
 from raytrain.registry import resolve
 from raytrain.tasks.task import TASKS, Task, TaskOptions, make_task, options_of_task
+from raytrain.training.loader import Batches, Feed, Generated, Indexed, Walk, indexed
 
 MOST_STEPS = 64  # that are sent together; more would spare nothing
 SEND_SECONDS = 0.05

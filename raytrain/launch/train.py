@@ -20,7 +20,6 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 import raytrain
-from raytrain.data.loader import Feeds, local_feed
 from raytrain.data.source import ActorSource
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.kinds import Order
@@ -40,6 +39,7 @@ from raytrain.run.directory import RunDirectory, elsewhere
 from raytrain.run.result import Result
 from raytrain.run.watchdog import kept_stack
 from raytrain.sync.transport import GroupTransport, LocalTransport
+from raytrain.training.loader import Feeds, local_feed
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.worker import work_watched
 

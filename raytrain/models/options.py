@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from raytrain.data.records import Location
 from raytrain.recipe import Options
 
 ADAPTERS: dict[str, str] = {
@@ -293,3 +294,23 @@ OPTIONS: dict[str, type[AdapterOptions]] = {
     "hra": HraOptions,
 }
 """Adapter -> its options."""
+
+
+HOLE = "{text}"
+
+
+class PretrainedOptions(Options):
+    """Which model, and how it computes.
+
+    Attributes:
+        model: a Hugging Face folder, a name on its hub, or "package:NAME", the folder that a Python package calls
+            MODEL_DIR.
+        fresh: start from random weights, and take only the architecture and the tokenizer from there.
+        dtype: of the parameters.
+        attention: how attention is computed: "sdpa", "eager", "flash_attention_2", ...; default: the model's choice.
+    """
+
+    model: Location = Field(min_length=1)
+    fresh: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: str = ""

@@ -16,7 +16,7 @@ from raytrain.data.records import is_local
 from raytrain.errors import RecipeError
 from raytrain.models.adapters import mark_new
 from raytrain.models.locate import folder_of
-from raytrain.tasks.options import PretrainedOptions
+from raytrain.models.options import PretrainedOptions
 
 Loader = Literal["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"]
 """What of transformers loads a folder."""

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from raytrain.data.collate import UNSCORED, Tokens, kept_logits, scored, token_losses
 from raytrain.errors import RecipeError
+from raytrain.models.options import HOLE
 from raytrain.models.pretrained import Pretrained
-from raytrain.tasks.options import HOLE
 
 
 class Words:

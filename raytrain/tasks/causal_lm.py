@@ -16,11 +16,11 @@ from raytrain.data.cache import Example, StoredExamples, length
 from raytrain.data.collate import scored, token_losses, token_weights
 from raytrain.data.columns import domain_of, text_of
 from raytrain.data.records import of_file
-from raytrain.data.splits import Part, Splits
 from raytrain.errors import RecipeError
 from raytrain.models.generation import continuations
 from raytrain.models.pretrained import Pretrained
 from raytrain.tasks.options import CausalLmOptions, Long
+from raytrain.tasks.splits import Part, Splits
 from raytrain.tasks.task import Task
 
 LENGTH = 512

@@ -15,13 +15,13 @@ from raytrain.data.cache import Example, StoredExamples, length
 from raytrain.data.collate import inputs
 from raytrain.data.columns import Label, domain_of, label_of, text_of
 from raytrain.data.records import Record, of_file
-from raytrain.data.splits import Part, Splits
 from raytrain.errors import RecipeError
 from raytrain.models import discriminant
 from raytrain.models.adapters import mark_new
 from raytrain.models.pretrained import Loader, Pretrained
 from raytrain.models.verbalizer import Words
 from raytrain.tasks.options import ClassifyOptions
+from raytrain.tasks.splits import Part, Splits
 from raytrain.tasks.task import Task
 from raytrain.tensors import moved, wide
 

@@ -12,12 +12,12 @@ from raytrain.data.cache import Example, StoredExamples, length
 from raytrain.data.collate import UNSCORED, Tokens, scored, token_losses, token_weights
 from raytrain.data.columns import column, domain_of, text_of, usual
 from raytrain.data.records import Record, of_file
-from raytrain.data.splits import Part, Splits
 from raytrain.errors import RecipeError
 from raytrain.models.chat_template import Chat, Message, checked
 from raytrain.models.generation import continuations, rouge_l
 from raytrain.models.pretrained import Pretrained
 from raytrain.tasks.options import InstructOptions
+from raytrain.tasks.splits import Part, Splits
 from raytrain.tasks.task import Examples, Task
 
 LENGTH = 1024

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from raytrain.data.loader import Feed
 from raytrain.errors import TrainingError
 from raytrain.optim.gradient_noise import add_noise
 from raytrain.sync.synchroniser import Totals
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Batch, Task
 from raytrain.tensors import moved, seed_step, weighed
+from raytrain.training.loader import Feed
 from raytrain.training.replica import Progress, Replica, Status
 from raytrain.zeroth.step import Zeroth, loss_of
 

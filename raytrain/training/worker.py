@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from raytrain.data.loader import Feeds, Walk, local_feed
 from raytrain.errors import RecipeError
 from raytrain.run.checkpoint import CheckpointStore, Manifest, load, reading
 from raytrain.run.directory import RunDirectory
@@ -22,6 +21,7 @@ from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.training.build import build, callbacks_of, plan_of, settled, zeroth_of
 from raytrain.training.callbacks import RunWatch, constants_of
 from raytrain.training.evaluation import evaluate
+from raytrain.training.loader import Feeds, Walk, local_feed
 from raytrain.training.loop import Plan, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica, load_state, progress_from

@@ -30,8 +30,13 @@ class ZerothOrder(Optimizer, ABC):
     expected step is s times as large and the probes see most of what is moved most.
     """
 
+    zeroth = True
     exact = False
     """Whether slopes are derivatives, and not differences."""
+    decides = False
+    """Whether it decides by a loss which way to go."""
+    hybrid = False
+    """Whether it takes gradients of some parameters."""
 
     def ratio(self, group: Mapping[str, Any]) -> float:
         """Return a group's learning rate over the shared one, as `make_optimizer` noted both.
@@ -78,6 +83,8 @@ class ZOSign(ZOSGD):
 
 class ZOConservative(ZOSGD):
     """Move against a direction, along it, or not at all, whichever has the least loss now (Zhang et al. 2024)."""
+
+    decides = True
 
     def decide(self, slopes: Slopes, rate: float, probe: Probe, loss: Loss) -> Slopes:
         """Try the three for each direction, from where the parameters are."""
@@ -165,6 +172,8 @@ class ZOAdam(Averaging):
 
 class ZOHybrid(ZerothOrder, AdamW):
     """AdamW on the parameters that directions.first_order names, as the last blocks; zo-sgd on all others."""
+
+    hybrid = True
 
     def __init__(
         self,

@@ -39,7 +39,6 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from raytrain.data.loader import local_feed
 from raytrain.overrides import merged
 from raytrain.run.directory import rows
 from raytrain.sync.averaging import ExactExchange
@@ -49,6 +48,7 @@ from raytrain.tasks.task import Task
 from raytrain.testing import train_each_with_gloo
 from raytrain.training.build import build, plan_of, task_of
 from raytrain.training.evaluation import evaluate
+from raytrain.training.loader import local_feed
 from raytrain.training.loop import Plan, backward, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from bench import arguments, finish
 
-from raytrain.data.loader import Feed, Walk, local_feed
 from raytrain.overrides import merged
 from raytrain.recipe import AbsolutePath
 from raytrain.tasks import corpus
 from raytrain.tasks.task import Task
 from raytrain.tasks.text import TextOptions, Window, _collate, _losses, _model
 from raytrain.training.build import task_of
+from raytrain.training.loader import Feed, Walk, local_feed
 from raytrain.training.recipe import TrainRecipe
 
 BATCH, BLOCK, ROW_BYTES = 12, 64, 2000

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from raytrain.data.loader import Walk, local_feed
 from raytrain.serialization import dumps, join, savable, split
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.training.build import build, plan_of, task_of
 from raytrain.training.evaluation import evaluate
+from raytrain.training.loader import Walk, local_feed
 from raytrain.training.loop import train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Progress, Replica, load_state, plain, state_of

@@ -12,7 +12,6 @@ import psutil
 import pytest
 import torch
 
-from raytrain.data.loader import Batches, Feed, Generated, Walk, local_feed
 from raytrain.errors import TrainingError
 from raytrain.kinds import Order
 from raytrain.overrides import merged
@@ -20,6 +19,7 @@ from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import rows
 from raytrain.testing import train_here, train_with_gloo
 from raytrain.training.build import task_of
+from raytrain.training.loader import Batches, Feed, Generated, Walk, local_feed
 from raytrain.training.recipe import TrainRecipe
 
 MINE = """

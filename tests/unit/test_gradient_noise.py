@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain.data.loader import Indexed
 from raytrain.optim.gradient_noise import add_noise
 from raytrain.run.directory import rows
 from raytrain.sync.averaging import ExactExchange
 from raytrain.testing import ThreadGroup, ThreadTransport, tiny, train_here
 from raytrain.training.build import build, plan_of
 from raytrain.training.evaluation import evaluate
+from raytrain.training.loader import Indexed
 from raytrain.training.loop import train
 from raytrain.training.recipe import TrainRecipe
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from raytrain.data.loader import Indexed
 from raytrain.data.sampler import Sampler
 from raytrain.errors import TrainingError
 from raytrain.optim.schedules import linear, rate
@@ -20,6 +19,7 @@ from raytrain.tensors import seed_step
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyOptions, tiny
 from raytrain.training.build import build
 from raytrain.training.evaluation import evaluate
+from raytrain.training.loader import Indexed
 from raytrain.training.loop import Plan, due, status, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Progress, Replica
