@@ -28,7 +28,8 @@ from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import train_here
 from raytrain.training.build import settled
-from raytrain.training.recipe import KIND, TrainRecipe
+from raytrain.training.kind import KIND
+from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import progress_from
 from raytrain.zeroth.replay import retrace
 from raytrain.zeroth.trajectory import Trajectory

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytrain.seeds import gpu
 from raytrain.seeds.directions import Space
+from raytrain.seeds.kernels import triton_gpu as gpu
 from raytrain.seeds.kernels.kernel import WEIGHT_BITS, Drawn, seeds_tensor
 from raytrain.seeds.kernels.reference import ReferenceKernel
 from raytrain.seeds.kernels.triton_gpu import NoGPUError, TritonKernel
