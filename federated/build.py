@@ -19,13 +19,13 @@ from federated.server import Participation, Server
 from federated.simulation import InProcessChannel
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
-from raytrain.model.adapters import adapt
-from raytrain.model.freezing import freeze
-from raytrain.names import resolve
+from raytrain.models.adapters import adapt
+from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
-from raytrain.optim.zeroth import ZOSGD, ZerothOrder, space_of
-from raytrain.seeds.model import SeedModel
-from raytrain.task import TASKS, Task, make_task
+from raytrain.registry import resolve
+from raytrain.seeds.seed_model import SeedModel
+from raytrain.tasks.task import TASKS, Task, make_task
+from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, space_of
 
 
 def task_of(recipe: FederateRecipe) -> Task:
@@ -127,6 +127,10 @@ class Federation:
             rows = [evaluate_on(task, self.model.module, examples, batch) for examples in own]
             metrics |= over_clients(rows, task)
         return metrics
+
+    def parameter_bytes(self) -> int:
+        """Return the size of the parameters that the run moves, which a gradient method would send."""
+        return sum(part.tensor.nbytes for part in self.model.space.parts)
 
     def seed_model(self, server: Server) -> SeedModel:
         """Return the server's model for others to read."""

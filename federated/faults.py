@@ -11,8 +11,8 @@ from pydantic import Field
 
 from federated.channel import Answer, Channel, NoReport
 from federated.sampling import Stream, fold_in
-from raytrain.names import resolve
 from raytrain.recipe import Section
+from raytrain.registry import resolve
 
 FAULTS: dict[str, str] = {
     "drop": "federated.faults:drop A client never answers.",

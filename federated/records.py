@@ -8,9 +8,9 @@ from typing import Any, Self
 from federated.server import CommunicationRound, Server
 from raytrain.files import AppendOnlyFile, write_whole
 from raytrain.json_files import to_json
-from raytrain.recorder import Recorder
-from raytrain.rundir import RunDirectory, rows
-from raytrain.seeds.model import SeedModel
+from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.metrics import Recorder
+from raytrain.seeds.seed_model import SeedModel
 
 ROUNDS, SEEDS = "rounds.jsonl", "seeds.safetensors"
 """In a run's folder: who was heard in each round, and the newest model that was evaluated."""
@@ -44,7 +44,7 @@ class RunRecords:
         self._folder, version = run.path, server.model.version
         done = [row for row in rows(run.metrics) if "valid" not in row and row["step"] <= version]
         before = done[-1] if done else {}
-        self._total = {name: before.get(name, 0) for name in ("bytes_down", "bytes_up", "messages")}
+        self._total = {name: before.get(name, 0) for name in ("bytes_down", "bytes_up", "payloads", "reports")}
         self._began = time.monotonic() - before.get("seconds", 0.0)
         self._recorder = Recorder(run, version, version, loggers)
         self._rounds = _kept(run.path / ROUNDS, version)
@@ -63,9 +63,8 @@ class RunRecords:
     def add(self, done: CommunicationRound) -> None:
         """Write the rows of a round that is aggregated and not yet saved."""
         self._rounds.write(f"{to_json(row_of(done))}\n".encode())
-        self._total["bytes_down"] += done.bytes_down
-        self._total["bytes_up"] += done.bytes_up
-        self._total["messages"] += done.messages
+        for name in self._total:
+            self._total[name] += getattr(done, name)
         self._recorder.write(
             {
                 "step": done.number + 1,

@@ -76,7 +76,8 @@ class CommunicationRound:
         refusals: why, of the first ones.
         bytes_down: of all payloads.
         bytes_up: of all reports.
-        messages: payloads and reports together.
+        payloads: how many were sent.
+        reports: how many came, whatever became of them.
     """
 
     number: int
@@ -89,7 +90,8 @@ class CommunicationRound:
     refusals: list[str] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0
-    messages: int = 0
+    payloads: int = 0
+    reports: int = 0
 
     def has(self, client: int) -> bool:
         """Return whether a client takes part."""
@@ -175,7 +177,7 @@ class Server:
         payload = self.history.payload(int(self.versions[client]), directions)
         going.asked.add(client)
         going.bytes_down += len(payload)
-        going.messages += 1
+        going.payloads += 1
         return payload
 
     def hear(self, client: int, data: bytes) -> Outcome:
@@ -187,7 +189,7 @@ class Server:
         """
         going = self._going()
         going.bytes_up += len(data)
-        going.messages += 1
+        going.reports += 1
         expected = ReportHeader(self.model.version, going.number, self.protocol.options.local_steps, examples=1)
         if client in going.asked and client not in going.heard and is_lost(data, expected, client):
             self.versions[client] = 0

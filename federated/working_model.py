@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from federated.global_model import GlobalModel
 from federated.protocols.protocol import Protocol
-from raytrain.bits import digest_of
-from raytrain.seeds.model import SeedModel
-from raytrain.seeds.probe import Probe
-from raytrain.seeds.replay import materialise
-from raytrain.seeds.space import Space
+from raytrain.seeds.directions import Space
+from raytrain.seeds.seed_model import SeedModel
+from raytrain.seeds.updates import materialise
+from raytrain.tensors import digest_of
+from raytrain.zeroth.perturbed import Probe
 
 
 class WorkingModel:
@@ -60,6 +60,15 @@ class WorkingModel:
             materialise(self._initial, self._coefficients, self._seeds, self._working)
         else:
             torch._foreach_copy_(self._working, self._round)
+
+    def set_to_seeds(self, model: SeedModel) -> nn.Module:
+        """Set the working copy to what `seed_model` returned, and return the module.
+
+        Raises:
+            RecipeError: it is a model of other first weights.
+        """
+        model.weights(self._initial, self._working, digest=self._space_digest)
+        return self.module
 
     def seed_model(self, model: GlobalModel, protocol: Protocol) -> SeedModel:
         """Return a model for others to read, from whom only w0 is asked."""

@@ -47,12 +47,7 @@ def load_clients(recipe: Mapping[str, Any], model: GlobalModel) -> TrainingClien
         RecipeError: the recipe does not fit the data or the model, or the server has other first weights.
     """
     parsed = FederateRecipe.parse(recipe)
-    torch.set_num_threads(threads(parsed))
+    torch.set_num_threads(parsed.threads())
     trainer = Federation.of(parsed, "cuda" if parsed.clients.gpus else "cpu").trainer()
     trainer.start_from(model)
     return TrainingClient(trainer)
-
-
-def threads(recipe: FederateRecipe) -> int:
-    """Return the threads of each process of a run, on which its sums depend to the bit."""
-    return max(1, int(recipe.clients.cpus))

@@ -10,21 +10,20 @@ import torch
 
 from federated.build import Federation
 from federated.flower.channel import GridChannel
-from federated.flower.client import load_clients, threads
+from federated.flower.client import load_clients
 from federated.launch.actor_pool import ActorOptions
-from federated.launch.app import ray_session
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
 from federated.records import RunRecords
 from federated.results import result_of
 from federated.rounds import STATES
 from federated.server import CommunicationRound, Server
-from raytrain.display import Display
 from raytrain.errors import RaytrainError, TrainingError
-from raytrain.kinds import Order, Result
-from raytrain.rundir import RunDirectory
-
-OWN = "local"
+from raytrain.kinds import Order
+from raytrain.launch.session import OWN, ray_session
+from raytrain.run.directory import RunDirectory
+from raytrain.run.progress import Display
+from raytrain.run.result import Result
 
 
 def run(recipe: FederateRecipe, order: Order) -> Result:
@@ -37,7 +36,7 @@ def run(recipe: FederateRecipe, order: Order) -> Result:
         TrainingError: the run failed; what was saved is in its folder.
     """
     directory = RunDirectory(order.out.absolute())
-    torch.set_num_threads(threads(recipe))
+    torch.set_num_threads(recipe.threads())
     federation = Federation.of(recipe)
     with directory.opened(resume=order.resume), Display(directory, recipe.rounds) as display:
         server = federation.server()

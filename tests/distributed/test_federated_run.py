@@ -1,29 +1,20 @@
 """Federated runs on Ray: equal to the simulation in plain Python, to the bit, whatever happens to the processes."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
-from federated.build import Federation, protocol_of
+from federated.build import Federation
 from federated.flower.channel import GridChannel
 from federated.flower.client import load_clients
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
-from federated.round_log import replay
-from federated.server import CommunicationRound, Server
+from federated.server import Server
 
 FIELDS: dict[str, Any] = {
     "kind": "federate",
