@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from federated.build import Federation, task_of, working_model_of
+from federated.checkpoint import newest_state
 from federated.recipe import FederateRecipe
 from federated.records import SEEDS
+from federated.rounds import STATES
 from federated.server import Server
 from raytrain.errors import CheckpointError
 from raytrain.recipe import read_toml
@@ -45,6 +47,7 @@ def result_of(federation: Federation, server: Server, run: RunDirectory, error: 
         steps=server.model.version,
         seconds=last.get("seconds", 0.0),
         bytes_sent=figures["bytes_down"] + figures["bytes_up"],
+        checkpoint=str(newest) if (newest := newest_state(run.path / STATES)) else "",
         figures=figures,
         error=error,
     )

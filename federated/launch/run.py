@@ -3,14 +3,17 @@
 import contextlib
 import threading
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
+from flwr.supercore.run import RunNotRunningException
 
-from federated.build import Federation
+from federated.build import Federation, task_of
 from federated.flower.channel import GridChannel
 from federated.flower.client import load_clients
+from federated.flower.preview import summary
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
@@ -22,8 +25,19 @@ from raytrain.errors import RaytrainError, TrainingError
 from raytrain.kinds import Order
 from raytrain.launch.session import OWN, ray_session
 from raytrain.run.directory import RunDirectory
-from raytrain.run.progress import Display
+from raytrain.run.progress import Display, Wording
 from raytrain.run.result import Result
+from raytrain.training.build import options_from_data
+
+
+def columns(row: Mapping[str, Any]) -> list[str]:
+    """Return what is shown of a round."""
+    return (
+        [f"heard {row['heard']}", f"{row['bytes_down']:,} B down  {row['bytes_up']:,} B up"] if "heard" in row else []
+    )
+
+
+WORDING = Wording("federate", "federating", "round", "the run ends after the round that is going on", columns)
 
 
 def run(recipe: FederateRecipe, order: Order) -> Result:
@@ -37,44 +51,50 @@ def run(recipe: FederateRecipe, order: Order) -> Result:
     """
     directory = RunDirectory(order.out.absolute())
     torch.set_num_threads(recipe.threads())
+    recipe = recipe.with_overrides(options_from_data(task_of(recipe), directory))
     federation = Federation.of(recipe)
-    with directory.opened(resume=order.resume), Display(directory, recipe.rounds) as display:
+    address = None if order.address in (None, OWN) else order.address
+    if address:
+        check_reachable(address)
+    with directory.opened(resume=order.resume), Display(directory, recipe.rounds, WORDING) as display:
         server = federation.server()
         server.resume(directory.path / STATES)
-        with ray_session(None if order.address in (None, OWN) else order.address):
+        display.say(summary(recipe, federation.partition))
+        with ray_session(address):
             directory.begin(recipe.to_toml())
-            playing = _play(federation, server, directory, display)
-        result = result_of(federation, server, directory, playing.error)
+            error = _play(federation, server, directory, display)
+        result = result_of(federation, server, directory, error)
         directory.write_result(result)
         display.finish(result)
-    if playing.error:
-        raise TrainingError(f"{playing.error}\nthe state after round {server.model.version} is in {directory.path}")
+    if error:
+        raise TrainingError(f"{error}\n{server.model.version} rounds are saved in {directory.path}")
     return result
 
 
-def _play(federation: Federation, server: Server, directory: RunDirectory, display: Display) -> "Playing":
-    """Play rounds while the display follows them, until the end or until the user stops them."""
+def _play(federation: Federation, server: Server, directory: RunDirectory, display: Display) -> str:
+    """Play rounds while the display follows them, until the end or until the user stops them; return what failed."""
     recipe, at_once = federation.recipe, threading.Event()
-    clients, options = recipe.clients, ActorOptions(recipe.clients.actors, recipe.clients.cpus, recipe.clients.gpus)
+    clients, faults = recipe.clients, recipe.faults
     factory = partial(load_clients, recipe.plain(), server.model)
-    with RayGrid(factory, len(server.versions), options, stopped=at_once.is_set, say=display.say) as grid:
-        directory.announce(recipe.to_toml(), server.model.version, [{"clients": clients.count}])
-        channel = GridChannel(grid, grid.get_node_ids(), recipe.faults.timeout_seconds, grid.end_actor)
-        records = RunRecords(
-            directory,
-            server,
-            partial(federation.evaluate, server),
-            partial(federation.seed_model, server),
-            every=recipe.evaluation.every,
+    options = ActorOptions(clients.actors, clients.cpus, clients.gpus)
+    records = RunRecords(
+        directory,
+        server,
+        partial(federation.evaluate, server),
+        partial(federation.seed_model, server),
+        every=recipe.evaluation.every,
+    )
+    with RayGrid(factory, len(server.versions), options, stopped=at_once.is_set, say=display.say) as grid, records:
+        channel = GridChannel(grid, grid.get_node_ids(), faults.timeout_seconds, grid.end_actor)
+        rounds = federation.rounds(server, channel).run(directory.path, records.add)
+        directory.announce(
+            recipe.to_toml(), server.model.version, [{"actors": grid.actors, "clients": len(server.versions)}]
         )
-        with records:
-            playing = Playing(
-                federation.rounds(server, channel).run(directory.path, records.add), directory.stop_requested
-            )
-            if not display.follow(playing.ended):
-                at_once.set()
+        playing = Playing(rounds, directory.stop_requested)
+        if not display.follow(playing.ended):
+            at_once.set()
             playing.ended.wait()
-    return playing
+    return playing.error
 
 
 class Playing(threading.Thread):
@@ -104,6 +124,8 @@ class Playing(threading.Thread):
                 for _ in rounds:
                     if self._stop_requested():
                         break
+        except RunNotRunningException:
+            pass  # a second Ctrl-C ended the round that was going on
         except RaytrainError as error:
             self.error = str(error)
         except Exception:
