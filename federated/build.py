@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from federated.global_model import RoundRates
 from federated.partition import PARTITIONS, Partition
 from federated.protocols.protocol import PROTOCOLS, Protocol
 from federated.recipe import FederateRecipe
+from federated.records import RunRecords
 from federated.rounds import Rounds
 from federated.sampling import Stream, fold_in, participants
 from federated.server import Participation, Server
@@ -23,6 +25,7 @@ from raytrain.models.adapters import adapt
 from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.registry import resolve
+from raytrain.run.directory import RunDirectory
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import TASKS, Task, make_task
 from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, space_of
@@ -146,6 +149,11 @@ class Federation:
         """Return what answers for the clients."""
         data = ClientData(self.task, self.task.data("train"), self.partition.indices)
         return LocalTrainer(self.model, protocol_of(self.recipe), data, self.recipe.zo)
+
+    def records(self, run: RunDirectory, server: Server) -> RunRecords:
+        """Return what writes the rows of a run that begins, or goes on, at the server's round."""
+        every = self.recipe.evaluation.every
+        return RunRecords(run, server, partial(self.evaluate, server), partial(self.seed_model, server), every=every)
 
     def simulation(self, server: Server) -> Rounds:
         """Return the server's rounds, all in this process."""

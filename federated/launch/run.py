@@ -17,12 +17,12 @@ from federated.flower.preview import summary
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
-from federated.records import RunRecords
 from federated.results import result_of
 from federated.rounds import STATES
 from federated.server import CommunicationRound, Server
 from raytrain.errors import RaytrainError, TrainingError
 from raytrain.kinds import Order
+from raytrain.launch.resources import check_reachable
 from raytrain.launch.session import OWN, ray_session
 from raytrain.run.directory import RunDirectory
 from raytrain.run.progress import Display, Wording
@@ -31,10 +31,10 @@ from raytrain.training.build import options_from_data
 
 
 def columns(row: Mapping[str, Any]) -> list[str]:
-    """Return what is shown of a round."""
-    return (
-        [f"heard {row['heard']}", f"{row['bytes_down']:,} B down  {row['bytes_up']:,} B up"] if "heard" in row else []
-    )
+    """Return what is shown of a round, beside its evaluation."""
+    if "heard" not in row:
+        return []
+    return [f"heard {row['heard']}", f"{row['bytes_down']:,} B down  {row['bytes_up']:,} B up"]
 
 
 WORDING = Wording("federate", "federating", "round", "the run ends after the round that is going on", columns)
@@ -77,19 +77,13 @@ def _play(federation: Federation, server: Server, directory: RunDirectory, displ
     clients, faults = recipe.clients, recipe.faults
     factory = partial(load_clients, recipe.plain(), server.model)
     options = ActorOptions(clients.actors, clients.cpus, clients.gpus)
-    records = RunRecords(
-        directory,
-        server,
-        partial(federation.evaluate, server),
-        partial(federation.seed_model, server),
-        every=recipe.evaluation.every,
-    )
-    with RayGrid(factory, len(server.versions), options, stopped=at_once.is_set, say=display.say) as grid, records:
+    with (
+        RayGrid(factory, len(server.versions), options, stopped=at_once.is_set, say=display.say) as grid,
+        federation.records(directory, server) as records,
+    ):
         channel = GridChannel(grid, grid.get_node_ids(), faults.timeout_seconds, grid.end_actor)
         rounds = federation.rounds(server, channel).run(directory.path, records.add)
-        directory.announce(
-            recipe.to_toml(), server.model.version, [{"actors": grid.actors, "clients": len(server.versions)}]
-        )
+        directory.announce(recipe.to_toml(), server.model.version, [{"actors": grid.actors}])
         playing = Playing(rounds, directory.stop_requested)
         if not display.follow(playing.ended):
             at_once.set()

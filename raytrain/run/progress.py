@@ -134,8 +134,8 @@ class Display:
             table.add_row(f"{self._wording.unit}s, seconds", f"{result.steps}, {result.seconds:.1f}")
         else:
             table.add_row("steps, samples, seconds", f"{result.steps}, {result.samples}, {result.seconds:.1f}")
-        for name, value in result.figures.items():
-            table.add_row(name.replace("_", " "), f"{value:,}")
+        for name, figure in result.figures.items():
+            table.add_row(name.replace("_", " "), f"{figure:,}")
         if result.restarts:
             table.add_row("restarts", str(result.restarts))
         table.add_row("run", Text(str(self._run.path)))
