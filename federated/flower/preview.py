@@ -28,7 +28,7 @@ def preview(recipe: FederateRecipe) -> list[str]:
     return [
         summary(recipe, partition),
         "",
-        *table(traffic_rows(recipe, partition.clients)),
+        *(table(traffic_rows(recipe, partition.clients)) if recipe.seeded else []),
         f"FedAvg of the same parameters sends {size:,} bytes down and as many up.",
         f"Each process keeps {COPIES} copies of the parameters: {COPIES * size:,} bytes.",
     ]

@@ -4,22 +4,21 @@ import contextlib
 import threading
 import traceback
 from collections.abc import Callable, Generator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from flwr.supercore.run import RunNotRunningException
 
-from federated.build import Federation, task_of
-from federated.flower.channel import GridChannel
-from federated.flower.client import load_clients
+from federated.build import task_of
 from federated.flower.preview import summary
+from federated.flower.seed_run import SeedRun
+from federated.flower.strategy_run import StrategyRun
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
+from federated.records import RunRecords
 from federated.results import result_of
-from federated.rounds import STATES
-from federated.server import CommunicationRound, Server
+from federated.server import CommunicationRound
 from raytrain.errors import RaytrainError, TrainingError
 from raytrain.kinds import Order
 from raytrain.launch.resources import check_reachable
@@ -52,38 +51,36 @@ def run(recipe: FederateRecipe, order: Order) -> Result:
     directory = RunDirectory(order.out.absolute())
     torch.set_num_threads(recipe.threads())
     recipe = recipe.with_overrides(options_from_data(task_of(recipe), directory))
-    federation = Federation.of(recipe)
+    federation = SeedRun(recipe) if recipe.seeded else StrategyRun(recipe)
     address = None if order.address in (None, OWN) else order.address
     if address:
         check_reachable(address)
     with directory.opened(resume=order.resume), Display(directory, recipe.rounds, WORDING) as display:
-        server = federation.server()
-        server.resume(directory.path / STATES)
+        federation.resume(directory.path)
         display.say(summary(recipe, federation.partition))
         with ray_session(address):
             directory.begin(recipe.to_toml())
-            error = _play(federation, server, directory, display)
-        result = result_of(federation, server, directory, error)
+            error = "" if federation.is_done() else _play(recipe, federation, directory, display)
+        size, done = federation.parameter_bytes(), federation.is_done()
+        result = result_of(directory, federation.task, size, done=done, error=error)
         directory.write_result(result)
         display.finish(result)
     if error:
-        raise TrainingError(f"{error}\n{server.model.version} rounds are saved in {directory.path}")
+        raise TrainingError(f"{error}\n{result.steps} rounds are saved in {directory.path}")
     return result
 
 
-def _play(federation: Federation, server: Server, directory: RunDirectory, display: Display) -> str:
+def _play(recipe: FederateRecipe, federation: SeedRun | StrategyRun, directory: RunDirectory, display: Display) -> str:
     """Play rounds while the display follows them, until the end or until the user stops them; return what failed."""
-    recipe, at_once = federation.recipe, threading.Event()
-    clients, faults = recipe.clients, recipe.faults
-    factory = partial(load_clients, recipe.plain(), server.model)
+    clients, count, at_once = recipe.clients, federation.partition.clients, threading.Event()
     options = ActorOptions(clients.actors, clients.cpus, clients.gpus)
+    factory, stopped = federation.client_factory(), at_once.is_set
     with (
-        RayGrid(factory, len(server.versions), options, stopped=at_once.is_set, say=display.say) as grid,
-        federation.records(directory, server) as records,
+        RayGrid(factory, count, options, stopped=stopped, say=display.say) as grid,
+        RunRecords(directory, federation, every=recipe.evaluation.every) as records,
     ):
-        channel = GridChannel(grid, grid.get_node_ids(), faults.timeout_seconds, grid.end_actor)
-        rounds = federation.rounds(server, channel).run(directory.path, records.add)
-        directory.announce(recipe.to_toml(), server.model.version, [{"actors": grid.actors}])
+        directory.announce(recipe.to_toml(), federation.version, [{"actors": grid.actors}])
+        rounds = federation.play(grid, grid.get_node_ids(), directory.path, records.add, grid.end_actor)
         playing = Playing(rounds, directory.stop_requested)
         if not display.follow(playing.ended):
             at_once.set()
