@@ -10,7 +10,7 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
 from federated.build import Federation
-from federated.flower.channel import GridChannel, GridMessenger
+from federated.flower.channel import GridChannel, GridMessenger, nobody
 from federated.flower.client import TrainingClient
 from federated.global_model import GlobalModel
 from federated.recipe import FederateRecipe
@@ -69,7 +69,7 @@ class SeedRun:
         nodes: Sequence[int],
         folder: Path,
         record: Callable[[CommunicationRound], None],
-        end_process: Callable[[int], None],
+        end_process: Callable[[int], None] = nobody,
     ) -> Generator[CommunicationRound]:
         """Play rounds to the end, and yield each when it is saved; see `GridMessenger` and `Rounds.run`."""
         messenger = GridMessenger(grid, nodes, self.federation.recipe.faults.timeout_seconds, end_process)

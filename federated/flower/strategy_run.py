@@ -22,7 +22,7 @@ from federated.checkpoint import read_newest, write_checkpoint
 from federated.client import ClientData
 from federated.encodings import PayloadError
 from federated.faults import FaultPlan
-from federated.flower.channel import GridMessenger
+from federated.flower.channel import GridMessenger, nobody
 from federated.flower.seeding import global_seed
 from federated.gradients import Arrays, GradientOptions, GradientTrainer, arrays_of, load_arrays
 from federated.protocols.protocol import Report
@@ -119,7 +119,7 @@ class StrategyRun:
         nodes: Sequence[int],
         folder: Path,
         record: Callable[[CommunicationRound], None],
-        end_process: Callable[[int], None],
+        end_process: Callable[[int], None] = nobody,
     ) -> Generator[CommunicationRound]:
         """Play rounds to the end, and yield each when it is saved; see `GridMessenger`."""
         messenger = GridMessenger(grid, nodes, self._recipe.faults.timeout_seconds, end_process)
