@@ -9,6 +9,7 @@ KIND = Kind(
     run="federated.launch.run:run",
     recipes=Path(__file__).parent / "recipes",
     load="federated.results:load_model",
+    panels="federated.report:panels",
     check="federated.flower.preview:preview",
     tables={
         "protocols": "federated.protocols.protocol:PROTOCOLS",

@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 RECIPE = """
 kind = "federate"
 task = "raytrain.testing:tiny"
-rounds = 2
+rounds = 1
 seed = 5
 
 [clients]
