@@ -32,10 +32,8 @@ def panels(run: RunDirectory) -> list[Panel]:
         *_quality(evaluations, "megabytes", "Held-out {} over bytes", "MB, both ways, all clients"),
         _chart("On clients' own examples", evaluations, OVER_CLIENTS, "metric"),
         _chart("Clients of a round", played, ("heard", "missing", "refused"), "clients"),
-        _chart(
-            "Bytes of a round", _differences(played, ("bytes_down", "bytes_up")), ("bytes_down", "bytes_up"), "bytes"
-        ),
-        _chart("Time of a round", _differences(played, ("seconds",)), ("seconds",), "seconds"),
+        _chart("Bytes of a round", _differences(played, TRAFFIC), TRAFFIC, "bytes"),
+        _chart("Time of a round", _differences(played, ["seconds"]), ["seconds"], "seconds"),
         _left_out(rows(run.path / ROUNDS)),
     ]
     return [panel for panel in charts if panel is not None]

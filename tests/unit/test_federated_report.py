@@ -13,7 +13,7 @@ METRICS = """
 """
 ROUNDS = """
 {"round": 0, "heard": [1, 4], "missing": {"7": "no answer"}, "refusals": []}
-{"round": 1, "heard": [2], "missing": {"3": "late by 60 s"}, "refusals": ["client 5, round 1: expected 10 numbers; got 9"]}
+{"round": 1, "heard": [2], "missing": {"3": "late by 60 s"}, "refusals": ["client 5, round 1: expected 10; got 9"]}
 """
 
 
@@ -36,7 +36,7 @@ def test_a_run_s_rows_become_charts(tmp_path: Path) -> None:
     assert found["Clients that were not heard"].rows == [
         [1, "client 7: no answer"],
         [2, "client 3: late by 60 s"],
-        [2, "client 5, round 1: expected 10 numbers; got 9"],
+        [2, "client 5, round 1: expected 10; got 9"],
     ]
 
 
