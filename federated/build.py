@@ -17,12 +17,12 @@ from federated.server import Participation, Server
 from federated.simulation import Simulation
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
-from raytrain.model.adapters import adapt
-from raytrain.model.freezing import freeze
-from raytrain.names import resolve
+from raytrain.models.adapters import adapt
+from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
-from raytrain.optim.zeroth import ZOSGD, ZerothOrder, space_of
-from raytrain.task import TASKS, Task, make_task
+from raytrain.registry import resolve
+from raytrain.tasks.task import TASKS, Task, make_task
+from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, space_of
 
 
 def task_of(recipe: FederateRecipe) -> Task:

@@ -16,11 +16,12 @@ from federated.sampling import Indices, batches, fold_in
 from federated.wire import ReportHeader, read_model, write_lost, write_report
 from federated.working_model import WorkingModel
 from raytrain.recipe import Section
-from raytrain.seeds.probe import Loss
-from raytrain.seeds.slope import slope, without_outliers
-from raytrain.task import Examples, Task
-from raytrain.tensors import moved, weights_of
-from raytrain.zeroth import loss_of
+from raytrain.tasks.losses import loss_weights
+from raytrain.tasks.task import Examples, Task
+from raytrain.tensors import moved
+from raytrain.zeroth.estimators import slope, without_outliers
+from raytrain.zeroth.perturbed import Loss
+from raytrain.zeroth.step import loss_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class LocalTrainer:
         """Return the mean loss over some examples; in training mode all calls draw the same dropout."""
         parameter = self._model.space.parts[0].tensor
         batch = moved(self._data.task.collate(examples), parameter.device, parameter.dtype)
-        weights = weights_of(self._data.task, batch, len(examples), parameter.device)
+        weights = loss_weights(self._data.task, batch, len(examples), parameter.device)
         round_number, client, step = at
         drawn = (fold_in(self._protocol.master, round_number), client, step) if self._probing.train_mode else ()
         return loss_of(self._data.task, self._model.module, [(batch, weights)], drawn, None, self._probing.objective)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytrain.errors import RaytrainError
-from raytrain.sync.numbers import decode, encode
+from raytrain.sync.scalars import decode, encode
 
 Floats = NDArray[np.float32]
 Coefficients = NDArray[np.float64]

@@ -7,10 +7,10 @@ import numpy as np
 from torch import nn
 
 from federated.sampling import Indices
-from raytrain.evaluation import evaluate
-from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.task import Examples, Task
+from raytrain.tasks.task import Examples, Task
+from raytrain.training.evaluation import evaluate
 
 WORST = 0.1
 """Share of the clients whose mean is shown beside that of all."""

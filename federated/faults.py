@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from federated.sampling import Stream, fold_in
-from raytrain.names import resolve
 from raytrain.recipe import Section
+from raytrain.registry import resolve
 
 FAULTS: dict[str, str] = {
     "drop": "federated.faults:drop A client never answers.",

@@ -19,7 +19,7 @@ from federated.sampling import Indices, fold_in
 from raytrain.data.sampler import Sampler
 from raytrain.errors import RecipeError
 from raytrain.recipe import Options
-from raytrain.task import Examples
+from raytrain.tasks.task import Examples
 
 PARTITIONS: dict[str, str] = {
     "iid": "federated.partition:iid Examples dealt at random.",

@@ -12,13 +12,13 @@ from federated.faults import Faults
 from federated.partition import PARTITIONS, PartitionOptions
 from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, PROTOCOLS, ProtocolOptions
 from federated.server import ReportLimits
-from raytrain.names import near, resolve
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.options import ALL, OptimizerOptions
 from raytrain.optim.schedules import SCHEDULES, rate
 from raytrain.recipe import Recipe, Section, chosen, declared_options
-from raytrain.seeds.stream import Mode
-from raytrain.train_recipe import AdapterField, Freeze, Schedule, TaskField, options_of_optimizer
+from raytrain.registry import near, resolve
+from raytrain.seeds.prng import Mode
+from raytrain.training.recipe import AdapterField, Freeze, Schedule, TaskField, options_of_optimizer
 
 STRATEGIES: dict[str, str] = {
     "FedAvg": "flwr.serverapp.strategy:FedAvg Mean of parameters, by examples (McMahan et al. 2017).",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytrain.data.sampler import Sampler
-from raytrain.seeds.stream import derived, fold_in_all
+from raytrain.seeds.prng import derived, fold_in_all
 
 Seeds = NDArray[np.uint64]
 Indices = NDArray[np.int64]

@@ -11,8 +11,8 @@ from federated.global_model import GlobalModel, RoundRates
 from federated.protocols.protocol import PROTOCOLS, Protocol, ProtocolOptions
 from federated.server import CommunicationRound, Participation, ReportLimits, Server
 from federated.wire import ReportHeader, write_report
-from raytrain.names import resolve
 from raytrain.recipe import declared_options
+from raytrain.registry import resolve
 
 BASE = "digest of w0"
 STEPS = 10

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from federated.global_model import GlobalModel
 from federated.protocols.protocol import Protocol
-from raytrain.bits import digest_of
-from raytrain.seeds.model import SeedModel
-from raytrain.seeds.probe import Probe
-from raytrain.seeds.replay import materialise
-from raytrain.seeds.space import Space
+from raytrain.seeds.directions import Space
+from raytrain.seeds.seed_model import SeedModel
+from raytrain.seeds.updates import materialise
+from raytrain.tensors import digest_of
+from raytrain.zeroth.perturbed import Probe
 
 
 class WorkingModel:

@@ -5,7 +5,7 @@
 
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.recipe import Options
-from raytrain.task import Examples, Task
+from raytrain.tasks.task import Examples, Task
 
 __version__ = "0.1.0"
 __all__ = ["Examples", "Options", "RaytrainError", "RecipeError", "Task", "TrainingError"]

@@ -1,6 +1,6 @@
 """``python -m raytrain`` is the command `raytrain`."""
 
-from raytrain.command import main
+from raytrain.cli.main import main
 
 if __name__ == "__main__":
     main()

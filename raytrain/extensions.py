@@ -14,7 +14,7 @@ from typing import Any
 
 from raytrain.errors import RecipeError
 from raytrain.modules import spec_of
-from raytrain.names import near, place_named, resolve
+from raytrain.registry import near, place_named, resolve
 
 
 @dataclass(frozen=True, slots=True)

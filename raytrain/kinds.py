@@ -1,14 +1,13 @@
-"""Kinds of runs: what the command can check, list and run. Others add theirs as entry points `raytrain.kinds`."""
+"""Kinds of runs: what the command can check, list, run and report, named by entry points."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal
 
 from raytrain.errors import RecipeError
-from raytrain.names import near, place_of
 from raytrain.recipe import Recipe
+from raytrain.registry import near, place_of, resolve
 
 GROUP = "raytrain.kinds"
 """Of entry points, each of which is a kind."""
@@ -30,66 +29,49 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """How a run ended, which is what `result.json` holds.
-
-    Attributes:
-        status: "done", "stopped early", "interrupted" or "failed".
-        metrics: of the last evaluation.
-        best: {"step", "value", "metric"} of the best evaluation.
-        references: figures to compare the metrics with.
-        steps: optimizer steps done.
-        samples: examples drawn.
-        seconds: time spent training, over all attempts.
-        stalled_seconds: how much of it the first worker waited for data.
-        bytes_sent: by the first worker.
-        exchange_seconds: how long its exchanges were under way, one after the other.
-        hidden_share: how much of that it did not stand still for.
-        restarts: how often workers had to be started again.
-        checkpoint: the last one, if there is one.
-        error: why it failed.
-    """
-
-    status: Literal["done", "stopped early", "interrupted", "failed"]
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    best: Mapping[str, Any] = field(default_factory=dict)
-    references: Mapping[str, float] = field(default_factory=dict)
-    steps: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    stalled_seconds: float = 0.0
-    bytes_sent: int = 0
-    exchange_seconds: float = 0.0
-    hidden_share: float = 0.0
-    restarts: int = 0
-    checkpoint: str = ""
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of runs.
+    """A kind of runs, as names of what it brings: "module:attribute", imported when it is used.
 
     Attributes:
         recipe: the class of its recipes.
+        run: (recipe, Order) -> Result.
         recipes: the folder of its shipped recipes.
-        run: "module:attribute" of (recipe, Order) -> Result; imported only to run.
-        evaluate: "module:attribute" of (run's folder, overrides) -> metrics.
-        tables: what can be chosen by name -> the table.
-        remarks: table -> "module:attribute" of () -> name -> what `raytrain list` adds about it on this machine.
-        predict: "module:attribute" of (run's folder, overrides, input file, output file, address) -> lines written;
-            "": its runs cannot.
-        export: "module:attribute" of (run's folder, overrides, folder to write); "": its runs cannot.
+        load: (run's folder, overrides) -> TrainedModel, for `evaluate`, `predict` and `export`; "" without a
+            model.
+        panels: (RunDirectory) -> list[Panel], what `raytrain report` shows of a run.
+        check: (recipe) -> lines that `raytrain check` prints below the fields.
+        tables: title -> the table of what a recipe can choose by name.
+        remarks: title -> () -> name -> what `raytrain list` adds about it on this machine.
+        shorthand: the field that a mere "module:attribute" in place of a recipe stands for.
+        packages: whose code all machines of a run must share.
+        requires: distributions whose versions a run records, beside Python, torch, Ray and NumPy.
     """
 
-    recipe: type[Recipe]
-    recipes: Path
+    recipe: str
     run: str
-    evaluate: str
-    tables: Mapping[str, Mapping[str, str]]
+    recipes: Path | None = None
+    load: str = ""
+    panels: str = ""
+    check: str = ""
+    tables: Mapping[str, str] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
-    predict: str = ""
-    export: str = ""
+    shorthand: str = ""
+    packages: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+
+    def recipe_class(self) -> type[Recipe]:
+        """Return the class of its recipes."""
+        found: type[Recipe] = resolve({}, self.recipe, "kind")
+        return found
+
+    def table(self, title: str) -> Mapping[str, str]:
+        """Return one of its tables, name -> "module:attribute"."""
+        found: Mapping[str, str] = resolve({}, self.tables[title], title)
+        return found
+
+    def shipped(self) -> list[Path]:
+        """Return the files of its shipped recipes."""
+        return sorted(self.recipes.glob("*.toml")) if self.recipes else []
 
 
 def kind_points() -> dict[str, EntryPoint]:

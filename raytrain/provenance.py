@@ -7,7 +7,7 @@ from typing import Any
 
 from raytrain.errors import RecipeError
 from raytrain.files import write_whole
-from raytrain.names import PLACE
+from raytrain.registry import PLACE
 
 MARKER = ".fetched"
 """A file beside the recipe of a run that was fetched. No list of files to fetch can name it: it begins with a dot."""

@@ -31,8 +31,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from raytrain.errors import RecipeError
 from raytrain.files import read_bytes
-from raytrain.names import near, resolve
 from raytrain.overrides import as_table, merged
+from raytrain.registry import near, resolve
 
 logger = logging.getLogger(__name__)
 

@@ -1,16 +1,18 @@
 """Small things done to tensors in more than one place."""
 
+import hashlib
 import random
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from raytrain.errors import TrainingError
-from raytrain.task import Batch, Task
 
 
-def moved(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+def moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return `batch` with its tensors on `device`, and those of floats as `dtype`; containers keep their shape."""
     if isinstance(batch, Tensor):
         return batch.to(device, dtype if batch.is_floating_point() else batch.dtype, non_blocking=True)
@@ -20,11 +22,6 @@ def moved(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
         parts = [moved(value, device, dtype) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
-
-
-def weights_of(task: Task, batch: Batch, examples: int, device: torch.device) -> Tensor:
-    """Return what each loss of a batch counts, shape (n,); without `Task.weights`, an example's one loss counts 1."""
-    return torch.ones(examples, device=device) if task.weights is None else task.weights(batch)
 
 
 def weighed(losses: Tensor, weights: Tensor) -> Tensor:
@@ -65,3 +62,36 @@ def seed_step(seed: int, *place: int) -> None:
         torch.cuda.manual_seed(mixed)
     random.seed(mixed)
     np.random.seed(mixed % 2**32)  # noqa: NPY002 - what a user's collate may draw from
+
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes."""
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a float64 tensor in a narrower type, rounded once, to the nearest and then to even.
+
+    Below 32 bits torch goes through float32, which would round twice; here that first step rounds to odd, which leaves
+    what the second one needs to know (Boldo and Melquiond 2008).
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return tensor.to(dtype)
+    near = tensor.float()
+    back = near.double()
+    toward_zero = torch.where(back.abs() > tensor.abs(), near.nextafter(torch.zeros_like(near)), near)
+    return (toward_zero.view(torch.int32) | (back != tensor).int()).view(torch.float32).to(dtype)
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor's numbers as integers, in the same memory: also nan equals itself there."""
+    return tensor.view(INTEGERS[tensor.element_size()])
+
+
+def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of tensors and their names; "" without any."""
+    total = hashlib.sha256()
+    tensors = sorted(named, key=lambda pair: pair[0])
+    for name, tensor in tensors:
+        values = tensor.detach().cpu().contiguous()
+        total.update(name.encode() + b"\0" + values.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest() if tensors else ""

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raytrain.data.feed import Feeds, local_feed
-from raytrain.replica import Replica
-from raytrain.rundir import RunDirectory
+from raytrain.run.directory import RunDirectory
+from raytrain.run.watchdog import Watchdog
 from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Pending
-from raytrain.task import Task, TaskOptions
-from raytrain.train_recipe import TrainRecipe
-from raytrain.watchdog import Watchdog
-from raytrain.worker import work
+from raytrain.tasks.task import Task, TaskOptions
+from raytrain.training.loader import Feeds, local_feed
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.replica import Replica
+from raytrain.training.worker import work
 
 Answer = TypeVar("Answer")
 WAIT_SECONDS = 60.0
@@ -294,7 +294,7 @@ def forks() -> ForkServerContext:
     To import it takes longer than a tiny run.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo", "raytrain.command", "raytrain.launch"])
+    context.set_forkserver_preload([__name__, "torch._dynamo", "raytrain.cli.main", "raytrain.launch.train"])
     return context
 
 

@@ -70,8 +70,8 @@ def _command(words: list[str], folder: str, environment: dict[str, str], output:
     os.environ.update(environment)
     sys.argv = ["raytrain", *words]
     # Who only starts it needs neither.
-    from raytrain.command import main  # noqa: PLC0415
-    from raytrain.private_cluster import read_environment_anew  # noqa: PLC0415
+    from raytrain.cli.main import main  # noqa: PLC0415
+    from raytrain.launch.private_cluster import read_environment_anew  # noqa: PLC0415
 
     read_environment_anew()
     try:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.names import near
 from raytrain.recipe import Recipe
+from raytrain.registry import near
 from search.domains import Float
 from search.options import SearchOptions
 from search.pbt.options import PBTOptions

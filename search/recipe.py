@@ -9,9 +9,9 @@ from pydantic_core import PydanticCustomError
 
 from raytrain.errors import RecipeError
 from raytrain.kinds import load_kinds
-from raytrain.names import near, resolve
 from raytrain.overrides import merged
 from raytrain.recipe import Recipe, chosen, declared_options, dotted_fields, read_toml
+from raytrain.registry import near, resolve
 from search.checks import check_factors, check_guesses, check_space, check_steps
 from search.options import SearchOptions
 from search.scheduling.scheduler import SEARCHES, Problem, Scheduler
@@ -35,14 +35,14 @@ def _read_base(value: Any) -> Recipe:
         if ":" in source:
             raw = {"name": source.partition(":")[2], "task": source}
         else:
-            raw, file = read_toml(source, [kind.recipes for kind in kinds.values()])
+            raw, file = read_toml(source, [kind.recipes for kind in kinds.values() if kind.recipes])
             raw = {"name": file.stem, **raw}
         rest = {field: inner for field, inner in section.items() if field != "name"}
         raw = merged({"kind": "train", **raw}, dict(dotted_fields(rest)))
     if raw["kind"] not in kinds or raw["kind"] == "search":
         raise RecipeError(f"base.kind: no such kind {raw['kind']!r}; {near(raw['kind'], kinds.keys() - {'search'})}")
     try:
-        return kinds[raw["kind"]].recipe.model_validate(raw)
+        return kinds[raw["kind"]].recipe_class().model_validate(raw)
     except RecipeError as error:  # of what a name stands for; those of pydantic get their place by themselves
         raise RecipeError(f"base.{error}") from None
 

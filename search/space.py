@@ -24,8 +24,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from raytrain.errors import RecipeError
-from raytrain.names import near, place_of, resolve
 from raytrain.recipe import dotted_fields, explain
+from raytrain.registry import near, place_of, resolve
 from search.chooser import Chooser, Policy, replaying, sampling
 from search.domains import DOMAINS, Domain
 from search.genome import Configuration

@@ -127,7 +127,7 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process, which `launch.run` uses as it finds it."""
-    from raytrain.launch import session
+    from raytrain.launch.session import session
 
     with session(None, cpus=4):
         yield
@@ -235,7 +235,7 @@ class Ended:
 @pytest.fixture
 def raytrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """Call the command inside this process, as `raytrain("train", "digits")`."""
-    from raytrain.command import main
+    from raytrain.cli.main import main
 
     def call(*words: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["raytrain", *words])

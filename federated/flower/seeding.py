@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from flwr.app import Context, Message
 
-from raytrain.seeds.stream import derived
+from raytrain.seeds.prng import derived
 
 
 def seed_globals(seed: int) -> None:

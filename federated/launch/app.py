@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import ray
 from flwr.app import Context, RecordDict
 from flwr.app.user_config import UserConfig, UserConfigValue
 from flwr.common.config import get_fused_config_from_dir, get_project_config
@@ -19,10 +18,9 @@ from flwr.serverapp import Grid, ServerApp
 from federated.flower.seeding import SeededClient, global_seed, seed_globals
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
-from raytrain.cluster import own_cpus
 from raytrain.errors import RecipeError
-from raytrain.launch import session
-from raytrain.names import near, resolve
+from raytrain.launch.session import ray_session
+from raytrain.registry import near, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -125,23 +123,6 @@ def serve(server: ServerApp, grid: Grid, run_config: UserConfig, seed: int) -> C
     finally:
         gc.unfreeze()
     return context
-
-
-@contextlib.contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
-    """Join or start a Ray cluster and leave it afterwards, unless this process is in one.
-
-    Args:
-        address: of the cluster; None: start one on this machine.
-
-    Raises:
-        RecipeError: it does not work.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    with session(address, own_cpus()):
-        yield
 
 
 @contextlib.contextmanager

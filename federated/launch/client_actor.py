@@ -17,7 +17,7 @@ from federated.flower.identity import assume_identity
 from federated.flower.records import FlatContent, flatten_all, restore
 from federated.launch.contents import Content, Unpacker
 from raytrain.errors import RecipeError
-from raytrain.names import place_of, resolve
+from raytrain.registry import place_of, resolve
 
 FIRST_NODE = SUPERLINK_NODE_ID + 1
 MIN_BATCH_SECONDS, MAX_BATCH_SECONDS = 0.02, 0.25

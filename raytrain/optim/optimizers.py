@@ -16,10 +16,12 @@ from raytrain.optim.eager import eager
 from raytrain.optim.ema import averages
 from raytrain.optim.groups import parameter_groups
 from raytrain.optim.options import OptimizerOptions, with_rules
-from raytrain.optim.zeroth import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
 
 FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
 """Optimizers with one kernel for a whole step on CPUs and GPUs, which is used unless optimizer.fused says otherwise."""
+
+TRAITS = ("splits_hidden", "zeroth", "exact", "decides", "hybrid")
+"""What a class of optimizers may say of itself, as `OptimizerOptions` describes it."""
 
 NOT_OPTIONS = {"self", "params", "maximize", "capturable", "differentiable", "kwargs"}
 
@@ -66,12 +68,9 @@ def options_of_optimizer(constructor: Any) -> type[OptimizerOptions]:
     options = create_model(f"{constructor.__name__}Options", __base__=ConstructorOptions, **fields)
     options.constructor = constructor
     options.fuses = constructor in FUSED
-    options.splits_hidden = bool(getattr(constructor, "splits_hidden", False))
     options.averages = averages(constructor)
-    options.zeroth = issubclass(constructor, ZerothOrder)
-    options.exact = issubclass(constructor, ForwardGradient)
-    options.decides = issubclass(constructor, ZOConservative)
-    options.hybrid = issubclass(constructor, ZOHybrid)
+    for trait in TRAITS:
+        setattr(options, trait, bool(getattr(constructor, trait, False)))
     return with_rules(options)
 
 

@@ -1,10 +1,10 @@
 """What a recipe and the command name of seeds. It loads without torch and NumPy."""
 
 KERNELS: dict[str, str] = {
-    "native": "raytrain.seeds.native:NativeKernel",
-    "numba": "raytrain.seeds.portable:PortableKernel",
-    "triton": "raytrain.seeds.gpu:TritonKernel",
-    "reference": "raytrain.seeds.kernels:ReferenceKernel",
+    "native": "raytrain.seeds.kernels.native:NativeKernel",
+    "numba": "raytrain.seeds.kernels.numba_cpu:PortableKernel",
+    "triton": "raytrain.seeds.kernels.triton_gpu:TritonKernel",
+    "reference": "raytrain.seeds.kernels.reference:ReferenceKernel",
 }
 
 MOST_DIRECTIONS = 2**16 - 1

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from raytrain.bits import bits_of
+from raytrain.tensors import bits_of
 
 
 def persistent(module: nn.Module) -> Iterable[Tensor]:

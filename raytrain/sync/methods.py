@@ -2,10 +2,12 @@
 
 import logging
 
-from raytrain.names import resolve
-from raytrain.sync.compressed import CompressedExchange
-from raytrain.sync.exchange import Exchange
-from raytrain.sync.local import LocalUpdates
+from raytrain.registry import resolve
+from raytrain.sync.averaging import Exchange
+from raytrain.sync.compression import CompressedExchange
+from raytrain.sync.global_momentum import Velocity
+from raytrain.sync.interval import Pace
+from raytrain.sync.local_updates import LocalUpdates
 from raytrain.sync.options import (
     CODECS,
     PENALTIES,
@@ -16,8 +18,6 @@ from raytrain.sync.options import (
     NesterovOptions,
 )
 from raytrain.sync.outer import OuterStep, stable_below
-from raytrain.sync.pace import Pace
-from raytrain.sync.velocity import Velocity
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raytrain.names import check_known
 from raytrain.recipe import Options, declared_options
+from raytrain.registry import check_known
 
 SYNCHRONISERS: dict[str, str] = {
-    "gradients": "raytrain.sync.gradients:gradients",
+    "gradients": "raytrain.sync.ddp:gradients",
     "local-sgd": "raytrain.sync.methods:local_sgd",
     "slowmo": "raytrain.sync.methods:slowmo",
     "diloco": "raytrain.sync.methods:diloco",
@@ -18,14 +18,16 @@ SYNCHRONISERS: dict[str, str] = {
 }
 
 NUMBERS: dict[str, str] = {
-    "numbers": "raytrain.sync.numbers:numbers",
-    "one-byte": "raytrain.sync.numbers:one_byte",
+    "numbers": "raytrain.sync.scalars:numbers",
+    "one-byte": "raytrain.sync.scalars:one_byte",
 }
 """What zeroth-order optimizers take in their place."""
 
+ALL_SYNCHRONISERS: dict[str, str] = SYNCHRONISERS | NUMBERS
+
 CODECS: dict[str, str] = {
-    "bfloat16": "raytrain.sync.compressed:BFloat16",
-    "int8": "raytrain.sync.compressed:Int8",
+    "bfloat16": "raytrain.sync.compression:BFloat16",
+    "int8": "raytrain.sync.compression:Int8",
 }
 
 PENALTIES: dict[str, str] = {

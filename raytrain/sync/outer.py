@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from raytrain.state import state_to
+from raytrain.serialization import state_to
 
 KAPPA = 3.0
 MEMORY = 0.7

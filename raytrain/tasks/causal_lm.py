@@ -12,16 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from raytrain.data.cache import Example, StoredExamples, length
+from raytrain.data.collate import scored, token_losses, token_weights
+from raytrain.data.columns import domain_of, text_of
+from raytrain.data.records import of_file
 from raytrain.errors import RecipeError
-from raytrain.task import Task
-from raytrain.tasks.batches import scored, token_losses, token_weights
-from raytrain.tasks.columns import domain_of, text_of
-from raytrain.tasks.generation import continuations
+from raytrain.models.generation import continuations
+from raytrain.models.pretrained import Pretrained
 from raytrain.tasks.options import CausalLmOptions, Long
-from raytrain.tasks.pretrained import Pretrained
-from raytrain.tasks.records import Part, Splits
-from raytrain.tasks.sources import of_file
-from raytrain.tasks.stored import Example, StoredExamples, length
+from raytrain.tasks.splits import Part, Splits
+from raytrain.tasks.task import Task
 
 LENGTH = 512
 

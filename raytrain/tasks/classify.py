@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from raytrain.data.cache import Example, StoredExamples, length
+from raytrain.data.collate import inputs
+from raytrain.data.columns import Label, domain_of, label_of, text_of
+from raytrain.data.records import Record, of_file
 from raytrain.errors import RecipeError
-from raytrain.model.adapters import mark_new
-from raytrain.task import Task
-from raytrain.tasks import gaussians
-from raytrain.tasks.batches import inputs
-from raytrain.tasks.columns import Label, domain_of, label_of, text_of
+from raytrain.models import discriminant
+from raytrain.models.adapters import mark_new
+from raytrain.models.pretrained import Loader, Pretrained
+from raytrain.models.verbalizer import Words
 from raytrain.tasks.options import ClassifyOptions
-from raytrain.tasks.pretrained import Loader, Pretrained
-from raytrain.tasks.records import Part, Splits
-from raytrain.tasks.sources import Record, of_file
-from raytrain.tasks.stored import Example, StoredExamples, length
-from raytrain.tasks.words import Words
+from raytrain.tasks.splits import Part, Splits
+from raytrain.tasks.task import Task
 from raytrain.tensors import moved, wide
 
 LENGTH = 512
@@ -80,7 +80,7 @@ class _Classifier:
         module.config.label2id = {str(label): place for place, label in enumerate(self._classes)}
         module.config.pad_token_id = self._filler
         if self._options.start != "random":
-            mark_new(gaussians.head_of(module, len(self._classes)).parameters())
+            mark_new(discriminant.head_of(module, len(self._classes)).parameters())
         prepared: nn.Module = self._pretrained.prepare(module)
         return prepared
 
@@ -88,10 +88,10 @@ class _Classifier:
         train = self.data("train")
         for place in set(range(len(self._classes))).difference(train.labels.tolist()):
             raise RecipeError(f"task.start: no training text is of the class {self._classes[place]!r}, to start from")
-        some = [train[place] for place in gaussians.chosen(train.labels, self._options.shots, seed)]
+        some = [train[place] for place in discriminant.chosen(train.labels, self._options.shots, seed)]
         some.sort(key=length)  # less is filled up
         batches = [self.collate(some[at : at + AT_ONCE]) for at in range(0, len(some), AT_ONCE)]
-        gaussians.start(module, batches, self._scores, whole=self._options.start == "discriminant")
+        discriminant.start(module, batches, self._scores, whole=self._options.start == "discriminant")
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         rows = [example["tokens"] for example in examples]
@@ -141,7 +141,7 @@ class _Classifier:
             return self._pretrained.module(seed)
         if self._options.head == "own":
             return self._pretrained.module(seed, num_labels=classes)
-        from raytrain.tasks.mean_pooling import with_mean_pooling  # noqa: PLC0415 - it imports transformers
+        from raytrain.models.mean_pooling import with_mean_pooling  # noqa: PLC0415 - it imports transformers
 
         module = with_mean_pooling(self._pretrained.module(seed, num_labels=classes))
         mark_new(module.classifier.parameters())

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raytrain.errors import RecipeError
-from raytrain.task import Task
 from raytrain.tasks.options import DigitsOptions
+from raytrain.tasks.task import Task
 from raytrain.tensors import wide
 
 SIDE = 8

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from raytrain.data.cache import Example, StoredExamples, length
+from raytrain.data.collate import UNSCORED, Tokens, scored, token_losses, token_weights
+from raytrain.data.columns import column, domain_of, text_of, usual
+from raytrain.data.records import Record, of_file
 from raytrain.errors import RecipeError
-from raytrain.task import Examples, Task
-from raytrain.tasks.batches import UNSCORED, Tokens, scored, token_losses, token_weights
-from raytrain.tasks.chat import Chat, Message, checked
-from raytrain.tasks.columns import column, domain_of, text_of, usual
-from raytrain.tasks.generation import continuations, rouge_l
+from raytrain.models.chat_template import Chat, Message, checked
+from raytrain.models.generation import continuations, rouge_l
+from raytrain.models.pretrained import Pretrained
 from raytrain.tasks.options import InstructOptions
-from raytrain.tasks.pretrained import Pretrained
-from raytrain.tasks.records import Part, Splits
-from raytrain.tasks.sources import Record, of_file
-from raytrain.tasks.stored import Example, StoredExamples, length
+from raytrain.tasks.splits import Part, Splits
+from raytrain.tasks.task import Examples, Task
 
 LENGTH = 1024
 

@@ -5,13 +5,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
+from raytrain.data.columns import Label
+from raytrain.data.readers import Unit
+from raytrain.data.records import CALLED, Location, absolute
+from raytrain.models.options import HOLE, PretrainedOptions
 from raytrain.recipe import AbsolutePath, Options
-from raytrain.task import TaskOptions
-from raytrain.tasks.columns import Label
-from raytrain.tasks.readers import Unit
-from raytrain.tasks.sources import CALLED, Location, absolute
-
-HOLE = "{text}"
+from raytrain.tasks.task import TaskOptions
 
 Long = Literal["error", "cut", "split"]
 
@@ -104,23 +103,6 @@ class RecordOptions(TaskOptions):
     def on_other_data(self, trained: Options) -> Mapping[str, Any]:
         """Return that all of it is held out, unless it is the data that was `trained` on."""
         return {} if self.path == getattr(trained, "path", self.path) else {"valid": 1.0, "held_out": ""}
-
-
-class PretrainedOptions(Options):
-    """Which model, and how it computes.
-
-    Attributes:
-        model: a Hugging Face folder, a name on its hub, or "package:NAME", the folder that a Python package calls
-            MODEL_DIR.
-        fresh: start from random weights, and take only the architecture and the tokenizer from there.
-        dtype: of the parameters.
-        attention: how attention is computed: "sdpa", "eager", "flash_attention_2", ...; default: the model's choice.
-    """
-
-    model: Location = Field(min_length=1)
-    fresh: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: str = ""
 
 
 class ClassifyOptions(RecordOptions, PretrainedOptions):

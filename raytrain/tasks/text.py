@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from raytrain.data import corpus
+from raytrain.data.collate import UNSCORED, losses_of, token_weights
+from raytrain.data.corpus import Bytes, Characters, Document
 from raytrain.errors import RecipeError
-from raytrain.task import Task
-from raytrain.tasks import corpus
-from raytrain.tasks.batches import UNSCORED, losses_of, token_weights
-from raytrain.tasks.corpus import Bytes, Characters, Document
 from raytrain.tasks.options import TextOptions
+from raytrain.tasks.task import Task
 from raytrain.tensors import wide
 
 XZ_LIMIT_BYTES = 64 << 20

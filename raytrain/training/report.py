@@ -4,8 +4,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from raytrain.run.directory import RunDirectory, rows
 from raytrain.run.report.panel import Panel, Series, line_chart, table
-from raytrain.rundir import RunDirectory, rows
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import Field
 
 from raytrain.errors import TrainingError
-from raytrain.names import near, place_of, resolve
 from raytrain.recipe import Options
+from raytrain.registry import near, place_of, resolve
 from search.chooser import perturbing, replaying, sampling
 from search.domains import FACTOR
 from search.genome import Configuration

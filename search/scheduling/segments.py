@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raytrain.names import near
+from raytrain.registry import near
 from search.genome import Configuration
 from search.scheduling.work import Done, Failed, Snapshot, Work
 from search.space import Space

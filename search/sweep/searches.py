@@ -1,6 +1,6 @@
 """The sweeps that a recipe can name."""
 
-from raytrain.names import resolve
+from raytrain.registry import resolve
 from search.scheduling.scheduler import Problem
 from search.searcher import SEARCHERS, Searcher
 from search.searchers.grid import GridSearcher

@@ -39,19 +39,20 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from raytrain.data.feed import local_feed
-from raytrain.evaluation import evaluate
-from raytrain.loop import Plan, backward, train
 from raytrain.overrides import merged
-from raytrain.replica import Replica
-from raytrain.rundir import rows
-from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.pace import SHARE
+from raytrain.run.directory import rows
+from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.interval import SHARE
 from raytrain.sync.transport import GroupTransport, LocalTransport
-from raytrain.task import Task
+from raytrain.tasks.task import Task
 from raytrain.testing import train_each_with_gloo
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import _walk, build, plan_of, task_of
+from raytrain.training.build import build, plan_of, task_of
+from raytrain.training.evaluation import evaluate
+from raytrain.training.loader import local_feed
+from raytrain.training.loop import Plan, backward, train
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.replica import Replica
+from raytrain.training.worker import _walk
 
 RATES = (10, 30, 100, 300, 1000)
 PORT = 29700

@@ -25,9 +25,9 @@ from bench import finish, parse, parser_of
 from scipy import stats
 
 from raytrain.overrides import merged
-from raytrain.rundir import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, rows
 from raytrain.testing import train_each_with_gloo
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 WORKERS = 4
 ROUNDS = (4, 12, 48)

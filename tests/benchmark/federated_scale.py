@@ -110,7 +110,7 @@ def measure(engine: str, clients: int, asked: int, rounds: int) -> None:
     from federated.launch.actor_pool import ActorOptions
     from federated.launch.app import serve
     from federated.launch.ray_grid import RayGrid
-    from raytrain.launch import session
+    from raytrain.launch.session import session
 
     with session(None, ACTORS), RayGrid(load_clients, clients, ActorOptions(ACTORS)) as grid:
         serve(app, grid, {}, seed=0)

@@ -40,11 +40,11 @@ from torch import nn
 
 from raytrain.overrides import merged, parse_overrides
 from raytrain.recipe import read_toml
-from raytrain.replica import Replica
-from raytrain.task import Task
 from raytrain.tasks.classify import ClassifyOptions, classify
+from raytrain.tasks.task import Task
 from raytrain.testing import train_here
-from raytrain.train_recipe import KIND, TrainRecipe
+from raytrain.training.recipe import KIND, TrainRecipe
+from raytrain.training.replica import Replica
 
 AT_ONCE = 14
 """Runs on a GPU at the same time: it is idle for most of each."""

@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from bench import arguments, finish
 
-from raytrain.data.feed import Feed, Walk, local_feed
 from raytrain.overrides import merged
 from raytrain.recipe import AbsolutePath
-from raytrain.task import Task
 from raytrain.tasks import corpus
+from raytrain.tasks.task import Task
 from raytrain.tasks.text import TextOptions, Window, _collate, _losses, _model
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import task_of
+from raytrain.training.build import task_of
+from raytrain.training.loader import Feed, Walk, local_feed
+from raytrain.training.recipe import TrainRecipe
 
 BATCH, BLOCK, ROW_BYTES = 12, 64, 2000
 MODEL = {"model": "gpt", "layers": 4, "heads": 4, "width": 128, "block": BLOCK, "valid": 0.002}
@@ -166,14 +166,14 @@ def opened(settings: TrainRecipe, walk: Walk) -> AbstractContextManager[Feed]:
     """Return the feed of a recipe."""
     if settings.task.source.name == "local":
         return local_feed(task_of(settings), settings.task, walk)
-    from raytrain.data.ingest import ray_feed
+    from raytrain.launch.ingest import ray_feed
 
     return partial(ray_feed, actors=1, cpus=1, lives=0)(task_of(settings), settings.task, walk)
 
 
 def pull_all(rows: Path, seconds: float) -> dict[str, float]:
     """Return what each source gives when nothing is trained."""
-    from raytrain.launch import session
+    from raytrain.launch.session import session
 
     torch.set_num_threads(1)
     with session(None, cpus=2):

@@ -28,12 +28,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from raytrain.forkserver import WORKER_ENVIRONMENT
+from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from raytrain.optim.schedules import cosine, rate
-from raytrain.replica import Replica
-from raytrain.rundir import rows
-from raytrain.task import Task
+from raytrain.run.directory import rows
+from raytrain.tasks.task import Task
 from raytrain.tasks.text import TextOptions, text
+from raytrain.training.replica import Replica
 
 BATCH, BLOCK, WARM_UP = 12, 64, 50
 MADV_POPULATE_READ = 22

@@ -24,10 +24,10 @@ import torch
 from bench import finish, parse, parser_of
 
 from raytrain.errors import RaytrainError
-from raytrain.seeds.kernels import Kernel, kernel_of, quantised, seeds_tensor
-from raytrain.seeds.replay import materialise
-from raytrain.seeds.space import Space
-from raytrain.seeds.stream import Mode, identity
+from raytrain.seeds.directions import Space
+from raytrain.seeds.kernels.kernel import Kernel, kernel_of, quantised, seeds_tensor
+from raytrain.seeds.prng import Mode, identity
+from raytrain.seeds.updates import materialise
 
 PARAMETERS = 1 << 24
 SEEDS = 4096

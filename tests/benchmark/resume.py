@@ -28,8 +28,8 @@ import psutil
 import torch
 from bench import finish, parse, parser_of
 
-from raytrain.checkpoint import listed, load
-from raytrain.rundir import rows
+from raytrain.run.checkpoint import listed, load
+from raytrain.run.directory import rows
 
 WORDS = [
     "task.dropout=0.1", "task.norm=batch", "workers=2", "steps=800", "batch=16", "resources.cpus=1",

@@ -31,7 +31,7 @@ from measured import FIRST_STEP
 HERE = Path(__file__).resolve()
 STEPS = 6
 RECIPE = ["train", "digits", f"steps={STEPS}", "task.widths=[4]", "evaluation.every=0", "callbacks=['measured:note']"]
-IMPORTS = "import raytrain.command, raytrain.train_recipe, raytrain.elastic"
+IMPORTS = "import raytrain.cli.main, raytrain.training.recipe, raytrain.launch.elastic"
 
 
 def bare(workers: int, address: str | None) -> None:

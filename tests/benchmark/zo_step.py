@@ -31,13 +31,13 @@ from bench import finish, parse, parser_of
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from raytrain.bits import rounded
-from raytrain.forkserver import WORKER_ENVIRONMENT
-from raytrain.seeds.probe import Probe
-from raytrain.seeds.replay import materialise
-from raytrain.seeds.slope import slope
-from raytrain.seeds.space import Space
-from raytrain.seeds.stream import direction, identity
+from raytrain.launch.forkserver import WORKER_ENVIRONMENT
+from raytrain.seeds.directions import Space
+from raytrain.seeds.prng import direction, identity
+from raytrain.seeds.updates import materialise
+from raytrain.tensors import rounded
+from raytrain.zeroth.estimators import slope
+from raytrain.zeroth.perturbed import Probe
 
 EPS, RATE = 1e-3, 1e-6
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
@@ -174,7 +174,7 @@ def drift(name: str, quick: bool) -> dict[str, Any]:
 
     scales = torch.randn(1024, generator=generator, dtype=torch.float64) * 5 * 3e-7
     exact = torch.zeros(start.numel(), dtype=torch.float64)
-    for seed, scale in enumerate(scales.tolist()):  # as stream.py defines them, without a kernel
+    for seed, scale in enumerate(scales.tolist()):  # as prng.py defines them, without a kernel
         exact += scale * torch.from_numpy(direction("rademacher", seed, identity("weight"), 0, start.numel())).double()
     exact = exact.view(start.shape)
     at_once = materialise(space, scales, range(1024))[0].double() - start.double()

@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from raytrain.checkpoint import listed, load
 from raytrain.errors import CheckpointError, RecipeError
-from raytrain.finished import evaluate_run
-from raytrain.model import options as declared
-from raytrain.model.adapters import adapt, mark_new, merge
-from raytrain.model.options import ADAPTERS, AdapterOptions
+from raytrain.models import options as declared
+from raytrain.models.adapters import adapt, mark_new, merge
+from raytrain.models.options import ADAPTERS, AdapterOptions
 from raytrain.recipe import Options
-from raytrain.rundir import RunDirectory
-from raytrain.task import Task
+from raytrain.run.checkpoint import listed, load
+from raytrain.run.directory import RunDirectory
+from raytrain.tasks.task import Task
 from raytrain.testing import train_here
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.results import load_best
 
 WIDTH = 16
 OPTIONS: dict[str, dict[str, Any]] = {  # sizes that fit layers of 16 x 16
@@ -120,7 +120,7 @@ def test_it_learns_saves_little_and_merges_into_a_plain_model(name: str, tmp_pat
     assert not any("base_layer" in key for key in saved)
     losses_measured = [row["valid"]["loss"] for row in rows_of(run)]
     assert losses_measured[-1] < losses_measured[0]
-    assert evaluate_run(run.path, {})["loss"] == pytest.approx(min(losses_measured), rel=1e-5)
+    assert load_best(run.path, {}).evaluate()["loss"] == pytest.approx(min(losses_measured), rel=1e-5)
 
     module = model(0)
     adapt(module, chosen(name), seed=0)
@@ -134,7 +134,7 @@ def test_it_learns_saves_little_and_merges_into_a_plain_model(name: str, tmp_pat
 
 
 def rows_of(run: RunDirectory) -> list[dict[str, Any]]:
-    from raytrain.rundir import rows
+    from raytrain.run.directory import rows
 
     return [row for row in rows(run.metrics) if "valid" in row]
 
@@ -153,7 +153,7 @@ def test_a_resumed_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
 def test_another_model_beneath_an_adapter_is_noticed(tmp_path: Path) -> None:
     train_here(recipe("lora", task={"name": "test_adapters:another_base"}, steps=2), tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"this checkpoint is of an adapter beside another model: the weights at"):
-        evaluate_run(tmp_path / "run", {"task.width": 2})
+        load_best(tmp_path / "run", {"task.width": 2}).evaluate()
 
 
 @pytest.mark.parametrize(

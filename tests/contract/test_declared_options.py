@@ -11,20 +11,20 @@ from pydantic import ValidationError
 from pytorch_optimizer.base.exception import NegativeLRError
 from torch import nn
 
-from raytrain.model import options as adapters
-from raytrain.model.adapters import configuration, options_of_adapter
-from raytrain.names import resolve
+from raytrain.models import options as adapters
+from raytrain.models.adapters import configuration, options_of_adapter
 from raytrain.optim import arguments
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.ema import averages
 from raytrain.optim.optimizers import make_optimizer, options_of_optimizer
 from raytrain.optim.options import ALL, OptimizerOptions
-from raytrain.optim.zeroth import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
 from raytrain.recipe import declared_options
+from raytrain.registry import resolve
 from raytrain.sync import options as sync
 from raytrain.sync.options import NUMBERS, SYNCHRONISERS, SyncOptions
-from raytrain.task import TASKS, options_of_task
 from raytrain.tasks import options as tasks
+from raytrain.tasks.task import TASKS, options_of_task
+from raytrain.zeroth.optimizers import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
 
 NAMES = [name for name in adapters.ADAPTERS if name != "none"]
 ODD_NUMBERS = st.sampled_from([-1.0, -1e-9, 0.0, 1e-9, 0.5, 1.0, 1.5, 2.0, 3.0, 128.0])

@@ -15,10 +15,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from raytrain.errors import RecipeError
-from raytrain.loggers import LOGGERS, TensorBoard, logger_class, scalars
-from raytrain.rundir import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.loggers import LOGGERS, TensorBoard, logger_class, scalars
 from raytrain.testing import train_here, train_with_gloo
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*``noload`` loader strategy", "ignore:::mlflow", "ignore:::wandb")
 

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from raytrain.names import resolve
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.ema import averages
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import OPTIMIZERS
+from raytrain.registry import resolve
 
 Array = NDArray[np.float64]
 Recursion = Callable[[Array], Iterator[Array]]

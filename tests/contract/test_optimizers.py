@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from raytrain.checkpoint import CheckpointStore, load
-from raytrain.names import resolve
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.ema import average_of
 from raytrain.optim.optimizers import (
@@ -24,10 +22,12 @@ from raytrain.optim.optimizers import (
     state_bytes,
 )
 from raytrain.optim.options import ONE_RATE, OPTIMIZERS, WHOLE, OptimizerOptions, is_elementwise
-from raytrain.sync.exchange import ExactExchange
+from raytrain.registry import resolve
+from raytrain.run.checkpoint import CheckpointStore, load
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.digits import DigitsOptions, digits
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 ROOT = Path(__file__).parents[2]
 RATES = {"sgd": 0.3, "prodigy": 1.0}

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from raytrain.data.feed import Walk, local_feed
-from raytrain.evaluation import evaluate
-from raytrain.loop import train
-from raytrain.replica import Progress, Replica, load_state, plain, state_of
-from raytrain.state import dumps, join, savable, split
-from raytrain.sync.exchange import ExactExchange
+from raytrain.serialization import dumps, join, savable, split
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import build, plan_of, task_of
+from raytrain.training.build import build, plan_of, task_of
+from raytrain.training.evaluation import evaluate
+from raytrain.training.loader import Walk, local_feed
+from raytrain.training.loop import train
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.replica import Progress, Replica, load_state, plain, state_of
 from search.journal.ancestry import schedule
 from search.journal.journal import Journal
 from search.recipe import SearchRecipe

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import search
-from raytrain.names import line_about, resolve
+from raytrain.registry import line_about, resolve
 from search.pbt.exploit import EXPLOITS, Exploit
 from search.pbt.explore import EXPLORES, Explore
 from search.recipe import SearchRecipe

@@ -9,20 +9,21 @@ import pytest
 import torch
 
 from raytrain.errors import RecipeError
-from raytrain.evaluation import measure
 from raytrain.kinds import load_kinds
-from raytrain.names import line_about, resolve
 from raytrain.recipe import declared_options, read_toml
-from raytrain.sync.exchange import ExactExchange
+from raytrain.registry import line_about, resolve
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.options import SYNCHRONISERS
-from raytrain.task import TASKS, Task, make_task, options_of_task
-from raytrain.tensors import weights_of
+from raytrain.tasks.losses import loss_weights
+from raytrain.tasks.task import TASKS, Task, make_task, options_of_task
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
+from raytrain.training.evaluation import measure
 
 
 def entries() -> Iterator[Any]:
     for kind in load_kinds().values():
-        for title, table in kind.tables.items():
+        for title in kind.tables:
+            table = kind.table(title)
             for name in table:
                 yield pytest.param(table, name, id=f"{title}-{name}")
 
@@ -35,12 +36,13 @@ def test_every_name_stands_for_something_described(table: Mapping[str, str], nam
 
 
 @pytest.mark.parametrize("name", list(load_kinds()))
-def test_every_kind_can_run_and_evaluate(name: str) -> None:
+def test_what_every_kind_names_is_there(name: str) -> None:
     kind = load_kinds()[name]
-    assert callable(resolve({}, kind.evaluate, "kind"))
-    for file in kind.recipes.glob("*.toml"):
+    for target in filter(None, (kind.run, kind.load, kind.panels, kind.check, *kind.remarks.values())):
+        assert callable(resolve({}, target, "kind"))
+    for file in kind.shipped():
         raw, _ = read_toml(str(file), [])
-        recipe = kind.recipe.parse(raw)
+        recipe = kind.recipe_class().parse(raw)
         assert recipe.name == file.stem
         assert file.read_text().startswith("# "), "`raytrain list` prints a recipe's first comment"
 
@@ -79,7 +81,7 @@ def test_tasks(task: Task) -> None:
         assert isinstance(examples.domain(0), str)
         assert isinstance(examples.label(len(examples) - 1), int)
         batch = task.collate([examples[place] for place in range(3)])
-        losses, weights = task.losses(one, batch), weights_of(task, batch, 3, torch.device("cpu"))
+        losses, weights = task.losses(one, batch), loss_weights(task, batch, 3, torch.device("cpu"))
         assert losses.shape == weights.shape
         assert losses.dtype == torch.float32
         assert (weights >= 0).all()

@@ -13,14 +13,14 @@ import psutil
 import pytest
 import torch
 
-from raytrain.checkpoint import listed, load
-from raytrain.dispatch import run
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import Order
+from raytrain.launch.dispatch import run
 from raytrain.overrides import merged
-from raytrain.rundir import RunDirectory, rows
+from raytrain.run.checkpoint import listed, load
+from raytrain.run.directory import RunDirectory, rows
 from raytrain.testing import train_with_threads
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 TINY = {
     "kind": "train",

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.checkpoint import listed, load
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import Order
 from raytrain.overrides import merged
-from raytrain.rundir import rows
+from raytrain.run.checkpoint import listed, load
+from raytrain.run.directory import rows
 from raytrain.testing import train_with_gloo, train_with_threads
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 TINY = {
     "kind": "train",
@@ -59,7 +59,7 @@ def check_equal(one: Path, other: Path) -> None:
 
 
 def test_killed_and_hanging_workers_are_started_again_and_equal_threads(ray_cluster: None, workplace: Path) -> None:
-    from raytrain.launch import run
+    from raytrain.launch.train import run
 
     broken = recipe(workplace, "1, 15, 'kill'", "0, 35, 'hang'", sync__timeout_seconds=20)
     result = run(broken, Order(workplace / "broken"))
@@ -81,7 +81,7 @@ def test_many_checkpoints_of_local_updates_cost_no_waiting_and_equal_those_of_th
     ray_cluster: None, workplace: Path
 ) -> None:
     """Ray takes one report in each of its polls, for which a run that saves faster would wait: it gets the last one."""
-    from raytrain.launch import run
+    from raytrain.launch.train import run
 
     sync = {"name": "late", "every": 7, "delay": 5, "codec": "int8", "buffers": "local", "timeout_seconds": 60}
     settings = TrainRecipe.parse({**recipe(workplace, checkpoint__every=1, task__norm=True).plain(), "sync": sync})
@@ -98,7 +98,7 @@ def test_many_checkpoints_of_local_updates_cost_no_waiting_and_equal_those_of_th
 def test_a_sharded_worker_that_fails_too_often_ends_the_run_which_goes_on_to_the_bit(
     ray_cluster: None, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from raytrain.launch import run
+    from raytrain.launch.train import run
 
     broken = recipe(workplace, "1, 25, 'kill'", max_failures=0, sync__shard=True)
     with pytest.raises(TrainingError) as caught:
@@ -116,7 +116,7 @@ def test_a_sharded_worker_that_fails_too_often_ends_the_run_which_goes_on_to_the
 
 
 def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: None, workplace: Path) -> None:
-    from raytrain.launch import run
+    from raytrain.launch.train import run
 
     with pytest.raises(TrainingError) as caught:
         run(recipe(workplace, "1, 25, 'fail'"), Order(workplace / "run"))
@@ -144,7 +144,7 @@ def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: No
     ],
 )
 def test_a_fault_on_another_machine_says_where(text: str, what: str) -> None:
-    from raytrain.launch import cause
+    from raytrain.launch.train import cause
 
     assert cause(RuntimeError(text)).startswith(what)
     assert cause(RuntimeError(text)).endswith(" (on node-b)")
@@ -155,7 +155,7 @@ def test_a_machine_that_is_too_busy_for_ray_is_said_after_a_second_try(monkeypat
     """Ray waits 30 s for its own processes, and then raises an `Exception` of no class of its own."""
     import ray
 
-    from raytrain.launch import _start_ray
+    from raytrain.launch.session import _start_ray
 
     tried = []
 

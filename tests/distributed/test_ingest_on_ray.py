@@ -12,15 +12,15 @@ import psutil
 import pytest
 import torch
 
-from raytrain.checkpoint import listed, load
-from raytrain.data.feed import Batches, Feed, Generated, Walk, local_feed
 from raytrain.errors import TrainingError
 from raytrain.kinds import Order
 from raytrain.overrides import merged
-from raytrain.rundir import rows
+from raytrain.run.checkpoint import listed, load
+from raytrain.run.directory import rows
 from raytrain.testing import train_here, train_with_gloo
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import task_of
+from raytrain.training.build import task_of
+from raytrain.training.loader import Batches, Feed, Generated, Walk, local_feed
+from raytrain.training.recipe import TrainRecipe
 
 MINE = """
 import os
@@ -119,7 +119,7 @@ def walk(steps: int, first: int = 0, stride: int = 8) -> Walk:
 
 
 def opened(settings: TrainRecipe, way: Walk, actors: int = 2, lives: int = 1) -> Any:
-    from raytrain.data.ingest import ray_feed
+    from raytrain.launch.ingest import ray_feed
 
     return ray_feed(task_of(settings), settings.task, way, actors=actors, cpus=0.5, lives=lives)
 
@@ -179,7 +179,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 def test_ray_data_trains_as_the_local_source_does_also_after_a_kill(
     mine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raytrain.launch import run
+    from raytrain.launch.train import run
 
     monkeypatch.setenv("PYTHONPATH", str(mine), prepend=os.pathsep)
     changes = {"workers": 2, "accumulate": 2, "checkpoint__every": 5, "evaluation__every": 10}
@@ -255,7 +255,7 @@ def test_actors_that_die_too_often_end_the_run(mine: Path) -> None:
 
 
 def test_an_error_of_a_generator_ends_the_run_with_its_trace(mine: Path) -> None:
-    from raytrain.data.ingest import ray_feed
+    from raytrain.launch.ingest import ray_feed
 
     feeds = partial(ray_feed, actors=1, cpus=0.5, lives=1)
     failure = train_here(recipe(task__source="mine:fail_at_five"), mine / "run", feeds).failure()

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.checkpoint import listed, load
 from raytrain.overrides import merged
-from raytrain.rundir import rows
+from raytrain.run.checkpoint import listed, load
+from raytrain.run.directory import rows
 from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo, train_with_threads
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 TINY = {
     "kind": "train",

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.checkpoint import listed, load, read_manifest
 from raytrain.overrides import merged
-from raytrain.retrace import retrace
-from raytrain.rundir import RunDirectory, rows
+from raytrain.run.checkpoint import listed, load, read_manifest
+from raytrain.run.directory import RunDirectory, rows
 from raytrain.seeds.records import read, steps
 from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import settled
+from raytrain.training.build import settled
+from raytrain.training.recipe import TrainRecipe
+from raytrain.zeroth.replay import retrace
 
 CHECK, STOP = 50, 8
 BROADCAST_BYTES = 4 * (8 * 4 + 8 + 8 + 1 + 9 + 3) + 2 * 2  # the tiny model's parameters, and its buffer

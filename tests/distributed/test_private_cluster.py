@@ -18,7 +18,7 @@ import pytest
 import ray
 
 from raytrain.kinds import Order
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 STRANGER = """
 import sys
@@ -147,7 +147,7 @@ def test_nobody_else_can_read_the_token_or_the_logs(ray_cluster: None) -> None:
 def test_a_run_in_it_ends_well_and_its_secret_is_written_nowhere(
     ray_cluster: None, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raytrain import launch
+    from raytrain.launch import train as launch
 
     secret = "5ec2e7" * 5
     monkeypatch.setattr(launch.secrets, "token_hex", lambda _: secret)
@@ -170,7 +170,7 @@ def test_afterwards_ray_is_as_it_was(tmp_path: Path) -> None:
 import os
 from pathlib import Path
 from ray._raylet import AuthenticationMode, get_authentication_mode
-from raytrain.private_cluster import private_cluster
+from raytrain.launch.private_cluster import private_cluster
 before = dict(os.environ)
 with private_cluster() as how:
     folder = Path(how["_temp_dir"]).parent

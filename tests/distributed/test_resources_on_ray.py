@@ -12,8 +12,8 @@ import pytest
 
 from raytrain.errors import RecipeError
 from raytrain.kinds import Order
-from raytrain.rundir import rows
-from raytrain.train_recipe import TrainRecipe
+from raytrain.run.directory import rows
+from raytrain.training.recipe import TrainRecipe
 
 # `ray start` would give it an address that others can reach, where a cluster of our own is not.
 MACHINE = """
@@ -62,8 +62,8 @@ def recipe(**resources: Any) -> TrainRecipe:
 
 
 def test_workers_go_where_the_recipe_says(second_machine: str, workplace: Path) -> None:
-    from raytrain.launch import run
-    from raytrain.predict import predict_file
+    from raytrain.launch.predict import predict_file
+    from raytrain.launch.train import run
 
     (workplace / "where.py").write_text(
         "import ray\nfrom dataclasses import replace\nfrom pathlib import Path\n"
@@ -80,7 +80,9 @@ def test_workers_go_where_the_recipe_says(second_machine: str, workplace: Path) 
     assert run(asked, Order(workplace / "run")).status == "done"
     assert [(workplace / f"machine-{rank}").read_text() for rank in range(2)] == [second_machine] * 2
     assert len(rows(workplace / "run" / "attempts.jsonl")) == 1
-    predict_file(workplace / "run", {}, workplace / "in", workplace / "out", None)
+    predict_file(
+        "raytrain.training.results:load_best", workplace / "run", {}, workplace / "in", workplace / "out", None
+    )
     assert (workplace / "out").read_text().split() == [f'"{second_machine}"'] * 3
     with pytest.raises(RecipeError, match=r"^resources.custom.fast: 2 workers of 2 each do not fit on machines that"):
         run(recipe(custom={"fast": 2}), Order(workplace / "large"))

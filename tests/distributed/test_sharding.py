@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.checkpoint import listed, load
-from raytrain.finished import evaluate_run
 from raytrain.overrides import merged
-from raytrain.rundir import RunDirectory, rows
+from raytrain.run.checkpoint import listed, load
+from raytrain.run.directory import RunDirectory, rows
 from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.results import load_best
 
 BASE = {
     "kind": "train",
@@ -53,8 +53,8 @@ import torch
 from torch import nn
 
 from raytrain import Task
-from raytrain.checkpoint import listed, load
-from raytrain.replica import load_state, state_of
+from raytrain.run.checkpoint import listed, load
+from raytrain.training.replica import load_state, state_of
 from raytrain.testing import FaultPlan
 
 HERE = Path(__file__).parent
@@ -291,7 +291,7 @@ def test_a_checkpoint_is_loaded_and_gathered_to_the_bit(runs: Runs) -> None:
 
 
 def test_a_sharded_run_is_evaluated_by_one_process(runs: Runs) -> None:
-    measured = evaluate_run(runs.folder / "gpt-ema-two", {})
+    measured = load_best(runs.folder / "gpt-ema-two", {}).evaluate()
     last = [row for row in runs.history("gpt-ema-two") if "bits_per_byte" in row][-1]
     assert measured["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-6)
 

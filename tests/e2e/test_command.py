@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from raytrain.checkpoint import listed
-from raytrain.cluster import fingerprint
 from raytrain.kinds import load_kinds
-from raytrain.model.options import ADAPTERS
+from raytrain.launch.version import fingerprint
+from raytrain.models.options import ADAPTERS
 from raytrain.optim.options import OPTIMIZERS
-from raytrain.rundir import RunDirectory
+from raytrain.run.checkpoint import listed
+from raytrain.run.directory import RunDirectory
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.testing import train_here
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_what_trains_nothing_imports_neither_torch_nor_ray(workplace: Path) -> N
     commands = [
         (["--help"], 0),
         (["list"], 0),
-        *((["check", file], 0) for file in load_kinds()["train"].recipes.glob("*.toml")),
+        *((["check", file], 0) for file in load_kinds()["train"].shipped()),
         *((["check", "digits", f"optimizer={name}"], 0) for name in OPTIMIZERS),
         (["check", "digits", "optimizer=zo-hybrid", "directions.first_order=['*']", "directions.trajectory=false"], 0),
         *((["check", "digits", f"sync={name}"], 0) for name in SYNCHRONISERS),
@@ -268,7 +268,7 @@ def test_what_trains_nothing_imports_neither_torch_nor_ray(workplace: Path) -> N
     ours = [([str(word) for word in words], status) for words, status in commands]
     script = f"""
 import sys
-from raytrain.command import main
+from raytrain.cli.main import main
 for words, expected in {ours!r}:
     sys.argv = ["raytrain", *words]
     try:
@@ -326,7 +326,8 @@ def test_others_can_add_a_kind(workplace: Path) -> None:
         """
 from pathlib import Path
 from typing import Literal
-from raytrain.kinds import Kind, Result
+from raytrain.kinds import Kind
+from raytrain.run.result import Result
 from raytrain.recipe import Recipe
 
 class GreetRecipe(Recipe):
@@ -337,10 +338,7 @@ def run(recipe, order):
     print(f"hello {recipe.whom}, in {order.out}")
     return Result("done")
 
-def evaluate(folder, overrides):
-    return {}
-
-KIND = Kind(GreetRecipe, Path(__file__).parent, "greeting:run", "greeting:evaluate", {})
+KIND = Kind("greeting:GreetRecipe", "greeting:run", Path(__file__).parent)
 """
     )
     (workplace / "hello.toml").write_text('kind = "greet"\n')

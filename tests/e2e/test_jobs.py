@@ -20,13 +20,13 @@ from typing import Any
 import psutil
 import pytest
 
-from raytrain.checkpoint import listed, verify
 from raytrain.provenance import MARKER
 from raytrain.recipe import read_toml
-from raytrain.rundir import rows
+from raytrain.run.checkpoint import listed, verify
+from raytrain.run.directory import rows
 from raytrain.testing import train_here
 from raytrain.testing_command import Command, start_command
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine; alone it takes an eighth
 
@@ -51,7 +51,9 @@ def fail(replica):
         raise ValueError("boom")
 """
 # A command that does not wait long for a server that is gone.
-IMPATIENT = "import raytrain.jobs.client as jobs; jobs.RECONNECT_SECONDS = 3; from raytrain.command import main; main()"
+IMPATIENT = (
+    "import raytrain.launch.jobs.client as jobs; jobs.RECONNECT_SECONDS = 3; from raytrain.cli.main import main; main()"
+)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import pytest
 
 from raytrain.overrides import merged, parse_overrides
 from raytrain.recipe import read_toml
-from raytrain.rundir import rows
+from raytrain.run.directory import rows
 from raytrain.testing import train_here
-from raytrain.train_recipe import KIND, TrainRecipe
+from raytrain.training.recipe import KIND, TrainRecipe
 
 pytestmark = pytest.mark.timeout(1800)  # on a busy machine; alone it takes a fraction
 

@@ -18,8 +18,8 @@ import psutil
 import pytest
 import torch
 
-from raytrain.checkpoint import listed, load
-from raytrain.rundir import rows
+from raytrain.run.checkpoint import listed, load
+from raytrain.run.directory import rows
 from raytrain.testing_command import Command
 
 Start = Callable[..., Command]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from raytrain.errors import RecipeError
-from raytrain.finished import best_of, evaluate_run, recipe_of
-from raytrain.rundir import RunDirectory
+from raytrain.run.directory import RunDirectory
 from raytrain.testing import train_here
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.results import load_best, load_recipe
 
 MINE = """
 import json
@@ -62,9 +62,9 @@ def test_predictions_are_in_order_and_those_of_the_best_checkpoint(
     ended = raytrain("predict", "run", "--input", "points.jsonl", "--output", "sums.jsonl")
     assert ended.status == 0, ended.err
     assert "31 predictions in sums.jsonl" in ended.err
-    best = best_of(run, {})
+    best = load_best(run, {})
     with torch.no_grad():
-        expected = best.replica.module(torch.tensor(points))[:, 0].tolist()
+        expected = best.module()(torch.tensor(points))[:, 0].tolist()
     lines = [json.loads(line) for line in Path("sums.jsonl").read_text().splitlines()]
     assert [line["sum"] for line in lines] == pytest.approx(expected, abs=1e-4)
 
@@ -118,12 +118,12 @@ def test_an_exported_folder_gives_the_logits_of_the_best_checkpoint(
     assert run.failure() is None
     ended = raytrain("export", "run", "out")
     assert (ended.status, ended.err) == (0, "")
-    best = best_of(run.path, {})
+    best = load_best(run.path, {})
     theirs = AutoModelForSequenceClassification.from_pretrained("out").eval()
     assert set(theirs.config.label2id) == {"fine", "dull"}
     batch = AutoTokenizer.from_pretrained("out")(["a good plot", "bad"], padding=True, return_tensors="pt")
     with torch.no_grad():
-        ours = best.replica.module.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        ours = best.module().eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         torch.testing.assert_close(theirs(**batch).logits, ours, rtol=0, atol=1e-6)
 
 
@@ -138,8 +138,8 @@ def films(models: Path, workplace: Path) -> RunDirectory:
     task = {"name": "classify", "model": str(models / "bert"), "path": "films.tsv", "head": "mean"}
     run = train_here(TrainRecipe.parse({**raw, "task": {**task, "start": "prototypes"}}), workplace / "run")
     assert run.failure() is None
-    assert recipe_of(run.path, {}).task.classes == ("neg", "pos")
-    assert evaluate_run(run.path, {})["accuracy"] == 1
+    assert load_recipe(run.path, {}).task.classes == ("neg", "pos")
+    assert load_best(run.path, {}).evaluate()["accuracy"] == 1
     return run
 
 
@@ -148,12 +148,14 @@ def test_classes_stay_with_the_run_whatever_data_it_is_measured_on(films: RunDir
     (workplace / "strange.tsv").write_text("a good film\tpos\nno film\tzzz\n")
     (workplace / "folder").mkdir()
     (workplace / "folder" / "test.tsv").write_text("\n".join([*FILMS, "the plot is bad\tpos"]))
-    assert evaluate_run(films.path, {"task.path": "one.tsv"})["accuracy"] == 1, "one class, which is not the first"
-    assert evaluate_run(films.path, {"task.path": "folder/test.tsv"})["accuracy"] == 0.8, "all of the file"
-    assert evaluate_run(films.path, {"task.path": "folder"})["accuracy"] == 0.8, "a test split alone"
-    assert evaluate_run(films.path, {"task.held_out": str(workplace / "one.tsv")})["accuracy"] == 1
+    assert load_best(films.path, {"task.path": "one.tsv"}).evaluate()["accuracy"] == 1, (
+        "one class, which is not the first"
+    )
+    assert load_best(films.path, {"task.path": "folder/test.tsv"}).evaluate()["accuracy"] == 0.8, "all of the file"
+    assert load_best(films.path, {"task.path": "folder"}).evaluate()["accuracy"] == 0.8, "a test split alone"
+    assert load_best(films.path, {"task.held_out": str(workplace / "one.tsv")}).evaluate()["accuracy"] == 1
     with pytest.raises(RecipeError, match=r"^task.label: strange.tsv, line 2: the label 'zzz' is not one of task.clas"):
-        evaluate_run(films.path, {"task.path": "strange.tsv"})
+        load_best(films.path, {"task.path": "strange.tsv"}).evaluate()
 
 
 def test_a_trained_model_is_used_without_its_data(
@@ -161,8 +163,8 @@ def test_a_trained_model_is_used_without_its_data(
 ) -> None:
     (workplace / "films.tsv").unlink()
     (workplace / "new.txt").write_text("a good film\na bad film\n")
-    best = best_of(films.path, {})
-    found = best.task.predict(best.replica.module.eval(), best.task.inputs(workplace / "new.txt"))
+    best = load_best(films.path, {})
+    found = best.task.predict(best.module().eval(), best.task.inputs(workplace / "new.txt"))
     assert [each["label"] for each in found] == ["pos", "neg"]
     ended = raytrain("export", "run", "out")
     assert ended.status == 0, ended.err
@@ -172,14 +174,14 @@ def test_a_trained_model_is_used_without_its_data(
 
 def test_a_run_that_goes_on_keeps_its_classes(films: RunDirectory, workplace: Path) -> None:
     more = [f"a story {place}\taaa" for place in range(3)]
-    recipe = recipe_of(films.path, {"task.classes": [], "steps": 32})  # as one that was never run
+    recipe = load_recipe(films.path, {"task.classes": [], "steps": 32})  # as one that was never run
     (workplace / "films.tsv").write_text("\n".join([*FILMS * 5, *more]))
     again = train_here(recipe, films.path)
     assert again.failure().message.startswith("task.label: films.tsv, line 21: the label 'aaa' is not one of task.cla")
     (workplace / "films.tsv").write_text("\n".join(FILMS[:2] * 5 + ["one more\tneg"]))
     again = train_here(recipe, films.path)
     assert again.failure() is None
-    assert recipe_of(films.path, {}).task.classes == ("neg", "pos")
+    assert load_recipe(films.path, {}).task.classes == ("neg", "pos")
 
 
 def test_an_alphabet_stays_with_the_run(workplace: Path) -> None:
@@ -189,7 +191,7 @@ def test_an_alphabet_stays_with_the_run(workplace: Path) -> None:
     raw = {"kind": "train", "steps": 20, "batch": 8, "log": {"to": []}, "optimizer": {"lr": 0.02}, "task": task}
     run = train_here(TrainRecipe.parse(raw), workplace / "run")
     assert run.failure() is None
-    assert recipe_of(run.path, {}).task.alphabet == "abcd"
-    assert evaluate_run(run.path, {"task.path": "dabc.txt"})["loss"] < 0.5
+    assert load_recipe(run.path, {}).task.alphabet == "abcd"
+    assert load_best(run.path, {"task.path": "dabc.txt"}).evaluate()["loss"] < 0.5
     with pytest.raises(RecipeError, match=r"^task.path: wxyz.txt has the character 'w', which is not one of task.alph"):
-        evaluate_run(run.path, {"task.path": "wxyz.txt"})
+        load_best(run.path, {"task.path": "wxyz.txt"}).evaluate()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
-from raytrain.model import blocks as tested
-from raytrain.model.blocks import blocks, compile_blocks, recompute
+from raytrain.models import blocks as tested
+from raytrain.models.blocks import blocks, compile_blocks, recompute
 
 CPU = torch.device("cpu")
 # Dynamo looks at the gradient of every tensor, and silences the warning itself unless it is an error.

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain.bits import bits_of
 from raytrain.sync.buffers import BufferMean, floating_buffers
-from raytrain.sync.rest import Rest
+from raytrain.sync.step_message import Rest
+from raytrain.tensors import bits_of
 
 TYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 PLACES = st.lists(st.floats(2**-10, 1e4, width=16), min_size=3, max_size=3)

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from raytrain.data.collate import UNSCORED, inputs, kept_logits, padded, scored, token_losses, token_weights
 from raytrain.errors import RecipeError
-from raytrain.evaluation import evaluate
-from raytrain.rundir import rows
-from raytrain.sync.exchange import ExactExchange
+from raytrain.run.directory import rows
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.task import Task
-from raytrain.tasks.batches import UNSCORED, inputs, kept_logits, padded, scored, token_losses, token_weights
 from raytrain.tasks.causal_lm import CausalLmOptions, Tokenized, alone, byte_widths, causal_lm, packed
+from raytrain.tasks.task import Task
 from raytrain.testing import train_here
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.evaluation import evaluate
+from raytrain.training.recipe import TrainRecipe
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 

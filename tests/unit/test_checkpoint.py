@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from raytrain.checkpoint import MANIFEST, CheckpointStore, listed, load, read_manifest, verify
 from raytrain.errors import CheckpointError
 from raytrain.json_files import add_checksum
-from raytrain.replica import load_state, state_of
-from raytrain.sync.exchange import ExactExchange
+from raytrain.run.checkpoint import MANIFEST, CheckpointStore, listed, load, read_manifest, verify
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.task import make_task
+from raytrain.tasks.task import make_task
 from raytrain.testing import ThreadGroup, ThreadTransport, tiny
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import build
+from raytrain.training.build import build
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.replica import load_state, state_of
 
 
 def store(folder: Path, keep: int = 2) -> CheckpointStore:

@@ -14,21 +14,21 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import log_softmax
 
-from raytrain.checkpoint import load, step_name
 from raytrain.errors import RecipeError
-from raytrain.evaluation import evaluate
-from raytrain.finished import best_of
+from raytrain.models.discriminant import head_of
 from raytrain.overrides import merged
-from raytrain.retrace import retrace
-from raytrain.rundir import rows
-from raytrain.sync.exchange import ExactExchange
+from raytrain.run.checkpoint import load, step_name
+from raytrain.run.directory import rows
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.task import Task
 from raytrain.tasks.classify import AT_ONCE, ClassifyOptions, classify
-from raytrain.tasks.gaussians import head_of
+from raytrain.tasks.task import Task
 from raytrain.testing import train_here
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import build, task_of
+from raytrain.training.build import build, task_of
+from raytrain.training.evaluation import evaluate
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.results import load_best
+from raytrain.zeroth.replay import retrace
 
 SUBJECTS = ("the film", "a plot", "the acting", "this story", "the question", "what an answer")
 WORTH = {0: ("bad", "awful"), 1: ("good", "great")}
@@ -464,7 +464,7 @@ def test_what_is_trained_with_a_mask_of_first_weights_needs_no_data_afterwards(
     run = train_here(TrainRecipe.parse(merged(plan, {"directions.sparsity": 0.5})), tmp_path / "run")
     assert run.failure() is None
     (tmp_path / "data" / "train.tsv").unlink()
-    best_of(run.path, {})
+    load_best(run.path, {}).module()
 
 
 def test_minilm_with_prototypes_knows_sentiment_without_a_step(sst2: Path) -> None:

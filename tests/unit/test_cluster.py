@@ -5,8 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.cluster import MOST_ACTORS, Node, Share, check_reachable, cpus_per_worker, machines_for, share_cpus
 from raytrain.errors import RecipeError
+from raytrain.launch.resources import (
+    MOST_ACTORS,
+    Node,
+    Share,
+    check_reachable,
+    cpus_per_worker,
+    machines_for,
+    share_cpus,
+)
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=6), st.integers(1, 100))

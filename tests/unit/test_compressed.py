@@ -5,8 +5,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raytrain.names import resolve
-from raytrain.sync.compressed import CompressedExchange
+from raytrain.registry import resolve
+from raytrain.sync.compression import CompressedExchange
 from raytrain.sync.options import CODECS
 from raytrain.testing import ThreadGroup, ThreadTransport
 

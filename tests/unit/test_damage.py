@@ -16,22 +16,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.checkpoint import MANIFEST, CheckpointStore, load, read_manifest, reading, verify
 from raytrain.errors import CheckpointError, RecipeError, TrainingError
-from raytrain.jobs.storage import Entry, dump, measured, parse
 from raytrain.json_files import add_checksum
+from raytrain.launch.jobs.storage import Entry, dump, measured, parse
 from raytrain.recipe import read_toml
-from raytrain.replica import progress_from
-from raytrain.retrace import retrace
-from raytrain.rundir import RunDirectory, rows
-from raytrain.seeds.model import SeedModel
+from raytrain.run.checkpoint import MANIFEST, CheckpointStore, load, read_manifest, reading, verify
+from raytrain.run.directory import RunDirectory, rows
 from raytrain.seeds.records import MAGIC, RECORD, read
-from raytrain.seeds.trajectory import Trajectory
-from raytrain.sync.exchange import ExactExchange
+from raytrain.seeds.seed_model import SeedModel
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import train_here
-from raytrain.train_recipe import KIND, TrainRecipe
-from raytrain.worker import settled
+from raytrain.training.build import settled
+from raytrain.training.kind import KIND
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.replica import progress_from
+from raytrain.zeroth.replay import retrace
+from raytrain.zeroth.trajectory import Trajectory
 
 
 def flips(data: bytes) -> list[bytes]:

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from raytrain.dispatch import needs_ray
-from raytrain.elastic import device_of
-from raytrain.train_recipe import TrainRecipe
+from raytrain.launch.dispatch import needs_ray
+from raytrain.launch.elastic import device_of
+from raytrain.training.recipe import TrainRecipe
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_each_worker_of_a_machine_has_its_gpu(gpus: float, devices: list[str]) -
 
 
 def test_training_on_this_machine_imports_no_ray() -> None:
-    script = "import sys, raytrain.dispatch, raytrain.elastic; print(*sys.modules)"
+    script = "import sys, raytrain.launch.dispatch, raytrain.launch.elastic; print(*sys.modules)"
     imported = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in imported
     assert "ray" not in imported

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from raytrain.checkpoint import listed, load
 from raytrain.errors import RecipeError
-from raytrain.finished import evaluate_run, result_of
 from raytrain.optim.ema import Ema
-from raytrain.rundir import RunDirectory
+from raytrain.run.checkpoint import listed, load
+from raytrain.run.directory import RunDirectory
 from raytrain.testing import train_here, train_with_threads
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.results import load_best, result_of
 
 
 def test_the_average_is_the_recursion_of_the_definition() -> None:
@@ -89,7 +89,7 @@ def test_an_optimizer_that_averages_is_evaluated_with_its_average(tmp_path: Path
     saved = state(run)
     assert not torch.equal(saved["out.weight"], saved["average out.weight"])
     best = result_of(schedulefree(), run, None).best
-    evaluated = evaluate_run(run.path, {})
+    evaluated = load_best(run.path, {}).evaluate()
     assert (evaluated["step"], evaluated["loss"]) == (best["step"], best["value"])
 
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raytrain.errors import TrainingError
-from raytrain.evaluation import evaluate, share
-from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.task import Task
+from raytrain.tasks.task import Task
 from raytrain.testing import ThreadGroup, TinyOptions, tiny
+from raytrain.training.evaluation import evaluate, share
 
 TASK = tiny(TinyOptions(name="tiny", dropout=0.5))
 

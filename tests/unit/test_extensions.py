@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from raytrain.errors import RecipeError
 from raytrain.extensions import ExtensionPoint
-from raytrain.loggers import check_logger
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import settled
+from raytrain.run.loggers import check_logger
+from raytrain.training.build import settled
+from raytrain.training.recipe import TrainRecipe
 
 FUNCTION = ExtensionPoint("field", "a function", arguments=2)
 CLASS = ExtensionPoint("field", "a class", arguments=2, methods=("write",))

@@ -14,10 +14,10 @@ from federated.partition import PARTITIONS
 from federated.protocols.protocol import PROTOCOLS
 from federated.recipe import STRATEGIES, FederateRecipe
 from raytrain.errors import RecipeError
-from raytrain.names import line_about
 from raytrain.recipe import read_toml
-from raytrain.seeds.model import SeedModel
-from raytrain.task import Task
+from raytrain.registry import line_about
+from raytrain.seeds.seed_model import SeedModel
+from raytrain.tasks.task import Task
 
 TABLES = (PROTOCOLS, PARTITIONS, FAULTS, STRATEGIES)
 ROOT = Path(__file__).parents[2]

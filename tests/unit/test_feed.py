@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.data.feed import Generated, Indexed, Walk, local_feed
 from raytrain.data.sampler import Sampler
 from raytrain.data.source import Generators
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.task import Task
+from raytrain.tasks.task import Task
 from raytrain.testing import train_here, train_with_threads
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.loader import Generated, Indexed, Walk, local_feed
+from raytrain.training.recipe import TrainRecipe
 
 SMALL = st.integers(1, 9)
 WALKS = st.builds(

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from raytrain.errors import TrainingError
 from raytrain.files import AppendOnlyFile, append_line, flush, make_folder, read_bytes, write_whole
-from raytrain.rundir import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, rows
 from raytrain.testing import train_here
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 
 @pytest.fixture

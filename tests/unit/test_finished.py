@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from raytrain.finished import result_of
-from raytrain.task import Task
+from raytrain.tasks.task import Task
 from raytrain.testing import TinyOptions, tiny, train_here
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.results import result_of
 
 
 def unlucky(options: TinyOptions) -> Task:

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from raytrain.checkpoint import listed, load
 from raytrain.errors import RecipeError
-from raytrain.model.blocks import blocks
-from raytrain.model.freezing import Half, freeze
-from raytrain.task import Task
+from raytrain.models.blocks import blocks
+from raytrain.models.freezing import Half, freeze
+from raytrain.run.checkpoint import listed, load
+from raytrain.tasks.task import Task
 from raytrain.testing import ONE_AT_A_TIME, train_here, train_with_threads
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 
 class Block(nn.Module):

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from raytrain import testing
-from raytrain.checkpoint import CheckpointStore, listed, load, read_manifest
 from raytrain.errors import CheckpointError, TrainingError
 from raytrain.files import append_line, write_whole
-from raytrain.recorder import Recorder
-from raytrain.replica import Replica
-from raytrain.rundir import RunDirectory, rows
+from raytrain.run.checkpoint import CheckpointStore, listed, load, read_manifest
+from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.metrics import Recorder
 from raytrain.seeds.records import read
-from raytrain.seeds.trajectory import Trajectory
-from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import train_here
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.replica import Replica
+from raytrain.zeroth.trajectory import Trajectory
 
 FULL = "No space left on device"
 

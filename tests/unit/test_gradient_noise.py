@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain.data.feed import Indexed
-from raytrain.evaluation import evaluate
-from raytrain.loop import train
-from raytrain.optim.extras import add_noise
-from raytrain.rundir import rows
-from raytrain.sync.exchange import ExactExchange
+from raytrain.optim.gradient_noise import add_noise
+from raytrain.run.directory import rows
+from raytrain.sync.averaging import ExactExchange
 from raytrain.testing import ThreadGroup, ThreadTransport, tiny, train_here
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import build, plan_of
+from raytrain.training.build import build, plan_of
+from raytrain.training.evaluation import evaluate
+from raytrain.training.loader import Indexed
+from raytrain.training.loop import train
+from raytrain.training.recipe import TrainRecipe
 
 
 def noise(seed: int = 0, step: int = 0, variance: float = 0.3, decay: float = 0.55) -> dict[str, Tensor]:

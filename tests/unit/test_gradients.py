@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raytrain.errors import TrainingError
-from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.gradients import GradientAveraging, cut
+from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.ddp import GradientAveraging, cut
 from raytrain.sync.synchroniser import Totals
 from raytrain.sync.transport import LocalTransport, PeerLostError
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions

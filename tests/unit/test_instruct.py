@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrain.data.collate import UNSCORED
 from raytrain.errors import RecipeError
-from raytrain.evaluation import evaluate
-from raytrain.rundir import rows
-from raytrain.sync.exchange import ExactExchange
+from raytrain.models.generation import common, rouge_l
+from raytrain.run.directory import rows
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.task import Task
-from raytrain.tasks.batches import UNSCORED
-from raytrain.tasks.generation import common, rouge_l
 from raytrain.tasks.instruct import InstructOptions, instruct
+from raytrain.tasks.task import Task
 from raytrain.testing import ThreadGroup, train_here
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.evaluation import evaluate
+from raytrain.training.recipe import TrainRecipe
 
 words = st.lists(st.sampled_from("abcd"), max_size=7)
 

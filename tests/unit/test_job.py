@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.cluster import fingerprint
+from raytrain.cli import job_entry
 from raytrain.errors import RecipeError
-from raytrain.jobs import entry as job_entry
-from raytrain.jobs.job import Job, Log, check_id, check_taken, check_upload, new_id, place, taken_files, trouble
-from raytrain.jobs.storage import LIST, list_files, parse
+from raytrain.launch.jobs.job import Job, Log, check_id, check_taken, check_upload, new_id, place, taken_files, trouble
+from raytrain.launch.jobs.storage import LIST, list_files, parse
+from raytrain.launch.version import fingerprint
 
 
 def ended(status: str, exit_code: int | None = None, message: str = "") -> Job:
@@ -40,7 +40,10 @@ def test_what_goes_wrong_is_explained() -> None:
     assert trouble(ended("STOPPED")) == "stopped"
     assert trouble(ended("FAILED", 1, "Job entrypoint command failed")) == "failed with exit status 1"
     assert trouble(ended("FAILED", None, "runtime_env setup failed")) == "failed: runtime_env setup failed"
-    for message in ("python: No module named raytrain.jobs.entry", "ModuleNotFoundError: No module named 'raytrain')"):
+    for message in (
+        "python: No module named raytrain.cli.job_entry",
+        "ModuleNotFoundError: No module named 'raytrain')",
+    ):
         assert "the cluster has no raytrain, or an older one" in trouble(ended("FAILED", 1, message))
         assert not ended("FAILED", 1, message).began
     assert "no `python` on its PATH" in trouble(ended("FAILED", 127))
@@ -164,7 +167,7 @@ def test_a_run_is_stored_however_it_ended(
 ) -> None:
     """The command is a small one here; what it leaves and how it ends is what counts."""
     monkeypatch.setattr(sys, "argv", ["x"])
-    monkeypatch.setattr("raytrain.command.main", lambda: leave(tmp_path / "run", status))
+    monkeypatch.setattr("raytrain.cli.main.main", lambda: leave(tmp_path / "run", status))
     monkeypatch.setattr(job_entry.signal, "signal", lambda *_: None)
     url = f"local://{tmp_path}/store/x"
     assert job_entry.run(["train", "digits"], tmp_path / "run", url, fingerprint()) == status
@@ -177,7 +180,7 @@ def test_a_run_that_is_refused_does_not_store_what_is_there(tmp_path: Path, monk
     """It may be another's: of --out that is not empty, or of a resume of a run in use."""
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(sys, "argv", ["x"])
-    monkeypatch.setattr("raytrain.command.main", lambda: leave(tmp_path / "run", 2))
+    monkeypatch.setattr("raytrain.cli.main.main", lambda: leave(tmp_path / "run", 2))
     monkeypatch.setattr(job_entry.signal, "signal", lambda *_: None)
     assert job_entry.run(["train", "digits"], tmp_path / "run", f"local://{tmp_path}/store/x", fingerprint()) == 2
     assert [path.name for path in (tmp_path / "store" / "x").iterdir()] == ["job.txt"]

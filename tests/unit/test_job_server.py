@@ -13,14 +13,15 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytrain.cli import jobs as verbs
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.jobs import client, cluster_folder, verbs
-from raytrain.jobs.client import JobServer, LostError, exposes_token
-from raytrain.jobs.cluster_folder import ClusterFolder
-from raytrain.jobs.job import Job, Log
-from raytrain.jobs.storage import CHUNK_BYTES, ChangedError, dump, measured
-from raytrain.jobs.transfer import fetch
-from raytrain.jobs.upload import upload_of
+from raytrain.launch.jobs import client, cluster_folder
+from raytrain.launch.jobs.client import JobServer, LostError, exposes_token
+from raytrain.launch.jobs.cluster_folder import ClusterFolder
+from raytrain.launch.jobs.job import Job, Log
+from raytrain.launch.jobs.storage import CHUNK_BYTES, ChangedError, dump, measured
+from raytrain.launch.jobs.transfer import fetch
+from raytrain.launch.jobs.upload import upload_of
 
 Handler = BaseHTTPRequestHandler
 Answer = Callable[[Handler], object]

@@ -14,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.command import list_names
+from raytrain.cli.main import list_names
 from raytrain.errors import RecipeError
-from raytrain.seeds import native, portable
-from raytrain.seeds.kernels import KERNELS, Drawn, Kernel, active, fastest, kernel_of, quantised, seeds_tensor
-from raytrain.seeds.native import CannotCompileError
-from raytrain.seeds.stream import Mode, identity
+from raytrain.seeds.kernels import native
+from raytrain.seeds.kernels import numba_cpu as portable
+from raytrain.seeds.kernels.kernel import KERNELS, Drawn, Kernel, active, fastest, kernel_of, quantised, seeds_tensor
+from raytrain.seeds.kernels.native import CannotCompileError
+from raytrain.seeds.prng import Mode, identity
 
 MODES: tuple[Mode, ...] = ("rademacher", "gaussian")
 REFERENCE = kernel_of("reference")

@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain.names import resolve
 from raytrain.recipe import declared_options
-from raytrain.sync.compressed import CompressedExchange
-from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.gradients import GradientAveraging
-from raytrain.sync.local import LocalUpdates
+from raytrain.registry import resolve
+from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.compression import CompressedExchange
+from raytrain.sync.ddp import GradientAveraging
+from raytrain.sync.global_momentum import Velocity
+from raytrain.sync.interval import Pace
+from raytrain.sync.local_updates import LocalUpdates
 from raytrain.sync.methods import late
 from raytrain.sync.options import CODECS, SYNCHRONISERS, LateOptions
 from raytrain.sync.outer import GapAware, OuterStep, Secant, stable_below
-from raytrain.sync.pace import Pace
 from raytrain.sync.transport import LocalTransport
-from raytrain.sync.velocity import Velocity
 from raytrain.testing import ThreadGroup, ThreadTransport
 
 WIDTH = 3

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from raytrain.names import resolve
 from raytrain.recipe import declared_options
-from raytrain.sync.exchange import ExactExchange
+from raytrain.registry import resolve
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.testing import ThreadGroup, ThreadTransport
 

@@ -26,18 +26,18 @@ from federated.sampling import batches
 from federated.server import Server
 from federated.wire import MODEL_BYTES, REPORT_BYTES, ReportHeader, is_lost
 from federated.working_model import WorkingModel
-from raytrain.names import resolve
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import ZEROTH
-from raytrain.optim.zeroth import ZerothOrder, space_of
-from raytrain.seeds.model import SeedModel
-from raytrain.seeds.probe import Probe
-from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.numbers import Numbers
+from raytrain.registry import resolve
+from raytrain.seeds.seed_model import SeedModel
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.options import NumberOptions
+from raytrain.sync.scalars import Numbers
 from raytrain.sync.transport import LocalTransport
-from raytrain.zeroth import Zeroth, loss_of
+from raytrain.zeroth.optimizers import ZerothOrder, space_of
+from raytrain.zeroth.perturbed import Probe
+from raytrain.zeroth.step import Zeroth, loss_of
 
 FIELDS: dict[str, Any] = {
     "kind": "federate",
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_ends_no_round() -> None:
 
 
 def nowhere() -> Any:
-    from raytrain.task import Task
+    from raytrain.tasks.task import Task
 
     return Task(
         model=lambda seed: torch.nn.Linear(3, 1),

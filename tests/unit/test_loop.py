@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from raytrain.data.feed import Indexed
 from raytrain.data.sampler import Sampler
 from raytrain.errors import TrainingError
-from raytrain.evaluation import evaluate
-from raytrain.loop import Plan, due, status, train
 from raytrain.optim.schedules import linear, rate
-from raytrain.replica import Progress, Replica
-from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.task import Task
+from raytrain.tasks.task import Task
 from raytrain.tensors import seed_step
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyOptions, tiny
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import build
+from raytrain.training.build import build
+from raytrain.training.evaluation import evaluate
+from raytrain.training.loader import Indexed
+from raytrain.training.loop import Plan, due, status, train
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.replica import Progress, Replica
 
 PLAN = Plan(
     steps=12,

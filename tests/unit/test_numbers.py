@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raytrain.errors import TrainingError
-from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.numbers import decode, encode, numbers, one_byte
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.options import NumberOptions
+from raytrain.sync.scalars import decode, encode, numbers, one_byte
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 

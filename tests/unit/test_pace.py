@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.sync import pace as pace_module
-from raytrain.sync.pace import LONGEST, SHARE, SLACK, Clock, Pace
+from raytrain.sync import interval as pace_module
+from raytrain.sync.interval import LONGEST, SHARE, SLACK, Clock, Pace
 
 SECONDS = st.floats(1e-3, 10.0)
 

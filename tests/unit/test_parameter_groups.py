@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from raytrain.errors import RecipeError
-from raytrain.names import resolve
 from raytrain.optim.groups import outer_parameters
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import OPTIMIZERS
 from raytrain.overrides import parse_overrides
-from raytrain.train_recipe import TrainRecipe
+from raytrain.registry import resolve
+from raytrain.training.recipe import TrainRecipe
 
 
 def model() -> nn.Module:

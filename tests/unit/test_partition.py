@@ -22,7 +22,7 @@ from federated.partition import (
 )
 from federated.recipe import options_of_partition
 from raytrain.errors import RecipeError
-from raytrain.names import resolve
+from raytrain.registry import resolve
 
 
 class Labelled(list[int]):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from raytrain.data.collate import scored, token_losses
 from raytrain.errors import RecipeError
-from raytrain.model.adapters import adapt
-from raytrain.model.blocks import recompute
-from raytrain.model.options import OPTIONS
-from raytrain.tasks.batches import scored, token_losses
-from raytrain.tasks.pretrained import Pretrained, PretrainedOptions
+from raytrain.models.adapters import adapt
+from raytrain.models.blocks import recompute
+from raytrain.models.options import OPTIONS
+from raytrain.models.pretrained import Pretrained, PretrainedOptions
 
 CAUSAL = "AutoModelForCausalLM"
 HEADED = "AutoModelForSequenceClassification"

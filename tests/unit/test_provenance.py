@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.jobs.client import JobServer
-from raytrain.jobs.job import Job
-from raytrain.jobs.storage import Folder
-from raytrain.jobs.transfer import fetch
+from raytrain.launch.jobs.client import JobServer
+from raytrain.launch.jobs.job import Job
+from raytrain.launch.jobs.storage import Folder
+from raytrain.launch.jobs.transfer import fetch
 from raytrain.provenance import MARKER, named_code, refuse_code
 
 PLANTED = "from pathlib import Path\nPath('planted').touch()\nfrom raytrain.testing import tiny\n"

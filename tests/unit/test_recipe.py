@@ -11,7 +11,8 @@ from raytrain.errors import RecipeError
 from raytrain.optim.options import OPTIMIZERS
 from raytrain.overrides import merged, parse_overrides, parse_value
 from raytrain.recipe import dotted_fields, read_toml
-from raytrain.train_recipe import KIND, TrainRecipe
+from raytrain.training.kind import KIND
+from raytrain.training.recipe import TrainRecipe
 
 SMALL = {"kind": "train", "task": {"name": "digits"}}
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrain.data.cache import StoredExamples
+from raytrain.data.columns import column, domain_of, label_of, text_of
+from raytrain.data.records import Files, Record, is_local, of_file
 from raytrain.errors import RecipeError
-from raytrain.tasks.columns import column, domain_of, label_of, text_of
-from raytrain.tasks.records import RecordOptions, Splits
-from raytrain.tasks.sources import Files, Record, is_local, of_file
-from raytrain.tasks.stored import StoredExamples
+from raytrain.tasks.splits import RecordOptions, Splits
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20).filter(str.strip)
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raytrain.bits import rounded
 from raytrain.errors import CheckpointError, RecipeError
-from raytrain.seeds.kernels import ReferenceKernel, fastest, kernel_of, quantised
-from raytrain.seeds.model import SeedModel, combined, weights_of_all
-from raytrain.seeds.replay import Nudge, materialise, replay_log
-from raytrain.seeds.space import Space
-from raytrain.seeds.stream import Mode, direction, identity
+from raytrain.seeds.directions import Space
+from raytrain.seeds.kernels.kernel import fastest, kernel_of, quantised
+from raytrain.seeds.kernels.reference import ReferenceKernel
+from raytrain.seeds.prng import Mode, direction, identity
+from raytrain.seeds.seed_model import SeedModel, combined, weights_of_all
+from raytrain.seeds.updates import Nudge, materialise, replay_log
+from raytrain.tensors import rounded
 
 MODES: tuple[Mode, ...] = ("rademacher", "gaussian")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

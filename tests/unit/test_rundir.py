@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from raytrain import rundir
-from raytrain.display import Display, Tail
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.kinds import Result
-from raytrain.recorder import Recorder
-from raytrain.rundir import RunDirectory, rows, versions
+from raytrain.run import directory as rundir
+from raytrain.run.directory import RunDirectory, rows, versions
+from raytrain.run.metrics import Recorder
+from raytrain.run.progress import Display, Tail
+from raytrain.run.result import Result
 
 
 @pytest.fixture

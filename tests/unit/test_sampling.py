@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from federated.sampling import batches, common_seeds, important_directions, participants, pool_directions, pool_seeds
-from raytrain.seeds.model import SeedModel
-from raytrain.seeds.stream import derived
+from raytrain.seeds.prng import derived
+from raytrain.seeds.seed_model import SeedModel
 
 masters, rounds, clients = st.integers(0, 2**63 - 1), st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.names import resolve
 from raytrain.optim.schedules import SCHEDULES, rate
+from raytrain.registry import resolve
 
 shapes = st.sampled_from(sorted(SCHEDULES))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raytrain.errors import RecipeError
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 from search.checks import check_resume, check_shapes
 from search.pbt.engine import PopulationBasedTraining
 from search.pbt.exploit import Truncation
@@ -246,7 +246,7 @@ def test_metrics_that_the_task_does_not_measure() -> None:
 
 
 def shapes(recipe: Any) -> dict[str, tuple[int, ...]]:
-    from raytrain.worker import task_of
+    from raytrain.training.build import task_of
 
     return {name: tuple(each.shape) for name, each in task_of(recipe).model(0).named_parameters()}
 

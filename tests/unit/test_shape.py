@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("raytrain", "search", "federated")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
-KERNELS = tuple(f"raytrain/seeds/{name}.py" for name in ("kernels", "native", "portable", "gpu", "gpu_kernels"))
+KERNELS = "raytrain/seeds/kernels/"
 """Which take what the hardware asks for, and loop over it."""
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
-from raytrain.evaluation import evaluate
-from raytrain.names import resolve
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import OPTIMIZERS, is_elementwise
-from raytrain.sync.exchange import ExactExchange
+from raytrain.registry import resolve
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.task import Task
+from raytrain.tasks.task import Task
 from raytrain.testing import ThreadGroup, ThreadTransport
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import build, task_of
+from raytrain.training.build import build, task_of
+from raytrain.training.evaluation import evaluate
+from raytrain.training.recipe import TrainRecipe
 
 
 class Held(nn.Module):

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
-from raytrain.seeds.kernels import Drawn, kernel_of
-from raytrain.seeds.probe import Probe
-from raytrain.seeds.slope import derivative, slope, without_outliers
-from raytrain.seeds.space import Space
+from raytrain.seeds.directions import Space
+from raytrain.seeds.kernels.kernel import Drawn, kernel_of
 from raytrain.tensors import wide
+from raytrain.zeroth.estimators import derivative, slope, without_outliers
+from raytrain.zeroth.perturbed import Probe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -7,7 +7,7 @@ import pytest
 
 from raytrain.data.source import Generators, Local, RayData
 from raytrain.errors import RecipeError
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 MINE = """
 from torch import nn

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from raytrain.state import dumps, finite, join, savable, split, state_to
+from raytrain.serialization import dumps, finite, join, savable, split, state_to
 
 tensors = st.sampled_from(
     [

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.checkpoint import CheckpointStore
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.jobs import storage as places
-from raytrain.jobs.storage import (
+from raytrain.launch.jobs import storage as places
+from raytrain.launch.jobs.storage import (
     LIST,
     Entry,
     Folder,
@@ -23,9 +22,10 @@ from raytrain.jobs.storage import (
     parse,
     read_list,
 )
-from raytrain.jobs.transfer import fetch
+from raytrain.launch.jobs.transfer import fetch
 from raytrain.provenance import MARKER
-from raytrain.sync.exchange import ExactExchange
+from raytrain.run.checkpoint import CheckpointStore
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
 
 names = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map("/".join)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.seeds.stream import Mode, derived, direction, fold_in_all, identity, philox, units
+from raytrain.seeds.prng import Mode, derived, direction, fold_in_all, identity, philox, units
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "stream.json").read_text())
 MODES: tuple[Mode, ...] = ("rademacher", "gaussian")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.names import resolve
 from raytrain.recipe import declared_options
+from raytrain.registry import resolve
 from search.chooser import Chooser
 from search.options import SearchOptions
 from search.scheduling.driver import SegmentEnd, run_attempt

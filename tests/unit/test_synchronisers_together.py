@@ -17,17 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain import watch
-from raytrain.bits import bits_of
-from raytrain.checkpoint import listed, load, read_manifest
-from raytrain.names import resolve
 from raytrain.recipe import declared_options
-from raytrain.replica import Replica
-from raytrain.rundir import RunDirectory, rows
+from raytrain.registry import resolve
+from raytrain.run.checkpoint import listed, load, read_manifest
+from raytrain.run.directory import RunDirectory, rows
 from raytrain.sync.options import NUMBERS, SYNCHRONISERS
-from raytrain.task import Task, TaskOptions
+from raytrain.tasks.task import Task, TaskOptions
+from raytrain.tensors import bits_of
 from raytrain.testing import ONE_AT_A_TIME, train_with_threads
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training import callbacks as watch
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.replica import Replica
 
 STEPS = 12
 SPREADS = torch.tensor([30.0, 1.0, 0.1, 0.01])

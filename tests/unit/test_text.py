@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrain.data import corpus
+from raytrain.data.collate import UNSCORED
+from raytrain.data.corpus import Bytes, Characters, Document
 from raytrain.errors import RecipeError
-from raytrain.evaluation import evaluate
-from raytrain.sync.exchange import ExactExchange
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.tasks import corpus
-from raytrain.tasks.batches import UNSCORED
-from raytrain.tasks.corpus import Bytes, Characters, Document
 from raytrain.tasks.text import TextExamples, TextOptions, _collate, text
+from raytrain.training.evaluation import evaluate
 
 texts = st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=4)
 

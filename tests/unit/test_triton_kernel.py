@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytrain.seeds import gpu
-from raytrain.seeds.gpu import NoGPUError, TritonKernel
-from raytrain.seeds.kernels import WEIGHT_BITS, Drawn, ReferenceKernel, seeds_tensor
-from raytrain.seeds.replay import Nudge, materialise, replay_log
-from raytrain.seeds.space import Space
-from raytrain.seeds.stream import Mode
+from raytrain.seeds.directions import Space
+from raytrain.seeds.kernels import triton_gpu as gpu
+from raytrain.seeds.kernels.kernel import WEIGHT_BITS, Drawn, seeds_tensor
+from raytrain.seeds.kernels.reference import ReferenceKernel
+from raytrain.seeds.kernels.triton_gpu import NoGPUError, TritonKernel
+from raytrain.seeds.prng import Mode
+from raytrain.seeds.updates import Nudge, materialise, replay_log
 
-KERNELS = "raytrain.seeds.gpu_kernels"
+KERNELS = "raytrain.seeds.kernels.triton_programs"
 REFERENCE = ReferenceKernel()
 LIMIT = 2**WEIGHT_BITS - 1
 both_modes = pytest.mark.parametrize("mode", ["rademacher", "gaussian"])

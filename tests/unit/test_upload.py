@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
-from raytrain.jobs.upload import upload_of
+from raytrain.launch.jobs.upload import upload_of
 
 
 def packed(folder: Path) -> set[str]:

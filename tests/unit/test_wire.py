@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.data.wire import decode, encode
+from raytrain.data.packing import decode, encode
 
 DTYPES = [
     torch.float64,

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from raytrain import worker
 from raytrain.errors import RecipeError
 from raytrain.optim.options import ALL
-from raytrain.rundir import RunDirectory
+from raytrain.run.directory import RunDirectory
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import work
+from raytrain.training import worker
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.worker import work
 
 
 def test_all_workers_must_see_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ TRAIN = """
 import sys
 from pathlib import Path
 from raytrain.testing import train_here
-from raytrain.train_recipe import TrainRecipe
+from raytrain.training.recipe import TrainRecipe
 
 for name in sys.argv[2:]:
     task = {"name": "digits", "model": "mlp", "widths": [4]}

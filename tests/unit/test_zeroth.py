@@ -16,27 +16,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from raytrain.checkpoint import load, step_name
 from raytrain.errors import CheckpointError, RecipeError
-from raytrain.evaluation import evaluate
-from raytrain.names import resolve
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.optimizers import load_state_by_name, make_optimizer, state_by_name
 from raytrain.optim.options import ZEROTH
-from raytrain.optim.zeroth import ZOSGD, ZerothOrder, ZOConservative, space_of
 from raytrain.overrides import merged
-from raytrain.retrace import retrace
-from raytrain.rundir import RunDirectory, rows
-from raytrain.seeds.probe import Probe
+from raytrain.registry import resolve
+from raytrain.run.checkpoint import load, step_name
+from raytrain.run.directory import RunDirectory, rows
+from raytrain.seeds.directions import Space
+from raytrain.seeds.prng import direction, identity
 from raytrain.seeds.records import MAGIC, read, steps
-from raytrain.seeds.space import Space
-from raytrain.seeds.stream import direction, identity
-from raytrain.seeds.trajectory import Trajectory
-from raytrain.sync.exchange import ExactExchange
-from raytrain.sync.numbers import numbers
+from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.options import NumberOptions
+from raytrain.sync.scalars import numbers
 from raytrain.sync.transport import LocalTransport
-from raytrain.task import Task
+from raytrain.tasks.task import Task
 from raytrain.testing import (
     ThreadGroup,
     ThreadTransport,
@@ -46,9 +41,14 @@ from raytrain.testing import (
     train_with_gloo,
     train_with_threads,
 )
-from raytrain.train_recipe import TrainRecipe
-from raytrain.worker import settled
-from raytrain.zeroth import Zeroth, loss_of
+from raytrain.training.build import settled
+from raytrain.training.evaluation import evaluate
+from raytrain.training.recipe import TrainRecipe
+from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, ZOConservative, space_of
+from raytrain.zeroth.perturbed import Probe
+from raytrain.zeroth.replay import retrace
+from raytrain.zeroth.step import Zeroth, loss_of
+from raytrain.zeroth.trajectory import Trajectory
 
 
 def recipe(optimizer: str = "zo-sgd", **more: Any) -> TrainRecipe:
@@ -294,7 +294,7 @@ def test_seeds_are_those_of_the_step_the_worker_and_the_place(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["zo-sgd", "zo-sgd-sign", "zo-sgd-momentum", "zo-adam"])
 def test_a_stepper_takes_the_step_of_torch_on_the_mean_of_slope_times_direction(name: str) -> None:
-    """Written out with the numbers of stream.py: sign, factor, mean, lr_scale and two steps in a row."""
+    """Written out with the numbers of prng.py: sign, factor, mean, lr_scale and two steps in a row."""
     fields = {"name": name, "lr": 0.01, "groups": [{"match": "bias", "lr_scale": 4.0}]}
     options = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "optimizer": fields}).optimizer
     module, twin = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
@@ -803,7 +803,7 @@ RETRACE = """
 import sys
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from raytrain.retrace import retrace
+from raytrain.zeroth.replay import retrace
 from raytrain.testing import TinyModel, TinyOptions
 for name in sys.argv[1:]:
     module = TinyModel(TinyOptions(name="tiny"))

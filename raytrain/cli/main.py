@@ -1,0 +1,322 @@
+"""The command `raytrain`.
+
+Exit status: 0 done, 1 the run failed, 2 the recipe or an argument is wrong and nothing was started, 130 interrupted.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import tomli_w
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from raytrain.cli.jobs import add_verbs
+from raytrain.cli.request import Commands
+from raytrain.errors import RaytrainError, RecipeError
+from raytrain.kinds import Order, kind_points, load_kind, load_kinds
+from raytrain.overrides import parse_overrides
+from raytrain.provenance import check_trusted
+from raytrain.recipe import Recipe, dotted_fields, read_toml
+from raytrain.registry import line_about, near, resolve
+from raytrain.terminal import plain
+
+INTERRUPTED = 130
+RECIPES = "recipes"
+
+app = typer.Typer(
+    help="Train neural networks on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    suggest_commands=False,  # click does
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Help of arguments is written here, because click 8.5 forgets what typer 0.20 tells it of them.
+RECIPE_HELP = (
+    "RECIPE is a file, a shipped recipe (raytrain list recipes), a run's folder, or a task as module:attribute. "
+    "FIELD=VALUE is short for --set FIELD=VALUE."
+)
+Source = Annotated[str, typer.Argument(metavar="RECIPE")]
+More = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in --set optimizer.lr=1e-3."),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_ADDRESS",
+        help="A Ray cluster: auto or HOST:PORT of one that runs, or local for one of this machine that ends with the "
+        "command [default: this machine, without Ray where that does].",
+    ),
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the recipe of a fetched run names.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"raytrain {version('raytrain')}")
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Run the command, and turn every error into one message and an exit status."""
+    sys.path.append(os.getcwd())  # so that my_module:my_task is found, and a torch.py that lies about is not
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    _add_kinds()
+    try:
+        status = app(standalone_mode=False)
+        if status == INTERRUPTED:
+            _complain("interrupted", status)
+    except RaytrainError as error:
+        status = _complain(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        status = _complain("interrupted", INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    sys.exit(status)
+
+
+@app.callback()
+def about(
+    version: Annotated[  # noqa: ARG001 - the callback prints it
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Train neural networks on a Ray cluster."""
+
+
+@app.command()
+def check(recipe: Source, more: More = None, changes: Changes = None, trust: Trust = False) -> None:
+    """Print a recipe as it would run, and where each value comes from; start nothing.
+
+    Modules that the recipe names as task, source, optimizer, adapter or synchroniser are imported.
+    """
+    raw, origin = _read(recipe, None, trust)
+    overrides = parse_overrides([*(changes or []), *(more or [])])
+    resolved = _parse(raw, overrides)
+    given = dict(dotted_fields(raw))
+    for field, value in dotted_fields(resolved.plain()):
+        spellings = {field, field.removesuffix(".name")}  # `optimizer=lion` is short for `optimizer.name=lion`
+        changed = any(name in spellings or name.startswith(f"{field}.") for name in overrides)  # an entry of a list
+        source = "--set" if changed else origin.name if spellings & given.keys() else "default"
+        line = f"{field} = {tomli_w.dumps({'x': value}).removeprefix('x = ').strip()}"
+        print(f"{' '.join(line.split()):<48}  # {source}")
+    if hook := load_kind(raw["kind"]).check:
+        print("", *resolve({}, hook, "kind")(resolved), sep="\n")
+
+
+@app.command(name="list")
+def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
+    """List what a recipe can name, with a line each; TABLE is recipes, or tasks, optimizers, and so on of any kind."""
+    broken: list[RecipeError] = []
+    shown: dict[str, dict[str, str]] = {}
+    for name, kind in load_kinds(broken.append).items():
+        heading = f"{name}: {{}}"
+        if what in (None, RECIPES) and kind.shipped():
+            shown[heading.format(RECIPES)] = {file.stem: _first_comment(file) for file in kind.shipped()}
+        for title in kind.tables if what is None else kind.tables.keys() & {what}:
+            remarks = resolve({}, kind.remarks[title], title)() if what and title in kind.remarks else {}
+            shown[heading.format(title)] = _lines(kind.table(title), remarks)
+    if not shown:
+        known = [RECIPES, *(title for kind in load_kinds().values() for title in kind.tables)]
+        raise RecipeError(f"{what!r} is not a table; {near(what or '', known)}")
+    for heading, lines in shown.items():
+        grid = Table(title=heading, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, line in lines.items():
+            grid.add_row(name, line)
+        Console().print(grid)
+    for error in broken:
+        _complain(str(error), 0)
+
+
+def _lines(table: Mapping[str, str], remarks: Mapping[str, str]) -> dict[str, str]:
+    """Return a line for each name of a table."""
+    return {name: " ".join(filter(None, [line_about(table, name), remarks.get(name, "")])) for name in table}
+
+
+@app.command()
+def evaluate(run: Run, more: More = None, changes: Changes = None, trust: Trust = False) -> None:
+    """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the values as JSON."""
+    trained = resolve({}, _loader(run, trust=trust), "kind")(run, parse_overrides([*(changes or []), *(more or [])]))
+    print(json.dumps(trained.evaluate(), indent=2))
+
+
+@app.command()
+def predict(
+    run: Run,
+    source: Annotated[Path, typer.Option("--input", help="What to predict on.")],
+    target: Annotated[Path, typer.Option("--output", help="Where a line of JSON goes for each example.")],
+    more: More = None,
+    changes: Changes = None,
+    address: Address = None,
+    *,
+    trust: Trust = False,
+) -> None:
+    """Predict for each example of a file with the best checkpoint of the run in the folder RUN."""
+    overrides = parse_overrides([*(changes or []), *(more or [])])
+    load = _loader(run, trust=trust)
+    from raytrain.launch.predict import predict_file  # noqa: PLC0415 - slow to import
+
+    count = predict_file(load, run, overrides, source, target, address or None)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"{count} predictions in {target}", markup=False)
+
+
+@app.command()
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    more: More = None,
+    changes: Changes = None,
+    trust: Trust = False,
+) -> None:
+    """Write the best model of the run in the folder RUN to DIR, as Hugging Face's `from_pretrained` reads it."""
+    load = resolve({}, _loader(run, trust=trust), "kind")
+    load(run, parse_overrides([*(changes or []), *(more or [])])).export(folder)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page to write [default: report.html in the first RUN].")
+    ] = None,
+) -> None:
+    """Write what runs have recorded so far as one HTML page, which needs no network; several are compared."""
+    from raytrain.run.report.runs import report_on  # noqa: PLC0415 - slow to import
+
+    page = output or runs[0] / "report.html"
+    recorded = {str(run): load_kind(_recipe_of(run)["kind"]).panels for run in runs}
+    report_on({run: resolve({}, panels, "kind") for run, panels in recorded.items() if panels}, page)
+    print(page)
+
+
+def _recipe_of(run: Path) -> dict[str, Any]:
+    """Return the data of the recipe of the run in a folder; the code that it names is not run.
+
+    Raises:
+        RecipeError: there is no run.
+    """
+    file = run / "recipe.toml"
+    if not file.is_file():
+        raise RecipeError(f"{run}: there is no run here (no recipe.toml); a run's folder is what --out named")
+    return _read(str(file), None, trust=True)[0]
+
+
+def _loader(run: Path, *, trust: bool) -> str:
+    """Return `Kind.load` of the run in a folder.
+
+    Raises:
+        RecipeError: there is no run, or its kind leaves no model, or it was fetched, names code and is not trusted.
+    """
+    raw = _recipe_of(run)
+    if not trust:
+        check_trusted(raw, run / "recipe.toml")
+    load = load_kind(raw["kind"]).load
+    if not load:
+        raise RecipeError(f"kind: {run} is a run of the kind {raw['kind']}, which leaves no model")
+    return load
+
+
+@cache
+def _add_kinds() -> None:
+    """Give each installed kind a command of its name; the kind itself is loaded when it is used."""
+    for name in kind_points():
+        app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name))
+    add_verbs(Commands(app, _read, _parse))
+
+
+def _runner(verb: str) -> Callable[..., int]:
+    """Return the command that runs recipes of the kind `verb`."""
+
+    def command(
+        recipe: Source,
+        more: More = None,
+        changes: Changes = None,
+        out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-TIME].")] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RECIPE's folder or --out.")] = False,
+        address: Address = None,
+        *,
+        trust: Trust = False,
+    ) -> int:
+        raw, _ = _read(recipe, verb, trust)
+        kind = load_kind(verb)
+        resolved = _parse(raw, parse_overrides([*(changes or []), *(more or [])]))
+        if resume and out is None and not Path(recipe).is_dir():
+            raise RecipeError(f"--resume: say which run, as in raytrain {verb} runs/NAME-TIME --resume")
+        new = Path("runs") / f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = out or (Path(recipe) if resume else new)
+        result = resolve({}, kind.run, "kind")(resolved, Order(folder, resume, address or None))
+        return {"interrupted": INTERRUPTED, "failed": 1}.get(result.status, 0)
+
+    return command
+
+
+def _read(source: str, verb: str | None, trust: bool) -> tuple[dict[str, Any], Path]:
+    """Return a recipe's data, with its kind and name filled in, and its file.
+
+    "module:attribute" is short for a recipe that says no more than this of its task.
+
+    Raises:
+        RecipeError: there is none, it is of another kind than `verb`, or of a fetched run, names code and is not
+            trusted.
+    """
+    kinds = load_kinds()
+    if ":" in source and not Path(source).is_file():
+        raw, file = _shorthand(source, verb or "train"), Path(source.partition(":")[2])
+    else:
+        raw, file = read_toml(source, [kind.recipes for kind in kinds.values() if kind.recipes])
+        if not trust:
+            check_trusted(raw, file)
+    raw = {"kind": verb or "train", "name": file.stem, **raw}
+    if not isinstance(raw["kind"], str):
+        raise RecipeError(f"kind: expected a name; got {raw['kind']!r}")
+    load_kind(raw["kind"])
+    if verb not in (None, raw["kind"]):
+        raise RecipeError(f"kind: {source} is a recipe to {raw['kind']}: raytrain {raw['kind']} {source}")
+    return raw, file
+
+
+def _shorthand(place: str, verb: str) -> dict[str, Any]:
+    """Return the recipe that a mere "module:attribute" is short for.
+
+    Raises:
+        RecipeError: recipes of this kind have no short form.
+    """
+    field = load_kind(verb).shorthand
+    if not field:
+        raise RecipeError(f"{place!r}: expected a file, a run's folder, or one of raytrain list recipes")
+    return {field: place}
+
+
+def _parse(raw: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
+    return load_kind(raw["kind"]).recipe_class().parse_with(raw, overrides)
+
+
+def _first_comment(file: Path) -> str:
+    first = file.read_text().partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _complain(message: str, status: int) -> int:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"raytrain: {plain(message)}", markup=False)
+    return status
+
+
+def _as_interrupt(*_: object) -> NoReturn:
+    """Treat a request to end (from a job server, or Kubernetes) as Ctrl-C."""
+    raise KeyboardInterrupt

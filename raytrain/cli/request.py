@@ -1,0 +1,128 @@
+"""The words of a job, checked on the user's machine as the command would read them on the cluster."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import typer
+
+from raytrain.errors import RecipeError
+from raytrain.kinds import kind_points, load_kinds
+from raytrain.launch.jobs.job import check_taken, check_upload
+from raytrain.overrides import merged, parse_overrides
+from raytrain.recipe import Recipe, dotted_fields
+from raytrain.registry import near
+
+if TYPE_CHECKING:
+    from raytrain.launch.jobs.upload import Upload
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """What the verbs need to know of the command that they are part of.
+
+    Attributes:
+        app: it has the verbs that run recipes.
+        read: (RECIPE, verb, whether a fetched recipe may name code) -> the recipe's data, and its file.
+        parse: (data, overrides) -> the recipe.
+    """
+
+    app: typer.Typer
+    read: Callable[[str, str | None, bool], tuple[dict[str, Any], Path]]
+    parse: Callable[[dict[str, Any], dict[str, Any]], Recipe]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The words of a job, checked.
+
+    Attributes:
+        words: the verb, the recipe and its changes.
+        name: the recipe's.
+        resume: whether they say so.
+        out: --out, if they name one.
+        upload: what the job takes along.
+    """
+
+    words: tuple[str, ...]
+    name: str
+    resume: bool
+    out: Path | None
+    upload: "Upload"
+
+
+def checked(commands: Commands, words: list[str]) -> Request:
+    """Check the words of a job as the command would that they are for, and start nothing.
+
+    Raises:
+        RecipeError: they are wrong, or of no use in a job, which takes the current folder along.
+        click.UsageError: they are not what the verb takes.
+    """
+    verb, given = _read_words(commands, words)
+    raw, file = commands.read(given["recipe"], verb, given["trust"])
+    changes = [*(given["changes"] or []), *(given["more"] or [])]
+    recipe = commands.parse(raw, parse_overrides(changes))
+    from raytrain.launch.jobs.upload import upload_limit, upload_of  # noqa: PLC0415 - slow to import
+
+    folder = Path.cwd()
+    _check_relative(merged(raw, parse_overrides(changes)), folder)
+    source, needed = given["recipe"], dict(_named_files(recipe, folder))
+    if file.is_file() and not any(file in kind.shipped() for kind in load_kinds().values()):
+        needed[source] = Path(os.path.abspath(file))
+        inside = Path(os.path.abspath(source))
+        source = str(inside.relative_to(folder)) if inside.is_relative_to(folder) else source
+    upload = upload_of(folder)
+    check_upload(upload.files, upload_limit(), folder)
+    check_taken(needed, upload.files, folder)
+    out = Path(given["out"]) if given["out"] is not None else None
+    trusted = ("--trust",) if given["trust"] else ()
+    return Request((verb, source, *changes, *trusted), recipe.name, given["resume"], out, upload)
+
+
+def _read_words(commands: Commands, words: list[str]) -> tuple[str, dict[str, Any]]:
+    """Return the verb of a job's words, and what it is given, as the command would read them.
+
+    Raises:
+        RecipeError: there is no such verb, or it is given an address.
+        click.UsageError: they are not what the verb takes.
+    """
+    kinds = kind_points()
+    verb, *rest = words or [""]
+    group = typer.main.get_command(commands.app)
+    if verb not in kinds or not isinstance(group, click.Group):
+        raise RecipeError(f"{verb!r} does not run a recipe, as in raytrain submit -- train digits; {near(verb, kinds)}")
+    context = group.commands[verb].make_context(f"raytrain {verb}", rest)
+    if context.get_parameter_source("address") is click.core.ParameterSource.COMMANDLINE:
+        raise RecipeError("--address: it goes before the words of the job, which runs where it is submitted to")
+    return verb, context.params
+
+
+def words_of(commands: Commands, words: list[str]) -> dict[str, Any]:
+    """Return what the words of a job say of its recipe, but for what its file says, which is on this machine."""
+    _, given = _read_words(commands, words)
+    changes = parse_overrides([*(given["changes"] or []), *(given["more"] or [])])
+    return merged({} if Path(given["recipe"]).is_file() else {"RECIPE": given["recipe"]}, changes)
+
+
+def _check_relative(raw: Mapping[str, Any], folder: Path) -> None:
+    """Check that what is taken along is not named by a path of this machine.
+
+    Raises:
+        RecipeError: it is.
+    """
+    for field, value in dotted_fields(raw):
+        if isinstance(value, str) and value.startswith("/") and Path(value).is_relative_to(folder):
+            raise RecipeError(
+                f"{field}: {value} is in the current folder, which the job finds elsewhere; name it relative to it, "
+                f"as {str(Path(value).relative_to(folder))!r}"
+            )
+
+
+def _named_files(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files and folders in the current one that a recipe names, with the field."""
+    for field, value in dotted_fields(recipe.model_dump()):
+        if isinstance(value, Path) and value.is_relative_to(folder):
+            yield f"{field}: {value.relative_to(folder)}", value

@@ -1,0 +1,1 @@
+"""What starts processes: on this machine, and all that knows Ray."""

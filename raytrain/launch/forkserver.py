@@ -1,0 +1,25 @@
+"""The process that workers of this machine are forked from. It imports what they need and computes nothing.
+
+Forked from the command they would save an import, and could hang: neither OpenMP's threads nor CUDA survive a fork, and
+the command may have used either, if only because a module of the user's has when it was imported.
+"""
+
+import multiprocessing
+from multiprocessing import forkserver
+
+from raytrain.environment import environment
+
+# glibc gives large blocks back to the system at once, and each step takes thousands of page faults to get them again.
+WORKER_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+}
+"""What workers must have in their environment when their process starts, which is that of the server for its forks."""
+
+
+def start() -> None:
+    """Start the server, unless it runs, and do not wait for it: it imports torch while this process does."""
+    multiprocessing.set_forkserver_preload(["raytrain.launch.elastic"])
+    with environment(WORKER_ENVIRONMENT):
+        forkserver.ensure_running()

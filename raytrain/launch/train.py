@@ -1,0 +1,287 @@
+"""Runs a training recipe on Ray: one of the few files that know it."""
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+import raytrain
+from raytrain.data.source import ActorSource
+from raytrain.errors import RaytrainError, RecipeError
+from raytrain.kinds import Order
+from raytrain.launch.forkserver import WORKER_ENVIRONMENT
+from raytrain.launch.process_group import GroupConfig
+from raytrain.launch.resources import (
+    Machine,
+    Share,
+    check_reachable,
+    cpus_per_worker,
+    share_cpus,
+)
+from raytrain.launch.session import OWN, machines, machines_here, ray_session
+from raytrain.launch.supervise import supervise
+from raytrain.launch.version import fingerprint
+from raytrain.run.directory import RunDirectory, elsewhere
+from raytrain.run.result import Result
+from raytrain.run.watchdog import kept_stack
+from raytrain.sync.transport import GroupTransport, LocalTransport
+from raytrain.training.loader import Feeds, local_feed
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.worker import work_watched
+
+
+def run(recipe: TrainRecipe, order: Order) -> Result:
+    """Train on the Ray cluster at `order.address`, or else on one of its own, and return how it ended.
+
+    Raises:
+        RaytrainError: as `supervise`.
+    """
+    return supervise(recipe, order, Cluster(order.address or OWN))
+
+
+class Cluster:
+    """Where to train: a Ray cluster.
+
+    Args:
+        address: "auto", "HOST:PORT", or "local" for one that starts and ends with this process.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = None if address == OWN else address
+
+    def check(self, recipe: TrainRecipe) -> None:
+        """Check that something answers, or that the workers fit on this machine.
+
+        Raises:
+            RecipeError: nothing does, or they do not.
+        """
+        if self._address is not None:
+            check_reachable(self._address)
+        elif not ray.is_initialized():
+            _share(machines_here(recipe.workers, recipe.resources), recipe)
+
+    @contextlib.contextmanager
+    def joined(self, recipe: TrainRecipe, say: Callable[[str], None]) -> Iterator[Share]:
+        """Be in the cluster inside the `with` block, and yield what each worker gets of the processors.
+
+        Raises:
+            RecipeError: there is no such cluster, or the workers do not fit.
+        """
+        say("starting Ray" if self._address is None else f"connecting to Ray at {self._address}")
+        with ray_session(self._address):
+            if self._address == "auto":
+                say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
+            share = _share(machines(recipe.workers, recipe.resources), recipe)
+            _say_room(recipe, share, say)
+            yield share
+
+    def start(self, recipe: TrainRecipe, run: RunDirectory, share: Share) -> "RayWorkers":
+        """Start the workers."""
+        return RayWorkers(_trainer(recipe, run, share, TorchTrainer if self._address else _OwnClusterTrainer))
+
+
+def _summary(error: Exception) -> str:
+    """Return what ended Ray Train's attempts, without Ray's traces."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        causes = "; ".join(f"worker {rank}: {cause(each)}" for rank, each in sorted(error.worker_failures.items()))
+        return f"the workers failed more often than max_failures allows; {causes}"
+    return f"Ray Train stopped: {error}"
+
+
+class RayWorkers(threading.Thread):
+    """Workers that Ray Train looks after, beside the main thread, which keeps Ctrl-C for itself.
+
+    Attributes:
+        ended: set when they have ended; an interrupted `join` takes a thread for ended (Python 3.11).
+        error: why they ended, if it was not well.
+    """
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(daemon=True)
+        self.error = ""
+        self.ended = threading.Event()
+        self._trainer = trainer
+        self.start()
+
+    def run(self) -> None:
+        """Train; an error waits in `error`."""
+        try:
+            self._trainer.fit()
+        except Exception as error:
+            self.error = _summary(error)
+        finally:
+            self.ended.set()
+
+    def close(self) -> None:
+        """Do nothing: they end with what is joined."""
+
+
+def _share(there: list[Machine], recipe: TrainRecipe) -> Share:
+    """Return what each worker gets of the processors.
+
+    Raises:
+        RecipeError: the workers do not fit.
+    """
+    cpus, source = recipe.resources.cpus, recipe.task.source
+    if isinstance(source, ActorSource):
+        return share_cpus(there, recipe.workers, cpus, source.actors, source.cpus)
+    return Share(cpus_per_worker(there, recipe.workers, cpus))
+
+
+def _say_room(recipe: TrainRecipe, share: Share, say: Callable[[str], None]) -> None:
+    """Say what the workers get, and whether they have to wait for it."""
+    say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
+    there = ray.available_resources()
+    for name, amount in {"CPU": share.total, **recipe.resources.beside_cpus()}.items():
+        free, wanted = there.get(name, 0.0), recipe.workers * amount
+        if wanted > free:
+            say(f"the cluster is busy: waiting for {wanted:g} {name}, of which {free:g} is free")
+
+
+def _actors(workers: int, share: Share) -> str:
+    """Return what there is to say of the actors that prepare data."""
+    if not share.actors:
+        return ""
+    theirs = f" with {share.actor_cpus:g} CPU each" if share.actor_cpus else ", which share them"
+    return f", and {workers * share.actors} actor(s) that prepare data{theirs}"
+
+
+class _OwnClusterTrainer(TorchTrainer):
+    """Trains on a cluster that ends with this process, and so needs no process that cleans up after it.
+
+    Ray's cleaner would ask the dashboard, which is not there, and at the end of a short run it shows a stack trace.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
+def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kind: type[TorchTrainer]) -> TorchTrainer:
+    resources = recipe.resources
+    timeout_seconds = recipe.sync.timeout_seconds
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_seconds)
+    # What an earlier command left would make Ray believe in checkpoints that are gone; ours are found on the disk.
+    (run_directory.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    return kind(
+        _worker,
+        train_loop_config={
+            "recipe": recipe.plain(),
+            "run": str(run_directory.path),
+            "threads": max(1, int(share.cpus)),
+            "actors": share.actors,
+            "actor_cpus": share.actor_cpus,
+            "import_from": os.getcwd(),
+            "code": fingerprint(),
+        },
+        torch_config=GroupConfig(
+            backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo",
+            timeout_s=max(1, round(timeout_seconds)),
+            secret=secrets.token_hex(16),
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=recipe.workers,
+            use_gpu=bool(resources.gpus),
+            resources_per_worker={"CPU": share.cpus, **recipe.resources.beside_cpus()},
+            label_selector=resources.labels or None,
+            placement_strategy=resources.placement,
+        ),
+        run_config=ray.train.RunConfig(
+            name=run_directory.checkpoints.name,
+            storage_path=str(run_directory.path),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            failure_config=ray.train.FailureConfig(max_failures=recipe.max_failures),
+            callbacks=[RestartNotes(str(run_directory.path))],
+        ),
+    )
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Train as one of Ray Train's workers."""
+    rank, members = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    run_directory = RunDirectory(Path(config["run"]))
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        if config["code"] != fingerprint():
+            raise RecipeError(
+                f"raytrain at {Path(raytrain.__file__).parent} on worker {rank} is not the raytrain of the command; "
+                "install the same version on every machine"
+            )
+        sys.path.append(config["import_from"])
+        recipe = TrainRecipe.parse(config["recipe"])
+        torch.set_num_threads(config["threads"])
+        device = get_device() if recipe.resources.gpus else torch.device("cpu")
+        timeout_seconds = recipe.sync.timeout_seconds
+        transport = GroupTransport(device, timeout_seconds) if members > 1 else LocalTransport(device)
+    except RaytrainError as error:
+        if not run_directory.record_failure(error, rank):
+            raise
+        return
+    feeds = _feeds(config["actors"], config["actor_cpus"], recipe.max_failures)
+    last = work_watched(recipe, run_directory, transport, feeds)
+    if last:  # only the last one: Ray takes one report in each of its polls, which is slower than we write them
+        path, metrics = last
+        ray.train.report(
+            dict(metrics),
+            checkpoint=ray.train.Checkpoint(str(path)) if rank == 0 else None,
+            checkpoint_dir_name=path.name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+
+def _feeds(actors: int, cpus: float, lives: int) -> Feeds:
+    if not actors:
+        return local_feed
+    from raytrain.launch.ingest import ray_feed  # noqa: PLC0415 - slow to import
+
+    return partial(ray_feed, actors=actors, cpus=cpus, lives=lives)
+
+
+class RestartNotes(ray.train.UserCallback):
+    """Notes why workers had to be started again, in the process that supervises them."""
+
+    def __init__(self, path: str) -> None:
+        self._run = RunDirectory(Path(path))
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Write a line to `restarts.jsonl`."""
+        causes = {}
+        for rank, error in worker_exceptions.items():
+            if stack := kept_stack(self._run.path, rank):
+                causes[str(rank)] = f"it hung, and was ended{elsewhere(_host(error))}; its stack is in {stack}"
+            else:
+                causes[str(rank)] = cause(error)
+        self._run.append(self._run.restarts, {"time": time.time(), "workers": causes})
+
+
+def cause(error: Exception) -> str:
+    """Return in a few words what happened to a worker, and where, unless on this machine."""
+    text = str(error).strip()
+    what = text.splitlines()[-1] if text else type(error).__name__
+    if "PeerLostError" in text:
+        what = "it lost another worker"
+    elif silent := re.search(r"health check has been hanging for (\d+)", text):
+        what = f"it did not answer for {silent[1]} s: stopped (SIGSTOP) or swapped out, or its machine is too busy"
+    elif "has died" in text or "died unexpectedly" in text:
+        what = "its process died: killed, out of memory, or crashed"
+    return what + elsewhere(_host(error))
+
+
+def _host(error: Exception) -> str:
+    """Return the machine of the worker that an error of Ray Train is about, which only the error's text tells."""
+    found = re.search(r"hostname='([^']+)'", str(error))
+    return found[1] if found else ""

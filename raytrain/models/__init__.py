@@ -1,0 +1,1 @@
+"""Models: pretrained ones, adapters, frozen parts, heads."""

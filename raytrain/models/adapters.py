@@ -1,0 +1,177 @@
+"""Adapters by name: small trained parts beside frozen layers, from peft."""
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, Self
+
+import torch
+from pydantic import create_model, model_validator
+from torch import nn
+
+from raytrain.errors import RecipeError
+from raytrain.models.blocks import blocks
+from raytrain.models.options import ADAPTERS, HEADS, AdapterOptions
+from raytrain.recipe import Options
+from raytrain.registry import near, resolve
+
+NOT_OPTIONS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "modules_to_save",
+}  # fmt: skip
+
+NEW = "_raytrain_new"
+"""The attribute of parameters that are not those of a pretrained model."""
+
+PLAIN = {str, int, float, bool, type(None), list, dict, ...}
+
+
+class ConfigurationOptions(AdapterOptions):
+    """The options of an adapter that is named in full, whose configuration is asked whether it takes them."""
+
+    @model_validator(mode="after")
+    def _accepted(self) -> Self:
+        try:
+            configuration(self)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.name} refuses its options: {error}") from None
+        return self
+
+
+def configuration(options: AdapterOptions) -> Any:
+    """Return peft's configuration, or None where there is no adapter."""
+    given = options.model_dump(exclude={"name", "beside"}, exclude_unset=True)
+    return resolve(ADAPTERS, options.name, "adapter.name")(**given)
+
+
+def none() -> None:
+    """Train the parameters of the model themselves."""
+
+
+@cache  # equal recipes need equal classes
+def options_of_adapter(config: Any) -> type[Options]:
+    """Return the options of an adapter: the fields of its configuration in peft, with their defaults.
+
+    Raises:
+        RecipeError: `config` is not a configuration of peft.
+    """
+    if not (inspect.isclass(config) and dataclasses.is_dataclass(config) and hasattr(config, "peft_type")):
+        raise RecipeError(f"adapter.name: expected a configuration class of peft; got {config!r}")
+    hints = typing.get_type_hints(config)
+    fields: dict[str, Any] = {
+        field.name: (hints[field.name], _default(field))
+        for field in dataclasses.fields(config)
+        if field.init and field.name not in NOT_OPTIONS and _plain(hints[field.name])
+    }
+    return create_model(f"{config.__name__}Options", __base__=ConfigurationOptions, **fields)
+
+
+def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[str]:
+    """Put the adapter into `module`, in place, and freeze what it replaces.
+
+    Without `target_modules`, it goes into every linear layer inside the model's repeated blocks.
+
+    Returns:
+        The names of the parameters that are frozen for it: they are what `Task.model` made, and need not be saved.
+        New ones are not among them, even if they are frozen.
+
+    Raises:
+        RecipeError: the model has no place for it, or an option does not fit the model.
+    """
+    config = configuration(options)
+    if config is None:
+        return frozenset()
+    from peft import inject_adapter_in_model  # noqa: PLC0415 - slow to import
+
+    if getattr(config, "target_modules", None) is None:
+        config.target_modules = _linear_layers(module)
+    beside = {name for pattern in options.beside for name in _matching(module, pattern)}
+    trained = [
+        parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and (name in beside or is_new(parameter))
+    ]
+    torch.manual_seed(seed)
+    try:
+        inject_adapter_in_model(config, module)
+    # What peft raises for sizes, layers and patterns that do not suit; all else is a fault, and not the recipe's.
+    except (TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        raise RecipeError(f"adapter: {options.name} does not fit the model: {error}") from error
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return frozenset(name for name, parameter in frozen.items() if not is_new(parameter))
+
+
+def mark_new(parameters: Iterable[nn.Parameter]) -> None:
+    """Mark parameters that are not those of a pretrained model, for `adapt`."""
+    for parameter in parameters:
+        setattr(parameter, NEW, True)
+
+
+def is_new(parameter: nn.Parameter) -> bool:
+    """Return whether `mark_new` marked the parameter."""
+    return getattr(parameter, NEW, False)
+
+
+def merge(module: nn.Module) -> None:
+    """Work the adapter into the layers that it stands beside, in place, and take it away.
+
+    Raises:
+        RecipeError: a layer would not be made of numbers any more.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - slow to import
+
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            try:
+                layer.merge(safe_merge=True)
+            except ValueError as error:
+                raise RecipeError(f"the adapter of {name} cannot be merged: {error}") from error
+            module.set_submodule(name, layer.get_base_layer())
+    module.requires_grad_(True)
+
+
+def _matching(module: nn.Module, pattern: str) -> list[str]:
+    """Return the names of the parameters that match a pattern of `beside`.
+
+    Raises:
+        RecipeError: there are none, and it is not one of the usual patterns.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found and pattern not in HEADS:
+        raise RecipeError(f"adapter.beside: {pattern!r} matches no parameter of the model; {near(pattern, names)}")
+    return found
+
+
+def _linear_layers(module: nn.Module) -> list[str]:
+    """Return the names of the linear layers inside the blocks; GPT-2's are of a class of their own."""
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - slow to import
+
+    names = {layer: name for name, layer in module.named_modules()}
+    linear = (layer for block in blocks(module) for layer in block.modules() if isinstance(layer, nn.Linear | Conv1D))
+    inside = [names[layer] for layer in linear]
+    if not inside:
+        raise RecipeError(
+            "adapter.target_modules: the model has no linear layers inside repeated blocks; name the layers to adapt, "
+            f"as in adapter.target_modules=['{next((name for name, _ in module.named_modules() if name), 'layer')}']"
+        )
+    return inside
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
+def _plain(hint: Any) -> bool:
+    """Return whether a recipe can hold values of the type `hint`."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return True
+    return all(_plain(part) for part in inner) if inner else hint in PLAIN

@@ -1,0 +1,189 @@
+"""What the person at the terminal sees: a progress bar there, plain lines elsewhere. It reads the run's files."""
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from raytrain.json_files import parse_rows
+from raytrain.run.directory import ROWS, RunDirectory
+from raytrain.run.result import Result
+
+LOOK_SECONDS = 0.25
+LINE_SECONDS = 10.0
+
+
+class Display:
+    """Shows how a run goes.
+
+    Args:
+        run: the run's folder.
+        steps: how many steps it will take.
+    """
+
+    def __init__(self, run: RunDirectory, steps: int) -> None:
+        self._run = run
+        self._steps = steps
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._metrics = Tail(run.metrics)
+        self._restarts = Tail(run.restarts, from_end=True)
+        self._attempts = Tail(run.attempts, from_end=True)
+        self._working = False
+        self._step = 0
+        self._pace: tuple[float, float] = (0.0, 0.0)  # (steps, samples) per second
+        self._last: dict[str, Any] = {}
+        self._valid: Mapping[str, float] = {}
+        self._next_line = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=steps, numbers="", start=False)
+
+    def __enter__(self) -> Self:
+        """Show the bar, on a terminal."""
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, markup=False)
+
+    def follow(self, ended: threading.Event) -> bool:
+        """Show progress until the run has ended; return False if it was interrupted twice and still goes on.
+
+        The first Ctrl-C asks the workers to save and end.
+
+        Raises:
+            KeyboardInterrupt: there are no workers yet, which may have to wait long for a place on a busy cluster.
+        """
+        asked = False
+        while True:
+            try:
+                if ended.wait(LOOK_SECONDS):
+                    self._look()
+                    return True
+                self._look()
+            except KeyboardInterrupt:
+                self._working = self._working or bool(self._attempts.new())
+                if not self._working:
+                    raise
+                if asked:
+                    return False
+                asked = True
+                self._run.request_stop()
+                self.say(
+                    "stopping: the workers save and end after the step they are at; Ctrl-C again ends them at once"
+                )
+
+    def finish(self, result: Result) -> None:
+        """Print how the run ended."""
+        self._bar.stop()
+        table = Table.grid(padding=(0, 2))
+        numbers = {**result.metrics, **result.references}
+        for name, value in {
+            "status": result.status,
+            **{name: _number(value) for name, value in numbers.items()},
+        }.items():
+            table.add_row(name.replace("_", " "), Text(value))
+        table.add_row("steps, samples, seconds", f"{result.steps}, {result.samples}, {result.seconds:.1f}")
+        if result.restarts:
+            table.add_row("restarts", str(result.restarts))
+        table.add_row("run", Text(str(self._run.path)))
+        self._console.print(table)
+        if result.status in ("interrupted", "failed") and result.checkpoint:
+            self.say(f"continue with: raytrain train {self._run.path} --resume")
+
+    def _look(self) -> None:
+        """Take in what is new in the run's files."""
+        for note in self._restarts.new():
+            causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in sorted(note["workers"].items()))
+            self.say(f"{causes}; starting all workers again from the last checkpoint")
+        for row in self._metrics.new():
+            if row["step"] < self._step:
+                continue  # done before, in an attempt that was interrupted
+            self._step = row["step"]
+            if "valid" in row:
+                self._valid = row["valid"]
+                self._line(row)
+            else:
+                self._set_pace(row)
+                self._last = row
+        if self._last:
+            self._bar.start_task(self._task)
+            self._bar.update(self._task, description="training", completed=self._step, numbers=self._numbers())
+        if not self._console.is_terminal and self._last and time.monotonic() > self._next_line:
+            self._line(self._last)
+
+    def _set_pace(self, row: Mapping[str, Any]) -> None:
+        before = {**row, **self._last}
+        steps, samples, seconds = (row.get(key, 0) - before.get(key, 0) for key in ("step", "samples", "seconds"))
+        if seconds > 0:
+            fresh = (steps / seconds, samples / seconds)
+            old = self._pace if self._pace[0] else fresh
+            self._pace = (0.9 * old[0] + 0.1 * fresh[0], 0.9 * old[1] + 0.1 * fresh[1])
+
+    def _line(self, row: Mapping[str, Any]) -> None:
+        self._next_line = time.monotonic() + LINE_SECONDS
+        left = f"  {max(0, self._steps - row['step']) / self._pace[0]:.0f} s left" if self._pace[0] else ""
+        self.say(f"step {row['step']}/{self._steps}  {self._numbers()}{left}")
+
+    def _numbers(self) -> str:
+        parts = [f"loss {self._last['loss']:.4f}"] if "loss" in self._last else []
+        parts += [f"valid {name} {_number(value)}" for name, value in self._valid.items()]
+        if self._pace[0]:
+            parts.append(f"{self._pace[0]:.1f} steps/s  {self._pace[1]:.0f} samples/s")
+        return "  ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+class Tail:
+    """Reads the rows that are added to a ``.jsonl`` file, from the start again when the file is replaced.
+
+    Args:
+        file: the file, which may not exist yet.
+        from_end: leave out what is in it already.
+    """
+
+    def __init__(self, file: Path, *, from_end: bool = False) -> None:
+        self._file = file
+        self._place = file.stat().st_size if from_end and file.is_file() else 0
+        self._inode = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Return the complete rows since the last call; lines that are none are left out, as by `RunDirectory.rows`."""
+        try:
+            with self._file.open("rb") as lines:
+                state = self._file.stat()
+                if self._inode and state.st_ino != self._inode:
+                    self._place = 0
+                self._inode = state.st_ino
+                lines.seek(self._place)
+                complete, newline, _ = lines.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._place += len(complete) + len(newline)
+        found, _ = parse_rows(complete.splitlines(), ROWS.get(self._file.name, dict[str, Any]))
+        return found

@@ -1,0 +1,1 @@
+"""Kernels that draw directions and add them up: one definition, several speeds."""

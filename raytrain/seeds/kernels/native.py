@@ -1,0 +1,148 @@
+"""The fast CPU kernel in C++, compiled on first use by the machine's compiler, for processors with AVX2 and F16C."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raytrain.errors import RaytrainError
+from raytrain.files import is_private
+from raytrain.seeds.kernels.kernel import Drawn
+from raytrain.seeds.prng import COS, LOG, SIN, Mode
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# -ffp-contract: a fused multiply-add would round once where the stream says twice.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-nostartfiles")
+COMPILE_SECONDS = 120
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+logger = logging.getLogger(__name__)
+
+_U64, _I64, _INT, _FLOAT, _POINTER = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+
+
+class CannotCompileError(RaytrainError):
+    """There is no compiler, or it refuses, or the processor lacks what the kernel needs."""
+
+
+class NativeKernel:
+    """Philox and look-ups with AVX2; threads as torch has them.
+
+    Raises:
+        CannotCompileError: this machine cannot have it; the message says why.
+    """
+
+    name = "native"
+    device = "cpu"
+    types = frozenset(TYPES)
+
+    def __init__(self) -> None:
+        self._library = _library()
+
+    def sums(self, mode: Mode, seeds: Tensor, weights: Tensor, parameter: int, start: int, out: Tensor) -> None:
+        """Add to `out`; see `Kernel.sums`."""
+        drawn = (seeds.data_ptr(), len(seeds), weights.data_ptr(), len(weights))
+        span = (parameter, start, out.shape[1])
+        self._library.seeds_sums(int(mode == "gaussian"), *drawn, *span, out.data_ptr(), torch.get_num_threads())
+
+    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
+        """Write to `out`; see `Kernel.move`."""
+        if not out.numel():
+            return
+        if rows is not None and rows.dtype != torch.int64:
+            raise TypeError(f"rows: expected torch.int64; got {rows.dtype}")
+        mode, *place = drawn
+        self._library.seeds_move(
+            int(mode == "gaussian"),
+            TYPES[base.dtype],
+            *place,
+            base.numel() if rows is None else base[0].numel(),
+            None if rows is None else rows.data_ptr(),
+            0 if rows is None else len(rows),
+            base.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Return the compiled kernel: from the user's cache if it is there, for this source, compiler and processor."""
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise CannotCompileError("no C++ compiler: neither $CXX nor g++ nor clang++ is there")
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        raise CannotCompileError("the processor has no AVX2")
+    command = [compiler, *FLAGS, *_defined("LOG", LOG), *_defined("SIN", SIN), *_defined("COS", COS)]
+    if not SOURCE.is_file():  # as where only files of Python were copied
+        raise CannotCompileError(f"its source {SOURCE} is not there")
+    key = [_version(compiler), _processor(), *command, SOURCE.read_text()]
+    name = f"seeds-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    try:
+        return _typed(_loaded(command, name))
+    except (OSError, RuntimeError) as error:  # the latter where nobody is at home
+        raise CannotCompileError(f"the compiled kernel cannot be kept or loaded: {error}") from error
+
+
+def _loaded(command: Sequence[str], name: str) -> ctypes.CDLL:
+    """Load the kernel from the cache, unless it may be another user's: to load it is to run it."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytrain"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_private(folder):
+        logger.warning("others can write to %s, so the kernel that is kept there is not used: chmod go-w it", folder)
+        with tempfile.TemporaryDirectory() as own:
+            return _compiled(command, Path(own) / name)
+    kept = folder / name
+    return ctypes.CDLL(str(kept)) if kept.is_file() and is_private(kept) else _compiled(command, kept)
+
+
+def _compiled(command: Sequence[str], target: Path) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        try:
+            subprocess.run(
+                [*command, "-o", str(made), str(SOURCE)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=COMPILE_SECONDS,
+            )
+        except subprocess.CalledProcessError as error:
+            raise CannotCompileError(f"{command[0]} refuses {SOURCE.name}: {error.stderr.strip()[:400]}") from error
+        except subprocess.TimeoutExpired as error:
+            raise CannotCompileError(f"{command[0]} took more than {COMPILE_SECONDS} s") from error
+        made.chmod(0o700)
+        made.replace(target)  # at once: another process may be looking
+    return ctypes.CDLL(str(target))
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Say what the functions take: else ctypes would cut numbers of 64 bits."""
+    span = [_U64, _I64, _I64]
+    library.seeds_sums.argtypes = [_INT, _POINTER, _I64, _POINTER, _I64, *span, _POINTER, _INT]
+    library.seeds_move.argtypes = [_INT, _INT, _U64, _FLOAT, *span, _POINTER, _I64, _POINTER, _POINTER, _INT]
+    library.seeds_sums.restype = library.seeds_move.restype = None
+    return library
+
+
+def _defined(name: str, coefficients: Sequence[float]) -> list[str]:
+    return [f"-D{name}_COEFFICIENTS={','.join(f'{value!r}f' for value in coefficients)}"]
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], check=False, capture_output=True, text=True).stdout
+
+
+def _processor() -> str:
+    """Return what the processor can do: a cache may be shared by machines that differ, as a home folder is."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line for line in lines if line.startswith("flags")), "")

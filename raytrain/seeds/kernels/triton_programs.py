@@ -1,0 +1,268 @@
+"""The Triton programs of triton_gpu.py, operation by operation as in prng.py.
+
+All of it is made of Triton's built-in operations, which its interpreter has too: the bits are tested without a GPU.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from raytrain.seeds import prng
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether the functions below are Python that takes tensors of the CPU: Triton settles it when it sees them."""
+
+CHUNK = 64
+"""Seeds whose weights, below 2^25 in magnitude, can be added in 32 bits."""
+
+ROUNDS = tl.constexpr(prng.ROUNDS)
+M0, M1 = tl.constexpr(prng.MULTIPLIERS[0]), tl.constexpr(prng.MULTIPLIERS[1])
+W0, W1 = tl.constexpr(prng.KEY_STEPS[0]), tl.constexpr(prng.KEY_STEPS[1])
+ROOT = tl.constexpr(prng.ROOT_HALF_BITS)
+L0, L1, L2, L3, L4, L5, L6 = (tl.constexpr(value) for value in prng.LOG)
+S0, S1, S2 = (tl.constexpr(value) for value in prng.SIN)
+C0, C1, C2 = (tl.constexpr(value) for value in prng.COS)
+LN_2 = tl.constexpr(math.log(2))
+RADIANS = tl.constexpr(2 * math.pi / 2**32)
+UNIT = tl.constexpr(prng.UNITS["gaussian"])
+SCALE = tl.constexpr(1 / prng.UNITS["gaussian"])
+U_UNIT = tl.constexpr(2.0**-24)
+EIGHTH_TURN = tl.constexpr(1 << 29)
+TO_INTEGER = tl.constexpr(2.0**23)  # floats from here to 2^24 are the integers, and their last bits count up
+TO_INTEGER_BITS = tl.constexpr(0x4B000000)
+BFLOAT16_NAN = tl.constexpr(0x7FC0)
+
+
+@triton.jit
+def _words(block, low, high, seed_low, seed_high):
+    """Return the four words of each block."""
+    c0, c1, c2, c3 = block.to(tl.uint32), (block >> 32).to(tl.uint32), low.to(tl.uint32), high.to(tl.uint32)
+    k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        first, second = c0, c2
+        c0 = tl.umulhi(second, M1) ^ c1 ^ k0
+        c1 = tl.mul(second, M1, sanitize_overflow=False)
+        c2 = tl.umulhi(first, M0) ^ c3 ^ k1
+        c3 = tl.mul(first, M0, sanitize_overflow=False)
+        k0 = tl.add(k0, W0, sanitize_overflow=False)
+        k1 = tl.add(k1, W1, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _normals(first, second):
+    """Return the two normal numbers that two words make, in units of 2^-20."""
+    u = ((first >> 9 << 1) + 1).to(tl.float32) * U_UNIT
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - ROOT) >> 23
+    x = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    square = x * x
+    log = (square * x) * ((((((L6 * x + L5) * x + L4) * x + L3) * x + L2) * x + L1) * x + L0) + square * -0.5
+    log = (log + x) + exponent.to(tl.float32) * LN_2
+    length = tl.sqrt_rn(log * -2.0) * SCALE
+
+    quarter = tl.add(second, EIGHTH_TURN, sanitize_overflow=False) >> 30
+    rest = tl.sub(second, quarter << 30, sanitize_overflow=False)
+    angle = rest.to(tl.int32, bitcast=True).to(tl.float32) * RADIANS
+    square = angle * angle
+    sine = (square * angle) * ((S2 * square + S1) * square + S0) + angle
+    cosine = ((square * square) * ((C2 * square + C1) * square + C0) + square * -0.5) + 1.0
+    turned = (quarter & 1) != 0
+    one = _rounded(length * tl.where(turned, sine, cosine), ((quarter + 1) & 2) != 0)
+    return one, _rounded(length * tl.where(turned, cosine, sine), (quarter & 2) != 0)
+
+
+@triton.jit
+def _rounded(x, negated):
+    """Return x, below 2^23 in magnitude, as the nearest integer, the even one of two; negated where it should be."""
+    size = (tl.abs(x) + TO_INTEGER).to(tl.int32, bitcast=True) - TO_INTEGER_BITS
+    return tl.where((x < 0) != negated, -size, size)
+
+
+@triton.jit
+def _add(pointer, value, mask):
+    tl.store(pointer, tl.load(pointer, mask=mask, other=0) + value, mask=mask)
+
+
+@triton.jit
+def _load(pointer, mask):
+    """Return numbers as float32. Those of bfloat16 are its upper halves: Triton's interpreter loses the tiniest."""
+    value = tl.load(pointer, mask=mask, other=0)
+    if pointer.dtype.element_ty == tl.bfloat16:
+        value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, value, mask):
+    """Store float32 numbers, rounded to the nearest in the type of the pointer, to the even one of two.
+
+    Triton's interpreter does not round to bfloat16 as GPUs do.
+    """
+    if pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = tl.add(bits, 0x7FFF + ((bits >> 16) & 1), sanitize_overflow=False) >> 16
+        rounded = tl.where(value == value, rounded, BFLOAT16_NAN)  # noqa: PLR0124
+        tl.store(pointer, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["piece_step", "low", "high", "start", "size", "model_count", "count", "piece"])
+def add_signs(
+    seeds,
+    weights,
+    out,
+    piece_step: tl.int64,
+    model_step,
+    step,
+    low: tl.int32,
+    high: tl.int32,
+    start: tl.int64,
+    size: tl.int64,
+    model_count: tl.int32,
+    count: tl.int32,
+    piece: tl.int32,
+    blocks: tl.constexpr,
+    models: tl.constexpr,
+    words: tl.constexpr,
+    chunk: tl.constexpr,
+):
+    """Add weighted sums of signs to `out`, shape (pieces, models, size).
+
+    A program has some blocks, a piece of the seeds, and some models for which it draws once: in one, two or all four
+    words of its blocks, so that a thread, which has whole blocks, keeps words and sums in its registers.
+    """
+    parts: tl.constexpr = 4 // words
+    part, group = tl.program_id(2) % parts, tl.program_id(2) // parts
+    block = start // 128 + tl.program_id(0).to(tl.int64) * blocks + tl.arange(0, blocks)
+    model = group * models + tl.arange(0, models)
+    bit = part * (words * 32) + tl.arange(0, words * 32)
+    word, shift = (bit // 32)[:, None], (bit % 32).to(tl.uint32)[:, None]
+    place = block[None, :] * 128 + bit[:, None] - start
+    mask = (model < model_count)[:, None, None] & ((place >= 0) & (place < size))[None, :, :]
+    pointer = out + tl.program_id(1) * piece_step + model.to(tl.int64)[:, None, None] * model_step
+    pointer += place[None, :, :] * step
+    begin = tl.program_id(1) * piece
+    end = tl.minimum(begin + piece, count)
+    for first in range(begin, end, chunk):
+        sums = tl.full((models, words * 32, blocks), 0, tl.int32)
+        total = tl.full((models,), 0, tl.int32)
+        for k in range(first, tl.minimum(first + chunk, end)):
+            seed = tl.load(seeds + k)
+            weight = tl.load(weights + model.to(tl.int64) * count + k, mask=model < model_count, other=0)
+            w0, w1, w2, w3 = _words(block, low, high, seed, seed >> 32)
+            drawn = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+            sums += ((drawn >> shift) & 1).to(tl.int32)[None, :, :] * weight[:, None, None]
+            total += weight
+        # The sum of those whose bit is set, less that of the others: it has 32 bits, though twice the first may not.
+        doubled = tl.add(sums, sums, sanitize_overflow=False)
+        _add(pointer, tl.sub(doubled, total[:, None, None], sanitize_overflow=False).to(tl.int64), mask)
+
+
+@triton.jit(do_not_specialize=["piece_step", "low", "high", "start", "size", "model_count", "count", "piece"])
+def add_normals(
+    seeds,
+    weights,
+    out,
+    piece_step: tl.int64,
+    model_step,
+    step,
+    low: tl.int32,
+    high: tl.int32,
+    start: tl.int64,
+    size: tl.int64,
+    model_count: tl.int32,
+    count: tl.int32,
+    piece: tl.int32,
+    blocks: tl.constexpr,
+    models: tl.constexpr,
+):
+    """Add weighted sums of normal numbers to `out`, shape (pieces, models, size).
+
+    A program has some blocks, a piece of the seeds, and some models for which it draws once.
+    """
+    block = start // 4 + tl.program_id(0).to(tl.int64) * blocks + tl.arange(0, blocks)
+    model = tl.program_id(2) * models + tl.arange(0, models)
+    s0, s1 = tl.full((models, blocks), 0, tl.int64), tl.full((models, blocks), 0, tl.int64)
+    s2, s3 = s0, s1
+    begin = tl.program_id(1) * piece
+    for k in range(begin, tl.minimum(begin + piece, count)):
+        seed = tl.load(seeds + k)
+        weight = tl.load(weights + model.to(tl.int64) * count + k, mask=model < model_count, other=0)
+        weight = weight.to(tl.int64)[:, None]
+        w0, w1, w2, w3 = _words(block, low, high, seed, seed >> 32)
+        z0, z1 = _normals(w0, w1)
+        z2, z3 = _normals(w2, w3)
+        s0, s1 = s0 + weight * z0.to(tl.int64), s1 + weight * z1.to(tl.int64)
+        s2, s3 = s2 + weight * z2.to(tl.int64), s3 + weight * z3.to(tl.int64)
+    place = (block * 4 - start)[None, :]
+    known = (model < model_count)[:, None]
+    pointer = out + tl.program_id(1) * piece_step + model.to(tl.int64)[:, None] * model_step + place * step
+    _add(pointer, s0, known & (place >= 0) & (place < size))
+    _add(pointer + step, s1, known & (place >= -1) & (place < size - 1))
+    _add(pointer + 2 * step, s2, known & (place >= -2) & (place < size - 2))
+    _add(pointer + 3 * step, s3, known & (place >= -3) & (place < size - 3))
+
+
+@triton.jit(do_not_specialize=["low", "high", "seed_low", "seed_high", "scale", "tiles"])
+def move_signs(
+    base,
+    out,
+    rows,
+    width: tl.int64,
+    tiles: tl.int32,
+    low: tl.int32,
+    high: tl.int32,
+    start: tl.int64,
+    seed_low: tl.int32,
+    seed_high: tl.int32,
+    scale: tl.int32,
+    words: tl.constexpr,
+):
+    """Write base plus signs times scale to `out`: a program has some words of one row."""
+    to = (tl.program_id(0) // tiles).to(tl.int64)
+    row = to if rows is None else tl.load(rows + to)
+    first = start + row * width
+    word = first // 32 + (tl.program_id(0) % tiles).to(tl.int64) * words + tl.arange(0, words)
+    w0, w1, w2, w3 = _words(word >> 2, low, high, seed_low, seed_high)
+    which = word & 3
+    drawn = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
+    bit = tl.arange(0, 32)
+    is_set = (drawn[:, None] >> bit.to(tl.uint32)[None, :]) & 1
+    plain = scale.to(tl.float32, bitcast=True)
+    place = word[:, None] * 32 + bit[None, :] - first
+    mask = (place >= 0) & (place < width)
+    moved = _load(base + row * width + place, mask) + tl.where(is_set != 0, plain, -plain)
+    _store(out + to * width + place, moved, mask)
+
+
+@triton.jit(do_not_specialize=["low", "high", "seed_low", "seed_high", "scale", "tiles"])
+def move_normals(
+    base,
+    out,
+    rows,
+    width: tl.int64,
+    tiles: tl.int32,
+    low: tl.int32,
+    high: tl.int32,
+    start: tl.int64,
+    seed_low: tl.int32,
+    seed_high: tl.int32,
+    scale: tl.int32,
+    blocks: tl.constexpr,
+):
+    """Write base plus normal numbers times scale to `out`: a program has some blocks of one row."""
+    to = (tl.program_id(0) // tiles).to(tl.int64)
+    row = to if rows is None else tl.load(rows + to)
+    first = start + row * width
+    at = first // 4 + (tl.program_id(0) % tiles).to(tl.int64) * blocks
+    w0, w1, w2, w3 = _words(at + tl.arange(0, blocks), low, high, seed_low, seed_high)
+    z0, z1 = _normals(w0, w1)
+    z2, z3 = _normals(w2, w3)
+    drawn = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (blocks * 4,))
+    place = at * 4 + tl.arange(0, blocks * 4) - first
+    mask = (place >= 0) & (place < width)
+    added = drawn.to(tl.float32) * UNIT * scale.to(tl.float32, bitcast=True)
+    _store(out + to * width + place, _load(base + row * width + place, mask) + added, mask)

@@ -1,0 +1,113 @@
+"""Nested state as tensors and JSON: dicts, lists, numbers, strings and tensors, and no pickle."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytrain.tensors import bits_of
+
+MARK = "tensor:"
+
+
+def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Return `state` with each tensor replaced by a mark, and the tensors by the path they were at.
+
+    Args:
+        state: dicts with string keys, lists, tuples, numbers, strings, None and tensors, nested.
+        path: where `state` is inside something larger.
+
+    Raises:
+        TypeError: there is something else in it, or a string that looks like a mark.
+    """
+    if isinstance(state, Tensor):
+        return MARK + path, {path: state}
+    if isinstance(state, Mapping):
+        if wrong := [key for key in state if not isinstance(key, str)]:
+            raise TypeError(f"state at {path or 'the top'}: expected string keys; got {wrong[0]!r}")
+        parts = {key: split(value, f"{path}/{key}" if path else key) for key, value in state.items()}
+        return {key: part[0] for key, part in parts.items()}, _union((part[1] for part in parts.values()), path)
+    if isinstance(state, list | tuple):
+        rows = [split(value, f"{path}/{place}") for place, value in enumerate(state)]
+        return [row[0] for row in rows], _union((row[1] for row in rows), path)
+    if (
+        state is None
+        or isinstance(state, bool | int | float)
+        or (isinstance(state, str) and not state.startswith(MARK))
+    ):
+        return state, {}
+    raise TypeError(f"state at {path or 'the top'}: cannot be saved without pickle: {type(state).__name__}")
+
+
+def _union(parts: Iterable[Mapping[str, Tensor]], path: str) -> dict[str, Tensor]:
+    union: dict[str, Tensor] = {}
+    for part in parts:
+        if twice := union.keys() & part.keys():
+            raise TypeError(f"state at {path or 'the top'}: two tensors at {min(twice)!r}")
+        union |= part
+    return union
+
+
+def join(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the state that `split` took apart; tuples come back as lists."""
+    if isinstance(skeleton, str) and skeleton.startswith(MARK):
+        return tensors[skeleton.removeprefix(MARK)]
+    if isinstance(skeleton, dict):
+        return {key: join(value, tensors) for key, value in skeleton.items()}
+    if isinstance(skeleton, list):
+        return [join(value, tensors) for value in skeleton]
+    return skeleton
+
+
+def marked(skeleton: Any) -> set[str]:
+    """Return the paths of the tensors that the marks of a skeleton stand for."""
+    if isinstance(skeleton, str):
+        return {skeleton.removeprefix(MARK)} if skeleton.startswith(MARK) else set()
+    inner = skeleton.values() if isinstance(skeleton, dict) else skeleton if isinstance(skeleton, list) else ()
+    return set().union(*(marked(value) for value in inner))
+
+
+def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as safetensors wants them: contiguous, on the CPU, none sharing memory with another."""
+    seen: set[int] = set()
+    ready = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().nbytes() != plain.nbytes or (plain.nbytes and plain.data_ptr() in seen):
+            plain = plain.clone()
+        seen.add(plain.data_ptr())
+        ready[name] = plain
+    return ready
+
+
+def state_to(state: Any, device: torch.device) -> Any:
+    """Return nested state that was loaded with its tensors on a device, in memory of their own.
+
+    Memory that a file was read into is not aligned as other memory is, and a sum over it may round otherwise.
+    """
+    if isinstance(state, Tensor):
+        return state.to(device, copy=True)
+    if isinstance(state, Mapping):
+        return {key: state_to(value, device) for key, value in state.items()}
+    return [state_to(value, device) for value in state] if isinstance(state, list | tuple) else state
+
+
+def finite(tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a tensor that holds something other than finite numbers, or None.
+
+    Args:
+        tensors: by name.
+        constants: what some of them may hold to the bit, finite or not, as an attention mask of -inf.
+    """
+    for name, tensor in tensors.items():
+        same = name in constants and torch.equal(bits_of(tensor), bits_of(constants[name]))
+        if not same and not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
+def dumps(skeleton: Any) -> bytes:
+    """Return the skeleton as JSON, the same bytes for the same skeleton."""
+    return json.dumps(skeleton, sort_keys=True).encode()

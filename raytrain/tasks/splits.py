@@ -1,0 +1,136 @@
+"""Records to learn from, and records that are held out to measure on."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from raytrain.data.readers import Unit
+from raytrain.data.records import CALLED, Data, Files, Hub, Record, is_local
+from raytrain.errors import RecipeError
+from raytrain.registry import near
+from raytrain.tasks.options import RecordOptions
+
+Part = Literal["train", "valid"]
+"""What is learned from, and what is held out to measure on."""
+
+
+class Splits:
+    """What is learned from, and what is held out; nothing is looked at before it is asked for.
+
+    Args:
+        options: where records come from.
+        columns: names that the recipe gives to columns; a .tsv whose first line has one of them has a header.
+        unit: what a record of a .txt file is.
+    """
+
+    def __init__(self, options: RecordOptions, columns: Sequence[str] = (), unit: Unit = "line") -> None:
+        self._options = options
+        self._columns = [name for name in (*columns, options.domain) if name]
+        self._unit: Unit = unit
+
+    def records(self, part: Part) -> Iterator[Record]:
+        """Yield the records of a part.
+
+        Raises:
+            RecipeError: there are no such files, the hub gives nothing, there is no such split, a row cannot be read,
+                or there are no records.
+        """
+        data, split = self._of(part)
+        empty = True
+        for place, record in enumerate(data.records(split)):
+            if not self._share or (place in self._held) == (part == "valid"):
+                empty = False
+                yield record
+        if empty:
+            raise self._empty(split)
+
+    def first(self) -> Iterator[Record]:
+        """Yield the first record of each part, by which to see early that columns are missing.
+
+        Raises:
+            RecipeError: as `records`.
+        """
+        for data, split in (self._of("train"), self._of("valid")):
+            record = next(data.records(split), None)
+            if record is None:
+                raise self._empty(split)
+            yield record
+
+    def stamp(self, part: Part) -> str:
+        """Return what changes when the records of a part do."""
+        data, split = self._of(part)
+        return f"{data.stamp(split)} {part if self._share else ''} {self._share}"
+
+    def _of(self, part: Part) -> tuple[Data, str]:
+        """Return where the records of a part are, and as which split."""
+        if part == "valid" and self._options.held_out:
+            return self._held_out
+        splits = self._data.splits
+        if part == "valid" and not self._share:
+            return self._data, next(split for split in ("valid", "test", *splits) if split in splits)
+        if "train" not in splits:
+            raise RecipeError(
+                f"task.path: {self._options.path} has no training records, only {', '.join(splits)}; to measure a "
+                "trained model on them, use raytrain evaluate RUN task.path=..."
+            )
+        if part == "train" and self._all_held_out:
+            raise RecipeError(f"task.valid: 1 holds out all of {self._options.path}, and leaves nothing to learn from")
+        return self._data, "train"
+
+    @cached_property
+    def _data(self) -> Data:
+        path = self._options.path
+        if not path:
+            raise RecipeError(
+                "task.path: required, and not given; expected a file, a folder with train.tsv and dev.tsv (or .csv, "
+                ".jsonl, .json, .txt, .parquet), or a data set of the Hugging Face hub as org/name"
+            )
+        return Files(path, self._columns, self._unit) if is_local(path) else Hub(path)
+
+    @cached_property
+    def _held_out(self) -> tuple[Data, str]:
+        held_out = self._options.held_out
+        if Path(held_out).is_absolute() and Path(held_out).exists():
+            other = Files(held_out, self._columns, self._unit, "task.held_out: ")
+            if len(other.splits) > 1:
+                raise RecipeError(
+                    f"task.held_out: {held_out} has the splits {', '.join(other.splits)}; name one file of it"
+                )
+            return other, other.splits[0]
+        split = CALLED.get(held_out, held_out)
+        if split in self._data.splits:
+            return self._data, split
+        raise RecipeError(
+            f"task.held_out: {held_out!r} is neither a file nor a split of {self._options.path}; "
+            f"{near(held_out, self._data.splits)}"
+        )
+
+    @property
+    def _all_held_out(self) -> bool:
+        return self._options.valid == 1 and not self._options.held_out and "valid" not in self._data.splits
+
+    @cached_property
+    def _share(self) -> float:
+        """Which share of the training records is held out; 0 if others are, or if none are learned from."""
+        options = self._options
+        others = options.held_out or options.valid == 1 or "valid" in self._data.splits
+        return 0.0 if others else options.valid
+
+    def _empty(self, split: str) -> RecipeError:
+        return RecipeError(f"task.path: the {split} part of {self._options.path} has no records")
+
+    @cached_property
+    def _held(self) -> frozenset[int]:
+        """Which training records are held out."""
+        data, split = self._of("train")
+        count = sum(1 for _ in data.records(split))
+        if count < 2:
+            raise RecipeError(
+                f"task.path: {self._options.path} has {count} record(s), too few to hold some out; give it a "
+                "validation split, or set task.held_out"
+            )
+        held = min(count - 1, max(1, round(count * self._share)))
+        return frozenset(np.random.default_rng(0).permutation(count)[:held].tolist())

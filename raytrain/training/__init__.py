@@ -1,0 +1,1 @@
+"""The kind `train`: recipe, loop, worker, results."""

@@ -1,0 +1,29 @@
+"""The kind `train`."""
+
+from pathlib import Path
+
+from raytrain.kinds import Kind
+
+KIND = Kind(
+    recipe="raytrain.training.recipe:TrainRecipe",
+    run="raytrain.launch.dispatch:run",
+    recipes=Path(__file__).parents[1] / "recipes",
+    load="raytrain.training.results:load_best",
+    panels="raytrain.training.report:panels",
+    tables={
+        "tasks": "raytrain.tasks.task:TASKS",
+        "adapters": "raytrain.models.options:ADAPTERS",
+        "sources": "raytrain.data.source:SOURCES",
+        "optimizers": "raytrain.optim.options:ALL",
+        "schedules": "raytrain.optim.schedules:SCHEDULES",
+        "synchronisers": "raytrain.sync.options:ALL_SYNCHRONISERS",
+        "codecs": "raytrain.sync.options:CODECS",
+        "penalties": "raytrain.sync.options:PENALTIES",
+        "loggers": "raytrain.run.loggers:LOGGERS",
+        "kernels": "raytrain.seeds.options:KERNELS",
+    },
+    remarks={"kernels": "raytrain.seeds.kernels.kernel:active"},
+    shorthand="task",
+    packages=("raytrain",),
+    requires=("transformers", "datasets"),
+)

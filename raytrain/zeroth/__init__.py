@@ -1,0 +1,1 @@
+"""Zeroth-order optimisation: gradients from forward passes."""
