@@ -247,7 +247,7 @@ def load(path: Path, rank: int) -> Any:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: object) -> Iterator[None]:
     """Turn what goes wrong with the state of a checkpoint inside the `with` block into one error.
 
     Raises:

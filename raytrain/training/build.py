@@ -146,6 +146,30 @@ def build(
     )
 
 
+def trainable(
+    recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool, beat: Callable[[], None] = lambda: None
+) -> Replica:
+    """Return a replica that is ready to train, as it starts or for a state to be put into it.
+
+    Args:
+        recipe: what to train.
+        task: the recipe's.
+        exchange: with the other replicas.
+        new: whether it starts; otherwise its first weights are made only where its mask goes by them.
+        beat: called at every sign of progress.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+    """
+    sparse = recipe.directions.sparsity > 0
+    replica = build(recipe, task, exchange, start=new or sparse, beat=beat)
+    if isinstance(replica.optimizer, ZerothOrder):
+        if sparse:
+            replica.sync.start(replica.module)  # a mask goes by the weights, to the bit: those of the first worker
+        replica.zeroth = zeroth_of(replica, replica.optimizer, recipe, weighted=task.weights is not None)
+    return replica
+
+
 def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, weighted: bool) -> Zeroth:
     """Return how a zeroth-order optimizer probes a model that has its first weights.
 

@@ -18,14 +18,13 @@ from raytrain.run.directory import RunDirectory
 from raytrain.run.watchdog import Watchdog, hang_file
 from raytrain.sync.averaging import ExactExchange, Exchange
 from raytrain.sync.transport import PeerLostError, Transport
-from raytrain.training.build import build, callbacks_of, plan_of, settled, zeroth_of
+from raytrain.training.build import callbacks_of, plan_of, settled, trainable
 from raytrain.training.callbacks import RunWatch, constants_of
 from raytrain.training.evaluation import evaluate
-from raytrain.training.loader import Feeds, Walk, local_feed
-from raytrain.training.loop import Plan, train
+from raytrain.training.loader import Feeds, local_feed
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica, load_state, progress_from
-from raytrain.zeroth.optimizers import ZerothOrder
+from raytrain.training.segment import segment
 from raytrain.zeroth.replay import beginning
 from raytrain.zeroth.trajectory import Trajectory
 
@@ -107,24 +106,18 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, exchange)
     store.clean()
     found = store.newest()
-    first = found is None or recipe.directions.sparsity > 0  # whose mask is that of the first weights
-    replica = build(recipe, task, exchange, start=first, beat=beat)
-    if isinstance(replica.optimizer, ZerothOrder):
-        if recipe.directions.sparsity:
-            replica.sync.start(replica.module)  # a mask goes by the weights, to the bit: those of the first worker
-        replica.zeroth = zeroth_of(replica, replica.optimizer, recipe, weighted=task.weights is not None)
+    replica = trainable(recipe, task, exchange, new=found is None, beat=beat)
     if found:
         restore(replica, found)
     beat()  # what comes before the first step reads, imports and compiles, which can take as long as many steps
     _announce(recipe, run, exchange, replica.progress.step)
-    plan = plan_of(recipe)
     measure = partial(
         evaluate,
         task=task,
         examples=task.data("valid"),
         batch=recipe.evaluation.batch,
         exchange=exchange,
-        autocast=plan.autocast,
+        autocast=plan_of(recipe).autocast,
     )
     watch = RunWatch(
         run=run,
@@ -136,13 +129,16 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         beat=beat,
         constants=constants_of(replica.module),
     )
-    with (
-        feeds(task, recipe.task, _walk(replica, plan)) as feed,
-        watch.recording(replica.progress, recipe.log.to),
-        _tracing(recipe, run, replica),
-    ):
-        train(replica, task, feed, plan, watch)
+    recording = _recording(recipe, run, replica, watch)
+    segment(recipe, task, replica, recipe.steps, watch, feeds=feeds, recording=recording)
     return watch.last
+
+
+@contextmanager
+def _recording(recipe: TrainRecipe, run: RunDirectory, replica: Replica, watch: RunWatch) -> Iterator[None]:
+    """Record a run inside the `with` block: rows, and the trajectory."""
+    with watch.recording(replica.progress, recipe.log.to), _tracing(recipe, run, replica):
+        yield
 
 
 @contextmanager
@@ -155,19 +151,6 @@ def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterat
     about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.directions.model_dump())
     with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
         yield
-
-
-def _walk(replica: Replica, plan: Plan) -> Walk:
-    """Return the positions that the loop will take examples from."""
-    return Walk(
-        seed=plan.seed,
-        rank=replica.rank,
-        first=replica.progress.position + replica.rank * plan.batch,
-        stride=replica.members * plan.batch,
-        steps=max(0, plan.steps - replica.progress.step),
-        count=plan.batch,
-        parts=plan.accumulate,
-    )
 
 
 def restore(replica: Replica, found: Manifest) -> None:
