@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raytrain.errors import CheckpointError, TrainingError
-from raytrain.names import place_of
+from raytrain.registry import place_of
 from search.scheduling.work import Done, Failed, Outcome, Paused, Snapshot, Work
 
 logger = logging.getLogger(__name__)

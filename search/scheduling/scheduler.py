@@ -118,6 +118,11 @@ class Scheduler(ABC):
         """The attempts that are handed out and not ended."""
         return self._queue.under_way
 
+    @property
+    def unfinished(self) -> set[int]:
+        """The rows of the segments that have not ended."""
+        return set(self._segments)
+
     def drain(self) -> list[LineageRow]:
         """Return the decisions since the last call."""
         rows, self._rows = self._rows, []

@@ -1,0 +1,1 @@
+"""Panels of a search's report page."""
