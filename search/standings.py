@@ -74,8 +74,8 @@ class Standings:
         """Learn a decision: a row of the lineage."""
         member = self.members.setdefault(row["member"], Standing())
         self.failures += "failure" in row
-        if row["action"] in ENDS:
-            member.state = ENDS[row["action"]]
+        if "new" not in row:
+            member.state = ENDS.get(row["action"], row["action"])
             return
         self._begun_at[row["row"]] = row["step"]
         self.generation = max(self.generation, row["generation"])

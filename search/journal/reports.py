@@ -3,11 +3,10 @@
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from raytrain.files import append_line, write_whole
 from raytrain.json_files import to_json
-from raytrain.run.directory import rows
+from search.journal.rows import ReportRow, read_reports
 from search.scheduling.work import Done, Work
 
 
@@ -45,10 +44,11 @@ class Reports:
         row = {"row": work.row, "member": work.member, "step": done.snapshot.step, "seconds": round(self.seconds, 3)}
         append_line(self._file, to_json({**row, "valid": dict(done.metrics)}))
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[ReportRow]:
         """Return the rows."""
-        return [row for row in rows(self._file) if {"row", "member", "seconds", "valid"} <= row.keys()]
+        return read_reports(self._file)
 
     def metrics(self, row: int) -> Mapping[str, float]:
         """Return what was measured at the end of the segment that a row of the lineage began."""
-        return next((report["valid"] for report in self.read() if report["row"] == row), {})
+        found = next((report["valid"] for report in self.read() if report["row"] == row), {})
+        return {name: value for name, value in found.items() if value is not None}

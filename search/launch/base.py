@@ -53,6 +53,9 @@ def check_search(recipe: SearchRecipe) -> CheckedSearch:
         base = base.with_overrides({f"task.{name}": value for name, value in known.items()})
         recipe, task = recipe.model_copy(update={"base": base}), task_of(base)
     objective = recipe.objective(task.metric, task.better, _measured(recipe, base, task))
+    mode = "min" if objective.better == "lower" else "max"
+    search = recipe.search.model_copy(update={"metric": objective.metric, "mode": mode})  # for readers of the recipe
+    recipe = recipe.model_copy(update={"search": search})
     check_shapes(base, recipe.search, Shapes())
     return CheckedSearch(recipe, base, objective)
 
