@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain.run.progress import Tail
-from raytrain.terminal import plain_line
+from raytrain.terminal import plain, plain_line
 from search.standings import Standings
 
 LOOK_SECONDS = 0.25
@@ -55,7 +55,7 @@ class SearchDisplay:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self._console.print(plain_line(text), markup=False)
+        self._console.print(plain(text), markup=False)
 
     def follow(
         self, ended: threading.Event, request_stop: Callable[[], None], steps: Callable[[], Mapping[int, int]]
@@ -84,10 +84,9 @@ class SearchDisplay:
     def finish(self, facts: Mapping[str, str]) -> None:
         """Print how the search ended: name -> value, a line each."""
         self._live.stop()
-        grid = Table.grid(padding=(0, 2))
+        width = max(map(len, facts))
         for name, value in facts.items():
-            grid.add_row(name, Text(plain_line(value)))
-        self._console.print(grid)
+            self.say(f"{name:<{width}}  {plain_line(value)}")
 
     def _look(self, steps: Mapping[int, int]) -> None:
         """Take in what is new in the run's files."""
@@ -122,8 +121,8 @@ class SearchDisplay:
 
     def _summary(self, trained: int) -> str:
         standings, metric = self._standings, self._standings.objective.metric
-        parts = [f"generation {standings.generation}"] if standings.generation else []
-        parts.append(f"{trained}{f'/{self._total_steps}' if self._total_steps else ''} steps")
+        head = f"generation {standings.generation}: " if standings.generation else ""
+        parts = [f"{trained}{f'/{self._total_steps}' if self._total_steps else ''} steps"]
         if standings.best:
             parts.append(f"best {metric} {_number(standings.best.score)} (member {standings.best.member})")
             parts.append(f"median {_number(standings.median())}")
@@ -133,7 +132,7 @@ class SearchDisplay:
             parts.append(f"{speed:.0f} steps/s")
             if self._total_steps:
                 parts.append(f"{max(0, self._total_steps - trained) / speed:.0f} s left")
-        return "  ".join(parts)
+        return head + ", ".join(parts)
 
 
 class Pace:

@@ -1,17 +1,19 @@
 """The recipe of a training run."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from raytrain.errors import RecipeError
 from raytrain.extensions import CALLBACK
 from raytrain.models import options as adapter
 from raytrain.models.options import ADAPTERS, AdapterOptions
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.options import ALL, OPTIMIZERS, ZEROTH, OptimizerOptions, is_elementwise
 from raytrain.optim.schedules import SCHEDULES, SHAPE
-from raytrain.recipe import Options, Recipe, Section, chosen
+from raytrain.recipe import Options, Recipe, Section, chosen, dotted_fields
 from raytrain.registry import deferred, resolve
 from raytrain.sections import Checkpoint, Evaluation, Log, Resources
 from raytrain.seeds.options import MOST_DIRECTIONS
@@ -116,6 +118,12 @@ class Directions(Section):
     trajectory: bool = True
 
 
+OF_THE_WHOLE = frozenset(
+    {"kind", "name", "workers", "steps", "max_failures", "sync", "resources", "log", "checkpoint", "phases"}
+)
+"""Fields that no phase can change."""
+
+
 class TrainRecipe(Recipe):
     """How to train a model.
 
@@ -138,6 +146,9 @@ class TrainRecipe(Recipe):
         ema: decay of an average of the weights that is evaluated in their place; 0: none.
         max_failures: how often workers that die or hang are started again.
         callbacks: functions of the replica ("module:attribute") called on every worker after every step.
+        phases: later parts of the training, with changed fields: each a table of `from`, the steps done before it, and
+            fields, which keep their values from then on. Weights go on, and so does the state of an optimizer of the
+            same name.
     """
 
     kind: Literal["train"] = "train"
@@ -163,6 +174,7 @@ class TrainRecipe(Recipe):
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
     log: Log = Log()
+    phases: tuple[dict[str, Any], ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -217,6 +229,44 @@ class TrainRecipe(Recipe):
             self._fit_shards()
         return self
 
+    @model_validator(mode="after")
+    def _fit_phases(self) -> Self:
+        recipes = [stage.recipe for stage in self.stages()]
+        if len(recipes) > 1 and any(recipe.optimizer.zeroth and recipe.directions.trajectory for recipe in recipes):
+            raise ValueError("phases: expected directions.trajectory = false, because a trajectory has one beginning")
+        return self
+
+    def stages(self) -> list["Stage"]:
+        """Return the parts of the training; without phases it is one.
+
+        Raises:
+            RecipeError: a phase begins before the one before it, or its changes do not fit.
+        """
+        if not self.phases:
+            return [Stage(0, self.steps, self)]
+        # Laid over the whole recipe, defaults included: as a run's folder has it, so that it repeats the run.
+        recipe, begin, stages = self.parse_with(self.plain(), {"phases": []}), 0, []
+        for place, phase in enumerate(self.phases):
+            changes = dict(dotted_fields(phase))
+            end = changes.pop("from", None)
+            if not isinstance(end, int) or not begin < end < self.steps:
+                raise RecipeError(
+                    f"phases.{place}.from: expected a step from {begin + 1} to {self.steps - 1}; got {end!r}"
+                )
+            if fixed := [name for name in changes if name.partition(".")[0] in OF_THE_WHOLE]:
+                raise RecipeError(f"phases.{place}.{fixed[0]}: the same for the whole run; set it outside of phases")
+            stages.append(Stage(begin, end, recipe))
+            try:
+                recipe, begin = recipe.with_overrides(changes), end
+            except RecipeError as error:
+                raise RecipeError(f"phases.{place}.{error}") from None
+        return [*stages, Stage(begin, self.steps, recipe)]
+
+    def stages_from(self, step: int) -> list["Stage"]:
+        """Return the parts of the training that are not done after some steps; of one that is done, the last."""
+        stages = self.stages()
+        return [stage for stage in stages if step < stage.end] or stages[-1:]
+
     def _fit_shards(self) -> None:
         name = self.optimizer.name
         if not is_elementwise(name):
@@ -264,6 +314,21 @@ class TrainRecipe(Recipe):
         }
         if used := [name for name, value in without.items() if value]:
             raise ValueError(f"{used[0]}: expected none with {self.optimizer.name}, which makes no backward pass")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of a training with one recipe.
+
+    Attributes:
+        begin: steps done before it.
+        end: step that it trains to.
+        recipe: without phases.
+    """
+
+    begin: int
+    end: int
+    recipe: TrainRecipe
 
 
 def _is_zeroth(section: Any) -> bool:

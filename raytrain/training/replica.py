@@ -204,6 +204,38 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
     replica.sync.load_state_dict(own["sync"] if own is not None else None, shared["sync"])
 
 
+def inherit(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] | None, path: object) -> list[str]:
+    """Put of a state what fits into a replica of another recipe, and return the names of weights that stay new.
+
+    Weights and their averages are taken by name where shapes agree. So is the optimizer's state; that of an optimizer
+    of another name starts new.
+
+    Args:
+        replica: newly made.
+        shared: what the first replica saved.
+        own: as for `load_state`.
+        path: where it came from, for the error message.
+
+    Raises:
+        CheckpointError: it is the state of an adapter beside another model.
+    """
+    new = dict(_tensors(replica, replica.module))
+    model = {name: value for name, value in shared["model"].items() if name in new and new[name].shape == value.shape}
+    same = shared["optimizer"]["name"] == replica.options.name
+    if same and model.keys() == new.keys() == shared["model"].keys():
+        load_state(replica, shared, own, path)
+        return []
+    optimizer = {"name": replica.options.name, **state_by_name(replica.optimizer, replica.parts)}
+    if same:
+        kept = {name: entries for name, entries in shared["optimizer"]["state"].items() if name in model}
+        optimizer = {**shared["optimizer"], "state": kept}
+    average = {name: value for name, value in shared["ema"].items() if name in model}
+    weights = {name: value.clone() for name, value in new.items()} | model
+    complete = {"model": weights, "optimizer": optimizer, "ema": average and {**weights, **average}}
+    load_state(replica, {**shared, **complete, "sync": replica.sync.state_dict()}, None, path)
+    return sorted(new.keys() - model.keys())
+
+
 def _tensors(replica: Replica, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter of `parts` to save once, tied ones included, and each buffer of the model's state."""
     named = parts.named_parameters()

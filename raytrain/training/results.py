@@ -104,11 +104,13 @@ def load_best(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
         raise CheckpointError(f"{folder}: there is no complete checkpoint yet")
     best = run.checkpoints / step_name(newest.progress["best_step"])
     path = best if best.is_dir() else newest.path
+    step = read_manifest(path).step
+    recipe = next(stage.recipe for stage in reversed(recipe.stages()) if stage.begin < max(step, 1))
     task = task_of(recipe)
     return TrainedModel(
         task,
         task_name=recipe.task.name,
-        step=read_manifest(path).step,
+        step=step,
         module=partial(_module, recipe, task, path),
         adapted=recipe.adapter.name != "none",
         batch=recipe.evaluation.batch,

@@ -18,12 +18,13 @@ from raytrain.run.directory import RunDirectory
 from raytrain.run.watchdog import Watchdog, hang_file
 from raytrain.sync.averaging import ExactExchange, Exchange
 from raytrain.sync.transport import PeerLostError, Transport
-from raytrain.training.build import callbacks_of, plan_of, settled, trainable
+from raytrain.tasks.task import Task
+from raytrain.training.build import callbacks_of, plan_of, settled, task_of, trainable
 from raytrain.training.callbacks import RunWatch, constants_of
 from raytrain.training.evaluation import evaluate
 from raytrain.training.loader import Feeds, local_feed
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import Replica, load_state, progress_from
+from raytrain.training.replica import Replica, inherit, load_state, progress_from
 from raytrain.training.segment import segment
 from raytrain.zeroth.replay import beginning
 from raytrain.zeroth.trajectory import Trajectory
@@ -106,11 +107,37 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, exchange)
     store.clean()
     found = store.newest()
-    replica = trainable(recipe, task, exchange, new=found is None, beat=beat)
-    if found:
-        restore(replica, found)
-    beat()  # what comes before the first step reads, imports and compiles, which can take as long as many steps
-    _announce(recipe, run, exchange, replica.progress.step)
+    last: Last = None
+    announced = False
+    for stage in recipe.stages_from(found.step if found else 0):
+        found = store.newest() if last else found
+        task = task if stage.recipe.task == recipe.task else task_of(stage.recipe)
+        replica = trainable(stage.recipe, task, exchange, new=found is None, beat=beat)
+        if found:
+            restore(replica, found, inherit if found.step == stage.begin > 0 else load_state)
+        beat()  # what comes before the first step reads, imports and compiles, which can take as long as many steps
+        if not announced:
+            _announce(recipe, run, exchange, replica.progress.step)
+            announced = True
+        watch = _watch(stage.recipe, task, replica, run, store, beat)
+        recording = _recording(stage.recipe, run, replica, watch)
+        segment(stage.recipe, task, replica, stage.end, watch, feeds=feeds, recording=recording)
+        last = watch.last
+        if replica.progress.status != "done":
+            break
+    return last
+
+
+def _watch(
+    recipe: TrainRecipe,
+    task: Task,
+    replica: Replica,
+    run: RunDirectory,
+    store: CheckpointStore,
+    beat: Callable[[], None],
+) -> RunWatch:
+    """Return what surrounds the loop."""
+    exchange = store.exchange
     measure = partial(
         evaluate,
         task=task,
@@ -119,7 +146,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         exchange=exchange,
         autocast=plan_of(recipe).autocast,
     )
-    watch = RunWatch(
+    return RunWatch(
         run=run,
         exchange=exchange,
         store=store,
@@ -129,9 +156,6 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         beat=beat,
         constants=constants_of(replica.module),
     )
-    recording = _recording(recipe, run, replica, watch)
-    segment(recipe, task, replica, recipe.steps, watch, feeds=feeds, recording=recording)
-    return watch.last
 
 
 @contextmanager
@@ -153,8 +177,13 @@ def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterat
         yield
 
 
-def restore(replica: Replica, found: Manifest) -> None:
+def restore(replica: Replica, found: Manifest, put: Callable[..., object] = load_state) -> None:
     """Put a checkpoint into a new replica.
+
+    Args:
+        replica: newly made.
+        found: the checkpoint.
+        put: `load_state`, or `inherit` where a phase begins.
 
     Raises:
         CheckpointError: it is damaged, or of another model.
@@ -162,7 +191,7 @@ def restore(replica: Replica, found: Manifest) -> None:
     shared = load(found.path, 0)
     own = load(found.path, replica.rank) if found.members == replica.members else None
     with reading(found.path):
-        load_state(replica, shared, own, found.path)
+        put(replica, shared, own, found.path)
     replica.progress = progress_from(found.progress, found.path)
 
 

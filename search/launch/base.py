@@ -47,15 +47,16 @@ def check_search(recipe: SearchRecipe) -> CheckedSearch:
         raise RecipeError(
             f"base.workers: a search trains each member in one process; got {base.workers}; set base.workers=1"
         )
+    base = base.with_overrides({"resources.cpus": base.resources.cpus or 1.0})  # threads, on which sums depend
     task = task_of(base)
     if found := task.settle():  # what an earlier attempt has decided is in the recipe already
         known = {name: getattr(base.task, name, None) or value for name, value in found.items()}
         base = base.with_overrides({f"task.{name}": value for name, value in known.items()})
-        recipe, task = recipe.model_copy(update={"base": base}), task_of(base)
+        task = task_of(base)
     objective = recipe.objective(task.metric, task.better, _measured(recipe, base, task))
     mode = "min" if objective.better == "lower" else "max"
     search = recipe.search.model_copy(update={"metric": objective.metric, "mode": mode})  # for readers of the recipe
-    recipe = recipe.model_copy(update={"search": search})
+    recipe = recipe.model_copy(update={"base": base, "search": search})
     check_shapes(base, recipe.search, Shapes())
     return CheckedSearch(recipe, base, objective)
 

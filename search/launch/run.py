@@ -75,7 +75,7 @@ class Search:
             CheckpointError: what is in the folder is damaged.
         """
         resources = self._base.resources
-        each = SlotResources(resources.cpus or 1.0, resources.beside_cpus(), resources.labels)
+        each = SlotResources(resources.cpus, resources.beside_cpus(), resources.labels)
         count = slot_count(self._recipe.slots, self._recipe.members, each, machines(1, resources))
         display.say(f"starting {count} slot(s) with {each.cpus:g} CPU each")
         self._begin()

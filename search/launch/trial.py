@@ -17,7 +17,7 @@ from raytrain.training.build import callbacks_of, plan_of, task_of, trainable
 from raytrain.training.callbacks import check_finite, constants_of
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import Replica, load_state, plain, progress_from, state_of
+from raytrain.training.replica import Replica, inherit, plain, progress_from, state_of
 from raytrain.training.segment import segment
 from search.scheduling.driver import SegmentEnd
 from search.scheduling.work import Work
@@ -71,7 +71,7 @@ class Trial:
         if packed is not None:
             state = unpack(packed)
             with reading(work.snapshot.digest):
-                load_state(replica, state["replica"], state["replica"], work.snapshot.digest)
+                inherit(replica, state["replica"], state["replica"], work.snapshot.digest)
             replica.progress = replace(progress_from(state["progress"], work.snapshot.digest), status="running")
         beat()
         return task, replica

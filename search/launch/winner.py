@@ -6,6 +6,7 @@ from typing import Any
 
 from raytrain.errors import RecipeError
 from raytrain.files import write_whole
+from raytrain.overrides import merged
 from raytrain.run.checkpoint import CheckpointStore
 from raytrain.run.directory import RunDirectory
 from raytrain.serialization import unpack
@@ -28,9 +29,9 @@ def winner_recipe(base: TrainRecipe, phases: Sequence[Phase]) -> TrainRecipe:
         base: the recipe whose fields were searched.
         phases: what the model was trained with, the oldest first.
     """
-    first, *later = phases[-1:]
-    changes = [{"from": phase.from_step, "seed": phase.seed, **phase.changes} for phase in later]
-    return base.with_overrides({"seed": first.seed, **first.changes, **({"phases": changes} if later else {})})
+    first, *later = phases
+    changes = [merged({"from": phase.from_step, "seed": phase.seed}, phase.changes) for phase in later]
+    return base.with_overrides({"seed": first.seed, **first.changes, "phases": changes})
 
 
 def write_winner(folder: Path, recipe: TrainRecipe, packed: bytes, step: int, metrics: Mapping[str, float]) -> Path:
