@@ -196,6 +196,10 @@ class FederateRecipe(Recipe):
             )
         return self
 
+    def threads(self) -> int:
+        """Return the threads of each process of a run, on which its sums depend to the bit."""
+        return max(1, int(self.clients.cpus))
+
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each round."""
         schedule = self.schedule

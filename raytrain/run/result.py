@@ -23,6 +23,7 @@ class Result:
         hidden_share: how much of that it did not stand still for.
         restarts: how often workers had to be started again.
         checkpoint: the last one, if there is one.
+        figures: what else the kind of run counts, by name.
         error: why it failed.
     """
 
@@ -39,4 +40,5 @@ class Result:
     hidden_share: float = 0.0
     restarts: int = 0
     checkpoint: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
     error: str = ""

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -73,8 +74,6 @@ def callbacks_of(recipe: TrainRecipe) -> list[Callable[[Replica], None]]:
 def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
     """Return the recipe with the options that its training data decides, and its task.
 
-    What the run has decided before holds, whatever became of the data since.
-
     Raises:
         RecipeError: the task cannot be made, its data does not fit, or what is called later is not what it should be.
     """
@@ -83,12 +82,21 @@ def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
     callbacks_of(recipe)
     plan_of(recipe)
     task = task_of(recipe)
-    found = task.settle()
-    if not found:
+    changes = options_from_data(task, run)
+    if not changes:
         return recipe, task
-    before = read_toml(str(run.path), [])[0]["task"] if run.recipe.is_file() else {}
-    settled = recipe.with_overrides({f"task.{name}": before.get(name) or value for name, value in found.items()})
+    settled = recipe.with_overrides(changes)
     return settled, task_of(settled)
+
+
+def options_from_data(task: Task, run: RunDirectory) -> dict[str, Any]:
+    """Return the options of a task that its training data decides, as changes of a recipe.
+
+    What the run has decided before holds, whatever became of the data since.
+    """
+    found = task.settle()
+    before = read_toml(str(run.path), [])[0]["task"] if found and run.recipe.is_file() else {}
+    return {f"task.{name}": before.get(name) or value for name, value in found.items()}
 
 
 def build(
