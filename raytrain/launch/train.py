@@ -21,6 +21,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 import raytrain
 from raytrain.data.source import ActorSource
+from raytrain.environment import environment
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.kinds import Order
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
@@ -82,7 +83,8 @@ class Cluster:
             RecipeError: there is no such cluster, or the workers do not fit.
         """
         say("starting Ray" if self._address is None else f"connecting to Ray at {self._address}")
-        with ray_session(self._address):
+        timeout = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(recipe.sync.timeout_seconds)}
+        with ray_session(self._address), environment(timeout):
             if self._address == "auto":
                 say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
             share = _share(machines(recipe.workers, recipe.resources), recipe)
@@ -172,9 +174,7 @@ class _OwnClusterTrainer(TorchTrainer):
 
 
 def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kind: type[TorchTrainer]) -> TorchTrainer:
-    resources = recipe.resources
-    timeout_seconds = recipe.sync.timeout_seconds
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_seconds)
+    resources, timeout_seconds = recipe.resources, recipe.sync.timeout_seconds
     # What an earlier command left would make Ray believe in checkpoints that are gone; ours are found on the disk.
     (run_directory.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     return kind(

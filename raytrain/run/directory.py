@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 RESERVE_BYTES = 64 << 10
 RAY_MARK = ".validate_storage_marker"
 """What Ray Train puts into the folder of checkpoints before it starts workers."""
+KILLED_MARKS = (".token-*", "hang-worker-*.txt")
+"""What workers that are killed before the first step leave, empty."""
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -209,6 +211,7 @@ class RunDirectory:
         """
         files = [self.recipe, self.attempts, self._failure, self._reserve, self._stop, self.checkpoints / RAY_MARK]
         files += [self._lock(who) for who in ("command", "worker")]
+        files += [file for name in KILLED_MARKS for file in self.path.glob(name) if not file.stat().st_size]
         if self.path.is_dir() and set(self.path.rglob("*")) <= {*files, self.checkpoints}:
             for file in files:
                 file.unlink(missing_ok=True)

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from raytrain.run.directory import RunDirectory, rows, versions
 from raytrain.run.metrics import Recorder
 from raytrain.run.progress import Display, Tail
 from raytrain.run.result import Result
+from raytrain.run.watchdog import hang_file
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_with_one_file_more_than_every_run_begins_with_all_stays(
         with run.opened(resume=False):
             run.begin("x = 1\n")
             (run.path / left).parent.mkdir(parents=True, exist_ok=True)
-            (run.path / left).touch()
+            (run.path / left).write_text("x")
             raise ended
 
     with pytest.raises(type(ended)):
@@ -94,6 +96,8 @@ def test_all_that_a_refused_run_begins_with_goes(tmp_path: Path) -> None:
                 run.announce("x = 1\n", 0, [])
                 run.request_stop()
                 (run.checkpoints / rundir.RAY_MARK).touch()
+                hang_file(run.path, 1).touch()  # of a worker that was killed
+                (run.path / f".token-{uuid.uuid4().hex}").touch()
                 run.record_failure(RecipeError("no"), 0)
             raise RecipeError("no")
 
