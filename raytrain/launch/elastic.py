@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from torch.distributed.elastic.utils.process_state import read_proc_state
 
 from raytrain.errors import RaytrainError
 from raytrain.kinds import Order
+from raytrain.launch.place import train_at
 from raytrain.launch.resources import Node, cpus_per_worker, machines_for, own_cpus
-from raytrain.launch.supervise import supervise
 from raytrain.loggers import restored_loggers
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
@@ -57,7 +58,7 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
     Raises:
         RaytrainError: as `supervise`.
     """
-    return supervise(recipe, order, ThisMachine())
+    return train_at(ThisMachine(), recipe, order)
 
 
 class ThisMachine:
@@ -72,16 +73,14 @@ class ThisMachine:
         _cpus(recipe)
 
     @contextlib.contextmanager
-    def joined(self, recipe: TrainRecipe, say: Callable[[str], None]) -> Iterator[float]:
-        """Yield how many processors each worker gets; there is nothing to join."""
+    def joined(
+        self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]
+    ) -> Iterator[Callable[[], "LocalWorkers"]]:
+        """Yield what starts the workers; there is nothing to join."""
         cpus = _cpus(recipe)
         say(f"starting {recipe.workers} worker(s) with {cpus:g} CPU each")
         with _silent_agent():
-            yield cpus
-
-    def start(self, recipe: TrainRecipe, run: RunDirectory, cpus: float) -> "LocalWorkers":
-        """Start the workers."""
-        return LocalWorkers(recipe, run, max(1, int(cpus)))
+            yield partial(LocalWorkers, recipe, run, max(1, int(cpus)))
 
 
 def _cpus(recipe: TrainRecipe) -> float:

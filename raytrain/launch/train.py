@@ -25,6 +25,7 @@ from raytrain.environment import environment
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.kinds import Order
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
+from raytrain.launch.place import train_at
 from raytrain.launch.process_group import GroupConfig
 from raytrain.launch.resources import (
     Machine,
@@ -34,7 +35,6 @@ from raytrain.launch.resources import (
     share_cpus,
 )
 from raytrain.launch.session import OWN, machines, machines_here, ray_session
-from raytrain.launch.supervise import supervise
 from raytrain.launch.version import fingerprint
 from raytrain.run.directory import RunDirectory, elsewhere
 from raytrain.run.result import Result
@@ -51,7 +51,7 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
     Raises:
         RaytrainError: as `supervise`.
     """
-    return supervise(recipe, order, Cluster(order.address or OWN))
+    return train_at(Cluster(order.address or OWN), recipe, order)
 
 
 class Cluster:
@@ -76,8 +76,10 @@ class Cluster:
             _share(machines_here(recipe.workers, recipe.resources), recipe)
 
     @contextlib.contextmanager
-    def joined(self, recipe: TrainRecipe, say: Callable[[str], None]) -> Iterator[Share]:
-        """Be in the cluster inside the `with` block, and yield what each worker gets of the processors.
+    def joined(
+        self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]
+    ) -> Iterator[Callable[[], "RayWorkers"]]:
+        """Be in the cluster inside the `with` block, and yield what starts the workers.
 
         Raises:
             RecipeError: there is no such cluster, or the workers do not fit.
@@ -89,11 +91,8 @@ class Cluster:
                 say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
             share = _share(machines(recipe.workers, recipe.resources), recipe)
             _say_room(recipe, share, say)
-            yield share
-
-    def start(self, recipe: TrainRecipe, run: RunDirectory, share: Share) -> "RayWorkers":
-        """Start the workers."""
-        return RayWorkers(_trainer(recipe, run, share, TorchTrainer if self._address else _OwnClusterTrainer))
+            kind = TorchTrainer if self._address else _OwnClusterTrainer
+            yield lambda: RayWorkers(_trainer(recipe, run, share, kind))
 
 
 def _summary(error: Exception) -> str:
