@@ -1,17 +1,25 @@
 """Trains a recipe somewhere: on this machine, or on a Ray cluster."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from raytrain.kinds import Order
 from raytrain.launch.supervise import Joined, supervise
 from raytrain.run.directory import RunDirectory
-from raytrain.run.progress import Display
+from raytrain.run.progress import Display, Wording
 from raytrain.run.result import Result
 from raytrain.training.build import settled
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import result_of
+
+
+def columns(row: Mapping[str, Any]) -> list[str]:
+    """Return what is shown of a row of training, beside its evaluations and its pace."""
+    return [f"loss {row['loss']:.4f}"] if "loss" in row else []
+
+
+WORDING = Wording("train", "training", "step", "the workers save and end after the step they are at", columns)
 
 
 class Place(Protocol):
@@ -52,7 +60,7 @@ def train_at(place: Place, recipe: TrainRecipe, order: Order) -> Result:
         run,
         recipe.to_toml(),
         partial(place.joined, recipe, run),
-        Display(run, recipe.steps),
+        Display(run, recipe.steps, WORDING),
         partial(result_of, recipe, run),
         resume=order.resume,
     )

@@ -99,7 +99,7 @@ def train_segment(base: TrainRecipe, work: Work, packed: bytes | None) -> Segmen
     metrics = Metrics(partial(evaluate, task, examples=task.data("valid"), batch=512, exchange=exchange))
     with local_feed(task, recipe.task, walk) as feed:
         train(replica, task, feed, plan, metrics)
-    shared = {**plain(progress), "seconds": 0.0, "stalled_seconds": 0.0}  # no state depends on the time that it took
+    shared = {**plain(progress), "seconds": 0.0, "data_wait_seconds": 0.0}  # no state depends on the time that it took
     return SegmentEnd(pack({"replica": state_of(replica), "progress": shared}), progress.step, metrics.values)
 
 

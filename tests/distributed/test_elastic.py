@@ -82,7 +82,7 @@ def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pyte
     assert "WARNING" not in shown
     assert [(each.level, each.handlers, each.propagate) for each in loggers] == before
     result = run(broken, Order(workplace / "run", resume=True))
-    assert (result.status, result.steps, result.restarts) == ("done", 60, 2)
+    assert (result.status, result.figures["steps"], result.restarts) == ("done", 60, 2)
 
 
 def test_an_error_in_the_users_code_is_shown_and_not_tried_again(workplace: Path) -> None:

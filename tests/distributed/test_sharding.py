@@ -16,7 +16,7 @@ import torch
 from raytrain.overrides import merged
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import RunDirectory, rows
-from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo
+from raytrain.testing import PEER_LOST, repeatable_rows, train_each_with_gloo, train_here, train_with_gloo
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import load_best
 
@@ -174,8 +174,7 @@ class Runs:
         return saved["model"] | entries | averages
 
     def history(self, name: str) -> list[dict[str, Any]]:
-        keep = [{key: value for key, value in row.items() if key != "seconds"} for row in rows(self.metrics(name))]
-        return [row | row.pop("valid", {}) for row in keep]
+        return [row | row.pop("valid", {}) for row in repeatable_rows(self.metrics(name))]
 
     def metrics(self, name: str) -> Path:
         return self.folder / name / "metrics.jsonl"
