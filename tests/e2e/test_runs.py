@@ -82,7 +82,8 @@ def test_a_run_leaves_what_is_promised(straight: Path) -> None:
     assert {"recipe.toml", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "attempts.jsonl"} <= {
         path.name for path in straight.iterdir()
     }
-    assert re.match(r"# raytrain \S+, ray \S+, torch \S+", (straight / "recipe.toml").read_text())
+    versions = r"# raytrain \S+, ray \S+, torch \S+, numpy \S+, transformers \S+, datasets \S+, python \S+\n"
+    assert re.match(versions, (straight / "recipe.toml").read_text())
 
 
 def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(start: Start, straight: Path, tmp_path: Path) -> None:
