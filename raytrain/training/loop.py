@@ -104,7 +104,7 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
         progress.position += plan.batch * replica.members
         progress.seconds = before.seconds + time.perf_counter() - began
         progress.bytes_sent = before.bytes_sent + sync.bytes_sent
-        progress.exchange_seconds = before.exchange_seconds + sync.exchange_seconds
+        progress.communication_seconds = before.communication_seconds + sync.exchange_seconds
         progress.waited_seconds = before.waited_seconds + sync.waited_seconds
         progress.status = status(progress, plan, totals.stop)
         if replica.ema:
@@ -205,7 +205,7 @@ def _take(replica: Replica, task: Task, feed: Feed, position: int, plan: Plan) -
     for raw, examples in feed.take(position, plan.batch, plan.accumulate):
         batch = moved(raw, replica.device, replica.dtype)
         batches.append((batch, loss_weights(task, batch, examples, replica.device)))
-    replica.progress.stalled_seconds += time.perf_counter() - began
+    replica.progress.data_wait_seconds += time.perf_counter() - began
     return batches
 
 

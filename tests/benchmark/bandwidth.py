@@ -511,8 +511,8 @@ def with_ray_train(network: Network, options: Namespace) -> dict[str, float]:
             raise RuntimeError("the run on Ray failed")
         result = json.loads((folder / "run" / "result.json").read_text())
     return {
-        "ray_train_steps_per_second": result["steps"] / result["seconds"],
-        "ray_train_hidden_share": result["hidden_share"],
+        "ray_train_steps_per_second": result["figures"]["steps"] / result["seconds"],
+        "ray_train_overlap_ratio": result["figures"]["overlap_ratio"],
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from raytrain.overrides import merged
 from raytrain.run.checkpoint import listed, load, read_manifest
 from raytrain.run.directory import RunDirectory, rows
-from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
+from raytrain.testing import PEER_LOST, repeatable_rows, train_here, train_with_gloo, train_with_threads
 from raytrain.training.recipe import TrainRecipe
 
 TINY = {
@@ -45,7 +45,7 @@ def equal(one: Path, other: Path) -> bool:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """Return the log without what depends on the clock."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
+    return repeatable_rows(folder / "metrics.jsonl")
 
 
 def test_threads_equal_gloo_processes_to_the_bit(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from raytrain.kinds import Order
 from raytrain.overrides import merged
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import rows
-from raytrain.testing import train_here, train_with_gloo
+from raytrain.testing import repeatable_rows, train_here, train_with_gloo
 from raytrain.training.build import task_of
 from raytrain.training.loader import Batches, Feed, Generated, Walk, local_feed
 from raytrain.training.recipe import TrainRecipe
@@ -173,7 +173,7 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
+    return repeatable_rows(folder / "metrics.jsonl")
 
 
 def test_ray_data_trains_as_the_local_source_does_also_after_a_kill(
@@ -184,7 +184,7 @@ def test_ray_data_trains_as_the_local_source_does_also_after_a_kill(
     monkeypatch.setenv("PYTHONPATH", str(mine), prepend=os.pathsep)
     changes = {"workers": 2, "accumulate": 2, "checkpoint__every": 5, "evaluation__every": 10}
     result = run(recipe(**changes, task__source="ray", callbacks=["mine:plan"]), Order(mine / "ray"))
-    assert (result.status, result.restarts, result.samples) == ("done", 1, 192)
+    assert (result.status, result.restarts, result.figures["samples"]) == ("done", 1, 192)
     assert [row["from_step"] for row in rows(mine / "ray" / "attempts.jsonl")] == [0, 10]
     assert train_with_gloo(recipe(**changes), mine / "local") == [0, 0]
     assert history(mine / "ray") == history(mine / "local")

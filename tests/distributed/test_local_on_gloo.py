@@ -11,7 +11,14 @@ import torch
 from raytrain.overrides import merged
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import rows
-from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo, train_with_threads
+from raytrain.testing import (
+    PEER_LOST,
+    repeatable_rows,
+    train_each_with_gloo,
+    train_here,
+    train_with_gloo,
+    train_with_threads,
+)
 from raytrain.training.recipe import TrainRecipe
 
 TINY = {
@@ -53,7 +60,7 @@ def equal(one: Path, other: Path) -> bool:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
+    return repeatable_rows(folder / "metrics.jsonl")
 
 
 def of(method: str, **changes: Any) -> TrainRecipe:

@@ -26,7 +26,7 @@ def test_a_run_is_done_even_if_there_is_nothing_to_compare_with(
     monkeypatch.setattr("raytrain.testing.tiny", unlucky)
     recipe = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "steps": 2, "log": {"to": []}})
     result = result_of(recipe, train_here(recipe, tmp_path / "run"), None)
-    assert (result.status, result.steps, result.references) == ("done", 2, {})
+    assert (result.status, result.figures["steps"], result.references) == ("done", 2, {})
     assert result.metrics["loss"] > 0
     assert capsys.readouterr().err.startswith(
         "raytrain: Task.references failed: ZeroDivisionError: division by zero (test_finished.py, line "

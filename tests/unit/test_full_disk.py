@@ -16,7 +16,7 @@ from raytrain.run.metrics import Recorder
 from raytrain.seeds.records import read
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.testing import train_here
+from raytrain.testing import repeatable_rows, train_here
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
 from raytrain.zeroth.trajectory import Trajectory
@@ -32,7 +32,7 @@ def recipe(**changes: Any) -> TrainRecipe:
 
 
 def logged(run: RunDirectory) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(run.metrics)]
+    return repeatable_rows(run.metrics)
 
 
 def state(run: RunDirectory) -> dict[str, Any]:

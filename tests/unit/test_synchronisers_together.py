@@ -24,7 +24,7 @@ from raytrain.run.directory import RunDirectory, rows
 from raytrain.sync.options import NUMBERS, SYNCHRONISERS
 from raytrain.tasks.task import Task, TaskOptions
 from raytrain.tensors import bits_of
-from raytrain.testing import ONE_AT_A_TIME, train_with_threads
+from raytrain.testing import ONE_AT_A_TIME, repeatable_rows, train_with_threads
 from raytrain.training import callbacks as watch
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
@@ -139,7 +139,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def history(run: RunDirectory) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(run.metrics)]
+    return repeatable_rows(run.metrics)
 
 
 def options_of(name: str) -> set[str]:
