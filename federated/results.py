@@ -37,16 +37,14 @@ def result_of(federation: Federation, server: Server, run: RunDirectory, error: 
     rounds = [row for row in recorded if "valid" not in row]
     last: dict[str, Any] = rounds[-1] if rounds else {}
     start = {f"{task.metric}_at_start": row["valid"][task.metric] for row in evaluations if not row["step"]}
-    figures = {name: last.get(name, 0) for name in ("bytes_down", "bytes_up")}
+    figures = {"rounds": server.model.version, **{name: last.get(name, 0) for name in ("bytes_down", "bytes_up")}}
     figures |= {name: sum(row[name] for row in rounds) for name in ("heard", "missing", "refused")}
     figures["bytes_of_fedavg"] = 2 * federation.parameter_bytes() * last.get("payloads", 0)
     return Result(
         status="failed" if error else "done" if server.is_done() else "interrupted",
         metrics=evaluations[-1]["valid"] if evaluations else {},
         references={**start, **task.references()},
-        steps=server.model.version,
         seconds=last.get("seconds", 0.0),
-        bytes_sent=figures["bytes_down"] + figures["bytes_up"],
         checkpoint=str(newest) if (newest := newest_state(run.path / STATES)) else "",
         figures=figures,
         error=error,

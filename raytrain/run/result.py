@@ -18,7 +18,6 @@ class Result:
         seconds: time spent computing, over all attempts.
         restarts: how often workers had to be started again.
         checkpoint: the last one, if there is one.
-        figures: what else the kind of run counts, by name.
         error: why it failed.
     """
 
@@ -30,5 +29,4 @@ class Result:
     seconds: float = 0.0
     restarts: int = 0
     checkpoint: str = ""
-    figures: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
