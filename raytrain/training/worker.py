@@ -107,10 +107,10 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, exchange)
     store.clean()
     found = store.newest()
-    first = found is None or recipe.directions.sparsity > 0  # whose mask is that of the first weights
+    first = found is None or recipe.zo.sparsity > 0  # whose mask is that of the first weights
     replica = build(recipe, task, exchange, start=first, beat=beat)
     if isinstance(replica.optimizer, ZerothOrder):
-        if recipe.directions.sparsity:
+        if recipe.zo.sparsity:
             replica.sync.start(replica.module)  # a mask goes by the weights, to the bit: those of the first worker
         replica.zeroth = zeroth_of(replica, replica.optimizer, recipe, weighted=task.weights is not None)
     if found:
@@ -138,7 +138,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     )
     with (
         feeds(task, recipe.task, _walk(replica, plan)) as feed,
-        watch.recording(replica.progress, recipe.log.to),
+        watch.recording(replica.progress, recipe.log.loggers),
         _tracing(recipe, run, replica),
     ):
         train(replica, task, feed, plan, watch)
@@ -149,10 +149,10 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
 def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterator[None]:
     """Keep the run's trajectory inside the `with` block, on the first worker, if there is to be one."""
     zeroth, step = replica.zeroth, replica.progress.step
-    if zeroth is None or replica.rank > 0 or not recipe.directions.trajectory:
+    if zeroth is None or replica.rank > 0 or not recipe.zo.trajectory:
         yield
         return
-    about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.directions.model_dump())
+    about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.zo.model_dump())
     with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
         yield
 
@@ -162,10 +162,10 @@ def _walk(replica: Replica, plan: Plan) -> Walk:
     return Walk(
         seed=plan.seed,
         rank=replica.rank,
-        first=replica.progress.position + replica.rank * plan.batch,
-        stride=replica.members * plan.batch,
+        first=replica.progress.position + replica.rank * plan.local_batch,
+        stride=replica.members * plan.local_batch,
         steps=max(0, plan.steps - replica.progress.step),
-        count=plan.batch,
+        count=plan.local_batch,
         parts=plan.accumulate,
     )
 

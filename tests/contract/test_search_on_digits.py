@@ -95,7 +95,8 @@ def train_segment(base: TrainRecipe, work: Work, packed: bytes | None) -> Segmen
         replica.progress = Progress(**{**state["progress"], "status": "running"})
     plan = replace(plan_of(recipe), steps=work.until, evaluate_every=0, checkpoint_every=0, patience=0)
     progress = replica.progress
-    walk = Walk(plan.seed, 0, progress.position, plan.batch, plan.steps - progress.step, plan.batch, plan.accumulate)
+    batch = plan.local_batch
+    walk = Walk(plan.seed, 0, progress.position, batch, plan.steps - progress.step, batch, plan.accumulate)
     metrics = Metrics(partial(evaluate, task, examples=task.data("valid"), batch=512, exchange=exchange))
     with local_feed(task, recipe.task, walk) as feed:
         train(replica, task, feed, plan, metrics)
