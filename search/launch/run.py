@@ -123,7 +123,7 @@ class Search:
             phases = self._phases()
             shown = [*phases[:1], *phases[max(1, len(phases) - SHOWN_PHASES + 1) :]]
             facts |= {f"from step {phase.from_step}": _listed(phase.changes) for phase in shown}
-        facts["steps, seconds"] = f"{result.figures.get('steps', 0)}, {result.seconds:.1f}"
+        facts |= {name: f"{figure:,}" for name, figure in {**result.figures, "seconds": result.seconds}.items()}
         if result.restarts:
             facts["restarts"] = str(result.restarts)
         facts["run"] = str(path)

@@ -31,7 +31,7 @@ TINY = {
     "workers": 2,
     "evaluation": {"every": 20},
     "checkpoint": {"every": 10},
-    "log": {"every": 1, "to": []},
+    "log": {"every": 1, "loggers": []},
     "resources": {"cpus": 1},
     "sync": {"timeout_seconds": 60},  # a busy machine may take many seconds for what happens before the first step
 }

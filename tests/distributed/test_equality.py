@@ -25,7 +25,7 @@ TINY = {
     "schedule": {"warmup": 5},
     "evaluation": {"every": 20},
     "checkpoint": {"every": 10, "keep": 9},
-    "log": {"every": 1, "to": []},
+    "log": {"every": 1, "loggers": []},
     "sync": {"bucket_bytes": 200, "timeout_seconds": 20},
 }
 
@@ -61,6 +61,7 @@ def test_two_gloo_runs_are_equal_to_the_bit(tmp_path: Path) -> None:
         "task__dropout": 0.3,
         "task__norm": True,
         "ema": 0.9,
+        "batch": 2,
         "accumulate": 2,
         "precision": "float32",
     }

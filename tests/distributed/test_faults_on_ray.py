@@ -24,7 +24,7 @@ TINY = {
     "workers": 2,
     "evaluation": {"every": 20},
     "checkpoint": {"every": 10},
-    "log": {"every": 1, "to": []},
+    "log": {"every": 1, "loggers": []},
     "resources": {"cpus": 1},
     "sync": {"timeout_seconds": 60},  # a busy machine may take many seconds for what happens before the first step
 }
@@ -80,7 +80,14 @@ def test_many_checkpoints_of_local_updates_cost_no_waiting_and_equal_those_of_th
     """Ray takes one report in each of its polls, for which a run that saves faster would wait: it gets the last one."""
     from raytrain.launch.train import run
 
-    sync = {"name": "late", "every": 7, "delay": 5, "codec": "int8", "buffers": "local", "timeout_seconds": 60}
+    sync = {
+        "name": "delayed-averaging",
+        "every": 7,
+        "delay": 5,
+        "compression": "int8",
+        "buffers": "local",
+        "timeout_seconds": 60,
+    }
     settings = TrainRecipe.parse({**recipe(workplace, checkpoint__every=1, task__norm=True).plain(), "sync": sync})
     result = run(settings, Order(workplace / "run"))
     assert (result.status, result.restarts) == ("done", 0)
@@ -97,7 +104,7 @@ def test_a_sharded_worker_that_fails_too_often_ends_the_run_which_goes_on_to_the
 ) -> None:
     from raytrain.launch.train import run
 
-    broken = recipe(workplace, "1, 25, 'kill'", max_failures=0, sync__shard=True)
+    broken = recipe(workplace, "1, 25, 'kill'", max_failures=0, sync__name="fsdp")
     with pytest.raises(TrainingError) as caught:
         run(broken, Order(workplace / "run"))
     assert str(caught.value).startswith("the workers failed more often than max_failures allows; ")

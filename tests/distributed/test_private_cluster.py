@@ -152,7 +152,7 @@ def test_a_run_in_it_ends_well_and_its_secret_is_written_nowhere(
     secret = "5ec2e7" * 5
     monkeypatch.setattr(launch.secrets, "token_hex", lambda _: secret)
     (workplace / "look.py").write_text(LOOK.replace("FOUND", str(workplace / "found.json")))
-    recipe = {"kind": "train", "task": "raytrain.testing:tiny", "workers": 2, "steps": 3, "log": {"to": []}}
+    recipe = {"kind": "train", "task": "raytrain.testing:tiny", "workers": 2, "steps": 3, "log": {"loggers": []}}
     asked = TrainRecipe.parse({**recipe, "resources": {"cpus": 1}, "callbacks": ["look:after_step"]})
     assert launch.run(asked, Order(workplace / "run")).status == "done"
     found = json.loads((workplace / "found.json").read_text())

@@ -26,7 +26,7 @@ BASE = {
     "schedule": {"name": "constant", "warmup": 3},
     "evaluation": {"every": 6},
     "checkpoint": {"every": 6, "keep": 9},
-    "log": {"every": 1, "to": []},
+    "log": {"every": 1, "loggers": []},
     "sync": {"timeout_seconds": 100},
 }
 TINY = BASE | {"task": {"name": "raytrain.testing:tiny"}, "precision": "float64", "batch": 4, "optimizer": {"lr": 0.02}}
@@ -157,7 +157,7 @@ class Runs:
         return TrainRecipe.parse(merged(base, fields))
 
     def sharded(self, base: dict[str, Any], workers: int, **changes: Any) -> TrainRecipe:
-        return self.recipe(base, workers=workers, sync__shard=True, **changes)
+        return self.recipe(base, workers=workers, sync__name="fsdp", **changes)
 
     def one(self, name: str, base: dict[str, Any], **changes: Any) -> None:
         train_here(self.recipe(base, **changes), self.folder / name)
@@ -204,8 +204,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         made.one("gpt-ema-one", GPT, clip=0.1, ema=0.9)
         four = {
             "llama-four": made.sharded(LLAMA, 4, batch=2, callbacks=["probe:weigh"]),
-            "tiny": made.sharded(TINY, 4, task__norm=True, accumulate=2, ema=0.9, evaluation__batch=3),
-            "tiny-whole": made.recipe(TINY, workers=4, task__norm=True, accumulate=2, ema=0.9, evaluation__batch=3),
+            "tiny": made.sharded(TINY, 4, task__norm=True, batch=2, accumulate=2, ema=0.9, evaluation__batch=3),
+            "tiny-whole": made.recipe(
+                TINY, workers=4, task__norm=True, batch=2, accumulate=2, ema=0.9, evaluation__batch=3
+            ),
             "odd": made.sharded(ODD, 4, activation_checkpointing=True),
             "odd-whole": made.recipe(ODD, workers=4),
             "mixed": made.sharded(LLAMA, 4, batch=2, steps=6),
@@ -218,7 +220,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             "failing": made.sharded(TINY, 2, callbacks=["probe:fails"]),
             "unbroken": made.sharded(TINY, 2),
             "llama-two": made.sharded(LLAMA, 2, batch=4, activation_checkpointing=True, compile="aot_eager"),
-            "gpt-ema-two": made.sharded(GPT, 2, batch=4, accumulate=2, clip=0.1, ema=0.9),
+            "gpt-ema-two": made.sharded(GPT, 2, batch=2, accumulate=2, clip=0.1, ema=0.9),
             "gpt-bfloat16": made.sharded(GPT, 2, batch=4, precision="bfloat16", callbacks=["probe:weigh"]),
             "reloaded": made.sharded(GPT, 2, batch=4, ema=0.9, callbacks=["probe:reload"]),
             "mixed": made.sharded(LLAMA, 2, batch=4),

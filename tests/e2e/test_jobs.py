@@ -34,7 +34,7 @@ TOKEN = "0123456789abcdef0123456789abcdef"
 RECIPE = """
 kind = "train"
 resources.cpus = 1
-log.to = []
+log.loggers = []
 [task]
 name = "mine:small"
 [checkpoint]

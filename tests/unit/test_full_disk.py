@@ -91,7 +91,9 @@ def test_a_logger_with_a_full_disk_of_its_own_is_dropped_and_the_run_goes_on(
     (run.path / "tensorboard").symlink_to(small_disk.path)
     assert train_here(recipe(callbacks=filling), run.path).failure() is None
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("raytrain: log.to: tensorboard failed, and gets no more of this attempt: TrainingError: ")
+    assert line.startswith(
+        "raytrain: log.loggers: tensorboard failed, and gets no more of this attempt: TrainingError: "
+    )
     assert line.endswith(f": cannot be written: {FULL}; all metrics are in {run.metrics}")
     assert len([row for row in rows(run.metrics) if "loss" in row]) == 200
 
