@@ -114,10 +114,7 @@ class Playing(threading.Thread):
     def run(self) -> None:
         """Play until the last round, or the first after which a stop was requested."""
         try:
-            with contextlib.closing(self._rounds) as rounds:
-                for _ in rounds:
-                    if self._stop_requested():
-                        break
+            self._play()
         except RunNotRunningException:
             pass  # a second Ctrl-C ended the round that was going on
         except RaytrainError as error:
@@ -126,3 +123,9 @@ class Playing(threading.Thread):
             self.error = traceback.format_exc()
         finally:
             self.ended.set()
+
+    def _play(self) -> None:
+        with contextlib.closing(self._rounds) as rounds:
+            for _ in rounds:
+                if self._stop_requested():
+                    break
