@@ -379,6 +379,27 @@ def test_a_job_that_is_refused_on_the_cluster_returns_2(cluster: Cluster) -> Non
     assert (status, "the job left none, or it was removed" in err) == (2, True)
 
 
+def test_a_kind_of_somebody_elses_goes_to_the_cluster_with_the_code_and_comes_back(cluster: Cluster) -> None:
+    """The cluster has neither its package nor its entry point."""
+    installed = Path(__file__).parent / "data" / "lottery"
+    environment = {**cluster.environment, "PYTHONPATH": str(installed)}
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "raytrain", *words]
+        return subprocess.run(
+            command, cwd=cluster.user, env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+
+    ended = call("submit", "--with-code", "--", "lottery", "quick", "draws=3")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert re.search(r"^draw 3/3 ", ended.stdout, re.MULTILINE)
+    name = name_in(ended.stderr)
+    fetched = call("fetch", name)
+    assert fetched.returncode == 0, fetched.stderr
+    result = json.loads((cluster.user / "runs" / name / "result.json").read_text())
+    assert (result["status"], result["figures"]) == ("done", {"draws": 3})
+
+
 def test_the_token_is_needed_and_must_be_right(cluster: Cluster) -> None:
     status, _, err = cluster.call("jobs", RAY_AUTH_MODE="disabled")
     advice = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to that of the cluster\n"

@@ -56,5 +56,6 @@ def _figures(folder: Path) -> dict[str, Any]:
         return {"status": "running, or cut off"}
     result = read_json(file, dict[str, Any])
     shown = {name: value for name, value in result.items() if value and isinstance(value, str | int | float)}
+    figures = {name: value for name, value in result.get("figures", {}).items() if value}
     metrics = {f"{name} (held out)": value for name, value in result.get("metrics", {}).items()}
-    return {**shown, **metrics}
+    return {name.replace("_", " "): value for name, value in {**shown, **figures, **metrics}.items()}
