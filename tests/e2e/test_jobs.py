@@ -228,28 +228,29 @@ def pair(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         "--storage",
         f"file://{shared}",
         "--",
-        *["train", "mine.toml", "steps=1000000", "seed=2", "checkpoint.every=100", "evaluation.every=0"],
+        *["train", "mine.toml", "steps=1000000", "seed=2", "checkpoint.every=100", "evaluation.every=1000"],
     )
     assert started[0] == 0, started[2]
     name = name_in(started[2])
     long = cluster.start("jobs", "follow", name)
     line = Line(int(cluster.url.rpartition(":")[2]))
-    looker = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, "jobs", "follow", name, "--address", line.url],
-        cwd=cluster.user,
-        env=cluster.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: rows(shared / name / "metrics.jsonl"))
-    line.cut()
-    before = len(rows(shared / name / "metrics.jsonl"))
-    wait_for(lambda: len(rows(shared / name / "metrics.jsonl")) > before)
-    time.sleep(15)  # it prints a line every 10 s
-    line.close()
-    out, err = looker.communicate(timeout=600)
+    shown = shared / "shown.txt"
+    with shown.open("w") as stream:
+        looker = subprocess.Popen(
+            [sys.executable, "-c", IMPATIENT, "jobs", "follow", name, "--address", line.url],
+            cwd=cluster.user,
+            env=cluster.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for act in (line.cut, line.close):
+        before = shown.read_text().count("\nstep ")
+        wait_for(lambda before=before: shown.read_text().count("\nstep ") > before)
+        act()
+    _, err = looker.communicate(timeout=600)
+    out = shown.read_text()
     short_ended = short.finish()
     stop = cluster.call("jobs", "stop", name)
     return Pair(short_ended, long.finish(), (looker.returncode, out, err), stop, shared)
