@@ -14,6 +14,8 @@ from raytrain.run.result import Result
 class Workers(Protocol):
     """What computes a run, while it does: a thread or processes.
 
+    They call `RunDirectory.announce` when they begin. Until then, Ctrl-C ends a new run as if it had not begun.
+
     Attributes:
         ended: set when they have ended.
         error: why they did, if it was not well and they have not left word of it in the run's folder.

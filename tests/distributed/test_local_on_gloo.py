@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,22 @@ def with_gloo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[tuple[list[int], float, Path]]]:
+    """A run with a worker that hangs, while the other tests go on: its exit statuses, how long it took, its folder."""
+    folder = tmp_path_factory.mktemp("hanging")
+
+    def train(hung: TrainRecipe) -> tuple[list[int], float, Path]:
+        began = time.monotonic()
+        return train_with_gloo(hung, folder / "hung"), time.monotonic() - began, folder / "hung"
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as beside:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("PYTHONPATH", str(folder))
+        faults = faulty(folder, "1, 17, 'hang'", module="hangs")
+        yield beside.submit(train, of("delayed", **faults, sync__timeout_seconds=20))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_threads_equal_gloo_processes_to_the_bit(tmp_path: Path, with_gloo: Path, method: str) -> None:
     run = train_with_threads(of(method), tmp_path / "threads")
@@ -91,13 +109,13 @@ def test_it_learns(tmp_path: Path, method: str) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def faulty(workplace: Path, *faults: str) -> dict[str, Any]:
+def faulty(workplace: Path, *faults: str, module: str = "faults") -> dict[str, Any]:
     plan = "".join(f".at({fault})" for fault in faults)
-    (workplace / "faults.py").write_text(
+    (workplace / f"{module}.py").write_text(
         "from pathlib import Path\nfrom raytrain.testing import FaultPlan\n"
         f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
     )
-    return {"callbacks": ["faults:plan"]}
+    return {"callbacks": [f"{module}:plan"]}
 
 
 @pytest.mark.parametrize("method", ["cocod", "delayed-int8"])
@@ -115,16 +133,13 @@ def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_th
     assert history(workplace / "broken") == history(with_gloo / method)
 
 
-def test_a_worker_that_hangs_ends_the_attempt_in_time(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_ends_the_attempt_in_time(hanging: Future[tuple[list[int], float, Path]]) -> None:
     """The one that waits for its message says so, and what waits longest is what was configured."""
-    monkeypatch.setenv("PYTHONPATH", str(workplace))
-    hung = of("delayed", **faulty(workplace, "1, 17, 'hang'"), sync__timeout_seconds=8)
-    began = time.monotonic()
-    statuses = train_with_gloo(hung, workplace / "hung")
+    statuses, seconds, folder = hanging.result()
     assert statuses[0] == PEER_LOST
     assert statuses[1] != 0
-    assert time.monotonic() - began < 150, "half of what it waits where nothing is configured"
-    assert "testing.py" in (workplace / "hung" / "hang-1.txt").read_text()
+    assert seconds < 150, "half of what it waits where nothing is configured"
+    assert "testing.py" in (folder / "hang-1.txt").read_text()
 
 
 def test_a_pace_from_measured_times_is_agreed_on_and_resumes(tmp_path: Path) -> None:

@@ -228,28 +228,29 @@ def pair(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         "--storage",
         f"file://{shared}",
         "--",
-        *["train", "mine.toml", "steps=1000000", "seed=2", "checkpoint.every=100", "evaluation.every=0"],
+        *["train", "mine.toml", "steps=1000000", "seed=2", "checkpoint.every=100", "evaluation.every=1000"],
     )
     assert started[0] == 0, started[2]
     name = name_in(started[2])
     long = cluster.start("jobs", "follow", name)
     line = Line(int(cluster.url.rpartition(":")[2]))
-    looker = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, "jobs", "follow", name, "--address", line.url],
-        cwd=cluster.user,
-        env=cluster.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: rows(shared / name / "metrics.jsonl"))
-    line.cut()
-    before = len(rows(shared / name / "metrics.jsonl"))
-    wait_for(lambda: len(rows(shared / name / "metrics.jsonl")) > before)
-    time.sleep(15)  # it prints a line every 10 s
-    line.close()
-    out, err = looker.communicate(timeout=600)
+    shown = shared / "shown.txt"
+    with shown.open("w") as stream:
+        looker = subprocess.Popen(
+            [sys.executable, "-c", IMPATIENT, "jobs", "follow", name, "--address", line.url],
+            cwd=cluster.user,
+            env=cluster.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for act in (line.cut, line.close):
+        before = shown.read_text().count("\nstep ")
+        wait_for(lambda before=before: shown.read_text().count("\nstep ") > before)
+        act()
+    _, err = looker.communicate(timeout=600)
+    out = shown.read_text()
     short_ended = short.finish()
     stop = cluster.call("jobs", "stop", name)
     return Pair(short_ended, long.finish(), (looker.returncode, out, err), stop, shared)
@@ -377,6 +378,27 @@ def test_a_job_that_is_refused_on_the_cluster_returns_2(cluster: Cluster) -> Non
         assert not {"secret.txt", "runs"} & {path.name for path in package.iterdir()}
     status, _, err = cluster.call("fetch", name_in(err), "nothing")
     assert (status, "the job left none, or it was removed" in err) == (2, True)
+
+
+def test_a_kind_of_somebody_elses_goes_to_the_cluster_with_the_code_and_comes_back(cluster: Cluster) -> None:
+    """The cluster has neither its package nor its entry point."""
+    installed = Path(__file__).parent / "data" / "lottery"
+    environment = {**cluster.environment, "PYTHONPATH": str(installed)}
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "raytrain", *words]
+        return subprocess.run(
+            command, cwd=cluster.user, env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+
+    ended = call("submit", "--with-code", "--", "lottery", "quick", "draws=3")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert re.search(r"^draw 3/3 ", ended.stdout, re.MULTILINE)
+    name = name_in(ended.stderr)
+    fetched = call("fetch", name)
+    assert fetched.returncode == 0, fetched.stderr
+    result = json.loads((cluster.user / "runs" / name / "result.json").read_text())
+    assert (result["status"], result["figures"]) == ("done", {"draws": 3})
 
 
 def test_the_token_is_needed_and_must_be_right(cluster: Cluster) -> None:

@@ -107,13 +107,30 @@ def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(start: Start, str
     assert equal(straight, tmp_path / "run")
 
 
-@pytest.mark.parametrize("words", [[], ["--address", "local"]], ids=["here", "on Ray"])
-def test_ctrl_c_while_workers_start_leaves_nothing(start: Start, tmp_path: Path, words: list[str]) -> None:
-    (tmp_path / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(30)\ntime.sleep(5)\n")
-    command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:sleep"]', *words)
-    while not (tmp_path / "runs").exists():
+SLOW = """
+import time
+from pathlib import Path
+
+if (Path(__file__).parent / "runs").exists():  # the command has imported it before
+    Path(__file__).with_name("starting").touch()
+    time.sleep(300)
+
+def nothing(replica):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "sign"), [([], "starting"), (["--address", "local"], "runs")], ids=["workers", "Ray"]
+)
+def test_ctrl_c_while_something_starts_leaves_nothing(
+    start: Start, tmp_path: Path, words: list[str], sign: str
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:nothing"]', *words)
+    while not (tmp_path / sign).exists():
         time.sleep(0.01)
-    time.sleep(1)
+    time.sleep(0.5)
     os.killpg(command.pid, signal.SIGINT)
     status, _, err = command.finish()
     assert (status, err.strip().splitlines()[-1]) == (130, "raytrain: interrupted")
