@@ -234,6 +234,11 @@ class FederateRecipe(Recipe):
         schedule = self.schedule
         shape = resolve(SCHEDULES, schedule.name, "schedule.name")
         factor = partial(
-            rate, shape, steps=self.rounds, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
+            rate,
+            shape,
+            steps=self.rounds,
+            warmup=schedule.warmup,
+            floor=schedule.min_lr_ratio,
+            decay=schedule.decay_ratio,
         )
         return [self.optimizer.arguments()["lr"] * factor(number) for number in range(self.rounds)]

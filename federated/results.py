@@ -38,7 +38,7 @@ def result_of(run: RunDirectory, task: Task, parameter_bytes: int, *, done: bool
     rounds = [row for row in recorded if "valid" not in row]
     last: dict[str, Any] = rounds[-1] if rounds else {}
     start = {f"{task.metric}_at_start": row["valid"][task.metric] for row in evaluations if not row["step"]}
-    figures = {name: last.get(name, 0) for name in ("bytes_down", "bytes_up")}
+    figures = {"rounds": last.get("step", 0), **{name: last.get(name, 0) for name in ("bytes_down", "bytes_up")}}
     figures |= {name: sum(row[name] for row in rounds) for name in ("heard", "missing", "refused")}
     figures["bytes_of_fedavg"] = 2 * parameter_bytes * last.get("payloads", 0)
     newest = newest_state(run.path / STATES)
@@ -46,9 +46,7 @@ def result_of(run: RunDirectory, task: Task, parameter_bytes: int, *, done: bool
         status="failed" if error else "done" if done else "interrupted",
         metrics=evaluations[-1]["valid"] if evaluations else {},
         references={**start, **task.references()},
-        steps=last.get("step", 0),
         seconds=last.get("seconds", 0.0),
-        bytes_sent=figures["bytes_down"] + figures["bytes_up"],
         checkpoint=str(newest) if newest else "",
         figures=figures,
         error=error,

@@ -5,11 +5,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
+from raytrain.errors import CheckpointError
 from raytrain.tensors import bits_of
 
 MARK = "tensor:"
+SKELETON = "state"
+"""The field of a packed state's header that holds all but its tensors."""
 
 
 def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -80,6 +85,33 @@ def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(plain.data_ptr())
         ready[name] = plain
     return ready
+
+
+def pack(state: Any) -> bytes:
+    """Return nested state as the bytes of a safetensors file, the same bytes for the same state.
+
+    Raises:
+        TypeError: there is something in it that cannot be saved without pickle.
+    """
+    skeleton, tensors = split(state)
+    return save(savable(tensors), {SKELETON: dumps(skeleton).decode()})
+
+
+def unpack(packed: bytes) -> Any:
+    """Return the state that `pack` was given; tuples come back as lists.
+
+    Raises:
+        CheckpointError: the bytes are none that `pack` returns.
+    """
+    try:
+        length = int.from_bytes(packed[:8], "little")
+        skeleton = json.loads(json.loads(packed[8 : 8 + length])["__metadata__"][SKELETON])
+        tensors = load(packed)
+        if marked(skeleton) != tensors.keys():
+            raise ValueError("its skeleton speaks of other tensors than it holds")
+        return join(skeleton, tensors)
+    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"a packed state cannot be read: {type(error).__name__}: {error}") from error
 
 
 def state_to(state: Any, device: torch.device) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
 from raytrain.errors import RecipeError
@@ -14,9 +14,11 @@ from raytrain.recipe import Recipe, chosen, declared_options, dotted_fields, rea
 from raytrain.registry import near, resolve
 from search.checks import check_factors, check_guesses, check_space, check_steps
 from search.options import SearchOptions
+from search.pbt.options import PBTOptions
 from search.scheduling.scheduler import SEARCHES, Problem, Scheduler
 from search.scheduling.segments import Objective
 from search.space import Space, make_space
+from search.sweep.options import GridOptions, PrunerOptions
 
 
 def _read_base(value: Any) -> Recipe:
@@ -60,11 +62,13 @@ class SearchRecipe(Recipe):
         base: the recipe whose fields are searched: a name or a file, also as base.name with fields to lay over it, or a
             whole recipe with its kind.
         search: the method, its budget and the space.
+        slots: members that train side by side; 0: as many as the cluster has room for.
     """
 
     kind: Literal["search"] = "search"
     base: BaseField
     search: SearchField
+    slots: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -79,6 +83,18 @@ class SearchRecipe(Recipe):
     def steps(self) -> int:
         """Optimizer steps of a whole training; 1 for kinds without, whose runs are done at once."""
         return int(getattr(self.base, "steps", 1))
+
+    @property
+    def members(self) -> int:
+        """Members of the population, or trials of the sweep at most."""
+        return self.search.population if isinstance(self.search, PBTOptions) else getattr(self.search, "trials", 1)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all members together; 0 where the search decides on them as it goes."""
+        if isinstance(self.search, PrunerOptions | GridOptions):
+            return getattr(self.search, "total_steps", 0)
+        return getattr(self.search, "total_steps", 0) or self.members * self.steps
 
     def space(self) -> Space:
         """Return the space that is searched."""

@@ -24,7 +24,7 @@ from raytrain.json_files import add_checksum, parse_json, verify_checksum
 from raytrain.serialization import dumps, join, marked, savable, split
 from raytrain.sync.averaging import Exchange
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
 """It names each tensor of each replica."""
@@ -89,14 +89,14 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int, exchange: Exchange) -> None:
         self._folder = folder
         self._keep = keep
-        self._exchange = exchange
+        self.exchange = exchange
 
     def clean(self) -> None:
         """Put back what a killed attempt was about to replace, and remove what it left half-written or half-removed.
 
         This is only for those who are about to write.
         """
-        if self._exchange.transport.rank == 0:
+        if self.exchange.transport.rank == 0:
             for replaced in self._folder.glob(".step-*.replaced"):
                 if not (place := self._folder / replaced.stem.removeprefix(".")).exists():
                     replaced.rename(place)
@@ -113,10 +113,10 @@ class CheckpointStore:
         Raises:
             CheckpointError: on every replica, if one of them could not write; no incomplete checkpoint is left.
         """
-        rank = self._exchange.transport.rank
+        rank = self.exchange.transport.rank
         name = step_name(progress["step"])
         aside = self._folder / f".{name}.partial"
-        parts = [json.loads(part) for part in self._exchange.gather(_write_part(aside, rank, state))]
+        parts = [json.loads(part) for part in self.exchange.gather(_write_part(aside, rank, state))]
         failure = next((part["error"] for part in parts if "error" in part), None)
         if rank == 0 and failure is None:
             manifest = {"format": FORMAT, "progress": progress, "metrics": {}, "parts": parts}
@@ -131,7 +131,7 @@ class CheckpointStore:
             CheckpointError: on every replica, if it could not be written; the checkpoint is then as it was.
         """
         name, failure = step_name(progress["step"]), None
-        if self._exchange.transport.rank == 0:
+        if self.exchange.transport.rank == 0:
             try:
                 manifest = {**_contents(self._folder / name).model_dump(), "progress": progress, "metrics": metrics}
                 write_whole(self._folder / name / MANIFEST, add_checksum(manifest))
@@ -147,8 +147,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints, and none of them is complete.
         """
-        verdict = self._find() if self._exchange.transport.rank == 0 else {}
-        verdict = json.loads(self._exchange.gather(json.dumps(verdict).encode())[0])
+        verdict = self._find() if self.exchange.transport.rank == 0 else {}
+        verdict = json.loads(self.exchange.gather(json.dumps(verdict).encode())[0])
         if "error" in verdict:
             raise CheckpointError(verdict["error"])
         return read_manifest(self._folder / verdict["name"]) if "name" in verdict else None
@@ -194,9 +194,9 @@ class CheckpointStore:
 
     def _agree(self, name: str, failure: str | None) -> None:
         """Raise on every replica if the first one failed."""
-        failure = json.loads(self._exchange.gather(json.dumps(failure).encode())[0])
+        failure = json.loads(self.exchange.gather(json.dumps(failure).encode())[0])
         if failure is not None:
-            if self._exchange.transport.rank == 0:
+            if self.exchange.transport.rank == 0:
                 shutil.rmtree(self._folder / f".{name}.partial", ignore_errors=True)
             raise CheckpointError(f"checkpoint {name} could not be written to {self._folder}: {failure}")
 
@@ -247,7 +247,7 @@ def load(path: Path, rank: int) -> Any:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: object) -> Iterator[None]:
     """Turn what goes wrong with the state of a checkpoint inside the `with` block into one error.
 
     Raises:

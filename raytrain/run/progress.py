@@ -21,11 +21,6 @@ LOOK_SECONDS = 0.25
 LINE_SECONDS = 10.0
 
 
-def training_columns(row: Mapping[str, Any]) -> list[str]:
-    """Return what is shown of a row of training beside its evaluations and its pace."""
-    return [f"loss {row['loss']:.4f}"] if "loss" in row else []
-
-
 @dataclass(frozen=True, slots=True)
 class Wording:
     """How a kind of runs is shown.
@@ -35,14 +30,14 @@ class Wording:
         doing: in a word, beside the bar.
         unit: of its steps.
         on_stop: what happens after Ctrl-C, before the run ends.
-        columns: row of `metrics.jsonl` -> what is shown of it.
+        columns: row of `metrics.jsonl` -> what is shown of it, beside its evaluations and its pace.
     """
 
-    verb: str = "train"
-    doing: str = "training"
-    unit: str = "step"
-    on_stop: str = "the workers save and end after the step they are at"
-    columns: Callable[[Mapping[str, Any]], list[str]] = training_columns
+    verb: str
+    doing: str
+    unit: str
+    on_stop: str
+    columns: Callable[[Mapping[str, Any]], list[str]]
 
 
 class Display:
@@ -54,10 +49,10 @@ class Display:
         wording: of its kind.
     """
 
-    def __init__(self, run: RunDirectory, steps: int, wording: Wording | None = None) -> None:
+    def __init__(self, run: RunDirectory, steps: int, wording: Wording) -> None:
         self._run = run
         self._steps = steps
-        self._wording = wording or Wording()
+        self._wording = wording
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._metrics = Tail(run.metrics)
         self._restarts = Tail(run.restarts, from_end=True)
@@ -130,16 +125,11 @@ class Display:
             **{name: _number(value) for name, value in numbers.items()},
         }.items():
             table.add_row(name.replace("_", " "), Text(value))
-        if result.figures:
-            table.add_row(f"{self._wording.unit}s, seconds", f"{result.steps}, {result.seconds:.1f}")
-        else:
-            table.add_row("steps, samples, seconds", f"{result.steps}, {result.samples}, {result.seconds:.1f}")
-        for name, figure in result.figures.items():
-            table.add_row(name.replace("_", " "), f"{figure:,}")
-        if result.restarts:
-            table.add_row("restarts", str(result.restarts))
-        table.add_row("run", Text(str(self._run.path)))
+        for name, figure in {**result.figures, "seconds": result.seconds, "restarts": result.restarts}.items():
+            if figure:
+                table.add_row(name.replace("_", " "), f"{figure:,}")
         self._console.print(table)
+        self.say(f"run: {self._run.path}")  # not in the table, which cuts what is longer than the terminal is wide
         if result.status in ("interrupted", "failed") and result.checkpoint:
             self.say(f"continue with: raytrain {self._wording.verb} {self._run.path} --resume")
 

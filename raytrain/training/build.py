@@ -21,7 +21,7 @@ from raytrain.run.directory import RunDirectory
 from raytrain.run.loggers import logger_class
 from raytrain.sync.averaging import Exchange
 from raytrain.sync.fsdp import ShardedGradients
-from raytrain.sync.options import NUMBERS, SYNCHRONISERS
+from raytrain.sync.options import ALL_SYNCHRONISERS, FsdpOptions
 from raytrain.sync.scalars import Numbers
 from raytrain.tasks.task import TASKS, Task, make_task
 from raytrain.tensors import digest_of
@@ -49,7 +49,12 @@ def plan_of(recipe: TrainRecipe) -> Plan:
         noise_decay=recipe.optimizer.gradient_noise_decay,
         autocast=torch.bfloat16 if recipe.precision == "bfloat16" else None,
         rate=partial(
-            rate, shape, steps=recipe.steps, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
+            rate,
+            shape,
+            steps=recipe.steps,
+            warmup=schedule.warmup,
+            floor=schedule.min_lr_ratio,
+            decay=schedule.decay_ratio,
         ),
         evaluate_every=recipe.evaluation.every,
         checkpoint_every=recipe.checkpoint.every,
@@ -77,7 +82,7 @@ def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
     Raises:
         RecipeError: the task cannot be made, its data does not fit, or what is called later is not what it should be.
     """
-    for name in recipe.log.to:
+    for name in recipe.log.loggers:
         logger_class(name)
     callbacks_of(recipe)
     plan_of(recipe)
@@ -119,7 +124,7 @@ def build(
     module = task.model(recipe.seed)
     if task.start and start:
         watched = module.register_forward_hook(lambda *_: beat())  # it may look at all of the data
-        task.start(module if getattr(recipe.sync, "shard", False) else module.to(transport.device), recipe.seed)
+        task.start(module if isinstance(recipe.sync, FsdpOptions) else module.to(transport.device), recipe.seed)
         watched.remove()
         module.cpu()  # where what is drawn from here on is drawn
     if recipe.precision == "float64":
@@ -128,7 +133,7 @@ def build(
     freeze(module, recipe.freeze.match)
     elsewhere = adapt(module, recipe.adapter, recipe.seed)
     base = digest_of((name, module.get_parameter(name)) for name in elsewhere)
-    sync = resolve(SYNCHRONISERS | NUMBERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
+    sync = resolve(ALL_SYNCHRONISERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
     if recipe.compile:
         compile_blocks(module, recipe.compile, transport.device)
     if recipe.activation_checkpointing:
@@ -140,7 +145,7 @@ def build(
         module=module.train(),
         elsewhere=elsewhere,
         base=base,
-        half=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.half else None,
+        half=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.random_half else None,
         optimizer=optimizer,
         options=recipe.optimizer,
         ema=average_of(parts, optimizer, recipe.ema),
@@ -152,6 +157,30 @@ def build(
         members=len(transport.members),
         shards=shards,
     )
+
+
+def trainable(
+    recipe: TrainRecipe, task: Task, exchange: Exchange, *, new: bool, beat: Callable[[], None] = lambda: None
+) -> Replica:
+    """Return a replica that is ready to train, as it starts or for a state to be put into it.
+
+    Args:
+        recipe: what to train.
+        task: the recipe's.
+        exchange: with the other replicas.
+        new: whether it starts; otherwise its first weights are made only where its mask goes by them.
+        beat: called at every sign of progress.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+    """
+    sparse = recipe.zo.sparsity > 0
+    replica = build(recipe, task, exchange, start=new or sparse, beat=beat)
+    if isinstance(replica.optimizer, ZerothOrder):
+        if sparse:
+            replica.sync.start(replica.module)  # a mask goes by the weights, to the bit: those of the first worker
+        replica.zeroth = zeroth_of(replica, replica.optimizer, recipe, weighted=task.weights is not None)
+    return replica
 
 
 def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, weighted: bool) -> Zeroth:
@@ -166,15 +195,15 @@ def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, 
     Raises:
         RecipeError: what the recipe says of directions does not fit the model.
     """
-    module, options = replica.module, recipe.directions
+    module, options = replica.module, recipe.zo
     if not isinstance(replica.sync, Numbers):  # the recipe sees to that
         raise TypeError(type(replica.sync))
     space = space_of(
         module,
         optimizer,
-        mode=options.mode,
+        mode=options.distribution,
         sparsity=options.sparsity,
-        blocks=options.blocks,
+        blocks=options.blockwise,
         first_order=options.first_order,
     )
     moved = {part.tensor.data_ptr() for part in space.parts}
@@ -191,12 +220,12 @@ def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, 
         probe=Probe(module, space),
         optimizer=optimizer,
         sync=replica.sync,
-        count=options.count,
+        count=options.num_perturbations,
         eps=options.eps,
-        sides=options.sides,
-        training=options.training,
+        sides={"forward": 1, "central": 2}[options.estimator],
+        training=options.train_mode,
         objective=options.objective,
-        outlier=options.outlier,
+        outlier=options.outlier_threshold,
         weighted=weighted,
         first_order=[one for one in module.parameters() if one.requires_grad and one.data_ptr() not in moved],
     )

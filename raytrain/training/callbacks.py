@@ -79,7 +79,7 @@ class RunWatch:
         for callback in self.callbacks:
             callback(replica)
         if due(replica.progress.step, self.log_every):
-            self._record(replica.progress, values)
+            self._record(replica.progress, {**values, **replica.progress.costs()})
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Measure the whole held-out split, with the averaged weights if there are any."""
@@ -91,10 +91,8 @@ class RunWatch:
     def save(self, replica: Replica) -> None:
         """Write a checkpoint, unless the weights are no longer numbers."""
         state = state_of(replica)
-        if "model" in state and (name := finite(state["model"], self.constants)):
-            raise TrainingError(
-                f"after step {replica.progress.step} the weights {name} are not finite; a lower optimizer.lr may help"
-            )
+        if "model" in state:
+            check_finite(state["model"], self.constants, replica.progress.step)
         if replica.zeroth and replica.zeroth.trajectory:
             replica.zeroth.trajectory.keep()
         self._keep_rows()
@@ -121,3 +119,18 @@ def constants_of(module: nn.Module) -> dict[str, Tensor]:
     """Return what each buffer holds, by its name, that is not all finite."""
     buffers = module.named_buffers()
     return {name: value.clone() for name, value in buffers if not torch.isfinite(value).all()}
+
+
+def check_finite(model: Mapping[str, Tensor], constants: Mapping[str, Tensor], step: int) -> None:
+    """Check that weights and buffers are still numbers.
+
+    Args:
+        model: the saved ones, by name.
+        constants: buffers that may hold something else, as `constants_of` returns them.
+        step: optimizer steps done, for the message.
+
+    Raises:
+        TrainingError: they are not.
+    """
+    if name := finite(model, constants):
+        raise TrainingError(f"after step {step} the weights {name} are not finite; a lower optimizer.lr may help")

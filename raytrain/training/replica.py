@@ -36,9 +36,9 @@ class Progress:
         stale: evaluations since then.
         evaluated: the step of the last evaluation.
         seconds: time spent training, over all attempts.
-        stalled_seconds: how much of it the first replica waited for data.
+        data_wait_seconds: how much of it the first replica waited for data.
         bytes_sent: bytes that the first replica put on the wire, over all attempts.
-        exchange_seconds: how long its exchanges were under way, one after the other.
+        communication_seconds: how long its exchanges were under way, one after the other.
         waited_seconds: how much of that it stood still for.
         status: "running", or why it ended: "done", "stopped early", "interrupted".
     """
@@ -50,11 +50,24 @@ class Progress:
     stale: int = 0
     evaluated: int = 0
     seconds: float = 0.0
-    stalled_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
     bytes_sent: int = 0
-    exchange_seconds: float = 0.0
+    communication_seconds: float = 0.0
     waited_seconds: float = 0.0
     status: Status = "running"
+
+    def costs(self) -> dict[str, float]:
+        """Return what it took so far, as rows of `metrics.jsonl` and `result.json` name it; seconds to milliseconds.
+
+        The overlap ratio is the share of the communication time that was hidden behind computation.
+        """
+        waited, under_way = self.waited_seconds, self.communication_seconds
+        return {
+            "data_wait_seconds": round(self.data_wait_seconds, 3),
+            "bytes_sent": self.bytes_sent,
+            "communication_seconds": round(under_way, 3),
+            "overlap_ratio": round(max(0.0, 1 - waited / under_way), 4) if under_way else 0.0,
+        }
 
 
 def plain(progress: Progress) -> dict[str, Any]:
@@ -202,6 +215,38 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
         average = shared["ema"] or shared["model"]  # a run that starts averaging now
         replica.ema.load_state_dict({name: cut(name, tensor) for name, tensor in average.items()})
     replica.sync.load_state_dict(own["sync"] if own is not None else None, shared["sync"])
+
+
+def inherit(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] | None, path: object) -> list[str]:
+    """Put of a state what fits into a replica of another recipe, and return the names of weights that stay new.
+
+    Weights and their averages are taken by name where shapes agree. So is the optimizer's state; that of an optimizer
+    of another name starts new.
+
+    Args:
+        replica: newly made.
+        shared: what the first replica saved.
+        own: as for `load_state`.
+        path: where it came from, for the error message.
+
+    Raises:
+        CheckpointError: it is the state of an adapter beside another model.
+    """
+    new = dict(_tensors(replica, replica.module))
+    model = {name: value for name, value in shared["model"].items() if name in new and new[name].shape == value.shape}
+    same = shared["optimizer"]["name"] == replica.options.name
+    if same and model.keys() == new.keys() == shared["model"].keys():
+        load_state(replica, shared, own, path)
+        return []
+    optimizer = {"name": replica.options.name, **state_by_name(replica.optimizer, replica.parts)}
+    if same:
+        kept = {name: entries for name, entries in shared["optimizer"]["state"].items() if name in model}
+        optimizer = {**shared["optimizer"], "state": kept}
+    average = {name: value for name, value in shared["ema"].items() if name in model}
+    weights = {name: value.clone() for name, value in new.items()} | model
+    complete = {"model": weights, "optimizer": optimizer, "ema": average and {**weights, **average}}
+    load_state(replica, {**shared, **complete, "sync": replica.sync.state_dict()}, None, path)
+    return sorted(new.keys() - model.keys())
 
 
 def _tensors(replica: Replica, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:

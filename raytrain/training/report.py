@@ -15,21 +15,25 @@ CHARTS = (
     ("Projected gradient", ("slope",), "root mean square"),
     ("Perturbations not used", ("skipped",), "in a step"),
     ("Synchronisation interval", ("every", "delay"), "steps"),
+    ("Bytes sent", ("bytes_sent",), "bytes of the first worker"),
+    ("Communication and data wait", ("communication_seconds", "data_wait_seconds"), "seconds since the start"),
+    ("Communication hidden by steps", ("overlap_ratio",), "share of its time"),
 )
 """Title, fields of the training rows, and label of the vertical axis; a chart without data is left out."""
+DECADES = 30
 
 
 def panels(run: RunDirectory) -> list[Panel]:
     """Return what a training run has recorded so far, as panels."""
     recorded = rows(run.metrics)
-    steps = [row for row in recorded if "valid" not in row]
+    steps = [_without_zeros(row) for row in recorded if "valid" not in row]
     evaluations = [row for row in recorded if "valid" in row]
     charts = [
         _loss(steps, evaluations),
         *_metrics(evaluations),
         _throughput(steps),
         *(
-            line_chart(title, {field: _line(steps, field) for field in fields}, x="step", y=label)
+            line_chart(title, {field.replace("_", " "): _line(steps, field) for field in fields}, x="step", y=label)
             for title, fields, label in CHARTS
         ),
         _events(run),
@@ -37,10 +41,22 @@ def panels(run: RunDirectory) -> list[Panel]:
     return [panel for panel in charts if panel is not None]
 
 
+def _without_zeros(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the communication of a worker that is alone."""
+    silent = () if row.get("bytes_sent", 0) else ("bytes_sent", "communication_seconds", "overlap_ratio")
+    return {field: value for field, value in row.items() if field not in silent}
+
+
 def _loss(steps: Rows, evaluations: Rows) -> Panel | None:
     held_out = [{"step": row["step"], **row["valid"]} for row in evaluations]
     lines = {"training": _line(steps, "loss"), "held-out": _line(held_out, "loss")}
-    return line_chart("Loss", lines, x="step", y="loss")
+    return line_chart("Loss", lines, x="step", y="loss", log_y=_spans_decades(lines.values()))
+
+
+def _spans_decades(lines: Iterable[Series]) -> bool:
+    """Return whether losses are positive, and fall so far that on a linear axis the end would look flat."""
+    values = [value for _, ys in lines for value in ys if value is not None]
+    return bool(values) and min(values) > 0 and max(values) > DECADES * min(values)
 
 
 def _metrics(evaluations: Rows) -> list[Panel | None]:

@@ -18,14 +18,14 @@ from raytrain.run.directory import RunDirectory
 from raytrain.run.watchdog import Watchdog, hang_file
 from raytrain.sync.averaging import ExactExchange, Exchange
 from raytrain.sync.transport import PeerLostError, Transport
-from raytrain.training.build import build, callbacks_of, plan_of, settled, zeroth_of
+from raytrain.tasks.task import Task
+from raytrain.training.build import callbacks_of, plan_of, settled, task_of, trainable
 from raytrain.training.callbacks import RunWatch, constants_of
 from raytrain.training.evaluation import evaluate
-from raytrain.training.loader import Feeds, Walk, local_feed
-from raytrain.training.loop import Plan, train
+from raytrain.training.loader import Feeds, local_feed
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import Replica, load_state, progress_from
-from raytrain.zeroth.optimizers import ZerothOrder
+from raytrain.training.replica import Replica, inherit, load_state, progress_from
+from raytrain.training.segment import segment
 from raytrain.zeroth.replay import beginning
 from raytrain.zeroth.trajectory import Trajectory
 
@@ -107,26 +107,46 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, exchange)
     store.clean()
     found = store.newest()
-    first = found is None or recipe.directions.sparsity > 0  # whose mask is that of the first weights
-    replica = build(recipe, task, exchange, start=first, beat=beat)
-    if isinstance(replica.optimizer, ZerothOrder):
-        if recipe.directions.sparsity:
-            replica.sync.start(replica.module)  # a mask goes by the weights, to the bit: those of the first worker
-        replica.zeroth = zeroth_of(replica, replica.optimizer, recipe, weighted=task.weights is not None)
-    if found:
-        restore(replica, found)
-    beat()  # what comes before the first step reads, imports and compiles, which can take as long as many steps
-    _announce(recipe, run, exchange, replica.progress.step)
-    plan = plan_of(recipe)
+    last: Last = None
+    announced = False
+    for stage in recipe.stages_from(found.step if found else 0):
+        found = store.newest() if last else found
+        task = task if stage.recipe.task == recipe.task else task_of(stage.recipe)
+        replica = trainable(stage.recipe, task, exchange, new=found is None, beat=beat)
+        if found:
+            restore(replica, found, inherit if found.step == stage.begin > 0 else load_state)
+        beat()  # what comes before the first step reads, imports and compiles, which can take as long as many steps
+        if not announced:
+            _announce(recipe, run, exchange, replica.progress.step)
+            announced = True
+        watch = _watch(stage.recipe, task, replica, run, store, beat)
+        recording = _recording(stage.recipe, run, replica, watch)
+        segment(stage.recipe, task, replica, stage.end, watch, feeds=feeds, recording=recording)
+        last = watch.last
+        if replica.progress.status != "done":
+            break
+    return last
+
+
+def _watch(
+    recipe: TrainRecipe,
+    task: Task,
+    replica: Replica,
+    run: RunDirectory,
+    store: CheckpointStore,
+    beat: Callable[[], None],
+) -> RunWatch:
+    """Return what surrounds the loop."""
+    exchange = store.exchange
     measure = partial(
         evaluate,
         task=task,
         examples=task.data("valid"),
         batch=recipe.evaluation.batch,
         exchange=exchange,
-        autocast=plan.autocast,
+        autocast=plan_of(recipe).autocast,
     )
-    watch = RunWatch(
+    return RunWatch(
         run=run,
         exchange=exchange,
         store=store,
@@ -136,42 +156,34 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
         beat=beat,
         constants=constants_of(replica.module),
     )
-    with (
-        feeds(task, recipe.task, _walk(replica, plan)) as feed,
-        watch.recording(replica.progress, recipe.log.to),
-        _tracing(recipe, run, replica),
-    ):
-        train(replica, task, feed, plan, watch)
-    return watch.last
+
+
+@contextmanager
+def _recording(recipe: TrainRecipe, run: RunDirectory, replica: Replica, watch: RunWatch) -> Iterator[None]:
+    """Record a run inside the `with` block: rows, and the trajectory."""
+    with watch.recording(replica.progress, recipe.log.loggers), _tracing(recipe, run, replica):
+        yield
 
 
 @contextmanager
 def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterator[None]:
     """Keep the run's trajectory inside the `with` block, on the first worker, if there is to be one."""
     zeroth, step = replica.zeroth, replica.progress.step
-    if zeroth is None or replica.rank > 0 or not recipe.directions.trajectory:
+    if zeroth is None or replica.rank > 0 or not recipe.zo.trajectory:
         yield
         return
-    about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.directions.model_dump())
+    about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.zo.model_dump())
     with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
         yield
 
 
-def _walk(replica: Replica, plan: Plan) -> Walk:
-    """Return the positions that the loop will take examples from."""
-    return Walk(
-        seed=plan.seed,
-        rank=replica.rank,
-        first=replica.progress.position + replica.rank * plan.batch,
-        stride=replica.members * plan.batch,
-        steps=max(0, plan.steps - replica.progress.step),
-        count=plan.batch,
-        parts=plan.accumulate,
-    )
-
-
-def restore(replica: Replica, found: Manifest) -> None:
+def restore(replica: Replica, found: Manifest, put: Callable[..., object] = load_state) -> None:
     """Put a checkpoint into a new replica.
+
+    Args:
+        replica: newly made.
+        found: the checkpoint.
+        put: `load_state`, or `inherit` where a phase begins.
 
     Raises:
         CheckpointError: it is damaged, or of another model.
@@ -179,7 +191,7 @@ def restore(replica: Replica, found: Manifest) -> None:
     shared = load(found.path, 0)
     own = load(found.path, replica.rank) if found.members == replica.members else None
     with reading(found.path):
-        load_state(replica, shared, own, found.path)
+        put(replica, shared, own, found.path)
     replica.progress = progress_from(found.progress, found.path)
 
 

@@ -71,6 +71,16 @@ class Journal:
         """The best report so far."""
         return self._scheduler.best
 
+    @property
+    def under_way(self) -> Mapping[str, Work]:
+        """The attempts that are handed out and not ended."""
+        return self._scheduler.under_way
+
+    @property
+    def unfinished(self) -> set[int]:
+        """The rows of the segments that have not ended."""
+        return self._scheduler.unfinished
+
     def digests(self) -> set[str]:
         """Return the states that a later decision, or a resume, can need."""
         return self._scheduler.digests()

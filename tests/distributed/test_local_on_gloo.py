@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,14 @@ import torch
 from raytrain.overrides import merged
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import rows
-from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo, train_with_threads
+from raytrain.testing import (
+    PEER_LOST,
+    repeatable_rows,
+    train_each_with_gloo,
+    train_here,
+    train_with_gloo,
+    train_with_threads,
+)
 from raytrain.training.recipe import TrainRecipe
 
 TINY = {
@@ -24,7 +33,7 @@ TINY = {
     "schedule": {"warmup": 5},
     "evaluation": {"every": 20},
     "checkpoint": {"every": 10, "keep": 9},
-    "log": {"every": 1, "to": []},
+    "log": {"every": 1, "loggers": []},
     "sync": {"name": "cocod", "every": 7, "timeout_seconds": 20},
 }
 METHODS = {
@@ -32,9 +41,9 @@ METHODS = {
     "slowmo": {"name": "slowmo"},
     "diloco": {"name": "diloco"},
     "cocod": {"name": "cocod"},
-    "late": {"name": "late", "delay": 3},
-    "late-int8": {"name": "late", "delay": 5, "codec": "int8", "buffers": "local"},
-    "late-bfloat16": {"name": "late", "delay": 0, "codec": "bfloat16"},
+    "delayed": {"name": "delayed-averaging", "delay": 3},
+    "delayed-int8": {"name": "delayed-averaging", "delay": 5, "compression": "int8", "buffers": "local"},
+    "delayed-bfloat16": {"name": "delayed-averaging", "delay": 0, "compression": "bfloat16"},
     "co2": {"name": "co2"},
 }
 
@@ -53,7 +62,7 @@ def equal(one: Path, other: Path) -> bool:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
+    return repeatable_rows(folder / "metrics.jsonl")
 
 
 def of(method: str, **changes: Any) -> TrainRecipe:
@@ -67,6 +76,22 @@ def with_gloo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gloo")
     assert train_each_with_gloo([(of(method), folder / method) for method in METHODS]) == [0, 0]
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[tuple[list[int], float, Path]]]:
+    """A run with a worker that hangs, while the other tests go on: its exit statuses, how long it took, its folder."""
+    folder = tmp_path_factory.mktemp("hanging")
+
+    def train(hung: TrainRecipe) -> tuple[list[int], float, Path]:
+        began = time.monotonic()
+        return train_with_gloo(hung, folder / "hung"), time.monotonic() - began, folder / "hung"
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as beside:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("PYTHONPATH", str(folder))
+        faults = faulty(folder, "1, 17, 'hang'", module="hangs")
+        yield beside.submit(train, of("delayed", **faults, sync__timeout_seconds=20))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,16 +109,16 @@ def test_it_learns(tmp_path: Path, method: str) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def faulty(workplace: Path, *faults: str) -> dict[str, Any]:
+def faulty(workplace: Path, *faults: str, module: str = "faults") -> dict[str, Any]:
     plan = "".join(f".at({fault})" for fault in faults)
-    (workplace / "faults.py").write_text(
+    (workplace / f"{module}.py").write_text(
         "from pathlib import Path\nfrom raytrain.testing import FaultPlan\n"
         f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
     )
-    return {"callbacks": ["faults:plan"]}
+    return {"callbacks": [f"{module}:plan"]}
 
 
-@pytest.mark.parametrize("method", ["cocod", "late-int8"])
+@pytest.mark.parametrize("method", ["cocod", "delayed-int8"])
 def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_the_bit(
     workplace: Path, with_gloo: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -108,20 +133,17 @@ def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_th
     assert history(workplace / "broken") == history(with_gloo / method)
 
 
-def test_a_worker_that_hangs_ends_the_attempt_in_time(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_ends_the_attempt_in_time(hanging: Future[tuple[list[int], float, Path]]) -> None:
     """The one that waits for its message says so, and what waits longest is what was configured."""
-    monkeypatch.setenv("PYTHONPATH", str(workplace))
-    hung = of("late", **faulty(workplace, "1, 17, 'hang'"), sync__timeout_seconds=8)
-    began = time.monotonic()
-    statuses = train_with_gloo(hung, workplace / "hung")
+    statuses, seconds, folder = hanging.result()
     assert statuses[0] == PEER_LOST
     assert statuses[1] != 0
-    assert time.monotonic() - began < 150, "half of what it waits where nothing is configured"
-    assert "testing.py" in (workplace / "hung" / "hang-1.txt").read_text()
+    assert seconds < 150, "half of what it waits where nothing is configured"
+    assert "testing.py" in (folder / "hang-1.txt").read_text()
 
 
 def test_a_pace_from_measured_times_is_agreed_on_and_resumes(tmp_path: Path) -> None:
-    changes = {"sync__name": "late", "sync__every": "auto", "sync__codec": "int8"}
+    changes = {"sync__name": "delayed-averaging", "sync__every": "auto", "sync__compression": "int8"}
     assert train_each_with_gloo(
         [(recipe(steps=steps, **changes), tmp_path / "run") for steps in (30, 60)],
     ) == [0, 0]
@@ -140,10 +162,10 @@ def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
     assert listed(run.checkpoints)[-1].name == "step-00000070"
 
 
-@pytest.mark.parametrize("before", ["gradients", "cocod", "co2", "late-int8"])
-@pytest.mark.parametrize("after", ["gradients", "late", "co2", "late-int8"])
+@pytest.mark.parametrize("before", ["ddp", "cocod", "co2", "delayed-int8"])
+@pytest.mark.parametrize("after", ["ddp", "delayed", "co2", "delayed-int8"])
 def test_a_run_goes_on_in_another_form_from_the_shared_point(tmp_path: Path, before: str, after: str) -> None:
-    forms = {**METHODS, "gradients": {"name": "gradients", "every": None}}
+    forms = {**METHODS, "ddp": {"name": "ddp", "every": None}}
 
     def way(name: str, steps: int) -> TrainRecipe:
         sync = {key: value for key, value in {"every": 7, **forms[name]}.items() if value is not None}
@@ -154,7 +176,7 @@ def test_a_run_goes_on_in_another_form_from_the_shared_point(tmp_path: Path, bef
     assert run.failure() is None
     ends = [load(listed(run.checkpoints)[-1], rank) for rank in range(2)]
     assert listed(run.checkpoints)[-1].name == "step-00000045"
-    assert ("optimizer" in ends[1]) == (after != "gradients")
+    assert ("optimizer" in ends[1]) == (after != "ddp")
 
 
 def test_gradient_averaging_goes_on_with_one_optimizer_for_all(tmp_path: Path) -> None:
@@ -163,7 +185,7 @@ def test_gradient_averaging_goes_on_with_one_optimizer_for_all(tmp_path: Path) -
     train_with_threads(recipe(steps=20, **changes), tmp_path / "run")
     for folder in ("two", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / folder)
-    plain = {**recipe(steps=40, **changes).plain(), "sync": {"name": "gradients"}}
+    plain = {**recipe(steps=40, **changes).plain(), "sync": {"name": "ddp"}}
     train_with_threads(TrainRecipe.parse(plain), tmp_path / "two")
     train_here(TrainRecipe.parse({**plain, "workers": 1, "batch": 8}), tmp_path / "one")
     one, two = final(tmp_path / "one"), final(tmp_path / "two")

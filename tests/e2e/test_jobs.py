@@ -34,7 +34,7 @@ TOKEN = "0123456789abcdef0123456789abcdef"
 RECIPE = """
 kind = "train"
 resources.cpus = 1
-log.to = []
+log.loggers = []
 [task]
 name = "mine:small"
 [checkpoint]
@@ -228,28 +228,29 @@ def pair(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         "--storage",
         f"file://{shared}",
         "--",
-        *["train", "mine.toml", "steps=1000000", "seed=2", "checkpoint.every=100", "evaluation.every=0"],
+        *["train", "mine.toml", "steps=1000000", "seed=2", "checkpoint.every=100", "evaluation.every=1000"],
     )
     assert started[0] == 0, started[2]
     name = name_in(started[2])
     long = cluster.start("jobs", "follow", name)
     line = Line(int(cluster.url.rpartition(":")[2]))
-    looker = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, "jobs", "follow", name, "--address", line.url],
-        cwd=cluster.user,
-        env=cluster.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: rows(shared / name / "metrics.jsonl"))
-    line.cut()
-    before = len(rows(shared / name / "metrics.jsonl"))
-    wait_for(lambda: len(rows(shared / name / "metrics.jsonl")) > before)
-    time.sleep(15)  # it prints a line every 10 s
-    line.close()
-    out, err = looker.communicate(timeout=600)
+    shown = shared / "shown.txt"
+    with shown.open("w") as stream:
+        looker = subprocess.Popen(
+            [sys.executable, "-c", IMPATIENT, "jobs", "follow", name, "--address", line.url],
+            cwd=cluster.user,
+            env=cluster.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for act in (line.cut, line.close):
+        before = shown.read_text().count("\nstep ")
+        wait_for(lambda before=before: shown.read_text().count("\nstep ") > before)
+        act()
+    _, err = looker.communicate(timeout=600)
+    out = shown.read_text()
     short_ended = short.finish()
     stop = cluster.call("jobs", "stop", name)
     return Pair(short_ended, long.finish(), (looker.returncode, out, err), stop, shared)
@@ -309,13 +310,14 @@ def test_a_stopped_job_has_saved_and_can_be_resumed_anywhere(cluster: Cluster, p
     assert status == 0, err
     result = json.loads((cluster.user / "here" / "result.json").read_text())
     assert result["status"] == "interrupted"
-    assert listed(cluster.user / "here" / "checkpoints")[-1].name == f"step-{result['steps']:08d}"
+    steps = result["figures"]["steps"]
+    assert listed(cluster.user / "here" / "checkpoints")[-1].name == f"step-{steps:08d}"
     raw, _ = read_toml(str(cluster.user / "here"), [])
     sys.path.append(str(cluster.user))
-    run = train_here(TrainRecipe.parse(raw).with_overrides({"steps": result["steps"] + 5}), cluster.user / "here")
+    run = train_here(TrainRecipe.parse(raw).with_overrides({"steps": steps + 5}), cluster.user / "here")
     sys.path.remove(str(cluster.user))
     assert run.failure() is None
-    assert rows(run.attempts)[-1]["from_step"] == result["steps"]
+    assert rows(run.attempts)[-1]["from_step"] == steps
 
 
 def test_a_lost_connection_is_taken_up_again_and_then_given_up(cluster: Cluster, pair: Pair) -> None:
@@ -337,7 +339,7 @@ def failed(cluster: Cluster, pair: Pair, tmp_path_factory: pytest.TempPathFactor
     store = tmp_path_factory.mktemp("store")
     words = ["train", "mine.toml", "steps=20", 'callbacks=["mine:fail"]']
     failing = cluster.start("submit", "--name", "bang", "--storage", f"local://{store}", "--", *words)
-    steps = json.loads((pair.shared / pair.stop[2].split()[0] / "result.json").read_text())["steps"]
+    steps = json.loads((pair.shared / pair.stop[2].split()[0] / "result.json").read_text())["figures"]["steps"]
     resumed = cluster.call("jobs", "resume", pair.stop[2].split()[0], f"steps={steps + 5}")
     return failing.finish(), resumed, store, steps
 
@@ -361,7 +363,7 @@ def test_a_stopped_job_is_resumed_on_the_cluster(pair: Pair, failed: Any) -> Non
     run = pair.shared / pair.stop[2].split()[0]
     assert rows(run / "attempts.jsonl")[-1]["from_step"] == steps
     result = json.loads((run / "result.json").read_text())
-    assert (result["status"], result["steps"]) == ("done", steps + 5)
+    assert (result["status"], result["figures"]["steps"]) == ("done", steps + 5)
 
 
 def test_a_job_that_is_refused_on_the_cluster_returns_2(cluster: Cluster) -> None:
@@ -376,6 +378,27 @@ def test_a_job_that_is_refused_on_the_cluster_returns_2(cluster: Cluster) -> Non
         assert not {"secret.txt", "runs"} & {path.name for path in package.iterdir()}
     status, _, err = cluster.call("fetch", name_in(err), "nothing")
     assert (status, "the job left none, or it was removed" in err) == (2, True)
+
+
+def test_a_kind_of_somebody_elses_goes_to_the_cluster_with_the_code_and_comes_back(cluster: Cluster) -> None:
+    """The cluster has neither its package nor its entry point."""
+    installed = Path(__file__).parent / "data" / "lottery"
+    environment = {**cluster.environment, "PYTHONPATH": str(installed)}
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "raytrain", *words]
+        return subprocess.run(
+            command, cwd=cluster.user, env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+
+    ended = call("submit", "--with-code", "--", "lottery", "quick", "draws=3")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert re.search(r"^draw 3/3 ", ended.stdout, re.MULTILINE)
+    name = name_in(ended.stderr)
+    fetched = call("fetch", name)
+    assert fetched.returncode == 0, fetched.stderr
+    result = json.loads((cluster.user / "runs" / name / "result.json").read_text())
+    assert (result["status"], result["figures"]) == ("done", {"draws": 3})
 
 
 def test_the_token_is_needed_and_must_be_right(cluster: Cluster) -> None:
