@@ -41,6 +41,8 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """Records of a message, as Flower's strategies name them."""
 MOMENTS = ("m_t", "v_t", "momentum_vector")
 """Attributes in which Flower's strategies keep what they learn from round to round."""
+HEAD_BYTES = 4096
+"""Of an array in a message, beside its numbers."""
 NumberT = TypeVar("NumberT", int, float)
 NOTHING = np.zeros(0, np.float32)
 
@@ -239,16 +241,29 @@ def check_reply(content: RecordDict, sent: Arrays, limits: ReportLimits) -> int:
     """
     arrays, metrics = content.get(ARRAYS), content.get(METRICS)
     if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord) or list(arrays) != list(sent):
-        raise PayloadError(f"expected arrays {', '.join(sorted(sent))} and metrics; got {sorted(content)}"[:300])
+        raise PayloadError(f"expected arrays {', '.join(sent)} and metrics; got {sorted(content)}"[:300])
     examples = metrics.get("num-examples")
     if not isinstance(examples, int) or not 1 <= examples <= limits.examples:
         raise PayloadError(f"expected 1 to {limits.examples} examples; got {examples}")
     for name, value in sent.items():
-        if tuple(arrays[name].shape) != value.shape or arrays[name].dtype != str(value.dtype):
-            raise PayloadError(f"{name}: expected {value.dtype} of shape {value.shape}; got {arrays[name].shape}"[:300])
-        if not np.isfinite(arrays[name].numpy()).all():
-            raise PayloadError(f"{name}: expected finite numbers")
+        _check_array(name, arrays[name], value)
     return examples
+
+
+def _check_array(name: str, array: Array, sent: NDArray[Any]) -> None:
+    """Refuse an array that is not like the one that was sent, before anything large is made of it."""
+    most = sent.nbytes + HEAD_BYTES
+    if len(array.data) > most:
+        raise PayloadError(f"{name}: expected at most {most} bytes; got {len(array.data)}")
+    try:
+        value = array.numpy()
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise PayloadError(f"{name}: expected an array; got {type(error).__name__}") from error
+    expected, got = (f"{each.dtype} of shape {each.shape}" for each in (sent, value))
+    if got != expected:
+        raise PayloadError(f"{name}: expected {expected}; got {got}"[:300])
+    if not np.isfinite(value).all():
+        raise PayloadError(f"{name}: expected finite numbers; got some that are not")
 
 
 def size_of(content: RecordDict) -> int:
