@@ -179,15 +179,9 @@ def test_a_client_with_another_recipe_has_another_origin(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("said", "who"),
-    [
-        ({"client": -1, "origin": "a"}, 0),
-        ({"client": "1", "origin": "a"}, 0),
-        ({"client": 1, "origin": b"a"}, 0),
-        ({}, 0),
-    ],
+    "said", [{"client": -1, "origin": "a"}, {"client": "1", "origin": "a"}, {"client": 1, "origin": b"a"}, {}]
 )
-def test_who_does_not_say_who_it_is_is_left_out(said: dict[str, Any], who: int) -> None:
+def test_who_does_not_say_who_it_is_is_left_out(said: dict[str, Any]) -> None:
     with pytest.raises(PayloadError):
         introduced(RecordDict({WHO: ConfigRecord(said)}))
     assert introduced(introduction(3, "abc")) == (3, "abc")
@@ -197,7 +191,7 @@ def written(data: Any) -> Array:
     """An array that says it has three numbers, around other data."""
     file = io.BytesIO()
     np.save(file, data, allow_pickle=True)
-    return Array(dtype="float32", shape=[3], stype="numpy.ndarray", data=file.getvalue())
+    return Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=file.getvalue())
 
 
 SENT = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)}
