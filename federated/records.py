@@ -8,8 +8,8 @@ from typing import Any, Self
 from federated.server import CommunicationRound, Server
 from raytrain.files import AppendOnlyFile, write_whole
 from raytrain.json_files import to_json
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.run.metrics import Recorder
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.metrics import MetricsWriter
 from raytrain.seeds.seed_model import SeedModel
 
 ROUNDS, SEEDS = "rounds.jsonl", "seeds.safetensors"
@@ -42,11 +42,11 @@ class RunRecords:
     ) -> None:
         self._server, self._evaluate, self._seeds, self._every = server, evaluate, seeds, every
         self._folder, version = run.path, server.model.version
-        done = [row for row in rows(run.metrics) if "valid" not in row and row["step"] <= version]
+        done = [row for row in read_jsonl(run.metrics) if "valid" not in row and row["step"] <= version]
         before = done[-1] if done else {}
         self._total = {name: before.get(name, 0) for name in ("bytes_down", "bytes_up", "payloads", "reports")}
         self._began = time.monotonic() - before.get("seconds", 0.0)
-        self._recorder = Recorder(run, version, version, loggers)
+        self._recorder = MetricsWriter(run, version, version, loggers)
         self._rounds = _kept(run.path / ROUNDS, version)
 
     def __enter__(self) -> Self:
@@ -101,6 +101,6 @@ def row_of(done: CommunicationRound) -> dict[str, Any]:
 
 def _kept(path: Path, version: int) -> AppendOnlyFile:
     """Return a file of rows, with those of the first rounds."""
-    kept = [row for row in rows(path) if row["round"] < version]
+    kept = [row for row in read_jsonl(path) if row["round"] < version]
     write_whole(path, "".join(f"{to_json(row)}\n" for row in kept).encode())
     return AppendOnlyFile(path)

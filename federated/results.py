@@ -16,14 +16,14 @@ from federated.rounds import STATES
 from federated.server import Server
 from raytrain.errors import CheckpointError
 from raytrain.recipe import read_toml
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.result import Result
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import Task
 from raytrain.training.trained_model import TrainedModel
 
 
-def result_of(federation: Federation, server: Server, run: RunDirectory, error: str) -> Result:
+def collect_federated_result(federation: Federation, server: Server, run: RunDirectory, error: str) -> Result:
     """Return how a run ended.
 
     Args:
@@ -32,7 +32,7 @@ def result_of(federation: Federation, server: Server, run: RunDirectory, error: 
         run: the folder.
         error: why it failed; "": it did not.
     """
-    recorded, task = rows(run.metrics), federation.task
+    recorded, task = read_jsonl(run.metrics), federation.task
     evaluations = [row for row in recorded if "valid" in row]
     rounds = [row for row in recorded if "valid" not in row]
     last: dict[str, Any] = rounds[-1] if rounds else {}
@@ -51,7 +51,7 @@ def result_of(federation: Federation, server: Server, run: RunDirectory, error: 
     )
 
 
-def load_model(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
+def load_federated_model(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
     """Load the newest model of the run in `folder` that was evaluated.
 
     Args:
@@ -62,8 +62,8 @@ def load_model(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
         RecipeError: the changes do not fit the recipe, or make another model.
         CheckpointError: there is no model yet, or it is damaged.
     """
-    changed = load_recipe(folder, overrides).task.on_other_data(load_recipe(folder, {}).task)
-    recipe = load_recipe(folder, {f"task.{name}": value for name, value in changed.items()} | dict(overrides))
+    changed = load_federated_recipe(folder, overrides).task.on_other_data(load_federated_recipe(folder, {}).task)
+    recipe = load_federated_recipe(folder, {f"task.{name}": value for name, value in changed.items()} | dict(overrides))
     path = folder / SEEDS
     if not path.is_file():
         raise CheckpointError(f"{folder}: there is no model yet: no {SEEDS}")
@@ -78,7 +78,7 @@ def load_model(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
     )
 
 
-def load_recipe(folder: Path, overrides: Mapping[str, Any]) -> FederateRecipe:
+def load_federated_recipe(folder: Path, overrides: Mapping[str, Any]) -> FederateRecipe:
     """Return the recipe of the run in `folder`, with changes.
 
     Raises:

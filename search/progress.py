@@ -17,7 +17,7 @@ from raytrain.terminal import plain, plain_line
 from search.standings import Standings
 
 LOOK_SECONDS = 0.25
-LINE_SECONDS = 10.0
+SEARCH_LINE_SECONDS = 10.0
 MOST_ROWS = 24
 """Members in the table; of more, those with the best scores."""
 
@@ -38,7 +38,7 @@ class SearchDisplay:
         self._decisions = Tail(folder / "lineage.jsonl")
         self._reports = Tail(folder / "metrics.jsonl")
         self._standings, self._steps, self._total_steps = standings, steps, total_steps
-        self._pace = Pace()
+        self._pace = SearchSpeed()
         self._next_line = 0.0
 
     def __enter__(self) -> Self:
@@ -100,7 +100,7 @@ class SearchDisplay:
         if self._live.is_started:
             self._live.update(Group(self._table(steps), Text(self._summary(trained))), refresh=True)
         elif standings.generation > before or (steps and time.monotonic() > self._next_line):
-            self._next_line = time.monotonic() + LINE_SECONDS
+            self._next_line = time.monotonic() + SEARCH_LINE_SECONDS
             self.say(self._summary(trained))
 
     def _table(self, steps: Mapping[int, int]) -> Table:
@@ -135,7 +135,7 @@ class SearchDisplay:
         return head + ", ".join(parts)
 
 
-class Pace:
+class SearchSpeed:
     """How fast steps are done, on average since the first one of this process."""
 
     def __init__(self) -> None:

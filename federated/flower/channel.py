@@ -12,7 +12,7 @@ from federated.flower.messages import bytes_of, content_of
 from raytrain.terminal import plain
 
 MAX_REASON_CHARACTERS = 300
-ATTEMPTS = 3
+SEND_ATTEMPTS = 3
 """How often a client is asked whose process died: another client may have been the cause."""
 
 
@@ -43,10 +43,10 @@ class GridChannel:
     def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterator[tuple[int, Answer]]:
         """Yield what each client answers; one that answers with an error has no report."""
         waiting = dict(payloads)
-        for attempt in range(ATTEMPTS):
+        for attempt in range(SEND_ATTEMPTS):
             crashed = {}
             for client, reply in self._exchange(round_number, waiting).items():
-                if reply is not None and _is_crash(reply) and attempt + 1 < ATTEMPTS:
+                if reply is not None and _is_crash(reply) and attempt + 1 < SEND_ATTEMPTS:
                     crashed[client] = waiting[client]
                 else:
                     yield client, self._answer(reply)

@@ -17,30 +17,32 @@ from federated.flower.preview import summary
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
-from federated.results import result_of
+from federated.results import collect_federated_result
 from federated.rounds import STATES
 from federated.server import CommunicationRound, Server
 from raytrain.errors import RaytrainError, TrainingError
 from raytrain.kinds import Order
 from raytrain.launch.resources import check_reachable
-from raytrain.launch.session import OWN, ray_session
+from raytrain.launch.session import OWN_CLUSTER, ray_session
 from raytrain.run.directory import RunDirectory
-from raytrain.run.progress import Display, Wording
+from raytrain.run.progress import ProgressDisplay, Wording
 from raytrain.run.result import Result
 from raytrain.training.build import options_from_data
 
 
-def columns(row: Mapping[str, Any]) -> list[str]:
+def federated_columns(row: Mapping[str, Any]) -> list[str]:
     """Return what is shown of a round, beside its evaluation."""
     if "heard" not in row:
         return []
     return [f"heard {row['heard']}", f"{row['bytes_down']:,} B down  {row['bytes_up']:,} B up"]
 
 
-WORDING = Wording("federate", "federating", "round", "the run ends after the round that is going on", columns)
+FEDERATED_WORDING = Wording(
+    "federate", "federating", "round", "the run ends after the round that is going on", federated_columns
+)
 
 
-def run(recipe: FederateRecipe, order: Order) -> Result:
+def run_federated(recipe: FederateRecipe, order: Order) -> Result:
     """Play the rounds of a recipe on the Ray cluster at `order.address`, or on one of its own.
 
     Ctrl-C ends the run after the round that is going on; a second one ends it at once. Both can be resumed.
@@ -53,17 +55,20 @@ def run(recipe: FederateRecipe, order: Order) -> Result:
     torch.set_num_threads(recipe.threads())
     recipe = recipe.with_overrides(options_from_data(task_of(recipe), directory))
     federation = Federation.of(recipe)
-    address = None if order.address in (None, OWN) else order.address
+    address = None if order.address in (None, OWN_CLUSTER) else order.address
     if address:
         check_reachable(address)
-    with directory.opened(resume=order.resume), Display(directory, recipe.rounds, WORDING) as display:
+    with (
+        directory.session(resume=order.resume),
+        ProgressDisplay(directory, recipe.rounds, FEDERATED_WORDING) as display,
+    ):
         server = federation.server()
         server.resume(directory.path / STATES)
-        display.say(summary(recipe, federation.partition))
+        display.print(summary(recipe, federation.partition))
         with ray_session(address):
-            directory.begin(recipe.to_toml())
+            directory.prepare(recipe.to_toml())
             error = _play(federation, server, directory, display)
-        result = result_of(federation, server, directory, error)
+        result = collect_federated_result(federation, server, directory, error)
         directory.write_result(result)
         display.finish(result)
     if error:
@@ -71,19 +76,19 @@ def run(recipe: FederateRecipe, order: Order) -> Result:
     return result
 
 
-def _play(federation: Federation, server: Server, directory: RunDirectory, display: Display) -> str:
+def _play(federation: Federation, server: Server, directory: RunDirectory, display: ProgressDisplay) -> str:
     """Play rounds while the display follows them, until the end or until the user stops them; return what failed."""
     recipe, at_once = federation.recipe, threading.Event()
     clients, faults = recipe.clients, recipe.faults
     factory = partial(load_clients, recipe.plain(), server.model)
     options = ActorOptions(clients.actors, clients.cpus, clients.gpus)
     with (
-        RayGrid(factory, len(server.versions), options, stopped=at_once.is_set, say=display.say) as grid,
+        RayGrid(factory, len(server.versions), options, stopped=at_once.is_set, say=display.print) as grid,
         federation.records(directory, server) as records,
     ):
         channel = GridChannel(grid, grid.get_node_ids(), faults.timeout_seconds, grid.end_actor)
         rounds = federation.rounds(server, channel).run(directory.path, records.add)
-        directory.announce(recipe.to_toml(), server.model.version, [{"actors": grid.actors}])
+        directory.record_attempt(recipe.to_toml(), server.model.version, [{"actors": grid.actors}])
         playing = Playing(rounds, directory.stop_requested)
         if not display.follow(playing.ended):
             at_once.set()

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from raytrain.cli.jobs import add_verbs
+from raytrain.cli.jobs import add_job_commands
 from raytrain.cli.request import Commands
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.kinds import Order, kind_points, load_kind, load_kinds
@@ -48,14 +48,14 @@ RECIPE_HELP = (
     "RECIPE is a file, a shipped recipe (raytrain list recipes), a run's folder, or a task as module:attribute. "
     "FIELD=VALUE is short for --set FIELD=VALUE."
 )
-Source = Annotated[str, typer.Argument(metavar="RECIPE")]
-More = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")]
-Changes = Annotated[
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE")]
+FieldArguments = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")]
+SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in --set optimizer.lr=1e-3."),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN")]
-Address = Annotated[
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN")]
+RayAddress = Annotated[
     str | None,
     typer.Option(
         envvar="RAY_ADDRESS",
@@ -63,7 +63,7 @@ Address = Annotated[
         "command [default: this machine, without Ray where that does].",
     ),
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the recipe of a fetched run names.")]
+TrustOption = Annotated[bool, typer.Option("--trust", help="Run the code that the recipe of a fetched run names.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -101,7 +101,9 @@ def about(
 
 
 @app.command()
-def check(recipe: Source, more: More = None, changes: Changes = None, trust: Trust = False) -> None:
+def check_recipe(
+    recipe: RecipeArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
+) -> None:
     """Print a recipe as it would run, and where each value comes from; start nothing.
 
     Modules that the recipe names as task, source, optimizer, adapter or synchroniser are imported.
@@ -121,7 +123,7 @@ def check(recipe: Source, more: More = None, changes: Changes = None, trust: Tru
 
 
 @app.command(name="list")
-def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
+def list_tables(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
     """List what a recipe can name, with a line each; TABLE is recipes, or tasks, optimizers, and so on of any kind."""
     broken: list[RecipeError] = []
     shown: dict[str, dict[str, str]] = {}
@@ -150,22 +152,24 @@ def _lines(table: Mapping[str, str], remarks: Mapping[str, str]) -> dict[str, st
 
 
 @app.command()
-def evaluate(run: Run, more: More = None, changes: Changes = None, trust: Trust = False) -> None:
+def evaluate_run(
+    run: RunArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
+) -> None:
     """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the values as JSON."""
     trained = resolve({}, _loader(run, trust=trust), "kind")(run, parse_overrides([*(changes or []), *(more or [])]))
     print(json.dumps(trained.evaluate(), indent=2))
 
 
 @app.command()
-def predict(
-    run: Run,
+def predict_run(
+    run: RunArgument,
     source: Annotated[Path, typer.Option("--input", help="What to predict on.")],
     target: Annotated[Path, typer.Option("--output", help="Where a line of JSON goes for each example.")],
-    more: More = None,
-    changes: Changes = None,
-    address: Address = None,
+    more: FieldArguments = None,
+    changes: SetOptions = None,
+    address: RayAddress = None,
     *,
-    trust: Trust = False,
+    trust: TrustOption = False,
 ) -> None:
     """Predict for each example of a file with the best checkpoint of the run in the folder RUN."""
     overrides = parse_overrides([*(changes or []), *(more or [])])
@@ -177,12 +181,12 @@ def predict(
 
 
 @app.command()
-def export(
-    run: Run,
+def export_run(
+    run: RunArgument,
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
-    more: More = None,
-    changes: Changes = None,
-    trust: Trust = False,
+    more: FieldArguments = None,
+    changes: SetOptions = None,
+    trust: TrustOption = False,
 ) -> None:
     """Write the best model of the run in the folder RUN to DIR, as Hugging Face's `from_pretrained` reads it."""
     load = resolve({}, _loader(run, trust=trust), "kind")
@@ -190,7 +194,7 @@ def export(
 
 
 @app.command()
-def report(
+def report_runs(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
     output: Annotated[
         Path | None, typer.Option(help="The page to write [default: report.html in the first RUN].")
@@ -237,21 +241,21 @@ def _add_kinds() -> None:
     """Give each installed kind a command of its name; the kind itself is loaded when it is used."""
     for name in kind_points():
         app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name))
-    add_verbs(Commands(app, _read, _parse))
+    add_job_commands(Commands(app, _read, _parse))
 
 
 def _runner(verb: str) -> Callable[..., int]:
     """Return the command that runs recipes of the kind `verb`."""
 
     def command(
-        recipe: Source,
-        more: More = None,
-        changes: Changes = None,
+        recipe: RecipeArgument,
+        more: FieldArguments = None,
+        changes: SetOptions = None,
         out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-TIME].")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RECIPE's folder or --out.")] = False,
-        address: Address = None,
+        address: RayAddress = None,
         *,
-        trust: Trust = False,
+        trust: TrustOption = False,
     ) -> int:
         raw, _ = _read(recipe, verb, trust)
         kind = load_kind(verb)

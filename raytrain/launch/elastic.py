@@ -34,34 +34,34 @@ from torch.distributed.elastic.utils.process_state import read_proc_state
 from raytrain.errors import RaytrainError
 from raytrain.kinds import Order
 from raytrain.launch.place import train_at
-from raytrain.launch.resources import Node, cpus_per_worker, machines_for, own_cpus
+from raytrain.launch.resources import Node, available_cpus, cpus_per_worker, eligible_nodes
 from raytrain.loggers import restored_loggers
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
 from raytrain.run.watchdog import kept_stack
 from raytrain.sync.transport import LOOPBACK, GroupTransport, LocalTransport, PeerLostError, Transport
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.worker import work_watched
+from raytrain.training.worker import run_watched_worker
 
-POLL_SECONDS = 0.1
+AGENT_POLL_SECONDS = 0.1
 GONE_SECONDS = 1.0
 """How long the agent may take to hear of a process that has ended."""
-END_SECONDS = 60.0
+KILL_WAIT_SECONDS = 60.0
 """How long the command waits for workers that are ended; one that the kernel does not let go is left behind."""
 STOPPED = "it was stopped (SIGSTOP), and was ended"
 GONE = "its process ended with exit status 0 before the training did"
 
 
-def run(recipe: TrainRecipe, order: Order) -> Result:
+def run_elastic(recipe: TrainRecipe, order: Order) -> Result:
     """Train on this machine, and return how it ended.
 
     Raises:
         RaytrainError: as `supervise`.
     """
-    return train_at(ThisMachine(), recipe, order)
+    return train_at(LocalMachine(), recipe, order)
 
 
-class ThisMachine:
+class LocalMachine:
     """Where to train: here."""
 
     def check(self, recipe: TrainRecipe) -> None:
@@ -73,7 +73,7 @@ class ThisMachine:
         _cpus(recipe)
 
     @contextlib.contextmanager
-    def joined(
+    def session(
         self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]
     ) -> Iterator[Callable[[], "LocalWorkers"]]:
         """Yield what starts the workers; there is nothing to join."""
@@ -91,9 +91,9 @@ def _cpus(recipe: TrainRecipe) -> float:
     """
     resources = recipe.resources
     gpus = {"GPU": float(torch.cuda.device_count())} if resources.gpus else {}
-    here: Node = ({"CPU": own_cpus(), **gpus}, {})
-    machines = machines_for([here], recipe.workers, resources.beside_cpus(), resources.labels, resources.placement)
-    return cpus_per_worker(machines, recipe.workers, resources.cpus)
+    here: Node = ({"CPU": available_cpus(), **gpus}, {})
+    nodes = eligible_nodes([here], recipe.workers, resources.beside_cpus(), resources.labels, resources.placement)
+    return cpus_per_worker(nodes, recipe.workers, resources.cpus)
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ class LocalWorkers(threading.Thread):
         """End the workers at once, if they have not ended; those that have not started yet end by themselves."""
         self._agent.asked_to_end.set()
         if self._agent.watching:
-            self.ended.wait(END_SECONDS)
+            self.ended.wait(KILL_WAIT_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -175,7 +175,7 @@ class _Agent(LocalElasticAgent):
             args=(config,),
             rdzv_handler=_Alone(),
             max_restarts=recipe.max_failures,
-            monitor_interval=POLL_SECONDS,
+            monitor_interval=AGENT_POLL_SECONDS,
         )
         logs = DefaultLogsSpecs(log_dir=config["folder"])  # where a worker's last error goes
         super().__init__(spec, logs, start_method="forkserver")
@@ -186,7 +186,7 @@ class _Agent(LocalElasticAgent):
         self._run_directory = run
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """Look at the workers, as the agent does every `POLL_SECONDS`.
+        """Look at the workers, as the agent does every `AGENT_POLL_SECONDS`.
 
         Raises:
             SignalException: they are to be ended.
@@ -316,7 +316,7 @@ def _work(config: dict[str, Any]) -> None:
     except RaytrainError as error:
         run.record_failure(error, rank)
         return
-    work_watched(recipe, run, transport)
+    run_watched_worker(recipe, run, transport)
     dist.destroy_process_group()
 
 

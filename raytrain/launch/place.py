@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from raytrain.kinds import Order
 from raytrain.launch.supervise import Joined, supervise
 from raytrain.run.directory import RunDirectory
-from raytrain.run.progress import Display, Wording
+from raytrain.run.progress import ProgressDisplay, Wording
 from raytrain.run.result import Result
-from raytrain.training.build import settled
+from raytrain.training.build import resolve_recipe
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.results import result_of
+from raytrain.training.results import collect_result
 
 
 def columns(row: Mapping[str, Any]) -> list[str]:
@@ -54,13 +54,13 @@ def train_at(place: Place, recipe: TrainRecipe, order: Order) -> Result:
         RaytrainError: as `supervise`.
     """
     run = RunDirectory(order.out.absolute())
-    recipe, _ = settled(recipe, run)  # its errors are better here than in a worker
+    recipe, _ = resolve_recipe(recipe, run)  # its errors are better here than in a worker
     place.check(recipe)
     return supervise(
         run,
         recipe.to_toml(),
         partial(place.joined, recipe, run),
-        Display(run, recipe.steps, WORDING),
-        partial(result_of, recipe, run),
+        ProgressDisplay(run, recipe.steps, WORDING),
+        partial(collect_result, recipe, run),
         resume=order.resume,
     )

@@ -15,7 +15,7 @@ MOST_ACTORS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class CpuShare:
     """What each worker gets of the processors.
 
     Attributes:
@@ -34,12 +34,12 @@ class Share:
         return self.cpus + self.actors * self.actor_cpus
 
 
-def own_cpus() -> int:
+def available_cpus() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def share_cpus(machines: Sequence[float], workers: int, cpus: float, actors: int, actor_cpus: float) -> Share:
+def allocate_cpus(machines: Sequence[float], workers: int, cpus: float, actors: int, actor_cpus: float) -> CpuShare:
     """Return what each worker gets, and the actors that prepare its data.
 
     Actors for which nothing is left share the processors of their worker, because a worker whose actors cannot start
@@ -58,8 +58,8 @@ def share_cpus(machines: Sequence[float], workers: int, cpus: float, actors: int
     for each in _choices(machines, cpus):
         room = _room(machines, workers, each, actor_cpus) // workers
         if room >= max(1, actors):
-            return Share(each, actors or min(room, MOST_ACTORS), actor_cpus)
-    return Share(cpus_per_worker(machines, workers, cpus), max(1, actors))
+            return CpuShare(each, actors or min(room, MOST_ACTORS), actor_cpus)
+    return CpuShare(cpus_per_worker(machines, workers, cpus), max(1, actors))
 
 
 def _room(machines: Sequence[float], workers: int, cpus: float, actor_cpus: float) -> int:
@@ -96,7 +96,7 @@ Node = tuple[Mapping[str, float], Mapping[str, str]]
 """What a machine of a Ray cluster has: amounts by name, and labels."""
 
 
-def machines_for(
+def eligible_nodes(
     nodes: Sequence[Node],
     workers: int,
     each: Mapping[str, float],
@@ -125,7 +125,7 @@ def machines_for(
     for name, amount in each.items():
         if sum(_fitting(resources.get(name, 0.0), amount) for resources in fit) < workers:
             raise _lacking(name, amount, workers, sum(resources.get(name, 0.0) for resources in fit), fit)
-    machines = [Machine(resources.get("CPU", 0.0), _places(resources, each)) for resources in fit]
+    machines = [Machine(resources.get("CPU", 0.0), _slots(resources, each)) for resources in fit]
     if sum(machine.places for machine in machines) < workers:
         raise RecipeError(
             f"workers: {workers} workers of {', '.join(f'{each[name]:g} {name}' for name in each)} each do not fit on "
@@ -155,7 +155,7 @@ def _strict(machines: Sequence[Machine], workers: int, placement: str) -> list[M
     return list(machines)
 
 
-def _places(resources: Mapping[str, float], each: Mapping[str, float]) -> float:
+def _slots(resources: Mapping[str, float], each: Mapping[str, float]) -> float:
     """Return how many workers a machine has room for by what they take beside processors."""
     return min((_fitting(resources.get(name, 0.0), amount) for name, amount in each.items()), default=math.inf)
 

@@ -6,15 +6,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from raytrain.sync.transport import Pending, Transport
+from raytrain.sync.transport import PendingWork, Transport
 
 
-class Exchange(Protocol):
+class Averager(Protocol):
     """A way to average over the replicas of a transport."""
 
     transport: Transport
 
-    def mean(self, flat: Tensor, weight: float, exact: int = 0) -> Pending:
+    def average(self, flat: Tensor, weight: float, exact: int = 0) -> PendingWork:
         """Start the weighted mean of `flat` over the replicas, in place.
 
         Args:
@@ -27,7 +27,7 @@ class Exchange(Protocol):
         """
         ...
 
-    def gather(self, payload: bytes) -> list[bytes]:
+    def all_gather_bytes(self, payload: bytes) -> list[bytes]:
         """Return the payload of each replica, in order."""
         ...
 
@@ -40,7 +40,7 @@ class Exchange(Protocol):
         ...
 
 
-class ExactExchange:
+class ExactAverager:
     """Plain sums in the precision of the values.
 
     Args:
@@ -50,16 +50,16 @@ class ExactExchange:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
 
-    def mean(self, flat: Tensor, weight: float, exact: int = 0) -> Pending:  # noqa: ARG002 - all are
+    def average(self, flat: Tensor, weight: float, exact: int = 0) -> PendingWork:  # noqa: ARG002 - all are
         """Sum weight * value and weight together, and divide on arrival: one message carries both."""
         if weight:
             flat[:-1].mul_(weight)
         else:
             flat.zero_()  # also where a value is not finite
         flat[-1] = weight
-        return _Mean(self.transport.all_reduce(flat))
+        return _PendingMean(self.transport.all_reduce(flat))
 
-    def gather(self, payload: bytes) -> list[bytes]:
+    def all_gather_bytes(self, payload: bytes) -> list[bytes]:
         """Gather the lengths, then the payloads padded to the longest."""
         if len(self.transport.members) == 1:
             return [payload]
@@ -80,8 +80,8 @@ class ExactExchange:
         """Take nothing."""
 
 
-class _Mean:
-    def __init__(self, pending: Pending) -> None:
+class _PendingMean:
+    def __init__(self, pending: PendingWork) -> None:
         self.bytes_sent = pending.bytes_sent
         self._pending = pending
 
@@ -89,8 +89,8 @@ class _Mean:
     def seconds(self) -> float:
         return self._pending.seconds
 
-    def advance(self) -> bool:
-        return self._pending.advance()
+    def poll(self) -> bool:
+        return self._pending.poll()
 
     def wait(self) -> Tensor:
         flat = self._pending.wait()

@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.errors import TrainingError
-from raytrain.sync.averaging import Exchange
-from raytrain.sync.buffers import persistent
+from raytrain.sync.averaging import Averager
+from raytrain.sync.buffers import state_tensors
 from raytrain.sync.options import DdpOptions
-from raytrain.sync.step_message import Rest
-from raytrain.sync.synchroniser import EveryStep, Totals
-from raytrain.sync.transport import Pending
+from raytrain.sync.step_message import StepMessage
+from raytrain.sync.synchroniser import StepSynchroniser, StepTotals
+from raytrain.sync.transport import PendingWork
 
 
-def ddp(exchange: Exchange, options: DdpOptions) -> "GradientAveraging":
+def ddp(averager: Averager, options: DdpOptions) -> "DataParallel":
     """Return the synchroniser that all-reduces gradients in every step."""
-    return GradientAveraging(exchange, options.bucket_bytes)
+    return DataParallel(averager, options.bucket_bytes)
 
 
-class GradientAveraging(EveryStep):
+class DataParallel(StepSynchroniser):
     """Average gradients over replicas, piece by piece while the backward pass runs.
 
     The result is the exact weighted mean: sum of weight * gradient over sum of weight, so uneven shards count by what
@@ -28,36 +28,36 @@ class GradientAveraging(EveryStep):
     forward pass moves (the running means of BatchNorm) move by the mean of the replicas' movements.
 
     Args:
-        exchange: how to average; with a single replica nothing is sent or copied.
+        averager: how to average; with a single replica nothing is sent or copied.
         bucket_bytes: size of a piece; 0: by the size of the model.
     """
 
-    def __init__(self, exchange: Exchange, bucket_bytes: int) -> None:
+    def __init__(self, averager: Averager, bucket_bytes: int) -> None:
         super().__init__()
-        self._exchange = exchange
-        self._alone = len(exchange.transport.members) == 1
+        self._averager = averager
+        self._alone = len(averager.transport.members) == 1
         self._bucket_bytes = bucket_bytes
         self._buckets: list[_Bucket] = []
         self._weight = 0.0
         self._armed = False
 
-    def start(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module) -> None:
         """Copy the first replica's parameters and buffers, and watch for gradients."""
         if self._alone:
             return
-        for tensor in persistent(module):
-            self._await(self._exchange.transport.broadcast(tensor.data))
-        self._rest = Rest(module, self._exchange.transport.device)
+        for tensor in state_tensors(module):
+            self._await(self._averager.transport.broadcast(tensor.data))
+        self._rest = StepMessage(module, self._averager.transport.device)
         # The backward pass fills gradients from the last layer to the first.
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad][::-1]
         sixteenth = sum(_bytes(parameter) for parameter in trainable) // 16
         piece = self._bucket_bytes or min(max(sixteenth, 1 << 20), 25 << 20)
-        self._buckets = [_Bucket(part) for part in cut(trainable, piece)]
+        self._buckets = [_Bucket(part) for part in make_buckets(trainable, piece)]
         for bucket in self._buckets:
             for place, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket, place))
 
-    def begin(self, weight: float) -> float:
+    def set_weight(self, weight: float) -> float:
         """Return the weight itself: each replica's gradient is that of its own mean."""
         self._weight = weight
         return weight
@@ -68,24 +68,24 @@ class GradientAveraging(EveryStep):
         for bucket in self._buckets:
             bucket.clear()
 
-    def before_step(self, loss: float, stop: bool) -> Totals:
+    def before_step(self, loss: float, stop: bool) -> StepTotals:
         """Send what is left, wait for all pieces, and put the means in place."""
         if self._alone:
-            return Totals(self._weight, loss, stop)
+            return StepTotals(self._weight, loss, stop)
         self._armed = False
         for bucket in self._buckets:
             bucket.fill_rest()
         self._launch_ready()
         used = [float(flag) for bucket in self._buckets for flag in bucket.used]
         rest = self._rest.pack([self._weight, loss, float(stop), *used])
-        pending = self._exchange.transport.all_reduce(rest)
+        pending = self._averager.transport.all_reduce(rest)
         for bucket in self._buckets:
             if bucket.pending:
                 self._await(bucket.pending)
         self._await(pending)
-        weight, loss, stops, *users = self._rest.take(rest)
+        weight, loss, stops, *users = self._rest.unpack(rest)
         self._put_in_place(users)
-        return Totals(weight, loss, bool(stops))
+        return StepTotals(weight, loss, bool(stops))
 
     def _on_gradient(self, bucket: "_Bucket", place: int, parameter: Tensor) -> None:
         if self._armed:
@@ -103,7 +103,7 @@ class GradientAveraging(EveryStep):
             if bucket.pending is None:
                 if bucket.missing:
                     return
-                bucket.pending = self._exchange.mean(bucket.flat, self._weight)
+                bucket.pending = self._averager.average(bucket.flat, self._weight)
 
     def _put_in_place(self, users: Sequence[float]) -> None:
         """Give each parameter its mean gradient, or none if no replica used it."""
@@ -113,7 +113,7 @@ class GradientAveraging(EveryStep):
             parameter.grad = view.to(parameter.dtype) if count else None
 
 
-def cut(tensors: Iterable[Tensor], limit_bytes: int) -> list[list[Tensor]]:
+def make_buckets(tensors: Iterable[Tensor], limit_bytes: int) -> list[list[Tensor]]:
     """Cut a list of tensors into runs of one type of at most `limit_bytes`, or of one tensor if that alone is larger.
 
     Joining the runs gives the list back: no tensor is lost, whatever the sizes.
@@ -148,7 +148,7 @@ class _Bucket:
     def clear(self) -> None:
         self.missing = len(self.parameters)
         self.used = [False] * len(self.parameters)
-        self.pending: Pending | None = None
+        self.pending: PendingWork | None = None
 
     def take(self, place: int, parameter: Tensor) -> None:
         if not self.used[place] and parameter.grad is not None:

@@ -18,35 +18,35 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from raytrain.errors import RecipeError
 from raytrain.models.blocks import blocks
-from raytrain.sync.averaging import Exchange
-from raytrain.sync.buffers import persistent
-from raytrain.sync.ddp import GradientAveraging
+from raytrain.sync.averaging import Averager
+from raytrain.sync.buffers import state_tensors
+from raytrain.sync.ddp import DataParallel
 from raytrain.sync.options import FsdpOptions
 from raytrain.sync.shards import Shards, local_part
-from raytrain.sync.step_message import Rest
-from raytrain.sync.synchroniser import EveryStep, Totals
+from raytrain.sync.step_message import StepMessage
+from raytrain.sync.synchroniser import StepSynchroniser, StepTotals
 from raytrain.sync.transport import GroupTransport
 
 
-def fsdp(exchange: Exchange, options: FsdpOptions) -> "GradientAveraging | ShardedGradients":  # noqa: ARG001
+def fsdp(averager: Averager, options: FsdpOptions) -> "DataParallel | ShardedDataParallel":  # noqa: ARG001
     """Return the synchroniser that shards parameters, gradients and optimizer state; a single replica keeps all."""
-    return ShardedGradients(exchange) if len(exchange.transport.members) > 1 else GradientAveraging(exchange, 0)
+    return ShardedDataParallel(averager) if len(averager.transport.members) > 1 else DataParallel(averager, 0)
 
 
-class ShardedGradients(EveryStep):
+class ShardedDataParallel(StepSynchroniser):
     """Sum gradients over replicas, each into the part of it that this replica keeps.
 
-    The result is the exact weighted mean, as of `GradientAveraging`. Every micro-batch is summed at once, which sends
+    The result is the exact weighted mean, as of `DataParallel`. Every micro-batch is summed at once, which sends
     more than to sum the last one only, but never holds a gradient as large as the model. All replicas must call the
     model, and the blocks in it, equally often and in the same order.
 
     Args:
-        exchange: the replicas.
+        averager: the replicas.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, averager: Averager) -> None:
         super().__init__()
-        self._transport = exchange.transport
+        self._transport = averager.transport
         self._weight = 0.0
         self._used: set[str] = set()
         self._trained: list[tuple[str, Tensor, Tensor]] = []  # name, the parameter as FSDP knows it, its part
@@ -69,7 +69,7 @@ class ShardedGradients(EveryStep):
             raise RecipeError(
                 f"sync.name: fsdp takes workers that are processes; got {type(transport).__name__}; set sync.name=ddp"
             )
-        for tensor in persistent(module):
+        for tensor in state_tensors(module):
             there = tensor.data.to(transport.device).contiguous()  # FSDP knows no other
             self._await(transport.broadcast(there))
             tensor.data = there.to(tensor.device)  # not the whole model on a GPU
@@ -94,11 +94,11 @@ class ShardedGradients(EveryStep):
         self._watch(module, shards)
         return shards
 
-    def start(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module) -> None:
         """Learn where buffers stand: the parameters are in hand since `shard`."""
-        self._rest = Rest(module, self._transport.device)
+        self._rest = StepMessage(module, self._transport.device)
 
-    def begin(self, weight: float) -> float:
+    def set_weight(self, weight: float) -> float:
         """Return 1: the sum of all weights is known when the gradients are summed, and they are divided then."""
         self._weight = weight
         self._used.clear()
@@ -108,14 +108,14 @@ class ShardedGradients(EveryStep):
         """Do nothing: every backward pass sums its gradients."""
 
     @torch.no_grad()
-    def before_step(self, loss: float, stop: bool) -> Totals:
+    def before_step(self, loss: float, stop: bool) -> StepTotals:
         """Give each part its mean gradient, or none if no replica used the parameter."""
         used = [float(name in self._used) for name, _, _ in self._trained]
         alone = [part for _, known, part in self._trained if known is part]
         own = [0.0 if part.grad is None else float(part.grad) for part in alone]
         rest = self._rest.pack([self._weight, loss, float(stop), *used, *own])
         self._await(self._transport.all_reduce(rest))
-        weight, loss, stops, *more = self._rest.take(rest)
+        weight, loss, stops, *more = self._rest.unpack(rest)
         for part, total in zip(alone, more[len(used) :], strict=True):
             part.grad = torch.full_like(part, total)
         for (_, known, part), users in zip(self._trained, more[: len(used)], strict=True):
@@ -123,14 +123,14 @@ class ShardedGradients(EveryStep):
             part.grad = None
             if users and gradient is not None:
                 part.grad = local_part(gradient).div_(weight or 1.0)
-        return Totals(weight, loss, bool(stops))
+        return StepTotals(weight, loss, bool(stops))
 
     def _watch(self, module: nn.Module, shards: Shards) -> None:
         """Note which parameters get a gradient: FSDP gives zeros to those that get none."""
         from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - slow to import
 
         names = {parameter: name for name, parameter in module.named_parameters()}
-        for known, part in zip(module.parameters(), shards.parts.parameters(), strict=True):
+        for known, part in zip(module.parameters(), shards.local.parameters(), strict=True):
             if known.requires_grad:
                 self._trained.append((names[known], known, part))
             if known.requires_grad and known is part:
@@ -155,7 +155,7 @@ class _Wire:
         send: (result, what is sent) -> bytes sent.
     """
 
-    def __init__(self, sync: ShardedGradients, send: Callable[[Tensor, Tensor], int]) -> None:
+    def __init__(self, sync: ShardedDataParallel, send: Callable[[Tensor, Tensor], int]) -> None:
         self._sync = sync
         self._send = send
 

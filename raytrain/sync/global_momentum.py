@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-HORIZON = 24
+HORIZON_STEPS = 24
 """Steps over which movements are averaged, at least: over fewer, what an optimizer's own momentum does comes twice."""
 
 
-class Velocity:
+class GlobalMomentum:
     """The mean movement of the replicas in a step, of which each adds a share to its own steps.
 
     When the mean movement m of a round of tau steps is known, v <- v + min(1, tau / 24) (m / tau - v), and from then on
@@ -24,36 +24,36 @@ class Velocity:
     0.7 where that was 0.9. With 0.95, or where a step leaves -0.99, it can diverge.
 
     Args:
-        share: how much of it is added.
+        coefficient: how much of it is added.
     """
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    def __init__(self, coefficient: float) -> None:
+        self.coefficient = coefficient
 
-    def begin(self, point: Tensor, parameters: Sequence[nn.Parameter], state: Tensor | None) -> None:
+    def reset(self, anchor: Tensor, parameters: Sequence[nn.Parameter], state: Tensor | None) -> None:
         """Begin at rest, or go on from what `state_dict` returned.
 
         Args:
-            point: flat, the parameters' numbers.
+            anchor: flat, the parameters' numbers.
             parameters: what is moved; those that do not train at the time are left alone.
             state: of a run before.
         """
         self._parameters = parameters
-        self._flat = torch.zeros_like(point) if state is None else state.to(point, copy=True)
-        parts = self._flat.split([one.numel() for one in parameters])
-        self._parts = [part.view_as(one) for part, one in zip(parts, parameters, strict=True)]
+        self._momentum = torch.zeros_like(anchor) if state is None else state.to(anchor, copy=True)
+        parts = self._momentum.split([one.numel() for one in parameters])
+        self._views = [part.view_as(one) for part, one in zip(parts, parameters, strict=True)]
 
-    def learn(self, difference: Tensor, steps: int) -> None:
+    def update(self, difference: Tensor, steps: int) -> None:
         """Take in the difference between where a round of so many steps began and where it ended, the mean of all."""
-        weight = min(1.0, steps / HORIZON)
-        self._flat.mul_(1.0 - weight).add_(difference, alpha=-weight / steps)
+        weight = min(1.0, steps / HORIZON_STEPS)
+        self._momentum.mul_(1.0 - weight).add_(difference, alpha=-weight / steps)
 
-    def move(self, steps: int) -> None:
+    def apply(self, steps: int) -> None:
         """Move the parameters by what so many steps add."""
-        pairs = zip(self._parameters, self._parts, strict=True)
+        pairs = zip(self._parameters, self._views, strict=True)
         if moving := [(one.data, part) for one, part in pairs if one.requires_grad]:
-            torch._foreach_add_(*map(list, zip(*moving, strict=True)), alpha=self.share * steps)
+            torch._foreach_add_(*map(list, zip(*moving, strict=True)), alpha=self.coefficient * steps)
 
     def state_dict(self) -> Tensor:
         """Return all there is."""
-        return self._flat
+        return self._momentum

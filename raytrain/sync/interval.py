@@ -6,25 +6,25 @@ import time
 from pathlib import Path
 from typing import Literal
 
-SLACK = 1.1
+HIDING_MARGIN = 1.1
 """How much longer than the exchange took last time the steps that hide it are to take."""
 
-SHARE = 0.03
+MAX_OVERHEAD = 0.03
 """The largest share of a round's processor time that the exchange itself may take."""
 
-FIRST = 4
+INITIAL_STEPS = 4
 """Steps in a round before anything is measured."""
 
-PARTS = 12
+MIN_SLICES = 12
 """Parts of a round, at least, over which a movement is spread."""
 
-LONGEST = 4096
+MAX_STEPS = 4096
 """Steps in a round, at most: a link that is slower still is not hidden."""
 
-Steps = int | Literal["auto"]
+StepsOrAuto = int | Literal["auto"]
 
 
-class Pace:
+class SyncInterval:
     """Steps in a round (tau), and from sending to applying (d).
 
     With C seconds for a step and T for an exchange, an exchange hides behind d = ceil(T / C) steps; a round is at least
@@ -36,10 +36,10 @@ class Pace:
         delay: d, at most tau, or "auto": the smallest there can be.
     """
 
-    def __init__(self, every: Steps, delay: Steps) -> None:
+    def __init__(self, every: StepsOrAuto, delay: StepsOrAuto) -> None:
         self._fixed = (every, delay)
         self._least = 0 if delay == "auto" else delay  # steps in a round
-        self.every = max(FIRST, self._least) if every == "auto" else every
+        self.every = max(INITIAL_STEPS, self._least) if every == "auto" else every
         self.delay = self.every if delay == "auto" else delay
         self._measured: dict[str, float] = {}
 
@@ -49,11 +49,11 @@ class Pace:
         return "auto" not in self._fixed
 
     @property
-    def stride(self) -> int:
+    def momentum_stride(self) -> int:
         """For how many steps at a time to add what is spread over a round: each time costs an optimizer's step."""
-        return max(1, self.every // PARTS)
+        return max(1, self.every // MIN_SLICES)
 
-    def pull(self, delay: int) -> float:
+    def alpha(self, delay: int) -> float:
         """Return how far to pull a replica so that of any distance at most a half is left after a round.
 
         Args:
@@ -61,13 +61,13 @@ class Pace:
         """
         return 1.0 - min(delay / self.every, 1.0) ** 2 / 2
 
-    def go_on(self, every: int, delay: int) -> None:
+    def restore(self, every: int, delay: int) -> None:
         """Go on from where a run was, unless it is given."""
         if self._fixed[0] == "auto":
             self.every = max(every, self._least)
         self.delay = min(delay, self.every) if self._fixed[1] == "auto" else self.delay
 
-    def learn(self, step_seconds: float, exchange_seconds: float, cost_seconds: float) -> None:
+    def update(self, step_seconds: float, exchange_seconds: float, cost_seconds: float) -> None:
         """Choose anew from the means over the replicas.
 
         Args:
@@ -83,18 +83,18 @@ class Pace:
             "exchange_cost_seconds": cost_seconds,
         }
         every, delay = self._fixed
-        hidden = max(1, math.ceil(SLACK * exchange_seconds / step_seconds))
+        hidden = max(1, math.ceil(HIDING_MARGIN * exchange_seconds / step_seconds))
         if every == "auto":
-            cheap = math.ceil(cost_seconds / (SHARE * step_seconds))
-            self.every = max(self._least, min(LONGEST, max(hidden, cheap)))
+            cheap = math.ceil(cost_seconds / (MAX_OVERHEAD * step_seconds))
+            self.every = max(self._least, min(MAX_STEPS, max(hidden, cheap)))
         self.delay = min(self.every, hidden) if delay == "auto" else delay
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the choice and what it was made from, as the newest means over the replicas; {} if all is given."""
         return {"every": self.every, "delay": self.delay, **self._measured} if self._measured else {}
 
 
-class Clock:
+class RoundTimer:
     """Measures the rounds of one replica."""
 
     def __init__(self) -> None:
@@ -104,12 +104,12 @@ class Clock:
         self._worked = _worked()
         self._packed = 0.0
 
-    def pack(self, seconds: float) -> None:
+    def add_overhead(self, seconds: float) -> None:
         """Count time of the loop as the exchange's."""
         self._packed += seconds
 
-    def lap(self, steps: int, waited: float) -> list[float]:
-        """End a round of `steps` steps, and return what `Pace.learn` takes.
+    def end_round(self, steps: int, waited: float) -> list[float]:
+        """End a round of `steps` steps, and return what `SyncInterval.learn` takes.
 
         Args:
             steps: how many there were.

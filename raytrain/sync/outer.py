@@ -8,10 +8,10 @@ from torch import Tensor
 from raytrain.serialization import state_to
 
 KAPPA = 3.0
-MEMORY = 0.7
+CURVATURE_DECAY = 0.7
 
 
-class OuterStep:
+class OuterOptimizer:
     """SGD with momentum on differences: shape (n,), the start of a round minus its end, averaged over the replicas.
 
     With difference d and penalty L, momentum v <- beta v + d / L, clipped by element, and the point X <- X - rate v, or
@@ -23,52 +23,52 @@ class OuterStep:
     + d with the gamma' of the round before: while gamma stays the same, that is the plain momentum.
 
     Args:
-        rate: of the step.
-        beta: how much of the momentum stays.
+        lr: of the step.
+        momentum_factor: how much of the momentum stays.
         nesterov: which of the two.
-        scaled: whether the momentum scales with the learning rate of the replicas' own steps, as SlowMo's.
+        lr_scaled: whether the momentum scales with the learning rate of the replicas' own steps, as SlowMo's.
         clip: the largest element of the momentum; 0: any.
         penalty: finds L from what every replica holds, so that they do not part; None: 1.
 
     Attributes:
-        point: X, equal on all replicas.
-        momentum: v, or None where there is none.
+        anchor: X, equal on all replicas.
+        momentum_buffer: v, or None where there is none.
     """
 
     def __init__(
         self,
         *,
-        rate: float = 1.0,
-        beta: float = 0.0,
+        lr: float = 1.0,
+        momentum_factor: float = 0.0,
         nesterov: bool = False,
-        scaled: bool = False,
+        lr_scaled: bool = False,
         clip: float = 0.0,
         penalty: "Penalty | None" = None,
     ) -> None:
-        self.rate = rate
+        self.lr = lr
         self.nesterov = nesterov
-        self.scaled = scaled
+        self.lr_scaled = lr_scaled
         self.clip = clip
-        self.beta = beta
+        self.momentum_factor = momentum_factor
         self.penalty: Penalty = penalty or NoPenalty()
-        self.point = torch.zeros(0)
-        self.momentum: Tensor | None = None
+        self.anchor = torch.zeros(0)
+        self.momentum_buffer: Tensor | None = None
         self._lr = 0.0  # of the round before; 0: there was none
 
     @property
-    def last(self) -> Tensor:
+    def last_step(self) -> Tensor:
         """The last step over the rate, if a penalty looks back at it."""
-        return torch.zeros_like(self.point) if self.momentum is None else self.momentum
+        return torch.zeros_like(self.anchor) if self.momentum_buffer is None else self.momentum_buffer
 
-    def begin(self, point: Tensor, state: Any) -> None:
+    def reset(self, anchor: Tensor, state: Any) -> None:
         """Take the point that all replicas begin with, and what `state_dict` returned if a run goes on."""
-        self.point = point
-        if self.beta or self.penalty.looks_back:
-            self.momentum = torch.zeros_like(point)
+        self.anchor = anchor
+        if self.momentum_factor or self.penalty.needs_last_step:
+            self.momentum_buffer = torch.zeros_like(anchor)
         if state is not None:
-            if self.momentum is not None and state["momentum"] is not None:
-                self.momentum.copy_(state["momentum"])
-            self.penalty.load_state_dict(state_to(state["penalty"], point.device))
+            if self.momentum_buffer is not None and state["momentum"] is not None:
+                self.momentum_buffer.copy_(state["momentum"])
+            self.penalty.load_state_dict(state_to(state["penalty"], anchor.device))
             self._lr = state["lr"]
 
     def __call__(self, difference: Tensor, lr: float) -> None:
@@ -82,26 +82,26 @@ class OuterStep:
         if divisor != 1.0:
             difference.div_(divisor)
         step = difference
-        if self.momentum is not None:
-            self.momentum.mul_(self.beta * self._growth(lr)).add_(difference)
-            step = self.momentum
+        if self.momentum_buffer is not None:
+            self.momentum_buffer.mul_(self.momentum_factor * self._growth(lr)).add_(difference)
+            step = self.momentum_buffer
         if self.clip:
             step.clamp_(-self.clip, self.clip)
-        if self.nesterov and self.momentum is not None:
-            step = difference.add_(self.momentum, alpha=self.beta)
-        self.point.add_(step, alpha=-self.rate)
+        if self.nesterov and self.momentum_buffer is not None:
+            step = difference.add_(self.momentum_buffer, alpha=self.momentum_factor)
+        self.anchor.add_(step, alpha=-self.lr)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but the point."""
-        return {"momentum": self.momentum, "penalty": self.penalty.state_dict(), "lr": self._lr}
+        return {"momentum": self.momentum_buffer, "penalty": self.penalty.state_dict(), "lr": self._lr}
 
     def _growth(self, lr: float) -> float:
         """Return the learning rate over that of the round before; one of 0, which cannot divide, changes nothing."""
         before, self._lr = self._lr, lr or self._lr
-        return self._lr / before if self.scaled and before else 1.0
+        return self._lr / before if self.lr_scaled and before else 1.0
 
 
-def stable_below(outer: OuterStep, *, late: bool) -> float:
+def max_stable_lr(outer: OuterOptimizer, *, late: bool) -> float:
     """Return what rate / L must stay below on a quadratic where local steps go all the way to the minimum in a round.
 
     Where they go a share c of it, rate * c / L must. The characteristic polynomials are z^2 - (1 + beta) z + beta +
@@ -112,7 +112,7 @@ def stable_below(outer: OuterStep, *, late: bool) -> float:
         outer: the outer step.
         late: whether differences come a round late.
     """
-    beta = outer.beta
+    beta = outer.momentum_factor
     if late:
         return 1.0 - beta
     return 2.0 * (1.0 + beta) / (1.0 + 2.0 * beta if outer.nesterov else 1.0)
@@ -122,16 +122,16 @@ class Penalty(Protocol):
     """What a late difference is divided by: it was made from a point that has moved since.
 
     Attributes:
-        looks_back: whether it needs the last outer step, which is the momentum even if beta is 0.
+        needs_last_step: whether it needs the last outer step, which is the momentum even if beta is 0.
     """
 
-    looks_back: bool
+    needs_last_step: bool
 
-    def __call__(self, outer: OuterStep, difference: Tensor) -> float:
+    def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:
         """Return the divisor for the difference that has just arrived."""
         ...
 
-    def least(self, outer: OuterStep) -> float:
+    def minimum(self, outer: OuterOptimizer) -> float:
         """Return the smallest divisor where local steps go all the way to the minimum in a round."""
         ...
 
@@ -147,13 +147,13 @@ class Penalty(Protocol):
 class NoPenalty:
     """Divide by 1."""
 
-    looks_back = False
+    needs_last_step = False
 
-    def __call__(self, outer: OuterStep, difference: Tensor) -> float:  # noqa: ARG002
+    def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:  # noqa: ARG002
         """Return 1."""
         return 1.0
 
-    def least(self, outer: OuterStep) -> float:  # noqa: ARG002
+    def minimum(self, outer: OuterOptimizer) -> float:  # noqa: ARG002
         """Return 1."""
         return 1.0
 
@@ -168,24 +168,24 @@ class NoPenalty:
 class ConstantPenalty(NoPenalty):
     """Divide by 2 * rate / (1 - beta), whatever is measured: twice what is stable for the fastest local steps."""
 
-    def __call__(self, outer: OuterStep, difference: Tensor) -> float:  # noqa: ARG002
+    def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:  # noqa: ARG002
         """Return it."""
-        return self.least(outer)
+        return self.minimum(outer)
 
-    def least(self, outer: OuterStep) -> float:
+    def minimum(self, outer: OuterOptimizer) -> float:
         """Return it."""
-        return 2.0 * outer.rate / (1 - outer.beta)
+        return 2.0 * outer.lr / (1 - outer.momentum_factor)
 
 
 class GapAwarePenalty(NoPenalty):
     """Divide by 1 + the length of the last outer step over that of the difference (after Barkai et al. 2020)."""
 
-    looks_back = True
+    needs_last_step = True
 
-    def __call__(self, outer: OuterStep, difference: Tensor) -> float:
+    def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:
         """Return the divisor."""
         length = float(difference.norm())
-        return 1.0 + outer.rate * float(outer.last.norm()) / length if length else 1.0
+        return 1.0 + outer.lr * float(outer.last_step.norm()) / length if length else 1.0
 
 
 class SecantPenalty:
@@ -197,29 +197,33 @@ class SecantPenalty:
     step before the last one takes a buffer as large as the model.
     """
 
-    looks_back = True
+    needs_last_step = True
 
     def __init__(self) -> None:
         self.curvature: float | None = None
         self._older: Tensor | None = None  # the step before the last one
         self._along = 0.0  # the difference before this one, along it
 
-    def __call__(self, outer: OuterStep, difference: Tensor) -> float:
+    def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:
         """Return the divisor."""
         if self._older is None:
             self._older = torch.zeros_like(difference)
         length = float(self._older.dot(self._older))
         if length:
-            turn = -(float(self._older.dot(difference)) - self._along) / (outer.rate * length)
+            turn = -(float(self._older.dot(difference)) - self._along) / (outer.lr * length)
             found = min(max(turn, 0.0), 1.0)
-            self.curvature = found if self.curvature is None else MEMORY * self.curvature + (1 - MEMORY) * found
-        self._older.copy_(outer.last)
+            self.curvature = (
+                found if self.curvature is None else CURVATURE_DECAY * self.curvature + (1 - CURVATURE_DECAY) * found
+            )
+        self._older.copy_(outer.last_step)
         self._along = float(self._older.dot(difference))
-        return max(1.0, KAPPA * outer.rate * (1.0 if self.curvature is None else self.curvature) / (1 - outer.beta))
+        return max(
+            1.0, KAPPA * outer.lr * (1.0 if self.curvature is None else self.curvature) / (1 - outer.momentum_factor)
+        )
 
-    def least(self, outer: OuterStep) -> float:
+    def minimum(self, outer: OuterOptimizer) -> float:
         """Return what it divides by where it measures c = 1."""
-        return max(1.0, KAPPA * outer.rate / (1 - outer.beta))
+        return max(1.0, KAPPA * outer.lr / (1 - outer.momentum_factor))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it remembers."""

@@ -17,7 +17,7 @@ class Shards:
     short or empty. One without dimensions stays whole on every replica.
 
     Attributes:
-        parts: holds this replica's parts under the names that the parameters have in the model.
+        local: holds this replica's parts under the names that the parameters have in the model.
 
     Args:
         module: the model, sharded by torch's `fully_shard`.
@@ -27,18 +27,18 @@ class Shards:
     def __init__(self, module: nn.Module, transport: GroupTransport) -> None:
         self._transport = transport
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        self.parts = _mirror(module, {parameter: _part(parameter) for parameter in module.parameters()}, {})
-        self._parts = dict(self.parts.named_parameters())
+        self.local = _mirror(module, {parameter: _part(parameter) for parameter in module.parameters()}, {})
+        self._local = dict(self.local.named_parameters())
 
     def norm(self) -> Tensor:
         """Return the norm of the whole gradient; all replicas call this together."""
         first = self._transport.rank == 0
-        counted = [part for name, part in self._parts.items() if self._shapes[name] or first]
+        counted = [part for name, part in self._local.items() if self._shapes[name] or first]
         own = get_total_norm([part.grad for part in counted if part.grad is not None])
         squares = own.to(self._transport.device, torch.float64).square().reshape(1)
         return self._transport.all_reduce(squares).wait()[0].sqrt()
 
-    def whole(self, name: str, value: Any) -> Any:
+    def gather(self, name: str, value: Any) -> Any:
         """Return what this replica has a part of, on the CPU of the first replica; all replicas call this together.
 
         Args:
@@ -46,7 +46,7 @@ class Shards:
             value: its part, or what an optimizer or an average keeps for it; unless it has the shape of the part, it is
                 returned as it is.
         """
-        part = self._parts.get(name)
+        part = self._local.get(name)
         if part is None or not self._shapes[name] or not isinstance(value, Tensor) or value.shape != part.shape:
             return value
         padded = value.new_zeros(self._rows(name), *value.shape[1:])
@@ -55,7 +55,7 @@ class Shards:
         self._transport.gather_into(flat, padded.flatten())
         return flat[: self._shapes[name].numel()].view(self._shapes[name]).cpu() if self._transport.rank == 0 else value
 
-    def cut(self, name: str, value: Any) -> Any:
+    def scatter(self, name: str, value: Any) -> Any:
         """Return this replica's part of `value`, if that has the shape of the whole parameter, or else `value`."""
         if not isinstance(value, Tensor) or not value.shape or value.shape != self._shapes.get(name):
             return value

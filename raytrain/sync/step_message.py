@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from raytrain.sync.buffers import BufferMean, floating_buffers
 
 
-class Rest:
+class StepMessage:
     """Packs numbers and buffers into one message.
 
     A buffer that the forward pass moves (the running mean of a BatchNorm) becomes the weighted mean of the replicas'.
@@ -33,7 +33,7 @@ class Rest:
             message[self._count :].mul_(weight)
         return message
 
-    def take(self, summed: Tensor) -> list[float]:
+    def unpack(self, summed: Tensor) -> list[float]:
         """Take the mean of the buffers, and return the sums of the numbers."""
         numbers: list[float] = summed[: self._count].tolist()
         self._buffers.unpack(summed[self._count :] / (numbers[0] or 1.0))

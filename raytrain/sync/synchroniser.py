@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from raytrain.sync.transport import Pending
+from raytrain.sync.transport import PendingWork
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class StepTotals:
     """What one step came to, over the replicas that it was exchanged with.
 
     Attributes:
@@ -30,22 +30,22 @@ class Synchroniser(Protocol):
     """Keeps replicas together through visible calls in the loop.
 
     Attributes:
-        apart: whether replicas differ between exchanges, so that each has a state of its own to save.
+        has_local_state: whether replicas differ between exchanges, so that each has a state of its own to save.
         bytes_sent: what this replica has put on the wire since `start`.
         exchange_seconds: how long its exchanges were under way since `start`, one after the other.
         waited_seconds: how long the loop has stood still for others since `start`.
     """
 
-    apart: bool
+    has_local_state: bool
     bytes_sent: int
     exchange_seconds: float
     waited_seconds: float
 
-    def start(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module) -> None:
         """Take the replica's parameters and buffers in hand; afterwards they equal those of the first replica."""
         ...
 
-    def begin(self, weight: float) -> float:
+    def set_weight(self, weight: float) -> float:
         """Learn the weight of this replica's losses in a step, before its first backward pass.
 
         Returns:
@@ -57,7 +57,7 @@ class Synchroniser(Protocol):
         """Learn that the last backward pass of the step comes next."""
         ...
 
-    def before_step(self, loss: float, stop: bool) -> Totals:
+    def before_step(self, loss: float, stop: bool) -> StepTotals:
         """Make the gradients ready for the optimizer.
 
         Args:
@@ -78,11 +78,11 @@ class Synchroniser(Protocol):
         """Complete what is under way; afterwards the replicas are equal."""
         ...
 
-    def shared(self) -> AbstractContextManager[None]:
+    def synced_parameters(self) -> AbstractContextManager[None]:
         """Let the module hold what is equal on all replicas inside the `with` block, to measure and to save it."""
         ...
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return what was decided along the way and belongs into the log."""
         ...
 
@@ -100,10 +100,10 @@ class Synchroniser(Protocol):
         ...
 
 
-class EveryStep:
+class StepSynchroniser:
     """The part of a synchroniser that has replicas equal after every step: nothing is under way, nothing is kept."""
 
-    apart = False
+    has_local_state = False
 
     def __init__(self) -> None:
         self.bytes_sent = 0
@@ -116,11 +116,11 @@ class EveryStep:
     def finish(self) -> None:
         """Do nothing."""
 
-    def shared(self) -> AbstractContextManager[None]:
+    def synced_parameters(self) -> AbstractContextManager[None]:
         """Change nothing: all is equal."""
         return nullcontext()
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return nothing: nothing is decided."""
         return {}
 
@@ -131,7 +131,7 @@ class EveryStep:
     def load_state_dict(self, state: Mapping[str, Any] | None, first: Mapping[str, Any]) -> None:
         """Take nothing."""
 
-    def _await(self, pending: Pending) -> None:
+    def _await(self, pending: PendingWork) -> None:
         started = time.perf_counter()
         pending.wait()
         self.waited_seconds += time.perf_counter() - started

@@ -1,6 +1,6 @@
 """Moving tensors between replicas: one process group of one's own, never the default one.
 
-Every operation starts at once and returns a `Pending`; a tensor given to one must not be touched until `wait` returns.
+Every operation starts at once and returns a `PendingWork`; a tensor given to one must not be touched until `wait` returns.
 """
 
 import datetime
@@ -18,14 +18,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 
-OWN_FAULTS = ("Invalid scalar type", "out of memory", "must be contiguous", "nsupported")
+LOCAL_FAULTS = ("Invalid scalar type", "out of memory", "must be contiguous", "nsupported")
 """Parts of the messages of errors that this replica makes by itself, and would make again."""
 
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 """The network interface that leads nowhere but to this machine."""
 
-MOST_MEMBERS = 1024
+MAX_MEMBERS = 1024
 """How many may ask for a connection to the store at once."""
 
 
@@ -33,7 +33,7 @@ class PeerLostError(RuntimeError):
     """An operation failed because another replica died, hung or left; this replica itself did nothing wrong."""
 
 
-class Pending(Protocol):
+class PendingWork(Protocol):
     """An operation under way.
 
     Attributes:
@@ -47,7 +47,7 @@ class Pending(Protocol):
         """From its start to its arrival; known after `wait`."""
         ...
 
-    def advance(self) -> bool:
+    def poll(self) -> bool:
         """Do what can be done without waiting, and return whether the result has arrived."""
         ...
 
@@ -74,27 +74,27 @@ class Transport(Protocol):
     device: torch.device
 
     @property
-    def waiting(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether this replica stands still for others just now."""
         ...
 
-    def all_reduce(self, flat: Tensor) -> Pending:
+    def all_reduce(self, flat: Tensor) -> PendingWork:
         """Sum `flat` over the replicas, in place; the result is equal to the bit on all of them."""
         ...
 
-    def all_gather(self, flat: Tensor) -> Pending:
+    def all_gather(self, flat: Tensor) -> PendingWork:
         """Return the `flat` of each replica, all of one shape, as shape (members, *flat.shape)."""
         ...
 
-    def all_to_all(self, rows: Tensor) -> Pending:
+    def all_to_all(self, rows: Tensor) -> PendingWork:
         """Send row i of `rows`, shape (members, n), to replica i; return the rows that came, in the replicas' order."""
         ...
 
-    def broadcast(self, flat: Tensor) -> Pending:
+    def broadcast(self, flat: Tensor) -> PendingWork:
         """Overwrite `flat` with that of the first replica."""
         ...
 
-    def lane(self) -> "Transport":
+    def new_channel(self) -> "Transport":
         """Return the same replicas, for operations that each of them may start before or after others' on this one.
 
         Every replica asks for its lanes in the same order; they close with this one.
@@ -106,8 +106,8 @@ class Transport(Protocol):
         ...
 
 
-class Arrived:
-    """A `Pending` that has nothing to wait for."""
+class CompletedWork:
+    """A `PendingWork` that has nothing to wait for."""
 
     bytes_sent = 0
     seconds = 0.0
@@ -115,7 +115,7 @@ class Arrived:
     def __init__(self, result: Tensor) -> None:
         self._result = result
 
-    def advance(self) -> bool:
+    def poll(self) -> bool:
         """Return that it has arrived."""
         return True
 
@@ -129,28 +129,28 @@ class LocalTransport:
 
     rank: int = 0
     members: tuple[int, ...] = (0,)
-    waiting = False
+    is_waiting = False
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
 
-    def all_reduce(self, flat: Tensor) -> Pending:
+    def all_reduce(self, flat: Tensor) -> PendingWork:
         """Return `flat`: the sum over one replica."""
-        return Arrived(flat)
+        return CompletedWork(flat)
 
-    def all_gather(self, flat: Tensor) -> Pending:
+    def all_gather(self, flat: Tensor) -> PendingWork:
         """Return `flat` with a dimension for the one replica."""
-        return Arrived(flat.unsqueeze(0))
+        return CompletedWork(flat.unsqueeze(0))
 
-    def all_to_all(self, rows: Tensor) -> Pending:
+    def all_to_all(self, rows: Tensor) -> PendingWork:
         """Return `rows`: the one replica's own."""
-        return Arrived(rows)
+        return CompletedWork(rows)
 
-    def broadcast(self, flat: Tensor) -> Pending:
+    def broadcast(self, flat: Tensor) -> PendingWork:
         """Return `flat`."""
-        return Arrived(flat)
+        return CompletedWork(flat)
 
-    def lane(self) -> "LocalTransport":
+    def new_channel(self) -> "LocalTransport":
         """Return itself: nothing is ever under way."""
         return self
 
@@ -187,7 +187,7 @@ def join_group(
 def _listening(host: str, port: int) -> int:
     """Return the file descriptor of a socket that takes connections at one address, for a store to own."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=MOST_MEMBERS).detach()
+    return socket.create_server((host, port), family=family, backlog=MAX_MEMBERS).detach()
 
 
 class GroupTransport:
@@ -202,30 +202,30 @@ class GroupTransport:
         self.rank = dist.get_rank()
         self.members = tuple(range(dist.get_world_size()))
         self.device = device
-        self._waits = False
-        self._lanes: list[GroupTransport] = []
+        self._is_waiting = False
+        self._channels: list[GroupTransport] = []
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         self._group: dist.ProcessGroup | None = dist.new_group(timeout=self._timeout)
-        self._apart: dist.ProcessGroup | None = None
+        self._mesh_group: dist.ProcessGroup | None = None
 
     @property
-    def waiting(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether this replica stands still, here or in a lane."""
-        return self._waits or any(lane.waiting for lane in self._lanes)
+        return self._is_waiting or any(lane.is_waiting for lane in self._channels)
 
-    def lane(self) -> "GroupTransport":
+    def new_channel(self) -> "GroupTransport":
         """Return another process group."""
-        self._lanes.append(GroupTransport(self.device, self._timeout.total_seconds()))
-        return self._lanes[-1]
+        self._channels.append(GroupTransport(self.device, self._timeout.total_seconds()))
+        return self._channels[-1]
 
-    def all_reduce(self, flat: Tensor) -> Pending:
+    def all_reduce(self, flat: Tensor) -> PendingWork:
         """Sum `flat` in place (a ring moves each byte 2 (n - 1) / n times)."""
         size = len(self.members)
         return self._start(
             lambda: dist.all_reduce(flat, group=self._group, async_op=True), flat, 2 * (size - 1) / size * _bytes(flat)
         )
 
-    def all_gather(self, flat: Tensor) -> Pending:
+    def all_gather(self, flat: Tensor) -> PendingWork:
         """Return all `flat`, stacked."""
         size = len(self.members)
         all_flat = flat.new_empty((size, *flat.shape))
@@ -234,7 +234,7 @@ class GroupTransport:
             lambda: dist.all_gather(parts, flat, group=self._group, async_op=True), all_flat, (size - 1) * _bytes(flat)
         )
 
-    def all_to_all(self, rows: Tensor) -> Pending:
+    def all_to_all(self, rows: Tensor) -> PendingWork:
         """Send each row to its replica."""
         size, received = len(self.members), torch.empty_like(rows)
         return self._start(
@@ -243,7 +243,7 @@ class GroupTransport:
             (size - 1) / size * _bytes(rows),
         )
 
-    def broadcast(self, flat: Tensor) -> Pending:
+    def broadcast(self, flat: Tensor) -> PendingWork:
         """Overwrite `flat` with rank 0's."""
         sent = _bytes(flat) if self.rank == 0 else 0
         # As bytes, because gloo knows few types; what is not contiguous is of a type that it knows, or gloo will say.
@@ -256,14 +256,14 @@ class GroupTransport:
         Returns:
             The bytes sent. On a GPU the call returns at once, and what comes after it on the GPU waits.
         """
-        with self.waits(time.monotonic()):
+        with self.waiting_since(time.monotonic()):
             # As bytes, because gloo knows few types.
             dist.all_gather_single(whole.view(torch.uint8), part.view(torch.uint8), group=self._group)
         return (len(self.members) - 1) * _bytes(part)
 
     def reduce_scatter(self, part: Tensor, whole: Tensor) -> int:
         """Put this replica's part of the sum of all `whole` into `part`; otherwise like `gather_into`."""
-        with self.waits(time.monotonic()):
+        with self.waiting_since(time.monotonic()):
             if self.device.type == "cpu":  # gloo's own sums everything everywhere: twice the bytes
                 received = torch.empty_like(whole)
                 dist.all_to_all_single(received, whole, group=self._group)
@@ -278,39 +278,39 @@ class GroupTransport:
         A group that FSDP keeps would not close when this replica leaves, so the description is of a group apart: what
         is sent goes through the transport.
         """
-        if self._apart is None:
-            with self.waits(time.monotonic()):
-                self._apart = dist.new_group(timeout=self._timeout)
-        return DeviceMesh.from_group(self._apart, self.device.type)
+        if self._mesh_group is None:
+            with self.waiting_since(time.monotonic()):
+                self._mesh_group = dist.new_group(timeout=self._timeout)
+        return DeviceMesh.from_group(self._mesh_group, self.device.type)
 
     def close(self) -> None:
         """Close the connections, which gloo does when nothing refers to the group any more."""
-        for lane in self._lanes:
+        for lane in self._channels:
             lane.close()
         group, self._group = self._group, None
         dist.destroy_process_group(group)
         del group
-        if self._apart is not None:
-            dist.destroy_process_group(self._apart)
+        if self._mesh_group is not None:
+            dist.destroy_process_group(self._mesh_group)
         gc.collect()  # the hooks on parameters refer to exchanges under way, and these to the group
 
-    def _start(self, launch: Callable[[], dist.Work], result: Tensor, bytes_sent: float) -> Pending:
+    def _start(self, launch: Callable[[], dist.Work], result: Tensor, bytes_sent: float) -> PendingWork:
         started = time.monotonic()
         with _lost(started):
-            return _Work(self, launch(), result, int(bytes_sent), started)
+            return _GroupWork(self, launch(), result, int(bytes_sent), started)
 
     @contextmanager
-    def waits(self, started: float) -> Iterator[None]:
+    def waiting_since(self, started: float) -> Iterator[None]:
         """Say inside the `with` block that this replica waits, and what it means if that fails."""
-        self._waits = True
+        self._is_waiting = True
         try:
             with _lost(started):
                 yield
         finally:
-            self._waits = False
+            self._is_waiting = False
 
 
-class _Work:
+class _GroupWork:
     def __init__(
         self, transport: GroupTransport, work: dist.Work, result: Tensor, bytes_sent: int, started: float
     ) -> None:
@@ -326,12 +326,12 @@ class _Work:
     def _arrive(self, _: object) -> None:
         self.seconds = time.monotonic() - self._started
 
-    def advance(self) -> bool:
+    def poll(self) -> bool:
         return self._work is None or self._work.is_completed()
 
     def wait(self) -> Tensor:
         work, self._work = self._work, None  # a finished operation must not keep the connections open
-        with self._transport.waits(self._started):
+        with self._transport.waiting_since(self._started):
             if work is not None:
                 work.wait()
             # NCCL's wait only holds the GPU; a hang of another must be seen to be no hang of ours.
@@ -347,7 +347,7 @@ def _lost(started: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if any(sign in str(error) for sign in OWN_FAULTS):
+        if any(sign in str(error) for sign in LOCAL_FAULTS):
             raise
         waited = time.monotonic() - started
         raise PeerLostError(

@@ -14,15 +14,15 @@ from ray.exceptions import RayError, RayTaskError
 
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
-from raytrain.launch.resources import Machine
+from raytrain.launch.resources import Node
 from raytrain.launch.version import fingerprint
 from raytrain.recipe import Recipe
-from raytrain.run.directory import elsewhere
+from raytrain.run.directory import host_suffix
 from search.launch.trial_actor import Beat, TrialActor, TrialOptions
 from search.scheduling.driver import SegmentEnd
 from search.scheduling.work import Cause, Failed, Work
 
-LOOK_SECONDS = 0.1
+SLOT_POLL_SECONDS = 0.1
 """How long the pool waits for a segment to end before it looks at the clock."""
 ASK_SECONDS = 0.5
 """How often a slot is asked for a sign of progress."""
@@ -54,7 +54,7 @@ class SlotResources:
         return max(1, int(self.cpus))
 
 
-def slot_count(wanted: int, most: int, each: SlotResources, machines: Sequence[Machine]) -> int:
+def slot_count(wanted: int, most: int, each: SlotResources, machines: Sequence[Node]) -> int:
     """Return how many slots to start.
 
     Args:
@@ -147,7 +147,7 @@ class Slot:
 
     def failure(self, cause: Cause, message: str) -> Failed:
         """Return the failure of the segment."""
-        return Failed(self.work.attempt if self.work else "", cause, message + elsewhere(self._host))
+        return Failed(self.work.attempt if self.work else "", cause, message + host_suffix(self._host))
 
     def silent_for(self, seconds: float) -> Failed | None:
         """Return what to make of a segment without a sign of progress for some time; None for one with such a sign."""
@@ -227,7 +227,7 @@ class SlotPool:
         pending = {slot.pending: slot for slot in self._slots if slot.pending is not None}
         if not pending:
             return []
-        ready, _ = ray.wait(list(pending), timeout=LOOK_SECONDS)
+        ready, _ = ray.wait(list(pending), timeout=SLOT_POLL_SECONDS)
         ends = [(slot.work, self._end(slot)) for slot in map(pending.__getitem__, ready)]
         for slot in list(self._slots):
             if failure := slot.silent_for(self._timeout_seconds):

@@ -8,16 +8,16 @@ from threading import Event
 
 import torch
 
-from raytrain.run.checkpoint import reading
+from raytrain.run.checkpoint import checkpoint_errors
 from raytrain.serialization import pack, unpack
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
-from raytrain.training.build import callbacks_of, plan_of, task_of, trainable
-from raytrain.training.callbacks import check_finite, constants_of
+from raytrain.training.build import build_task, load_callbacks, loop_config, trainable
+from raytrain.training.callbacks import check_finite, non_finite_buffers
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import Replica, inherit, plain, progress_from, state_of
+from raytrain.training.replica import Replica, inherit, progress_from_dict, progress_to_dict, state_of
 from raytrain.training.segment import segment
 from search.scheduling.driver import SegmentEnd
 from search.scheduling.work import Work
@@ -44,7 +44,7 @@ class Trial:
     def __init__(self, base: TrainRecipe, device: torch.device, beat: Callable[[int], None]) -> None:
         self.stop = Event()
         self._base = base
-        self._exchange = ExactExchange(LocalTransport(device))
+        self._exchange = ExactAverager(LocalTransport(device))
         self._beat = beat
         self._task: tuple[object, Task] | None = None
 
@@ -57,11 +57,11 @@ class Trial:
         recipe = self._base.with_overrides({"seed": work.seed, **work.changes, **ONCE})
         task, replica = self._start(recipe, work, packed)
         watch = SegmentWatch(recipe, task, self._exchange, self.stop, self._beat)
-        constants = constants_of(replica.module)
+        constants = non_finite_buffers(replica.module)
         segment(recipe, task, replica, work.until, watch)
         state, step = state_of(replica), replica.progress.step
         check_finite(state["model"], constants, step)
-        progress = {**plain(replica.progress), **NO_TIMES}
+        progress = {**progress_to_dict(replica.progress), **NO_TIMES}
         return SegmentEnd(pack({"replica": state, "progress": progress}), step, watch.metrics)
 
     def _start(self, recipe: TrainRecipe, work: Work, packed: bytes | None) -> tuple[Task, Replica]:
@@ -71,16 +71,16 @@ class Trial:
         replica = trainable(recipe, task, self._exchange, new=packed is None, beat=beat)
         if packed is not None:
             state = unpack(packed)
-            with reading(work.snapshot.digest):
+            with checkpoint_errors(work.snapshot.digest):
                 inherit(replica, state["replica"], state["replica"], work.snapshot.digest)
-            replica.progress = replace(progress_from(state["progress"], work.snapshot.digest), status="running")
+            replica.progress = replace(progress_from_dict(state["progress"], work.snapshot.digest), status="running")
         beat()
         return task, replica
 
     def _task_of(self, recipe: TrainRecipe) -> Task:
         """Return the recipe's task: that of the last segment, if its options are the same."""
         if self._task is None or self._task[0] != recipe.task:
-            self._task = (recipe.task, task_of(recipe))
+            self._task = (recipe.task, build_task(recipe))
         return self._task[1]
 
 
@@ -99,7 +99,7 @@ class SegmentWatch:
     """
 
     def __init__(
-        self, recipe: TrainRecipe, task: Task, exchange: ExactExchange, stop: Event, beat: Callable[[int], None]
+        self, recipe: TrainRecipe, task: Task, exchange: ExactAverager, stop: Event, beat: Callable[[int], None]
     ) -> None:
         self.metrics: Mapping[str, float] = {}
         self._measure = partial(
@@ -108,9 +108,9 @@ class SegmentWatch:
             examples=task.data("valid"),
             batch=recipe.evaluation.batch,
             exchange=exchange,
-            autocast=plan_of(recipe).autocast,
+            autocast=loop_config(recipe).autocast,
         )
-        self._callbacks = callbacks_of(recipe)
+        self._callbacks = load_callbacks(recipe)
         self._stop = stop
         self._beat = beat
 
@@ -126,7 +126,7 @@ class SegmentWatch:
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Measure the whole held-out split, with the averaged weights if there are any."""
-        with replica.sync.shared(), replica.ema.applied() if replica.ema else nullcontext():
+        with replica.sync.synced_parameters(), replica.ema.applied() if replica.ema else nullcontext():
             metrics = self._measure(module=replica.module, beat=partial(self._beat, replica.progress.step))
         self.metrics = metrics
         return metrics

@@ -12,12 +12,12 @@ from raytrain.errors import RecipeError
 from raytrain.kinds import load_kinds
 from raytrain.recipe import declared_options, read_toml
 from raytrain.registry import line_about, resolve
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import TASKS, Task, make_task, options_of_task
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
-from raytrain.training.evaluation import measure
+from raytrain.training.evaluation import measure_batch
 
 
 def entries() -> Iterator[Any]:
@@ -88,7 +88,7 @@ def test_tasks(task: Task) -> None:
         losses.sum().backward()
         assert all(parameter.grad is not None for parameter in one.parameters())
     with torch.no_grad():
-        measured = measure(task, one.eval(), batch, 3)
+        measured = measure_batch(task, one.eval(), batch, 3)
         losses = task.losses(one, batch)
     assert task.metric in measured
     assert all(count > 0 for _, count in measured.values())
@@ -168,13 +168,13 @@ def test_synchronisers_keep_replicas_equal(name: str) -> None:
 
     def replica(transport: ThreadTransport) -> tuple[list[bool], list[torch.Tensor]]:
         module = TinyModel(TinyOptions(name="tiny", norm=True))
-        sync = factory(ExactExchange(transport), options)
-        sync.start(module)
+        sync = factory(ExactAverager(transport), options)
+        sync.attach(module)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         stops, shared = [], []
         for step in range(9):
             x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step * 10 + transport.rank))
-            sync.begin(5.0)
+            sync.set_weight(5.0)
             sync.before_backward()
             loss = module(x).square().mean()
             loss.backward()
@@ -182,7 +182,7 @@ def test_synchronisers_keep_replicas_equal(name: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             sync.after_step(1.0)
-            with sync.shared():
+            with sync.synced_parameters():
                 shared += [value.detach().clone() for value in module.parameters()]
         sync.state_dict()
         sync.finish()

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from raytrain.errors import RecipeError
 from raytrain.launch.resources import (
     MOST_ACTORS,
+    CpuShare,
     Node,
-    Share,
+    allocate_cpus,
     check_reachable,
     cpus_per_worker,
-    machines_for,
-    share_cpus,
+    eligible_nodes,
 )
 
 
@@ -42,25 +42,25 @@ def test_the_message_says_what_would_fit() -> None:
 @pytest.mark.parametrize(
     ("machines", "workers", "cpus", "actors", "expected"),
     [
-        ([1.0], 1, 0, 0, Share(1, 1, 0)),  # nothing left: they share
-        ([2.0], 1, 0, 0, Share(1, 1, 1)),
-        ([2.0], 2, 0, 0, Share(1, 1, 0)),
-        ([2.0], 1, 2, 0, Share(2, 1, 0)),
-        ([2.0], 1, 0, 3, Share(2, 3, 0)),
-        ([4.0], 1, 0, 0, Share(3, 1, 1)),
-        ([4.0], 1, 1, 0, Share(1, 3, 1)),
-        ([4.0], 1, 0, 2, Share(2, 2, 1)),
-        ([64.0], 1, 1, 0, Share(1, MOST_ACTORS, 1)),
-        ([8.0, 8.0], 1, 0, 0, Share(8, 8, 1)),  # on the other machine
-        ([8.0, 8.0], 2, 0, 0, Share(7, 1, 1)),
-        ([8.0, 8.0], 2, 4, 0, Share(4, 4, 1)),
-        ([4.0], 2, 0.5, 0, Share(0.5, 1, 1)),
+        ([1.0], 1, 0, 0, CpuShare(1, 1, 0)),  # nothing left: they share
+        ([2.0], 1, 0, 0, CpuShare(1, 1, 1)),
+        ([2.0], 2, 0, 0, CpuShare(1, 1, 0)),
+        ([2.0], 1, 2, 0, CpuShare(2, 1, 0)),
+        ([2.0], 1, 0, 3, CpuShare(2, 3, 0)),
+        ([4.0], 1, 0, 0, CpuShare(3, 1, 1)),
+        ([4.0], 1, 1, 0, CpuShare(1, 3, 1)),
+        ([4.0], 1, 0, 2, CpuShare(2, 2, 1)),
+        ([64.0], 1, 1, 0, CpuShare(1, MOST_ACTORS, 1)),
+        ([8.0, 8.0], 1, 0, 0, CpuShare(8, 8, 1)),  # on the other machine
+        ([8.0, 8.0], 2, 0, 0, CpuShare(7, 1, 1)),
+        ([8.0, 8.0], 2, 4, 0, CpuShare(4, 4, 1)),
+        ([4.0], 2, 0.5, 0, CpuShare(0.5, 1, 1)),
     ],
 )
 def test_actors_that_prepare_data_get_what_the_workers_leave(
-    machines: list[float], workers: int, cpus: float, actors: int, expected: Share
+    machines: list[float], workers: int, cpus: float, actors: int, expected: CpuShare
 ) -> None:
-    assert share_cpus(machines, workers, cpus, actors, 1.0) == expected
+    assert allocate_cpus(machines, workers, cpus, actors, 1.0) == expected
 
 
 @given(
@@ -73,9 +73,9 @@ def test_workers_and_actors_fit_together(machines: list[float], workers: int, ac
     """Or Ray would wait for ever."""
     if sum(machines) < workers:
         with pytest.raises(RecipeError, match="do not fit"):
-            share_cpus(machines, workers, 0, actors, actor_cpus)
+            allocate_cpus(machines, workers, 0, actors, actor_cpus)
         return
-    share = share_cpus(machines, workers, 0, actors, actor_cpus)
+    share = allocate_cpus(machines, workers, 0, actors, actor_cpus)
     assert workers * share.total <= sum(machines)
     assert share.actors == actors or (not actors and share.actors >= 1)
     assert share.cpus >= 1
@@ -99,7 +99,7 @@ def test_strict_placements_get_no_more_than_ray_can_place(cpus: list[float], wor
 
     def given_cpus(placement: str) -> float:
         try:
-            return cpus_per_worker(machines_for(nodes, workers, {}, {}, placement), workers, 0)
+            return cpus_per_worker(eligible_nodes(nodes, workers, {}, {}, placement), workers, 0)
         except RecipeError:
             return 0
 
@@ -125,7 +125,7 @@ def test_strict_placements_get_no_more_than_ray_can_place(cpus: list[float], wor
 def test_strict_placements_that_cannot_be_are_refused(placement: str, message: str) -> None:
     nodes: list[Node] = [({"CPU": 8.0, "GPU": 2.0}, {}), ({"CPU": 8.0, "GPU": 1.0}, {})]
     with pytest.raises(RecipeError) as caught:
-        machines_for(nodes, 3, {"GPU": 1.0}, {}, placement)
+        eligible_nodes(nodes, 3, {"GPU": 1.0}, {}, placement)
     assert str(caught.value) == message
 
 
@@ -162,7 +162,7 @@ def test_workers_are_given_no_more_cpus_than_ray_can_place(
         )
 
     try:
-        cpus = cpus_per_worker(machines_for(nodes, workers, each, {}), workers, 0)
+        cpus = cpus_per_worker(eligible_nodes(nodes, workers, each, {}), workers, 0)
     except RecipeError:
         assert places(1) < workers
     else:
@@ -181,7 +181,7 @@ def test_workers_are_given_no_more_cpus_than_ray_can_place(
     ],
 )
 def test_labels_choose_machines(wanted: dict[str, str], expected: list[int]) -> None:
-    assert machines_for(MIXED, 1, {}, wanted) == expected
+    assert eligible_nodes(MIXED, 1, {}, wanted) == expected
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_what_no_machine_has_is_told(
     workers: int, each: dict[str, float], labels: dict[str, str], message: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        machines_for(MIXED, workers, each, labels)
+        eligible_nodes(MIXED, workers, each, labels)
     assert str(caught.value) == message
 
 

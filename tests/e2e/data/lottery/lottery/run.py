@@ -11,8 +11,8 @@ from lottery.recipe import LotteryRecipe
 from lottery.results import result_of, trained
 from raytrain.kinds import Order
 from raytrain.launch.supervise import supervise
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.run.progress import Display, Wording
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.progress import ProgressDisplay, Wording
 from raytrain.run.result import Result
 
 
@@ -31,7 +31,7 @@ def run(recipe: LotteryRecipe, order: Order) -> Result:
         directory,
         recipe.to_toml(),
         partial(joined, recipe, directory),
-        Display(directory, recipe.draws, WORDING),
+        ProgressDisplay(directory, recipe.draws, WORDING),
         partial(result_of, recipe, directory),
         resume=order.resume,
     )
@@ -58,8 +58,8 @@ class Drawing(threading.Thread):
     def run(self) -> None:
         """Draw."""
         try:
-            done = len(rows(self._directory.metrics))
-            self._directory.announce(self._recipe.to_toml(), done, [{"pid": os.getpid()}])
+            done = len(read_jsonl(self._directory.metrics))
+            self._directory.record_attempt(self._recipe.to_toml(), done, [{"pid": os.getpid()}])
             for seed in range(done + 1, self._recipe.draws + 1):
                 if self._closed.is_set() or self._directory.stop_requested():
                     break
