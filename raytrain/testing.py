@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from raytrain.run.directory import RunDirectory
 from raytrain.run.watchdog import Watchdog
-from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Pending
+from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, PendingWork
 from raytrain.tasks.task import Task, TaskOptions
-from raytrain.training.loader import Feeds, local_feed
+from raytrain.training.loader import LoaderFactory, local_loader
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
-from raytrain.training.worker import work
+from raytrain.training.worker import run_worker
 
 Answer = TypeVar("Answer")
 WAIT_SECONDS = 60.0
@@ -80,30 +80,30 @@ class ThreadTransport:
         self.rank = rank
         self.members = tuple(range(group.size))
         self.device = torch.device("cpu")
-        self.waiting = False
+        self.is_waiting = False
         self._group = group
         self._name = name
-        self._lanes = 0
+        self._channels = 0
         self._operations = 0
 
-    def lane(self) -> "ThreadTransport":
+    def new_channel(self) -> "ThreadTransport":
         """Return the same replicas, with operations of their own."""
-        self._lanes += 1
-        return ThreadTransport(self._group, self.rank, (*self._name, self._lanes))
+        self._channels += 1
+        return ThreadTransport(self._group, self.rank, (*self._name, self._channels))
 
-    def all_reduce(self, flat: Tensor) -> Pending:
+    def all_reduce(self, flat: Tensor) -> PendingWork:
         """Sum in place."""
         return self._start(flat, lambda parts: flat.copy_(sum(parts[1:], start=parts[0])))
 
-    def all_gather(self, flat: Tensor) -> Pending:
+    def all_gather(self, flat: Tensor) -> PendingWork:
         """Return all, stacked."""
         return self._start(flat, torch.stack)
 
-    def all_to_all(self, rows: Tensor) -> Pending:
+    def all_to_all(self, rows: Tensor) -> PendingWork:
         """Take the rows that are for this replica."""
         return self._start(rows, lambda parts: torch.stack([part[self.rank] for part in parts]))
 
-    def broadcast(self, flat: Tensor) -> Pending:
+    def broadcast(self, flat: Tensor) -> PendingWork:
         """Overwrite with the first replica's."""
         return self._start(flat, lambda parts: flat.copy_(parts[0]))
 
@@ -113,7 +113,7 @@ class ThreadTransport:
             self._group.left.add(self.rank)
             self._group.changed.notify_all()
 
-    def _start(self, flat: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Pending:
+    def _start(self, flat: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> PendingWork:
         self._operations += 1
         with self._group.changed:
             given = self._group.given.setdefault((*self._name, -self._operations), {})
@@ -133,7 +133,7 @@ class _Gathered:
         self._given = given
         self._combine = combine
 
-    def advance(self) -> bool:
+    def poll(self) -> bool:
         return len(self._given) == self._group.size
 
     def wait(self) -> Tensor:
@@ -254,17 +254,19 @@ def tiny(options: TinyOptions) -> Task:
     return Task(model=model, data=data, losses=losses, weights=lambda batch: batch["weight"])
 
 
-def train_here(recipe: TrainRecipe, folder: Path, feeds: Feeds = local_feed, device: str = "cpu") -> RunDirectory:
+def train_here(
+    recipe: TrainRecipe, folder: Path, make_loader: LoaderFactory = local_loader, device: str = "cpu"
+) -> RunDirectory:
     """Train in this process, as the only worker."""
     run = _begun(recipe, folder)
-    work(recipe, run, LocalTransport(torch.device(device)), beat=_nothing, feeds=feeds)
+    run_worker(recipe, run, LocalTransport(torch.device(device)), heartbeat=_nothing, make_loader=make_loader)
     return run
 
 
 def train_with_threads(recipe: TrainRecipe, folder: Path) -> RunDirectory:
     """Train with workers that are threads of this process."""
     run = _begun(recipe, folder)
-    ThreadGroup(recipe.workers).run(lambda transport: work(recipe, run, transport, beat=_nothing))
+    ThreadGroup(recipe.workers).run(lambda transport: run_worker(recipe, run, transport, heartbeat=_nothing))
     return run
 
 
@@ -300,8 +302,8 @@ def forks() -> ForkServerContext:
 
 def _begun(recipe: TrainRecipe, folder: Path) -> RunDirectory:
     run = RunDirectory(folder)
-    with run.opened(resume=run.recipe.is_file()):
-        run.begin(recipe.to_toml())
+    with run.session(resume=run.recipe.is_file()):
+        run.prepare(recipe.to_toml())
     return run
 
 
@@ -322,8 +324,8 @@ def _gloo_worker(
 def _gloo_run(rank: int, recipe: TrainRecipe, run: RunDirectory) -> None:
     seconds = recipe.sync.timeout_seconds
     transport = GroupTransport(torch.device("cpu"), seconds)
-    with Watchdog(run.path / f"hang-{rank}.txt", seconds, lambda: transport.waiting) as watchdog:
-        work(recipe, run, transport, watchdog.beat)
+    with Watchdog(run.path / f"hang-{rank}.txt", seconds, lambda: transport.is_waiting) as watchdog:
+        run_worker(recipe, run, transport, watchdog.heartbeat)
 
 
 def _nothing(*_: object) -> None:

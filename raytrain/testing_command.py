@@ -71,9 +71,9 @@ def _command(words: list[str], folder: str, environment: dict[str, str], output:
     sys.argv = ["raytrain", *words]
     # Who only starts it needs neither.
     from raytrain.cli.main import main  # noqa: PLC0415
-    from raytrain.launch.private_cluster import read_environment_anew  # noqa: PLC0415
+    from raytrain.launch.private_cluster import reload_ray_environment  # noqa: PLC0415
 
-    read_environment_anew()
+    reload_ray_environment()
     try:
         main()
     finally:

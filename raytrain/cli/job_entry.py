@@ -21,7 +21,7 @@ JOB_LOG = "job-driver-"
 SERVE_SECONDS = 6 * 3600.0  # for who does not end it
 
 
-def main() -> None:
+def run_entry() -> None:
     """Run or serve, and exit as the command `raytrain` does."""
     parser = argparse.ArgumentParser(prog="raytrain.cli.job_entry")
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -37,17 +37,17 @@ def main() -> None:
     out = Path(options.out).expanduser()
     try:
         if options.verb == "run":
-            status = run(options.words, out, options.store, options.code)
+            status = run_job(options.words, out, options.store, options.code)
         else:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-            status = serve(out, _log_folder() / options.place, SERVE_SECONDS)
+            status = serve_run(out, _log_folder() / options.place, SERVE_SECONDS)
     except RaytrainError as error:
         print(f"raytrain: {error}", file=sys.stderr)
         status = error.exit_status
     sys.exit(status)
 
 
-def run(words: list[str], out: Path, store_url: str | None, code: str) -> int:
+def run_job(words: list[str], out: Path, store_url: str | None, code: str) -> int:
     """Run the command, then copy the run's folder to the store, however the run ended; return the exit status.
 
     Raises:
@@ -98,7 +98,7 @@ def _stored(store: Store, url: str, out: Path) -> bool:
     return True
 
 
-def serve(out: Path, place: Path, seconds: float) -> int:
+def serve_run(out: Path, place: Path, seconds: float) -> int:
     """Let Ray's dashboard, which serves the files among its logs, serve a run's files for a while.
 
     Args:
@@ -141,4 +141,4 @@ def _log_folder() -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry()

@@ -10,16 +10,15 @@ import click
 import typer
 from rich.console import Console
 
-from raytrain.cli.request import Commands, Request, checked, words_of
-from raytrain.errors import RecipeError, TrainingError
+from raytrain.cli.request import Commands, Request, check_request, request_fields
+from raytrain.errors import INTERRUPTED, RecipeError, TrainingError
 from raytrain.launch.jobs.job import (
-    INTERRUPTED,
     Job,
-    Log,
+    JobLog,
+    describe_outcome,
     new_id,
-    place,
-    taken_files,
-    trouble,
+    run_location,
+    uploaded_files,
 )
 from raytrain.provenance import refuse_code
 from raytrain.recipe import read_toml
@@ -27,10 +26,10 @@ from raytrain.terminal import mib, plain, plain_line
 
 if TYPE_CHECKING:
     from raytrain.launch.jobs.client import JobServer
-    from raytrain.launch.jobs.storage import Source
+    from raytrain.launch.jobs.storage import RunSource
     from raytrain.launch.jobs.upload import Upload
 
-Address = Annotated[
+DashboardAddress = Annotated[
     str | None,
     typer.Option(metavar="URL", help="The cluster's dashboard [default: $RAY_API_SERVER_ADDRESS, or on this machine]."),
 ]
@@ -38,7 +37,7 @@ JobName = Annotated[str, typer.Argument(metavar="JOB")]
 Detach = Annotated[bool, typer.Option("--detach", "--no-follow", help="Leave the job alone once it is submitted.")]
 WithCode = Annotated[bool, typer.Option("--with-code", help="Take this machine's raytrain along, and use it there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List what the job would take along; submit nothing.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the job's words name.")]
+TrustJob = Annotated[bool, typer.Option("--trust", help="Run the code that the job's words name.")]
 Storage = Annotated[
     str | None,
     typer.Option(
@@ -58,10 +57,10 @@ jobs_app = typer.Typer(
 )
 
 
-def add_verbs(commands: Commands) -> None:
+def add_job_commands(commands: Commands) -> None:
     """Add the verbs to the command."""
     commands.app.add_typer(jobs_app, name="jobs")
-    commands.app.command()(fetch)
+    commands.app.command(name="fetch")(fetch_job)
     _add_submit(commands)
     _add_resume(commands)
 
@@ -70,7 +69,7 @@ def _add_submit(commands: Commands) -> None:
     @commands.app.command(context_settings={"allow_interspersed_args": False})
     def submit(
         words: Annotated[list[str], typer.Argument(metavar="-- train RECIPE [FIELD=VALUE]...")],
-        address: Address = None,
+        address: DashboardAddress = None,
         storage: Storage = None,
         name: Annotated[str | None, typer.Option(help="Begins the job's name [default: that of the recipe].")] = None,
         detach: Detach = False,
@@ -83,11 +82,11 @@ def _add_submit(commands: Commands) -> None:
         The job takes the current folder along, without runs/, .venv/, .git/, what .gitignore names, links out of it,
         and what may hold secrets: .env, .ssh, *.pem and the like.
         """
-        request = checked(commands, words)
+        request = check_request(commands, words)
         if request.resume and request.out is None:
             raise RecipeError("--resume: raytrain jobs resume JOB goes on with a run that is on the cluster")
         job = new_id(name or request.name)
-        run, store = place(job, request.out, storage)
+        run, store = run_location(job, request.out, storage)
         if dry_run:
             return _show_upload(request.upload)
         words_there = (*request.words, "--resume") if request.resume else request.words
@@ -99,18 +98,18 @@ def _add_resume(commands: Commands) -> None:
     def resume(
         job: JobName,
         more: Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")] = None,
-        address: Address = None,
+        address: DashboardAddress = None,
         detach: Detach = False,
         with_code: WithCode = False,
-        trust: Trust = False,
+        trust: TrustJob = False,
     ) -> int:
         """Go on with a job's run where it is on the cluster, as a new job, from the newest complete checkpoint."""
         server = _server(address)
         old = server.job(job)
         words = [word for word in old.words if word not in ("--resume", "--trust")]
         if not trust:
-            refuse_code(words_of(commands, words), f"{job} may be anybody's job")
-        request = checked(commands, [*words, *(more or []), *(["--trust"] if trust else [])])
+            refuse_code(request_fields(commands, words), f"{job} may be anybody's job")
+        request = check_request(commands, [*words, *(more or []), *(["--trust"] if trust else [])])
         name = new_id(old.id.rpartition("-")[0])
         store = f"{old.store.rpartition('/')[0]}/{name}" if old.store else ""
         new = Job(name, (*request.words, "--resume"), old.run, store, with_code or old.with_code)
@@ -118,7 +117,7 @@ def _add_resume(commands: Commands) -> None:
 
 
 @jobs_app.callback()
-def list_jobs(context: typer.Context, address: Address = None) -> None:
+def list_jobs(context: typer.Context, address: DashboardAddress = None) -> None:
     """List the jobs of a cluster; or follow, stop or resume one."""
     if context.invoked_subcommand is not None:
         if address is not None:
@@ -136,16 +135,16 @@ def list_jobs(context: typer.Context, address: Address = None) -> None:
         print(f"{job.id:<{width}}  {job.status:<9}  {began}  {took:>8}  {plain_line(shlex.join(job.words))}")
 
 
-@jobs_app.command()
-def follow(job: JobName, address: Address = None) -> int:
+@jobs_app.command(name="follow")
+def follow_job(job: JobName, address: DashboardAddress = None) -> int:
     """Show a job's log until it ends, and return its exit status."""
     server = _server(address)
     server.job(job)
     return _follow(server, job)
 
 
-@jobs_app.command()
-def stop(job: JobName, address: Address = None) -> int:
+@jobs_app.command(name="stop")
+def stop_job(job: JobName, address: DashboardAddress = None) -> int:
     """Stop a job: it saves a checkpoint and ends."""
     server = _server(address)
     found = server.job(job)
@@ -161,10 +160,10 @@ def stop(job: JobName, address: Address = None) -> int:
     return 0
 
 
-def fetch(
+def fetch_job(
     job: Annotated[str, typer.Argument(metavar="JOB")],
     folder: Annotated[Path | None, typer.Argument(metavar="[DIR]")] = None,
-    address: Address = None,
+    address: DashboardAddress = None,
 ) -> None:
     """Bring a job's run to the folder DIR, by default runs/JOB, and verify it.
 
@@ -174,15 +173,15 @@ def fetch(
 
     name = job.rstrip("/").rpartition("/")[2]
     target = folder or Path("runs") / name
-    transfer.fetch(_stored(job) if "/" in job else _left_by(_server(address), job), target, _say)
+    transfer.fetch_run(_stored(job) if "/" in job else _left_by(_server(address), job), target, _say)
     _say(f"the run of {name} is in {target}; each of its files is as it was there")
     raw = read_toml(str(target), [])[0] if (target / "recipe.toml").is_file() else {}
-    if there := taken_files(raw):
+    if there := uploaded_files(raw):
         here = " ".join(f"{field}={file}" for field, file in there.items())
         _say(f"its recipe names files as the job found them; here, add: {here}")
 
 
-def _stored(place_of_run: str) -> "Source":
+def _stored(place_of_run: str) -> "RunSource":
     """Return where to read a run from, by the folder or URL where it was left."""
     from raytrain.launch.jobs.storage import Folder, Store, check_storage  # noqa: PLC0415 - slow to import
 
@@ -194,7 +193,7 @@ def _stored(place_of_run: str) -> "Source":
     return Folder(Path(where))
 
 
-def _left_by(server: "JobServer", name: str) -> "Source":
+def _left_by(server: "JobServer", name: str) -> "RunSource":
     """Return where to read a job's run from: a store, a folder that this machine shares, or the cluster."""
     from raytrain.launch.jobs.cluster_folder import ClusterFolder  # noqa: PLC0415 - slow to import
     from raytrain.launch.jobs.storage import Folder, Store, check_storage  # noqa: PLC0415
@@ -248,7 +247,7 @@ def _follow(server: "JobServer", name: str) -> int:
         job = _looked_on(server, name)
     except RecipeError as error:
         raise TrainingError(str(error)) from error
-    _say(f"{name}: {trouble(job) or 'succeeded'}")
+    _say(f"{name}: {describe_outcome(job) or 'succeeded'}")
     if job.began and job.exit_status != RecipeError.exit_status:  # else there is no run
         if job.exit_status:
             _say(f"go on from its newest checkpoint with: {_line(server, 'jobs resume', name)}")
@@ -260,7 +259,7 @@ def _follow(server: "JobServer", name: str) -> int:
 
 def _looked_on(server: "JobServer", name: str) -> Job:
     """Show a job's log until it ends, or until Ctrl-C."""
-    log, stopping = Log(_show), False
+    log, stopping = JobLog(_show), False
     while True:
         try:
             return server.follow(name, log, _say)

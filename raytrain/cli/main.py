@@ -20,9 +20,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from raytrain.cli.jobs import add_verbs
+from raytrain.cli.jobs import add_job_commands
 from raytrain.cli.request import Commands
-from raytrain.errors import RaytrainError, RecipeError
+from raytrain.errors import INTERRUPTED, RaytrainError, RecipeError
 from raytrain.kinds import Order, kind_points, load_kind, load_kinds
 from raytrain.overrides import parse_overrides
 from raytrain.provenance import check_trusted
@@ -30,7 +30,6 @@ from raytrain.recipe import Recipe, dotted_fields, read_toml
 from raytrain.registry import line_about, near, resolve
 from raytrain.terminal import plain
 
-INTERRUPTED = 130
 RECIPES = "recipes"
 
 app = typer.Typer(
@@ -48,14 +47,14 @@ RECIPE_HELP = (
     "RECIPE is a file, a shipped recipe (raytrain list recipes), a run's folder, or a task as module:attribute. "
     "FIELD=VALUE is short for --set FIELD=VALUE."
 )
-Source = Annotated[str, typer.Argument(metavar="RECIPE")]
-More = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")]
-Changes = Annotated[
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE")]
+FieldArguments = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")]
+SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in --set optimizer.lr=1e-3."),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN")]
-Address = Annotated[
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN")]
+RayAddress = Annotated[
     str | None,
     typer.Option(
         envvar="RAY_ADDRESS",
@@ -63,7 +62,7 @@ Address = Annotated[
         "command [default: this machine, without Ray where that does].",
     ),
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the recipe of a fetched run names.")]
+TrustOption = Annotated[bool, typer.Option("--trust", help="Run the code that the recipe of a fetched run names.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -100,8 +99,10 @@ def about(
     """Train neural networks on a Ray cluster."""
 
 
-@app.command()
-def check(recipe: Source, more: More = None, changes: Changes = None, trust: Trust = False) -> None:
+@app.command(name="check")
+def check_recipe(
+    recipe: RecipeArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
+) -> None:
     """Print a recipe as it would run, and where each value comes from; start nothing.
 
     Modules that the recipe names as task, source, optimizer, adapter or synchroniser are imported.
@@ -121,7 +122,7 @@ def check(recipe: Source, more: More = None, changes: Changes = None, trust: Tru
 
 
 @app.command(name="list")
-def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
+def list_tables(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
     """List what a recipe can name, with a line each; TABLE is recipes, or tasks, optimizers, and so on of any kind."""
     broken: list[RecipeError] = []
     shown: dict[str, dict[str, str]] = {}
@@ -149,23 +150,25 @@ def _lines(table: Mapping[str, str], remarks: Mapping[str, str]) -> dict[str, st
     return {name: " ".join(filter(None, [line_about(table, name), remarks.get(name, "")])) for name in table}
 
 
-@app.command()
-def evaluate(run: Run, more: More = None, changes: Changes = None, trust: Trust = False) -> None:
+@app.command(name="evaluate")
+def evaluate_run(
+    run: RunArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
+) -> None:
     """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the values as JSON."""
     trained = resolve({}, _loader(run, trust=trust), "kind")(run, parse_overrides([*(changes or []), *(more or [])]))
     print(json.dumps(trained.evaluate(), indent=2))
 
 
-@app.command()
-def predict(
-    run: Run,
+@app.command(name="predict")
+def predict_run(
+    run: RunArgument,
     source: Annotated[Path, typer.Option("--input", help="What to predict on.")],
     target: Annotated[Path, typer.Option("--output", help="Where a line of JSON goes for each example.")],
-    more: More = None,
-    changes: Changes = None,
-    address: Address = None,
+    more: FieldArguments = None,
+    changes: SetOptions = None,
+    address: RayAddress = None,
     *,
-    trust: Trust = False,
+    trust: TrustOption = False,
 ) -> None:
     """Predict for each example of a file with the best checkpoint of the run in the folder RUN."""
     overrides = parse_overrides([*(changes or []), *(more or [])])
@@ -176,21 +179,21 @@ def predict(
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"{count} predictions in {target}", markup=False)
 
 
-@app.command()
-def export(
-    run: Run,
+@app.command(name="export")
+def export_run(
+    run: RunArgument,
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
-    more: More = None,
-    changes: Changes = None,
-    trust: Trust = False,
+    more: FieldArguments = None,
+    changes: SetOptions = None,
+    trust: TrustOption = False,
 ) -> None:
     """Write the best model of the run in the folder RUN to DIR, as Hugging Face's `from_pretrained` reads it."""
     load = resolve({}, _loader(run, trust=trust), "kind")
     load(run, parse_overrides([*(changes or []), *(more or [])])).export(folder)
 
 
-@app.command()
-def report(
+@app.command(name="report")
+def report_runs(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
     output: Annotated[
         Path | None, typer.Option(help="The page to write [default: report.html in the first RUN].")
@@ -237,21 +240,21 @@ def _add_kinds() -> None:
     """Give each installed kind a command of its name; the kind itself is loaded when it is used."""
     for name in kind_points():
         app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name))
-    add_verbs(Commands(app, _read, _parse))
+    add_job_commands(Commands(app, _read, _parse))
 
 
 def _runner(verb: str) -> Callable[..., int]:
     """Return the command that runs recipes of the kind `verb`."""
 
     def command(
-        recipe: Source,
-        more: More = None,
-        changes: Changes = None,
+        recipe: RecipeArgument,
+        more: FieldArguments = None,
+        changes: SetOptions = None,
         out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-TIME].")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RECIPE's folder or --out.")] = False,
-        address: Address = None,
+        address: RayAddress = None,
         *,
-        trust: Trust = False,
+        trust: TrustOption = False,
     ) -> int:
         raw, _ = _read(recipe, verb, trust)
         kind = load_kind(verb)

@@ -11,7 +11,7 @@ import typer
 
 from raytrain.errors import RecipeError
 from raytrain.kinds import kind_points, load_kinds
-from raytrain.launch.jobs.job import check_taken, check_upload
+from raytrain.launch.jobs.job import check_upload, check_uploaded
 from raytrain.overrides import merged, parse_overrides
 from raytrain.recipe import Recipe, dotted_fields
 from raytrain.registry import near
@@ -54,7 +54,7 @@ class Request:
     upload: "Upload"
 
 
-def checked(commands: Commands, words: list[str]) -> Request:
+def check_request(commands: Commands, words: list[str]) -> Request:
     """Check the words of a job as the command would that they are for, and start nothing.
 
     Raises:
@@ -76,7 +76,7 @@ def checked(commands: Commands, words: list[str]) -> Request:
         source = str(inside.relative_to(folder)) if inside.is_relative_to(folder) else source
     upload = upload_of(folder)
     check_upload(upload.files, upload_limit(), folder)
-    check_taken(needed, upload.files, folder)
+    check_uploaded(needed, upload.files, folder)
     out = Path(given["out"]) if given["out"] is not None else None
     trusted = ("--trust",) if given["trust"] else ()
     return Request((verb, source, *changes, *trusted), recipe.name, given["resume"], out, upload)
@@ -100,7 +100,7 @@ def _read_words(commands: Commands, words: list[str]) -> tuple[str, dict[str, An
     return verb, context.params
 
 
-def words_of(commands: Commands, words: list[str]) -> dict[str, Any]:
+def request_fields(commands: Commands, words: list[str]) -> dict[str, Any]:
     """Return what the words of a job say of its recipe, but for what its file says, which is on this machine."""
     _, given = _read_words(commands, words)
     changes = parse_overrides([*(given["changes"] or []), *(given["more"] or [])])

@@ -7,7 +7,7 @@ from raytrain.run.result import Result
 from raytrain.training.recipe import TrainRecipe
 
 
-def run(recipe: TrainRecipe, order: Order) -> Result:
+def run_training(recipe: TrainRecipe, order: Order) -> Result:
     """Train on the Ray cluster at `order.address`, or without one on this machine, where only actors need Ray.
 
     Raises:
@@ -15,13 +15,13 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
         TrainingError: the run failed; what was computed is in its folder.
     """
     if needs_ray(recipe, order.address):
-        from raytrain.launch.train import run as run_on_ray  # noqa: PLC0415 - slow to import
+        from raytrain.launch.train import run_on_ray  # noqa: PLC0415 - slow to import
 
         return run_on_ray(recipe, order)
-    forkserver.start()  # it imports torch while this process does
-    from raytrain.launch.elastic import run as run_here  # noqa: PLC0415
+    forkserver.start_forkserver()  # it imports torch while this process does
+    from raytrain.launch.elastic import run_elastic  # noqa: PLC0415
 
-    return run_here(recipe, order)
+    return run_elastic(recipe, order)
 
 
 def needs_ray(recipe: TrainRecipe, address: str | None) -> bool:

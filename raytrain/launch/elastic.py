@@ -32,34 +32,34 @@ from torch.distributed.elastic.utils.process_state import read_proc_state
 
 from raytrain.errors import RaytrainError
 from raytrain.kinds import Order
-from raytrain.launch.resources import Node, cpus_per_worker, machines_for, own_cpus
+from raytrain.launch.resources import NodeResources, available_cpus, cpus_per_worker, eligible_nodes
 from raytrain.launch.supervise import supervise
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
 from raytrain.run.watchdog import kept_stack
 from raytrain.sync.transport import LOOPBACK, GroupTransport, LocalTransport, PeerLostError, Transport
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.worker import work_watched
+from raytrain.training.worker import run_watched_worker
 
-POLL_SECONDS = 0.1
+AGENT_POLL_SECONDS = 0.1
 GONE_SECONDS = 1.0
 """How long the agent may take to hear of a process that has ended."""
-END_SECONDS = 60.0
+KILL_WAIT_SECONDS = 60.0
 """How long the command waits for workers that are ended; one that the kernel does not let go is left behind."""
 STOPPED = "it was stopped (SIGSTOP), and was ended"
 GONE = "its process ended with exit status 0 before the training did"
 
 
-def run(recipe: TrainRecipe, order: Order) -> Result:
+def run_elastic(recipe: TrainRecipe, order: Order) -> Result:
     """Train on this machine, and return how it ended.
 
     Raises:
         RaytrainError: as `supervise`.
     """
-    return supervise(recipe, order, ThisMachine())
+    return supervise(recipe, order, LocalMachine())
 
 
-class ThisMachine:
+class LocalMachine:
     """Where to train: here."""
 
     def check(self, recipe: TrainRecipe) -> None:
@@ -71,7 +71,7 @@ class ThisMachine:
         _cpus(recipe)
 
     @contextlib.contextmanager
-    def joined(self, recipe: TrainRecipe, say: Callable[[str], None]) -> Iterator[float]:
+    def session(self, recipe: TrainRecipe, say: Callable[[str], None]) -> Iterator[float]:
         """Yield how many processors each worker gets; there is nothing to join."""
         cpus = _cpus(recipe)
         say(f"starting {recipe.workers} worker(s) with {cpus:g} CPU each")
@@ -90,9 +90,9 @@ def _cpus(recipe: TrainRecipe) -> float:
     """
     resources = recipe.resources
     gpus = {"GPU": float(torch.cuda.device_count())} if resources.gpus else {}
-    here: Node = ({"CPU": own_cpus(), **gpus}, {})
-    machines = machines_for([here], recipe.workers, resources.beside_cpus(), resources.labels, resources.placement)
-    return cpus_per_worker(machines, recipe.workers, resources.cpus)
+    here: NodeResources = ({"CPU": available_cpus(), **gpus}, {})
+    nodes = eligible_nodes([here], recipe.workers, resources.beside_cpus(), resources.labels, resources.placement)
+    return cpus_per_worker(nodes, recipe.workers, resources.cpus)
 
 
 class LocalWorkers(threading.Thread):
@@ -142,7 +142,7 @@ class LocalWorkers(threading.Thread):
         """End the workers at once, if they have not ended; those that have not started yet end by themselves."""
         self._agent.asked_to_end.set()
         if self._agent.watching:
-            self.ended.wait(END_SECONDS)
+            self.ended.wait(KILL_WAIT_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -167,7 +167,7 @@ class _Agent(LocalElasticAgent):
             args=(config,),
             rdzv_handler=_Alone(),
             max_restarts=recipe.max_failures,
-            monitor_interval=POLL_SECONDS,
+            monitor_interval=AGENT_POLL_SECONDS,
         )
         logs = DefaultLogsSpecs(log_dir=config["folder"])  # where a worker's last error goes
         super().__init__(spec, logs, start_method="forkserver")
@@ -178,7 +178,7 @@ class _Agent(LocalElasticAgent):
         self._run_directory = run
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """Look at the workers, as the agent does every `POLL_SECONDS`.
+        """Look at the workers, as the agent does every `AGENT_POLL_SECONDS`.
 
         Raises:
             SignalException: they are to be ended.
@@ -308,7 +308,7 @@ def _work(config: dict[str, Any]) -> None:
     except RaytrainError as error:
         run.record_failure(error, rank)
         return
-    work_watched(recipe, run, transport)
+    run_watched_worker(recipe, run, transport)
     dist.destroy_process_group()
 
 

@@ -18,7 +18,7 @@ WORKER_ENVIRONMENT = {
 """What workers must have in their environment when their process starts, which is that of the server for its forks."""
 
 
-def start() -> None:
+def start_forkserver() -> None:
     """Start the server, unless it runs, and do not wait for it: it imports torch while this process does."""
     multiprocessing.set_forkserver_preload(["raytrain.launch.elastic"])
     with environment(WORKER_ENVIRONMENT):

@@ -15,7 +15,7 @@ from ray.util import ActorPool
 
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.launch.resources import check_reachable, cpus_per_worker
-from raytrain.launch.session import OWN, machines, machines_here, ray_session
+from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, nodes_here, ray_session
 from raytrain.registry import place_of, resolve
 from raytrain.tasks.task import Examples
 from raytrain.training.trained_model import TrainedModel
@@ -43,16 +43,16 @@ def predict_file(
     """
     trained = _load(load, folder, overrides)
     count = len(_inputs(trained, source))
-    address = None if address == OWN else address
+    address = None if address == OWN_CLUSTER else address
     workers, resources = trained.workers, trained.resources
     if address is not None:
         check_reachable(address)
     elif not ray.is_initialized():
-        cpus_per_worker(machines_here(workers, resources), workers, resources.cpus)
+        cpus_per_worker(nodes_here(workers, resources), workers, resources.cpus)
     aside = target.absolute().with_name(f".{target.name}.partial")
     try:
         with aside.open("w", encoding="utf-8") as lines, ray_session(address):
-            cpus = cpus_per_worker(machines(workers, resources), workers, resources.cpus)
+            cpus = cpus_per_worker(cluster_nodes(workers, resources), workers, resources.cpus)
             for line in _lines(trained, cpus, count, (load, folder.absolute(), dict(overrides), source.absolute())):
                 lines.write(line + "\n")
         aside.replace(target)

@@ -42,10 +42,10 @@ def private_cluster() -> Iterator[dict[str, Any]]:
         }
         try:
             with environment(closed), _on_loopback():
-                read_environment_anew()
+                reload_ray_environment()
                 yield {"_temp_dir": str(Path(folder) / "ray"), "include_dashboard": False}
         finally:
-            read_environment_anew()
+            reload_ray_environment()
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def read_environment_anew() -> None:
+def reload_ray_environment() -> None:
     """Let Ray forget what it read from the environment when it was imported: whether there is a token, and which."""
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")

@@ -13,11 +13,11 @@ from ray.exceptions import RayError
 
 from raytrain.errors import RecipeError
 from raytrain.launch.private_cluster import private_cluster
-from raytrain.launch.resources import Machine, Node, machines_for, own_cpus
+from raytrain.launch.resources import Node, NodeResources, available_cpus, eligible_nodes
 from raytrain.sections import Resources
 
 # Ray Train reads these when it starts; what the user has set stays. Without the first, a report takes 2 s.
-SETTINGS = {
+RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -28,7 +28,7 @@ SETTINGS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 OBJECT_STORE_BYTES = 200 << 20
-OWN = "local"
+OWN_CLUSTER = "local"
 """The address of a cluster that starts and ends with this process."""
 
 
@@ -45,20 +45,20 @@ def ray_session(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with session(address, own_cpus()):
+    with cluster_session(address, available_cpus()):
         yield
 
 
 @contextlib.contextmanager
-def session(address: str | None, cpus: int) -> Iterator[None]:
+def cluster_session(address: str | None, cpus: int) -> Iterator[None]:
     """Use the Ray cluster at `address` inside the `with` block, or one of `cpus` processors that nobody else can use.
 
     Raises:
         RecipeError: it does not work.
     """
-    for name, value in SETTINGS.items():
+    for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    with contextlib.nullcontext(_joining(address)) if address else private_cluster() as how:
+    with contextlib.nullcontext(_init_args(address)) if address else private_cluster() as how:
         # "local" and not None: Ray would join any cluster that was once started on this machine.
         own = {} if address else {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
         try:
@@ -92,26 +92,26 @@ def _start_ray(address: str | None, **how: Any) -> None:
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
 
 
-def _joining(address: str) -> dict[str, Any]:
+def _init_args(address: str) -> dict[str, Any]:
     """Return how to join a cluster: Ray Train's own helpers look for it anew, and may see another on their machine."""
     return {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}} if address != "auto" else {}
 
 
-def machines_here(workers: int, resources: Resources) -> list[Machine]:
+def nodes_here(workers: int, resources: Resources) -> list[Node]:
     """Return this machine, as it will be in a cluster of its own.
 
     Raises:
         RecipeError: it has not what a worker takes.
     """
-    here: Node = ({"CPU": own_cpus()}, {})
-    return machines_for([here], workers, resources.custom, resources.labels, resources.placement)
+    here: NodeResources = ({"CPU": available_cpus()}, {})
+    return eligible_nodes([here], workers, resources.custom, resources.labels, resources.placement)
 
 
-def machines(workers: int, resources: Resources) -> list[Machine]:
+def cluster_nodes(workers: int, resources: Resources) -> list[Node]:
     """Return the machines of the cluster that have what a worker takes.
 
     Raises:
         RecipeError: there are too few.
     """
     nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
-    return machines_for(nodes, workers, resources.beside_cpus(), resources.labels, resources.placement)
+    return eligible_nodes(nodes, workers, resources.beside_cpus(), resources.labels, resources.placement)

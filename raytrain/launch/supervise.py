@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import Order
-from raytrain.run.directory import Failure, RunDirectory, Trace
-from raytrain.run.progress import Display
+from raytrain.run.directory import Failure, RunDirectory, RunSnapshot
+from raytrain.run.progress import ProgressDisplay
 from raytrain.run.result import Result
-from raytrain.training.build import settled
+from raytrain.training.build import resolve_recipe
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.results import result_of
+from raytrain.training.results import collect_result
 
 
 class Workers(Protocol):
@@ -31,7 +31,7 @@ class Workers(Protocol):
         ...
 
 
-class Place(Protocol):
+class Backend(Protocol):
     """Where workers train: this machine, or a Ray cluster."""
 
     def check(self, recipe: TrainRecipe) -> None:
@@ -42,7 +42,7 @@ class Place(Protocol):
         """
         ...
 
-    def joined(self, recipe: TrainRecipe, say: Callable[[str], None]) -> AbstractContextManager[Any]:
+    def session(self, recipe: TrainRecipe, say: Callable[[str], None]) -> AbstractContextManager[Any]:
         """Be there inside the `with` block, whose value is each worker's share of the processors.
 
         Args:
@@ -59,7 +59,7 @@ class Place(Protocol):
         ...
 
 
-def supervise(recipe: TrainRecipe, order: Order, place: Place) -> Result:
+def supervise(recipe: TrainRecipe, order: Order, place: Backend) -> Result:
     """Train, and return how it ended; the same is in the run's `result.json`.
 
     Ctrl-C asks the workers to save and end; a second one ends them at once.
@@ -69,20 +69,20 @@ def supervise(recipe: TrainRecipe, order: Order, place: Place) -> Result:
         TrainingError: the run failed; what was computed is in its folder.
     """
     run_directory = RunDirectory(order.out.absolute())
-    recipe, _ = settled(recipe, run_directory)  # its errors are better here than in a worker
+    recipe, _ = resolve_recipe(recipe, run_directory)  # its errors are better here than in a worker
     place.check(recipe)
-    with run_directory.opened(resume=order.resume), Display(run_directory, recipe.steps) as display:
-        with place.joined(recipe, display.say) as share:
-            before = run_directory.trace()
-            run_directory.begin(recipe.to_toml())
+    with run_directory.session(resume=order.resume), ProgressDisplay(run_directory, recipe.steps) as display:
+        with place.session(recipe, display.print) as share:
+            before = run_directory.snapshot()
+            run_directory.prepare(recipe.to_toml())
             with closing(place.start(recipe, run_directory, share)) as workers:
                 ended = display.follow(workers.ended)
         failure = _failure(run_directory, before, workers.error if ended else "")
-        result = result_of(recipe, run_directory, failure)
+        result = collect_result(recipe, run_directory, failure)
         try:
             run_directory.write_result(result)
         except OSError as error:
-            display.say(f"{run_directory.result} could not be written: {error.strerror}")
+            display.print(f"{run_directory.result} could not be written: {error.strerror}")
         display.finish(result)
     if failure:
         kept = f"the last complete checkpoint is {result.checkpoint}" if result.checkpoint else "there is no checkpoint"
@@ -90,7 +90,7 @@ def supervise(recipe: TrainRecipe, order: Order, place: Place) -> Result:
     return result
 
 
-def _failure(run_directory: RunDirectory, before: Trace, error: str) -> Failure | None:
+def _failure(run_directory: RunDirectory, before: RunSnapshot, error: str) -> Failure | None:
     """Return what failed, if anything did.
 
     Args:
@@ -104,8 +104,8 @@ def _failure(run_directory: RunDirectory, before: Trace, error: str) -> Failure 
     """
     if not run_directory.recipe.is_file():
         raise TrainingError(f"{run_directory.path} was removed or emptied while the run went on")
-    failure, after = run_directory.failure() or (Failure(error) if error else None), run_directory.trace()
-    if failure and failure.exit_status == RecipeError.exit_status and not after.trained(before):
+    failure, after = run_directory.failure() or (Failure(error) if error else None), run_directory.snapshot()
+    if failure and failure.exit_status == RecipeError.exit_status and not after.has_trained_since(before):
         raise RecipeError(failure.message)
     if failure and before.checkpoints and after == before:
         raise TrainingError(failure.trace + failure.message)

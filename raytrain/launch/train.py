@@ -26,34 +26,34 @@ from raytrain.kinds import Order
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from raytrain.launch.process_group import GroupConfig
 from raytrain.launch.resources import (
-    Machine,
-    Share,
+    CpuShare,
+    Node,
+    allocate_cpus,
     check_reachable,
     cpus_per_worker,
-    share_cpus,
 )
-from raytrain.launch.session import OWN, machines, machines_here, ray_session
+from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, nodes_here, ray_session
 from raytrain.launch.supervise import supervise
 from raytrain.launch.version import fingerprint
-from raytrain.run.directory import RunDirectory, elsewhere
+from raytrain.run.directory import RunDirectory, host_suffix
 from raytrain.run.result import Result
 from raytrain.run.watchdog import kept_stack
 from raytrain.sync.transport import GroupTransport, LocalTransport
-from raytrain.training.loader import Feeds, local_feed
+from raytrain.training.loader import LoaderFactory, local_loader
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.worker import work_watched
+from raytrain.training.worker import run_watched_worker
 
 
-def run(recipe: TrainRecipe, order: Order) -> Result:
+def run_on_ray(recipe: TrainRecipe, order: Order) -> Result:
     """Train on the Ray cluster at `order.address`, or else on one of its own, and return how it ended.
 
     Raises:
         RaytrainError: as `supervise`.
     """
-    return supervise(recipe, order, Cluster(order.address or OWN))
+    return supervise(recipe, order, RayCluster(order.address or OWN_CLUSTER))
 
 
-class Cluster:
+class RayCluster:
     """Where to train: a Ray cluster.
 
     Args:
@@ -61,7 +61,7 @@ class Cluster:
     """
 
     def __init__(self, address: str) -> None:
-        self._address = None if address == OWN else address
+        self._address = None if address == OWN_CLUSTER else address
 
     def check(self, recipe: TrainRecipe) -> None:
         """Check that something answers, or that the workers fit on this machine.
@@ -72,10 +72,10 @@ class Cluster:
         if self._address is not None:
             check_reachable(self._address)
         elif not ray.is_initialized():
-            _share(machines_here(recipe.workers, recipe.resources), recipe)
+            _allocate(nodes_here(recipe.workers, recipe.resources), recipe)
 
     @contextlib.contextmanager
-    def joined(self, recipe: TrainRecipe, say: Callable[[str], None]) -> Iterator[Share]:
+    def session(self, recipe: TrainRecipe, say: Callable[[str], None]) -> Iterator[CpuShare]:
         """Be in the cluster inside the `with` block, and yield what each worker gets of the processors.
 
         Raises:
@@ -85,11 +85,11 @@ class Cluster:
         with ray_session(self._address):
             if self._address == "auto":
                 say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
-            share = _share(machines(recipe.workers, recipe.resources), recipe)
-            _say_room(recipe, share, say)
+            share = _allocate(cluster_nodes(recipe.workers, recipe.resources), recipe)
+            _report_allocation(recipe, share, say)
             yield share
 
-    def start(self, recipe: TrainRecipe, run: RunDirectory, share: Share) -> "RayWorkers":
+    def start(self, recipe: TrainRecipe, run: RunDirectory, share: CpuShare) -> "RayWorkers":
         """Start the workers."""
         return RayWorkers(_trainer(recipe, run, share, TorchTrainer if self._address else _OwnClusterTrainer))
 
@@ -97,7 +97,9 @@ class Cluster:
 def _summary(error: Exception) -> str:
     """Return what ended Ray Train's attempts, without Ray's traces."""
     if isinstance(error, ray.train.WorkerGroupError):
-        causes = "; ".join(f"worker {rank}: {cause(each)}" for rank, each in sorted(error.worker_failures.items()))
+        causes = "; ".join(
+            f"worker {rank}: {describe_failure(each)}" for rank, each in sorted(error.worker_failures.items())
+        )
         return f"the workers failed more often than max_failures allows; {causes}"
     return f"Ray Train stopped: {error}"
 
@@ -130,7 +132,7 @@ class RayWorkers(threading.Thread):
         """Do nothing: they end with what is joined."""
 
 
-def _share(there: list[Machine], recipe: TrainRecipe) -> Share:
+def _allocate(there: list[Node], recipe: TrainRecipe) -> CpuShare:
     """Return what each worker gets of the processors.
 
     Raises:
@@ -138,11 +140,11 @@ def _share(there: list[Machine], recipe: TrainRecipe) -> Share:
     """
     cpus, source = recipe.resources.cpus, recipe.task.source
     if isinstance(source, ActorSource):
-        return share_cpus(there, recipe.workers, cpus, source.actors, source.cpus)
-    return Share(cpus_per_worker(there, recipe.workers, cpus))
+        return allocate_cpus(there, recipe.workers, cpus, source.actors, source.cpus)
+    return CpuShare(cpus_per_worker(there, recipe.workers, cpus))
 
 
-def _say_room(recipe: TrainRecipe, share: Share, say: Callable[[str], None]) -> None:
+def _report_allocation(recipe: TrainRecipe, share: CpuShare, say: Callable[[str], None]) -> None:
     """Say what the workers get, and whether they have to wait for it."""
     say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
     there = ray.available_resources()
@@ -152,7 +154,7 @@ def _say_room(recipe: TrainRecipe, share: Share, say: Callable[[str], None]) -> 
             say(f"the cluster is busy: waiting for {wanted:g} {name}, of which {free:g} is free")
 
 
-def _actors(workers: int, share: Share) -> str:
+def _actors(workers: int, share: CpuShare) -> str:
     """Return what there is to say of the actors that prepare data."""
     if not share.actors:
         return ""
@@ -171,7 +173,9 @@ class _OwnClusterTrainer(TorchTrainer):
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
-def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kind: type[TorchTrainer]) -> TorchTrainer:
+def _trainer(
+    recipe: TrainRecipe, run_directory: RunDirectory, share: CpuShare, kind: type[TorchTrainer]
+) -> TorchTrainer:
     resources = recipe.resources
     timeout_seconds = recipe.sync.timeout_seconds
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_seconds)
@@ -205,7 +209,7 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kin
             storage_path=str(run_directory.path),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
             failure_config=ray.train.FailureConfig(max_failures=recipe.max_failures),
-            callbacks=[RestartNotes(str(run_directory.path))],
+            callbacks=[RestartLog(str(run_directory.path))],
         ),
     )
 
@@ -231,8 +235,8 @@ def _worker(config: dict[str, Any]) -> None:
         if not run_directory.record_failure(error, rank):
             raise
         return
-    feeds = _feeds(config["actors"], config["actor_cpus"], recipe.max_failures)
-    last = work_watched(recipe, run_directory, transport, feeds)
+    make_loader = _loader_factory(config["actors"], config["actor_cpus"], recipe.max_failures)
+    last = run_watched_worker(recipe, run_directory, transport, make_loader)
     if last:  # only the last one: Ray takes one report in each of its polls, which is slower than we write them
         path, metrics = last
         ray.train.report(
@@ -243,15 +247,15 @@ def _worker(config: dict[str, Any]) -> None:
         )
 
 
-def _feeds(actors: int, cpus: float, lives: int) -> Feeds:
+def _loader_factory(actors: int, cpus: float, restarts: int) -> LoaderFactory:
     if not actors:
-        return local_feed
-    from raytrain.launch.ingest import ray_feed  # noqa: PLC0415 - slow to import
+        return local_loader
+    from raytrain.launch.ingest import ray_loader  # noqa: PLC0415 - slow to import
 
-    return partial(ray_feed, actors=actors, cpus=cpus, lives=lives)
+    return partial(ray_loader, actors=actors, cpus=cpus, restarts=restarts)
 
 
-class RestartNotes(ray.train.UserCallback):
+class RestartLog(ray.train.UserCallback):
     """Notes why workers had to be started again, in the process that supervises them."""
 
     def __init__(self, path: str) -> None:
@@ -262,13 +266,13 @@ class RestartNotes(ray.train.UserCallback):
         causes = {}
         for rank, error in worker_exceptions.items():
             if stack := kept_stack(self._run.path, rank):
-                causes[str(rank)] = f"it hung, and was ended{elsewhere(_host(error))}; its stack is in {stack}"
+                causes[str(rank)] = f"it hung, and was ended{host_suffix(_host(error))}; its stack is in {stack}"
             else:
-                causes[str(rank)] = cause(error)
+                causes[str(rank)] = describe_failure(error)
         self._run.append(self._run.restarts, {"time": time.time(), "workers": causes})
 
 
-def cause(error: Exception) -> str:
+def describe_failure(error: Exception) -> str:
     """Return in a few words what happened to a worker, and where, unless on this machine."""
     text = str(error).strip()
     what = text.splitlines()[-1] if text else type(error).__name__
@@ -278,7 +282,7 @@ def cause(error: Exception) -> str:
         what = f"it did not answer for {silent[1]} s: stopped (SIGSTOP) or swapped out, or its machine is too busy"
     elif "has died" in text or "died unexpectedly" in text:
         what = "its process died: killed, out of memory, or crashed"
-    return what + elsewhere(_host(error))
+    return what + host_suffix(_host(error))
 
 
 def _host(error: Exception) -> str:

@@ -22,9 +22,9 @@ from raytrain.errors import CheckpointError
 from raytrain.files import digest, flush, read_bytes, write_whole
 from raytrain.json_files import add_checksum, parse_json, verify_checksum
 from raytrain.serialization import dumps, join, marked, savable, split
-from raytrain.sync.averaging import Exchange
+from raytrain.sync.averaging import Averager
 
-FORMAT = 3
+CHECKPOINT_FORMAT = 3
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
 """It names each tensor of each replica."""
@@ -63,13 +63,13 @@ class Manifest:
         path: the checkpoint's folder.
         progress: the fields of `loop.Progress`.
         metrics: what was measured at this step; empty if nothing was.
-        members: how many replicas wrote it.
+        world_size: how many replicas wrote it.
     """
 
     path: Path
     progress: dict[str, Any]
     metrics: dict[str, float]
-    members: int
+    world_size: int
 
     @property
     def step(self) -> int:
@@ -83,20 +83,20 @@ class CheckpointStore:
     Args:
         folder: where they are; every replica must see the same folder.
         keep: how many of the newest stay; the best one stays too.
-        exchange: the replicas, which all call the same methods together.
+        averager: the replicas, which all call the same methods together.
     """
 
-    def __init__(self, folder: Path, keep: int, exchange: Exchange) -> None:
+    def __init__(self, folder: Path, keep: int, averager: Averager) -> None:
         self._folder = folder
         self._keep = keep
-        self._exchange = exchange
+        self._averager = averager
 
     def clean(self) -> None:
         """Put back what a killed attempt was about to replace, and remove what it left half-written or half-removed.
 
         This is only for those who are about to write.
         """
-        if self._exchange.transport.rank == 0:
+        if self._averager.transport.rank == 0:
             for replaced in self._folder.glob(".step-*.replaced"):
                 if not (place := self._folder / replaced.stem.removeprefix(".")).exists():
                     replaced.rename(place)
@@ -113,25 +113,25 @@ class CheckpointStore:
         Raises:
             CheckpointError: on every replica, if one of them could not write; no incomplete checkpoint is left.
         """
-        rank = self._exchange.transport.rank
+        rank = self._averager.transport.rank
         name = step_name(progress["step"])
         aside = self._folder / f".{name}.partial"
-        parts = [json.loads(part) for part in self._exchange.gather(_write_part(aside, rank, state))]
+        parts = [json.loads(part) for part in self._averager.all_gather_bytes(_write_part(aside, rank, state))]
         failure = next((part["error"] for part in parts if "error" in part), None)
         if rank == 0 and failure is None:
-            manifest = {"format": FORMAT, "progress": progress, "metrics": {}, "parts": parts}
+            manifest = {"format": CHECKPOINT_FORMAT, "progress": progress, "metrics": {}, "parts": parts}
             failure = self._complete(aside, name, manifest)
         self._agree(name, failure)
         return self._folder / name
 
-    def note(self, progress: Mapping[str, Any], metrics: Mapping[str, float]) -> Path:
+    def save_metrics(self, progress: Mapping[str, Any], metrics: Mapping[str, float]) -> Path:
         """Replace what the checkpoint of this step says of the run's progress and of what was measured.
 
         Raises:
             CheckpointError: on every replica, if it could not be written; the checkpoint is then as it was.
         """
         name, failure = step_name(progress["step"]), None
-        if self._exchange.transport.rank == 0:
+        if self._averager.transport.rank == 0:
             try:
                 manifest = {**_contents(self._folder / name).model_dump(), "progress": progress, "metrics": metrics}
                 write_whole(self._folder / name / MANIFEST, add_checksum(manifest))
@@ -147,17 +147,17 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints, and none of them is complete.
         """
-        verdict = self._find() if self._exchange.transport.rank == 0 else {}
-        verdict = json.loads(self._exchange.gather(json.dumps(verdict).encode())[0])
+        verdict = self._find() if self._averager.transport.rank == 0 else {}
+        verdict = json.loads(self._averager.all_gather_bytes(json.dumps(verdict).encode())[0])
         if "error" in verdict:
             raise CheckpointError(verdict["error"])
         return read_manifest(self._folder / verdict["name"]) if "name" in verdict else None
 
     def _find(self) -> dict[str, str]:
         problems = []
-        for path in reversed(listed(self._folder)):
+        for path in reversed(list_checkpoints(self._folder)):
             try:
-                verify(path)
+                verify_checkpoint(path)
             except CheckpointError as error:
                 problems.append(str(error))
             else:
@@ -179,8 +179,8 @@ class CheckpointStore:
 
     def _rotate(self, name: str, best_step: int) -> None:
         """Remove all but the newest and the best; what is newer than `name` was left by a run that went back."""
-        newest = [path for path in listed(self._folder) if path.name <= name][-self._keep :]
-        for path in listed(self._folder):
+        newest = [path for path in list_checkpoints(self._folder) if path.name <= name][-self._keep :]
+        for path in list_checkpoints(self._folder):
             if path not in newest and path.name != step_name(best_step):
                 shutil.rmtree(self._hidden(path, "removed"), ignore_errors=True)
 
@@ -194,9 +194,9 @@ class CheckpointStore:
 
     def _agree(self, name: str, failure: str | None) -> None:
         """Raise on every replica if the first one failed."""
-        failure = json.loads(self._exchange.gather(json.dumps(failure).encode())[0])
+        failure = json.loads(self._averager.all_gather_bytes(json.dumps(failure).encode())[0])
         if failure is not None:
-            if self._exchange.transport.rank == 0:
+            if self._averager.transport.rank == 0:
                 shutil.rmtree(self._folder / f".{name}.partial", ignore_errors=True)
             raise CheckpointError(f"checkpoint {name} could not be written to {self._folder}: {failure}")
 
@@ -206,7 +206,7 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def listed(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
@@ -221,7 +221,7 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(path, contents.progress.model_dump(), contents.metrics, len(contents.parts))
 
 
-def verify(path: Path) -> None:
+def verify_checkpoint(path: Path) -> None:
     """Check that every file of a checkpoint is as it was written.
 
     Raises:
@@ -231,7 +231,7 @@ def verify(path: Path) -> None:
         _verify_part(path, part)
 
 
-def load(path: Path, rank: int) -> Any:
+def load_part(path: Path, rank: int) -> Any:
     """Return the part of the state that replica `rank` saved.
 
     Raises:
@@ -242,12 +242,12 @@ def load(path: Path, rank: int) -> Any:
         raise CheckpointError(f"{path}: expected a part of replica {rank}; got parts of {len(parts)} replicas")
     part = parts[rank]
     _verify_part(path, part)
-    with reading(path):
+    with checkpoint_errors(path):
         return join(part.state, load_file(path / part.file) if part.file else {})
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def checkpoint_errors(path: Path) -> Iterator[None]:
     """Turn what goes wrong with the state of a checkpoint inside the `with` block into one error.
 
     Raises:
@@ -285,7 +285,7 @@ def _verify_part(path: Path, part: _Part) -> None:
     else:
         file = path / part.file
         _verify_file(file, part)
-        with reading(path), safe_open(file, "pt") as tensors:
+        with checkpoint_errors(path), safe_open(file, "pt") as tensors:
             found = set(tensors.keys())
     if found != marked(part.state):
         raise CheckpointError(f"{path}: its manifest and its files speak of other tensors; use another checkpoint")
@@ -311,9 +311,10 @@ def _contents(path: Path) -> _Contents:
     file = path / MANIFEST
     data = read_bytes(file, CheckpointError, MAX_MANIFEST_BYTES)
     found = re.match(rb'\{"format": (\d{1,9})\b', data)
-    if found and int(found[1]) != FORMAT:
+    if found and int(found[1]) != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{file}: expected a checkpoint of format {FORMAT}; this one has format {int(found[1])}, of another "
+            f"{file}: expected a checkpoint of format {CHECKPOINT_FORMAT}; this one has format {int(found[1])}, of "
+            f"another "
             "version of raytrain: resume the run with that version, or start another"
         )
     content = verify_checksum(data, str(file), CheckpointError)

@@ -54,7 +54,7 @@ class RestartRow(TypedDict):
     workers: dict[str, str]
 
 
-ROWS: dict[str, Any] = {"metrics.jsonl": MetricsRow, "attempts.jsonl": AttemptRow, "restarts.jsonl": RestartRow}
+ROW_TYPES: dict[str, Any] = {"metrics.jsonl": MetricsRow, "attempts.jsonl": AttemptRow, "restarts.jsonl": RestartRow}
 """What a file's rows must have; those of other files are any JSON objects."""
 
 
@@ -77,7 +77,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class RunSnapshot:
     """What training leaves in a run's folder.
 
     Attributes:
@@ -90,7 +90,7 @@ class Trace:
     restarts: int
     checkpoints: frozenset[str]
 
-    def trained(self, before: "Trace") -> bool:
+    def has_trained_since(self, before: "RunSnapshot") -> bool:
         """Return whether there was training since `before`."""
         return self.restarts > before.restarts or self.checkpoints != before.checkpoints
 
@@ -116,7 +116,7 @@ class RunDirectory:
         self._stop = path / "stop"
 
     @contextmanager
-    def opened(self, *, resume: bool) -> Iterator[None]:
+    def session(self, *, resume: bool) -> Iterator[None]:
         """Hold the folder as the only command that uses it.
 
         A new run that is refused or interrupted leaves nothing behind, as long as there is nothing in its folder but
@@ -141,7 +141,7 @@ class RunDirectory:
                     self._discard(new)
                 raise
 
-    def begin(self, recipe: str) -> None:
+    def prepare(self, recipe: str) -> None:
         """Make the folder ready for the workers: what an earlier attempt asked for or ended with is forgotten.
 
         Args:
@@ -160,9 +160,9 @@ class RunDirectory:
 
     def write_recipe(self, recipe: str) -> None:
         """Write `recipe.toml`, headed by the versions that run it."""
-        write_whole(self.recipe, f"# {versions()}\n{recipe}".encode())
+        write_whole(self.recipe, f"# {package_versions()}\n{recipe}".encode())
 
-    def announce(self, recipe: str, step: int, workers: list[dict[str, Any]]) -> None:
+    def record_attempt(self, recipe: str, step: int, workers: list[dict[str, Any]]) -> None:
         """Note who trains from which step, by a recipe that fits the run: what there was of another can go.
 
         Args:
@@ -174,10 +174,10 @@ class RunDirectory:
         self.result.unlink(missing_ok=True)
         self.append(self.attempts, {"time": time.time(), "from_step": step, "workers": workers})
 
-    def trace(self) -> "Trace":
+    def snapshot(self) -> "RunSnapshot":
         """Return what tells whether there was training."""
         checkpoints = [path.name for path in self.checkpoints.glob("step-*")]
-        return Trace(len(rows(self.attempts)), len(rows(self.restarts)), frozenset(checkpoints))
+        return RunSnapshot(len(read_jsonl(self.attempts)), len(read_jsonl(self.restarts)), frozenset(checkpoints))
 
     def _check(self, resume: bool) -> None:
         if resume and not self.recipe.is_file():
@@ -227,7 +227,7 @@ class RunDirectory:
             file = self._lock(who).open("a+")
         with file:
             give_up = time.monotonic() + wait_seconds
-            while not _take(file):
+            while not _try_lock(file):
                 if time.monotonic() > give_up:
                     file.seek(0)
                     holder = file.read() or "?"
@@ -279,7 +279,7 @@ class RunDirectory:
                 return None
             time.sleep(0.05)
         failure = read_json(self._failure, Failure)
-        return replace(failure, message=failure.message + elsewhere(failure.host))
+        return replace(failure, message=failure.message + host_suffix(failure.host))
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`."""
@@ -290,7 +290,7 @@ class RunDirectory:
         append_line(file, to_json(row))
 
 
-def _take(file: IO[str]) -> bool:
+def _try_lock(file: IO[str]) -> bool:
     """Lock a file if nobody else holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -299,25 +299,25 @@ def _take(file: IO[str]) -> bool:
     return True
 
 
-def elsewhere(host: str) -> str:
+def host_suffix(host: str) -> str:
     """Return " (on HOST)", for the end of a message, unless that is this machine or not known."""
     return f" (on {host})" if host not in ("", socket.gethostname()) else ""
 
 
-def versions() -> str:
+def package_versions() -> str:
     """Return what a run was made with, as "raytrain 0.1.0, ray 2.55.1, ..."."""
     packages = [f"{name} {version(name)}" for name in ("raytrain", "ray", "torch", "transformers", "numpy")]
     return ", ".join([*packages, f"python {platform.python_version()}"])
 
 
-def rows(file: Path) -> list[dict[str, Any]]:
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """Return the rows of a ``.jsonl`` file; lines that are none are left out, and said once.
 
     A last line that has no end is being written, or was when its process was killed.
     """
     if not file.is_file():
         return []
-    found, damaged = read_rows(file, ROWS.get(file.name, dict[str, Any]))
+    found, damaged = read_rows(file, ROW_TYPES.get(file.name, dict[str, Any]))
     if damaged:
         _warn_of_damage(file, damaged)
     return found

@@ -16,7 +16,7 @@ from raytrain.extensions import ExtensionPoint
 from raytrain.files import AppendOnlyFile, write_whole
 from raytrain.json_files import read_json, to_json
 from raytrain.recipe import dotted_fields, read_toml
-from raytrain.run.directory import rows
+from raytrain.run.directory import read_jsonl
 
 LOGGERS: dict[str, str] = {
     "tensorboard": "raytrain.run.loggers:TensorBoard",
@@ -75,7 +75,7 @@ def logger_class(name: str) -> Callable[[Path, int], Logger]:
     return found
 
 
-def started(names: Iterable[str], folder: Path, step: int) -> dict[str, Logger]:
+def start_loggers(names: Iterable[str], folder: Path, step: int) -> dict[str, Logger]:
     """Return new loggers by name.
 
     Args:
@@ -99,7 +99,7 @@ def started(names: Iterable[str], folder: Path, step: int) -> dict[str, Logger]:
     return loggers
 
 
-def scalars(row: dict[str, Any]) -> dict[str, float]:
+def flatten_row(row: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a row of training as "train/loss", or of one of an evaluation as "valid/loss"."""
     parts = {name: value for name, value in row.items() if isinstance(value, dict)}
     if not parts:
@@ -138,7 +138,7 @@ class TensorBoard:
     def write(self, row: dict[str, Any]) -> None:
         """Take a row."""
         event = self._event(step=row["step"], wall_time=time.time())
-        for name, number in scalars(row).items():
+        for name, number in flatten_row(row).items():
             event.summary.value.add(tag=name, simple_value=number)
         self._append(event)
 
@@ -185,14 +185,14 @@ class Mlflow:
             name: max(metric.step for metric in self._client.get_metric_history(self._run, name))
             for name in self._client.get_run(self._run).data.metrics
         }
-        for row in rows(folder / "metrics.jsonl"):  # what an attempt that lost its connection could not log
+        for row in read_jsonl(folder / "metrics.jsonl"):  # what an attempt that lost its connection could not log
             self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row."""
         from mlflow.entities import Metric  # noqa: PLC0415
 
-        new = {name: number for name, number in scalars(row).items() if row["step"] > self._last.get(name, -1)}
+        new = {name: number for name, number in flatten_row(row).items() if row["step"] > self._last.get(name, -1)}
         if new:
             now = int(time.time() * 1000)
             self._client.log_batch(self._run, [Metric(name, number, now, row["step"]) for name, number in new.items()])
@@ -254,13 +254,13 @@ class WandB:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")  # its own count of steps could not go back on a resume
         self._last = int(self._run.summary.get("step", -1))  # what the server has of a run that is resumed
-        for row in rows(folder / "metrics.jsonl"):
+        for row in read_jsonl(folder / "metrics.jsonl"):
             self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row."""
         if row["step"] > self._last:
-            self._run.log({"step": row["step"], **scalars(row)})
+            self._run.log({"step": row["step"], **flatten_row(row)})
 
     def close(self, failed: bool) -> None:
         """Send what is left."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from raytrain.files import AppendOnlyFile, write_whole
 from raytrain.json_files import to_json
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.run.loggers import started
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.loggers import start_loggers
 
 
-class Recorder:
+class MetricsWriter:
     """Writes rows, after dropping those that an interrupted attempt wrote beyond the checkpoint it resumes from.
 
     So an interrupted and resumed run leaves the rows that an uninterrupted one would. A logger that fails is left out
@@ -29,9 +29,9 @@ class Recorder:
     """
 
     def __init__(self, run: RunDirectory, step: int, evaluated: int, loggers: Iterable[str]) -> None:
-        kept = [row for row in rows(run.metrics) if row["step"] <= (evaluated if "valid" in row else step)]
+        kept = [row for row in read_jsonl(run.metrics) if row["step"] <= (evaluated if "valid" in row else step)]
         write_whole(run.metrics, "".join(to_json(row) + "\n" for row in kept).encode())
-        self._loggers = started(loggers, run.path, step)
+        self._loggers = start_loggers(loggers, run.path, step)
         self._path = run.metrics
         self._file = AppendOnlyFile(run.metrics)
 

@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain.json_files import parse_rows
-from raytrain.run.directory import ROWS, RunDirectory
+from raytrain.run.directory import ROW_TYPES, RunDirectory
 from raytrain.run.result import Result
 
-LOOK_SECONDS = 0.25
+REFRESH_SECONDS = 0.25
 LINE_SECONDS = 10.0
 
 
-class Display:
+class ProgressDisplay:
     """Shows how a run goes.
 
     Args:
@@ -37,7 +37,7 @@ class Display:
         self._attempts = Tail(run.attempts, from_end=True)
         self._working = False
         self._step = 0
-        self._pace: tuple[float, float] = (0.0, 0.0)  # (steps, samples) per second
+        self._speed: tuple[float, float] = (0.0, 0.0)  # (steps, samples) per second
         self._last: dict[str, Any] = {}
         self._valid: Mapping[str, float] = {}
         self._next_line = 0.0
@@ -64,7 +64,7 @@ class Display:
         """Take the bar away."""
         self._bar.stop()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line."""
         self._console.print(text, markup=False)
 
@@ -79,10 +79,10 @@ class Display:
         asked = False
         while True:
             try:
-                if ended.wait(LOOK_SECONDS):
-                    self._look()
+                if ended.wait(REFRESH_SECONDS):
+                    self._poll()
                     return True
-                self._look()
+                self._poll()
             except KeyboardInterrupt:
                 self._working = self._working or bool(self._attempts.new())
                 if not self._working:
@@ -91,7 +91,7 @@ class Display:
                     return False
                 asked = True
                 self._run.request_stop()
-                self.say(
+                self.print(
                     "stopping: the workers save and end after the step they are at; Ctrl-C again ends them at once"
                 )
 
@@ -111,13 +111,13 @@ class Display:
         table.add_row("run", Text(str(self._run.path)))
         self._console.print(table)
         if result.status in ("interrupted", "failed") and result.checkpoint:
-            self.say(f"continue with: raytrain train {self._run.path} --resume")
+            self.print(f"continue with: raytrain train {self._run.path} --resume")
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Take in what is new in the run's files."""
         for note in self._restarts.new():
             causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in sorted(note["workers"].items()))
-            self.say(f"{causes}; starting all workers again from the last checkpoint")
+            self.print(f"{causes}; starting all workers again from the last checkpoint")
         for row in self._metrics.new():
             if row["step"] < self._step:
                 continue  # done before, in an attempt that was interrupted
@@ -126,7 +126,7 @@ class Display:
                 self._valid = row["valid"]
                 self._line(row)
             else:
-                self._set_pace(row)
+                self._update_speed(row)
                 self._last = row
         if self._last:
             self._bar.start_task(self._task)
@@ -134,24 +134,24 @@ class Display:
         if not self._console.is_terminal and self._last and time.monotonic() > self._next_line:
             self._line(self._last)
 
-    def _set_pace(self, row: Mapping[str, Any]) -> None:
+    def _update_speed(self, row: Mapping[str, Any]) -> None:
         before = {**row, **self._last}
         steps, samples, seconds = (row.get(key, 0) - before.get(key, 0) for key in ("step", "samples", "seconds"))
         if seconds > 0:
             fresh = (steps / seconds, samples / seconds)
-            old = self._pace if self._pace[0] else fresh
-            self._pace = (0.9 * old[0] + 0.1 * fresh[0], 0.9 * old[1] + 0.1 * fresh[1])
+            old = self._speed if self._speed[0] else fresh
+            self._speed = (0.9 * old[0] + 0.1 * fresh[0], 0.9 * old[1] + 0.1 * fresh[1])
 
     def _line(self, row: Mapping[str, Any]) -> None:
         self._next_line = time.monotonic() + LINE_SECONDS
-        left = f"  {max(0, self._steps - row['step']) / self._pace[0]:.0f} s left" if self._pace[0] else ""
-        self.say(f"step {row['step']}/{self._steps}  {self._numbers()}{left}")
+        left = f"  {max(0, self._steps - row['step']) / self._speed[0]:.0f} s left" if self._speed[0] else ""
+        self.print(f"step {row['step']}/{self._steps}  {self._numbers()}{left}")
 
     def _numbers(self) -> str:
         parts = [f"loss {self._last['loss']:.4f}"] if "loss" in self._last else []
         parts += [f"valid {name} {_number(value)}" for name, value in self._valid.items()]
-        if self._pace[0]:
-            parts.append(f"{self._pace[0]:.1f} steps/s  {self._pace[1]:.0f} samples/s")
+        if self._speed[0]:
+            parts.append(f"{self._speed[0]:.1f} steps/s  {self._speed[1]:.0f} samples/s")
         return "  ".join(parts)
 
 
@@ -185,5 +185,5 @@ class Tail:
         except FileNotFoundError:
             return []
         self._place += len(complete) + len(newline)
-        found, _ = parse_rows(complete.splitlines(), ROWS.get(self._file.name, dict[str, Any]))
+        found, _ = parse_rows(complete.splitlines(), ROW_TYPES.get(self._file.name, dict[str, Any]))
         return found

@@ -18,15 +18,15 @@ class Watchdog:
     Args:
         file: where the stack goes; gone afterwards if there was no need for it.
         timeout_seconds: how long is too long.
-        waiting: returns whether the process stands still because it waits for others, who have their own watchdogs.
+        is_waiting: returns whether the process stands still because it waits for others, who have their own watchdogs.
     """
 
-    def __init__(self, file: Path, timeout_seconds: float, waiting: Callable[[], bool]) -> None:
+    def __init__(self, file: Path, timeout_seconds: float, is_waiting: Callable[[], bool]) -> None:
         self._path = file
         self._tick_seconds = min(1.0, timeout_seconds / 8)
         self._clock_seconds = timeout_seconds - 2 * self._tick_seconds  # so that the end comes within timeout_seconds
-        self._waiting = waiting
-        self._moved = False
+        self._is_waiting = is_waiting
+        self._alive = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -48,14 +48,14 @@ class Watchdog:
         if self._path.stat().st_size == 0:
             self._path.unlink()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Show a sign of progress."""
-        self._moved = True
+        self._alive = True
 
     def _watch(self) -> None:
         while not self._ended.wait(self._tick_seconds):
-            if self._moved or self._waiting():
-                self._moved = False
+            if self._alive or self._is_waiting():
+                self._alive = False
                 self._wind()
 
     def _wind(self) -> None:

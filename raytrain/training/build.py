@@ -18,13 +18,13 @@ from raytrain.recipe import read_toml
 from raytrain.registry import resolve
 from raytrain.run.directory import RunDirectory
 from raytrain.run.loggers import logger_class
-from raytrain.sync.averaging import Exchange
-from raytrain.sync.fsdp import ShardedGradients
+from raytrain.sync.averaging import Averager
+from raytrain.sync.fsdp import ShardedDataParallel
 from raytrain.sync.options import ALL_SYNCHRONISERS, FsdpOptions
-from raytrain.sync.scalars import Numbers
+from raytrain.sync.scalars import ScalarExchange
 from raytrain.tasks.task import TASKS, Task, make_task
 from raytrain.tensors import digest_of
-from raytrain.training.loop import Plan
+from raytrain.training.loop import LoopConfig
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Progress, Replica
 from raytrain.zeroth.optimizers import ZerothOrder, space_of
@@ -34,20 +34,20 @@ from raytrain.zeroth.step import Zeroth
 logger = logging.getLogger(__name__)
 
 
-def plan_of(recipe: TrainRecipe) -> Plan:
+def loop_config(recipe: TrainRecipe) -> LoopConfig:
     """Return what the loop needs to know of a recipe."""
     schedule = recipe.schedule
     shape = SHAPE.load(SCHEDULES, schedule.name)
-    return Plan(
+    return LoopConfig(
         steps=recipe.steps,
         seed=recipe.seed,
         batch=recipe.batch,
         accumulate=recipe.accumulate,
         clip=recipe.clip,
-        noise=recipe.optimizer.gradient_noise,
-        noise_decay=recipe.optimizer.gradient_noise_decay,
+        gradient_noise=recipe.optimizer.gradient_noise,
+        gradient_noise_decay=recipe.optimizer.gradient_noise_decay,
         autocast=torch.bfloat16 if recipe.precision == "bfloat16" else None,
-        rate=partial(
+        lr_factor=partial(
             rate,
             shape,
             steps=recipe.steps,
@@ -61,12 +61,12 @@ def plan_of(recipe: TrainRecipe) -> Plan:
     )
 
 
-def task_of(recipe: TrainRecipe) -> Task:
+def build_task(recipe: TrainRecipe) -> Task:
     """Return the recipe's task."""
     return make_task(resolve(TASKS, recipe.task.name, "task.name"), recipe.task)
 
 
-def callbacks_of(recipe: TrainRecipe) -> list[Callable[[Replica], None]]:
+def load_callbacks(recipe: TrainRecipe) -> list[Callable[[Replica], None]]:
     """Return what is called after every step.
 
     Raises:
@@ -75,7 +75,7 @@ def callbacks_of(recipe: TrainRecipe) -> list[Callable[[Replica], None]]:
     return [CALLBACK.load({}, name) for name in recipe.callbacks]
 
 
-def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
+def resolve_recipe(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
     """Return the recipe with the options that its training data decides, and its task.
 
     What the run has decided before holds, whatever became of the data since.
@@ -85,37 +85,42 @@ def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
     """
     for name in recipe.log.loggers:
         logger_class(name)
-    callbacks_of(recipe)
-    plan_of(recipe)
-    task = task_of(recipe)
+    load_callbacks(recipe)
+    loop_config(recipe)
+    task = build_task(recipe)
     found = task.settle()
     if not found:
         return recipe, task
     before = read_toml(str(run.path), [])[0]["task"] if run.recipe.is_file() else {}
     settled = recipe.with_overrides({f"task.{name}": before.get(name) or value for name, value in found.items()})
-    return settled, task_of(settled)
+    return settled, build_task(settled)
 
 
-def build(
-    recipe: TrainRecipe, task: Task, exchange: Exchange, *, start: bool = True, beat: Callable[[], None] = lambda: None
+def build_replica(
+    recipe: TrainRecipe,
+    task: Task,
+    averager: Averager,
+    *,
+    init_head: bool = True,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Replica:
     """Return a replica of what the recipe trains, as it starts.
 
     Args:
         recipe: what to train.
         task: the recipe's.
-        exchange: with the other replicas.
-        start: whether the task puts what the training data says into the model; for what is then read from a
+        averager: with the other replicas.
+        init_head: whether the task puts what the training data says into the model; for what is then read from a
             checkpoint there is no need to look at data.
-        beat: called at every sign of progress.
+        heartbeat: called at every sign of progress.
 
     Raises:
         RecipeError: the recipe does not fit the model.
     """
-    transport = exchange.transport
+    transport = averager.transport
     module = task.model(recipe.seed)
-    if task.start and start:
-        watched = module.register_forward_hook(lambda *_: beat())  # it may look at all of the data
+    if task.start and init_head:
+        watched = module.register_forward_hook(lambda *_: heartbeat())  # it may look at all of the data
         task.start(module if isinstance(recipe.sync, FsdpOptions) else module.to(transport.device), recipe.seed)
         watched.remove()
         module.cpu()  # where what is drawn from here on is drawn
@@ -123,21 +128,21 @@ def build(
         module.double()
     dtype = next(module.parameters()).dtype
     freeze(module, recipe.freeze.match)
-    elsewhere = adapt(module, recipe.adapter, recipe.seed)
-    base = digest_of((name, module.get_parameter(name)) for name in elsewhere)
-    sync = resolve(ALL_SYNCHRONISERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
+    frozen_base = adapt(module, recipe.adapter, recipe.seed)
+    base = digest_of((name, module.get_parameter(name)) for name in frozen_base)
+    sync = resolve(ALL_SYNCHRONISERS, recipe.sync.name, "sync.name")(averager, recipe.sync)
     if recipe.compile:
         compile_blocks(module, recipe.compile, transport.device)
     if recipe.activation_checkpointing:
         recompute(module)
-    shards = sync.shard(module, plan_of(recipe).autocast) if isinstance(sync, ShardedGradients) else None
-    parts = shards.parts if shards else module.to(transport.device)
+    shards = sync.shard(module, loop_config(recipe).autocast) if isinstance(sync, ShardedDataParallel) else None
+    parts = shards.local if shards else module.to(transport.device)
     optimizer = make_optimizer(resolve(ALL, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts)
     return Replica(
         module=module.train(),
-        elsewhere=elsewhere,
-        base=base,
-        half=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.random_half else None,
+        frozen_base=frozen_base,
+        base_digest=base,
+        half_freezing=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.random_half else None,
         optimizer=optimizer,
         options=recipe.optimizer,
         ema=average_of(parts, optimizer, recipe.ema),
@@ -146,12 +151,12 @@ def build(
         device=transport.device,
         dtype=dtype,
         rank=transport.rank,
-        members=len(transport.members),
+        world_size=len(transport.members),
         shards=shards,
     )
 
 
-def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, weighted: bool) -> Zeroth:
+def build_zero_order(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, weighted: bool) -> Zeroth:
     """Return how a zeroth-order optimizer probes a model that has its first weights.
 
     Args:
@@ -164,7 +169,7 @@ def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, 
         RecipeError: what the recipe says of directions does not fit the model.
     """
     module, options = replica.module, recipe.zo
-    if not isinstance(replica.sync, Numbers):  # the recipe sees to that
+    if not isinstance(replica.sync, ScalarExchange):  # the recipe sees to that
         raise TypeError(type(replica.sync))
     space = space_of(
         module,

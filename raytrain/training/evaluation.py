@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from raytrain.errors import TrainingError
-from raytrain.sync.averaging import Exchange
+from raytrain.sync.averaging import Averager
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Batch, Examples, Task
 from raytrain.tensors import moved, weighed
@@ -25,10 +25,10 @@ def evaluate(
     module: nn.Module,
     examples: Examples,
     batch: int,
-    exchange: Exchange,
+    averager: Averager,
     *,
     autocast: torch.dtype | None = None,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Return the measured values over all the examples.
 
@@ -41,14 +41,14 @@ def evaluate(
         module: the model; it is left in the mode it was in.
         examples: the split.
         batch: examples at a time.
-        exchange: the replicas.
+        averager: the replicas.
         autocast: the type to compute in, or None for that of the parameters.
-        beat: called after each batch, to show that the evaluation is alive.
+        heartbeat: called after each batch, to show that the evaluation is alive.
 
     Raises:
         TrainingError: the task's metric was not measured.
     """
-    transport = exchange.transport
+    transport = averager.transport
     parameter = next(module.parameters())
     mine = share(len(examples), transport.rank, len(transport.members))
     longest = -(-len(examples) // len(transport.members))
@@ -61,12 +61,12 @@ def evaluate(
         for start in starts:
             indices = range(start, min(start + batch, mine.stop))
             part = [examples[index] for index in indices or [0]]
-            found = measure(task, module, moved(task.collate(part), parameter.device, parameter.dtype), len(part))
+            found = measure_batch(task, module, moved(task.collate(part), parameter.device, parameter.dtype), len(part))
             _add(sums, found if indices else {})
-            beat()
+            heartbeat()
     module.train(was_training)
     total: Sums = {}
-    for sums_of_one in exchange.gather(json.dumps(sums).encode()):
+    for sums_of_one in averager.all_gather_bytes(json.dumps(sums).encode()):
         _add(total, json.loads(sums_of_one))
     values = {name: value / count for name, (value, count) in total.items() if count > 0}
     if task.metric not in values:
@@ -77,7 +77,7 @@ def evaluate(
     return values
 
 
-def measure(task: Task, module: nn.Module, batch: Batch, examples: int) -> Sums:
+def measure_batch(task: Task, module: nn.Module, batch: Batch, examples: int) -> Sums:
     """Return (sum, count) of each measured value of one batch of `examples`."""
     if task.measure is not None:
         return {name: (float(value), float(count)) for name, (value, count) in task.measure(module, batch).items()}

@@ -6,7 +6,7 @@ from raytrain.kinds import Kind
 
 KIND = Kind(
     recipe="raytrain.training.recipe:TrainRecipe",
-    run="raytrain.launch.dispatch:run",
+    run="raytrain.launch.dispatch:run_training",
     recipes=Path(__file__).parents[1] / "recipes",
     load="raytrain.training.results:load_best",
     panels="raytrain.training.report:panels",

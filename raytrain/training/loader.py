@@ -15,80 +15,80 @@ from raytrain.recipe import Options
 from raytrain.tasks.task import Batch, Examples, Task, TaskOptions
 from raytrain.tensors import seed_step
 
-Batches = list[tuple[Batch, int]]
+MicroBatches = list[tuple[Batch, int]]
 """The micro-batches of a step, each with the number of its examples, on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class StepRange:
     """The positions that one replica takes its examples from, known before it takes them.
 
     Attributes:
         seed: the recipe's.
         rank: the replica's.
-        first: where its first step begins.
+        first_position: where its first step begins.
         stride: how much further each next step begins.
         steps: how many there are.
-        count: examples in each.
-        parts: micro-batches that they are cut into.
+        local_batch: examples in each.
+        accumulate: micro-batches that they are cut into.
     """
 
     seed: int
     rank: int
-    first: int
+    first_position: int
     stride: int
     steps: int
-    count: int
-    parts: int
+    local_batch: int
+    accumulate: int
 
-    def lane(self, place: int, lanes: int) -> "Walk":
+    def every_nth(self, offset: int, n: int) -> "StepRange":
         """Return the walk over step `place` of this one and every `lanes`-th after it."""
-        steps = len(range(place, self.steps, lanes))
-        return replace(self, first=self.position(place), stride=lanes * self.stride, steps=steps)
+        steps = len(range(offset, self.steps, n))
+        return replace(self, first_position=self.position(offset), stride=n * self.stride, steps=steps)
 
     def position(self, step: int) -> int:
         """Return where step `step` begins, counted from 0."""
-        return self.first + step * self.stride
+        return self.first_position + step * self.stride
 
-    def after(self, position: int) -> "Walk":
+    def after(self, position: int) -> "StepRange":
         """Return the rest of the walk, after the step that begins at `position`."""
-        done = (position - self.first) // self.stride + 1
-        return replace(self, first=self.position(done), steps=self.steps - done)
+        done = (position - self.first_position) // self.stride + 1
+        return replace(self, first_position=self.position(done), steps=self.steps - done)
 
 
-class Feed(Protocol):
+class BatchLoader(Protocol):
     """Batches in the order of training: positions 0, 1, 2, ... for ever, of which each replica takes its share."""
 
-    def take(self, position: int, count: int, parts: int) -> Batches:
+    def load(self, position: int, count: int, accumulate: int) -> MicroBatches:
         """Return the examples at `count` positions from `position` on, as micro-batches.
 
         Args:
             position: the first.
             count: how many.
-            parts: into how many micro-batches of nearly equal size they are collated.
+            accumulate: into how many micro-batches of nearly equal size they are collated.
         """
         ...
 
-    def named(self, position: int, count: int) -> str:
+    def describe(self, position: int, count: int) -> str:
         """Return what the examples are called, for an error message."""
         ...
 
 
-class Feeds(Protocol):
+class LoaderFactory(Protocol):
     """How a worker gets its feed."""
 
-    def __call__(self, task: Task, options: TaskOptions, walk: Walk) -> AbstractContextManager[Feed]:
+    def __call__(self, task: Task, options: TaskOptions, step_range: StepRange) -> AbstractContextManager[BatchLoader]:
         """Return the feed of one replica, which works inside the `with` block.
 
         Args:
             task: what is trained.
             options: its options in the recipe, the source of the examples among them.
-            walk: what the replica will take.
+            step_range: what the replica will take.
         """
         ...
 
 
-class Indexed:
+class IndexedLoader:
     """Examples by index, in the seeded order of the sampler, collated where they are needed.
 
     What an example or a batch draws at random depends on the seed and the position alone.
@@ -104,18 +104,18 @@ class Indexed:
         self._examples = examples
         self._sampler = Sampler(len(examples), seed)
 
-    def take(self, position: int, count: int, parts: int) -> Batches:
+    def load(self, position: int, count: int, accumulate: int) -> MicroBatches:
         """Collate what the sampler has at these positions."""
-        seed_step(self._sampler.seed, position, count, parts)
+        seed_step(self._sampler.seed, position, count, accumulate)
         indices = self._sampler.indices(position, count).tolist()
-        return collated(self._task, (self._examples[index] for index in indices), count, parts)
+        return collate_micro_batches(self._task, (self._examples[index] for index in indices), count, accumulate)
 
-    def named(self, position: int, count: int) -> str:
+    def describe(self, position: int, count: int) -> str:
         """Return the indices."""
         return f"the training examples {self._sampler.indices(position, count).tolist()}"
 
 
-class Generated:
+class GeneratorLoader:
     """Examples as a function of the user's makes them, seed -> iterator, whatever the position.
 
     When an iterator comes to its end, as at the end of a game, the next one begins with another seed. The generators of
@@ -135,11 +135,11 @@ class Generated:
         self._seeds = np.random.default_rng(seeds)
         self._examples = self._endless()
 
-    def take(self, position: int, count: int, parts: int) -> Batches:  # noqa: ARG002 - they come as they come
+    def load(self, position: int, count: int, accumulate: int) -> MicroBatches:  # noqa: ARG002 - they come as they come
         """Collate the next `count` examples."""
-        return collated(self._task, self._examples, count, parts)
+        return collate_micro_batches(self._task, self._examples, count, accumulate)
 
-    def named(self, position: int, count: int) -> str:  # noqa: ARG002 - they come as they come
+    def describe(self, position: int, count: int) -> str:  # noqa: ARG002 - they come as they come
         """Return the name of the function."""
         return f"examples of {self._options.name}"
 
@@ -156,16 +156,16 @@ class Generated:
                 raise TrainingError(f"{self._options.name} made no example from the seed {seed}")
 
 
-def collated(task: Task, examples: Iterator[Any], count: int, parts: int) -> Batches:
+def collate_micro_batches(task: Task, examples: Iterator[Any], count: int, accumulate: int) -> MicroBatches:
     """Return the next `count` examples as micro-batches, of examples of like size where the task knows that."""
     taken = list(islice(examples, count))
-    if task.size and parts > 1:
+    if task.size and accumulate > 1:
         taken.sort(key=task.size)
-    places = np.array_split(range(count), parts)
+    places = np.array_split(range(count), accumulate)
     return [(task.collate([taken[place] for place in part]), len(part)) for part in places]
 
 
-def indexed(task: Task, options: TaskOptions, seed: int) -> Indexed:
+def train_loader(task: Task, options: TaskOptions, seed: int) -> IndexedLoader:
     """Return the task's own training examples.
 
     Raises:
@@ -174,11 +174,11 @@ def indexed(task: Task, options: TaskOptions, seed: int) -> Indexed:
     examples = task.data("train")
     if len(examples) == 0:
         raise RecipeError(f"task.name: {options.name} has no examples to train on: Task.data('train') is empty")
-    return Indexed(task, examples, seed)
+    return IndexedLoader(task, examples, seed)
 
 
 @contextmanager
-def local_feed(task: Task, options: TaskOptions, walk: Walk) -> Iterator[Feed]:
+def local_loader(task: Task, options: TaskOptions, step_range: StepRange) -> Iterator[BatchLoader]:
     """Yield the feed of a worker that prepares its batches itself.
 
     Raises:
@@ -189,4 +189,4 @@ def local_feed(task: Task, options: TaskOptions, walk: Walk) -> Iterator[Feed]:
             f"task.source.name: {options.source.name!r} needs Ray, which is not here; start the run with "
             "`raytrain train`, or set task.source=local"
         )
-    yield indexed(task, options, walk.seed)
+    yield train_loader(task, options, step_range.seed)

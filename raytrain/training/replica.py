@@ -57,13 +57,13 @@ class Progress:
     status: Status = "running"
 
 
-def plain(progress: Progress) -> dict[str, Any]:
+def progress_to_dict(progress: Progress) -> dict[str, Any]:
     """Return the progress as plain data."""
     return {field: getattr(progress, field) for field in Progress.__slots__}
 
 
-def progress_from(saved: Mapping[str, Any], path: object) -> Progress:
-    """Return the progress that `plain` was given.
+def progress_from_dict(saved: Mapping[str, Any], path: object) -> Progress:
+    """Return the progress that `progress_to_dict` was given.
 
     Args:
         saved: what it returned.
@@ -81,9 +81,9 @@ class Replica:
 
     Attributes:
         module: the model, to compute with.
-        elsewhere: names of parameters that an adapter stands beside: they never move, and are not saved.
-        base: a hash of these, by which they are known again.
-        half: freezes a half of each block at a time, if that is wanted.
+        frozen_base: names of parameters that an adapter stands beside: they never move, and are not saved.
+        base_digest: a hash of these, by which they are known again.
+        half_freezing: freezes a half of each block at a time, if that is wanted.
         optimizer: over its trainable parameters.
         options: what the optimizer was made with.
         ema: the average of the weights that is evaluated in their place, if there is one.
@@ -92,13 +92,13 @@ class Replica:
         device, dtype: of the parameters.
         rank: this replica's place among `members`.
         shards: this replica's parts of the parameters, if it does not keep all of them.
-        zeroth: how it probes and moves, if its optimizer takes no gradients.
+        zero_order: how it probes and moves, if its optimizer takes no gradients.
     """
 
     module: nn.Module
-    elsewhere: frozenset[str]
-    base: str
-    half: Half | None
+    frozen_base: frozenset[str]
+    base_digest: str
+    half_freezing: Half | None
     optimizer: Optimizer
     options: OptimizerOptions
     ema: Average | None
@@ -107,14 +107,14 @@ class Replica:
     device: torch.device
     dtype: torch.dtype
     rank: int
-    members: int
+    world_size: int
     shards: Shards | None = None
-    zeroth: Zeroth | None = None
+    zero_order: Zeroth | None = None
 
     @property
-    def parts(self) -> nn.Module:
+    def local_parameters(self) -> nn.Module:
         """What this replica keeps of the model's parameters, to step and to average: all of it, unless sharded."""
-        return self.shards.parts if self.shards else self.module
+        return self.shards.local if self.shards else self.module
 
 
 def state_of(replica: Replica) -> dict[str, Any]:
@@ -122,21 +122,21 @@ def state_of(replica: Replica) -> dict[str, Any]:
 
     There is no random state in it: what a step draws follows from the seed, the rank and the step.
     """
-    optimizer = state_by_name(replica.optimizer, replica.parts)
+    optimizer = state_by_name(replica.optimizer, replica.local_parameters)
     own: dict[str, Any] = {"sync": replica.sync.state_dict()}
-    if replica.sync.apart:
+    if replica.sync.has_local_state:
         own["optimizer"] = {"name": replica.options.name, **optimizer}
     if replica.rank > 0 and not replica.shards:  # with shards, all of them take part in putting these together
         return own
-    whole = replica.shards.whole if replica.shards else _as_it_is
+    whole = replica.shards.gather if replica.shards else _as_it_is
     average = replica.ema.state_dict() if replica.ema else {}
-    with replica.sync.shared():
-        model = {name: whole(name, tensor) for name, tensor in _tensors(replica, replica.parts)}
-        if replica.sync.apart:
+    with replica.sync.synced_parameters():
+        model = {name: whole(name, tensor) for name, tensor in _tensors(replica, replica.local_parameters)}
+        if replica.sync.has_local_state:
             model = {name: tensor.clone() for name, tensor in model.items()}
     shared = {
         "model": model,
-        "base": replica.base,
+        "base": replica.base_digest,
         "optimizer": {"name": replica.options.name, **optimizer, "state": _entries(optimizer["state"], whole)},
         "ema": {name: whole(name, tensor) for name, tensor in average.items()},
     }
@@ -164,14 +164,14 @@ def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, ave
                 f"{path}: this checkpoint is of another model: {name} is {_shape(there)} in the checkpoint and "
                 f"{_shape(here)} in the model; use the task options that the run was started with, or another --out"
             )
-    if shared["base"] != replica.base:
+    if shared["base"] != replica.base_digest:
         raise CheckpointError(
             f"{path}: this checkpoint is of an adapter beside another model: the weights at task.model are not those "
             "that it was trained with"
         )
-    cut = replica.shards.cut if replica.shards else _as_it_is
+    cut = replica.shards.scatter if replica.shards else _as_it_is
     with torch.no_grad():
-        for name, tensor in _tensors(replica, replica.parts):
+        for name, tensor in _tensors(replica, replica.local_parameters):
             tensor.copy_(cut(name, saved[name]))
 
 
@@ -193,11 +193,11 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
             f"{path}: this checkpoint's optimizer is {shared['optimizer']['name']}, and the recipe's is "
             f"{replica.options.name}; set optimizer.name={shared['optimizer']['name']} to continue"
         )
-    cut = replica.shards.cut if replica.shards else _as_it_is
-    apart = replica.sync.apart and own is not None and "optimizer" in own
+    cut = replica.shards.scatter if replica.shards else _as_it_is
+    apart = replica.sync.has_local_state and own is not None and "optimizer" in own
     saved = own["optimizer"] if own is not None and apart else shared["optimizer"]
     optimizer = {**saved, "state": state_to(_entries(saved["state"], cut), torch.device("cpu"))}
-    load_state_by_name(replica.optimizer, replica.parts, optimizer, replica.options)
+    load_state_by_name(replica.optimizer, replica.local_parameters, optimizer, replica.options)
     if replica.ema:
         average = shared["ema"] or shared["model"]  # a run that starts averaging now
         replica.ema.load_state_dict({name: cut(name, tensor) for name, tensor in average.items()})
@@ -207,7 +207,7 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
 def _tensors(replica: Replica, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter of `parts` to save once, tied ones included, and each buffer of the model's state."""
     named = parts.named_parameters()
-    yield from ((name, parameter.data) for name, parameter in named if name not in replica.elsewhere)
+    yield from ((name, parameter.data) for name, parameter in named if name not in replica.frozen_base)
     persistent = replica.module.state_dict(keep_vars=True)
     yield from ((name, buffer) for name, buffer in replica.module.named_buffers() if name in persistent)
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.report.panel import Panel, Series, line_chart, table
 
 Rows = Sequence[Mapping[str, Any]]
@@ -21,7 +21,7 @@ CHARTS = (
 
 def panels(run: RunDirectory) -> list[Panel]:
     """Return what a training run has recorded so far, as panels."""
-    recorded = rows(run.metrics)
+    recorded = read_jsonl(run.metrics)
     steps = [row for row in recorded if "valid" not in row]
     evaluations = [row for row in recorded if "valid" in row]
     charts = [
@@ -67,11 +67,11 @@ def _throughput(steps: Rows) -> Panel | None:
 def _events(run: RunDirectory) -> Panel | None:
     attempts = [
         (row["time"], f"attempt from step {row['from_step']}", f"{len(row['workers'])} worker(s)")
-        for row in rows(run.attempts)
+        for row in read_jsonl(run.attempts)
     ]
     restarts = [
         (row["time"], "restart", "; ".join(f"worker {rank}: {cause}" for rank, cause in sorted(row["workers"].items())))
-        for row in rows(run.restarts)
+        for row in read_jsonl(run.restarts)
     ]
     events = [[_clock(when), what, detail] for when, what, detail in sorted([*attempts, *restarts])]
     return table("Events", ["time", "event", "detail"], events)

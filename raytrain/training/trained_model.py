@@ -11,7 +11,7 @@ from torch import nn
 from raytrain.errors import RecipeError
 from raytrain.models.adapters import merge
 from raytrain.sections import Resources
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
 from raytrain.training.evaluation import evaluate
@@ -45,8 +45,8 @@ class TrainedModel:
 
     def evaluate(self) -> dict[str, float]:
         """Return its metrics on the held-out examples, measured in this process, and the step that they are of."""
-        exchange, valid = ExactExchange(LocalTransport()), self.task.data("valid")
-        metrics = evaluate(self.task, self.module(), valid, self.batch, exchange, autocast=self.autocast)
+        averager, valid = ExactAverager(LocalTransport()), self.task.data("valid")
+        metrics = evaluate(self.task, self.module(), valid, self.batch, averager, autocast=self.autocast)
         return {"step": self.step, **metrics}
 
     def export(self, target: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.seeds.prng import derived
-from raytrain.sync.scalars import Numbers
+from raytrain.sync.scalars import ScalarExchange
 from raytrain.tasks.task import Batch, Task
 from raytrain.tensors import seed_step, weighed
 from raytrain.zeroth.estimators import Slope, derivative, slope, without_outliers
@@ -46,7 +46,7 @@ class Zeroth:
 
     probe: Probe
     optimizer: ZerothOrder
-    sync: Numbers
+    sync: ScalarExchange
     count: int
     eps: float
     sides: int
@@ -141,7 +141,7 @@ class Zeroth:
         """
         typical = [median_low(one) if one else 0.0 for one in self._recent()]
         sizes = [[typical[one % len(typical)] for one in row] for row in seeds]
-        heard, shares = self.sync.share([one.value for one in found], sizes, weighted=self.weighted)
+        heard, shares = self.sync.all_gather([one.value for one in found], sizes, weighted=self.weighted)
         slopes = [pair for row, values in zip(seeds, heard, strict=True) for pair in zip(row, values, strict=True)]
         return slopes, {one: share for row, share in zip(seeds, shares, strict=True) for one in row}
 

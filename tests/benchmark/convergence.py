@@ -25,7 +25,7 @@ from bench import finish, parse, parser_of
 from scipy import stats
 
 from raytrain.overrides import merged
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.testing import train_each_with_gloo
 from raytrain.training.recipe import TrainRecipe
 
@@ -120,7 +120,7 @@ def measured(folder: Path, metric: str) -> float:
     run = RunDirectory(folder)
     if run.failure():
         return math.nan
-    return float(next(row["valid"][metric] for row in reversed(rows(run.metrics)) if "valid" in row))
+    return float(next(row["valid"][metric] for row in reversed(read_jsonl(run.metrics)) if "valid" in row))
 
 
 def wanted(options: Namespace) -> list[tuple[tuple[str, int, str, int], TrainRecipe]]:

@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from raytrain.optim.schedules import cosine, rate
-from raytrain.run.directory import rows
+from raytrain.run.directory import read_jsonl
 from raytrain.tasks.task import Task
 from raytrain.tasks.text import TextOptions, text
 from raytrain.training.replica import Replica
@@ -121,7 +121,7 @@ def ours(steps: int, threads: int) -> dict[str, float]:
             stderr=subprocess.DEVNULL,
             env=os.environ | {"LOOP_OVERHEAD_NOTES": folder},
         )
-        log = [row for row in rows(out / "metrics.jsonl") if "loss" in row and row["step"] >= WARM_UP]
+        log = [row for row in read_jsonl(out / "metrics.jsonl") if "loss" in row and row["step"] >= WARM_UP]
         notes = [int((Path(folder) / name).read_text()) for name in ("before", "peak")]
     steps_done, seconds = (log[-1][key] - log[0][key] for key in ("step", "seconds"))
     return {"steps_per_second": steps_done / seconds, "bytes": float(notes[1] - notes[0])}

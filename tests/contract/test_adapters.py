@@ -12,7 +12,7 @@ from raytrain.models import options as declared
 from raytrain.models.adapters import adapt, mark_new, merge
 from raytrain.models.options import ADAPTERS, AdapterOptions
 from raytrain.recipe import Options
-from raytrain.run.checkpoint import listed, load
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.run.directory import RunDirectory
 from raytrain.tasks.task import Task
 from raytrain.testing import train_here
@@ -116,7 +116,7 @@ def test_it_starts_as_the_model_and_moves_only_itself_and_the_head(name: str) ->
 def test_it_learns_saves_little_and_merges_into_a_plain_model(name: str, tmp_path: Path) -> None:
     run = train_here(recipe(name), tmp_path / "run")
     assert run.failure() is None
-    saved = load(listed(run.checkpoints)[-1], 0)["model"]
+    saved = load_part(list_checkpoints(run.checkpoints)[-1], 0)["model"]
     assert not any("base_layer" in key for key in saved)
     losses_measured = [row["valid"]["loss"] for row in rows_of(run)]
     assert losses_measured[-1] < losses_measured[0]
@@ -134,9 +134,9 @@ def test_it_learns_saves_little_and_merges_into_a_plain_model(name: str, tmp_pat
 
 
 def rows_of(run: RunDirectory) -> list[dict[str, Any]]:
-    from raytrain.run.directory import rows
+    from raytrain.run.directory import read_jsonl
 
-    return [row for row in rows(run.metrics) if "valid" in row]
+    return [row for row in read_jsonl(run.metrics) if "valid" in row]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,7 +145,7 @@ def test_a_resumed_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
     straight = train_here(recipe(name, steps=20, **{"schedule.name": "constant"}), tmp_path / "straight-20")
     cut = train_here(recipe(name, steps=20, **{"schedule.name": "constant"}), tmp_path / "cut")
     assert cut.failure() is None
-    one, other = (load(listed(run.checkpoints)[-1], 0)["model"] for run in (straight, cut))
+    one, other = (load_part(list_checkpoints(run.checkpoints)[-1], 0)["model"] for run in (straight, cut))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 

@@ -23,8 +23,8 @@ from raytrain.optim.optimizers import (
 )
 from raytrain.optim.options import ONE_RATE, OPTIMIZERS, WHOLE, OptimizerOptions, is_elementwise
 from raytrain.registry import resolve
-from raytrain.run.checkpoint import CheckpointStore, load
-from raytrain.sync.averaging import ExactExchange
+from raytrain.run.checkpoint import CheckpointStore, load_part
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.digits import DigitsOptions, digits
 from raytrain.training.recipe import TrainRecipe
@@ -164,11 +164,11 @@ class TestEveryOptimizer:
         optimizer, _ = made(name, first)
         train(first, optimizer, 0, 5)
         state = {"optimizer": state_by_name(optimizer, first)}
-        path = CheckpointStore(tmp_path, 1, ExactExchange(LocalTransport())).save(state, {"step": 5, "best_step": 0})
+        path = CheckpointStore(tmp_path, 1, ExactAverager(LocalTransport())).save(state, {"step": 5, "best_step": 0})
         second = Model()
         second.load_state_dict(first.state_dict())
         optimizer, options = made(name, second)
-        load_state_by_name(optimizer, second, load(path, 0)["optimizer"], options)
+        load_state_by_name(optimizer, second, load_part(path, 0)["optimizer"], options)
         train(second, optimizer, 5, 10)
         assert all(map(torch.equal, straight.parameters(), second.parameters()))
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load, save
 
 from raytrain.serialization import dumps, join, savable, split
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
-from raytrain.training.build import build, plan_of, task_of
+from raytrain.training.build import build_replica, build_task, loop_config
 from raytrain.training.evaluation import evaluate
-from raytrain.training.loader import Walk, local_feed
+from raytrain.training.loader import StepRange, local_loader
 from raytrain.training.loop import train
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import Progress, Replica, load_state, plain, state_of
+from raytrain.training.replica import Progress, Replica, load_state, progress_to_dict, state_of
 from search.journal.ancestry import schedule
 from search.journal.journal import Journal
 from search.recipe import SearchRecipe
@@ -64,7 +64,7 @@ class Metrics:
     def stop_requested(self) -> bool:
         return False
 
-    def stepped(self, replica: Replica, values: dict[str, float]) -> None: ...
+    def on_step(self, replica: Replica, values: dict[str, float]) -> None: ...
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         self.values = self._measure(module=replica.module)
@@ -87,20 +87,24 @@ def unpack(packed: bytes) -> Any:
 
 def train_segment(base: TrainRecipe, work: Work, packed: bytes | None) -> SegmentEnd:
     recipe = base.with_overrides({"seed": work.seed, **work.changes})
-    task, exchange = task_of(recipe), ExactExchange(LocalTransport())
-    replica = build(recipe, task, exchange)
+    task, averager = build_task(recipe), ExactAverager(LocalTransport())
+    replica = build_replica(recipe, task, averager)
     if packed is not None:
         state = unpack(packed)
         load_state(replica, state["replica"], state["replica"], "the state")
         replica.progress = Progress(**{**state["progress"], "status": "running"})
-    plan = replace(plan_of(recipe), steps=work.until, evaluate_every=0, checkpoint_every=0, patience=0)
+    plan = replace(loop_config(recipe), steps=work.until, evaluate_every=0, checkpoint_every=0, patience=0)
     progress = replica.progress
     batch = plan.local_batch
-    walk = Walk(plan.seed, 0, progress.position, batch, plan.steps - progress.step, batch, plan.accumulate)
-    metrics = Metrics(partial(evaluate, task, examples=task.data("valid"), batch=512, exchange=exchange))
-    with local_feed(task, recipe.task, walk) as feed:
+    walk = StepRange(plan.seed, 0, progress.position, batch, plan.steps - progress.step, batch, plan.accumulate)
+    metrics = Metrics(partial(evaluate, task, examples=task.data("valid"), batch=512, averager=averager))
+    with local_loader(task, recipe.task, walk) as feed:
         train(replica, task, feed, plan, metrics)
-    shared = {**plain(progress), "seconds": 0.0, "stalled_seconds": 0.0}  # no state depends on the time that it took
+    shared = {
+        **progress_to_dict(progress),
+        "seconds": 0.0,
+        "stalled_seconds": 0.0,
+    }  # no state depends on the time that it took
     return SegmentEnd(pack({"replica": state_of(replica), "progress": shared}), progress.step, metrics.values)
 
 

@@ -12,12 +12,12 @@ from raytrain.errors import RecipeError
 from raytrain.kinds import load_kinds
 from raytrain.recipe import declared_options, read_toml
 from raytrain.registry import line_about, resolve
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import TASKS, Task, make_task, options_of_task
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
-from raytrain.training.evaluation import measure
+from raytrain.training.evaluation import measure_batch
 
 
 def entries() -> Iterator[Any]:
@@ -88,7 +88,7 @@ def test_tasks(task: Task) -> None:
         losses.sum().backward()
         assert all(parameter.grad is not None for parameter in one.parameters())
     with torch.no_grad():
-        measured = measure(task, one.eval(), batch, 3)
+        measured = measure_batch(task, one.eval(), batch, 3)
         losses = task.losses(one, batch)
     assert task.metric in measured
     assert all(count > 0 for _, count in measured.values())
@@ -168,7 +168,7 @@ def test_synchronisers_keep_replicas_equal(name: str) -> None:
 
     def replica(transport: ThreadTransport) -> tuple[list[bool], list[torch.Tensor]]:
         module = TinyModel(TinyOptions(name="tiny", norm=True))
-        sync = factory(ExactExchange(transport), options)
+        sync = factory(ExactAverager(transport), options)
         sync.start(module)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         stops, shared = [], []

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import rows
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import read_jsonl
 from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo, train_with_threads
 from raytrain.training.recipe import TrainRecipe
 
@@ -44,7 +44,7 @@ def recipe(**changes: Any) -> TrainRecipe:
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
-    return load(listed(folder / "checkpoints")[-1], 0)["model"]
+    return load_part(list_checkpoints(folder / "checkpoints")[-1], 0)["model"]
 
 
 def equal(one: Path, other: Path) -> bool:
@@ -53,7 +53,9 @@ def equal(one: Path, other: Path) -> bool:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if key != "seconds"} for row in read_jsonl(folder / "metrics.jsonl")
+    ]
 
 
 def of(method: str, **changes: Any) -> TrainRecipe:
@@ -103,7 +105,7 @@ def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_th
     assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST, -9]
     assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST]
     assert train_with_gloo(broken, workplace / "broken") == [0, 0]
-    assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 10, 40]
+    assert [row["from_step"] for row in read_jsonl(workplace / "broken" / "attempts.jsonl")] == [0, 10, 40]
     assert equal(workplace / "broken", with_gloo / method)
     assert history(workplace / "broken") == history(with_gloo / method)
 
@@ -125,7 +127,7 @@ def test_a_pace_from_measured_times_is_agreed_on_and_resumes(tmp_path: Path) -> 
     assert train_each_with_gloo(
         [(recipe(steps=steps, **changes), tmp_path / "run") for steps in (30, 60)],
     ) == [0, 0]
-    states = [load(listed(tmp_path / "run" / "checkpoints")[-1], rank)["sync"] for rank in range(2)]
+    states = [load_part(list_checkpoints(tmp_path / "run" / "checkpoints")[-1], rank)["sync"] for rank in range(2)]
     paces = [(state["every"], state["delay"]) for state in states]
     assert paces[0] == paces[1]
     assert paces[0][0] >= paces[0][1] >= 1
@@ -137,7 +139,7 @@ def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
     assert run.failure() is None
     run = train_with_threads(recipe(workers=3, steps=70), tmp_path / "run")
     assert run.failure() is None
-    assert listed(run.checkpoints)[-1].name == "step-00000070"
+    assert list_checkpoints(run.checkpoints)[-1].name == "step-00000070"
 
 
 @pytest.mark.parametrize("before", ["ddp", "cocod", "co2", "delayed-int8"])
@@ -152,8 +154,8 @@ def test_a_run_goes_on_in_another_form_from_the_shared_point(tmp_path: Path, bef
     assert train_with_threads(way(before, 20), tmp_path / "run").failure() is None
     run = train_with_threads(way(after, 45), tmp_path / "run")
     assert run.failure() is None
-    ends = [load(listed(run.checkpoints)[-1], rank) for rank in range(2)]
-    assert listed(run.checkpoints)[-1].name == "step-00000045"
+    ends = [load_part(list_checkpoints(run.checkpoints)[-1], rank) for rank in range(2)]
+    assert list_checkpoints(run.checkpoints)[-1].name == "step-00000045"
     assert ("optimizer" in ends[1]) == (after != "ddp")
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load, read_manifest
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.checkpoint import list_checkpoints, load_part, read_manifest
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.seeds.records import read, steps
 from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
-from raytrain.training.build import settled
+from raytrain.training.build import resolve_recipe
 from raytrain.training.recipe import TrainRecipe
 from raytrain.zeroth.replay import retrace
 
@@ -37,9 +37,9 @@ def recipe(workers: int, **more: Any) -> TrainRecipe:
 
 def retraced(plan: TrainRecipe, run: RunDirectory) -> bool:
     """Return whether the trajectory gives what the run saved, to the bit."""
-    module = settled(plan, run)[1].model(plan.seed)
+    module = resolve_recipe(plan, run)[1].model(plan.seed)
     retrace(run.trajectory, module)
-    saved = load(listed(run.checkpoints)[-1], 0)["model"]
+    saved = load_part(list_checkpoints(run.checkpoints)[-1], 0)["model"]
     return all(torch.equal(value, saved[name]) for name, value in module.named_parameters())
 
 
@@ -49,7 +49,7 @@ def test_workers_are_equal_after_500_steps_of_a_byte_each(workers: int, tmp_path
     assert train_with_gloo(plan, tmp_path / "run") == [0] * workers  # which compares a hash every 50 steps
     run = RunDirectory(tmp_path / "run")
     assert run.failure() is None
-    sent = read_manifest(listed(run.checkpoints)[-1]).progress["bytes_sent"]
+    sent = read_manifest(list_checkpoints(run.checkpoints)[-1]).progress["bytes_sent"]
     slopes = 4 + 499  # the first of four bytes, from which all know how large slopes are
     assert sent == BROADCAST_BYTES + (workers - 1) * (slopes + 4 * 500 + 500 // STOP + 8 * (500 // CHECK))
     assert retraced(plan, run)
@@ -71,7 +71,7 @@ def test_a_byte_a_probe_trains_as_well_as_exact_numbers_and_as_one_worker_with_a
 
 def measured(run: RunDirectory) -> float:
     """Return the last held-out loss."""
-    loss: float = [row["valid"]["loss"] for row in rows(run.metrics) if "valid" in row][-1]
+    loss: float = [row["valid"]["loss"] for row in read_jsonl(run.metrics) if "valid" in row][-1]
     return loss
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import load_best
@@ -164,14 +164,16 @@ class Runs:
 
     def final(self, name: str) -> dict[str, torch.Tensor]:
         """Return all tensors of the last checkpoint: of the model, of the optimizer and of the average."""
-        saved = load(listed(self.folder / name / "checkpoints")[-1], 0)
+        saved = load_part(list_checkpoints(self.folder / name / "checkpoints")[-1], 0)
         state = saved["optimizer"]["state"]
         entries = {f"{of} {key}": value for of in state for key, value in state[of].items()}
         averages = {f"{of} average": value for of, value in saved["ema"].items()}
         return saved["model"] | entries | averages
 
     def history(self, name: str) -> list[dict[str, Any]]:
-        keep = [{key: value for key, value in row.items() if key != "seconds"} for row in rows(self.metrics(name))]
+        keep = [
+            {key: value for key, value in row.items() if key != "seconds"} for row in read_jsonl(self.metrics(name))
+        ]
         return [row | row.pop("valid", {}) for row in keep]
 
     def metrics(self, name: str) -> Path:
@@ -279,12 +281,12 @@ def test_a_worker_keeps_its_share_only(runs: Runs) -> None:
 
 def test_a_checkpoint_goes_on_with_any_number_of_workers_sharded_or_not(runs: Runs, llama_one: str) -> None:
     copytree(runs.folder / "mixed-unsharded", runs.folder / "mixed-one")
-    for path in listed(runs.folder / "mixed-one" / "checkpoints")[1:]:
+    for path in list_checkpoints(runs.folder / "mixed-one" / "checkpoints")[1:]:
         rmtree(path)
     runs.one("mixed-one", LLAMA)
     for name in ("mixed", "mixed-unsharded", "mixed-one"):
         runs.check_equal(name, llama_one, atol=1e-5)
-        assert [row["from_step"] for row in rows(runs.folder / name / "attempts.jsonl")][:2] == [0, 6]
+        assert [row["from_step"] for row in read_jsonl(runs.folder / name / "attempts.jsonl")][:2] == [0, 6]
 
 
 def test_a_checkpoint_is_loaded_and_gathered_to_the_bit(runs: Runs) -> None:
@@ -313,7 +315,7 @@ def test_an_error_of_one_worker_ends_the_others_at_once(runs: Runs) -> None:
     """Not after the timeout of 100 s: the processes live on, and the connections close although FSDP keeps groups."""
     failure = runs.folder / "failing" / "failure.json"
     assert runs.failure("failing").message == "worker 1: RuntimeError: a fault on purpose at rank 1, step 3"
-    following = rows(runs.folder / "unbroken" / "attempts.jsonl")[0]["time"]
+    following = read_jsonl(runs.folder / "unbroken" / "attempts.jsonl")[0]["time"]
     assert following - failure.stat().st_mtime < 80
 
 

@@ -16,7 +16,7 @@ from raytrain.kinds import load_kinds
 from raytrain.launch.version import fingerprint
 from raytrain.models.options import ADAPTERS
 from raytrain.optim.options import OPTIMIZERS
-from raytrain.run.checkpoint import listed
+from raytrain.run.checkpoint import list_checkpoints
 from raytrain.run.directory import RunDirectory
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.testing import train_here
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_while_logging_leaves_word(small_disk: Path) -> Non
     )
     run = train_here(recipe, small_disk / "run")
     assert "No space left on device" in run.failure().message
-    assert len(listed(run.checkpoints)) == 2
+    assert len(list_checkpoints(run.checkpoints)) == 2
 
 
 def test_the_version_is_told(raytrain: Callable[..., Any]) -> None:

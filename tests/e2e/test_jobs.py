@@ -22,8 +22,8 @@ import pytest
 
 from raytrain.provenance import MARKER
 from raytrain.recipe import read_toml
-from raytrain.run.checkpoint import listed, verify
-from raytrain.run.directory import rows
+from raytrain.run.checkpoint import list_checkpoints, verify_checkpoint
+from raytrain.run.directory import read_jsonl
 from raytrain.testing import train_here
 from raytrain.testing_command import Command, start_command
 from raytrain.training.recipe import TrainRecipe
@@ -243,10 +243,10 @@ def pair(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: rows(shared / name / "metrics.jsonl"))
+    wait_for(lambda: read_jsonl(shared / name / "metrics.jsonl"))
     line.cut()
-    before = len(rows(shared / name / "metrics.jsonl"))
-    wait_for(lambda: len(rows(shared / name / "metrics.jsonl")) > before)
+    before = len(read_jsonl(shared / name / "metrics.jsonl"))
+    wait_for(lambda: len(read_jsonl(shared / name / "metrics.jsonl")) > before)
     time.sleep(15)  # it prints a line every 10 s
     line.close()
     out, err = looker.communicate(timeout=600)
@@ -266,9 +266,9 @@ def test_a_job_shows_its_log_and_its_run_is_fetched(cluster: Cluster, pair: Pair
     assert status == 0, err
     run = cluster.user / "runs" / name
     assert json.loads((run / "result.json").read_text())["status"] == "done"
-    assert [path.name for path in listed(run / "checkpoints")][-1] == "step-00000020"
-    for path in listed(run / "checkpoints"):
-        verify(path)
+    assert [path.name for path in list_checkpoints(run / "checkpoints")][-1] == "step-00000020"
+    for path in list_checkpoints(run / "checkpoints"):
+        verify_checkpoint(path)
     left = cluster.home / "raytrain-runs" / name
     assert {path.name for path in run.iterdir()} == {
         MARKER,
@@ -284,7 +284,7 @@ def test_two_jobs_at_once_do_not_mix(cluster: Cluster, pair: Pair) -> None:
     names = [name_in(pair.short[2]), pair.stop[2].split()[0]]
     runs = [cluster.home / "raytrain-runs" / names[0], pair.shared / names[1]]
     assert [read_toml(str(run), [])[0]["seed"] for run in runs] == [1, 2]
-    assert [len(rows(run / "attempts.jsonl")) for run in runs] == [1, 1]
+    assert [len(read_jsonl(run / "attempts.jsonl")) for run in runs] == [1, 1]
     assert [path.name for path in (cluster.home / "raytrain-runs").iterdir()] == [names[0]]
     listing = {line.split()[0]: line.split()[1] for line in cluster.call("jobs")[1].splitlines()}
     assert {name: listing[name] for name in names} == dict(zip(names, ["SUCCEEDED", "STOPPED"], strict=True))
@@ -309,13 +309,13 @@ def test_a_stopped_job_has_saved_and_can_be_resumed_anywhere(cluster: Cluster, p
     assert status == 0, err
     result = json.loads((cluster.user / "here" / "result.json").read_text())
     assert result["status"] == "interrupted"
-    assert listed(cluster.user / "here" / "checkpoints")[-1].name == f"step-{result['steps']:08d}"
+    assert list_checkpoints(cluster.user / "here" / "checkpoints")[-1].name == f"step-{result['steps']:08d}"
     raw, _ = read_toml(str(cluster.user / "here"), [])
     sys.path.append(str(cluster.user))
     run = train_here(TrainRecipe.parse(raw).with_overrides({"steps": result["steps"] + 5}), cluster.user / "here")
     sys.path.remove(str(cluster.user))
     assert run.failure() is None
-    assert rows(run.attempts)[-1]["from_step"] == result["steps"]
+    assert read_jsonl(run.attempts)[-1]["from_step"] == result["steps"]
 
 
 def test_a_lost_connection_is_taken_up_again_and_then_given_up(cluster: Cluster, pair: Pair) -> None:
@@ -351,7 +351,7 @@ def test_a_failing_job_returns_its_status_and_is_stored_too(cluster: Cluster, fa
     assert f"{name}: failed with exit status 1" in err
     status, _, err = cluster.call("fetch", f"local://{store}/{name}", "stored")
     assert status == 0, err
-    assert [path.name for path in listed(cluster.user / "stored" / "checkpoints")] == ["step-00000002"]
+    assert [path.name for path in list_checkpoints(cluster.user / "stored" / "checkpoints")] == ["step-00000002"]
     assert json.loads((cluster.user / "stored" / "result.json").read_text())["status"] == "failed"
 
 
@@ -359,7 +359,7 @@ def test_a_stopped_job_is_resumed_on_the_cluster(pair: Pair, failed: Any) -> Non
     _, (status, out, err), _, steps = failed
     assert status == 0, out + err
     run = pair.shared / pair.stop[2].split()[0]
-    assert rows(run / "attempts.jsonl")[-1]["from_step"] == steps
+    assert read_jsonl(run / "attempts.jsonl")[-1]["from_step"] == steps
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["steps"]) == ("done", steps + 5)
 

@@ -12,7 +12,7 @@ import pytest
 
 from raytrain.overrides import merged, parse_overrides
 from raytrain.recipe import read_toml
-from raytrain.run.directory import rows
+from raytrain.run.directory import read_jsonl
 from raytrain.testing import train_here
 from raytrain.training.recipe import KIND, TrainRecipe
 
@@ -58,7 +58,7 @@ def fewer(words: list[str]) -> list[str]:
 
 def check_log(run: Path, name: str, last: int) -> None:
     """Check that a run trained and evaluated as it was told to."""
-    log = rows(run / "metrics.jsonl")
+    log = read_jsonl(run / "metrics.jsonl")
     assert [row["step"] for row in log] == [step for pair in range(1, last, 2) for step in (pair, pair + 1, pair + 1)]
     assert log[0]["loss"] * (-1 if name == "sst2-minilm-zo" else 1) > 0, "it lowers minus a probability"
     assert log[-1]["valid"]["loss"] > 0

@@ -18,8 +18,8 @@ import psutil
 import pytest
 import torch
 
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import rows
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import read_jsonl
 from raytrain.testing_command import Command
 
 Start = Callable[..., Command]
@@ -40,14 +40,14 @@ QUICK = [
 def wait_for_step(run: Path, step: int) -> None:
     give_up = time.monotonic() + 300
     while time.monotonic() < give_up:
-        if any(row["step"] >= step for row in rows(run / "metrics.jsonl")):
+        if any(row["step"] >= step for row in read_jsonl(run / "metrics.jsonl")):
             return
         time.sleep(0.05)
     raise TimeoutError(f"{run} did not reach step {step}")
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
-    saved = load(listed(run / "checkpoints")[-1], 0)
+    saved = load_part(list_checkpoints(run / "checkpoints")[-1], 0)
     return {**saved["model"], **{f"average {name}": value for name, value in saved["ema"].items()}}
 
 
@@ -94,10 +94,10 @@ def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(start: Start, str
         result = json.loads((tmp_path / "run" / "result.json").read_text())
         assert result["status"] == "interrupted"
         words = re.search(r"continue with: raytrain (.*)", err).group(1).split()
-        assert len(rows(tmp_path / "run" / "attempts.jsonl")) == attempt + 1
+        assert len(read_jsonl(tmp_path / "run" / "attempts.jsonl")) == attempt + 1
     status, _, err = start(tmp_path, *words).finish()
     assert status == 0, err
-    assert rows(tmp_path / "run" / "attempts.jsonl")[2]["from_step"] == result["steps"]
+    assert read_jsonl(tmp_path / "run" / "attempts.jsonl")[2]["from_step"] == result["steps"]
     assert equal(straight, tmp_path / "run")
 
 
@@ -129,9 +129,9 @@ def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(30)\n")
     command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:sleep"]', "--out", "run")
     give_up = time.monotonic() + 300
-    while not rows(tmp_path / "run" / "attempts.jsonl") and time.monotonic() < give_up:
+    while not read_jsonl(tmp_path / "run" / "attempts.jsonl") and time.monotonic() < give_up:
         time.sleep(0.05)
-    workers = [worker["pid"] for worker in rows(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
+    workers = [worker["pid"] for worker in read_jsonl(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
     for _ in range(2):
         os.killpg(command.pid, signal.SIGINT)
         time.sleep(1)
@@ -149,7 +149,7 @@ def test_kill_9_of_the_command_leaves_nothing_running_and_resume_goes_on_to_the_
 ) -> None:
     command = start(tmp_path, "train", "digits", *QUICK, "--out", "run")
     wait_for_step(tmp_path / "run", 100)
-    workers = [worker["pid"] for worker in rows(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
+    workers = [worker["pid"] for worker in read_jsonl(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
     command.kill()
     command.finish()
     status, _, err = start(tmp_path, "train", "digits", *QUICK, "--out", "run", "--resume").finish()

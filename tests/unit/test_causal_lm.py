@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from raytrain.data.collate import UNSCORED, inputs, kept_logits, padded, scored, token_losses, token_weights
 from raytrain.errors import RecipeError
-from raytrain.run.directory import rows
-from raytrain.sync.averaging import ExactExchange
+from raytrain.run.directory import read_jsonl
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.causal_lm import CausalLmOptions, Tokenized, alone, byte_widths, causal_lm, packed
 from raytrain.tasks.task import Task
@@ -152,7 +152,7 @@ def test_bits_per_byte_are_those_of_the_definition(models: Path, texts: Path, mo
     module = task.model(0)
     for value in module.parameters():
         torch.nn.init.zeros_(value)
-    found = evaluate(task, module, task.data("valid"), 3, ExactExchange(LocalTransport()))
+    found = evaluate(task, module, task.data("valid"), 3, ExactAverager(LocalTransport()))
     tokenizer = task.predict.__self__._pretrained.tokenizer
     tokens = [tokenizer(text)["input_ids"] for text in TEXTS * 3]
     size = sum(len(text.encode()) for text in TEXTS * 3)
@@ -294,4 +294,4 @@ def test_it_learns(models: Path, texts: Path, tmp_path: Path, task: dict[str, An
     }  # fmt: skip
     run = train_here(TrainRecipe.parse(raw), tmp_path / "run")
     assert run.failure() is None
-    assert rows(run.metrics)[-1]["valid"]["loss"] < 1.5 < rows(run.metrics)[0]["loss"]
+    assert read_jsonl(run.metrics)[-1]["valid"]["loss"] < 1.5 < read_jsonl(run.metrics)[0]["loss"]

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raytrain.registry import resolve
-from raytrain.sync.compression import CompressedExchange
+from raytrain.sync.compression import CompressedAverager
 from raytrain.sync.options import COMPRESSIONS
 from raytrain.testing import ThreadGroup, ThreadTransport
 
@@ -50,15 +50,15 @@ def test_sums_are_exact_over_time_and_equal_to_the_bit(
     counts = torch.tensor(weights, dtype=torch.float64)[:, :members]
 
     def replica(transport: ThreadTransport) -> tuple[list[torch.Tensor], Any, Any]:
-        exchange = CompressedExchange(transport, codec(name))
+        averager = CompressedAverager(transport, codec(name))
         means = []
         for turn, own in enumerate(counts):
             flat = torch.cat([values[turn, transport.rank], torch.zeros(1)])
-            flat = exchange.mean(flat, own[transport.rank].item()).wait()
+            flat = averager.average(flat, own[transport.rank].item()).wait()
             assert flat[-1].item() == pytest.approx(own.sum().item())
             assert own.any() or not flat.any()
             means.append(flat[:-1].clone())
-        return means, exchange.left, exchange.left_of_sum
+        return means, averager.residual, averager.sum_residual
 
     answers = ThreadGroup(members).run(replica)
     for means, _, _ in answers:
@@ -78,7 +78,7 @@ def test_what_is_exact_stays_so_and_a_replica_without_weight_may_hold_anything(n
 
     def replica(transport: ThreadTransport) -> torch.Tensor:
         flat = torch.cat([torch.full((10,), [0.5, torch.nan][transport.rank]), tails[transport.rank], torch.zeros(1)])
-        return CompressedExchange(transport, codec(name)).mean(flat, 5.0 * (transport.rank == 0), exact=3).wait()
+        return CompressedAverager(transport, codec(name)).average(flat, 5.0 * (transport.rank == 0), exact=3).wait()
 
     for flat in ThreadGroup(2).run(replica):
         torch.testing.assert_close(flat[:10], torch.full((10,), 0.5))

@@ -20,17 +20,24 @@ from raytrain.errors import CheckpointError, RecipeError, TrainingError
 from raytrain.json_files import add_checksum
 from raytrain.launch.jobs.storage import Entry, dump, measured, parse
 from raytrain.recipe import read_toml
-from raytrain.run.checkpoint import MANIFEST, CheckpointStore, load, read_manifest, reading, verify
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.checkpoint import (
+    MANIFEST,
+    CheckpointStore,
+    checkpoint_errors,
+    load_part,
+    read_manifest,
+    verify_checkpoint,
+)
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.seeds.records import MAGIC, RECORD, read
 from raytrain.seeds.seed_model import SeedModel
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import train_here
-from raytrain.training.build import settled
+from raytrain.training.build import resolve_recipe
 from raytrain.training.kind import KIND
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import progress_from
+from raytrain.training.replica import progress_from_dict
 from raytrain.zeroth.replay import retrace
 from raytrain.zeroth.trajectory import Trajectory
 
@@ -54,7 +61,7 @@ def holding(file: Path, data: bytes) -> Iterator[None]:
 
 
 def store(folder: Path) -> CheckpointStore:
-    return CheckpointStore(folder, 2, ExactExchange(LocalTransport()))
+    return CheckpointStore(folder, 2, ExactAverager(LocalTransport()))
 
 
 @pytest.fixture
@@ -63,7 +70,7 @@ def checkpoint(tmp_path: Path) -> Path:
     state = {"w": torch.randn(3, 2), "optimizer": {"lr": 0.1, "betas": [0.9, 0.99], "most": float("inf")}, "name": "x"}
     for step in (1, 2):
         store(tmp_path).save(state, {"step": step, "best_step": 0, "position": 4})
-    return store(tmp_path).note({"step": 2, "best_step": 2, "position": 4}, {"loss": 0.5})
+    return store(tmp_path).save_metrics({"step": 2, "best_step": 2, "position": 4}, {"loss": 0.5})
 
 
 @pytest.mark.parametrize("damage", [flips, cuts])
@@ -73,12 +80,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoint: Path, name
     for place, data in enumerate(damage((checkpoint / name).read_bytes())):
         with holding(checkpoint / name, data):
             with pytest.raises(CheckpointError):
-                verify(checkpoint)
+                verify_checkpoint(checkpoint)
             if place % 20 == 0:
                 with pytest.raises(CheckpointError):
-                    load(checkpoint, 0)
+                    load_part(checkpoint, 0)
                 assert store(checkpoint.parent).newest() == older
-    verify(checkpoint)
+    verify_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +99,8 @@ def test_a_state_of_another_form_is_one_error(tmp_path: Path, state: dict[str, A
     plan = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "steps": 2, "log": {"loggers": []}})
     run = RunDirectory(tmp_path / "run")
     progress = {"step": 1, "best_step": 0}
-    with run.opened(resume=False):
-        run.begin("")
+    with run.session(resume=False):
+        run.prepare("")
         path = store(run.checkpoints).save(state, progress)
     failure = train_here(plan, run.path).failure()
     assert failure is not None
@@ -112,11 +119,11 @@ def test_a_state_of_another_form_is_one_error(tmp_path: Path, state: dict[str, A
 )
 def test_a_progress_of_another_form_is_one_error(progress: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^step-1: cannot be read: {message}$"):
-        progress_from(progress, "step-1")
+        progress_from_dict(progress, "step-1")
 
 
 def test_what_is_wrong_inside_a_checkpoint_keeps_its_own_error() -> None:
-    with pytest.raises(CheckpointError, match="^mine$"), reading(Path("x")):
+    with pytest.raises(CheckpointError, match="^mine$"), checkpoint_errors(Path("x")):
         raise CheckpointError("mine")
 
 
@@ -234,7 +241,7 @@ def test_a_header_that_no_run_writes_is_refused(tmp_path: Path, change: dict[str
     with Trajectory(tmp_path / "t", {**about, **change}, 0):
         pass
     with pytest.raises(CheckpointError, match="its first line does not say how to make its moves on this model"):
-        retrace(tmp_path / "t", settled(plan, run)[1].model(0))
+        retrace(tmp_path / "t", resolve_recipe(plan, run)[1].model(0))
 
 
 def test_a_changed_seed_model_is_refused_or_the_same(tmp_path: Path) -> None:
@@ -289,7 +296,7 @@ def test_a_row_of_another_form_is_left_out_and_no_other_and_said_once(
     good = b"".join(lines)
     for place, data in enumerate(flips(good)):
         file.write_bytes(data)
-        found, hit = rows(file), good[:place].count(b"\n")
+        found, hit = read_jsonl(file), good[:place].count(b"\n")
         lost = 2 if good[place : place + 1] == b"\n" else 1  # the line feed joins two lines
         others = ROWS[name] * 2
         del others[hit : hit + lost]
@@ -299,7 +306,7 @@ def test_a_row_of_another_form_is_left_out_and_no_other_and_said_once(
         assert all(type(row["step"]) is int for row in found if name == "metrics")
     caplog.clear()
     file.write_bytes(b'{"torn": \n\0\0\n' + good)
-    assert rows(file) == rows(file) == ROWS[name] * 2
+    assert read_jsonl(file) == read_jsonl(file) == ROWS[name] * 2
     assert [record.getMessage() for record in caplog.records] == [
         f"{file}: 2 line(s) are torn or damaged and are left out"
     ]

@@ -8,11 +8,11 @@ from torch import nn
 
 from raytrain.errors import RecipeError
 from raytrain.optim.ema import Ema
-from raytrain.run.checkpoint import listed, load
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.run.directory import RunDirectory
 from raytrain.testing import train_here, train_with_threads
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.results import load_best, result_of
+from raytrain.training.results import collect_result, load_best
 
 
 def test_the_average_is_the_recursion_of_the_definition() -> None:
@@ -75,7 +75,7 @@ def schedulefree(**changes: Any) -> TrainRecipe:
 
 
 def state(run: RunDirectory) -> dict[str, torch.Tensor]:
-    saved = load(listed(run.checkpoints)[-1], 0)
+    saved = load_part(list_checkpoints(run.checkpoints)[-1], 0)
     return {**saved["model"], **{f"average {name}": value for name, value in saved["ema"].items()}}
 
 
@@ -88,7 +88,7 @@ def test_an_optimizer_that_averages_is_evaluated_with_its_average(tmp_path: Path
     run = train_here(schedulefree(), tmp_path / "run")
     saved = state(run)
     assert not torch.equal(saved["out.weight"], saved["average out.weight"])
-    best = result_of(schedulefree(), run, None).best
+    best = collect_result(schedulefree(), run, None).best
     evaluated = load_best(run.path, {}).evaluate()
     assert (evaluated["step"], evaluated["loss"]) == (best["step"], best["value"])
 

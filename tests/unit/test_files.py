@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from raytrain.errors import TrainingError
 from raytrain.files import AppendOnlyFile, append_line, flush, make_folder, read_bytes, write_whole
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.testing import train_here
 from raytrain.training.recipe import TrainRecipe
 
@@ -33,8 +33,8 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def new_run(folder: Path) -> None:
     run = RunDirectory(folder / "run")
-    with run.opened(resume=False):
-        run.begin("x = 1\n")
+    with run.session(resume=False):
+        run.prepare("x = 1\n")
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_a_torn_line_costs_itself_and_no_other(junk: bytes, before: int) -> None
             run.append(run.attempts, {"from_step": step})
         with run.attempts.open("ab") as file:
             file.write(junk.replace(b"\n", b""))  # a process was killed here, or the power failed
-        assert [row["from_step"] for row in rows(run.attempts)] == list(range(before))
+        assert [row["from_step"] for row in read_jsonl(run.attempts)] == list(range(before))
         run.append(run.attempts, {"from_step": 7})
-        assert [row["from_step"] for row in rows(run.attempts)] == [*range(before), 7]
+        assert [row["from_step"] for row in read_jsonl(run.attempts)] == [*range(before), 7]
 
 
 def test_what_grows_is_on_its_way_at_once_and_on_the_disk_when_kept(tmp_path: Path, synced: list[str]) -> None:

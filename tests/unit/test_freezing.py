@@ -13,7 +13,7 @@ from torch import nn
 from raytrain.errors import RecipeError
 from raytrain.models.blocks import blocks
 from raytrain.models.freezing import Half, freeze
-from raytrain.run.checkpoint import listed, load
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.tasks.task import Task
 from raytrain.testing import ONE_AT_A_TIME, train_here, train_with_threads
 from raytrain.training.recipe import TrainRecipe
@@ -109,7 +109,7 @@ def recipe(**changes: Any) -> TrainRecipe:
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
-    saved: dict[str, torch.Tensor] = load(listed(folder / "checkpoints")[-1], 0)["model"]
+    saved: dict[str, torch.Tensor] = load_part(list_checkpoints(folder / "checkpoints")[-1], 0)["model"]
     return saved
 
 
@@ -120,7 +120,7 @@ def test_what_stands_still_keeps_its_bits_and_costs_no_state(tmp_path: Path) -> 
     still = {name for name, value in after.items() if torch.equal(value, before[name])}
     assert {name.split(".")[3] for name in still} == {"linears", "norms"}
     assert len({name.rpartition(".")[0] for name in still}) == 2 * (2 + 1)
-    state = load(listed(run.checkpoints)[-1], 0)["optimizer"]["state"]
+    state = load_part(list_checkpoints(run.checkpoints)[-1], 0)["optimizer"]["state"]
     assert state.keys() == after.keys() - still
 
 

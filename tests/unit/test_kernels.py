@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.cli.main import list_names
+from raytrain.cli.main import list_tables
 from raytrain.errors import RecipeError
 from raytrain.seeds.kernels import native
 from raytrain.seeds.kernels import numba_cpu as portable
@@ -133,7 +133,7 @@ def test_one_kernel_is_in_use_on_each_kind_of_device() -> None:
 
 
 def test_the_command_says_which_kernel_is_in_use(capsys: pytest.CaptureFixture[str]) -> None:
-    list_names("kernels")
+    list_tables("kernels")
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("in use on cpu") == 1
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from raytrain.recipe import declared_options
 from raytrain.registry import resolve
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.testing import ThreadGroup, ThreadTransport
 
@@ -139,7 +139,7 @@ def ours(name: str, setting: Setting, **options: Any) -> list[Floats]:
     def replica(transport: ThreadTransport) -> Floats:
         module = nn.Linear(1, 3, bias=False).double()
         module.weight.data.copy_(torch.from_numpy(START)[:, None])
-        sync = factory(ExactExchange(transport), chosen)
+        sync = factory(ExactAverager(transport), chosen)
         sync.start(module)
         for rate, targets in zip(setting.rates, setting.targets, strict=True):
             sync.begin(float(setting.weights[transport.rank]))
@@ -201,7 +201,7 @@ def test_diloco_makes_the_numbers_of_torchfts_regression_test(name: str, rounds:
             module = nn.Linear(1, 1, bias=False)
             nn.init.constant_(module.weight, begun)
             optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-            sync = factory(ExactExchange(transport), options)
+            sync = factory(ExactAverager(transport), options)
             sync.start(module)
             places = []
             for _ in range(options.every):

@@ -31,9 +31,9 @@ from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import ZEROTH
 from raytrain.registry import resolve
 from raytrain.seeds.seed_model import SeedModel
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import ScalarOptions
-from raytrain.sync.scalars import Numbers
+from raytrain.sync.scalars import ScalarExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.zeroth.optimizers import ZerothOrder, space_of
 from raytrain.zeroth.perturbed import Probe
@@ -102,14 +102,14 @@ def zeroth_step_by_step(recipe: FederateRecipe, optimizer: str, seeds: list[list
     space = space_of(module, made, mode="rademacher", sparsity=0.0, blocks=False)
     made.shape(space)
 
-    class Rounded(Numbers):
+    class Rounded(ScalarExchange):
         """Hears each number as the server does."""
 
         def share(self, values: Sequence[float], *_: Any, **__: Any) -> tuple[list[list[float]], list[float]]:
             return [[ENCODINGS[up].rounded(value) for value in values]], [1.0]
 
-    sync = Rounded(ExactExchange(LocalTransport()), ScalarOptions(name="scalars"), short=False)
-    sync.start(module)
+    sync = Rounded(ExactAverager(LocalTransport()), ScalarOptions(name="scalars"), short=False)
+    sync.attach(module)
 
     class Along(Zeroth):
         @staticmethod

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from raytrain.launch.jobs.client import JobServer
 from raytrain.launch.jobs.job import Job
 from raytrain.launch.jobs.storage import Folder
-from raytrain.launch.jobs.transfer import fetch
+from raytrain.launch.jobs.transfer import fetch_run
 from raytrain.provenance import MARKER, named_code, refuse_code
 
 PLANTED = "from pathlib import Path\nPath('planted').touch()\nfrom raytrain.testing import tiny\n"
@@ -48,7 +48,7 @@ def fetched(workplace: Path) -> Path:
     (workplace / "theirs" / "recipe.toml").write_text('kind = "train"\n[task]\nname = "planted_task:tiny"\n')
     (workplace / "theirs" / "trials").mkdir()
     (workplace / "theirs" / "trials" / "recipe.toml").write_text('[task]\nname = "planted_task:tiny"\n')
-    fetch(Folder(workplace / "theirs"), workplace / "run", lambda _: None)
+    fetch_run(Folder(workplace / "theirs"), workplace / "run", lambda _: None)
     return workplace / "run"
 
 
@@ -97,7 +97,7 @@ def test_a_run_of_ones_own_and_one_without_code_need_none(
 
 
 def test_a_copy_that_is_served_again_is_marked_again(fetched: Path, workplace: Path) -> None:
-    fetch(Folder(fetched), workplace / "other", lambda _: None)
+    fetch_run(Folder(fetched), workplace / "other", lambda _: None)
     assert (workplace / "other" / MARKER).read_text() == f"{fetched}\n"
 
 

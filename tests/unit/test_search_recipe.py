@@ -246,9 +246,9 @@ def test_metrics_that_the_task_does_not_measure() -> None:
 
 
 def shapes(recipe: Any) -> dict[str, tuple[int, ...]]:
-    from raytrain.training.build import task_of
+    from raytrain.training.build import build_task
 
-    return {name: tuple(each.shape) for name, each in task_of(recipe).model(0).named_parameters()}
+    return {name: tuple(each.shape) for name, each in build_task(recipe).model(0).named_parameters()}
 
 
 def test_shapes_that_cannot_be_inherited() -> None:

@@ -11,7 +11,7 @@ from raytrain.data import corpus
 from raytrain.data.collate import UNSCORED
 from raytrain.data.corpus import Bytes, Characters, Document
 from raytrain.errors import RecipeError
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.text import TextExamples, TextOptions, _collate, text
 from raytrain.training.evaluation import evaluate
@@ -180,7 +180,7 @@ def test_bits_per_byte_are_those_of_the_definition(tmp_path: Path, model: str, t
     for value in module.parameters():
         torch.nn.init.zeros_(value)
     size = module.config.vocab_size
-    found = evaluate(task, module, task.data("valid"), 3, ExactExchange(LocalTransport()))
+    found = evaluate(task, module, task.data("valid"), 3, ExactAverager(LocalTransport()))
     held_out = (tmp_path / "x.txt").read_bytes()[round(0.9 * (tmp_path / "x.txt").stat().st_size) :].decode()
     characters = len(held_out) if tokens == "chars" else len(held_out.encode())
     assert found["loss"] == pytest.approx(math.log(size), rel=1e-6)

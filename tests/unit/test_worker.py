@@ -14,7 +14,7 @@ from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 from raytrain.training import worker
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.worker import work
+from raytrain.training.worker import run_worker
 
 
 def test_all_workers_must_see_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,12 +22,12 @@ def test_all_workers_must_see_the_runs_folder(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(worker.socket, "gethostname", lambda: "elsewhere")
     recipe = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "workers": 2})
     run = RunDirectory(tmp_path / "run")
-    with run.opened(resume=False):
-        run.begin(recipe.to_toml())
+    with run.session(resume=False):
+        run.prepare(recipe.to_toml())
 
     def replica(transport: ThreadTransport) -> None:
         seen = run if transport.rank == 0 else RunDirectory(tmp_path / "not mounted here")
-        assert work(recipe, seen, transport, beat=lambda: None) is None
+        assert run_worker(recipe, seen, transport, heartbeat=lambda: None) is None
 
     ThreadGroup(2).run(replica)
     failure = run.failure()
@@ -43,7 +43,7 @@ def test_a_worker_that_cannot_leave_word_raises_its_error(tmp_path: Path) -> Non
     recipe = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny"})
     nowhere = RunDirectory(tmp_path / "not mounted here")
     with pytest.raises(RecipeError, match="^--out: cannot write to .*not mounted here: No such file or directory$"):
-        work(recipe, nowhere, LocalTransport(), beat=lambda: None)
+        run_worker(recipe, nowhere, LocalTransport(), heartbeat=lambda: None)
 
 
 TRAIN = """

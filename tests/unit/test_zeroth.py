@@ -22,12 +22,12 @@ from raytrain.optim.optimizers import load_state_by_name, make_optimizer, state_
 from raytrain.optim.options import ZEROTH
 from raytrain.overrides import merged
 from raytrain.registry import resolve
-from raytrain.run.checkpoint import load, step_name
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.checkpoint import load_part, step_name
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.seeds.directions import Space
 from raytrain.seeds.prng import direction, identity
 from raytrain.seeds.records import MAGIC, read, steps
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import ScalarOptions
 from raytrain.sync.scalars import scalars
 from raytrain.sync.transport import LocalTransport
@@ -41,7 +41,7 @@ from raytrain.testing import (
     train_with_gloo,
     train_with_threads,
 )
-from raytrain.training.build import settled
+from raytrain.training.build import resolve_recipe
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
 from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, ZOConservative, space_of
@@ -71,7 +71,7 @@ def recipe(optimizer: str = "zo-sgd", **more: Any) -> TrainRecipe:
 def weights(run: RunDirectory) -> dict[str, Tensor]:
     assert run.failure() is None
     newest = max(run.checkpoints.glob("[!.]*"))
-    model: dict[str, Tensor] = load(newest, 0)["model"]
+    model: dict[str, Tensor] = load_part(newest, 0)["model"]
     return model
 
 
@@ -84,10 +84,10 @@ def equal(one: RunDirectory, other: RunDirectory) -> bool:
 def test_every_stepper_learns_and_its_trajectory_retraces_it_to_the_bit(optimizer: str, tmp_path: Path) -> None:
     plan = recipe(optimizer, **{"zo.num_perturbations": 2, "evaluation.every": 20, "optimizer.groups": GROUPS})
     run = train_here(plan, tmp_path / "run")
-    losses = [row["valid"]["loss"] for row in rows(run.metrics) if "valid" in row]
-    plain, task = settled(plan, run)
+    losses = [row["valid"]["loss"] for row in read_jsonl(run.metrics) if "valid" in row]
+    plain, task = resolve_recipe(plan, run)
     module = task.model(plain.seed)
-    before = evaluate(task, module, task.data("valid"), 13, ExactExchange(LocalTransport()))["loss"]
+    before = evaluate(task, module, task.data("valid"), 13, ExactAverager(LocalTransport()))["loss"]
     assert losses[-1] < 0.8 * before
     if "hybrid" in optimizer:
         assert not run.trajectory.exists()
@@ -186,13 +186,13 @@ GROUPS = [{"match": "out.bias", "lr_scale": 0.25}]
 def test_every_option_trains_and_retraces(options: dict[str, Any], tmp_path: Path) -> None:
     plan = recipe(**options)
     run = train_here(plan, tmp_path / "run")
-    module = settled(plan, run)[1].model(plan.seed)
+    module = resolve_recipe(plan, run)[1].model(plan.seed)
     if plan.precision == "float64":
         module.double()
     retrace(run.trajectory, module)
     named, found = dict(module.named_parameters()), weights(run)
     assert all(torch.equal(named[name], value) for name, value in found.items() if name in named)
-    logged = [row for row in rows(run.metrics) if "slope" in row]
+    logged = [row for row in read_jsonl(run.metrics) if "slope" in row]
     assert logged
     assert all(math.isfinite(row["loss"]) and row["slope"] > 0 for row in logged)
 
@@ -277,7 +277,7 @@ def test_a_worker_more_takes_up_where_the_others_were(tmp_path: Path) -> None:
     _, records = read(run.trajectory)
     assert [len(step.slopes) for step in steps(records)] == [2] * 40 + [3] * 20
     plan = recipe()
-    module = settled(plan, run)[1].model(plan.seed)
+    module = resolve_recipe(plan, run)[1].model(plan.seed)
     assert retrace(run.trajectory, module) == 60
     named = dict(module.named_parameters())
     assert all(torch.equal(named[name], value) for name, value in weights(run).items() if name in named)
@@ -358,7 +358,7 @@ def test_a_run_goes_on_in_another_type(name: str, precision: str, tmp_path: Path
     train_here(recipe(name, **fields, precision=precision), tmp_path / "run")
     run = train_here(recipe(name, **{**fields, "steps": 8}, precision=other), tmp_path / "run")
     assert {value.dtype for value in weights(run).values() if value.is_floating_point()} == {getattr(torch, other)}
-    saved = load(max(run.checkpoints.glob("[!.]*")), 0)["optimizer"]["state"]
+    saved = load_part(max(run.checkpoints.glob("[!.]*")), 0)["optimizer"]["state"]
     assert {entry.dtype for one in saved.values() for entry in one.values() if entry.dim()} == {getattr(torch, other)}
 
 
@@ -427,12 +427,12 @@ def steep() -> Task:
 def test_what_is_not_finite_or_far_out_is_reported_and_not_applied(tmp_path: Path) -> None:
     more = {"task": f"{__name__}:steep", "log.every": 1, "zo.outlier_threshold": 20.0, "optimizer.lr": 1e-4}
     run = train_here(recipe(**more, batch=4), tmp_path / "run")
-    skipped = [row["step"] for row in rows(run.metrics) if row.get("skipped")]
+    skipped = [row["step"] for row in read_jsonl(run.metrics) if row.get("skipped")]
     assert len(skipped) >= 2
     _, records = read(run.trajectory)
     assert {step.step for step in steps(records) if not step.slopes} == {step - 1 for step in skipped}
     assert np.isfinite(records["slope"]).all()
-    module = settled(recipe(**more), run)[1].model(0)
+    module = resolve_recipe(recipe(**more), run)[1].model(0)
     assert retrace(run.trajectory, module) == 60
     assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
 
@@ -457,7 +457,7 @@ def early() -> Task:
 def test_what_is_far_out_in_the_second_step_is_not_applied_and_does_not_become_ordinary(tmp_path: Path) -> None:
     more = {"task": f"{__name__}:early", "log.every": 1, "optimizer.lr": 1e-6, "batch": 8}
     run = train_here(recipe(**more), tmp_path / "run")
-    skipped = [row["step"] for row in rows(run.metrics) if row.get("skipped")]
+    skipped = [row["step"] for row in read_jsonl(run.metrics) if row.get("skipped")]
     assert {2, FAR_OUT[1] // 2} <= set(skipped)
     assert run.failure() is None
     assert np.abs(read(run.trajectory)[1]["slope"]).max() < 1e4
@@ -550,9 +550,9 @@ def test_replicas_count_by_the_weight_of_their_losses() -> None:
         optimizer = make_optimizer(ZOSGD, optimizer_options("zo-sgd")(name="x", lr=lr), module)
         space = space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False)
         optimizer.shape(space)
-        sync = scalars(ExactExchange(transport), ScalarOptions(name="scalars"))
-        sync.start(module)
-        sync.begin(loads[transport.rank])
+        sync = scalars(ExactAverager(transport), ScalarOptions(name="scalars"))
+        sync.attach(module)
+        sync.set_weight(loads[transport.rank])
         zeroth = Zeroth(Probe(module, space), optimizer, sync, count, 1e-3, 2, False, "", 0.0, True)
         own = gradients[transport.rank]
         zeroth.step(lambda: module(own[None])[0, 0], module, 7, (0, transport.rank), 1.0)
@@ -598,7 +598,7 @@ def test_an_objective_without_a_gradient(tmp_path: Path) -> None:
     more = {"task": f"{__name__}:accurate", "zo.objective": "accuracy", "zo.eps": 0.3, "batch": 32}
     run = train_here(recipe(**more, steps=80, **{"zo.num_perturbations": 4, "optimizer.lr": 0.1}), tmp_path / "run")
     assert run.failure() is None
-    assert next(row["valid"]["accuracy"] for row in rows(run.metrics) if "valid" in row) > 0.8
+    assert next(row["valid"]["accuracy"] for row in read_jsonl(run.metrics) if "valid" in row) > 0.8
     run = train_here(recipe(**(more | {"zo.objective": "f1"})), tmp_path / "no")
     failure = run.failure()
     assert failure is not None
@@ -631,14 +631,14 @@ def test_a_trajectory_of_another_model_is_refused(tmp_path: Path) -> None:
     plan = recipe(steps=3)
     run = train_here(plan, tmp_path / "run")
     for name in ("frozen.weight", "version"):
-        module = settled(plan, run)[1].model(0)
+        module = resolve_recipe(plan, run)[1].model(0)
         module.state_dict()[name].add_(1)
         for first in (0, 2):
             with pytest.raises(CheckpointError, match="starts from frozen weights and buffers with digest"):
                 retrace(run.trajectory, module, first)
     with pytest.raises(CheckpointError, match="expected the 4 steps that the model has behind it; got 3"):
-        retrace(run.trajectory, settled(plan, run)[1].model(0), 4)
-    other = settled(plan, run)[1].model(1)
+        retrace(run.trajectory, resolve_recipe(plan, run)[1].model(0), 4)
+    other = resolve_recipe(plan, run)[1].model(1)
     with pytest.raises(CheckpointError, match="this trajectory starts from weights and directions with digest"):
         retrace(run.trajectory, other)
     (tmp_path / "no").write_bytes(b"{}")
@@ -667,7 +667,7 @@ def test_slopes_of_zero_are_no_failure(tmp_path: Path) -> None:
     more = {"task": f"{__name__}:flat", "log.every": 30, "batch": 4}
     run = train_here(recipe(**more), tmp_path / "run")
     assert run.failure() is None
-    assert [row["skipped"] for row in rows(run.metrics) if "skipped" in row] == [0, 0]
+    assert [row["skipped"] for row in read_jsonl(run.metrics) if "skipped" in row] == [0, 0]
 
 
 @pytest.mark.parametrize("power", [-40, -20, 20, 40])
@@ -681,7 +681,7 @@ def test_a_byte_holds_slopes_of_any_size(power: int, blocks: bool, tmp_path: Pat
         rate = {"optimizer.lr": 0.01 / factor, "zo.blockwise": blocks, "zo.outlier_threshold": 5.0}
         run = train_here(recipe(**more, sync="one-byte", **rate), tmp_path / str(factor))
         ends.append(weights(run))
-        logged = [row for row in rows(run.metrics) if "saturated" in row]
+        logged = [row for row in read_jsonl(run.metrics) if "saturated" in row]
         assert len(logged) == 30
         assert sum(row["saturated"] + row["zeros"] for row in logged) == 0
     assert not torch.equal(ends[0]["0.weight"], scaled().model(0).state_dict()["0.weight"])
@@ -748,7 +748,7 @@ def test_a_rate_that_all_share_changes_no_direction(tmp_path: Path) -> None:
     train_here(recipe(steps=20, **groups), tmp_path / "run")
     run = train_here(recipe(steps=40, **groups, **{"optimizer.lr": 0.02}), tmp_path / "run")
     assert len(weights(run)) > 0
-    module = settled(recipe(**groups), run)[1].model(recipe().seed)
+    module = resolve_recipe(recipe(**groups), run)[1].model(recipe().seed)
     assert retrace(run.trajectory, module) == 40
     assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
 
@@ -771,7 +771,7 @@ def test_steps_that_were_not_written_down_are_missed(tmp_path: Path) -> None:
     with Trajectory(tmp_path / "t", {**read(run.trajectory)[0]}, 0) as holed:
         holed.append(1, 0.5, [(1, 1.0)])
     with pytest.raises(CheckpointError, match="expected step 1 of the run next; it is not there"):
-        retrace(tmp_path / "t", settled(recipe(), run)[1].model(0))
+        retrace(tmp_path / "t", resolve_recipe(recipe(), run)[1].model(0))
     Trajectory(tmp_path / "bare", {"base": "x"}, 0).close()
     with pytest.raises(RecipeError, match="expected mode = None as the run began; got 'gaussian'"):
         Trajectory(tmp_path / "bare", {"space": {"mode": "gaussian"}, "optimizer": {}}, 1)
@@ -821,7 +821,7 @@ def test_a_trajectory_is_retraced_to_the_bit_by_a_processor_without_vector_instr
     names = [name for name in ZEROTH if "hybrid" not in name]
     for name in names:
         run = train_here(recipe(name, steps=20), tmp_path / name)
-        save_file(settled(recipe(name), run)[1].model(0).state_dict(), run.path / "first")
+        save_file(resolve_recipe(recipe(name), run)[1].model(0).state_dict(), run.path / "first")
     subprocess.run(
         [sys.executable, "-c", RETRACE, *names],
         check=True,
@@ -835,8 +835,8 @@ def test_a_trajectory_is_retraced_to_the_bit_by_a_processor_without_vector_instr
 
 def test_a_checkpoint_and_the_tail_of_the_trajectory_give_the_model(tmp_path: Path) -> None:
     run = train_here(recipe(steps=40, **{"checkpoint.keep": 5}), tmp_path / "run")
-    module = settled(recipe(), run)[1].model(0)
-    module.load_state_dict(load(run.checkpoints / step_name(20), 0)["model"])
+    module = resolve_recipe(recipe(), run)[1].model(0)
+    module.load_state_dict(load_part(run.checkpoints / step_name(20), 0)["model"])
     assert retrace(run.trajectory, module, 20) == 40
     assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
     run = train_here(recipe("zo-adam", steps=20), tmp_path / "adam")

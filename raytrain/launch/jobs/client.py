@@ -24,7 +24,7 @@ from ray.job_submission import JobSubmissionClient
 import raytrain
 from raytrain.environment import environment
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
-from raytrain.launch.jobs.job import ID, Job, Log, check_id
+from raytrain.launch.jobs.job import ID, Job, JobLog, check_id
 from raytrain.launch.jobs.upload import Upload, own_code
 from raytrain.launch.version import fingerprint
 from raytrain.terminal import plain, plain_line
@@ -32,7 +32,7 @@ from raytrain.terminal import plain, plain_line
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ANSWER_SECONDS = 5.0  # for a server to say that it is there
-WAIT_SECONDS = {"GET": 20.0, "POST": 60.0, "DELETE": 20.0, "PUT": 600.0}  # the last uploads
+TIMEOUT_SECONDS = {"GET": 20.0, "POST": 60.0, "DELETE": 20.0, "PUT": 600.0}  # the last uploads
 SILENCE_SECONDS = 10.0  # without a line of the log, after which the server is asked whether it is still there
 RECONNECT_SECONDS = 60.0
 RETRY_SECONDS = 1.0
@@ -51,7 +51,7 @@ class _Client(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         known = self._server_ray_version is not None
-        patience = WAIT_SECONDS[method] if known else ANSWER_SECONDS
+        patience = TIMEOUT_SECONDS[method] if known else ANSWER_SECONDS
         allowed = {"timeout": (ANSWER_SECONDS, patience), "allow_redirects": False}
         response = super()._do_request(method, endpoint, **{**allowed, **options})
         self._check_place(response)
@@ -103,7 +103,7 @@ class _Client(JobSubmissionClient):
             headers=self._headers,
             cookies=self._cookies,
             verify=self._verify,
-            timeout=(ANSWER_SECONDS, WAIT_SECONDS["GET"]),
+            timeout=(ANSWER_SECONDS, TIMEOUT_SECONDS["GET"]),
             stream=True,
             allow_redirects=False,
         )
@@ -211,7 +211,7 @@ class JobServer:
         with self.explained(name):
             self.client.stop_job(name)
 
-    def follow(self, name: str, log: Log, say: Callable[[str], None]) -> Job:
+    def follow(self, name: str, log: JobLog, say: Callable[[str], None]) -> Job:
         """Show the log of a job until it ends, over a lost connection too, and return how it ended.
 
         Where the server answers and the log cannot be read, as behind a proxy without WebSockets or when the machine

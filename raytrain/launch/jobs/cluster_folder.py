@@ -16,7 +16,7 @@ from raytrain.launch.jobs.upload import own_code
 from raytrain.terminal import plain_line
 
 START_SECONDS = 180.0  # for the small job that serves a run's files
-END_SECONDS = 20.0
+STOP_WAIT_SECONDS = 20.0
 POLL_SECONDS = 0.2
 
 
@@ -80,7 +80,7 @@ class ClusterFolder:
         name, self._serving = self._serving, ""
         if not name:
             return
-        give_up = time.monotonic() + END_SECONDS
+        give_up = time.monotonic() + STOP_WAIT_SECONDS
         with suppress(LostError, RecipeError), self._server.explained():
             self._server.client.stop_job(name)
             while not self._server.client.get_job_info(name).status.is_terminal() and time.monotonic() < give_up:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raytrain.errors import RecipeError
+from raytrain.errors import INTERRUPTED, RecipeError
 from raytrain.launch.jobs.storage import check_storage
 from raytrain.recipe import dotted_fields
 from raytrain.terminal import mib
 
-INTERRUPTED = 130
 NO_PROGRAM = 127  # as a shell tells
 RUNS = "~/raytrain-runs"  # on the machine that runs the job's command: the cluster's head
 SERVED = "raytrain-"  # begins the name of what a job leaves among Ray's logs
@@ -74,7 +73,7 @@ class Job:
 
 
 @dataclass
-class Log:
+class JobLog:
     """What has been shown of a job's log, which the server sends from its start after each connection.
 
     Attributes:
@@ -126,7 +125,7 @@ def new_id(name: str) -> str:
     return f"{name}-{secrets.token_hex(3)}"
 
 
-def place(job: str, out: Path | None, storage: str | None) -> tuple[str, str]:
+def run_location(job: str, out: Path | None, storage: str | None) -> tuple[str, str]:
     """Return the folder of a job's run, as the cluster sees it, and the URL to copy it to at the end, or nothing.
 
     Args:
@@ -175,7 +174,7 @@ def check_upload(files: Mapping[str, int], limit_bytes: int, folder: Path) -> No
     )
 
 
-def check_taken(needed: Mapping[str, Path], files: Mapping[str, int], folder: Path) -> None:
+def check_uploaded(needed: Mapping[str, Path], files: Mapping[str, int], folder: Path) -> None:
     """Check that the files that a recipe names are among those that a job takes along.
 
     Args:
@@ -200,13 +199,13 @@ def check_taken(needed: Mapping[str, Path], files: Mapping[str, int], folder: Pa
             )
 
 
-def taken_files(raw: Mapping[str, Any]) -> dict[str, str]:
+def uploaded_files(raw: Mapping[str, Any]) -> dict[str, str]:
     """Return the fields of a job's recipe that name files which it took along -> the files, as they were here."""
     found = {field: re.search(r"/_ray_pkg_[0-9a-f]+/(.+)", str(value)) for field, value in dotted_fields(raw)}
     return {field: match[1] for field, match in found.items() if match}
 
 
-def trouble(job: Job) -> str:
+def describe_outcome(job: Job) -> str:
     """Return what went wrong with a job that has ended, and the way out where it is known; nothing if it went well."""
     if job.status == "SUCCEEDED":
         return ""

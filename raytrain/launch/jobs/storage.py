@@ -22,7 +22,7 @@ from raytrain.registry import near
 
 LIST = "files.json"
 CHUNK_BYTES = 1 << 20
-ATTEMPTS = 3
+READ_ATTEMPTS = 3
 LOCAL = "file://"
 MAX_LIST_BYTES = 64 << 20
 MAX_FILES = 100_000
@@ -47,7 +47,7 @@ class ChangedError(Exception):
     """A file is not, or is no longer, as it was listed: a run that goes on replaces its checkpoints."""
 
 
-class Source(Protocol):
+class RunSource(Protocol):
     """Where a run's folder can be read from.
 
     Attributes:
@@ -224,7 +224,7 @@ def list_files(folder: Path) -> Listing:
     Raises:
         TrainingError: files come and go faster than they can be listed.
     """
-    for _ in range(ATTEMPTS):
+    for _ in range(READ_ATTEMPTS):
         try:
             return {
                 path.relative_to(folder).as_posix(): measured(pieces_of(path))

@@ -13,7 +13,7 @@ from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
 import raytrain
 
-LEFT_OUT = (".git", ".venv", "venv", "__pycache__", "/runs")
+EXCLUDED = (".git", ".venv", "venv", "__pycache__", "/runs")
 SECRETS = (".env*", "*.pem", "id_*", ".ssh", ".aws", ".netrc", ".kaggle")
 PACKAGES = ("raytrain", "search", "federated")
 
@@ -34,7 +34,7 @@ class Upload:
 
     def excludes(self) -> list[str]:
         """Return what Ray is to leave out, as patterns of .gitignore."""
-        return [*LEFT_OUT, *SECRETS, *_own_packages(self.folder), *(_pattern(name) for name in self.withheld)]
+        return [*EXCLUDED, *SECRETS, *_own_packages(self.folder), *(_pattern(name) for name in self.withheld)]
 
 
 def upload_of(folder: Path) -> Upload:
@@ -54,7 +54,7 @@ def upload_of(folder: Path) -> Upload:
             withheld[name] = why
         return bool(why)
 
-    left_out = _get_excludes(folder, [*LEFT_OUT, *_own_packages(folder)])
+    left_out = _get_excludes(folder, [*EXCLUDED, *_own_packages(folder)])
     heeded = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     quiet = logging.getLogger("ray._private.runtime_env")
     quiet.setLevel(logging.ERROR)
