@@ -1,4 +1,4 @@
-"""Chooses where a recipe trains: on this machine, or on a Ray cluster. What that takes is imported when it is known."""
+"""Chooses the backend of a recipe, this machine or a Ray cluster, and imports it."""
 
 from raytrain.data.source import ActorSource
 from raytrain.kinds import Order
@@ -25,5 +25,5 @@ def run_training(recipe: TrainRecipe, order: Order) -> Result:
 
 
 def needs_ray(recipe: TrainRecipe, address: str | None) -> bool:
-    """Return whether a recipe trains on Ray: where an address says so, and where actors prepare its data."""
+    """Return whether a recipe needs Ray: with an address, or with a source in actors."""
     return address is not None or isinstance(recipe.task.source, ActorSource)

@@ -1,4 +1,4 @@
-"""Fitting workers onto machines, and asking early whether a cluster can be reached and runs the same code."""
+"""Placement of workers on the nodes of a cluster."""
 
 import math
 import os
@@ -164,7 +164,7 @@ def _slots(resources: Mapping[str, float], per_worker: Mapping[str, float]) -> f
 
 
 def _lacking(name: str, amount: float, workers: int, there: float, fit: Sequence[Mapping[str, float]]) -> RecipeError:
-    """Return the error of workers that do not fit by what they take of `name`."""
+    """Return the error of workers that do not fit by their amount of the resource `name`."""
     if name == "GPU":
         return RecipeError(
             f"resources.gpus: {workers} workers of {amount:g} GPU each do not fit on {there:g} GPU(s); set "
@@ -183,7 +183,7 @@ def _lacking(name: str, amount: float, workers: int, there: float, fit: Sequence
 
 
 def _matches(have: str | None, wanted: str) -> bool:
-    """Return whether a label is what Ray's selector `wanted` asks for; one that is not there is not any value."""
+    """Return whether a label matches Ray's selector `wanted`; a missing label equals no value."""
     inside = re.fullmatch(r"in\((.*)\)", wanted.removeprefix("!"))
     values = [value.strip() for value in inside[1].split(",")] if inside else [wanted.removeprefix("!")]
     return (have in values) is not wanted.startswith("!")

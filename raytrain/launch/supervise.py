@@ -1,4 +1,4 @@
-"""What the command does while workers train, wherever they do: it shows progress, asks them to end, and reports."""
+"""Supervision of workers by the command: progress, Ctrl-C, failures and the result."""
 
 import threading
 from collections.abc import Callable
@@ -16,23 +16,23 @@ from raytrain.training.results import collect_result
 
 
 class Workers(Protocol):
-    """The workers of a run, while they train.
+    """The running workers of a run.
 
     Attributes:
         ended: set when they have ended.
-        error: why they did, if it was not well and they have not left word of it in the run's folder.
+        error: why they failed, if they have not recorded a failure in the run's folder.
     """
 
     ended: threading.Event
     error: str
 
     def close(self) -> None:
-        """End them at once, if they have not ended."""
+        """Kill them, if they have not ended."""
         ...
 
 
 class Backend(Protocol):
-    """Where workers train: this machine, or a Ray cluster."""
+    """Where workers run: this machine, or a Ray cluster."""
 
     def check(self, recipe: TrainRecipe) -> None:
         """Check what can be known before anything is started.
@@ -43,14 +43,14 @@ class Backend(Protocol):
         ...
 
     def session(self, recipe: TrainRecipe, say: Callable[[str], None]) -> AbstractContextManager[Any]:
-        """Be there inside the `with` block, whose value is each worker's share of the processors.
+        """Connect inside the `with` block, whose value is the CPU share of each worker.
 
         Args:
-            recipe: what is to be trained.
-            say: shows a line to the user.
+            recipe: to train.
+            say: prints a line.
 
         Raises:
-            RecipeError: it cannot be joined, or the workers do not fit.
+            RecipeError: no connection, or the workers do not fit.
         """
         ...
 
@@ -59,23 +59,23 @@ class Backend(Protocol):
         ...
 
 
-def supervise(recipe: TrainRecipe, order: Order, place: Backend) -> Result:
-    """Train, and return how it ended; the same is in the run's `result.json`.
+def supervise(recipe: TrainRecipe, order: Order, backend: Backend) -> Result:
+    """Run the workers of a recipe, and return the result, which is also written to the run's `result.json`.
 
-    Ctrl-C asks the workers to save and end; a second one ends them at once.
+    Ctrl-C asks the workers to checkpoint and end; a second one kills them.
 
     Raises:
-        RecipeError: the recipe, the folder or the place does not allow it.
+        RecipeError: the recipe, the folder or the backend does not allow it.
         TrainingError: the run failed; what was computed is in its folder.
     """
     run_directory = RunDirectory(order.out.absolute())
     recipe, _ = resolve_recipe(recipe, run_directory)  # its errors are better here than in a worker
-    place.check(recipe)
+    backend.check(recipe)
     with run_directory.session(resume=order.resume), ProgressDisplay(run_directory, recipe.steps) as display:
-        with place.session(recipe, display.print) as share:
+        with backend.session(recipe, display.print) as share:
             before = run_directory.snapshot()
             run_directory.prepare(recipe.to_toml())
-            with closing(place.start(recipe, run_directory, share)) as workers:
+            with closing(backend.start(recipe, run_directory, share)) as workers:
                 ended = display.follow(workers.ended)
         failure = _failure(run_directory, before, workers.error if ended else "")
         result = collect_result(recipe, run_directory, failure)
@@ -91,11 +91,11 @@ def supervise(recipe: TrainRecipe, order: Order, place: Backend) -> Result:
 
 
 def _failure(run_directory: RunDirectory, before: RunSnapshot, error: str) -> Failure | None:
-    """Return what failed, if anything did.
+    """Return the failure of a run, if it failed.
 
     Args:
-        run_directory: the run's.
-        before: what was there when it began.
+        run_directory: of the run.
+        before: snapshot of the folder before the workers started.
         error: of the workers.
 
     Raises:

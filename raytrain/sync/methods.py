@@ -103,8 +103,7 @@ def _warn_if_unstable(outer: OuterOptimizer, *, keep_local_progress: bool) -> No
     if rate >= limit:
         logger.warning(
             "sync.outer_lr%s = %.3g can diverge: with sync.outer_momentum = %.3g it is stable below %.3g / c, where "
-            "c, from 0 to "
-            "1, is how much of the way to the minimum local steps go in a round%s",
+            "c, from 0 to 1, is how much of the way to the minimum local steps go in a round%s",
             "" if rate == outer.lr else " over the penalty",
             rate,
             outer.momentum_factor,

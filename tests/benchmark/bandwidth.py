@@ -194,7 +194,7 @@ def measure(order: Fields) -> dict[str, float]:
     replica = build_replica(recipe, task := build_task(recipe), ExactAverager(transport))
     plan = loop_config(recipe)
     if "pace" in order:
-        replica.sync._pace.go_on(*order["pace"])
+        replica.sync._interval.restore(*order["pace"])
     if "until" in order:
         plan = replace(plan, steps=order["until"])  # with the learning rates of the whole run
         meter: Meter | Evaluating = Evaluating(task, plan)

@@ -169,12 +169,12 @@ def test_synchronisers_keep_replicas_equal(name: str) -> None:
     def replica(transport: ThreadTransport) -> tuple[list[bool], list[torch.Tensor]]:
         module = TinyModel(TinyOptions(name="tiny", norm=True))
         sync = factory(ExactAverager(transport), options)
-        sync.start(module)
+        sync.attach(module)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         stops, shared = [], []
         for step in range(9):
             x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step * 10 + transport.rank))
-            sync.begin(5.0)
+            sync.set_weight(5.0)
             sync.before_backward()
             loss = module(x).square().mean()
             loss.backward()
@@ -182,7 +182,7 @@ def test_synchronisers_keep_replicas_equal(name: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             sync.after_step(1.0)
-            with sync.shared():
+            with sync.synced_parameters():
                 shared += [value.detach().clone() for value in module.parameters()]
         sync.state_dict()
         sync.finish()

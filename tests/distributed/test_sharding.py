@@ -72,9 +72,9 @@ def weigh(replica):
         if isinstance(thing, torch.Tensor) and type(thing) in (torch.Tensor, nn.Parameter):
             kept[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     state = [value for entries in replica.optimizer.state.values() for value in entries.values()]
-    (HERE / f"weighed-{replica.members}-{replica.rank}.json").write_text(json.dumps({
+    (HERE / f"weighed-{replica.world_size}-{replica.rank}.json").write_text(json.dumps({
         "model": sum(value.numel() * value.element_size() for value in replica.module.parameters()),
-        "parts": sum(value.nbytes for value in replica.parts.parameters()),
+        "parts": sum(value.nbytes for value in replica.local_parameters.parameters()),
         "state": sum(value.nbytes for value in state if value.dim()),
         "alive": sum(kept.values()),
         "types": sorted({str(value.dtype) for value in [*state, *replica.module.parameters()]}),

@@ -64,10 +64,10 @@ def run(
         module = Quadratic(curvature)
         optimizer = torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum)
         sync = make(ExactAverager(transport))
-        sync.start(module)
+        sync.attach(module)
         points = []
         for step in range(steps):
-            sync.begin(1.0)
+            sync.set_weight(1.0)
             sync.before_backward()
             drawn = targets(seed, transport.rank, step, len(module.point))
             loss = module(drawn if target is None else target)
@@ -296,10 +296,10 @@ def test_a_movement_that_lasts_is_amplified_up_to_one_over_what_is_no_momentum(d
         module = Quadratic()
         optimizer = torch.optim.SGD(module.parameters(), lr=lr / targets_far_away)
         sync = local(3, delay, share=share)(ExactAverager(transport))
-        sync.start(module)
+        sync.attach(module)
         places = []
         for _ in range(900):
-            sync.begin(1.0)
+            sync.set_weight(1.0)
             module(torch.full((WIDTH,), targets_far_away, dtype=torch.float64)).backward()
             sync.before_step(0.0, stop=False)
             optimizer.step()
@@ -409,9 +409,9 @@ def test_the_mean_of_a_round_is_over_the_samples_of_those_who_did_any(weights: l
     def replica(transport: ThreadTransport) -> tuple[Tensor, Tensor]:
         module = Quadratic()
         sync = local(4)(ExactAverager(transport))
-        sync.start(module)
+        sync.attach(module)
         for step, weight in enumerate(weights[transport.rank]):
-            sync.begin(float(weight))
+            sync.set_weight(float(weight))
             sync.before_step(0.0, stop=False)
             with torch.no_grad():
                 if weight:
@@ -568,9 +568,9 @@ def test_what_was_loaded_is_where_the_model_is(name: str, codec: str | None) -> 
         return factory(ExactAverager(LocalTransport(device)), options), module
 
     sync, module = made(torch.device("cpu"))
-    sync.start(module)
+    sync.attach(module)
     for _ in range(10):
-        sync.begin(1.0)
+        sync.set_weight(1.0)
         sync.before_step(0.0, stop=False)
         with torch.no_grad():
             module[0].weight += 0.1
@@ -626,4 +626,4 @@ def test_the_gap_is_the_last_outer_step() -> None:
 def test_the_momentum_is_never_longer_than_the_clip(setting: tuple[int, int, int, int], clip: float) -> None:
     members, every, steps, seed = setting
     for _, _, sync in run(local(every, momentum_factor=0.9, clip=clip), members, steps, seed=seed):
-        assert sync._outer.momentum.abs().max() <= clip
+        assert sync._outer.momentum_buffer.abs().max() <= clip

@@ -140,9 +140,9 @@ def ours(name: str, setting: Setting, **options: Any) -> list[Floats]:
         module = nn.Linear(1, 3, bias=False).double()
         module.weight.data.copy_(torch.from_numpy(START)[:, None])
         sync = factory(ExactAverager(transport), chosen)
-        sync.start(module)
+        sync.attach(module)
         for rate, targets in zip(setting.rates, setting.targets, strict=True):
-            sync.begin(float(setting.weights[transport.rank]))
+            sync.set_weight(float(setting.weights[transport.rank]))
             sync.before_step(0.0, stop=False)
             with torch.no_grad():
                 module.weight -= rate * (module.weight - torch.from_numpy(targets[transport.rank])[:, None])
@@ -202,11 +202,11 @@ def test_diloco_makes_the_numbers_of_torchfts_regression_test(name: str, rounds:
             nn.init.constant_(module.weight, begun)
             optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
             sync = factory(ExactAverager(transport), options)
-            sync.start(module)
+            sync.attach(module)
             places = []
             for _ in range(options.every):
                 module.weight.grad = torch.full((1, 1), 2.0)
-                sync.begin(1.0)
+                sync.set_weight(1.0)
                 sync.before_step(0.0, stop=False)
                 optimizer.step()
                 sync.after_step(1.0)

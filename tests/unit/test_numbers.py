@@ -52,11 +52,11 @@ def test_all_replicas_read_the_same_and_bytes_are_counted(kind: Any, size: int, 
 
     def replica(transport: ThreadTransport) -> tuple[Any, int]:
         sync = kind(ExactAverager(transport), ScalarOptions(name="x"))
-        sync.start(nn.Linear(2, 2))
-        sync.begin([1.0, 2.0, 0.0][transport.rank])
+        sync.attach(nn.Linear(2, 2))
+        sync.set_weight([1.0, 2.0, 0.0][transport.rank])
         before = sync.bytes_sent
         sizes = [[1.0, 2.0], [1e-3, 1e-9 if known else 0.0], [5.0, 5.0]]
-        return sync.share(own[transport.rank], sizes, weighted=weighted), sync.bytes_sent - before
+        return sync.all_gather(own[transport.rank], sizes, weighted=weighted), sync.bytes_sent - before
 
     answers = ThreadGroup(3).run(replica)
     assert all(repr(answer) == repr(answers[0]) for answer in answers)
