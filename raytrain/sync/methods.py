@@ -13,7 +13,7 @@ from raytrain.sync.options import (
     PENALTIES,
     Co2Options,
     DelayedAveragingOptions,
-    LocalOptions,
+    LocalUpdateOptions,
     NesterovOptions,
     OuterMomentumOptions,
 )
@@ -22,7 +22,7 @@ from raytrain.sync.outer import OuterOptimizer, max_stable_lr
 logger = logging.getLogger(__name__)
 
 
-def local_sgd(averager: Averager, options: LocalOptions) -> LocalUpdates:
+def local_sgd(averager: Averager, options: LocalUpdateOptions) -> LocalUpdates:
     """Return local SGD (Stich 2019): parameters are averaged at the end of a round."""
     return _build(averager, options, OuterOptimizer(), SyncInterval(options.every, 0))
 
@@ -39,7 +39,7 @@ def diloco(averager: Averager, options: NesterovOptions) -> LocalUpdates:
     return _build(averager, options, outer, SyncInterval(options.every, 0))
 
 
-def cocod(averager: Averager, options: LocalOptions) -> LocalUpdates:
+def cocod(averager: Averager, options: LocalUpdateOptions) -> LocalUpdates:
     """Return CoCoD-SGD (Shen et al. 2019): averaging one round late, local progress kept."""
     return _build(averager, options, OuterOptimizer(), SyncInterval(options.every, options.every))
 
@@ -71,7 +71,7 @@ def co2(averager: Averager, options: Co2Options) -> LocalUpdates:
 
 def _build(
     averager: Averager,
-    options: LocalOptions,
+    options: LocalUpdateOptions,
     outer: OuterOptimizer,
     interval: SyncInterval,
     *,

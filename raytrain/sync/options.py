@@ -75,7 +75,7 @@ class FsdpOptions(SyncOptions):
     name: str = "fsdp"
 
 
-class LocalOptions(SyncOptions):
+class LocalUpdateOptions(SyncOptions):
     """Options of local SGD, and of every method of local updates.
 
     Attributes:
@@ -98,7 +98,7 @@ class LocalOptions(SyncOptions):
         return name
 
 
-class OuterMomentumOptions(LocalOptions):
+class OuterMomentumOptions(LocalUpdateOptions):
     """Options of an outer optimizer with momentum.
 
     Attributes:
@@ -117,7 +117,7 @@ class NesterovOptions(OuterMomentumOptions):
     outer_momentum: float = Field(0.9, ge=0, lt=1)
 
 
-class DelayedAveragingOptions(LocalOptions):
+class DelayedAveragingOptions(LocalUpdateOptions):
     """Options of `delayed-averaging`.
 
     Attributes:
@@ -184,10 +184,10 @@ def options_of_synchroniser(factory: Any) -> type[Options]:
 SYNC_OPTIONS: dict[str, type[SyncOptions]] = {
     "ddp": DdpOptions,
     "fsdp": FsdpOptions,
-    "local-sgd": LocalOptions,
+    "local-sgd": LocalUpdateOptions,
     "slowmo": OuterMomentumOptions,
     "diloco": NesterovOptions,
-    "cocod": LocalOptions,
+    "cocod": LocalUpdateOptions,
     "delayed-averaging": DelayedAveragingOptions,
     "co2": Co2Options,
     "scalars": ScalarOptions,

@@ -9,7 +9,7 @@ KIND = Kind(
     run="raytrain.launch.dispatch:run_training",
     recipes=Path(__file__).parents[1] / "recipes",
     load="raytrain.training.results:load_best",
-    panels="raytrain.training.report:panels",
+    panels="raytrain.training.report:training_panels",
     tables={
         "tasks": "raytrain.tasks.task:TASKS",
         "adapters": "raytrain.models.options:ADAPTERS",

@@ -19,7 +19,7 @@ from raytrain.sync import options as sync
 from raytrain.sync.options import (
     ALL_SYNCHRONISERS,
     FsdpOptions,
-    LocalOptions,
+    LocalUpdateOptions,
     ScalarOptions,
     SyncOptions,
     options_of_synchroniser,
@@ -210,7 +210,7 @@ class TrainRecipe(Recipe):
             raise ValueError("expected freeze.random_half = false with an adapter, beside which nothing else moves")
         if self.ema and self.optimizer.averages:
             raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
-        if isinstance(self.sync, LocalOptions) and (self.ema or self.optimizer.averages):
+        if isinstance(self.sync, LocalUpdateOptions) and (self.ema or self.optimizer.averages):
             raise ValueError(
                 f"sync.name: expected ddp or fsdp with an average of the weights "
                 f"({'ema' if self.ema else 'optimizer'}), "

@@ -7,7 +7,7 @@ from typing import Any
 from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.report.panel import Panel, Series, line_chart, table
 
-Rows = Sequence[Mapping[str, Any]]
+MetricsRows = Sequence[Mapping[str, Any]]
 
 CHARTS = (
     ("Learning rate", ("lr",), "learning rate"),
@@ -19,7 +19,7 @@ CHARTS = (
 """Title, fields of the training rows, and label of the vertical axis; a chart without data is left out."""
 
 
-def panels(run: RunDirectory) -> list[Panel]:
+def training_panels(run: RunDirectory) -> list[Panel]:
     """Return what a training run has recorded so far, as panels."""
     recorded = read_jsonl(run.metrics)
     steps = [row for row in recorded if "valid" not in row]
@@ -37,13 +37,13 @@ def panels(run: RunDirectory) -> list[Panel]:
     return [panel for panel in charts if panel is not None]
 
 
-def _loss(steps: Rows, evaluations: Rows) -> Panel | None:
+def _loss(steps: MetricsRows, evaluations: MetricsRows) -> Panel | None:
     held_out = [{"step": row["step"], **row["valid"]} for row in evaluations]
     lines = {"training": _line(steps, "loss"), "held-out": _line(held_out, "loss")}
     return line_chart("Loss", lines, x="step", y="loss")
 
 
-def _metrics(evaluations: Rows) -> list[Panel | None]:
+def _metrics(evaluations: MetricsRows) -> list[Panel | None]:
     names = dict.fromkeys(name for row in evaluations for name in row["valid"] if name != "loss")
     flat = [{"step": row["step"], **row["valid"]} for row in evaluations]
     return [
@@ -51,7 +51,7 @@ def _metrics(evaluations: Rows) -> list[Panel | None]:
     ]
 
 
-def _throughput(steps: Rows) -> Panel | None:
+def _throughput(steps: MetricsRows) -> Panel | None:
     """Return samples per second between consecutive rows; where an attempt ends, the clock stands still."""
     speeds = [
         {
