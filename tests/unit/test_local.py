@@ -466,9 +466,9 @@ def test_a_replica_keeps_as_many_buffers_as_the_readme_says(sync: dict[str, Any]
     def replica(transport: ThreadTransport) -> float:
         module = nn.Linear(1024, 64, bias=False)
         one = factory(ExactAverager(transport), options)
-        one.start(module)
+        one.attach(module)
         for _ in range(10):
-            one.begin(1.0)
+            one.set_weight(1.0)
             one.before_step(0.0, stop=False)
             one.after_step(1.0)
         one.finish()
@@ -578,7 +578,7 @@ def test_what_was_loaded_is_where_the_model_is(name: str, codec: str | None) -> 
     state = sync.state_dict()
     there, module = made(torch.device("meta"))
     there.load_state_dict(state, state)
-    there.start(module)
+    there.attach(module)
     assert [value.device.type for value in kept(there, set())] == ["meta"] * len([*kept(sync, set())])
 
 
