@@ -67,7 +67,7 @@ ProtocolField = Annotated[
 PartitionField = Annotated[
     SerializeAsAny[PartitionOptions], chosen(PARTITIONS, "partition", options_of_partition, "iid")
 ]
-ClientOptimizerField = Annotated[
+OptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions],
     chosen(ALL, "optimizer", options_of_optimizer, "zo-sgd", known=optimizer_options),
 ]
@@ -153,7 +153,7 @@ class FederateRecipe(Recipe):
     partition: PartitionField = Field(default={}, validate_default=True)
     protocol: ProtocolField = Field(default={}, validate_default=True)
     strategy: Strategy = Strategy()
-    optimizer: ClientOptimizerField = Field(default={}, validate_default=True)
+    optimizer: OptimizerField = Field(default={}, validate_default=True)
     schedule: Schedule = Schedule(name="constant")
     zo: ZeroOrder = ZeroOrder()
     evaluation: FederatedEvaluation = FederatedEvaluation()

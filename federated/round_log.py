@@ -13,14 +13,14 @@ from typing import IO, Self
 
 from federated.encodings import PayloadError
 from federated.global_model import GlobalModel
-from federated.protocols.protocol import ClientReport, Protocol
+from federated.protocols.protocol import Protocol, Report
 from federated.wire import Cursor
 from raytrain.errors import CheckpointError
 from raytrain.files import write_whole
 
 MAGIC = b"raytrain federated rounds 1\n"
 ROUND = struct.Struct("<IH")
-CLIENT_HEADER = struct.Struct("<II")
+CLIENT = struct.Struct("<II")
 
 
 class RoundLog:
@@ -43,10 +43,10 @@ class RoundLog:
         write_whole(path, head + kept)
         self._file: IO[bytes] = path.open("ab")
 
-    def append(self, round_number: int, reports: list[ClientReport]) -> None:
+    def append(self, round_number: int, reports: list[Report]) -> None:
         """Add a round, on the disk when this returns: the state that counts on it is saved after it."""
         entries = [
-            CLIENT_HEADER.pack(report.client, report.examples) + self._protocol.encoding.write(report.scalars)
+            CLIENT.pack(report.client, report.examples) + self._protocol.encoding.write(report.scalars)
             for report in reports
         ]
         self._file.write(ROUND.pack(round_number, len(reports)) + b"".join(entries))
@@ -83,18 +83,18 @@ def replay(path: Path, protocol: Protocol, base: str) -> GlobalModel:
     return model
 
 
-def _read(cursor: Cursor, protocol: Protocol) -> Iterator[list[ClientReport]]:
+def _read(cursor: Cursor, protocol: Protocol) -> Iterator[list[Report]]:
     """Yield the reports of each round that is there as a whole."""
     steps, size = protocol.options.local_steps, protocol.encoding.size(protocol.options.local_steps)
     while cursor.left() >= ROUND.size:
         round_number, heard = ROUND.unpack(cursor.read(ROUND.size, "a round"))
-        if cursor.left() < heard * (CLIENT_HEADER.size + size):
+        if cursor.left() < heard * (CLIENT.size + size):
             return
         reports = []
         for _ in range(heard):
-            client, examples = CLIENT_HEADER.unpack(cursor.read(CLIENT_HEADER.size, "a client"))
+            client, examples = CLIENT.unpack(cursor.read(CLIENT.size, "a client"))
             scalars = protocol.encoding.read(cursor.read(size, "scalars"), steps)
-            reports.append(ClientReport(client, examples, scalars, protocol.directions(round_number, client)))
+            reports.append(Report(client, examples, scalars, protocol.directions(round_number, client)))
         yield reports
 
 
@@ -103,7 +103,7 @@ def _rounds(path: Path, head: bytes, protocol: Protocol, version: int) -> bytes:
     content = path.read_bytes() if path.is_file() else b""
     if not content.startswith(head):
         raise CheckpointError(f"{path}: expected the log of this run; it is not there, or is another's")
-    entry = CLIENT_HEADER.size + protocol.encoding.size(protocol.options.local_steps)
+    entry = CLIENT.size + protocol.encoding.size(protocol.options.local_steps)
     cursor = Cursor(content[len(head) :])
     try:
         for number in range(version):

@@ -1,4 +1,4 @@
-"""What a Ray job runs: ``python -m raytrain.cli.job_entry run|serve``, in words that `client.py` and others write."""
+"""Entry point of a Ray job: ``python -m raytrain.cli.job_entry run|serve``."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ SERVE_SECONDS = 6 * 3600.0  # for who does not end it
 
 
 def run_entry() -> None:
-    """Run or serve, and exit as the command `raytrain` does."""
+    """Run or serve, and exit with the status of the command `raytrain`."""
     parser = argparse.ArgumentParser(prog="raytrain.cli.job_entry")
     verbs = parser.add_subparsers(dest="verb", required=True)
     run_parser = verbs.add_parser("run", help="run the command in the run's folder, and store what it left there")
@@ -48,7 +48,7 @@ def run_entry() -> None:
 
 
 def run_job(words: list[str], out: Path, store_url: str | None, code: str) -> int:
-    """Run the command, then copy the run's folder to the store, however the run ended; return the exit status.
+    """Run the command, then copy the run's folder to the store, whatever the result; return the exit status.
 
     Raises:
         RecipeError: this is another raytrain than the one that checked the recipe, or the store cannot be written.
@@ -99,7 +99,7 @@ def _stored(store: Store, url: str, out: Path) -> bool:
 
 
 def serve_run(out: Path, place: Path, seconds: float) -> int:
-    """Let Ray's dashboard, which serves the files among its logs, serve a run's files for a while.
+    """Serve a run's files by Ray's dashboard, which serves the folder of logs, for a while.
 
     Args:
         out: the run's folder.

@@ -1,4 +1,4 @@
-"""The command's verbs for jobs on a Ray cluster: submit, jobs, fetch."""
+"""Subcommands for jobs on a Ray cluster: submit, jobs, fetch."""
 
 import shlex
 import sys
@@ -11,9 +11,8 @@ import typer
 from rich.console import Console
 
 from raytrain.cli.request import Commands, Request, check_request, request_fields
-from raytrain.errors import RecipeError, TrainingError
+from raytrain.errors import INTERRUPTED, RecipeError, TrainingError
 from raytrain.launch.jobs.job import (
-    INTERRUPTED,
     Job,
     JobLog,
     describe_outcome,
@@ -35,10 +34,10 @@ DashboardAddress = Annotated[
     typer.Option(metavar="URL", help="The cluster's dashboard [default: $RAY_API_SERVER_ADDRESS, or on this machine]."),
 ]
 JobName = Annotated[str, typer.Argument(metavar="JOB")]
-Detach = Annotated[bool, typer.Option("--detach", "--no-follow", help="Leave the job alone once it is submitted.")]
-WithCode = Annotated[bool, typer.Option("--with-code", help="Take this machine's raytrain along, and use it there.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="List what the job would take along; submit nothing.")]
-TrustJob = Annotated[bool, typer.Option("--trust", help="Run the code that the job's words name.")]
+Detach = Annotated[bool, typer.Option("--detach", "--no-follow", help="Return once the job is submitted.")]
+WithCode = Annotated[bool, typer.Option("--with-code", help="Upload this machine's raytrain, and use it there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the files that the job would upload; submit nothing.")]
+TrustJob = Annotated[bool, typer.Option("--trust", help="Run the code that the job's arguments name.")]
 Storage = Annotated[
     str | None,
     typer.Option(
@@ -59,9 +58,9 @@ jobs_app = typer.Typer(
 
 
 def add_job_commands(commands: Commands) -> None:
-    """Add the verbs to the command."""
+    """Add the subcommands to the command."""
     commands.app.add_typer(jobs_app, name="jobs")
-    commands.app.command()(fetch_job)
+    commands.app.command(name="fetch")(fetch_job)
     _add_submit(commands)
     _add_resume(commands)
 
@@ -78,9 +77,9 @@ def _add_submit(commands: Commands) -> None:
         *,
         dry_run: DryRun = False,
     ) -> int:
-        """Run a recipe as a job on a Ray cluster, show its log, and return its exit status.
+        """Run a recipe as a Ray job, stream its log, and return its exit status.
 
-        The job takes the current folder along, without runs/, .venv/, .git/, what .gitignore names, links out of it,
+        The current folder is uploaded, without runs/, .venv/, .git/, what .gitignore names, links out of it,
         and what may hold secrets: .env, .ssh, *.pem and the like.
         """
         request = check_request(commands, words)
@@ -104,7 +103,7 @@ def _add_resume(commands: Commands) -> None:
         with_code: WithCode = False,
         trust: TrustJob = False,
     ) -> int:
-        """Go on with a job's run where it is on the cluster, as a new job, from the newest complete checkpoint."""
+        """Resume a job's run on the cluster from its newest complete checkpoint, as a new job."""
         server = _server(address)
         old = server.job(job)
         words = [word for word in old.words if word not in ("--resume", "--trust")]
@@ -119,7 +118,7 @@ def _add_resume(commands: Commands) -> None:
 
 @jobs_app.callback()
 def list_jobs(context: typer.Context, address: DashboardAddress = None) -> None:
-    """List the jobs of a cluster; or follow, stop or resume one."""
+    """List the jobs of a cluster and their status; or follow, stop or resume one."""
     if context.invoked_subcommand is not None:
         if address is not None:
             raise click.UsageError(f"--address goes behind {context.invoked_subcommand}")
@@ -136,15 +135,15 @@ def list_jobs(context: typer.Context, address: DashboardAddress = None) -> None:
         print(f"{job.id:<{width}}  {job.status:<9}  {began}  {took:>8}  {plain_line(shlex.join(job.words))}")
 
 
-@jobs_app.command()
+@jobs_app.command(name="follow")
 def follow_job(job: JobName, address: DashboardAddress = None) -> int:
-    """Show a job's log until it ends, and return its exit status."""
+    """Stream a job's log until it ends, and return its exit status."""
     server = _server(address)
     server.job(job)
     return _follow(server, job)
 
 
-@jobs_app.command()
+@jobs_app.command(name="stop")
 def stop_job(job: JobName, address: DashboardAddress = None) -> int:
     """Stop a job: it saves a checkpoint and ends."""
     server = _server(address)
@@ -183,7 +182,7 @@ def fetch_job(
 
 
 def _stored(place_of_run: str) -> "RunSource":
-    """Return where to read a run from, by the folder or URL where it was left."""
+    """Return the source of a run, by the folder or URL where it is stored."""
     from raytrain.launch.jobs.storage import Folder, Store, check_storage  # noqa: PLC0415 - slow to import
 
     where = check_storage(place_of_run if "://" in place_of_run else str(Path(place_of_run).absolute()))
@@ -195,7 +194,7 @@ def _stored(place_of_run: str) -> "RunSource":
 
 
 def _left_by(server: "JobServer", name: str) -> "RunSource":
-    """Return where to read a job's run from: a store, a folder that this machine shares, or the cluster."""
+    """Return the source of a job's run: a store, a shared folder, or the cluster."""
     from raytrain.launch.jobs.cluster_folder import ClusterFolder  # noqa: PLC0415 - slow to import
     from raytrain.launch.jobs.storage import Folder, Store, check_storage  # noqa: PLC0415
 
@@ -222,7 +221,7 @@ def _start(server: "JobServer", job: Job, request: Request, *, detach: bool) -> 
 
 
 def _show_upload(upload: "Upload") -> int:
-    """Print what a job would take along."""
+    """Print the files that a job would upload."""
     for name, size in sorted(upload.files.items()):
         print(f"{size:>12}  {plain_line(name)}")
     _say(f"a job would take {len(upload.files)} file(s) along, {mib(sum(upload.files.values()))}")
@@ -231,7 +230,7 @@ def _show_upload(upload: "Upload") -> int:
 
 
 def _say_withheld(upload: "Upload") -> None:
-    """Name what stays here, so that nobody looks for it there."""
+    """Print the files that are not uploaded."""
     named = [f"{name} ({why})" for name, why in sorted(upload.withheld.items())]
     more = f", and {len(named) - SHOWN_NAMES} more" if len(named) > SHOWN_NAMES else ""
     if named:
@@ -239,7 +238,7 @@ def _say_withheld(upload: "Upload") -> None:
 
 
 def _follow(server: "JobServer", name: str) -> int:
-    """Show a job's log until it ends, say how to get its run, and return its exit status.
+    """Stream a job's log until it ends, print how to fetch its run, and return its exit status.
 
     Raises:
         TrainingError: the server is gone, or refuses to tell; either way the job was started.
@@ -259,7 +258,7 @@ def _follow(server: "JobServer", name: str) -> int:
 
 
 def _looked_on(server: "JobServer", name: str) -> Job:
-    """Show a job's log until it ends, or until Ctrl-C."""
+    """Stream a job's log until it ends, or until Ctrl-C."""
     log, stopping = JobLog(_show), False
     while True:
         try:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from raytrain.cli.jobs import add_job_commands
 from raytrain.cli.request import Commands
-from raytrain.errors import RaytrainError, RecipeError
+from raytrain.errors import INTERRUPTED, RaytrainError, RecipeError
 from raytrain.kinds import Order, kind_points, load_kind, load_kinds
 from raytrain.overrides import parse_overrides
 from raytrain.provenance import check_trusted
@@ -30,7 +30,6 @@ from raytrain.recipe import Recipe, dotted_fields, read_toml
 from raytrain.registry import line_about, near, resolve
 from raytrain.terminal import plain
 
-INTERRUPTED = 130
 RECIPES = "recipes"
 
 app = typer.Typer(
@@ -100,11 +99,11 @@ def about(
     """Train neural networks on a Ray cluster."""
 
 
-@app.command()
+@app.command(name="check")
 def check_recipe(
     recipe: RecipeArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
 ) -> None:
-    """Print a recipe as it would run, and where each value comes from; start nothing.
+    """Print the resolved recipe, and where each value comes from; start nothing.
 
     Modules that the recipe names as task, source, optimizer, adapter or synchroniser are imported.
     """
@@ -124,7 +123,7 @@ def check_recipe(
 
 @app.command(name="list")
 def list_tables(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
-    """List what a recipe can name, with a line each; TABLE is recipes, or tasks, optimizers, and so on of any kind."""
+    """List the names that a recipe can use, with a line each; TABLE is recipes, tasks, optimizers, and so on."""
     broken: list[RecipeError] = []
     shown: dict[str, dict[str, str]] = {}
     for name, kind in load_kinds(broken.append).items():
@@ -151,16 +150,16 @@ def _lines(table: Mapping[str, str], remarks: Mapping[str, str]) -> dict[str, st
     return {name: " ".join(filter(None, [line_about(table, name), remarks.get(name, "")])) for name in table}
 
 
-@app.command()
+@app.command(name="evaluate")
 def evaluate_run(
     run: RunArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
 ) -> None:
-    """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the values as JSON."""
+    """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the metrics as JSON."""
     trained = resolve({}, _loader(run, trust=trust), "kind")(run, parse_overrides([*(changes or []), *(more or [])]))
     print(json.dumps(trained.evaluate(), indent=2))
 
 
-@app.command()
+@app.command(name="predict")
 def predict_run(
     run: RunArgument,
     source: Annotated[Path, typer.Option("--input", help="What to predict on.")],
@@ -171,7 +170,7 @@ def predict_run(
     *,
     trust: TrustOption = False,
 ) -> None:
-    """Predict for each example of a file with the best checkpoint of the run in the folder RUN."""
+    """Predict each example of a file with the best checkpoint of the run in the folder RUN."""
     overrides = parse_overrides([*(changes or []), *(more or [])])
     load = _loader(run, trust=trust)
     from raytrain.launch.predict import predict_file  # noqa: PLC0415 - slow to import
@@ -180,7 +179,7 @@ def predict_run(
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"{count} predictions in {target}", markup=False)
 
 
-@app.command()
+@app.command(name="export")
 def export_run(
     run: RunArgument,
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
@@ -193,14 +192,14 @@ def export_run(
     load(run, parse_overrides([*(changes or []), *(more or [])])).export(folder)
 
 
-@app.command()
+@app.command(name="report")
 def report_runs(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
     output: Annotated[
         Path | None, typer.Option(help="The page to write [default: report.html in the first RUN].")
     ] = None,
 ) -> None:
-    """Write what runs have recorded so far as one HTML page, which needs no network; several are compared."""
+    """Write the metrics of runs so far as one HTML page that works offline; several runs are compared."""
     from raytrain.run.report.runs import report_on  # noqa: PLC0415 - slow to import
 
     page = output or runs[0] / "report.html"
@@ -210,7 +209,7 @@ def report_runs(
 
 
 def _recipe_of(run: Path) -> dict[str, Any]:
-    """Return the data of the recipe of the run in a folder; the code that it names is not run.
+    """Return the data of the recipe of a run; the code that it names is not run.
 
     Raises:
         RecipeError: there is no run.
@@ -238,14 +237,14 @@ def _loader(run: Path, *, trust: bool) -> str:
 
 @cache
 def _add_kinds() -> None:
-    """Give each installed kind a command of its name; the kind itself is loaded when it is used."""
+    """Add a subcommand for each installed kind, which is loaded when it is used."""
     for name in kind_points():
         app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name))
     add_job_commands(Commands(app, _read, _parse))
 
 
 def _runner(verb: str) -> Callable[..., int]:
-    """Return the command that runs recipes of the kind `verb`."""
+    """Return the subcommand that runs recipes of a kind."""
 
     def command(
         recipe: RecipeArgument,
@@ -296,7 +295,7 @@ def _read(source: str, verb: str | None, trust: bool) -> tuple[dict[str, Any], P
 
 
 def _shorthand(place: str, verb: str) -> dict[str, Any]:
-    """Return the recipe that a mere "module:attribute" is short for.
+    """Return the recipe that "module:attribute" is short for.
 
     Raises:
         RecipeError: recipes of this kind have no short form.
@@ -322,5 +321,5 @@ def _complain(message: str, status: int) -> int:
 
 
 def _as_interrupt(*_: object) -> NoReturn:
-    """Treat a request to end (from a job server, or Kubernetes) as Ctrl-C."""
+    """Handle SIGTERM (of a job server, or Kubernetes) as Ctrl-C."""
     raise KeyboardInterrupt

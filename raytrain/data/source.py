@@ -13,8 +13,8 @@ from raytrain.errors import RecipeError
 from raytrain.recipe import Options, chosen, combined, declared_options
 
 SOURCES: dict[str, str] = {
-    "local": "raytrain.data.source:Local",
-    "ray": "raytrain.data.source:RayData",
+    "local": "raytrain.data.source:Local Examples are read and collated in each worker, between its steps.",
+    "ray": "raytrain.data.source:RayData Ray Data prepares the same batches beside the training.",
 }
 
 

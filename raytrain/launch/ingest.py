@@ -1,7 +1,7 @@
-"""Batches that are prepared beside the training, in actors of Ray: a Ray Data pipeline, or a user's generators.
+"""Data loading in Ray actors beside the training: a Ray Data pipeline, or a user's generators.
 
-Either way an actor makes whole batches for the steps of a `StepRange` and sends them as bytes, and the worker pulls them in
-the order of its steps. The actors belong to the worker: they end with it, however it ends.
+Either way an actor prepares whole batches for the steps of a `StepRange` and sends them as bytes, and the worker pulls
+them in the order of its steps. The actors belong to the worker: they end with it, however it ends.
 """
 
 import logging
@@ -47,13 +47,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoaderSpec:
-    """What an actor has to know, as plain data.
+    """Arguments of a data actor, as plain data.
 
     Attributes:
-        task: the options of the task.
-        paths: where modules are imported from.
-        step_range: what to prepare.
-        generation: how many actors have died in this one's place.
+        task: options of the task.
+        paths: of modules to import.
+        step_range: steps to prepare.
+        generation: number of actors that died before this one.
     """
 
     task: dict[str, Any]
@@ -62,7 +62,7 @@ class LoaderSpec:
     generation: int
 
     def build_task(self) -> tuple[Task, TaskOptions]:
-        """Return the task and its options, in the process of the actor."""
+        """Return the task and its options, in the actor's process."""
         sys.path.extend(path for path in self.paths if path not in sys.path)
         torch.set_num_threads(1)
         factory = resolve(TASKS, self.task["name"], "task.name")
@@ -70,11 +70,11 @@ class LoaderSpec:
         return make_task(factory, options), options
 
     def pack_step(self, loader: Callable[[], BatchLoader], step: int) -> PackedStep:
-        """Return the batches of a step of the walk, or the trace of the error that making them or the feed raised."""
+        """Return the packed batches of a step, or the traceback of an error."""
         position = self.step_range.position(step)
         try:
             return position, *encode(loader().load(position, self.step_range.local_batch, self.step_range.accumulate))
-        except Exception:  # in the user's code: the worker that takes this row raises it, in the place of the batches
+        except Exception:  # in the user's code: the worker raises it when it loads this step
             return position, "", traceback.format_exc().encode()
 
 
@@ -88,15 +88,15 @@ def ray_loader(
     cpus: float,
     restarts: int,
 ) -> Iterator[BatchLoader]:
-    """Yield the feed of a worker on a Ray cluster whose source is not local, when its first batches are there.
+    """Yield the loader of a worker on a Ray cluster whose source is not local, when its first batches are there.
 
     Args:
-        task: what is trained.
-        options: its options.
-        step_range: what the worker will take.
-        actors: how many prepare its batches.
-        cpus: processors of each.
-        restarts: how often an actor that dies is replaced.
+        task: to train.
+        options: of the task.
+        step_range: steps that the worker will load.
+        actors: that prepare its batches.
+        cpus: of each actor.
+        restarts: of actors that die, at most.
 
     Raises:
         TrainingError: more of them died.
@@ -129,13 +129,13 @@ def ray_loader(
 
 
 class ActorStream:
-    """An actor that prepares a part of a walk, and the calls that wait at it.
+    """An actor that prepares some of the steps, and pending calls to it.
 
     Args:
         name: of the actor, for messages.
-        start: (part of a walk, how many actors have died in its place) -> an actor whose `more` returns its next rows.
-        step_range: what to prepare, a step at least.
-        prefetch: how many calls wait, which bounds how far the actor runs ahead.
+        start: (steps, generation) -> an actor whose `next_rows` returns its next rows.
+        step_range: steps to prepare, at least one.
+        prefetch: pending calls, which bound how far the actor runs ahead.
     """
 
     def __init__(
@@ -153,11 +153,11 @@ class ActorStream:
         self._calls = deque(self._actor.more.remote() for _ in range(self._prefetch))
 
     def wait(self) -> None:
-        """Wait until the first rows are there, or an error."""
+        """Wait for the first rows, or an error."""
         ray.wait([self._calls[0]])
 
     def next_rows(self) -> list[PackedStep]:
-        """Return the next rows, one at least.
+        """Return the next rows, at least one.
 
         Raises:
             RayError: the actor died.
@@ -175,18 +175,18 @@ class ActorStream:
         ray.kill(self._actor)
 
     def replace(self) -> None:
-        """Start another actor in place of one that died."""
+        """Replace an actor that died."""
         self.end()
         self._generation += 1
         self._begin()
 
 
 class ActorLoader:
-    """Batches that are pulled from actors, from each of them in turn, some time before they are needed: a `BatchLoader`.
+    """Loads batches that actors have prepared, from each of them in turn: a `BatchLoader`.
 
     Args:
-        streams: the actors; if there are several, each of them returns one row at a time.
-        restarts: how often one that dies is replaced.
+        streams: of the actors; each of several returns one row at a time.
+        restarts: of actors that die, at most.
     """
 
     def __init__(self, streams: Sequence[ActorStream], restarts: int) -> None:
@@ -196,11 +196,11 @@ class ActorLoader:
         for stream in streams:
             stream.wait()
 
-    def load(self, position: int, count: int, accumulate: int) -> MicroBatches:  # noqa: ARG002 - it is part of the walk
-        """Return the next batches.
+    def load(self, position: int, count: int, accumulate: int) -> MicroBatches:  # noqa: ARG002 - in the step range
+        """Return the batches of the next step.
 
         Raises:
-            TrainingError: making them failed.
+            TrainingError: preparing them failed.
         """
         if not self._rows:
             self._rows.extend(self._next_rows())
@@ -219,7 +219,7 @@ class ActorLoader:
         return f"the examples at positions {position} to {position + count - 1}"
 
     def _next_rows(self) -> list[PackedStep]:
-        """Return the next rows of the actor whose turn it is."""
+        """Return the next rows of the next actor in turn."""
         stream = self._streams[0]
         self._streams.rotate(-1)
         while True:
@@ -234,7 +234,7 @@ class ActorLoader:
 
 
 class GeneratorActor:
-    """Makes batches of the examples of a user's function."""
+    """Prepares batches of a user's generator."""
 
     def __init__(self, spec: LoaderSpec) -> None:
         self._spec = spec

@@ -33,7 +33,7 @@ class Place(Protocol):
         """
         ...
 
-    def joined(self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]) -> Joined:
+    def session(self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]) -> Joined:
         """Be there inside the `with` block, whose value starts the workers.
 
         Args:
@@ -59,7 +59,7 @@ def train_at(place: Place, recipe: TrainRecipe, order: Order) -> Result:
     return supervise(
         run,
         recipe.to_toml(),
-        partial(place.joined, recipe, run),
+        partial(place.session, recipe, run),
         ProgressDisplay(run, recipe.steps, WORDING),
         partial(collect_result, recipe, run),
         resume=order.resume,

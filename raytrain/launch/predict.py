@@ -1,4 +1,4 @@
-"""Predicts for the examples of a file with a trained model, on Ray: one of the few files that know it."""
+"""Parallel prediction for the examples of a file, on Ray."""
 
 import json
 import math
@@ -24,14 +24,14 @@ from raytrain.training.trained_model import TrainedModel
 def predict_file(
     load: str, folder: Path, overrides: Mapping[str, Any], source: Path, target: Path, address: str | None
 ) -> int:
-    """Predict for each example of a file with the best model of a run, on as many workers as the run has.
+    """Predict each example of a file with the best model of a run, on as many workers as the run has.
 
     Args:
         load: `Kind.load` of the run's kind.
         folder: the run's; workers on all machines must see it, and `source`.
         overrides: changes to its recipe.
-        source: what the task reads examples without labels from.
-        target: where one line of JSON goes for each example, in their order; it is complete afterwards, or as it was.
+        source: file of examples without labels.
+        target: file with one line of JSON for each example, in order; written atomically.
         address: of a running Ray cluster; None or "local": start Ray on this machine.
 
     Returns:
@@ -85,7 +85,7 @@ def _inputs(trained: TrainedModel, source: Path) -> Examples:
 def _lines(
     trained: TrainedModel, cpus: float, count: int, model: tuple[str, Path, dict[str, Any], Path]
 ) -> Iterator[str]:
-    """Yield what is predicted, in order, as JSON."""
+    """Yield predictions in order, as JSON."""
     batch, resources = trained.batch, trained.resources
     workers = min(trained.workers, math.ceil(count / batch))
     where = {"resources": resources.custom, "label_selector": resources.labels or None}
@@ -103,7 +103,7 @@ def _lines(
 
 
 class _Predictor:
-    """The model, on one of the workers."""
+    """An actor with the model."""
 
     def __init__(
         self, load: str, folder: Path, overrides: dict[str, Any], source: Path, threads: int, import_from: str

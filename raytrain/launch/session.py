@@ -15,7 +15,7 @@ from ray.job_config import JobConfig
 from raytrain.environment import environment
 from raytrain.errors import RecipeError
 from raytrain.launch.private_cluster import private_cluster
-from raytrain.launch.resources import Node, available_cpus, eligible_nodes
+from raytrain.launch.resources import Node, NodeResources, available_cpus, eligible_nodes
 from raytrain.loggers import restored_loggers
 from raytrain.sections import Resources
 
@@ -38,13 +38,13 @@ OWN_CLUSTER = "local"
 
 @contextlib.contextmanager
 def ray_session(address: str | None) -> Iterator[None]:
-    """Join a Ray cluster, or start one on this machine, unless this process is in one already.
+    """Connect to a Ray cluster, or start one on this machine, unless this process is connected already.
 
     Args:
         address: "auto" or "HOST:PORT" of a cluster; None: start one.
 
     Raises:
-        RecipeError: it does not work.
+        RecipeError: Ray cannot be reached or started.
     """
     if ray.is_initialized():
         yield
@@ -55,12 +55,12 @@ def ray_session(address: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cluster_session(address: str | None, cpus: int) -> Iterator[None]:
-    """Use the Ray cluster at `address` inside the `with` block, or one of `cpus` processors that nobody else can use.
+    """Connect to the Ray cluster at `address` inside the `with` block, or to a private one of `cpus` CPUs.
 
     The environment and the loggers of this process are afterwards as they were.
 
     Raises:
-        RecipeError: it does not work.
+        RecipeError: Ray cannot be reached or started.
     """
     with (
         environment({name: os.environ.get(name, value) for name, value in {**RAY_SETTINGS, **SET_BY_RAY}.items()}),
@@ -77,10 +77,10 @@ def cluster_session(address: str | None, cpus: int) -> Iterator[None]:
 
 
 def _start_ray(address: str | None, **how: Any) -> None:
-    """Join or start a Ray cluster; if Ray's own processes take too long to start, try it once more.
+    """Connect to or start a Ray cluster; retry once if Ray's own processes take too long to start.
 
     Raises:
-        RecipeError: it does not work.
+        RecipeError: it fails.
     """
     workers = JobConfig()  # `ray.init(logging_config=...)` would change the root logger of this process too
     workers.set_py_logging_config(ray.LoggingConfig(log_level="ERROR"))
@@ -103,22 +103,22 @@ def _start_ray(address: str | None, **how: Any) -> None:
 
 
 def _init_args(address: str) -> dict[str, Any]:
-    """Return how to join a cluster: Ray Train's own helpers look for it anew, and may see another on their machine."""
+    """Return arguments of `ray.init` to join a cluster; Ray Train's helpers look for it again by RAY_ADDRESS."""
     return {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}} if address != "auto" else {}
 
 
 def nodes_here(workers: int, resources: Resources) -> list[Node]:
-    """Return this machine, as it will be in a cluster of its own.
+    """Return this machine as the only node of a private cluster.
 
     Raises:
-        RecipeError: it has not what a worker takes.
+        RecipeError: it lacks a resource of a worker.
     """
-    here: Node = ({"CPU": available_cpus()}, {})
+    here: NodeResources = ({"CPU": available_cpus()}, {})
     return eligible_nodes([here], workers, resources.custom, resources.labels, resources.placement)
 
 
 def cluster_nodes(workers: int, resources: Resources) -> list[Node]:
-    """Return the machines of the cluster that have what a worker takes.
+    """Return the nodes of the cluster that have the resources of a worker.
 
     Raises:
         RecipeError: there are too few.

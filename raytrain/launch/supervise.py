@@ -18,14 +18,14 @@ class Workers(Protocol):
 
     Attributes:
         ended: set when they have ended.
-        error: why they did, if it was not well and they have not left word of it in the run's folder.
+        error: why they failed, if they have not recorded a failure in the run's folder.
     """
 
     ended: threading.Event
     error: str
 
     def close(self) -> None:
-        """End them at once, if they have not ended."""
+        """Kill them, if they have not ended."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Runs a training recipe on Ray: one of the few files that know it."""
+"""Training on Ray Train."""
 
 import contextlib
 import logging
@@ -46,7 +46,7 @@ from raytrain.training.worker import run_watched_worker
 
 
 def run_on_ray(recipe: TrainRecipe, order: Order) -> Result:
-    """Train on the Ray cluster at `order.address`, or else on one of its own, and return how it ended.
+    """Train on the Ray cluster at `order.address`, or on a private one, and return the result.
 
     Raises:
         RaytrainError: as `supervise`.
@@ -55,7 +55,7 @@ def run_on_ray(recipe: TrainRecipe, order: Order) -> Result:
 
 
 class RayCluster:
-    """Where to train: a Ray cluster.
+    """The backend of a Ray cluster.
 
     Args:
         address: "auto", "HOST:PORT", or "local" for one that starts and ends with this process.
@@ -65,10 +65,10 @@ class RayCluster:
         self._address = None if address == OWN_CLUSTER else address
 
     def check(self, recipe: TrainRecipe) -> None:
-        """Check that something answers, or that the workers fit on this machine.
+        """Check that the cluster answers, or that the workers fit on this machine.
 
         Raises:
-            RecipeError: nothing does, or they do not.
+            RecipeError: it does not, or they do not.
         """
         if self._address is not None:
             check_reachable(self._address)
@@ -96,7 +96,7 @@ class RayCluster:
 
 
 def _summary(error: Exception) -> str:
-    """Return what ended Ray Train's attempts, without Ray's traces."""
+    """Return the error of Ray Train without its stack traces."""
     if isinstance(error, ray.train.WorkerGroupError):
         causes = "; ".join(
             f"worker {rank}: {describe_failure(each)}" for rank, each in sorted(error.worker_failures.items())
@@ -106,11 +106,11 @@ def _summary(error: Exception) -> str:
 
 
 class RayWorkers(threading.Thread):
-    """Workers that Ray Train looks after, beside the main thread, which keeps Ctrl-C for itself.
+    """Workers of Ray Train, supervised in a thread, because Ctrl-C is for the main thread.
 
     Attributes:
         ended: set when they have ended; an interrupted `join` takes a thread for ended (Python 3.11).
-        error: why they ended, if it was not well.
+        error: why they failed, if they did.
     """
 
     def __init__(self, trainer: TorchTrainer) -> None:
@@ -121,7 +121,7 @@ class RayWorkers(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Train; an error waits in `error`."""
+        """Train; keep an error in `error`."""
         try:
             self._trainer.fit()
         except Exception as error:
@@ -130,11 +130,11 @@ class RayWorkers(threading.Thread):
             self.ended.set()
 
     def close(self) -> None:
-        """Do nothing: they end with what is joined."""
+        """Do nothing: they end with the session."""
 
 
 def _allocate(there: list[Node], recipe: TrainRecipe) -> CpuShare:
-    """Return what each worker gets of the processors.
+    """Return the CPU share of each worker.
 
     Raises:
         RecipeError: the workers do not fit.
@@ -146,7 +146,7 @@ def _allocate(there: list[Node], recipe: TrainRecipe) -> CpuShare:
 
 
 def _report_allocation(recipe: TrainRecipe, share: CpuShare, say: Callable[[str], None]) -> None:
-    """Say what the workers get, and whether they have to wait for it."""
+    """Print the allocation of the workers, and whether they have to wait for it."""
     say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
     there = ray.available_resources()
     for name, amount in {"CPU": share.total, **recipe.resources.beside_cpus()}.items():
@@ -156,7 +156,7 @@ def _report_allocation(recipe: TrainRecipe, share: CpuShare, say: Callable[[str]
 
 
 def _actors(workers: int, share: CpuShare) -> str:
-    """Return what there is to say of the actors that prepare data."""
+    """Return the allocation of data actors, for a message."""
     if not share.actors:
         return ""
     theirs = f" with {share.actor_cpus:g} CPU each" if share.actor_cpus else ", which share them"
@@ -164,9 +164,9 @@ def _actors(workers: int, share: CpuShare) -> str:
 
 
 class _OwnClusterTrainer(TorchTrainer):
-    """Trains on a cluster that ends with this process, and so needs no process that cleans up after it.
+    """A trainer without Ray's placement-group cleaner, for a cluster that ends with this process.
 
-    Ray's cleaner would ask the dashboard, which is not there, and at the end of a short run it shows a stack trace.
+    The cleaner would ask the dashboard, which does not run, and prints a stack trace at the end of a short run.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -236,7 +236,7 @@ def _worker(config: dict[str, Any]) -> None:
         return
     make_loader = _loader_factory(config["actors"], config["actor_cpus"], recipe.max_failures)
     last = run_watched_worker(recipe, run_directory, transport, make_loader)
-    if last:  # only the last one: Ray takes one report in each of its polls, which is slower than we write them
+    if last:  # only the last one: Ray takes one report in each poll, which is slower than checkpoints are written
         path, metrics = last
         ray.train.report(
             dict(metrics),
@@ -255,13 +255,13 @@ def _loader_factory(actors: int, cpus: float, restarts: int) -> LoaderFactory:
 
 
 class RestartLog(ray.train.UserCallback):
-    """Notes why workers had to be started again, in the process that supervises them."""
+    """Logs the causes of restarts, in the supervising process."""
 
     def __init__(self, path: str) -> None:
         self._run = RunDirectory(Path(path))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Write a line to `restarts.jsonl`."""
+        """Add a line to `restarts.jsonl`."""
         causes = {}
         for rank, error in worker_exceptions.items():
             if stack := kept_stack(self._run.path, rank):
@@ -272,7 +272,7 @@ class RestartLog(ray.train.UserCallback):
 
 
 def describe_failure(error: Exception) -> str:
-    """Return in a few words what happened to a worker, and where, unless on this machine."""
+    """Return a short description of a worker's failure, with its host unless it is this machine."""
     text = str(error).strip()
     what = text.splitlines()[-1] if text else type(error).__name__
     if "PeerLostError" in text:
@@ -285,6 +285,6 @@ def describe_failure(error: Exception) -> str:
 
 
 def _host(error: Exception) -> str:
-    """Return the machine of the worker that an error of Ray Train is about, which only the error's text tells."""
+    """Return the host of a failed worker, which only the text of Ray Train's error tells."""
     found = re.search(r"hostname='([^']+)'", str(error))
     return found[1] if found else ""

@@ -1,4 +1,4 @@
-"""The version of the code, which all machines of a run have to share."""
+"""Fingerprint of the code, which all nodes of a run must share."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ from raytrain.modules import sources_of
 
 
 def fingerprint() -> str:
-    """Return a hash of the source of raytrain and of all installed kinds, to tell whether two machines run the same."""
+    """Return a hash of the source of raytrain and of all installed kinds."""
     total = hashlib.sha256()
     for package in shared_packages():
         for name, file in sources_of(package).items():

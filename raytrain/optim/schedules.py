@@ -6,10 +6,10 @@ from collections.abc import Callable
 from raytrain.extensions import ExtensionPoint
 
 SCHEDULES: dict[str, str] = {
-    "constant": "raytrain.optim.schedules:constant",
-    "linear": "raytrain.optim.schedules:linear",
-    "cosine": "raytrain.optim.schedules:cosine",
-    "wsd": "raytrain.optim.schedules:wsd",
+    "constant": "raytrain.optim.schedules:constant Constant learning rate.",
+    "linear": "raytrain.optim.schedules:linear Linear decay.",
+    "cosine": "raytrain.optim.schedules:cosine Cosine decay without restarts (Loshchilov and Hutter 2017).",
+    "wsd": "raytrain.optim.schedules:wsd Constant, then linear decay for decay_ratio of the steps (Hu et al. 2024).",
 }
 
 SHAPE = ExtensionPoint("schedule.name", "a function (done, decay) -> height of the learning rate", arguments=2)

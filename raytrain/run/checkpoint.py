@@ -1,4 +1,4 @@
-"""Checkpoints: a run's whole state in a folder that is complete or absent.
+"""Checkpoints: the state of a run in a folder, written atomically.
 
 ``step-00000100/`` holds a file of tensors for each replica that has any (safetensors) and ``manifest.json``: the
 progress, the metrics, the plain part of the state, the size and hash of every file, and a hash of all that. Replicas
@@ -27,11 +27,11 @@ from raytrain.sync.averaging import Averager
 CHECKPOINT_FORMAT = 3
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
-"""It names each tensor of each replica."""
+"""A manifest names each tensor of each replica."""
 
 
 class _Part(BaseModel, frozen=True, extra="forbid"):
-    """What a manifest says of what a replica saved: its file, None without tensors, and all else of its state."""
+    """A replica's part in a manifest: its file, None without tensors, and the rest of its state."""
 
     file: Annotated[str, Field(pattern=r"^rank-\d{5}\.safetensors$")] | None
     bytes: int = 0
@@ -40,14 +40,14 @@ class _Part(BaseModel, frozen=True, extra="forbid"):
 
 
 class _Progress(BaseModel, frozen=True, extra="allow"):
-    """What a checkpoint needs to know of a run's progress."""
+    """The fields of a run's progress that a checkpoint uses."""
 
     step: int = Field(ge=0)
     best_step: int = Field(ge=0)
 
 
 class _Contents(BaseModel, frozen=True, extra="forbid"):
-    """A manifest as it is written."""
+    """The contents of a manifest file."""
 
     format: int
     progress: _Progress
@@ -57,13 +57,13 @@ class _Contents(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint's manifest says.
+    """A checkpoint's manifest.
 
     Attributes:
-        path: the checkpoint's folder.
-        progress: the fields of `loop.Progress`.
-        metrics: what was measured at this step; empty if nothing was.
-        world_size: how many replicas wrote it.
+        path: folder of the checkpoint.
+        progress: fields of `raytrain.training.replica.Progress`.
+        metrics: of the evaluation at this step; empty without one.
+        world_size: number of replicas that wrote it.
     """
 
     path: Path
@@ -78,12 +78,12 @@ class Manifest:
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of a run.
 
     Args:
-        folder: where they are; every replica must see the same folder.
-        keep: how many of the newest stay; the best one stays too.
-        averager: the replicas, which all call the same methods together.
+        folder: of the checkpoints, which every replica sees.
+        keep: newest checkpoints to keep, beside the best one.
+        averager: over the replicas, which all call the same methods together.
     """
 
     def __init__(self, folder: Path, keep: int, averager: Averager) -> None:
@@ -92,9 +92,9 @@ class CheckpointStore:
         self.averager = averager
 
     def clean(self) -> None:
-        """Put back what a killed attempt was about to replace, and remove what it left half-written or half-removed.
+        """Restore a checkpoint that a killed attempt was replacing, and remove partial ones.
 
-        This is only for those who are about to write.
+        Only for replicas that are about to write.
         """
         if self.averager.transport.rank == 0:
             for replaced in self._folder.glob(".step-*.replaced"):
@@ -107,7 +107,7 @@ class CheckpointStore:
         """Write a checkpoint and return its folder.
 
         Args:
-            state: this replica's part; the first replica's holds what all share.
+            state: of this replica; that of the first one includes the shared state.
             progress: equal on all replicas.
 
         Raises:
@@ -125,7 +125,7 @@ class CheckpointStore:
         return self._folder / name
 
     def save_metrics(self, progress: Mapping[str, Any], metrics: Mapping[str, float]) -> Path:
-        """Replace what the checkpoint of this step says of the run's progress and of what was measured.
+        """Replace progress and metrics in the checkpoint of this step.
 
         Raises:
             CheckpointError: on every replica, if it could not be written; the checkpoint is then as it was.
@@ -142,7 +142,7 @@ class CheckpointStore:
         return self._folder / name
 
     def newest(self) -> Manifest | None:
-        """Return the newest checkpoint whose files are all as they were written; the first replica decides for all.
+        """Return the newest intact checkpoint; the first replica decides for all.
 
         Raises:
             CheckpointError: there are checkpoints, and none of them is complete.
@@ -165,7 +165,7 @@ class CheckpointStore:
         return {"error": "no checkpoint of this run can be read:\n" + "\n".join(problems)} if problems else {}
 
     def _complete(self, aside: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
-        """Write the manifest, rename the folder and remove old checkpoints; return what went wrong."""
+        """Write the manifest, rename the folder and remove old checkpoints; return an error message, if any."""
         try:
             write_whole(aside / MANIFEST, add_checksum(manifest))
             replaced = self._hidden(self._folder / name, "replaced")  # one of the same step, which may be the only one
@@ -178,14 +178,14 @@ class CheckpointStore:
         return None
 
     def _rotate(self, name: str, best_step: int) -> None:
-        """Remove all but the newest and the best; what is newer than `name` was left by a run that went back."""
+        """Remove all but the newest and the best checkpoints; those newer than `name` are of a run that went back."""
         newest = [path for path in list_checkpoints(self._folder) if path.name <= name][-self._keep :]
         for path in list_checkpoints(self._folder):
             if path not in newest and path.name != step_name(best_step):
                 shutil.rmtree(self._hidden(path, "removed"), ignore_errors=True)
 
     def _hidden(self, path: Path, why: str) -> Path:
-        """Rename a checkpoint's folder, if it is there, so that nobody takes what is left of it for a checkpoint."""
+        """Rename a checkpoint's folder, if it exists, so that nobody takes its remains for a checkpoint."""
         hidden = self._folder / f".{path.name}.{why}"
         if path.exists():
             shutil.rmtree(hidden, ignore_errors=True)
@@ -222,7 +222,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Check that every file of a checkpoint is as it was written.
+    """Check that every file of a checkpoint is unchanged.
 
     Raises:
         CheckpointError: one is missing, cut short or changed.
@@ -232,7 +232,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def load_part(path: Path, rank: int) -> Any:
-    """Return the part of the state that replica `rank` saved.
+    """Return the state that replica `rank` saved.
 
     Raises:
         CheckpointError: there is none, or a file is missing, cut short or changed.
@@ -263,7 +263,7 @@ def checkpoint_errors(path: object) -> Iterator[None]:
 
 
 def _write_part(aside: Path, rank: int, state: Mapping[str, Any]) -> bytes:
-    """Write the tensors of `state`, and return as JSON what the manifest says of them, or the error."""
+    """Write the tensors of `state`, and return its entry in the manifest as JSON, or an error."""
     skeleton, tensors = split(state)
     try:
         aside.mkdir(parents=True, exist_ok=True)
@@ -279,7 +279,7 @@ def _write_part(aside: Path, rank: int, state: Mapping[str, Any]) -> bytes:
 
 
 def _verify_part(path: Path, part: _Part) -> None:
-    """Check that the file of a part is as it was written, and has the tensors that the rest of the part speaks of."""
+    """Check that the file of a part is unchanged, and has the tensors that the manifest names."""
     if part.file is None:
         found = set()
     else:
@@ -288,7 +288,7 @@ def _verify_part(path: Path, part: _Part) -> None:
         with checkpoint_errors(path), safe_open(file, "pt") as tensors:
             found = set(tensors.keys())
     if found != marked(part.state):
-        raise CheckpointError(f"{path}: its manifest and its files speak of other tensors; use another checkpoint")
+        raise CheckpointError(f"{path}: its manifest and its files name different tensors; use another checkpoint")
 
 
 def _verify_file(file: Path, part: _Part) -> None:
@@ -307,14 +307,14 @@ def _verify_file(file: Path, part: _Part) -> None:
 
 
 def _contents(path: Path) -> _Contents:
-    """Return what the manifest of the checkpoint at `path` says."""
+    """Return the contents of the manifest at `path`."""
     file = path / MANIFEST
     data = read_bytes(file, CheckpointError, MAX_MANIFEST_BYTES)
     found = re.match(rb'\{"format": (\d{1,9})\b', data)
     if found and int(found[1]) != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{file}: expected a checkpoint of format {CHECKPOINT_FORMAT}; this one has format {int(found[1])}, of another "
-            "version of raytrain: resume the run with that version, or start another"
+            f"{file}: expected a checkpoint of format {CHECKPOINT_FORMAT}; this one has format {int(found[1])}, of "
+            "another version of raytrain: resume the run with that version, or start another"
         )
     content = verify_checksum(data, str(file), CheckpointError)
     return parse_json(content, _Contents, str(file), CheckpointError, MAX_MANIFEST_BYTES)

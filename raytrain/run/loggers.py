@@ -1,4 +1,4 @@
-"""Loggers by name: what takes the rows of ``metrics.jsonl`` too, to show them."""
+"""Loggers by name, which get the rows of ``metrics.jsonl``."""
 
 import importlib.util
 import os
@@ -19,9 +19,9 @@ from raytrain.recipe import dotted_fields, read_toml
 from raytrain.run.directory import read_jsonl
 
 LOGGERS: dict[str, str] = {
-    "tensorboard": "raytrain.run.loggers:TensorBoard",
-    "mlflow": "raytrain.run.loggers:Mlflow",
-    "wandb": "raytrain.run.loggers:WandB",
+    "tensorboard": "raytrain.run.loggers:TensorBoard TensorBoard event files, in tensorboard/ of the run.",
+    "mlflow": "raytrain.run.loggers:Mlflow MLflow: mlflow.db of the run, or the server of MLFLOW_TRACKING_URI.",
+    "wandb": "raytrain.run.loggers:WandB Weights & Biases: its server, or offline in wandb/ of the run.",
 }
 
 LOGGER = ExtensionPoint(
@@ -32,26 +32,26 @@ LOGGER = ExtensionPoint(
 )
 PROJECT = "raytrain"
 PARAMETER_CHARACTERS = 6000
-"""The longest value of a parameter that MLflow takes."""
+"""MLflow's limit on the value of a parameter."""
 
 
 class Logger(Protocol):
-    """Something that takes the rows of ``metrics.jsonl`` too.
+    """Receives the rows of ``metrics.jsonl``.
 
     It is made with (the run's folder, the step it resumes at), when that file ends where training resumes.
     """
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row: "step" and other numbers, or dicts of numbers."""
+        """Log a row: "step" and other numbers, or dicts of numbers."""
         ...
 
     def close(self, failed: bool) -> None:
-        """Write what is left of an attempt that failed, or came to its end, or was asked to stop."""
+        """Flush, and mark the attempt as failed or finished."""
         ...
 
 
 def check_logger(name: str) -> None:
-    """Check that there is a logger of this name; one of the user's is not imported.
+    """Check that a logger exists; one of the user's is not imported.
 
     Raises:
         RecipeError: there is none, or a package that it needs is not installed.
@@ -63,7 +63,7 @@ def check_logger(name: str) -> None:
 
 
 def logger_class(name: str) -> Callable[[Path, int], Logger]:
-    """Return the logger that `name` stands for.
+    """Return the class of a logger.
 
     Raises:
         RecipeError: there is none, or a package that it needs is not installed.
@@ -76,12 +76,12 @@ def logger_class(name: str) -> Callable[[Path, int], Logger]:
 
 
 def start_loggers(names: Iterable[str], folder: Path, step: int) -> dict[str, Logger]:
-    """Return new loggers by name.
+    """Start loggers, and return them by name.
 
     Args:
         names: in the table, or "module:attribute".
-        folder: the run's.
-        step: the step that training resumes at; 0: from the start.
+        folder: of the run.
+        step: at which training resumes; 0: from the start.
 
     Raises:
         TrainingError: one cannot start.
@@ -100,7 +100,7 @@ def start_loggers(names: Iterable[str], folder: Path, step: int) -> dict[str, Lo
 
 
 def flatten_row(row: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a row of training as "train/loss", or of one of an evaluation as "valid/loss"."""
+    """Return the numbers of a row under flat names: "train/loss" of training, "valid/loss" of an evaluation."""
     parts = {name: value for name, value in row.items() if isinstance(value, dict)}
     if not parts:
         parts = {"train": {name: value for name, value in row.items() if name != "step"}}
@@ -136,7 +136,7 @@ class TensorBoard:
         self._append(Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row."""
+        """Log a row."""
         event = self._event(step=row["step"], wall_time=time.time())
         for name, number in flatten_row(row).items():
             event.summary.value.add(tag=name, simple_value=number)
@@ -189,7 +189,7 @@ class Mlflow:
             self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row."""
+        """Log a row."""
         from mlflow.entities import Metric  # noqa: PLC0415
 
         new = {name: number for name, number in flatten_row(row).items() if row["step"] > self._last.get(name, -1)}
@@ -258,12 +258,12 @@ class WandB:
             self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row."""
+        """Log a row."""
         if row["step"] > self._last:
             self._run.log({"step": row["step"], **flatten_row(row)})
 
     def close(self, failed: bool) -> None:
-        """Send what is left."""
+        """Flush, and finish the run."""
         self._run.finish(exit_code=int(failed))
 
 

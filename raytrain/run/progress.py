@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: a progress bar there, plain lines elsewhere. It reads the run's files."""
+"""Progress of a run for the user, read from its files: a bar on a terminal, plain lines elsewhere."""
 
 import threading
 import time
@@ -41,7 +41,7 @@ class Wording:
 
 
 class ProgressDisplay:
-    """Shows how a run goes.
+    """Shows the progress of a run.
 
     Args:
         run: the run's folder.
@@ -83,7 +83,7 @@ class ProgressDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.stop()
 
     def print(self, text: str) -> None:
@@ -91,9 +91,9 @@ class ProgressDisplay:
         self._console.print(text, markup=False)
 
     def follow(self, ended: threading.Event) -> bool:
-        """Show progress until the run has ended; return False if it was interrupted twice and still goes on.
+        """Show progress until the run has ended; return False after a second Ctrl-C, while it still runs.
 
-        The first Ctrl-C asks the workers to save and end.
+        The first Ctrl-C asks the workers to checkpoint and end.
 
         Raises:
             KeyboardInterrupt: there are no workers yet, which may have to wait long for a place on a busy cluster.
@@ -116,7 +116,7 @@ class ProgressDisplay:
                 self.print(f"stopping: {self._wording.on_stop}; Ctrl-C again ends them at once")
 
     def finish(self, result: Result) -> None:
-        """Print how the run ended."""
+        """Print the result of the run."""
         self._bar.stop()
         table = Table.grid(padding=(0, 2))
         numbers = {**result.metrics, **result.references}
@@ -134,7 +134,7 @@ class ProgressDisplay:
             self.print(f"continue with: raytrain {self._wording.verb} {self._run.path} --resume")
 
     def _poll(self) -> None:
-        """Take in what is new in the run's files."""
+        """Read new rows of the run's files."""
         for note in self._restarts.new():
             causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in sorted(note["workers"].items()))
             self.print(f"{causes}; starting all workers again from the last checkpoint")
@@ -181,11 +181,11 @@ def _number(value: float | None) -> str:
 
 
 class Tail:
-    """Reads the rows that are added to a ``.jsonl`` file, from the start again when the file is replaced.
+    """Reads rows as they are added to a ``.jsonl`` file, from the start again when the file is replaced.
 
     Args:
-        file: the file, which may not exist yet.
-        from_end: leave out what is in it already.
+        file: which may not exist yet.
+        from_end: skip the rows that are in it already.
     """
 
     def __init__(self, file: Path, *, from_end: bool = False) -> None:
@@ -194,7 +194,7 @@ class Tail:
         self._inode = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """Return the complete rows since the last call; lines that are none are left out, as by `RunDirectory.rows`."""
+        """Return the complete rows since the last call; damaged lines are skipped, as by `read_jsonl`."""
         try:
             with self._file.open("rb") as lines:
                 state = self._file.stat()

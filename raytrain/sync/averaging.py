@@ -1,4 +1,4 @@
-"""Averages over replicas, and small messages between them."""
+"""Weighted averages over replicas, and small messages between them."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from raytrain.sync.transport import PendingWork, Transport
 
 
 class Averager(Protocol):
-    """A way to average over the replicas of a transport."""
+    """Averages over the replicas of a transport."""
 
     transport: Transport
 
@@ -19,11 +19,11 @@ class Averager(Protocol):
 
         Args:
             flat: shape (n + 1,); the last element is room for the weight.
-            weight: what this replica's values count; the mean is over those who contributed, so 0 leaves one out.
-            exact: how many of the values, those at the end, are not to be rounded.
+            weight: of this replica; 0 leaves it out.
+            exact: number of values at the end that must not be compressed.
 
         Returns:
-            When it has arrived: flat, with the mean in flat[:n] and the sum of the weights in flat[n].
+            Work whose result is flat, with the mean in flat[:n] and the sum of the weights in flat[n].
         """
         ...
 
@@ -32,26 +32,26 @@ class Averager(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what this replica has still to send, when nothing is under way."""
+        """Return the residuals of this replica, when nothing is in flight."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         ...
 
 
 class ExactAverager:
-    """Plain sums in the precision of the values.
+    """Averages in the precision of the values.
 
     Args:
-        transport: the replicas.
+        transport: of the replicas.
     """
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
 
     def average(self, flat: Tensor, weight: float, exact: int = 0) -> PendingWork:  # noqa: ARG002 - all are
-        """Sum weight * value and weight together, and divide on arrival: one message carries both."""
+        """All-reduce weight * value and weight in one message, and divide on arrival."""
         if weight:
             flat[:-1].mul_(weight)
         else:
@@ -73,11 +73,11 @@ class ExactAverager:
         return [row[:size].numpy().tobytes() for row, size in zip(rows, lengths, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: all is sent at once."""
+        """Return nothing: there is no residual."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take nothing."""
+        """Do nothing."""
 
 
 class _PendingMean:

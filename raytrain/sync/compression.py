@@ -1,13 +1,13 @@
-"""Compressed exchanges: fewer bytes on the wire, and what rounding leaves out is sent next time.
+"""Compressed averaging with error feedback.
 
-In two phases, as in 1-bit Adam (Tang et al. 2021): each replica sends each other one a part of its weighted values,
-compressed, sums the parts that it gets, and sends the sum to all, compressed again, who divide it by the sum of the
-weights. So all replicas hold the same bits, whatever the codec.
+Two phases, as in 1-bit Adam (Tang et al. 2021). Reduce-scatter: each replica sends each other one its part of the
+weighted values, compressed, and sums the parts it receives. All-gather: it sends the sum to all, compressed again, and
+all divide by the sum of the weights. So all replicas hold the same bits, whatever the compressor.
 
-What is lost in compressing is added to what is compressed the next time (error feedback, Seide et al. 2014, Karimireddy
-et al. 2019), by who sends as by who sums. With weights w_i and values v_i of the replicas, W = sum_i w_i and the mean m
-of a round, over all rounds sum W m + residuals = sum (sum_i w_i v_i), whatever the weights: so the sums are exact over
-time, and the means where W is the same in all rounds.
+The compression error of a round, the residual, is added to the values of the next one (error feedback, Seide et al.
+2014, Karimireddy et al. 2019), on the sending and on the summing side. With weights w_i and values v_i of the replicas,
+W = sum_i w_i and the mean m of a round, over all rounds sum W m + residuals = sum (sum_i w_i v_i): the sums are exact
+over time, and so are the means where W is the same in all rounds.
 """
 
 from collections.abc import Mapping
@@ -22,27 +22,27 @@ from raytrain.sync.transport import PendingWork, Transport
 
 
 class Compressor(Protocol):
-    """Numbers as fewer bytes.
+    """Compresses values block by block.
 
     Attributes:
-        block: values are compressed so many at a time.
-        block_bytes: what they take.
+        block: values in a block.
+        block_bytes: size of a compressed block.
     """
 
     block: int
     block_bytes: int
 
     def compress(self, values: Tensor) -> Tensor:
-        """Return blocks of values, float32, shape (k, block), as bytes, uint8, shape (k, block_bytes)."""
+        """Return values, float32, shape (k, block), as bytes, uint8, shape (k, block_bytes)."""
         ...
 
     def decompress(self, payload: Tensor) -> Tensor:
-        """Return the values that bytes stand for, float32, shape (k, block)."""
+        """Return the values, float32, shape (k, block), of bytes, uint8, shape (k, block_bytes)."""
         ...
 
 
 class BFloat16:
-    """Two bytes each: eight bits of a number."""
+    """Two bytes for each value: bfloat16."""
 
     block = 1024
     block_bytes = 2048
@@ -57,7 +57,7 @@ class BFloat16:
 
 
 class Int8:
-    """One byte each, and for each block a scale: its largest value over 127."""
+    """One byte for each value, and a scale for each block: its largest absolute value over 127."""
 
     block = 1024
     block_bytes = 1028
@@ -75,35 +75,34 @@ class Int8:
 
 
 class CompressedAverager(ExactAverager):
-    """Averages through a codec, with error feedback on both sides; one mean at a time.
+    """Averages compressed values, with error feedback on both sides; one average at a time.
 
-    A replica without weight sends zeros, and keeps its residual for when it has some.
+    A replica of weight 0 sends zeros, and keeps its residual.
 
     Args:
-        transport: the replicas.
-        compressor: how values are sent.
+        transport: of the replicas.
+        compressor: of the values.
     """
 
     def __init__(self, transport: Transport, compressor: Compressor) -> None:
         super().__init__(transport)
         self.compressor = compressor
-        self.second_channel = (
-            transport.new_channel()
-        )  # a replica starts the second phase when it has what came in the first
-        self.residual: Tensor | None = None  # the residual of its own weighted values, shape (members * k, block)
-        self.sum_residual: Tensor | None = None  # that of the sums that it makes, shape (k, block)
+        # Replicas start the second phase at different times, when their first one is complete.
+        self.second_channel = transport.new_channel()
+        self.residual: Tensor | None = None  # of its own weighted values, shape (members * k, block)
+        self.sum_residual: Tensor | None = None  # of the sums that it computes, shape (k, block)
 
     def average(self, flat: Tensor, weight: float, exact: int = 0) -> PendingWork:
-        """Start the weighted mean; weights and `exact` values travel as float64 beside the coded ones."""
+        """Start the weighted mean; weights and `exact` values are sent as float64 beside the compressed ones."""
         return _TwoPhases(self, flat, weight, exact)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was lost and is still to be sent."""
-        return {"left": self.residual, "left_of_sum": self.sum_residual}
+        """Return the residuals."""
+        return {"residual": self.residual, "sum_residual": self.sum_residual}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
-        self.residual, self.sum_residual = state_to([state["left"], state["left_of_sum"]], self.transport.device)
+        """Restore what `state_dict` returned."""
+        self.residual, self.sum_residual = state_to([state["residual"], state["sum_residual"]], self.transport.device)
 
 
 class _TwoPhases:
@@ -142,12 +141,12 @@ class _TwoPhases:
         return self._flat
 
     def _forward(self) -> PendingWork:
-        """Sum this replica's part, and send it; what is exact has arrived."""
+        """Sum this replica's part, and send it; `exact` values are averaged already."""
         averager, compressor = self._averager, self._averager.compressor
         parts = self._first.wait()
         heads = parts[:, : self._head_bytes].flatten().clone().view(torch.float64).view(len(parts), -1)
         total, exact = float(heads[:, 0].sum()), torch.zeros_like(heads[0, 1:])
-        for head in heads[heads[:, 0] > 0]:  # without weight nothing counts, finite or not
+        for head in heads[heads[:, 0] > 0]:  # of weight 0 nothing counts, finite or not
             exact += head[0] * head[1:]
         self._flat[self._count : -1] = exact / (total or 1.0)
         self._flat[-1] = total
@@ -162,7 +161,7 @@ class _TwoPhases:
 
 
 def _with_feedback(compressor: Compressor, values: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the bytes of values + residual, and the residual that these leave; `values` is used up."""
+    """Return compressed (values + residual), and the new residual; `values` is overwritten."""
     if residual is not None:
         values += residual
     coded = compressor.compress(values)

@@ -1,4 +1,4 @@
-"""Gradient averaging: every replica takes the step that one replica with all the examples would take."""
+"""Data parallelism: every replica takes the step that one replica with all examples would take."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -21,15 +21,15 @@ def ddp(averager: Averager, options: DdpOptions) -> "DataParallel":
 
 
 class DataParallel(StepSynchroniser):
-    """Average gradients over replicas, piece by piece while the backward pass runs.
+    """All-reduces gradients in buckets during the backward pass.
 
-    The result is the exact weighted mean: sum of weight * gradient over sum of weight, so uneven shards count by what
-    they hold. A parameter that no replica used keeps its gradient None, as it would on one replica. Buffers that the
-    forward pass moves (the running means of BatchNorm) move by the mean of the replicas' movements.
+    The result is the exact weighted mean, sum of weight * gradient over sum of weight, so uneven batches count by their
+    weight. A parameter that no replica used keeps its gradient None, as on a single replica. Buffers that the forward
+    pass updates (the running means of BatchNorm) become their weighted mean.
 
     Args:
-        averager: how to average; with a single replica nothing is sent or copied.
-        bucket_bytes: size of a piece; 0: by the size of the model.
+        averager: over the replicas; with a single replica nothing is sent or copied.
+        bucket_bytes: size of a bucket; 0: by the size of the model.
     """
 
     def __init__(self, averager: Averager, bucket_bytes: int) -> None:
@@ -42,7 +42,7 @@ class DataParallel(StepSynchroniser):
         self._armed = False
 
     def attach(self, module: nn.Module) -> None:
-        """Copy the first replica's parameters and buffers, and watch for gradients."""
+        """Broadcast the first replica's parameters and buffers, and register gradient hooks."""
         if self._alone:
             return
         for tensor in state_tensors(module):
@@ -58,18 +58,18 @@ class DataParallel(StepSynchroniser):
                 parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket, place))
 
     def set_weight(self, weight: float) -> float:
-        """Return the weight itself: each replica's gradient is that of its own mean."""
+        """Return the weight: each replica's gradient is of its own mean loss."""
         self._weight = weight
         return weight
 
     def before_backward(self) -> None:
-        """Send each piece during the backward pass that comes now."""
+        """Send buckets during the next backward pass."""
         self._armed = not self._alone
         for bucket in self._buckets:
             bucket.clear()
 
     def before_step(self, loss: float, stop: bool) -> StepTotals:
-        """Send what is left, wait for all pieces, and put the means in place."""
+        """Send the remaining buckets, wait for all, and set the mean gradients."""
         if self._alone:
             return StepTotals(self._weight, loss, stop)
         self._armed = False
@@ -98,7 +98,7 @@ class DataParallel(StepSynchroniser):
             self._launch_ready()
 
     def _launch_ready(self) -> None:
-        """Launch full pieces, always in the same order: replicas must agree on it."""
+        """Launch full buckets, in the same order on all replicas."""
         for bucket in self._buckets:
             if bucket.pending is None:
                 if bucket.missing:
@@ -106,7 +106,7 @@ class DataParallel(StepSynchroniser):
                 bucket.pending = self._averager.average(bucket.flat, self._weight)
 
     def _put_in_place(self, users: Sequence[float]) -> None:
-        """Give each parameter its mean gradient, or none if no replica used it."""
+        """Set the mean gradient of each parameter, or None if no replica used it."""
         parameters = [parameter for bucket in self._buckets for parameter in bucket.parameters]
         views = [view for bucket in self._buckets for view in bucket.views]
         for parameter, view, count in zip(parameters, views, users, strict=True):
@@ -114,9 +114,9 @@ class DataParallel(StepSynchroniser):
 
 
 def make_buckets(tensors: Iterable[Tensor], limit_bytes: int) -> list[list[Tensor]]:
-    """Cut a list of tensors into runs of one type of at most `limit_bytes`, or of one tensor if that alone is larger.
+    """Split a list of tensors into buckets of one type of at most `limit_bytes`, or of one tensor that is larger.
 
-    Joining the runs gives the list back: no tensor is lost, whatever the sizes.
+    The buckets in order are the list: no tensor is lost, whatever the sizes.
     """
     runs: list[list[Tensor]] = []
     size = 0
@@ -135,7 +135,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class _Bucket:
-    """Some gradients in one flat buffer, with room for the weight at the end; narrow types are summed in float32."""
+    """Gradients in one flat buffer, with room for the weight at the end; narrow types are summed in float32."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
@@ -158,7 +158,7 @@ class _Bucket:
             self.missing -= 1
 
     def fill_rest(self) -> None:
-        """Take gradients that an earlier micro-batch left, and zeros where there is none."""
+        """Copy gradients that an earlier micro-batch left, and zeros where there is none."""
         for place, parameter in enumerate(self.parameters):
             self.take(place, parameter)
             if not self.used[place]:

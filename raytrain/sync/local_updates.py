@@ -1,4 +1,4 @@
-"""Local updates: replicas step on their own, and now and then share what it came to."""
+"""Local updates: replicas take local steps, and average their parameters now and then."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,31 +18,35 @@ from raytrain.sync.synchroniser import StepTotals
 from raytrain.sync.transport import CompletedWork, PendingWork
 
 EXTRA_SCALARS = 4
-"""What travels with the differences: a wish to stop, and what a step and an exchange take."""
+"""Sent with each pseudo-gradient: a stop flag, and seconds of a step, of an all-reduce and of its overhead."""
 
 
 class LocalUpdates:
-    """Exchange how far each replica got every so many steps, and apply the mean some steps later.
+    """Local-update training with an optionally delayed outer step.
 
-    At a round's end a replica sends the difference between where its round began and where it is, notes where that is,
-    and goes on. When the mean is due, the shared point X takes an outer step, and the replica moves by pull * (X -
-    where it was when it sent): its movement meanwhile is kept, and becomes part of its next difference. With delay 0
-    and pull 1 that is DiLoCo, SlowMo or local SGD, by the outer step; with a delay of a whole round and no momentum
-    CoCoD-SGD (Shen et al. 2019). Without `keep` a replica goes on from X when it has sent, and what it did comes back
-    with the mean only: a round late, that is CO2 (Sun et al. 2024). A mean is applied before the next one is sent,
-    however late it was to be.
+    Every `every` steps a replica all-reduces its pseudo-gradient (round start minus current parameters)
+    asynchronously. `delay` steps later the outer optimizer updates the anchor X, and the replica is interpolated toward
+    it:
 
-    All this is of parameters. A shared buffer is the mean of the replicas' at the end of a round, whatever the outer
-    step; see `BufferMean`.
+        w <- w + alpha * (X - w_sent)
+
+    With `keep_local_progress`, the steps since sending stay in w and become part of the next pseudo-gradient: delay 0
+    and alpha 1 is local SGD, SlowMo or DiLoCo, by the outer optimizer; a delay of a round without momentum is CoCoD-SGD
+    (Shen et al. 2019). Without it, a replica restarts from X after sending, and its progress returns with the average,
+    a round late: CO2 (Sun et al. 2024). An average is applied before the next pseudo-gradient is sent, whatever the
+    delay.
+
+    This holds for parameters. Buffers are averaged at the end of a round, whatever the outer optimizer; see
+    `BufferMean`.
 
     Args:
-        averager: the replicas.
-        outer: the outer step.
-        interval: steps in a round, and from sending to applying.
-        keep_local_progress: whether a replica goes on from where it is.
-        alpha: how far it comes to X when the mean arrives, 1: all the way; None: as `SyncInterval.pull` says.
-        global_momentum: by which replicas move beside their own steps.
-        share_buffers: whether buffers are averaged too, and not only at the end.
+        averager: over the replicas.
+        outer: outer optimizer.
+        interval: steps in a round, and delay.
+        keep_local_progress: whether steps since sending stay in w.
+        alpha: interpolation weight; None: that of `SyncInterval.alpha`.
+        global_momentum: added to local steps.
+        share_buffers: whether buffers are averaged in each round, and not only at the end.
     """
 
     has_local_state = True
@@ -70,25 +74,25 @@ class LocalUpdates:
         self._share_buffers = share_buffers
         compressor = averager.compressor if isinstance(averager, CompressedAverager) else None
         parts = (outer.penalty, global_momentum, compressor)
-        self._format = " ".join(
+        self._method = " ".join(
             ["2", str(keep_local_progress), str(share_buffers), *(type(part).__name__ for part in parts)]
         )
         self._timer = RoundTimer()
-        self._apply_at = 0  # steps of the next round after which the mean is applied
+        self._apply_at = 0  # steps of the round after which the average is applied
         self._pending: PendingWork | None = None
-        self._steps = 0  # since the round's start
-        self._steps_since_momentum = 0  # steps for which the velocity has not been added
-        self._sent_steps = 0  # of the round that is under way
+        self._steps = 0  # in this round
+        self._steps_since_momentum = 0
+        self._sent_steps = 0  # in the round that is in flight
         self._samples = 0.0  # in this round
         self._weight = 0.0  # of this step
         self._lr = 1.0  # of this step
         self._stop_requested = False
         self._stop = False
         self._loaded: Mapping[str, Any] | None = None
-        self._before: Mapping[str, Any] = {"outer": None, "velocity": None, "point": None}  # that were loaded
+        self._before: Mapping[str, Any] = {"outer": None, "global_momentum": None, "anchor": None}  # as loaded
 
     def attach(self, module: nn.Module) -> None:
-        """Begin a round at the first replica's parameters and buffers, or go on with the one that was loaded."""
+        """Start a round at the first replica's parameters and buffers, or resume the one that was loaded."""
         for value in state_tensors(module):
             self._await(self._averager.transport.broadcast(value.data))
         parameters = [value for value in module.parameters() if value.requires_grad]
@@ -98,36 +102,36 @@ class LocalUpdates:
         self._own_buffers = [] if self._share_buffers else buffers
         self._size = sum(value.numel() for value in self._parameters)
         self._exact = self._buffers.size + EXTRA_SCALARS
-        # Parameters, buffers, numbers, and room for the weight.
+        # Parameters, buffers, scalars, and room for the weight.
         self._message = _flat([*self._parameters, *self._buffers.local], self._size + self._exact + 1)
         self._views = _views(self._message, self._parameters)
         self._pack_parameters()
         self._round_start = self._message[: self._size].clone()
-        point = self._before["point"]
-        self._anchor = self._round_start.clone() if point is None else point.to(self._round_start, copy=True)
+        anchor = self._before["anchor"]
+        self._anchor = self._round_start.clone() if anchor is None else anchor.to(self._round_start, copy=True)
         self._outer.reset(self._anchor, self._before["outer"])
         if self._global_momentum:
-            self._global_momentum.reset(self._anchor, parameters, self._before["velocity"])
+            self._global_momentum.reset(self._anchor, parameters, self._before["global_momentum"])
         if self._loaded is not None:
             self._restore(self._loaded)
         self._loaded, self._before = None, {}
 
     def set_weight(self, weight: float) -> float:
-        """Return the weight itself: the gradient is that of this replica's own mean."""
+        """Return the weight: gradients are of this replica's own mean loss."""
         self._weight = weight
         return weight
 
     def before_backward(self) -> None:
-        """Do nothing: gradients stay here."""
+        """Do nothing: gradients are not sent."""
 
     def before_step(self, loss: float, stop: bool) -> StepTotals:
-        """Return what this replica's own step came to, and whether a replica asked to stop, as far as all know."""
+        """Return this replica's own totals, and whether to stop as all replicas know."""
         self._stop_requested = self._stop_requested or stop
         return StepTotals(self._weight, loss, self._stop)
 
     @torch.no_grad()
     def after_step(self, lr: float) -> None:
-        """Apply what is due, and send what a round came to."""
+        """Apply the average when it is due, and send the pseudo-gradient at the end of a round."""
         began, waited = time.perf_counter(), self.waited_seconds
         self._lr = lr
         self._steps += 1
@@ -147,7 +151,7 @@ class LocalUpdates:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Apply what is under way, and the plain mean of what was done since; afterwards the replicas are equal."""
+        """Apply what is in flight, then the plain mean of the steps since; afterwards the replicas are equal."""
         if self._steps:
             self._anchor.sub_(self._receive(self._launch()))
             self._buffers.unpack(self._buffer_message)
@@ -161,7 +165,7 @@ class LocalUpdates:
 
     @contextmanager
     def synced_parameters(self) -> Iterator[None]:
-        """Let the module hold the point that all replicas share inside the `with` block."""
+        """Put the anchor into the module inside the `with` block."""
         held = [*self._parameters, *self._buffers.local]
         aside = [value.clone() for value in held]
         self._set_parameters(self._anchor)
@@ -172,11 +176,11 @@ class LocalUpdates:
             torch._foreach_copy_(held, aside)
 
     def metrics(self) -> dict[str, float]:
-        """Return the pace and what it was chosen from, if it is chosen."""
+        """Return the adapted interval and its measurements."""
         return self._interval.metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where this replica is, and what is under way, after waiting for it: it is not applied earlier."""
+        """Return this replica's state, after waiting for what is in flight; it is still applied when it is due."""
         mean = None
         if self._pending is not None:
             self._receive(self._pending)
@@ -184,58 +188,57 @@ class LocalUpdates:
             self._pending = CompletedWork(self._message)
         self._copy_parameters(here := torch.empty_like(self._round_start))
         return {
-            "form": self._format,
+            "method": self._method,
             "steps": self._steps,
-            "still": self._steps_since_momentum,
+            "steps_since_momentum": self._steps_since_momentum,
             "sent_steps": self._sent_steps,
             "samples": self._samples,
-            "due": self._apply_at,
+            "apply_at": self._apply_at,
             "every": self._interval.every,
             "delay": self._interval.delay,
-            "here": here,
-            "begun": self._round_start,
-            "mean": mean,
+            "parameters": here,
+            "round_start": self._round_start,
+            "average": mean,
             "buffers": [value.clone() for value in [*self._buffers.local, *self._own_buffers]],
-            "begun_buffers": [value.clone() for value in self._buffers.round_start],
+            "round_start_buffers": [value.clone() for value in self._buffers.round_start],
             "exchange": self._averager.state_dict(),
             "shared": self._shared_state() if self._averager.transport.rank == 0 else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None, first: Mapping[str, Any]) -> None:
-        """Take where this replica was.
+        """Restore this replica's state.
 
-        Among more or fewer replicas, or where the run was kept together in another form, it begins a round at the
-        shared point.
+        With another number of replicas, or after another method, it starts a round at the anchor.
         """
-        if first.get("form") == self._format:
+        if first.get("method") == self._method:
             self._loaded, self._before = state, first["shared"]
 
     def _shared_state(self) -> dict[str, Any]:
-        """Return what is equal on all replicas; the shared point only where the model is of narrower types."""
+        """Return the state that all replicas share; the anchor only where the model has narrower types."""
         global_momentum = self._global_momentum.state_dict() if self._global_momentum else None
         narrow = any(value.dtype != self._anchor.dtype for value in self._parameters)
         return {
             "outer": self._outer.state_dict(),
-            "velocity": global_momentum,
-            "point": self._anchor if narrow else None,
+            "global_momentum": global_momentum,
+            "anchor": self._anchor if narrow else None,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._steps, self._samples, self._apply_at = state["steps"], state["samples"], state["due"]
-        self._steps_since_momentum, self._sent_steps = state["still"], state["sent_steps"]
+        self._steps, self._samples, self._apply_at = state["steps"], state["samples"], state["apply_at"]
+        self._steps_since_momentum, self._sent_steps = state["steps_since_momentum"], state["sent_steps"]
         self._interval.restore(state["every"], state["delay"])
-        self._round_start.copy_(state["begun"])
-        self._set_parameters(state["here"])
+        self._round_start.copy_(state["round_start"])
+        self._set_parameters(state["parameters"])
         self._averager.load_state_dict(state["exchange"])
         buffers = [*self._buffers.local, *self._own_buffers, *self._buffers.round_start]
-        for value, saved in zip(buffers, [*state["buffers"], *state["begun_buffers"]], strict=True):
+        for value, saved in zip(buffers, [*state["buffers"], *state["round_start_buffers"]], strict=True):
             value.copy_(saved)
-        if state["mean"] is not None:
-            self._message[: -EXTRA_SCALARS - 1].copy_(state["mean"])
+        if state["average"] is not None:
+            self._message[: -EXTRA_SCALARS - 1].copy_(state["average"])
             self._pending = CompletedWork(self._message)
 
     def _launch(self) -> PendingWork:
-        """Send how far this replica got in its round, and begin the next one; what is under way is applied before."""
+        """Send the pseudo-gradient and start the next round; what is in flight is applied first."""
         if self._pending is not None:
             self._apply(self._pending)
         self._add_momentum()
@@ -257,20 +260,20 @@ class LocalUpdates:
         return pending
 
     def _add_momentum(self) -> None:
-        """Add the velocity for the steps since this was done last."""
+        """Apply global momentum for the steps since the last time."""
         if self._global_momentum and self._steps_since_momentum:
             self._global_momentum.apply(self._steps_since_momentum)
         self._steps_since_momentum = 0
 
     def _apply(self, pending: PendingWork) -> None:
-        """Take the outer step, and go on from there with what was done since this was sent."""
+        """Take the outer step, and interpolate the replica toward the anchor."""
         self._add_momentum()
         mean = self._receive(pending)
         alpha = self._interval.alpha(self._apply_at) if self._alpha is None else self._alpha
         if self._global_momentum:
             self._global_momentum.update(mean, self._sent_steps)
         self._outer(mean, self._lr)
-        here = mean  # which is used up
+        here = mean  # the same memory: the average has been used
         self._pack_parameters()
         here.sub_(self._round_start)
         self._round_start.lerp_(self._anchor, alpha)
@@ -282,11 +285,11 @@ class LocalUpdates:
 
     @property
     def _buffer_message(self) -> Tensor:
-        """The part of the message that is of buffers."""
+        """The buffers' part of the message."""
         return self._message[self._size : self._size + self._buffers.size]
 
     def _receive(self, pending: PendingWork) -> Tensor:
-        """Wait for the mean, and return that of the differences, shape (n,)."""
+        """Wait for the average, and return the averaged pseudo-gradient, shape (n,)."""
         self._await(pending)
         if pending.seconds:
             self._timer.exchange_seconds = pending.seconds
@@ -297,7 +300,7 @@ class LocalUpdates:
         return self._message[: self._size]
 
     def _average(self, buffers: Sequence[Tensor]) -> None:
-        """Give buffers the mean of the replicas', each of which counts as much."""
+        """Average buffers over the replicas with equal weights."""
         mean = BufferMean(buffers)
         for value in mean.anchor:
             self._await(self._averager.transport.broadcast(value))
@@ -326,7 +329,7 @@ class LocalUpdates:
 
 
 def _flat(tensors: Sequence[Tensor], size: int) -> Tensor:
-    """Return room for `size` numbers of the widest type of `tensors`, at least float32."""
+    """Return zeros, shape (size,), of the widest type of `tensors`, at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -334,6 +337,6 @@ def _flat(tensors: Sequence[Tensor], size: int) -> Tensor:
 
 
 def _views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the parts of `flat`, in the shapes of `tensors`."""
+    """Return views into `flat` in the shapes of `tensors`."""
     parts = flat[: sum(tensor.numel() for tensor in tensors)].split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

@@ -1,4 +1,4 @@
-"""The outer step: how the point that all replicas share moves by the mean of what each of them did on its own."""
+"""Outer optimizer: updates the anchor, which all replicas share, by the averaged pseudo-gradient."""
 
 from typing import Any, Protocol
 
@@ -12,27 +12,29 @@ CURVATURE_DECAY = 0.7
 
 
 class OuterOptimizer:
-    """SGD with momentum on differences: shape (n,), the start of a round minus its end, averaged over the replicas.
+    """SGD with momentum on pseudo-gradients, which are averaged over the replicas.
 
-    With difference d and penalty L, momentum v <- beta v + d / L, clipped by element, and the point X <- X - rate v, or
-    by Nesterov X <- X - rate (d / L + beta v). With rate 1 and no momentum that is the mean of the replicas (local
-    SGD), with Nesterov's it is DiLoCo (Douillard et al. 2023).
+    With the pseudo-gradient d (round start minus round end, shape (n,)), staleness penalty L and momentum factor beta:
 
-    SlowMo (Wang et al. 2020, algorithm 1) divides d by the learning rate gamma of the replicas' own steps, as it is at
-    the round's end: u <- beta u + d / gamma, X <- X - rate gamma u. Here v is gamma u, so v <- beta (gamma / gamma') v
-    + d with the gamma' of the round before: while gamma stays the same, that is the plain momentum.
+        v <- clip(beta v + d / L)
+        X <- X - lr v                    or with Nesterov momentum  X <- X - lr (d / L + beta v)
+
+    lr = 1 without momentum is local SGD, Nesterov momentum is DiLoCo (Douillard et al. 2023). SlowMo (Wang et al. 2020,
+    Alg. 1) divides d by the inner learning rate gamma at the end of the round: u <- beta u + d / gamma,
+    X <- X - lr gamma u. Here v is gamma u, so v <- beta (gamma / gamma') v + d, with the gamma' of the previous round;
+    while gamma is constant, that is plain momentum.
 
     Args:
-        lr: of the step.
-        momentum_factor: how much of the momentum stays.
-        nesterov: which of the two.
-        lr_scaled: whether the momentum scales with the learning rate of the replicas' own steps, as SlowMo's.
-        clip: the largest element of the momentum; 0: any.
-        penalty: finds L from what every replica holds, so that they do not part; None: 1.
+        lr: outer learning rate.
+        momentum_factor: beta.
+        nesterov: whether momentum is Nesterov's.
+        lr_scaled: whether momentum scales with the inner learning rate, as SlowMo's.
+        clip: largest absolute value in v; 0: no clipping.
+        penalty: L, equal on all replicas; None: 1.
 
     Attributes:
         anchor: X, equal on all replicas.
-        momentum_buffer: v, or None where there is none.
+        momentum_buffer: v, or None without momentum.
     """
 
     def __init__(
@@ -53,15 +55,15 @@ class OuterOptimizer:
         self.penalty: Penalty = penalty or NoPenalty()
         self.anchor = torch.zeros(0)
         self.momentum_buffer: Tensor | None = None
-        self._lr = 0.0  # of the round before; 0: there was none
+        self._lr = 0.0  # inner learning rate of the previous round; 0: there was none
 
     @property
     def last_step(self) -> Tensor:
-        """The last step over the rate, if a penalty looks back at it."""
+        """The last outer step over lr, for penalties that need it."""
         return torch.zeros_like(self.anchor) if self.momentum_buffer is None else self.momentum_buffer
 
     def reset(self, anchor: Tensor, state: Any) -> None:
-        """Take the point that all replicas begin with, and what `state_dict` returned if a run goes on."""
+        """Set the anchor, and restore what `state_dict` returned if a run resumes."""
         self.anchor = anchor
         if self.momentum_factor or self.penalty.needs_last_step:
             self.momentum_buffer = torch.zeros_like(anchor)
@@ -72,11 +74,11 @@ class OuterOptimizer:
             self._lr = state["lr"]
 
     def __call__(self, difference: Tensor, lr: float) -> None:
-        """Move the point.
+        """Update the anchor.
 
         Args:
-            difference: used up.
-            lr: the learning rate of the replicas' last step, or anything in proportion to it.
+            difference: the pseudo-gradient, overwritten.
+            lr: inner learning rate of the last local step, or anything proportional to it.
         """
         divisor = self.penalty(self, difference)
         if divisor != 1.0:
@@ -92,25 +94,25 @@ class OuterOptimizer:
         self.anchor.add_(step, alpha=-self.lr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all but the point."""
+        """Return all state but the anchor."""
         return {"momentum": self.momentum_buffer, "penalty": self.penalty.state_dict(), "lr": self._lr}
 
     def _growth(self, lr: float) -> float:
-        """Return the learning rate over that of the round before; one of 0, which cannot divide, changes nothing."""
+        """Return the inner learning rate over that of the previous round; 0 changes nothing."""
         before, self._lr = self._lr, lr or self._lr
         return self._lr / before if self.lr_scaled and before else 1.0
 
 
 def max_stable_lr(outer: OuterOptimizer, *, late: bool) -> float:
-    """Return what rate / L must stay below on a quadratic where local steps go all the way to the minimum in a round.
+    """Return the upper bound of lr / L for a stable outer step on a quadratic that a round of local steps solves.
 
-    Where they go a share c of it, rate * c / L must. The characteristic polynomials are z^2 - (1 + beta) z + beta +
-    rate c / L a round late, z^2 - (1 + beta - rate c / L) z + beta at once, and by Nesterov
-    z^2 - (1 + beta - (1 + beta) rate c / L) z + beta (1 - rate c / L).
+    Where a round goes a share c of the way to the minimum, the bound holds for lr c / L. The characteristic polynomials
+    are z^2 - (1 + beta) z + beta + lr c / L with a delay of one round, z^2 - (1 + beta - lr c / L) z + beta without,
+    and with Nesterov momentum z^2 - (1 + beta - (1 + beta) lr c / L) z + beta (1 - lr c / L).
 
     Args:
-        outer: the outer step.
-        late: whether differences come a round late.
+        outer: the outer optimizer.
+        late: whether pseudo-gradients arrive a round late.
     """
     beta = outer.momentum_factor
     if late:
@@ -119,28 +121,28 @@ def max_stable_lr(outer: OuterOptimizer, *, late: bool) -> float:
 
 
 class Penalty(Protocol):
-    """What a late difference is divided by: it was made from a point that has moved since.
+    """Staleness penalty: divides a pseudo-gradient that was computed at an older anchor.
 
     Attributes:
-        needs_last_step: whether it needs the last outer step, which is the momentum even if beta is 0.
+        needs_last_step: whether it uses the last outer step, which then is kept even without momentum.
     """
 
     needs_last_step: bool
 
     def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:
-        """Return the divisor for the difference that has just arrived."""
+        """Return the divisor for a pseudo-gradient."""
         ...
 
     def minimum(self, outer: OuterOptimizer) -> float:
-        """Return the smallest divisor where local steps go all the way to the minimum in a round."""
+        """Return the smallest divisor where a round of local steps reaches the minimum."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it remembers."""
+        """Return its state."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         ...
 
 
@@ -162,23 +164,23 @@ class NoPenalty:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing."""
+        """Do nothing."""
 
 
 class ConstantPenalty(NoPenalty):
-    """Divide by 2 * rate / (1 - beta), whatever is measured: twice what is stable for the fastest local steps."""
+    """Divide by 2 lr / (1 - beta), twice what is stable where a round of local steps reaches the minimum."""
 
     def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:  # noqa: ARG002
-        """Return it."""
+        """Return the divisor."""
         return self.minimum(outer)
 
     def minimum(self, outer: OuterOptimizer) -> float:
-        """Return it."""
+        """Return the divisor."""
         return 2.0 * outer.lr / (1 - outer.momentum_factor)
 
 
 class GapAwarePenalty(NoPenalty):
-    """Divide by 1 + the length of the last outer step over that of the difference (after Barkai et al. 2020)."""
+    """Divide by 1 + |last outer step| / |pseudo-gradient| (after Barkai et al. 2020)."""
 
     needs_last_step = True
 
@@ -189,12 +191,12 @@ class GapAwarePenalty(NoPenalty):
 
 
 class SecantPenalty:
-    """Divide by kappa * rate * c / (1 - beta), at least 1, where c is how fast differences shrink along the path.
+    """Divide by kappa lr c / (1 - beta), at least 1, with the measured curvature c of the pseudo-gradient.
 
-    A difference that is a round late makes outer steps with momentum unstable where rate * c / L reaches 1 - beta
-    (z^2 - (1 + beta) z + beta + rate c / L has a root outside the unit circle). With x the point that a difference d
-    was made from, c = <x' - x, d' - d> / |x' - x|^2, between 0 and 1, averaged over rounds; before there is any, 1. The
-    step before the last one takes a buffer as large as the model.
+    With a delay of one round and momentum, outer steps are unstable where lr c / L reaches 1 - beta (then
+    z^2 - (1 + beta) z + beta + lr c / L has a root outside the unit circle). With the anchor x at which a
+    pseudo-gradient d was computed, c = <x' - x, d' - d> / |x' - x|^2, clipped to [0, 1] and averaged over rounds; 1
+    before the first estimate. It keeps the outer step before the last one, a buffer as large as the model.
     """
 
     needs_last_step = True
@@ -222,13 +224,13 @@ class SecantPenalty:
         )
 
     def minimum(self, outer: OuterOptimizer) -> float:
-        """Return what it divides by where it measures c = 1."""
+        """Return the divisor for c = 1."""
         return max(1.0, KAPPA * outer.lr / (1 - outer.momentum_factor))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it remembers."""
+        """Return its state."""
         return {"curvature": self.curvature, "older": self._older, "along": self._along}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.curvature, self._older, self._along = state["curvature"], state["older"], state["along"]

@@ -1,7 +1,7 @@
-"""Replicas that exchange numbers in place of gradients: each probe's slope, in four bytes or in one.
+"""Exchange of projected gradients in place of gradients, in four bytes each or in one.
 
-The seeds follow from the step and the replica, so nobody sends them, and each replica makes everybody's moves (Zelikman
-et al. 2023, Just One Byte). What is sent does not depend on the size of the model.
+Seeds follow from step and rank, so they are not sent, and each replica applies the updates of all (Zelikman et al.
+2023, Just One Byte). Traffic does not depend on the size of the model.
 """
 
 import logging
@@ -23,11 +23,11 @@ STEPS_PER_OCTAVE = 6
 LEVELS = 127
 NOT_FINITE = -128
 MIDDLE = 64
-"""The level that stands for a power of two: one byte holds 2^-10.5 to 2^10.5 of it, each to 6 %."""
+"""Level of the reference magnitude: a byte holds 2^-10.5 to 2^10.5 times it, to 6 %."""
 LEVEL_SIZES = (2.0 ** ((np.arange(LEVELS + 1) - MIDDLE) / STEPS_PER_OCTAVE)).astype(np.float32)
-"""What each level stands for, over that power of two."""
+"""Magnitude of each level over the reference."""
 SATURATION_WINDOW = 64
-"""Slopes over which it is looked whether a byte holds most of them."""
+"""Projected gradients between checks of how many are saturated."""
 
 Float32Array = NDArray[np.float32]
 ExponentArray = NDArray[np.int32]
@@ -37,20 +37,19 @@ logger = logging.getLogger(__name__)
 
 
 def scalars(averager: Averager, options: ScalarOptions) -> "ScalarExchange":
-    """Exchange each probe's slope as a float32, for zeroth-order optimizers."""
+    """Return the synchroniser that all-gathers projected gradients as float32."""
     return ScalarExchange(averager, options, one_byte=False)
 
 
 def one_byte(averager: Averager, options: ScalarOptions) -> "ScalarExchange":
-    """Exchange each probe's slope as one byte, a sign and a logarithm, for zeroth-order optimizers."""
+    """Return the synchroniser that all-gathers projected gradients as one byte each, a sign and a logarithm."""
     return ScalarExchange(averager, options, one_byte=True)
 
 
 def encode_one_byte(values: Float32Array, exponents: ExponentArray) -> ByteArray:
-    """Return a byte for each number: 0 for 0, else its sign and the nearest of 127 levels, six to an octave.
+    """Return a byte for each scalar: 0 for 0, else its sign and the nearest of 127 levels, six to an octave.
 
-    Level 64 is 2^exponent. Numbers beyond the levels become the first or the last; one byte is left for those that are
-    not finite.
+    Level 64 is 2^exponent. Scalars beyond the levels saturate; one byte value is for those that are not finite.
     """
     finite = np.isfinite(values)
     level = np.clip(_levels(values, exponents), 1, LEVELS)
@@ -60,7 +59,7 @@ def encode_one_byte(values: Float32Array, exponents: ExponentArray) -> ByteArray
 
 
 def decode_one_byte(sent: ByteArray, exponents: ExponentArray) -> Float32Array:
-    """Return the numbers that bytes stand for."""
+    """Return the scalars of bytes."""
     signed = sent.view(np.int8).astype(np.int64)
     with np.errstate(over="ignore"):
         size = np.ldexp(LEVEL_SIZES[np.minimum(np.abs(signed), LEVELS)], exponents)
@@ -68,11 +67,11 @@ def decode_one_byte(sent: ByteArray, exponents: ExponentArray) -> Float32Array:
 
 
 class SaturationCounter:
-    """Counts the numbers that a byte does not hold, and says it once if most are so.
+    """Counts scalars that a byte does not hold, and warns once if most are such.
 
     Attributes:
-        zeros: of the last message, numbers that are 0.
-        saturated: of the last message, numbers beyond the levels.
+        zeros: zeros in the last message.
+        saturated: scalars beyond the levels in the last message.
     """
 
     def __init__(self) -> None:
@@ -82,7 +81,7 @@ class SaturationCounter:
         self._told = False
 
     def count(self, values: Float32Array, exponents: ExponentArray | None) -> None:
-        """Count those of a message, which holds all of them without exponents."""
+        """Count the scalars of a message; without exponents none is saturated."""
         level = np.full(len(values), MIDDLE) if exponents is None else _levels(values, exponents)
         self.zeros = int((values == 0).sum())
         self.saturated = int(((level < 1) | (level > LEVELS)).sum())
@@ -104,7 +103,7 @@ class SaturationCounter:
 
 
 def _levels(values: Float32Array, exponents: ExponentArray) -> NDArray[np.float64]:
-    """Return the level of each number, if there were levels enough; the middle one for 0 and what is not finite."""
+    """Return the unclipped level of each scalar; the middle one for 0 and what is not finite."""
     known = np.isfinite(values) & (values != 0)
     size = np.abs(np.where(known, values, 1)).astype(np.float64)
     level: NDArray[np.float64] = np.where(known, np.log2(size) - exponents, 0) * STEPS_PER_OCTAVE
@@ -112,16 +111,16 @@ def _levels(values: Float32Array, exponents: ExponentArray) -> NDArray[np.float6
 
 
 class ScalarExchange(StepSynchroniser):
-    """Has every replica know the numbers of all.
+    """All-gathers the scalars of all replicas.
 
-    In one byte a number is a level relative to what numbers like it were of late, which all replicas know alike from
-    what all of them sent, so it is never sent by itself. Where some are not known yet, as in the first step, all are
-    sent in four bytes.
+    In one byte, a scalar is a level relative to the recent magnitude of scalars like it. All replicas know this
+    magnitude from earlier messages, so it is not sent. While some magnitudes are unknown, as in the first step, all
+    scalars are sent in four bytes.
 
     Args:
-        averager: the replicas.
-        options: what is checked, and when.
-        one_byte: whether numbers are sent in one byte, or in four.
+        averager: over the replicas.
+        options: intervals of the checks.
+        one_byte: whether a scalar takes one byte, or four.
     """
 
     def __init__(self, averager: Averager, options: ScalarOptions, *, one_byte: bool) -> None:
@@ -136,7 +135,7 @@ class ScalarExchange(StepSynchroniser):
 
     @property
     def members(self) -> int:
-        """How many replicas there are."""
+        """The number of replicas."""
         return len(self._averager.transport.members)
 
     @property
@@ -144,14 +143,14 @@ class ScalarExchange(StepSynchroniser):
         return self.members == 1
 
     def attach(self, module: nn.Module) -> None:
-        """Copy the first replica's parameters and buffers."""
+        """Broadcast the first replica's parameters and buffers."""
         self._module = module
         if not self._alone:
             for tensor in state_tensors(module):
                 self._await(self._averager.transport.broadcast(tensor.data))
 
     def set_weight(self, weight: float) -> float:
-        """Return the weight: a replica's slope is that of its own mean loss."""
+        """Return the weight: a replica's projected gradients are of its own mean loss."""
         self._weight = weight
         return weight
 
@@ -161,18 +160,18 @@ class ScalarExchange(StepSynchroniser):
     def all_gather(
         self, values: Sequence[float], sizes: Sequence[Sequence[float]], *, weighted: bool
     ) -> tuple[list[list[float]], list[float]]:
-        """Exchange numbers.
+        """All-gather scalars.
 
-        A replica reads its own numbers too, so all take the same.
+        A replica decodes its own scalars too, so all use the same values.
 
         Args:
-            values: this replica's.
-            sizes: of each number of each replica, how large those like it were, equal on all replicas; 0: not known.
-            weighted: whether the weights of the replicas' losses differ; if so, these travel too, in four bytes.
+            values: of this replica.
+            sizes: recent magnitude for each scalar of each replica, equal on all replicas; 0: unknown.
+            weighted: whether the weights of the replicas' losses differ; these are then sent too, in four bytes.
 
         Returns:
-            The numbers of every replica, as all of them read them, nan or infinite for those that were; and how much
-            those of each replica count, by its weight, 1 on average.
+            The decoded scalars of every replica, nan or infinite for those that were; and the relative weight of each
+            replica, 1 on average.
         """
         with np.errstate(over="ignore"):  # beyond float32 it is infinite, which is not used
             own = np.array(values).astype(np.float32)
@@ -187,11 +186,11 @@ class ScalarExchange(StepSynchroniser):
         return heard, [one / mean for one in weights]
 
     def metrics(self) -> dict[str, float]:
-        """Return how many of this replica's numbers were 0 and saturated in this step, if a byte is to hold them."""
+        """Return how many of this replica's scalars were 0 and saturated in this step, if they take one byte."""
         return {"zeros": self._saturation.zeros, "saturated": self._saturation.saturated} if self._one_byte else {}
 
     def before_step(self, loss: float, stop: bool) -> StepTotals:
-        """Agree on whether to stop, every so many steps; the loss is this replica's own."""
+        """Agree on whether to stop, every `stop_every` steps; the loss is this replica's own."""
         self._steps += 1
         self._stop_requested = self._stop_requested or stop
         if self._alone:
@@ -201,10 +200,10 @@ class ScalarExchange(StepSynchroniser):
         return StepTotals(self._weight, loss, stops)
 
     def after_step(self, lr: float) -> None:  # noqa: ARG002 - it does not count here
-        """Compare what replicas hold, every so many steps.
+        """Compare parameter hashes, every `check_every` steps.
 
         Raises:
-            TrainingError: it is not the same.
+            TrainingError: replicas have diverged.
         """
         every = self._options.check_every
         if self._alone or not every or self._steps % every:
@@ -215,11 +214,11 @@ class ScalarExchange(StepSynchroniser):
         if odd:
             raise TrainingError(
                 f"the parameters of worker {', '.join(map(str, odd))} differ from those of worker 0 after the same "
-                "moves: their machines do not compute alike; all need the same versions of raytrain and torch"
+                "updates: their machines do not compute alike; all need the same versions of raytrain and torch"
             )
 
     def _written(self, own: Float32Array, exponents: Sequence[ExponentArray] | None) -> ByteArray:
-        """Return this replica's numbers as bytes."""
+        """Return this replica's scalars as bytes."""
         mine = exponents[self._averager.transport.rank] if exponents else None
         if self._one_byte:
             self._saturation.count(own, mine)
@@ -227,7 +226,7 @@ class ScalarExchange(StepSynchroniser):
 
     @staticmethod
     def _read(body: ByteArray, member: int, exponents: Sequence[ExponentArray] | None) -> list[float]:
-        """Return the numbers of a replica."""
+        """Return the scalars of a replica."""
         numbers: list[float] = (
             body.view(np.float32) if exponents is None else decode_one_byte(body, exponents[member])
         ).tolist()

@@ -1,6 +1,6 @@
-"""Moving tensors between replicas: one process group of one's own, never the default one.
+"""Collectives between replicas, in a process group of our own and never in the default one.
 
-Every operation starts at once and returns a `PendingWork`; a tensor given to one must not be touched until `wait` returns.
+Every collective starts at once and returns `PendingWork`; its tensors must not be touched until `wait` returns.
 """
 
 import datetime
@@ -19,54 +19,54 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 
 LOCAL_FAULTS = ("Invalid scalar type", "out of memory", "must be contiguous", "nsupported")
-"""Parts of the messages of errors that this replica makes by itself, and would make again."""
+"""Parts of the messages of errors that this replica caused itself, and would cause again."""
 
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-"""The network interface that leads nowhere but to this machine."""
+"""The loopback network interface."""
 
 MAX_MEMBERS = 1024
-"""How many may ask for a connection to the store at once."""
+"""Simultaneous connection requests to the store."""
 
 
 class PeerLostError(RuntimeError):
-    """An operation failed because another replica died, hung or left; this replica itself did nothing wrong."""
+    """A collective failed because another replica died, hung or left."""
 
 
 class PendingWork(Protocol):
-    """An operation under way.
+    """A collective in flight, as `torch.distributed.Work`.
 
     Attributes:
-        bytes_sent: what this replica puts on the wire for it.
+        bytes_sent: by this replica.
     """
 
     bytes_sent: int
 
     @property
     def seconds(self) -> float:
-        """From its start to its arrival; known after `wait`."""
+        """Seconds from start to completion; known after `wait`."""
         ...
 
     def poll(self) -> bool:
-        """Do what can be done without waiting, and return whether the result has arrived."""
+        """Make progress without blocking, and return whether the result is there."""
         ...
 
     def wait(self) -> Tensor:
-        """Return the result once it has arrived.
+        """Block until the result is there, and return it.
 
         Raises:
-            PeerLostError: it will not arrive.
+            PeerLostError: another replica is lost.
         """
         ...
 
 
 class Transport(Protocol):
-    """A group of replicas.
+    """Collectives of a group of replicas.
 
     Attributes:
-        rank: this replica's place in `members`.
-        members: the replicas of the group, in order.
-        device: where tensors must be.
+        rank: of this replica in `members`.
+        members: ranks of the group, in order.
+        device: of all tensors.
     """
 
     rank: int
@@ -75,11 +75,11 @@ class Transport(Protocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether this replica stands still for others just now."""
+        """Whether this replica is blocked in a collective."""
         ...
 
     def all_reduce(self, flat: Tensor) -> PendingWork:
-        """Sum `flat` over the replicas, in place; the result is equal to the bit on all of them."""
+        """Sum `flat` over the replicas, in place; the result is bit-identical on all of them."""
         ...
 
     def all_gather(self, flat: Tensor) -> PendingWork:
@@ -95,19 +95,19 @@ class Transport(Protocol):
         ...
 
     def new_channel(self) -> "Transport":
-        """Return the same replicas, for operations that each of them may start before or after others' on this one.
+        """Return an independent channel to the same replicas, whose collectives are not ordered with this one's.
 
-        Every replica asks for its lanes in the same order; they close with this one.
+        Every replica creates its channels in the same order; they close with this one.
         """
         ...
 
     def close(self) -> None:
-        """Leave the group; replicas that still wait for this one learn that it is lost."""
+        """Leave the group; replicas that wait for this one get a `PeerLostError`."""
         ...
 
 
 class CompletedWork:
-    """A `PendingWork` that has nothing to wait for."""
+    """A collective that is complete."""
 
     bytes_sent = 0
     seconds = 0.0
@@ -116,7 +116,7 @@ class CompletedWork:
         self._result = result
 
     def poll(self) -> bool:
-        """Return that it has arrived."""
+        """Return True."""
         return True
 
     def wait(self) -> Tensor:
@@ -125,7 +125,7 @@ class CompletedWork:
 
 
 class LocalTransport:
-    """The group of a replica that is alone."""
+    """The group of a single replica."""
 
     rank: int = 0
     members: tuple[int, ...] = (0,)
@@ -151,7 +151,7 @@ class LocalTransport:
         return CompletedWork(flat)
 
     def new_channel(self) -> "LocalTransport":
-        """Return itself: nothing is ever under way."""
+        """Return itself: nothing is ever in flight."""
         return self
 
     def close(self) -> None:
@@ -161,18 +161,18 @@ class LocalTransport:
 def join_group(
     backend: str, rank: int, members: int, address: tuple[str, int], timeout_seconds: float, secret: str
 ) -> None:
-    """Make the default process group of torch.distributed, which has to be there for there to be others.
+    """Create the default process group of torch.distributed, which other groups require.
 
-    Its members find each other through a store in the process of rank 0, which listens on `address` and not, as torch's
+    Its members meet through a store in the process of rank 0, which listens on `address` and not, as torch's
     own would, on all of the machine's. All keys of the run begin with its secret, so that neither a stranger nor
     another run, which do not know it, can be taken for a member.
 
     Args:
         backend: of torch.distributed.
-        rank: this process's place among the members.
-        members: how many there are.
-        address: host and port, which are free at rank 0.
-        timeout_seconds: how long the others may take to come.
+        rank: of this process.
+        members: world size.
+        address: host and free port of rank 0.
+        timeout_seconds: until all members have to be there.
         secret: the same for all members, and known to them alone.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -185,17 +185,17 @@ def join_group(
 
 
 def _listening(host: str, port: int) -> int:
-    """Return the file descriptor of a socket that takes connections at one address, for a store to own."""
+    """Return the file descriptor of a socket that listens on one address, for a store to own."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=MAX_MEMBERS).detach()
 
 
 class GroupTransport:
-    """A process group over all ranks of torch.distributed, made for this purpose (gloo on CPUs, NCCL on GPUs).
+    """A process group over all ranks of torch.distributed (gloo on CPUs, NCCL on GPUs).
 
     Args:
-        device: where tensors are.
-        timeout_seconds: how long an operation may take before its peers count as lost.
+        device: of all tensors.
+        timeout_seconds: of a collective, after which its peers count as lost.
     """
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
@@ -210,16 +210,16 @@ class GroupTransport:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether this replica stands still, here or in a lane."""
+        """Whether this replica is blocked, here or in a channel."""
         return self._is_waiting or any(lane.is_waiting for lane in self._channels)
 
     def new_channel(self) -> "GroupTransport":
-        """Return another process group."""
+        """Return a channel with a process group of its own."""
         self._channels.append(GroupTransport(self.device, self._timeout.total_seconds()))
         return self._channels[-1]
 
     def all_reduce(self, flat: Tensor) -> PendingWork:
-        """Sum `flat` in place (a ring moves each byte 2 (n - 1) / n times)."""
+        """Sum `flat` in place (a ring sends each byte 2 (n - 1) / n times)."""
         size = len(self.members)
         return self._start(
             lambda: dist.all_reduce(flat, group=self._group, async_op=True), flat, 2 * (size - 1) / size * _bytes(flat)
@@ -251,10 +251,10 @@ class GroupTransport:
         return self._start(lambda: dist.broadcast(raw, 0, group=self._group, async_op=True), flat, sent)
 
     def gather_into(self, whole: Tensor, part: Tensor) -> int:
-        """Put the `part` of each replica into `whole`, one after the other, before anything else can read it.
+        """All-gather `part` into `whole`, for FSDP.
 
         Returns:
-            The bytes sent. On a GPU the call returns at once, and what comes after it on the GPU waits.
+            Bytes sent. On a GPU the call returns at once, and later work of the stream waits.
         """
         with self.waiting_since(time.monotonic()):
             # As bytes, because gloo knows few types.
@@ -262,7 +262,7 @@ class GroupTransport:
         return (len(self.members) - 1) * _bytes(part)
 
     def reduce_scatter(self, part: Tensor, whole: Tensor) -> int:
-        """Put this replica's part of the sum of all `whole` into `part`; otherwise like `gather_into`."""
+        """Reduce-scatter `whole` into `part`; otherwise like `gather_into`."""
         with self.waiting_since(time.monotonic()):
             if self.device.type == "cpu":  # gloo's own sums everything everywhere: twice the bytes
                 received = torch.empty_like(whole)
@@ -273,10 +273,10 @@ class GroupTransport:
         return (len(self.members) - 1) * _bytes(part)
 
     def mesh(self) -> DeviceMesh:
-        """Return the replicas as torch's FSDP wants them described.
+        """Return the device mesh for torch's FSDP.
 
-        A group that FSDP keeps would not close when this replica leaves, so the description is of a group apart: what
-        is sent goes through the transport.
+        It has a process group of its own, because one that FSDP keeps would not close when this replica leaves. What
+        FSDP sends goes through this transport.
         """
         if self._mesh_group is None:
             with self.waiting_since(time.monotonic()):
@@ -284,7 +284,7 @@ class GroupTransport:
         return DeviceMesh.from_group(self._mesh_group, self.device.type)
 
     def close(self) -> None:
-        """Close the connections, which gloo does when nothing refers to the group any more."""
+        """Close the connections, which gloo does when nothing refers to the group."""
         for lane in self._channels:
             lane.close()
         group, self._group = self._group, None
@@ -301,7 +301,7 @@ class GroupTransport:
 
     @contextmanager
     def waiting_since(self, started: float) -> Iterator[None]:
-        """Say inside the `with` block that this replica waits, and what it means if that fails."""
+        """Mark this replica as blocked inside the `with` block, and attribute failures."""
         self._is_waiting = True
         try:
             with _lost(started):
@@ -343,7 +343,7 @@ class _GroupWork:
 
 @contextmanager
 def _lost(started: float) -> Iterator[None]:
-    """Tell an operation that failed because of another replica from one that failed because of this one."""
+    """Raise `PeerLostError` for a failure that another replica caused."""
     try:
         yield
     except RuntimeError as error:

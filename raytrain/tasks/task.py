@@ -26,11 +26,11 @@ Batch = Any
 """Tensors, or dicts, lists and tuples of them: what `Task.collate` makes of some examples."""
 
 TASKS: dict[str, str] = {
-    "digits": "raytrain.tasks.digits:digits",
-    "text": "raytrain.tasks.text:text",
-    "classify": "raytrain.tasks.classify:classify",
-    "causal-lm": "raytrain.tasks.causal_lm:causal_lm",
-    "instruct": "raytrain.tasks.instruct:instruct",
+    "digits": "raytrain.tasks.digits:digits Classification of handwritten digits, 8 x 8 pixels.",
+    "text": "raytrain.tasks.text:text Language modelling from scratch, on bytes or characters of files.",
+    "classify": "raytrain.tasks.classify:classify Text classification with an encoder or a causal LM.",
+    "causal-lm": "raytrain.tasks.causal_lm:causal_lm Language modelling with a pretrained causal LM.",
+    "instruct": "raytrain.tasks.instruct:instruct Supervised fine-tuning (SFT) on conversations, by the chat template.",
 }
 
 

@@ -1,4 +1,4 @@
-"""Builds what trains: the task, the replica, its optimizer and its synchroniser."""
+"""Builds the task and the replica of a recipe: model, optimizer and synchroniser."""
 
 import logging
 from collections.abc import Callable
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def loop_config(recipe: TrainRecipe) -> LoopConfig:
-    """Return what the loop needs to know of a recipe."""
+    """Return the loop configuration of a recipe."""
     schedule = recipe.schedule
     shape = SHAPE.load(SCHEDULES, schedule.name)
     return LoopConfig(
@@ -63,24 +63,24 @@ def loop_config(recipe: TrainRecipe) -> LoopConfig:
 
 
 def build_task(recipe: TrainRecipe) -> Task:
-    """Return the recipe's task."""
+    """Return the task of a recipe."""
     return make_task(resolve(TASKS, recipe.task.name, "task.name"), recipe.task)
 
 
 def load_callbacks(recipe: TrainRecipe) -> list[Callable[[Replica], None]]:
-    """Return what is called after every step.
+    """Return the callbacks of a recipe.
 
     Raises:
-        RecipeError: it cannot be imported, or called so.
+        RecipeError: one cannot be imported, or does not take a replica.
     """
     return [CALLBACK.load({}, name) for name in recipe.callbacks]
 
 
 def resolve_recipe(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
-    """Return the recipe with the options that its training data decides, and its task.
+    """Return the recipe with the options that the task infers from its training data, and the task.
 
     Raises:
-        RecipeError: the task cannot be made, its data does not fit, or what is called later is not what it should be.
+        RecipeError: the task cannot be built, its data does not fit, or a callback, logger or schedule is wrong.
     """
     for name in recipe.log.loggers:
         logger_class(name)
@@ -112,14 +112,13 @@ def build_replica(
     init_head: bool = True,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> Replica:
-    """Return a replica of what the recipe trains, as it starts.
+    """Return a replica of the recipe's model with its first weights.
 
     Args:
-        recipe: what to train.
-        task: the recipe's.
-        averager: with the other replicas.
-        init_head: whether the task puts what the training data says into the model; for what is then read from a
-            checkpoint there is no need to look at data.
+        recipe: to train.
+        task: of the recipe.
+        averager: over the replicas.
+        init_head: whether the task initialises a new head from training data; not needed before a checkpoint is loaded.
         heartbeat: called at every sign of progress.
 
     Raises:
@@ -128,10 +127,10 @@ def build_replica(
     transport = averager.transport
     module = task.model(recipe.seed)
     if task.start and init_head:
-        watched = module.register_forward_hook(lambda *_: heartbeat())  # it may look at all of the data
+        watched = module.register_forward_hook(lambda *_: heartbeat())  # it may read all of the data
         task.start(module if isinstance(recipe.sync, FsdpOptions) else module.to(transport.device), recipe.seed)
         watched.remove()
-        module.cpu()  # where what is drawn from here on is drawn
+        module.cpu()  # random draws from here on are made on the CPU
     if recipe.precision == "float64":
         module.double()
     dtype = next(module.parameters()).dtype
@@ -189,16 +188,16 @@ def trainable(
 
 
 def build_zero_order(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, weighted: bool) -> Zeroth:
-    """Return how a zeroth-order optimizer probes a model that has its first weights.
+    """Return the zeroth-order step of a replica that has its first weights.
 
     Args:
         replica: with the model.
         optimizer: of its parameters.
-        recipe: the run's.
+        recipe: of the run.
         weighted: whether losses have weights.
 
     Raises:
-        RecipeError: what the recipe says of directions does not fit the model.
+        RecipeError: the section [zo] of the recipe does not fit the model.
     """
     module, options = replica.module, recipe.zo
     if not isinstance(replica.sync, ScalarExchange):  # the recipe sees to that
@@ -215,9 +214,9 @@ def build_zero_order(replica: Replica, optimizer: ZerothOrder, recipe: TrainReci
     narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in space.parts if part.tensor.itemsize < 4}
     if narrow and replica.rank == 0:
         logger.warning(
-            "parameters in %s lose each move below half of their last place, as most moves without gradients are and "
-            "some of each probe; in float32 they keep them "
-            '(task.dtype = "float32"), and precision = "bfloat16" computes as before',
+            "parameters in %s round away updates below half a unit in the last place, which most zeroth-order updates "
+            'are, and parts of each perturbation; float32 parameters keep them (task.dtype = "float32"), and '
+            'precision = "bfloat16" still computes in bfloat16',
             " and ".join(sorted(narrow)),
         )
     optimizer.shape(space)

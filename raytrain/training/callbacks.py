@@ -1,4 +1,4 @@
-"""What surrounds the loop in a run: the held-out data, the log, the checkpoints, and requests from outside."""
+"""Callbacks of the loop in a run: evaluation, logging, checkpoints and stop requests."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,18 +23,18 @@ STOP_CHECK_SECONDS = 0.5
 
 @dataclass(kw_only=True)
 class RunCallbacks:
-    """The loop's `Watch` over a run's folder.
+    """`LoopCallbacks` of a run's folder.
 
     Attributes:
         run: the folder.
-        averager: the workers.
-        store: the checkpoints.
-        measure: module -> its metrics on the held-out split.
+        averager: over the workers.
+        store: of checkpoints.
+        measure: module -> metrics on the held-out split.
         callbacks: called with the replica after every step.
         log_every: steps between rows.
         heartbeat: called at every sign of progress.
-        non_finite: buffers by name that are not all finite as the run finds them, and may stay so if they do not change.
-        last_checkpoint: the newest checkpoint that was written here, and its metrics.
+        non_finite: buffers by name that are not finite at the start, and may stay so if they do not change.
+        last_checkpoint: path and metrics of the newest checkpoint of this attempt.
     """
 
     run: RunDirectory
@@ -51,7 +51,7 @@ class RunCallbacks:
 
     @contextmanager
     def recording(self, progress: Progress, loggers: Sequence[str]) -> Iterator[None]:
-        """Record inside the `with` block, from where the run stands, to loggers too; only the first worker does."""
+        """Record metrics inside the `with` block, on the first worker, to the folder and to loggers."""
         if self.averager.transport.rank > 0:
             yield
             return
@@ -64,7 +64,7 @@ class RunCallbacks:
         self._writer.close()
 
     def stop_requested(self) -> bool:
-        """Look for a request in the folder, on the first worker and not at every step."""
+        """Check the folder for a stop request, on the first worker and not at every step."""
         now = time.monotonic()
         if self.averager.transport.rank > 0 or now < self._next_stop_check:
             return False
@@ -74,7 +74,7 @@ class RunCallbacks:
         return self.run.stop_requested()
 
     def on_step(self, replica: Replica, values: dict[str, float]) -> None:
-        """Show a sign of progress, and log every so many steps."""
+        """Call the callbacks, and log every `log_every` steps."""
         self.heartbeat()
         for callback in self.callbacks:
             callback(replica)
@@ -82,14 +82,14 @@ class RunCallbacks:
             self._record(replica.progress, {**values, **replica.progress.costs()})
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
-        """Measure the whole held-out split, with the averaged weights if there are any."""
+        """Evaluate the whole held-out split, with averaged weights if there are any."""
         with replica.sync.synced_parameters(), replica.ema.applied() if replica.ema else nullcontext():
             metrics = self.measure(module=replica.module)
         self._record(replica.progress, {"valid": metrics})
         return metrics
 
     def save(self, replica: Replica) -> None:
-        """Write a checkpoint, unless the weights are no longer numbers."""
+        """Write a checkpoint, unless weights are not finite."""
         state = state_of(replica)
         if "model" in state:
             check_finite(state["model"], self.non_finite, replica.progress.step)
@@ -105,7 +105,7 @@ class RunCallbacks:
         self.last_checkpoint = (self.store.save_metrics(progress_to_dict(replica.progress), metrics), metrics)
 
     def _keep_rows(self) -> None:
-        """See to it that the rows up to here are on the disk: from a checkpoint that is, they are not written again."""
+        """Flush the rows to disk: a run that resumes from a checkpoint does not write earlier ones again."""
         if self._writer:
             self._writer.keep()
 
@@ -116,7 +116,7 @@ class RunCallbacks:
 
 
 def non_finite_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Return what each buffer holds, by its name, that is not all finite."""
+    """Return copies of the buffers that are not all finite, by name."""
     buffers = module.named_buffers()
     return {name: value.clone() for name, value in buffers if not torch.isfinite(value).all()}
 

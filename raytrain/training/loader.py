@@ -1,4 +1,4 @@
-"""Where the loop takes its batches from."""
+"""Batch loaders of the training loop."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,16 +21,16 @@ MicroBatches = list[tuple[Batch, int]]
 
 @dataclass(frozen=True, slots=True)
 class StepRange:
-    """The positions that one replica takes its examples from, known before it takes them.
+    """Steps of a replica and the positions of their examples, known in advance so that batches can be prefetched.
 
     Attributes:
-        seed: the recipe's.
-        rank: the replica's.
-        first_position: where its first step begins.
-        stride: how much further each next step begins.
-        steps: how many there are.
-        local_batch: examples in each.
-        accumulate: micro-batches that they are cut into.
+        seed: of the recipe.
+        rank: of the replica.
+        first_position: of the first step.
+        stride: positions from one step to the next.
+        steps: number of steps.
+        local_batch: examples in a step.
+        accumulate: micro-batches in a step.
     """
 
     seed: int
@@ -42,60 +42,60 @@ class StepRange:
     accumulate: int
 
     def every_nth(self, offset: int, n: int) -> "StepRange":
-        """Return the walk over step `place` of this one and every `lanes`-th after it."""
+        """Return the range of step `offset` and every n-th step after it."""
         steps = len(range(offset, self.steps, n))
         return replace(self, first_position=self.position(offset), stride=n * self.stride, steps=steps)
 
     def position(self, step: int) -> int:
-        """Return where step `step` begins, counted from 0."""
+        """Return the first position of a step, counted from 0."""
         return self.first_position + step * self.stride
 
     def after(self, position: int) -> "StepRange":
-        """Return the rest of the walk, after the step that begins at `position`."""
+        """Return the rest of the range, after the step that starts at `position`."""
         done = (position - self.first_position) // self.stride + 1
         return replace(self, first_position=self.position(done), steps=self.steps - done)
 
 
 class BatchLoader(Protocol):
-    """Batches in the order of training: positions 0, 1, 2, ... for ever, of which each replica takes its share."""
+    """Loads the examples at positions 0, 1, 2, ..., which replicas divide among themselves, as micro-batches."""
 
     def load(self, position: int, count: int, accumulate: int) -> MicroBatches:
         """Return the examples at `count` positions from `position` on, as micro-batches.
 
         Args:
-            position: the first.
-            count: how many.
-            accumulate: into how many micro-batches of nearly equal size they are collated.
+            position: first position.
+            count: number of examples.
+            accumulate: number of micro-batches, of nearly equal size.
         """
         ...
 
     def describe(self, position: int, count: int) -> str:
-        """Return what the examples are called, for an error message."""
+        """Return a description of the examples for an error message."""
         ...
 
 
 class LoaderFactory(Protocol):
-    """How a worker gets its feed."""
+    """Creates the batch loader of a worker."""
 
     def __call__(self, task: Task, options: TaskOptions, step_range: StepRange) -> AbstractContextManager[BatchLoader]:
-        """Return the feed of one replica, which works inside the `with` block.
+        """Return the loader of a replica, which works inside the `with` block.
 
         Args:
-            task: what is trained.
-            options: its options in the recipe, the source of the examples among them.
-            step_range: what the replica will take.
+            task: to train.
+            options: of the task, with the source of its examples.
+            step_range: steps that the replica will load.
         """
         ...
 
 
 class IndexedLoader:
-    """Examples by index, in the seeded order of the sampler, collated where they are needed.
+    """Loads examples by index, in the seeded order of the sampler.
 
-    What an example or a batch draws at random depends on the seed and the position alone.
+    Random draws of examples and collation depend on the seed and the position alone.
 
     Args:
-        task: how to collate.
-        examples: the split.
+        task: with its collation.
+        examples: of the split.
         seed: of the order.
     """
 
@@ -105,7 +105,7 @@ class IndexedLoader:
         self._sampler = Sampler(len(examples), seed)
 
     def load(self, position: int, count: int, accumulate: int) -> MicroBatches:
-        """Collate what the sampler has at these positions."""
+        """Load and collate the examples at these positions."""
         seed_step(self._sampler.seed, position, count, accumulate)
         indices = self._sampler.indices(position, count).tolist()
         return collate_micro_batches(self._task, (self._examples[index] for index in indices), count, accumulate)
@@ -116,16 +116,16 @@ class IndexedLoader:
 
 
 class GeneratorLoader:
-    """Examples as a function of the user's makes them, seed -> iterator, whatever the position.
+    """Loads examples from a user's generator function, seed -> iterator, whatever the position.
 
-    When an iterator comes to its end, as at the end of a game, the next one begins with another seed. The generators of
-    torch, numpy and random are seeded with it too.
+    After the end of an iterator, as at the end of a game, the next one gets another seed, which also seeds torch, numpy
+    and random.
 
     Args:
-        task: how to collate.
+        task: with its collation.
         options: of the function.
         make: the function.
-        seeds: what its seeds are drawn from.
+        seeds: entropy of its seeds.
     """
 
     def __init__(self, task: Task, options: Options, make: Callable[..., Iterable[Any]], seeds: Sequence[int]) -> None:
@@ -157,7 +157,7 @@ class GeneratorLoader:
 
 
 def collate_micro_batches(task: Task, examples: Iterator[Any], count: int, accumulate: int) -> MicroBatches:
-    """Return the next `count` examples as micro-batches, of examples of like size where the task knows that."""
+    """Return the next `count` examples as micro-batches, sorted by length where the task has one."""
     taken = list(islice(examples, count))
     if task.size and accumulate > 1:
         taken.sort(key=task.size)
@@ -166,7 +166,7 @@ def collate_micro_batches(task: Task, examples: Iterator[Any], count: int, accum
 
 
 def train_loader(task: Task, options: TaskOptions, seed: int) -> IndexedLoader:
-    """Return the task's own training examples.
+    """Return the loader of the task's training examples.
 
     Raises:
         RecipeError: there are none.
@@ -179,7 +179,7 @@ def train_loader(task: Task, options: TaskOptions, seed: int) -> IndexedLoader:
 
 @contextmanager
 def local_loader(task: Task, options: TaskOptions, step_range: StepRange) -> Iterator[BatchLoader]:
-    """Yield the feed of a worker that prepares its batches itself.
+    """Yield the loader of a worker that prepares its batches itself.
 
     Raises:
         RecipeError: the recipe asks for a source that works in other processes.

@@ -23,20 +23,20 @@ from raytrain.zeroth.step import Zeroth, loss_of
 
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
-    """How to train; all counts are in optimizer steps.
+    """Configuration of the training loop; counts are in optimizer steps.
 
     Attributes:
-        steps: where training ends.
-        seed: of everything that a step draws.
+        steps: total.
+        seed: of all random draws in a step.
         batch: examples in a micro-batch.
         accumulate: micro-batches of each replica in a step.
-        clip: the largest norm of the gradient; 0: any.
-        autocast: the type that the forward pass computes in, or None for that of the parameters.
-        lr_factor: step, counted from 0 -> factor of the learning rate.
+        clip: maximal gradient norm; 0: no clipping.
+        autocast: type of the forward pass, or None for that of the parameters.
+        lr_factor: step, counted from 0 -> learning-rate factor.
         evaluate_every: 0: at the end only.
         checkpoint_every: 0: at the end only.
         patience: evaluations without a better metric after which training stops early; 0: never.
-        gradient_noise, gradient_noise_decay: variance of what is added to the gradient, and how it falls; see `add_noise`.
+        gradient_noise, gradient_noise_decay: variance of Gaussian gradient noise, and its decay; see `add_noise`.
     """
 
     steps: int
@@ -59,18 +59,18 @@ class LoopConfig:
 
 
 class LoopCallbacks(Protocol):
-    """What surrounds the loop. Every replica calls the same methods in the same order."""
+    """Callbacks of the loop. Every replica calls the same methods in the same order."""
 
     def stop_requested(self) -> bool:
-        """Return whether this replica was asked to stop after the current step."""
+        """Return whether this replica should stop after the current step."""
         ...
 
     def on_step(self, replica: Replica, values: dict[str, float]) -> None:
-        """Learn that a step is done, and what there is to log of it."""
+        """Handle a completed step and its values for the log."""
         ...
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
-        """Return the measured values over the whole held-out split, equal on every replica."""
+        """Return metrics over the whole held-out split, equal on every replica."""
         ...
 
     def save(self, replica: Replica) -> None:
@@ -78,12 +78,12 @@ class LoopCallbacks(Protocol):
         ...
 
     def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
-        """Add to the checkpoint of this step what was measured since it was written."""
+        """Add metrics to the checkpoint of this step."""
         ...
 
 
 def train(replica: Replica, task: Task, loader: BatchLoader, config: LoopConfig, callbacks: LoopCallbacks) -> None:
-    """Train to the end of the plan, to an early stop, or until asked to stop; a checkpoint is always there at the end.
+    """Train to the last step, an early stop, or a request to stop; the last state is always checkpointed.
 
     Raises:
         TrainingError: the loss or the gradient is not a finite number.
@@ -93,9 +93,8 @@ def train(replica: Replica, task: Task, loader: BatchLoader, config: LoopConfig,
     was, progress.status = progress.status, run_status(progress, config, stop=False)
     sync.attach(replica.module)
     if progress.step and (progress.status != was or evaluation_due(progress, config)):
-        checkpoint_and_evaluate(
-            replica, task, config, callbacks
-        )  # the plan is another than it was, or the process died in an evaluation
+        # The configuration has changed, or the process died in an evaluation.
+        checkpoint_and_evaluate(replica, task, config, callbacks)
     while progress.status == "running":
         if replica.half_freezing:
             replica.half_freezing.choose(progress.step, optimizer)
@@ -124,7 +123,7 @@ def train(replica: Replica, task: Task, loader: BatchLoader, config: LoopConfig,
 def gradient_step(
     replica: Replica, task: Task, loader: BatchLoader, config: LoopConfig, stop: bool
 ) -> tuple[StepTotals, dict[str, float]]:
-    """Go forward and backward over this replica's share of the step, and step by the mean gradient of the replicas."""
+    """Run forward and backward passes over this replica's batch, and step with the averaged gradient."""
     own_loss = backward(replica, task, loader, config)
     totals = replica.sync.before_step(own_loss, stop)
     norm = clip_gradients(replica, config.clip)
@@ -141,7 +140,7 @@ def gradient_step(
 def zero_order_step(
     replica: Replica, zeroth: Zeroth, task: Task, loader: BatchLoader, config: LoopConfig, stop: bool
 ) -> tuple[StepTotals, dict[str, float]]:
-    """Probe the loss of this replica's share of the step, and move by what all replicas found."""
+    """Estimate projected gradients on this replica's batch, and step with those of all replicas."""
     progress = replica.progress
     batches = _load_batches(replica, task, loader, progress.position + replica.rank * config.local_batch, config)
     weight = replica.sync.set_weight(sum(weights.sum().item() for _, weights in batches))
@@ -161,10 +160,10 @@ def _set_lr(replica: Replica, config: LoopConfig) -> None:
 
 
 def checkpoint_and_evaluate(replica: Replica, task: Task, config: LoopConfig, callbacks: LoopCallbacks) -> None:
-    """Save and evaluate, where this is due after a step; first save, so that an evaluation that fails costs nothing."""
+    """Checkpoint and evaluate if due; checkpoint first, so that a failing evaluation loses no training."""
     progress = replica.progress
     saved = progress.status != "running" or every_n(progress.step, config.checkpoint_every)
-    if progress.status not in ("running", "interrupted"):  # an interrupted run goes on as if it had not been
+    if progress.status not in ("running", "interrupted"):  # an interrupted run resumes in the middle of a round
         replica.sync.finish()
     if saved:
         callbacks.save(replica)
@@ -185,11 +184,11 @@ def checkpoint_and_evaluate(replica: Replica, task: Task, config: LoopConfig, ca
 
 
 def backward(replica: Replica, task: Task, loader: BatchLoader, config: LoopConfig) -> float:
-    """Add the gradient of the weighted mean loss over this replica's share of the step; return sum of weight * loss."""
+    """Accumulate gradients over this replica's micro-batches; return the sum of weight * loss."""
     progress = replica.progress
     position = progress.position + replica.rank * config.local_batch
     batches = _load_batches(replica, task, loader, position, config)
-    seed_step(config.seed, replica.rank, progress.step)  # after the feed, which may have drawn elsewhere
+    seed_step(config.seed, replica.rank, progress.step)  # after the loader, which seeds for itself
     divisor = replica.sync.set_weight(sum(weights.sum().item() for _, weights in batches))
     total = 0.0
     for place, (batch, weights) in enumerate(batches, start=1):
@@ -201,8 +200,8 @@ def backward(replica: Replica, task: Task, loader: BatchLoader, config: LoopConf
             more = "" if config.clip else " or clip = 1"
             raise TrainingError(
                 f"the loss is {total} in step {progress.step + 1} on worker {replica.rank}, over "
-                f"{loader.describe(position, config.local_batch)}; a lower optimizer.lr, a longer schedule.warmup{more} may "
-                f"help"
+                f"{loader.describe(position, config.local_batch)}; a lower optimizer.lr, a longer schedule.warmup"
+                f"{more} may help"
             )
         if place == len(batches):
             replica.sync.before_backward()
@@ -213,7 +212,7 @@ def backward(replica: Replica, task: Task, loader: BatchLoader, config: LoopConf
 def _load_batches(
     replica: Replica, task: Task, loader: BatchLoader, position: int, config: LoopConfig
 ) -> list[tuple[Batch, Tensor]]:
-    """Return the micro-batches of this replica's share of the step, each with its weights, where the model is."""
+    """Return this replica's micro-batches of the step, each with its loss weights, on its device."""
     began = time.perf_counter()
     batches = []
     for raw, examples in loader.load(position, config.local_batch, config.accumulate):
@@ -224,7 +223,7 @@ def _load_batches(
 
 
 def clip_gradients(replica: Replica, limit: float) -> float:
-    """Scale the gradient down to the norm `limit`, if it is longer, and return the norm it had; 0: measure nothing."""
+    """Clip the gradient to the norm `limit`, and return its norm before; with limit 0 do nothing."""
     if not limit:
         return 0.0
     parameters = list(replica.local_parameters.parameters())
@@ -241,7 +240,7 @@ def clip_gradients(replica: Replica, limit: float) -> float:
 
 
 def update_best(progress: Progress, task: Task, metrics: dict[str, float]) -> None:
-    """Note whether these are the best metrics so far."""
+    """Update best value, best step and the early-stopping counter."""
     progress.evaluated = progress.step
     if task.improves(metrics[task.metric], progress.best):
         progress.best, progress.best_step, progress.stale = metrics[task.metric], progress.step, 0
@@ -250,7 +249,7 @@ def update_best(progress: Progress, task: Task, metrics: dict[str, float]) -> No
 
 
 def run_status(progress: Progress, config: LoopConfig, stop: bool) -> Status:
-    """Return "running", or why training ends here."""
+    """Return "running", or the reason to end training."""
     if progress.step >= config.steps:
         return "done"
     if config.patience and progress.stale >= config.patience:
@@ -259,11 +258,11 @@ def run_status(progress: Progress, config: LoopConfig, stop: bool) -> Status:
 
 
 def evaluation_due(progress: Progress, config: LoopConfig) -> bool:
-    """Return whether an evaluation is due at this step, and has not been made."""
+    """Return whether an evaluation is due at this step and has not been done."""
     wanted = progress.status == "done" or every_n(progress.step, config.evaluate_every)
     return wanted and progress.evaluated < progress.step
 
 
 def every_n(step: int, every: int) -> bool:
-    """Return whether something done every so many steps is due after step `step`; 0: never."""
+    """Return whether step is a multiple of every; 0: never."""
     return every > 0 and step % every == 0

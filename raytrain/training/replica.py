@@ -1,4 +1,4 @@
-"""A replica: one copy of what is trained, and its whole state."""
+"""A replica: one copy of the model in data-parallel training, and its state."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ Status = Literal["running", "done", "stopped early", "interrupted"]
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands: equal on every replica, and part of every checkpoint.
+    """Progress of a run: equal on every replica, and part of every checkpoint.
 
     Attributes:
         step: optimizer steps done.
         position: examples drawn by all replicas together, which is the sampler's position.
-        best: the best value of the task's metric so far.
-        best_step: the step it was measured at.
+        best: best value of the task's metric.
+        best_step: step of the best value.
         stale: evaluations since then.
-        evaluated: the step of the last evaluation.
+        evaluated: step of the last evaluation.
         seconds: time spent training, over all attempts.
         data_wait_seconds: how much of it the first replica waited for data.
         bytes_sent: bytes that the first replica put on the wire, over all attempts.
@@ -71,41 +71,42 @@ class Progress:
 
 
 def progress_to_dict(progress: Progress) -> dict[str, Any]:
-    """Return the progress as plain data."""
+    """Return progress as plain data."""
     return {field: getattr(progress, field) for field in Progress.__slots__}
 
 
 def progress_from_dict(saved: Mapping[str, Any], path: object) -> Progress:
-    """Return the progress that `progress_to_dict` was given.
+    """Return the progress of `progress_to_dict`.
 
     Args:
-        saved: what it returned.
-        path: where it came from, for the error message.
+        saved: plain data.
+        path: of the checkpoint, for the error message.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: the data is not of that form.
     """
     return parse_json(dumps(dict(saved)), Progress, str(path), CheckpointError)
 
 
 @dataclass(slots=True)
 class Replica:
-    """One copy of what is trained, and its place among the others.
+    """A copy of the model, with its optimizer and synchroniser.
 
     Attributes:
-        module: the model, to compute with.
-        frozen_base: names of parameters that an adapter stands beside: they never move, and are not saved.
-        base_digest: a hash of these, by which they are known again.
-        half_freezing: freezes a half of each block at a time, if that is wanted.
-        optimizer: over its trainable parameters.
-        options: what the optimizer was made with.
-        ema: the average of the weights that is evaluated in their place, if there is one.
-        sync: keeps the replicas together.
-        progress: where the run stands.
+        module: the model.
+        frozen_base: names of the parameters of the pretrained model under an adapter; never trained, and not saved.
+        base_digest: SHA-256 of their values, checked on resume.
+        half_freezing: half fine-tuning, if enabled.
+        optimizer: of the trainable parameters.
+        options: of the optimizer.
+        ema: average of the weights that is evaluated in their place, if enabled.
+        sync: synchroniser.
+        progress: of the run.
         device, dtype: of the parameters.
-        rank: this replica's place among `members`.
-        shards: this replica's parts of the parameters, if it does not keep all of them.
-        zero_order: how it probes and moves, if its optimizer takes no gradients.
+        rank: of this replica.
+        world_size: number of replicas.
+        shards: shards of this replica, if the model is sharded.
+        zero_order: zeroth-order step, if the optimizer takes no gradients.
     """
 
     module: nn.Module
@@ -126,20 +127,20 @@ class Replica:
 
     @property
     def local_parameters(self) -> nn.Module:
-        """What this replica keeps of the model's parameters, to step and to average: all of it, unless sharded."""
+        """Parameters of this replica, to step and to average: the model's, or its shards."""
         return self.shards.local if self.shards else self.module
 
 
 def state_of(replica: Replica) -> dict[str, Any]:
-    """Return what this replica puts into a checkpoint: its own part, and from the first replica what all share.
+    """Return this replica's part of a checkpoint; that of the first replica includes the shared state.
 
-    There is no random state in it: what a step draws follows from the seed, the rank and the step.
+    There is no random state: the draws of a step follow from seed, rank and step.
     """
     optimizer = state_by_name(replica.optimizer, replica.local_parameters)
     own: dict[str, Any] = {"sync": replica.sync.state_dict()}
     if replica.sync.has_local_state:
         own["optimizer"] = {"name": replica.options.name, **optimizer}
-    if replica.rank > 0 and not replica.shards:  # with shards, all of them take part in putting these together
+    if replica.rank > 0 and not replica.shards:  # shards are gathered by all replicas
         return own
     whole = replica.shards.gather if replica.shards else _as_it_is
     average = replica.ema.state_dict() if replica.ema else {}
@@ -157,16 +158,16 @@ def state_of(replica: Replica) -> dict[str, Any]:
 
 
 def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, averaged: bool = False) -> None:
-    """Copy saved parameters and buffers into the model, or of each parameter this replica's part.
+    """Load saved parameters and buffers into the model or its shards.
 
     Args:
-        replica: newly made.
-        shared: what the first replica saved.
-        path: where it came from, for the error message.
-        averaged: take the average of the weights, if there is one.
+        replica: newly built.
+        shared: state of the first replica.
+        path: of the checkpoint, for the error message.
+        averaged: load the average of the weights, if there is one.
 
     Raises:
-        CheckpointError: they are those of another model; the message names the first difference.
+        CheckpointError: the checkpoint is of another model; the message names the first difference.
     """
     saved = {**shared["model"], **(shared["ema"] if averaged else {})}
     ours = dict(_tensors(replica, replica.module))
@@ -179,8 +180,8 @@ def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, ave
             )
     if shared["base"] != replica.base_digest:
         raise CheckpointError(
-            f"{path}: this checkpoint is of an adapter beside another model: the weights at task.model are not those "
-            "that it was trained with"
+            f"{path}: this checkpoint is of an adapter on another base model: the weights at task.model are not those "
+            "that it was trained on"
         )
     cut = replica.shards.scatter if replica.shards else _as_it_is
     with torch.no_grad():
@@ -189,16 +190,16 @@ def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, ave
 
 
 def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] | None, path: object) -> None:
-    """Put a checkpoint's state into a replica.
+    """Load the state of a checkpoint into a replica.
 
     Args:
-        replica: newly made.
-        shared: what the first replica saved.
-        own: what the replica of this rank saved, or None if there were more or fewer replicas then.
-        path: where it came from, for the error message.
+        replica: newly built.
+        shared: state of the first replica.
+        own: state of the replica of this rank, or None if the number of replicas changed.
+        path: of the checkpoint, for the error message.
 
     Raises:
-        CheckpointError: it is the state of another model or optimizer.
+        CheckpointError: the state is of another model or optimizer.
     """
     load_model(replica, shared, path)
     if shared["optimizer"]["name"] != replica.options.name:
@@ -250,7 +251,7 @@ def inherit(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] 
 
 
 def _tensors(replica: Replica, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter of `parts` to save once, tied ones included, and each buffer of the model's state."""
+    """Yield each parameter of `parts` to save, tied ones once, and each persistent buffer of the model."""
     named = parts.named_parameters()
     yield from ((name, parameter.data) for name, parameter in named if name not in replica.frozen_base)
     persistent = replica.module.state_dict(keep_vars=True)
@@ -258,11 +259,11 @@ def _tensors(replica: Replica, parts: nn.Module) -> Iterator[tuple[str, Tensor]]
 
 
 def _entries(state: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, dict[str, Any]]:
-    """Return what an optimizer keeps for each parameter by name, each entry as `change` returns it."""
+    """Map `change` over the entries of an optimizer state by parameter name."""
     return {name: {key: change(name, value) for key, value in entries.items()} for name, entries in state.items()}
 
 
-def _as_it_is(name: str, value: Any) -> Any:  # noqa: ARG001 - takes the place of `Shards.whole` and `Shards.cut`
+def _as_it_is(name: str, value: Any) -> Any:  # noqa: ARG001 - stands in for `Shards.gather` and `Shards.scatter`
     return value
 
 

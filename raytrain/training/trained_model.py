@@ -19,7 +19,7 @@ from raytrain.training.evaluation import evaluate
 
 @dataclass(frozen=True, slots=True)
 class TrainedModel:
-    """The best model of a run, and what it takes to use it.
+    """The best model of a run, to evaluate, export and predict with.
 
     Attributes:
         task: what it was trained on.

@@ -1,4 +1,4 @@
-"""What one worker does, from the recipe to the last checkpoint. It knows no Ray: threads in a test do the same."""
+"""A worker, from the recipe to the last checkpoint, without Ray: tests run workers as threads."""
 
 import json
 import logging
@@ -37,11 +37,11 @@ FAILURE_WAIT_SECONDS = 2.0
 
 
 class NotSharedError(RecipeError):
-    """A worker does not see the run's folder: all workers know, and the first one leaves word of it."""
+    """A worker does not see the run's folder; all workers raise this, and the first one records it."""
 
 
 LastCheckpoint = tuple[Path, Mapping[str, float]] | None
-"""The newest checkpoint that was written, and its metrics."""
+"""Path and metrics of the newest checkpoint."""
 
 
 def run_worker(
@@ -51,35 +51,34 @@ def run_worker(
     heartbeat: Callable[[], None],
     make_loader: LoaderFactory = local_loader,
 ) -> LastCheckpoint:
-    """Train as one of the workers, from the newest complete checkpoint of the run if there is one.
+    """Train as one of the workers, from the newest complete checkpoint of the run.
 
-    An error that starting again would only repeat is left in the run's folder, and the function returns: whoever
-    started the workers looks there. So do workers that lost a peer, who would otherwise wait for it. A worker that
-    cannot see the folder raises its error.
+    An error that a restart would only repeat is recorded in the run's folder, where the supervisor reads it, and the
+    function returns; so do the workers that lose a peer by it. A worker that cannot see the folder raises its error.
 
     Args:
-        recipe: what to train.
-        run: where; all workers see this folder.
-        transport: the other workers.
+        recipe: to train.
+        run: folder of the run, which all workers see.
+        transport: to the other workers.
         heartbeat: called at every sign of progress.
-        make_loader: where the examples come from.
+        make_loader: creates the batch loader.
 
     Returns:
-        The last checkpoint, on every worker, if all of them came to the end.
+        The last checkpoint, on every worker, if all of them completed.
 
     Raises:
-        PeerLostError: another worker died or hung; starting the workers again may help.
+        PeerLostError: another worker died or hung; a restart may help.
     """
     try:
         with run.locked("worker", LOCK_WAIT_SECONDS) if transport.rank == 0 else nullcontext():
             averager = ExactAverager(transport)
             last = _train(recipe, run, averager, heartbeat, make_loader)
-            averager.all_gather_bytes(b"")  # all came to the end
+            averager.all_gather_bytes(b"")  # all have completed
             return last
     except PeerLostError:
         if run.failure(FAILURE_WAIT_SECONDS) is None:
             raise
-    except (Exception, SystemExit) as error:  # the user's code or ours: it would happen again
+    except (Exception, SystemExit) as error:  # in the user's code or ours: a restart would repeat it
         if not run.record_failure(error, transport.rank) and not isinstance(error, NotSharedError):
             raise
     finally:
@@ -90,7 +89,7 @@ def run_worker(
 def run_watched_worker(
     recipe: TrainRecipe, run: RunDirectory, transport: Transport, make_loader: LoaderFactory = local_loader
 ) -> LastCheckpoint:
-    """Train as `run_worker` does, in a process of its own that ends if it hangs.
+    """Run `run_worker` under a watchdog, which ends the process if it hangs.
 
     Raises:
         PeerLostError: as `run_worker`.
@@ -123,7 +122,7 @@ def _train(
         replica = trainable(stage.recipe, task, averager, new=found is None, heartbeat=heartbeat)
         if found:
             restore_replica(replica, found, inherit if found.step == stage.begin > 0 else load_state)
-        heartbeat()  # what comes before the first step reads, imports and compiles, which can take as long as many steps
+        heartbeat()  # preparation reads, imports and compiles, which can take as long as many steps
         if not announced:
             _record_attempt(recipe, run, averager, replica.progress.step)
             announced = True
@@ -175,7 +174,7 @@ def _recording(recipe: TrainRecipe, run: RunDirectory, replica: Replica, watch: 
 
 @contextmanager
 def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterator[None]:
-    """Keep the run's trajectory inside the `with` block, on the first worker, if there is to be one."""
+    """Record the trajectory inside the `with` block, on the first worker, if it is enabled."""
     zeroth, step = replica.zero_order, replica.progress.step
     if zeroth is None or replica.rank > 0 or not recipe.zo.trajectory:
         yield
@@ -204,10 +203,10 @@ def restore_replica(replica: Replica, manifest: Manifest, put: Callable[..., obj
 
 
 def _check_shared(run: RunDirectory, averager: Averager) -> None:
-    """Check that all workers see the run's folder, which on several machines takes a shared file system.
+    """Check that all workers see the run's folder, which on several machines needs a shared file system.
 
     Raises:
-        NotSharedError: one of them does not.
+        NotSharedError: a worker does not see it.
     """
     rank = averager.transport.rank
     token = run.path / f".token-{uuid.uuid4().hex}"
@@ -232,7 +231,7 @@ def _check_shared(run: RunDirectory, averager: Averager) -> None:
 
 
 def _record_attempt(recipe: TrainRecipe, run: RunDirectory, averager: Averager, step: int) -> None:
-    """Note which processes train, from which step, and by which recipe: it fits the checkpoint, so the old can go."""
+    """Record processes, first step and recipe of this attempt, now that the recipe is known to fit."""
     mine = {"pid": os.getpid(), "host": socket.gethostname()}
     workers = [json.loads(answer) for answer in averager.all_gather_bytes(json.dumps(mine).encode())]
     if averager.transport.rank == 0:

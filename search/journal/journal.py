@@ -11,7 +11,7 @@ from raytrain.files import flush, write_whole
 from search.journal.lineage import Chain, Lineage
 from search.journal.store import StateStore
 from search.scheduling.scheduler import Scheduler
-from search.scheduling.segments import SegmentReport
+from search.scheduling.segments import Report
 from search.scheduling.work import Outcome, Work
 
 STATE_FORMAT = 1
@@ -67,7 +67,7 @@ class Journal:
         return refused
 
     @property
-    def best(self) -> SegmentReport | None:
+    def best(self) -> Report | None:
         """The best report so far."""
         return self._scheduler.best
 

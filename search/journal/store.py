@@ -8,7 +8,7 @@ from pathlib import Path
 from raytrain.errors import CheckpointError
 from raytrain.files import flush, write_whole
 
-JOURNAL_NAME = re.compile(r"^[0-9a-f]{64}\.state$")
+NAME = re.compile(r"^[0-9a-f]{64}\.state$")
 LEFTOVER = re.compile(r"^\.[0-9a-f]{64}\.state\.[0-9a-f]{32}\.tmp$")
 
 
@@ -53,7 +53,7 @@ class StateStore:
         """Remove the states that are not needed; files that the store did not write stay."""
         names = {f"{digest}.state" for digest in needed}
         for file in self._folder.glob("*.state"):
-            if JOURNAL_NAME.match(file.name) and file.name not in names:
+            if NAME.match(file.name) and file.name not in names:
                 file.unlink(missing_ok=True)
 
     def clean(self) -> None:

@@ -66,12 +66,12 @@ def slot_count(wanted: int, most: int, each: SlotResources, machines: Sequence[N
     Raises:
         RecipeError: they do not fit, and would wait for ever.
     """
-    room = sum(int(min(round(machine * 1e4) // round(each.cpus * 1e4), machine.places)) for machine in machines)
+    room = sum(machine.fits(each.cpus) for machine in machines)
     if room < max(wanted, 1):
         way_out = f"slots={room}" if room else "a smaller base.resources.cpus"
         raise RecipeError(
             f"slots: {max(wanted, 1)} of {each.cpus:g} CPU each do not fit on {len(machines)} machine(s) with "
-            f"{sum(machines):g} CPU; set {way_out}"
+            f"{sum(machine.cpus for machine in machines):g} CPU; set {way_out}"
         )
     return min(wanted or room, most)
 

@@ -44,7 +44,7 @@ class Trial:
     def __init__(self, base: TrainRecipe, device: torch.device, beat: Callable[[int], None]) -> None:
         self.stop = Event()
         self._base = base
-        self._exchange = ExactAverager(LocalTransport(device))
+        self._averager = ExactAverager(LocalTransport(device))
         self._beat = beat
         self._task: tuple[object, Task] | None = None
 
@@ -56,19 +56,19 @@ class Trial:
         """
         recipe = self._base.with_overrides({"seed": work.seed, **work.changes, **ONCE})
         task, replica = self._start(recipe, work, packed)
-        watch = SegmentWatch(recipe, task, self._exchange, self.stop, self._beat)
+        callbacks = SegmentCallbacks(recipe, task, self._averager, self.stop, self._beat)
         constants = non_finite_buffers(replica.module)
-        segment(recipe, task, replica, work.until, watch)
+        segment(recipe, task, replica, work.until, callbacks)
         state, step = state_of(replica), replica.progress.step
         check_finite(state["model"], constants, step)
         progress = {**progress_to_dict(replica.progress), **NO_TIMES}
-        return SegmentEnd(pack({"replica": state, "progress": progress}), step, watch.metrics)
+        return SegmentEnd(pack({"replica": state, "progress": progress}), step, callbacks.metrics)
 
     def _start(self, recipe: TrainRecipe, work: Work, packed: bytes | None) -> tuple[Task, Replica]:
         """Return the recipe's task, and a replica that stands where the segment begins."""
         task = self._task_of(recipe)
         beat = partial(self._beat, work.snapshot.step)
-        replica = trainable(recipe, task, self._exchange, new=packed is None, beat=beat)
+        replica = trainable(recipe, task, self._averager, new=packed is None, heartbeat=beat)
         if packed is not None:
             state = unpack(packed)
             with checkpoint_errors(work.snapshot.digest):
@@ -84,13 +84,13 @@ class Trial:
         return self._task[1]
 
 
-class SegmentWatch:
+class SegmentCallbacks:
     """What surrounds the loop in a segment: evaluate at its end, save nothing, stop when asked to.
 
     Args:
         recipe: of the segment.
         task: the recipe's.
-        exchange: of the one replica.
+        averager: of the one replica.
         stop: set when the segment is to end after the step that it is at.
         beat: called with the step at every sign of progress.
 
@@ -99,7 +99,7 @@ class SegmentWatch:
     """
 
     def __init__(
-        self, recipe: TrainRecipe, task: Task, exchange: ExactAverager, stop: Event, beat: Callable[[int], None]
+        self, recipe: TrainRecipe, task: Task, averager: ExactAverager, stop: Event, beat: Callable[[int], None]
     ) -> None:
         self.metrics: Mapping[str, float] = {}
         self._measure = partial(
@@ -107,7 +107,7 @@ class SegmentWatch:
             task,
             examples=task.data("valid"),
             batch=recipe.evaluation.batch,
-            exchange=exchange,
+            averager=averager,
             autocast=loop_config(recipe).autocast,
         )
         self._callbacks = load_callbacks(recipe)
@@ -118,7 +118,7 @@ class SegmentWatch:
         """Return whether the segment is to end after the current step."""
         return self._stop.is_set()
 
-    def stepped(self, replica: Replica, values: dict[str, float]) -> None:  # noqa: ARG002 - scores are what counts
+    def on_step(self, replica: Replica, values: dict[str, float]) -> None:  # noqa: ARG002 - scores are what counts
         """Show a sign of progress, and call the recipe's callbacks."""
         self._beat(replica.progress.step)
         for callback in self._callbacks:
@@ -127,12 +127,12 @@ class SegmentWatch:
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Measure the whole held-out split, with the averaged weights if there are any."""
         with replica.sync.synced_parameters(), replica.ema.applied() if replica.ema else nullcontext():
-            metrics = self._measure(module=replica.module, beat=partial(self._beat, replica.progress.step))
+            metrics = self._measure(module=replica.module, heartbeat=partial(self._beat, replica.progress.step))
         self.metrics = metrics
         return metrics
 
     def save(self, replica: Replica) -> None:
         """Do nothing: the state is packed when the segment has ended."""
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
         """Do nothing, likewise."""

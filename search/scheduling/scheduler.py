@@ -13,8 +13,8 @@ from typing import Any
 from raytrain.errors import TrainingError
 from search.scheduling.segments import (
     Objective,
+    Report,
     Segment,
-    SegmentReport,
     report_from_plain,
     report_to_plain,
     segment_from_plain,
@@ -72,7 +72,7 @@ class Scheduler(ABC):
 
     def __init__(self, problem: Problem, max_failures: int) -> None:
         self.problem = problem
-        self.best: SegmentReport | None = None
+        self.best: Report | None = None
         self._queue = WorkQueue(max_failures)
         self._segments: dict[int, Segment] = {}
         self._rows: list[LineageRow] = []
@@ -190,7 +190,7 @@ class Scheduler(ABC):
         """Queue new segments, up to `limit` that wait."""
 
     @abstractmethod
-    def _reported(self, report: SegmentReport) -> None:
+    def _reported(self, report: Report) -> None:
         """Learn that a segment was trained to its end."""
 
     @abstractmethod
@@ -206,7 +206,7 @@ class Scheduler(ABC):
             self._fail(work, fault)
             return
         score = float(done.metrics[objective.metric])
-        report = SegmentReport(self._segments.pop(work.row), done.snapshot, score, objective.fitness(score))
+        report = Report(self._segments.pop(work.row), done.snapshot, score, objective.fitness(score))
         self._queue.forget_failures(work.row)
         if self.best is None or (report.fitness, -report.segment.row) > (self.best.fitness, -self.best.segment.row):
             self.best = report
@@ -241,7 +241,7 @@ class Scheduler(ABC):
         self._segments[segment.row] = segment
         self._queue.add(segment.work())
 
-    def _close(self, report: SegmentReport, action: str) -> None:
+    def _close(self, report: Report, action: str) -> None:
         """Write the row that ends a member, for good or until it is promoted."""
         self._note(
             action=action,
@@ -257,7 +257,7 @@ class Scheduler(ABC):
         self._rows.append({"row": self._next_row, **row})
         self._next_row += 1
 
-    def _read_report(self, plain: Mapping[str, Any]) -> SegmentReport:
+    def _read_report(self, plain: Mapping[str, Any]) -> Report:
         return report_from_plain(plain, self.problem.space, self.problem.objective)
 
 

@@ -128,7 +128,7 @@ class Meter:
         """Write nothing, and wait for what is under way."""
         replica.sync.state_dict()
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
         """Write nothing."""
 
     def result(self) -> dict[str, float]:
@@ -170,7 +170,7 @@ class Evaluating:
     def save(self, replica: Replica) -> None:
         """Write nothing."""
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
         """Write nothing."""
 
     def result(self) -> dict[str, float]:

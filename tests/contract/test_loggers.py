@@ -216,8 +216,7 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, cap
     assert run.failure() is None
     assert capfd.readouterr().err.splitlines() == [
         "raytrain: log.loggers: tests_of_loggers:Breaking failed, and gets no more of this attempt: ConnectionError: "
-        "no "
-        f"route to host; all metrics are in {run.metrics}"
+        f"no route to host; all metrics are in {run.metrics}"
     ]
     assert rounded(in_tensorboard(run.path)) == rounded(in_metrics(run))
 

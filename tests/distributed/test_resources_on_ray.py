@@ -71,8 +71,7 @@ def test_workers_go_where_the_recipe_says(second_machine: str, workplace: Path) 
         "def here(module, examples):\n"
         "    return [ray.get_runtime_context().get_node_id() for _ in examples]\n\n"
         "def task(options: TinyOptions):\n"
-        "    return replace(tiny(options), inputs=lambda path: [1, 2, 3], predict=here)\n\n"
-        "def note(replica):\n"
+        "    return replace(tiny(options), inputs=lambda path: [1, 2, 3], predict=here)\n\ndef note(replica):\n"
         f"    place = Path({str(workplace)!r}) / f'machine-{{replica.rank}}'\n"
         "    place.write_text(ray.get_runtime_context().get_node_id())\n"
     )

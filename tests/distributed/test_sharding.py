@@ -54,7 +54,7 @@ import torch
 from torch import nn
 
 from raytrain import Task
-from raytrain.run.checkpoint import listed, load
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.training.replica import load_state, state_of
 from raytrain.testing import FaultPlan
 
@@ -97,8 +97,8 @@ def reload(replica):
     """Put the checkpoint of a run without sharding in, take it out again, and note whether it is the same."""
     if replica.progress.step != 2:
         return
-    path = listed(HERE / "gpt-ema-one" / "checkpoints")[-1]
-    saved = load(path, 0)
+    path = list_checkpoints(HERE / "gpt-ema-one" / "checkpoints")[-1]
+    saved = load_part(path, 0)
     load_state(replica, saved, None, path)
     again = state_of(replica)
     if replica.rank == 0:

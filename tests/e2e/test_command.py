@@ -280,7 +280,7 @@ for words, expected in {ours!r}:
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    for word in ("train", "evaluate", "check", "list", "Return the task of telling handwritten digits apart."):
+    for word in ("train", "evaluate", "check", "list", "Classification of handwritten digits"):
         assert word in ended.stdout
 
 

@@ -240,8 +240,7 @@ def test_the_recipe_of_a_run_repeats_it_on_a_running_cluster_that_is_left_runnin
 def test_memory_that_a_worker_frees_stays_with_it(start: Start, tmp_path: Path) -> None:
     """To have it again from the system takes a page fault for each 4 KiB: here 20,480 in a step."""
     (tmp_path / "blocks.py").write_text(
-        "import resource, torch\nfrom pathlib import Path\n\n"
-        "def take(replica):\n"
+        "import resource, torch\nfrom pathlib import Path\n\ndef take(replica):\n"
         "    [torch.empty(20 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]\n"
         "    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    Path(f'faults-{replica.progress.step}').write_text(str(faults))\n"

@@ -169,9 +169,9 @@ def flip(path: Path) -> None:
         (lambda path: rewrite_part(path, file="/dev/zero"), r"manifest.json: cannot be read: parts.0.file: String sho"),
         (
             lambda path: rewrite_part(path, state={"w": "tensor:v"}),
-            r"its manifest and its files speak of other tensors",
+            r"its manifest and its files name different tensors",
         ),
-        (lambda path: rewrite_part(path, state={}), r"its manifest and its files speak of other tensors"),
+        (lambda path: rewrite_part(path, state={}), r"its manifest and its files name different tensors"),
         (lambda path: rewrite_part(path, bytes=-1.5), r"manifest.json: cannot be read: parts.0.bytes: Input should be"),
     ],
 )

@@ -12,14 +12,14 @@ from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
 from raytrain.testing import ThreadGroup, TinyOptions, tiny
-from raytrain.training.evaluation import evaluate, share
+from raytrain.training.evaluation import evaluate, evaluation_shard
 
 TASK = tiny(TinyOptions(name="tiny", dropout=0.5))
 
 
 @given(st.integers(0, 1000), st.integers(1, 50))
 def test_shares_cover_everything_once(count: int, members: int) -> None:
-    shares = [share(count, rank, members) for rank in range(members)]
+    shares = [evaluation_shard(count, rank, members) for rank in range(members)]
     assert [index for part in shares for index in part] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

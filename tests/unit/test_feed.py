@@ -24,11 +24,11 @@ WALKS = st.builds(
     StepRange,
     seed=st.just(0),
     rank=st.just(0),
-    first=st.integers(0, 50),
+    first_position=st.integers(0, 50),
     stride=SMALL,
     steps=SMALL,
-    count=SMALL,
-    parts=SMALL,
+    local_batch=SMALL,
+    accumulate=SMALL,
 )
 
 

@@ -109,8 +109,8 @@ def test_replicas_are_equal_to_the_bit_afterwards(setting: tuple[int, int, int, 
         keep=data.draw(st.booleans()),
         pull=data.draw(st.sampled_from([1.0, 0.4])),
         share=data.draw(st.sampled_from([0.0, 0.7])),
-        rate=data.draw(st.floats(0.1, 1.0)),
-        beta=data.draw(st.sampled_from([0.0, 0.5, 0.9])),
+        lr=data.draw(st.floats(0.1, 1.0)),
+        momentum_factor=data.draw(st.sampled_from([0.0, 0.5, 0.9])),
         nesterov=data.draw(st.booleans()),
         clip=data.draw(st.sampled_from([0.0, 0.1])),
     )
@@ -133,7 +133,7 @@ def test_local_sgd_with_one_local_step_is_data_parallel_sgd(setting: tuple[int, 
 def test_the_outer_step_is_torchs_sgd(setting: tuple[int, int, int, int], beta: float, nesterov: bool) -> None:
     """On the mean of the differences, which are found here by local runs from the shared point."""
     members, every, rounds, seed = setting
-    outer = {"rate": 0.7, "beta": beta, "nesterov": nesterov and beta > 0}
+    outer = {"lr": 0.7, "momentum_factor": beta, "nesterov": nesterov and beta > 0}
     (points, _, _), *_ = run(local(every, **outer), members, every * rounds, seed=seed)
     shared = nn.Parameter(Quadratic().point.detach().clone())
     optimizer = torch.optim.SGD([shared], lr=0.7, momentum=beta, nesterov=outer["nesterov"])
@@ -153,8 +153,8 @@ def test_the_outer_step_is_torchs_sgd(setting: tuple[int, int, int, int], beta: 
 @given(SETTINGS, st.sampled_from([0.0, 0.5]))
 def test_co2_without_delay_is_slowmo(setting: tuple[int, int, int, int], beta: float) -> None:
     members, every, steps, seed = setting
-    one = run(local(every, 0, keep=False, beta=beta), members, steps, seed=seed)
-    other = run(local(every, 0, keep=True, beta=beta), members, steps, seed=seed)
+    one = run(local(every, 0, keep=False, momentum_factor=beta), members, steps, seed=seed)
+    other = run(local(every, 0, keep=True, momentum_factor=beta), members, steps, seed=seed)
     for (points, last, _), (others, final, _) in zip(one, other, strict=True):
         torch.testing.assert_close(points, others, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(last, final, rtol=1e-12, atol=1e-12)
@@ -331,7 +331,7 @@ def test_momentum_that_is_spread_over_local_steps_is_stable_however_late(
 
 
 def test_nesterovs_momentum_diverges_where_it_comes_late() -> None:
-    assert shares_left(local(6, 6, pull=0.5, beta=0.97, nesterov=True), 1200, [0.1])[0] > 5
+    assert shares_left(local(6, 6, pull=0.5, momentum_factor=0.97, nesterov=True), 1200, [0.1])[0] > 5
     assert shares_left(local(6, 6, pull=0.5, share=0.97), 1200, [0.1])[0] < 0.5
 
 
@@ -371,7 +371,7 @@ def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
     ):
         limit = max_stable_lr(OuterOptimizer(momentum_factor=beta, nesterov=nesterov), late=bool(delay))
         assert limit == pytest.approx(expected)
-        make = local(1, delay, keep=False, rate=2 * limit, beta=beta, nesterov=nesterov)
+        make = local(1, delay, keep=False, lr=2 * limit, momentum_factor=beta, nesterov=nesterov)
         stable, unstable = shares_left(make, 400, [0.8 / 2, 1.25 / 2])
         assert stable < 0.1
         assert unstable > 10
@@ -466,9 +466,9 @@ def test_a_replica_keeps_as_many_buffers_as_the_readme_says(sync: dict[str, Any]
     def replica(transport: ThreadTransport) -> float:
         module = nn.Linear(1024, 64, bias=False)
         one = factory(ExactAverager(transport), options)
-        one.start(module)
+        one.attach(module)
         for _ in range(10):
-            one.begin(1.0)
+            one.set_weight(1.0)
             one.before_step(0.0, stop=False)
             one.after_step(1.0)
         one.finish()
@@ -578,7 +578,7 @@ def test_what_was_loaded_is_where_the_model_is(name: str, codec: str | None) -> 
     state = sync.state_dict()
     there, module = made(torch.device("meta"))
     there.load_state_dict(state, state)
-    there.start(module)
+    there.attach(module)
     assert [value.device.type for value in kept(there, set())] == ["meta"] * len([*kept(sync, set())])
 
 
@@ -625,5 +625,5 @@ def test_the_gap_is_the_last_outer_step() -> None:
 @given(SETTINGS, st.floats(0.01, 0.5))
 def test_the_momentum_is_never_longer_than_the_clip(setting: tuple[int, int, int, int], clip: float) -> None:
     members, every, steps, seed = setting
-    for _, _, sync in run(local(every, beta=0.9, clip=clip), members, steps, seed=seed):
+    for _, _, sync in run(local(every, momentum_factor=0.9, clip=clip), members, steps, seed=seed):
         assert sync._outer.momentum_buffer.abs().max() <= clip

@@ -105,10 +105,10 @@ def zeroth_step_by_step(recipe: FederateRecipe, optimizer: str, seeds: list[list
     class Rounded(ScalarExchange):
         """Hears each number as the server does."""
 
-        def share(self, values: Sequence[float], *_: Any, **__: Any) -> tuple[list[list[float]], list[float]]:
+        def all_gather(self, values: Sequence[float], *_: Any, **__: Any) -> tuple[list[list[float]], list[float]]:
             return [[ENCODINGS[up].rounded(value) for value in values]], [1.0]
 
-    sync = Rounded(ExactAverager(LocalTransport()), ScalarOptions(name="scalars"), short=False)
+    sync = Rounded(ExactAverager(LocalTransport()), ScalarOptions(name="scalars"), one_byte=False)
     sync.attach(module)
 
     class Along(Zeroth):

@@ -63,7 +63,7 @@ class Watching:
     def save(self, replica: Replica) -> None:
         self.saved.append((replica.progress.step, replica.progress.status))
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
         assert self.saved[-1][0] == replica.progress.step
         self.noted.append((replica.progress.step, replica.progress.status, metrics["loss"]))
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raytrain.errors import RecipeError
+from raytrain.errors import INTERRUPTED, RecipeError
 from raytrain.launch.jobs.storage import check_storage
 from raytrain.recipe import dotted_fields
 from raytrain.terminal import mib
 
-INTERRUPTED = 130
 NO_PROGRAM = 127  # as a shell tells
 RUNS = "~/raytrain-runs"  # on the machine that runs the job's command: the cluster's head
 SERVED = "raytrain-"  # begins the name of what a job leaves among Ray's logs
