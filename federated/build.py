@@ -2,25 +2,31 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
+from federated.channel import Channel
 from federated.client import ClientData, LocalTrainer
 from federated.evaluation import OwnExamples, evaluate_on, over_clients
-from federated.faults import FaultPlan
+from federated.faults import FaultPlan, FaultyChannel
 from federated.global_model import RoundRates
 from federated.partition import PARTITIONS, Partition
 from federated.protocols.protocol import PROTOCOLS, Protocol
 from federated.recipe import FederateRecipe
+from federated.records import RunRecords
+from federated.rounds import Rounds
 from federated.sampling import Stream, fold_in, participants
 from federated.server import Participation, Server
-from federated.simulation import Simulation
+from federated.simulation import InProcessChannel
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
 from raytrain.models.adapters import adapt
 from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.registry import resolve
+from raytrain.run.directory import RunDirectory
+from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import TASKS, Task, make_task
 from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, space_of
 
@@ -125,6 +131,14 @@ class Federation:
             metrics |= over_clients(rows, task)
         return metrics
 
+    def parameter_bytes(self) -> int:
+        """Return the size of the parameters that the run moves, which a gradient method would send."""
+        return sum(part.tensor.nbytes for part in self.model.space.parts)
+
+    def seed_model(self, server: Server) -> SeedModel:
+        """Return the server's model for others to read."""
+        return self.model.seed_model(server.model, server.protocol)
+
     def server(self) -> Server:
         """Return a server between rounds, as the run begins."""
         clients, faults = self.recipe.clients, self.recipe.faults
@@ -136,6 +150,15 @@ class Federation:
         data = ClientData(self.task, self.task.data("train"), self.partition.indices)
         return LocalTrainer(self.model, protocol_of(self.recipe), data, self.recipe.zo)
 
-    def simulation(self, server: Server) -> Simulation:
-        """Return what plays the server's rounds in this process."""
-        return Simulation(server, self.trainer, FaultPlan(self.recipe.faults, self.recipe.seed))
+    def records(self, run: RunDirectory, server: Server) -> RunRecords:
+        """Return what writes the rows of a run that begins, or goes on, at the server's round."""
+        every = self.recipe.evaluation.every
+        return RunRecords(run, server, partial(self.evaluate, server), partial(self.seed_model, server), every=every)
+
+    def simulation(self, server: Server) -> Rounds:
+        """Return the server's rounds, all in this process."""
+        return self.rounds(server, InProcessChannel(self.trainer))
+
+    def rounds(self, server: Server, channel: Channel) -> Rounds:
+        """Return the server's rounds over a channel, with the recipe's faults."""
+        return Rounds(server, FaultyChannel(channel, FaultPlan(self.recipe.faults, self.recipe.seed)))

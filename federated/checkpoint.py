@@ -65,6 +65,11 @@ def read_newest(folder: Path) -> tuple[dict[str, str], State] | None:
     return None
 
 
+def newest_state(folder: Path) -> Path | None:
+    """Return the file of the newest state in a folder, which may be damaged; None without any."""
+    return next(reversed(_listed(folder)), None)
+
+
 def _read(path: Path) -> tuple[dict[str, str], State]:
     try:
         content = path.read_bytes()

@@ -11,10 +11,12 @@ from pydantic import Field
 
 from federated.broadcast import receive
 from federated.encodings import Floats, PayloadError
+from federated.global_model import GlobalModel
 from federated.protocols.protocol import Protocol
 from federated.sampling import Indices, batches, fold_in
 from federated.wire import ReportHeader, read_model, write_lost, write_report
 from federated.working_model import WorkingModel
+from raytrain.errors import RecipeError
 from raytrain.recipe import Section
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Examples, Task
@@ -78,6 +80,19 @@ class LocalTrainer:
         self._model, self._protocol, self._data, self._probing = model, protocol, data, probing
         self.newest = self._initial = protocol.initial(model.base)
         model.module.train(probing.train_mode)
+
+    def start_from(self, model: GlobalModel) -> None:
+        """Have the newest model of a run that goes on.
+
+        Raises:
+            RecipeError: it begins with other weights, directions or options than this process has.
+        """
+        if model.origin != self._initial.origin:
+            raise RecipeError(
+                f"expected first weights, directions and options with digest {self._initial.origin[:12]}; got "
+                f"{model.origin[:12]!r}: this process has other files of the model, or draws other first weights"
+            )
+        self.newest = model
 
     def answer(self, client: int, payload: bytes) -> bytes:
         """Return a client's report on a round, whose number is the version of the model that it is sent.

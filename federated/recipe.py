@@ -196,11 +196,20 @@ class FederateRecipe(Recipe):
             )
         return self
 
+    def threads(self) -> int:
+        """Return the threads of each process of a run, on which its sums depend to the bit."""
+        return max(1, int(self.clients.cpus))
+
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each round."""
         schedule = self.schedule
         shape = resolve(SCHEDULES, schedule.name, "schedule.name")
         factor = partial(
-            rate, shape, steps=self.rounds, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
+            rate,
+            shape,
+            steps=self.rounds,
+            warmup=schedule.warmup,
+            floor=schedule.min_lr_ratio,
+            decay=schedule.decay_ratio,
         )
         return [self.optimizer.arguments()["lr"] * factor(number) for number in range(self.rounds)]

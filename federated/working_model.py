@@ -61,10 +61,19 @@ class WorkingModel:
         else:
             torch._foreach_copy_(self._working, self._round)
 
+    def set_to_seeds(self, model: SeedModel) -> nn.Module:
+        """Set the working copy to what `seed_model` returned, and return the module.
+
+        Raises:
+            RecipeError: it is a model of other first weights.
+        """
+        model.weights(self._initial, self._working, digest=self._space_digest)
+        return self.module
+
     def seed_model(self, model: GlobalModel, protocol: Protocol) -> SeedModel:
         """Return a model for others to read, from whom only w0 is asked."""
         seeds, coefficients = protocol.seeds_and_coefficients(model)
-        numbers = torch.from_numpy(coefficients)
+        numbers = torch.tensor(coefficients.tolist(), dtype=torch.float64)  # NumPy's, if empty, cannot be seen as bytes
         return SeedModel(self._space_digest, tuple(seeds.tolist()), numbers, self.space.mode, model.version)
 
 

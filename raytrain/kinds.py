@@ -110,3 +110,9 @@ def load_kinds(complain: Callable[[RecipeError], None] = lambda error: None) -> 
         except RecipeError as error:
             complain(error)
     return kinds
+
+
+def shared_packages() -> list[str]:
+    """Return the packages whose code all machines of a run share: ours, and those of every installed kind."""
+    named = {point.module.partition(".")[0] for point in kind_points().values()}  # of one that cannot be loaded, too
+    return sorted({"raytrain", *named, *(package for kind in load_kinds().values() for package in kind.packages)})

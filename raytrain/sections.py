@@ -65,17 +65,17 @@ class Resources(Section):
 
 
 class Log(Section):
-    """What to record.
+    """Metrics and loggers.
 
     Attributes:
         every: steps between lines of metrics.jsonl.
-        to: loggers beside it.
+        loggers: what else takes these lines.
     """
 
     every: int = Field(10, ge=1)
-    to: tuple[str, ...] = ("tensorboard",)
+    loggers: tuple[str, ...] = ("tensorboard",)
 
-    @field_validator("to")
+    @field_validator("loggers")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raytrain.run.directory import RunDirectory
+from raytrain.run.directory import RunDirectory, rows
 from raytrain.run.watchdog import Watchdog
 from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Pending
 from raytrain.tasks.task import Task, TaskOptions
 from raytrain.training.loader import Feeds, local_feed
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import Replica
+from raytrain.training.replica import Progress, Replica
 from raytrain.training.worker import work
 
 Answer = TypeVar("Answer")
@@ -324,6 +324,12 @@ def _gloo_run(rank: int, recipe: TrainRecipe, run: RunDirectory) -> None:
     transport = GroupTransport(torch.device("cpu"), seconds)
     with Watchdog(run.path / f"hang-{rank}.txt", seconds, lambda: transport.waiting) as watchdog:
         work(recipe, run, transport, watchdog.beat)
+
+
+def repeatable_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `metrics.jsonl` without the times and the costs, in which equal runs differ."""
+    costs = {"seconds", *Progress().costs()}
+    return [{name: value for name, value in row.items() if name not in costs} for row in rows(file)]
 
 
 def _nothing(*_: object) -> None:

@@ -45,10 +45,10 @@ class RayData(ActorSource):
     for this and not loaded.
 
     Attributes:
-        ahead_bytes: about how much it may prepare ahead for each worker; a step or two for each actor at least.
+        prefetch_bytes: size of the batches prepared ahead for each worker; at least a step or two for each actor.
     """
 
-    ahead_bytes: int = Field(8 << 20, ge=1)
+    prefetch_bytes: int = Field(8 << 20, ge=1)
 
 
 class Generators(ActorSource):
@@ -58,10 +58,10 @@ class Generators(ActorSource):
     one of another seed. It may as well read a stream of files that are too large to be indexed.
 
     Attributes:
-        ahead: how many batches each actor may be ahead of the training.
+        prefetch: batches that each actor prepares ahead of the training.
     """
 
-    ahead: int = Field(4, ge=1)
+    prefetch: int = Field(4, ge=1)
 
 
 def options_of_source(found: Any) -> type[Source]:

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from torch.distributed.elastic.utils.process_state import read_proc_state
 
 from raytrain.errors import RaytrainError
 from raytrain.kinds import Order
+from raytrain.launch.place import train_at
 from raytrain.launch.resources import Node, cpus_per_worker, machines_for, own_cpus
-from raytrain.launch.supervise import supervise
+from raytrain.loggers import restored_loggers
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
 from raytrain.run.watchdog import kept_stack
@@ -56,7 +58,7 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
     Raises:
         RaytrainError: as `supervise`.
     """
-    return supervise(recipe, order, ThisMachine())
+    return train_at(ThisMachine(), recipe, order)
 
 
 class ThisMachine:
@@ -71,15 +73,14 @@ class ThisMachine:
         _cpus(recipe)
 
     @contextlib.contextmanager
-    def joined(self, recipe: TrainRecipe, say: Callable[[str], None]) -> Iterator[float]:
-        """Yield how many processors each worker gets; there is nothing to join."""
+    def joined(
+        self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]
+    ) -> Iterator[Callable[[], "LocalWorkers"]]:
+        """Yield what starts the workers; there is nothing to join."""
         cpus = _cpus(recipe)
         say(f"starting {recipe.workers} worker(s) with {cpus:g} CPU each")
-        yield cpus
-
-    def start(self, recipe: TrainRecipe, run: RunDirectory, cpus: float) -> "LocalWorkers":
-        """Start the workers."""
-        return LocalWorkers(recipe, run, max(1, int(cpus)))
+        with _silent_agent():
+            yield partial(LocalWorkers, recipe, run, max(1, int(cpus)))
 
 
 def _cpus(recipe: TrainRecipe) -> float:
@@ -93,6 +94,17 @@ def _cpus(recipe: TrainRecipe) -> float:
     here: Node = ({"CPU": own_cpus(), **gpus}, {})
     machines = machines_for([here], recipe.workers, resources.beside_cpus(), resources.labels, resources.placement)
     return cpus_per_worker(machines, recipe.workers, resources.cpus)
+
+
+@contextlib.contextmanager
+def _silent_agent() -> Iterator[None]:
+    """Show nothing of what torch logs inside the `with` block: of failures, the run's display tells in a line."""
+    names = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
+    with restored_loggers(*names):
+        for logger in map(logging.getLogger, names):
+            logger.handlers = [logging.NullHandler()]
+            logger.propagate = False
+        yield
 
 
 class LocalWorkers(threading.Thread):
@@ -156,10 +168,6 @@ class _Agent(LocalElasticAgent):
     """
 
     def __init__(self, recipe: TrainRecipe, run: RunDirectory, config: dict[str, Any]) -> None:
-        for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-            logger = logging.getLogger(name)
-            logger.handlers = [logging.NullHandler()]
-            logger.propagate = False  # what they say of failures, the run's display says in a line
         spec = WorkerSpec(
             role="worker",
             local_world_size=recipe.workers,

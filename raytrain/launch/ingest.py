@@ -108,15 +108,15 @@ def ray_feed(
         if isinstance(source, RayData):
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             remote = ray.remote(num_cpus=0, scheduling_strategy=here, concurrency_groups={DEALING: actors})
-            return remote(Pipeline).remote(brief, actors, cpus, source.ahead_bytes)
+            return remote(Pipeline).remote(brief, actors, cpus, source.prefetch_bytes)
         return ray.remote(Generator).options(num_cpus=cpus).remote(brief)
 
-    what, count, ahead = (
-        ("actor", actors, source.ahead) if isinstance(source, Generators) else ("pipeline", 1, PULLED_BLOCKS)
+    what, count, prefetch = (
+        ("actor", actors, source.prefetch) if isinstance(source, Generators) else ("pipeline", 1, PULLED_BLOCKS)
     )
     count = min(count, walk.steps)
     lanes = [
-        Lane(f"{what} {place} of task.source = {source.name!r}", start, walk.lane(place, count), ahead)
+        Lane(f"{what} {place} of task.source = {source.name!r}", start, walk.lane(place, count), prefetch)
         for place in range(count)
     ]
     try:
@@ -133,20 +133,20 @@ class Lane:
         name: of the actor, for messages.
         start: (part of a walk, how many actors have died in its place) -> an actor whose `more` returns its next rows.
         walk: what to prepare, a step at least.
-        ahead: how many calls wait, which bounds how far the actor runs ahead.
+        prefetch: how many calls wait, which bounds how far the actor runs ahead.
     """
 
-    def __init__(self, name: str, start: Callable[[Walk, int], ActorHandle], walk: Walk, ahead: int) -> None:
+    def __init__(self, name: str, start: Callable[[Walk, int], ActorHandle], walk: Walk, prefetch: int) -> None:
         self.name = name
         self._start = start
         self._walk = walk
-        self._ahead = ahead
+        self._prefetch = prefetch
         self._life = 0
         self._begin()
 
     def _begin(self) -> None:
         self._actor = self._start(self._walk, self._life)
-        self._calls = deque(self._actor.more.remote() for _ in range(self._ahead))
+        self._calls = deque(self._actor.more.remote() for _ in range(self._prefetch))
 
     def wait(self) -> None:
         """Wait until the first rows are there, or an error."""
@@ -259,14 +259,14 @@ class Pipeline:
         brief: what to prepare.
         actors: how many prepare it.
         cpus: processors of each.
-        ahead_bytes: how much they may prepare ahead.
+        prefetch_bytes: how much they may prepare ahead.
     """
 
-    def __init__(self, brief: Brief, actors: int, cpus: float, ahead_bytes: int) -> None:
+    def __init__(self, brief: Brief, actors: int, cpus: float, prefetch_bytes: int) -> None:
         self._walk = brief.walk
         self._actors = actors
-        self._ahead_bytes = ahead_bytes
-        self._step_bytes = ahead_bytes  # of the largest step so far; as long as there is none, few are dealt out
+        self._prefetch_bytes = prefetch_bytes
+        self._step_bytes = prefetch_bytes  # of the largest step so far; as long as there is none, few are dealt out
         self._dealt = 0
         self._taken = 0
         self._room = threading.Condition()
@@ -319,11 +319,11 @@ class Pipeline:
 
     def _window(self) -> int:
         """Return how many steps may be prepared and not yet sent: enough to keep all actors busy, however large."""
-        return max(2 * self._actors, self._ahead_bytes // self._step_bytes - HELD_BLOCKS * self._most())
+        return max(2 * self._actors, self._prefetch_bytes // self._step_bytes - HELD_BLOCKS * self._most())
 
     def _most(self) -> int:
         """Return how many steps may be sent together: what the worker holds takes up at most half of the room."""
-        return max(1, self._ahead_bytes // self._step_bytes // (2 * HELD_BLOCKS))
+        return max(1, self._prefetch_bytes // self._step_bytes // (2 * HELD_BLOCKS))
 
 
 class Preparer:

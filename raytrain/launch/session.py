@@ -10,10 +10,13 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 
+from raytrain.environment import environment
 from raytrain.errors import RecipeError
 from raytrain.launch.private_cluster import private_cluster
 from raytrain.launch.resources import Machine, Node, machines_for, own_cpus
+from raytrain.loggers import restored_loggers
 from raytrain.sections import Resources
 
 # Ray Train reads these when it starts; what the user has set stays. Without the first, a report takes 2 s.
@@ -27,6 +30,7 @@ SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
+SET_BY_RAY = {"PYTHONBREAKPOINT": None, "RAY_USAGE_STATS_ENABLED": None}
 OBJECT_STORE_BYTES = 200 << 20
 OWN = "local"
 """The address of a cluster that starts and ends with this process."""
@@ -53,12 +57,16 @@ def ray_session(address: str | None) -> Iterator[None]:
 def session(address: str | None, cpus: int) -> Iterator[None]:
     """Use the Ray cluster at `address` inside the `with` block, or one of `cpus` processors that nobody else can use.
 
+    The environment and the loggers of this process are afterwards as they were.
+
     Raises:
         RecipeError: it does not work.
     """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    with contextlib.nullcontext(_joining(address)) if address else private_cluster() as how:
+    with (
+        environment({name: os.environ.get(name, value) for name, value in {**SETTINGS, **SET_BY_RAY}.items()}),
+        restored_loggers("ray"),
+        contextlib.nullcontext(_joining(address)) if address else private_cluster() as how,
+    ):
         # "local" and not None: Ray would join any cluster that was once started on this machine.
         own = {} if address else {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
         try:
@@ -74,7 +82,9 @@ def _start_ray(address: str | None, **how: Any) -> None:
     Raises:
         RecipeError: it does not work.
     """
-    quiet = {"logging_level": logging.ERROR, "logging_config": ray.LoggingConfig(log_level="ERROR")}
+    workers = JobConfig()  # `ray.init(logging_config=...)` would change the root logger of this process too
+    workers.set_py_logging_config(ray.LoggingConfig(log_level="ERROR"))
+    quiet = {"logging_level": logging.ERROR, "job_config": workers}
     what = f"--address: cannot join the Ray cluster at {address}" if address else "cannot start Ray on this machine"
     on_terminate = signal.getsignal(signal.SIGTERM)
     for last in (False, True):

@@ -21,9 +21,11 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 import raytrain
 from raytrain.data.source import ActorSource
+from raytrain.environment import environment
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.kinds import Order
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
+from raytrain.launch.place import train_at
 from raytrain.launch.process_group import GroupConfig
 from raytrain.launch.resources import (
     Machine,
@@ -33,7 +35,6 @@ from raytrain.launch.resources import (
     share_cpus,
 )
 from raytrain.launch.session import OWN, machines, machines_here, ray_session
-from raytrain.launch.supervise import supervise
 from raytrain.launch.version import fingerprint
 from raytrain.run.directory import RunDirectory, elsewhere
 from raytrain.run.result import Result
@@ -50,7 +51,7 @@ def run(recipe: TrainRecipe, order: Order) -> Result:
     Raises:
         RaytrainError: as `supervise`.
     """
-    return supervise(recipe, order, Cluster(order.address or OWN))
+    return train_at(Cluster(order.address or OWN), recipe, order)
 
 
 class Cluster:
@@ -75,23 +76,23 @@ class Cluster:
             _share(machines_here(recipe.workers, recipe.resources), recipe)
 
     @contextlib.contextmanager
-    def joined(self, recipe: TrainRecipe, say: Callable[[str], None]) -> Iterator[Share]:
-        """Be in the cluster inside the `with` block, and yield what each worker gets of the processors.
+    def joined(
+        self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]
+    ) -> Iterator[Callable[[], "RayWorkers"]]:
+        """Be in the cluster inside the `with` block, and yield what starts the workers.
 
         Raises:
             RecipeError: there is no such cluster, or the workers do not fit.
         """
         say("starting Ray" if self._address is None else f"connecting to Ray at {self._address}")
-        with ray_session(self._address):
+        timeout = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(recipe.sync.timeout_seconds)}
+        with ray_session(self._address), environment(timeout):
             if self._address == "auto":
                 say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
             share = _share(machines(recipe.workers, recipe.resources), recipe)
             _say_room(recipe, share, say)
-            yield share
-
-    def start(self, recipe: TrainRecipe, run: RunDirectory, share: Share) -> "RayWorkers":
-        """Start the workers."""
-        return RayWorkers(_trainer(recipe, run, share, TorchTrainer if self._address else _OwnClusterTrainer))
+            kind = TorchTrainer if self._address else _OwnClusterTrainer
+            yield lambda: RayWorkers(_trainer(recipe, run, share, kind))
 
 
 def _summary(error: Exception) -> str:
@@ -172,9 +173,7 @@ class _OwnClusterTrainer(TorchTrainer):
 
 
 def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kind: type[TorchTrainer]) -> TorchTrainer:
-    resources = recipe.resources
-    timeout_seconds = recipe.sync.timeout_seconds
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_seconds)
+    resources, timeout_seconds = recipe.resources, recipe.sync.timeout_seconds
     # What an earlier command left would make Ray believe in checkpoints that are gone; ours are found on the disk.
     (run_directory.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     return kind(

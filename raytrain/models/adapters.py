@@ -44,7 +44,7 @@ class ConfigurationOptions(AdapterOptions):
 
 def configuration(options: AdapterOptions) -> Any:
     """Return peft's configuration, or None where there is no adapter."""
-    given = options.model_dump(exclude={"name", "beside"}, exclude_unset=True)
+    given = options.model_dump(exclude={"name", "modules_to_save"}, exclude_unset=True)
     return resolve(ADAPTERS, options.name, "adapter.name")(**given)
 
 
@@ -89,11 +89,11 @@ def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[st
 
     if getattr(config, "target_modules", None) is None:
         config.target_modules = _linear_layers(module)
-    beside = {name for pattern in options.beside for name in _matching(module, pattern)}
+    saved = {name for pattern in options.modules_to_save for name in _matching(module, pattern)}
     trained = [
         parameter
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad and (name in beside or is_new(parameter))
+        if parameter.requires_grad and (name in saved or is_new(parameter))
     ]
     torch.manual_seed(seed)
     try:
@@ -145,7 +145,9 @@ def _matching(module: nn.Module, pattern: str) -> list[str]:
     names = [name for name, _ in module.named_parameters()]
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found and pattern not in HEADS:
-        raise RecipeError(f"adapter.beside: {pattern!r} matches no parameter of the model; {near(pattern, names)}")
+        raise RecipeError(
+            f"adapter.modules_to_save: {pattern!r} matches no parameter of the model; {near(pattern, names)}"
+        )
     return found
 
 

@@ -54,8 +54,9 @@ def start(
     def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if head.bias is None or inputs[0].dim() != 2:
             raise RecipeError(
-                f"task.start: a {type(module).__name__} has no linear layer with a bias on one vector for each text, "
-                'which class means can be put into; use task.head = "mean", or task.start = "random"'
+                f"task.head_init: a {type(module).__name__} has no linear layer with a bias on one vector for each "
+                f"text, "
+                'which class means can be put into; use task.head = "mean", or task.head_init = "random"'
             )
         seen.append(inputs[0].double().cpu())
 

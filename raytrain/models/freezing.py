@@ -51,7 +51,7 @@ class Half:
         self._round = -1
         self._kinds = [kind for block in blocks(module) for kind in _layers_by_type(block)]
         if not self._kinds:
-            raise RecipeError("freeze.half: the model has no repeated blocks to freeze a half of")
+            raise RecipeError("freeze.random_half: the model has no repeated blocks to freeze a half of")
 
     def choose(self, step: int, optimizer: Optimizer) -> None:
         """Freeze the half that stands still at `step`, and forget what the optimizer knew of it."""

@@ -43,12 +43,12 @@ class AdapterOptions(Options):
     """What every adapter takes beside the fields of its configuration in peft.
 
     Attributes:
-        beside: patterns of parameters that are trained in full beside the adapter. What a pretrained model lacks is in
-            any case, as the layers of a new head.
+        modules_to_save: patterns of names of parameters that are trained in full and saved beside the adapter. What a
+            pretrained model lacks always is, such as the layers of a new head.
     """
 
     name: str = "none"
-    beside: tuple[str, ...] = HEADS
+    modules_to_save: tuple[str, ...] = HEADS
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Self:

@@ -38,7 +38,7 @@ class Words:
         if self._bare >= self._room:
             raise RecipeError(f"task.prompt: it has {self._bare} tokens without a text, and task.length is {length}")
         if len({tuple(word) for word in self._words}) < len(words) or not all(self._words):
-            raise RecipeError(f"task.words: expected words of different tokens; got {', '.join(map(repr, words))}")
+            raise RecipeError(f"task.verbalizer: expected words of different tokens; got {', '.join(map(repr, words))}")
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of the prompt about `text`."""

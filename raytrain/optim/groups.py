@@ -20,7 +20,7 @@ def parameter_groups(
     rules: Sequence[GroupRule],
     arguments: Mapping[str, Any],
     *,
-    decay_vectors: bool,
+    decay_1d: bool,
     splits_hidden: bool,
 ) -> list[dict[str, Any]]:
     """Return the groups of the trainable parameters: first those that no rule fits, then those of each rule.
@@ -31,7 +31,7 @@ def parameter_groups(
         module: whose parameters.
         rules: the first that fits holds.
         arguments: the options of the optimizer where no rule says otherwise.
-        decay_vectors: whether weight decay shrinks vectors too, where no rule says otherwise.
+        decay_1d: whether weight decay shrinks parameters of fewer than two dimensions, where no rule says otherwise.
         splits_hidden: whether hidden matrices are to be groups of their own, marked `hidden`.
 
     Raises:
@@ -51,8 +51,8 @@ def parameter_groups(
     groups = []
     for (place, kind), parameters in sorted(parts.items(), key=lambda part: part[0]):
         own = _options(every[place], arguments)
-        decayed = every[place].decay_vectors
-        if kind == VECTOR and "weight_decay" in arguments and not (decay_vectors if decayed is None else decayed):
+        decayed = every[place].decay_1d
+        if kind == VECTOR and "weight_decay" in arguments and not (decay_1d if decayed is None else decayed):
             own["weight_decay"] = 0.0
         groups.append({"params": parameters, **own, **({"hidden": kind == HIDDEN} if splits_hidden else {})})
     return groups

@@ -85,7 +85,7 @@ def make_optimizer(constructor: type[Optimizer], options: OptimizerOptions, modu
         module,
         options.groups,
         arguments,
-        decay_vectors=options.decay_vectors,
+        decay_1d=options.decay_1d,
         splits_hidden=options.splits_hidden,
     )
     optimizer = _construct(constructor, options.name, groups, arguments)

@@ -59,12 +59,12 @@ class GroupRule(Section):
         match: which parameters, as a pattern of their names ("*.embed*", "layers.[01].*"); a parameter follows the
             first rule that fits it. The pattern stands for the whole name, upper and lower case differ.
         lr_scale: factor of the learning rate.
-        decay_vectors: whether weight decay also shrinks vectors; left out: as for all others.
+        decay_1d: weight decay on parameters of fewer than two dimensions (biases, norms); default: as for all others.
     """
 
     match: str
     lr_scale: float = Field(1.0, ge=0)
-    decay_vectors: bool | None = None
+    decay_1d: bool | None = None
 
     def options(self) -> dict[str, Any]:
         """Return the options of the optimizer that the rule sets."""
@@ -75,7 +75,7 @@ class OptimizerOptions(Options):
     """What every optimizer takes beside the arguments of its constructor.
 
     Attributes:
-        decay_vectors: whether weight decay also shrinks biases, norms and others of fewer than two dimensions.
+        decay_1d: weight decay on biases, norms and other parameters of fewer than two dimensions too.
         gradient_noise: variance of the Gaussian noise that is added to the gradient, after clipping; 0: none.
         gradient_noise_decay: after t steps that variance is divided by (1 + t) to this power.
         groups: rules for some of the parameters; see `GroupRule`.
@@ -97,7 +97,7 @@ class OptimizerOptions(Options):
     """Whether it decides by a loss which way to go."""
     hybrid: ClassVar[bool] = False
     """Whether it takes slopes for some of the parameters, and gradients for others."""
-    decay_vectors: bool = False
+    decay_1d: bool = False
     gradient_noise: float = Field(0.0, ge=0)
     gradient_noise_decay: float = Field(0.55, ge=0)
     groups: tuple[GroupRule, ...] = ()

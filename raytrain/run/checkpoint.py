@@ -24,7 +24,7 @@ from raytrain.json_files import add_checksum, parse_json, verify_checksum
 from raytrain.serialization import dumps, join, marked, savable, split
 from raytrain.sync.averaging import Exchange
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
 """It names each tensor of each replica."""

@@ -6,12 +6,13 @@ import os
 import platform
 import socket
 import time
+import tomllib
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, NotRequired
 
@@ -21,6 +22,7 @@ from typing_extensions import TypedDict
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.files import append_line, make_folder, write_whole
 from raytrain.json_files import read_json, read_rows, to_json
+from raytrain.kinds import kind_points, load_kind
 from raytrain.run.result import Result
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 RESERVE_BYTES = 64 << 10
 RAY_MARK = ".validate_storage_marker"
 """What Ray Train puts into the folder of checkpoints before it starts workers."""
+KILLED_MARKS = (".token-*", "hang-worker-*.txt")
+"""What workers that are killed before the first step leave, empty."""
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -159,8 +163,10 @@ class RunDirectory:
             write_whole(self._reserve, bytes(RESERVE_BYTES))
 
     def write_recipe(self, recipe: str) -> None:
-        """Write `recipe.toml`, headed by the versions that run it."""
-        write_whole(self.recipe, f"# {versions()}\n{recipe}".encode())
+        """Write `recipe.toml`, headed by the versions that run it: ours, and what its kind requires."""
+        kind = tomllib.loads(recipe).get("kind")
+        requires = load_kind(kind).requires if kind in kind_points() else ()
+        write_whole(self.recipe, f"# {versions(requires)}\n{recipe}".encode())
 
     def announce(self, recipe: str, step: int, workers: list[dict[str, Any]]) -> None:
         """Note who trains from which step, by a recipe that fits the run: what there was of another can go.
@@ -209,6 +215,7 @@ class RunDirectory:
         """
         files = [self.recipe, self.attempts, self._failure, self._reserve, self._stop, self.checkpoints / RAY_MARK]
         files += [self._lock(who) for who in ("command", "worker")]
+        files += [file for name in KILLED_MARKS for file in self.path.glob(name) if not file.stat().st_size]
         if self.path.is_dir() and set(self.path.rglob("*")) <= {*files, self.checkpoints}:
             for file in files:
                 file.unlink(missing_ok=True)
@@ -304,10 +311,21 @@ def elsewhere(host: str) -> str:
     return f" (on {host})" if host not in ("", socket.gethostname()) else ""
 
 
-def versions() -> str:
-    """Return what a run was made with, as "raytrain 0.1.0, ray 2.55.1, ..."."""
-    packages = [f"{name} {version(name)}" for name in ("raytrain", "ray", "torch", "transformers", "numpy")]
+def versions(requires: Iterable[str] = ()) -> str:
+    """Return what a run was made with, as "raytrain 0.1.0, ray 2.55.1, ...".
+
+    Args:
+        requires: distributions that are named beside those that every run uses.
+    """
+    packages = [f"{name} {_version(name)}" for name in ("raytrain", "ray", "torch", "numpy", *requires)]
     return ", ".join([*packages, f"python {platform.python_version()}"])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ LOGGERS: dict[str, str] = {
 }
 
 LOGGER = ExtensionPoint(
-    "log.to",
+    "log.loggers",
     "a class that is made with (the run's folder, a step) and has write and close",
     arguments=2,
     methods=("write", "close"),
@@ -71,7 +71,7 @@ def logger_class(name: str) -> Callable[[Path, int], Logger]:
     found: Callable[[Path, int], Logger] = LOGGER.load(LOGGERS, name)
     missing = [package for package in getattr(found, "needs", ()) if importlib.util.find_spec(package) is None]
     if missing:
-        raise RecipeError(f"log.to: {name} needs {' and '.join(missing)}: pip install raytrain[{name}]")
+        raise RecipeError(f"log.loggers: {name} needs {' and '.join(missing)}: pip install raytrain[{name}]")
     return found
 
 
@@ -94,7 +94,7 @@ def started(names: Iterable[str], folder: Path, step: int) -> dict[str, Logger]:
             raise
         except Exception as error:
             raise TrainingError(
-                f"log.to: {name} cannot start: {type(error).__name__}: {error}; mend this, or train without {name}"
+                f"log.loggers: {name} cannot start: {type(error).__name__}: {error}; mend this, or train without {name}"
             ) from error
     return loggers
 

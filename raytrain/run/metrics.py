@@ -65,7 +65,8 @@ class Recorder:
         except Exception as error:
             del self._loggers[name]
             print(
-                f"raytrain: log.to: {name} failed, and gets no more of this attempt: {type(error).__name__}: {error}; "
+                f"raytrain: log.loggers: {name} failed, and gets no more of this attempt: {type(error).__name__}: "
+                f"{error}; "
                 f"all metrics are in {self._path}",
                 file=sys.stderr,
                 flush=True,

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,17 +21,38 @@ LOOK_SECONDS = 0.25
 LINE_SECONDS = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """How a kind of runs is shown.
+
+    Attributes:
+        verb: of the command that runs it.
+        doing: in a word, beside the bar.
+        unit: of its steps.
+        on_stop: what happens after Ctrl-C, before the run ends.
+        columns: row of `metrics.jsonl` -> what is shown of it, beside its evaluations and its pace.
+    """
+
+    verb: str
+    doing: str
+    unit: str
+    on_stop: str
+    columns: Callable[[Mapping[str, Any]], list[str]]
+
+
 class Display:
     """Shows how a run goes.
 
     Args:
         run: the run's folder.
         steps: how many steps it will take.
+        wording: of its kind.
     """
 
-    def __init__(self, run: RunDirectory, steps: int) -> None:
+    def __init__(self, run: RunDirectory, steps: int, wording: Wording) -> None:
         self._run = run
         self._steps = steps
+        self._wording = wording
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._metrics = Tail(run.metrics)
         self._restarts = Tail(run.restarts, from_end=True)
@@ -91,9 +113,7 @@ class Display:
                     return False
                 asked = True
                 self._run.request_stop()
-                self.say(
-                    "stopping: the workers save and end after the step they are at; Ctrl-C again ends them at once"
-                )
+                self.say(f"stopping: {self._wording.on_stop}; Ctrl-C again ends them at once")
 
     def finish(self, result: Result) -> None:
         """Print how the run ended."""
@@ -105,13 +125,13 @@ class Display:
             **{name: _number(value) for name, value in numbers.items()},
         }.items():
             table.add_row(name.replace("_", " "), Text(value))
-        table.add_row("steps, samples, seconds", f"{result.steps}, {result.samples}, {result.seconds:.1f}")
-        if result.restarts:
-            table.add_row("restarts", str(result.restarts))
-        table.add_row("run", Text(str(self._run.path)))
+        for name, figure in {**result.figures, "seconds": result.seconds, "restarts": result.restarts}.items():
+            if figure:
+                table.add_row(name.replace("_", " "), f"{figure:,}")
         self._console.print(table)
+        self.say(f"run: {self._run.path}")  # not in the table, which cuts what is longer than the terminal is wide
         if result.status in ("interrupted", "failed") and result.checkpoint:
-            self.say(f"continue with: raytrain train {self._run.path} --resume")
+            self.say(f"continue with: raytrain {self._wording.verb} {self._run.path} --resume")
 
     def _look(self) -> None:
         """Take in what is new in the run's files."""
@@ -130,7 +150,7 @@ class Display:
                 self._last = row
         if self._last:
             self._bar.start_task(self._task)
-            self._bar.update(self._task, description="training", completed=self._step, numbers=self._numbers())
+            self._bar.update(self._task, description=self._wording.doing, completed=self._step, numbers=self._numbers())
         if not self._console.is_terminal and self._last and time.monotonic() > self._next_line:
             self._line(self._last)
 
@@ -145,13 +165,14 @@ class Display:
     def _line(self, row: Mapping[str, Any]) -> None:
         self._next_line = time.monotonic() + LINE_SECONDS
         left = f"  {max(0, self._steps - row['step']) / self._pace[0]:.0f} s left" if self._pace[0] else ""
-        self.say(f"step {row['step']}/{self._steps}  {self._numbers()}{left}")
+        self.say(f"{self._wording.unit} {row['step']}/{self._steps}  {self._numbers()}{left}")
 
     def _numbers(self) -> str:
-        parts = [f"loss {self._last['loss']:.4f}"] if "loss" in self._last else []
+        parts = self._wording.columns(self._last)
         parts += [f"valid {name} {_number(value)}" for name, value in self._valid.items()]
         if self._pace[0]:
-            parts.append(f"{self._pace[0]:.1f} steps/s  {self._pace[1]:.0f} samples/s")
+            samples = f"  {self._pace[1]:.0f} samples/s" if self._pace[1] else ""
+            parts.append(f"{self._pace[0]:.1f} {self._wording.unit}s/s{samples}")
         return "  ".join(parts)
 
 

@@ -94,9 +94,7 @@ class Space:
                 have to be looked at.
         """
         if sparsity and starts:
-            raise RecipeError(
-                "directions.sparsity: expected 0 with shards of parameters, which do not know the largest"
-            )
+            raise RecipeError("zo.sparsity: expected 0 with shards of parameters, which do not know the largest")
         once: dict[tuple[int, ...], tuple[str, Tensor]] = {}
         for name, tensor in named.items():
             once.setdefault(place_of(tensor, tensor), (name, tensor))

@@ -16,7 +16,7 @@ RECORD = np.dtype([("step", "<u4"), ("of", "<u2"), ("rate", "<f4"), ("seed", "<u
 CRC_BYTES = 4
 Records = NDArray[Any]
 NAME = b"raytrain trajectory "
-FORMAT = 3
+FORMAT = 4
 MAGIC = NAME + b"%d\n" % FORMAT
 
 
@@ -90,8 +90,7 @@ def _not_ours(path: Path, data: bytes) -> str:
             "retrace it with that version"
         )
     return (
-        f"{path}: this is not a trajectory, as zeroth-order runs write; set directions.trajectory = false to go on "
-        "without one"
+        f"{path}: this is not a trajectory, as zeroth-order runs write; set zo.trajectory = false to go on without one"
     )
 
 

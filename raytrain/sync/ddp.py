@@ -9,17 +9,14 @@ from torch import Tensor, nn
 from raytrain.errors import TrainingError
 from raytrain.sync.averaging import Exchange
 from raytrain.sync.buffers import persistent
-from raytrain.sync.fsdp import ShardedGradients
-from raytrain.sync.options import GradientOptions
+from raytrain.sync.options import DdpOptions
 from raytrain.sync.step_message import Rest
 from raytrain.sync.synchroniser import EveryStep, Totals
 from raytrain.sync.transport import Pending
 
 
-def gradients(exchange: Exchange, options: GradientOptions) -> "GradientAveraging | ShardedGradients":
-    """Return the synchroniser that averages gradients at every step."""
-    if options.shard and len(exchange.transport.members) > 1:
-        return ShardedGradients(exchange)
+def ddp(exchange: Exchange, options: DdpOptions) -> "GradientAveraging":
+    """Return the synchroniser that all-reduces gradients in every step."""
     return GradientAveraging(exchange, options.bucket_bytes)
 
 

@@ -20,10 +20,17 @@ from raytrain.errors import RecipeError
 from raytrain.models.blocks import blocks
 from raytrain.sync.averaging import Exchange
 from raytrain.sync.buffers import persistent
+from raytrain.sync.ddp import GradientAveraging
+from raytrain.sync.options import FsdpOptions
 from raytrain.sync.shards import Shards, local_part
 from raytrain.sync.step_message import Rest
 from raytrain.sync.synchroniser import EveryStep, Totals
 from raytrain.sync.transport import GroupTransport
+
+
+def fsdp(exchange: Exchange, options: FsdpOptions) -> "GradientAveraging | ShardedGradients":  # noqa: ARG001
+    """Return the synchroniser that shards parameters, gradients and optimizer state; a single replica keeps all."""
+    return ShardedGradients(exchange) if len(exchange.transport.members) > 1 else GradientAveraging(exchange, 0)
 
 
 class ShardedGradients(EveryStep):
@@ -60,7 +67,7 @@ class ShardedGradients(EveryStep):
         transport = self._transport
         if not isinstance(transport, GroupTransport):
             raise RecipeError(
-                f"sync.shard: expected workers that are processes; got {type(transport).__name__}; set sync.shard=false"
+                f"sync.name: fsdp takes workers that are processes; got {type(transport).__name__}; set sync.name=ddp"
             )
         for tensor in persistent(module):
             there = tensor.data.to(transport.device).contiguous()  # FSDP knows no other

@@ -9,13 +9,13 @@ from raytrain.sync.global_momentum import Velocity
 from raytrain.sync.interval import Pace
 from raytrain.sync.local_updates import LocalUpdates
 from raytrain.sync.options import (
-    CODECS,
+    COMPRESSIONS,
     PENALTIES,
     Co2Options,
-    LateOptions,
+    DelayedAveragingOptions,
     LocalOptions,
-    MomentumOptions,
     NesterovOptions,
+    OuterMomentumOptions,
 )
 from raytrain.sync.outer import OuterStep, stable_below
 
@@ -27,15 +27,15 @@ def local_sgd(exchange: Exchange, options: LocalOptions) -> LocalUpdates:
     return _made(exchange, options, OuterStep(), Pace(options.every, 0))
 
 
-def slowmo(exchange: Exchange, options: MomentumOptions) -> LocalUpdates:
+def slowmo(exchange: Exchange, options: OuterMomentumOptions) -> LocalUpdates:
     """Return SlowMo (Wang et al. 2020): an outer step with momentum, which scales with the learning rate."""
-    outer = OuterStep(rate=options.rate, beta=options.momentum, scaled=True)
+    outer = OuterStep(rate=options.outer_lr, beta=options.outer_momentum, scaled=True)
     return _made(exchange, options, outer, Pace(options.every, 0))
 
 
 def diloco(exchange: Exchange, options: NesterovOptions) -> LocalUpdates:
     """Return DiLoCo (Douillard et al. 2023): an outer step with Nesterov's momentum."""
-    outer = OuterStep(rate=options.rate, beta=options.momentum, nesterov=True)
+    outer = OuterStep(rate=options.outer_lr, beta=options.outer_momentum, nesterov=True)
     return _made(exchange, options, outer, Pace(options.every, 0))
 
 
@@ -44,7 +44,7 @@ def cocod(exchange: Exchange, options: LocalOptions) -> LocalUpdates:
     return _made(exchange, options, OuterStep(), Pace(options.every, options.every))
 
 
-def late(exchange: Exchange, options: LateOptions) -> LocalUpdates:
+def delayed_averaging(exchange: Exchange, options: DelayedAveragingOptions) -> LocalUpdates:
     """Return local SGD whose mean comes some steps late, and whose momentum is spread over the local steps.
 
     The mean of the replicas moves by their own steps and by what `Velocity` adds, which is the same on all of them;
@@ -57,14 +57,14 @@ def late(exchange: Exchange, options: LateOptions) -> LocalUpdates:
     distances never shrink.
     """
     pace = Pace(options.every, options.delay)
-    velocity = Velocity(options.momentum) if options.momentum else None
-    return _made(exchange, options, OuterStep(), pace, pull=options.pull, velocity=velocity)
+    velocity = Velocity(options.global_momentum) if options.global_momentum else None
+    return _made(exchange, options, OuterStep(), pace, pull=options.alpha, velocity=velocity)
 
 
 def co2(exchange: Exchange, options: Co2Options) -> LocalUpdates:
     """Return CO2 (Sun et al. 2024): what a replica did in a round comes back a round later, with a penalty."""
     penalty = resolve(PENALTIES, options.penalty, "sync.penalty")()
-    outer = OuterStep(rate=options.rate, beta=options.momentum, clip=options.clip, penalty=penalty)
+    outer = OuterStep(rate=options.outer_lr, beta=options.outer_momentum, clip=options.clip, penalty=penalty)
     return _made(exchange, options, outer, Pace(options.every, options.every), keep=False)
 
 
@@ -78,8 +78,10 @@ def _made(
     pull: float | None = 1.0,
     velocity: Velocity | None = None,
 ) -> LocalUpdates:
-    if options.codec is not None:
-        exchange = CompressedExchange(exchange.transport, resolve(CODECS, options.codec, "sync.codec")())
+    if options.compression is not None:
+        exchange = CompressedExchange(
+            exchange.transport, resolve(COMPRESSIONS, options.compression, "sync.compression")()
+        )
     if exchange.transport.rank == 0:
         _warn(outer, keep=keep)
     shares = options.buffers == "mean"
@@ -91,7 +93,8 @@ def _warn(outer: OuterStep, *, keep: bool) -> None:
     rate, limit = outer.rate / outer.penalty.least(outer), stable_below(outer, late=not keep)
     if rate >= limit:
         logger.warning(
-            "sync.rate%s = %.3g can diverge: with sync.momentum = %.3g it is stable below %.3g / c, where c, from 0 to "
+            "sync.outer_lr%s = %.3g can diverge: with sync.outer_momentum = %.3g it is stable below %.3g / c, where "
+            "c, from 0 to "
             "1, is how much of the way to the minimum local steps go in a round%s",
             "" if rate == outer.rate else " over the penalty",
             rate,

@@ -165,7 +165,7 @@ class NoPenalty:
         """Take nothing."""
 
 
-class Constant(NoPenalty):
+class ConstantPenalty(NoPenalty):
     """Divide by 2 * rate / (1 - beta), whatever is measured: twice what is stable for the fastest local steps."""
 
     def __call__(self, outer: OuterStep, difference: Tensor) -> float:  # noqa: ARG002
@@ -177,7 +177,7 @@ class Constant(NoPenalty):
         return 2.0 * outer.rate / (1 - outer.beta)
 
 
-class GapAware(NoPenalty):
+class GapAwarePenalty(NoPenalty):
     """Divide by 1 + the length of the last outer step over that of the difference (after Barkai et al. 2020)."""
 
     looks_back = True
@@ -188,7 +188,7 @@ class GapAware(NoPenalty):
         return 1.0 + outer.rate * float(outer.last.norm()) / length if length else 1.0
 
 
-class Secant:
+class SecantPenalty:
     """Divide by kappa * rate * c / (1 - beta), at least 1, where c is how fast differences shrink along the path.
 
     A difference that is a round late makes outer steps with momentum unstable where rate * c / L reaches 1 - beta

@@ -15,7 +15,7 @@ from torch import nn
 from raytrain.errors import TrainingError
 from raytrain.sync.averaging import Exchange
 from raytrain.sync.buffers import persistent
-from raytrain.sync.options import NumberOptions
+from raytrain.sync.options import ScalarOptions
 from raytrain.sync.synchroniser import EveryStep, Totals
 from raytrain.tensors import digest_of
 
@@ -36,12 +36,12 @@ Bytes = NDArray[np.uint8]
 logger = logging.getLogger(__name__)
 
 
-def numbers(exchange: Exchange, options: NumberOptions) -> "Numbers":
+def scalars(exchange: Exchange, options: ScalarOptions) -> "Numbers":
     """Exchange each probe's slope as a float32, for zeroth-order optimizers."""
     return Numbers(exchange, options, short=False)
 
 
-def one_byte(exchange: Exchange, options: NumberOptions) -> "Numbers":
+def one_byte(exchange: Exchange, options: ScalarOptions) -> "Numbers":
     """Exchange each probe's slope as one byte, a sign and a logarithm, for zeroth-order optimizers."""
     return Numbers(exchange, options, short=True)
 
@@ -94,7 +94,7 @@ class Saturation:
         if 2 * (zeros + beyond) > seen and not self._told:
             self._told = True
             logger.warning(
-                "sync.name = one-byte: of the last %d slopes of a worker %d were 0, for which a larger directions.eps "
+                "sync.name = one-byte: of the last %d slopes of a worker %d were 0, for which a larger zo.eps "
                 "may help, and %d beyond what a byte holds, 2^-10.5 to 2^10.5 of the median of recent ones, and became "
                 "the least or the most of that; sync.name = numbers sends them as they are",
                 seen,
@@ -124,7 +124,7 @@ class Numbers(EveryStep):
         short: whether numbers are sent in one byte, or in four.
     """
 
-    def __init__(self, exchange: Exchange, options: NumberOptions, *, short: bool) -> None:
+    def __init__(self, exchange: Exchange, options: ScalarOptions, *, short: bool) -> None:
         super().__init__()
         self._exchange = exchange
         self._options = options

@@ -19,7 +19,7 @@ from raytrain.data.records import of_file
 from raytrain.errors import RecipeError
 from raytrain.models.generation import continuations
 from raytrain.models.pretrained import Pretrained
-from raytrain.tasks.options import CausalLmOptions, Long
+from raytrain.tasks.options import CausalLmOptions, Overflow
 from raytrain.tasks.splits import Part, Splits
 from raytrain.tasks.task import Task
 
@@ -105,7 +105,7 @@ class _CausalLm:
 
     def _data(self, part: Part) -> StoredExamples:
         options = self._options
-        asked = [options.text, options.domain, options.packed, options.long]
+        asked = [options.text, options.domain, options.packed, options.overflow]
         key = [self._splits.stamp(part), self._pretrained.stamp, self._length, asked]
         columns = {"tokens": "tokens", "bytes": "int64", "domain": "string"}
         return StoredExamples(lambda: self._examples(part), columns, key)
@@ -113,7 +113,7 @@ class _CausalLm:
     def _examples(self, part: Part) -> Iterator[Example]:
         if self._options.packed:
             return packed(self._documents(part), self._length)
-        return (each for one in self._documents(part) for each in alone(one, self._length, self._options.long))
+        return (each for one in self._documents(part) for each in alone(one, self._length, self._options.overflow))
 
     def _documents(self, part: Part) -> Iterator[Tokenized]:
         empty = True
@@ -142,19 +142,20 @@ def byte_widths(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.diff(offsets[np.maximum.accumulate(ends)], prepend=0)
 
 
-def alone(document: Tokenized, length: int, long: Long) -> Iterator[Example]:
+def alone(document: Tokenized, length: int, overflow: Overflow) -> Iterator[Example]:
     """Yield the examples of one document: of `length` tokens at most, and the one that follows.
 
     Raises:
         RecipeError: it does not fit, and that is an error.
     """
     predicted = len(document.tokens) - 1
-    if predicted > length and long == "error":
+    if predicted > length and overflow == "error":
         raise RecipeError(
-            f"task.long: {document.where}: the document has {predicted} tokens, and task.length is {length}; set "
-            "task.long=cut to take its beginning, task.long=split to make several examples of it, or task.packed=true"
+            f"task.overflow: {document.where}: the document has {predicted} tokens, and task.length is {length}; set "
+            "task.overflow=truncate to take its beginning, task.overflow=split to make several examples of it, or "
+            "task.packed=true"
         )
-    for start in range(0, length if long == "cut" else predicted, length):
+    for start in range(0, length if overflow == "truncate" else predicted, length):
         piece = slice(start, start + length + 1)
         yield _example(document.tokens[piece], document.widths[piece], document.domain)
 

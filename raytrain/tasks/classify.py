@@ -31,7 +31,7 @@ AT_ONCE = 32
 LOADERS: dict[str, Loader] = {
     "own": "AutoModelForSequenceClassification",
     "mean": "AutoModel",
-    "words": "AutoModelForCausalLM",
+    "verbalizer": "AutoModelForCausalLM",
 }
 MANY = 20
 """Different labels from which on they must not be as many as half of the texts."""
@@ -48,7 +48,7 @@ def classify(options: ClassifyOptions) -> Task:
         size=length,
         measure=made.measure,
         settle=made.settle,
-        start=made.start if options.start != "random" else None,
+        start=made.start if options.head_init != "random" else None,
         metric="accuracy",
         better="higher",
         references=made.references,
@@ -79,7 +79,7 @@ class _Classifier:
         module.config.id2label = {place: str(label) for place, label in enumerate(self._classes)}
         module.config.label2id = {str(label): place for place, label in enumerate(self._classes)}
         module.config.pad_token_id = self._filler
-        if self._options.start != "random":
+        if self._options.head_init != "random":
             mark_new(discriminant.head_of(module, len(self._classes)).parameters())
         prepared: nn.Module = self._pretrained.prepare(module)
         return prepared
@@ -87,11 +87,13 @@ class _Classifier:
     def start(self, module: nn.Module, seed: int) -> None:
         train = self.data("train")
         for place in set(range(len(self._classes))).difference(train.labels.tolist()):
-            raise RecipeError(f"task.start: no training text is of the class {self._classes[place]!r}, to start from")
+            raise RecipeError(
+                f"task.head_init: no training text is of the class {self._classes[place]!r}, to start from"
+            )
         some = [train[place] for place in discriminant.chosen(train.labels, self._options.shots, seed)]
         some.sort(key=length)  # less is filled up
         batches = [self.collate(some[at : at + AT_ONCE]) for at in range(0, len(some), AT_ONCE)]
-        discriminant.start(module, batches, self._scores, whole=self._options.start == "discriminant")
+        discriminant.start(module, batches, self._scores, whole=self._options.head_init == "discriminant")
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         rows = [example["tokens"] for example in examples]
@@ -137,7 +139,7 @@ class _Classifier:
 
     def _module(self, seed: int) -> Any:
         classes = len(self._classes)
-        if self._options.head == "words":
+        if self._options.head == "verbalizer":
             return self._pretrained.module(seed)
         if self._options.head == "own":
             return self._pretrained.module(seed, num_labels=classes)
@@ -155,7 +157,7 @@ class _Classifier:
 
     def _data(self, part: Part) -> StoredExamples:
         options = self._options
-        asked = [options.text, options.label, options.domain, options.head, options.prompt, options.words]
+        asked = [options.text, options.label, options.domain, options.head, options.prompt, options.verbalizer]
         key = [self._splits.stamp(part), self._pretrained.stamp, self._length, [str(c) for c in self._classes], asked]
         columns = {"tokens": "tokens", "label": "int64", "domain": "string"}
         return StoredExamples(lambda: self._labelled(part), columns, key)
@@ -183,12 +185,12 @@ class _Classifier:
     @cached_property
     def _words(self) -> Words | None:
         options = self._options
-        if options.head != "words":
+        if options.head != "verbalizer":
             return None
-        words = options.words or [f" {label}" for label in self._classes]
+        words = options.verbalizer or [f" {label}" for label in self._classes]
         if len(words) != len(self._classes):
             raise RecipeError(
-                f"task.words: expected a word for each of the {len(self._classes)} classes "
+                f"task.verbalizer: expected a word for each of the {len(self._classes)} classes "
                 f"({', '.join(map(str, self._classes))}); got {len(words)}"
             )
         return Words(self._pretrained, options.prompt, words, self._length)

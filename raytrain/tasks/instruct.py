@@ -94,7 +94,7 @@ class _Instruct:
 
     def _data(self, part: Part) -> Examples:
         options = self._options
-        asked = [*self._columns, options.domain, options.turns, options.long]
+        asked = [*self._columns, options.domain, options.turns, options.overflow]
         key = [self._splits.stamp(part), self._pretrained.stamp, self._length, asked]
         columns = {"tokens": "tokens", "prompt": "int64", "answer": "string", "domain": "string"}
         stored = StoredExamples(lambda: self._examples(part), columns, key)
@@ -112,19 +112,19 @@ class _Instruct:
                     domain = domain_of(record, self._options.domain)
                     yield {"tokens": tokens, "prompt": prompt, "answer": messages[place]["content"], "domain": domain}
         if empty:
-            raise RecipeError(f"task.long: no record of the {part} part fits into task.length = {self._length}")
+            raise RecipeError(f"task.overflow: no record of the {part} part fits into task.length = {self._length}")
 
     def _fitted(self, prompt: list[int], answer: list[int], record: Record) -> tuple[list[int], int]:
         """Return prompt and answer as they fit together, and the length of the prompt; nothing if they are left out."""
         room = self._length + 1 - len(prompt)  # the last token is predicted, and not seen
-        if len(answer) <= room or (self._options.long == "cut" and room > 0):
+        if len(answer) <= room or (self._options.overflow == "truncate" and room > 0):
             return prompt + answer[:room], len(prompt)
-        if self._options.long == "skip":
+        if self._options.overflow == "skip":
             return [], 0
         raise RecipeError(
-            f"task.long: {record.where}: the prompt has {len(prompt)} tokens and the answer {len(answer)}, and "
-            f"task.length is {self._length}; set {'task.long=cut to cut answers, or ' if room > 0 else ''}"
-            "task.long=skip to leave such records out"
+            f"task.overflow: {record.where}: the prompt has {len(prompt)} tokens and the answer {len(answer)}, and "
+            f"task.length is {self._length}; set {'task.overflow=truncate to cut answers, or ' if room > 0 else ''}"
+            "task.overflow=skip to leave such records out"
         )
 
     def _conversation(self, record: Record, asked: bool = False) -> list[Message]:

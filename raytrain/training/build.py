@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from raytrain.run.directory import RunDirectory
 from raytrain.run.loggers import logger_class
 from raytrain.sync.averaging import Exchange
 from raytrain.sync.fsdp import ShardedGradients
-from raytrain.sync.options import NUMBERS, SYNCHRONISERS
+from raytrain.sync.options import ALL_SYNCHRONISERS, FsdpOptions
 from raytrain.sync.scalars import Numbers
 from raytrain.tasks.task import TASKS, Task, make_task
 from raytrain.tensors import digest_of
@@ -48,7 +49,12 @@ def plan_of(recipe: TrainRecipe) -> Plan:
         noise_decay=recipe.optimizer.gradient_noise_decay,
         autocast=torch.bfloat16 if recipe.precision == "bfloat16" else None,
         rate=partial(
-            rate, shape, steps=recipe.steps, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
+            rate,
+            shape,
+            steps=recipe.steps,
+            warmup=schedule.warmup,
+            floor=schedule.min_lr_ratio,
+            decay=schedule.decay_ratio,
         ),
         evaluate_every=recipe.evaluation.every,
         checkpoint_every=recipe.checkpoint.every,
@@ -73,22 +79,29 @@ def callbacks_of(recipe: TrainRecipe) -> list[Callable[[Replica], None]]:
 def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
     """Return the recipe with the options that its training data decides, and its task.
 
-    What the run has decided before holds, whatever became of the data since.
-
     Raises:
         RecipeError: the task cannot be made, its data does not fit, or what is called later is not what it should be.
     """
-    for name in recipe.log.to:
+    for name in recipe.log.loggers:
         logger_class(name)
     callbacks_of(recipe)
     plan_of(recipe)
     task = task_of(recipe)
-    found = task.settle()
-    if not found:
+    changes = options_from_data(task, run)
+    if not changes:
         return recipe, task
-    before = read_toml(str(run.path), [])[0]["task"] if run.recipe.is_file() else {}
-    settled = recipe.with_overrides({f"task.{name}": before.get(name) or value for name, value in found.items()})
+    settled = recipe.with_overrides(changes)
     return settled, task_of(settled)
+
+
+def options_from_data(task: Task, run: RunDirectory) -> dict[str, Any]:
+    """Return the options of a task that its training data decides, as changes of a recipe.
+
+    What the run has decided before holds, whatever became of the data since.
+    """
+    found = task.settle()
+    before = read_toml(str(run.path), [])[0]["task"] if found and run.recipe.is_file() else {}
+    return {f"task.{name}": before.get(name) or value for name, value in found.items()}
 
 
 def build(
@@ -111,7 +124,7 @@ def build(
     module = task.model(recipe.seed)
     if task.start and start:
         watched = module.register_forward_hook(lambda *_: beat())  # it may look at all of the data
-        task.start(module if getattr(recipe.sync, "shard", False) else module.to(transport.device), recipe.seed)
+        task.start(module if isinstance(recipe.sync, FsdpOptions) else module.to(transport.device), recipe.seed)
         watched.remove()
         module.cpu()  # where what is drawn from here on is drawn
     if recipe.precision == "float64":
@@ -120,7 +133,7 @@ def build(
     freeze(module, recipe.freeze.match)
     elsewhere = adapt(module, recipe.adapter, recipe.seed)
     base = digest_of((name, module.get_parameter(name)) for name in elsewhere)
-    sync = resolve(SYNCHRONISERS | NUMBERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
+    sync = resolve(ALL_SYNCHRONISERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
     if recipe.compile:
         compile_blocks(module, recipe.compile, transport.device)
     if recipe.activation_checkpointing:
@@ -132,7 +145,7 @@ def build(
         module=module.train(),
         elsewhere=elsewhere,
         base=base,
-        half=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.half else None,
+        half=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.random_half else None,
         optimizer=optimizer,
         options=recipe.optimizer,
         ema=average_of(parts, optimizer, recipe.ema),
@@ -161,7 +174,7 @@ def trainable(
     Raises:
         RecipeError: the recipe does not fit the model.
     """
-    sparse = recipe.directions.sparsity > 0
+    sparse = recipe.zo.sparsity > 0
     replica = build(recipe, task, exchange, start=new or sparse, beat=beat)
     if isinstance(replica.optimizer, ZerothOrder):
         if sparse:
@@ -182,15 +195,15 @@ def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, 
     Raises:
         RecipeError: what the recipe says of directions does not fit the model.
     """
-    module, options = replica.module, recipe.directions
+    module, options = replica.module, recipe.zo
     if not isinstance(replica.sync, Numbers):  # the recipe sees to that
         raise TypeError(type(replica.sync))
     space = space_of(
         module,
         optimizer,
-        mode=options.mode,
+        mode=options.distribution,
         sparsity=options.sparsity,
-        blocks=options.blocks,
+        blocks=options.blockwise,
         first_order=options.first_order,
     )
     moved = {part.tensor.data_ptr() for part in space.parts}
@@ -207,12 +220,12 @@ def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, 
         probe=Probe(module, space),
         optimizer=optimizer,
         sync=replica.sync,
-        count=options.count,
+        count=options.num_perturbations,
         eps=options.eps,
-        sides=options.sides,
-        training=options.training,
+        sides={"forward": 1, "central": 2}[options.estimator],
+        training=options.train_mode,
         objective=options.objective,
-        outlier=options.outlier,
+        outlier=options.outlier_threshold,
         weighted=weighted,
         first_order=[one for one in module.parameters() if one.requires_grad and one.data_ptr() not in moved],
     )

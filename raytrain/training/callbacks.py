@@ -79,7 +79,7 @@ class RunWatch:
         for callback in self.callbacks:
             callback(replica)
         if due(replica.progress.step, self.log_every):
-            self._record(replica.progress, values)
+            self._record(replica.progress, {**values, **replica.progress.costs()})
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Measure the whole held-out split, with the averaged weights if there are any."""

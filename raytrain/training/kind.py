@@ -17,7 +17,7 @@ KIND = Kind(
         "optimizers": "raytrain.optim.options:ALL",
         "schedules": "raytrain.optim.schedules:SCHEDULES",
         "synchronisers": "raytrain.sync.options:ALL_SYNCHRONISERS",
-        "codecs": "raytrain.sync.options:CODECS",
+        "compressions": "raytrain.sync.options:COMPRESSIONS",
         "penalties": "raytrain.sync.options:PENALTIES",
         "loggers": "raytrain.run.loggers:LOGGERS",
         "kernels": "raytrain.seeds.options:KERNELS",

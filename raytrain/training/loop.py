@@ -28,8 +28,8 @@ class Plan:
     Attributes:
         steps: where training ends.
         seed: of everything that a step draws.
-        batch: examples per replica and step.
-        accumulate: micro-batches that they are cut into; this changes the memory, not the step.
+        batch: examples in a micro-batch.
+        accumulate: micro-batches of each replica in a step.
         clip: the largest norm of the gradient; 0: any.
         autocast: the type that the forward pass computes in, or None for that of the parameters.
         rate: step, counted from 0 -> factor of the learning rate.
@@ -51,6 +51,11 @@ class Plan:
     patience: int
     noise: float = 0.0
     noise_decay: float = 0.55
+
+    @property
+    def local_batch(self) -> int:
+        """Return the examples of each replica in a step, batch * accumulate."""
+        return self.batch * self.accumulate
 
 
 class Watch(Protocol):
@@ -101,10 +106,10 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
         sync.after_step(plan.rate(progress.step))
 
         progress.step += 1
-        progress.position += plan.batch * replica.members
+        progress.position += plan.local_batch * replica.members
         progress.seconds = before.seconds + time.perf_counter() - began
         progress.bytes_sent = before.bytes_sent + sync.bytes_sent
-        progress.exchange_seconds = before.exchange_seconds + sync.exchange_seconds
+        progress.communication_seconds = before.communication_seconds + sync.exchange_seconds
         progress.waited_seconds = before.waited_seconds + sync.waited_seconds
         progress.status = status(progress, plan, totals.stop)
         if replica.ema:
@@ -132,7 +137,7 @@ def zeroth_step(
 ) -> tuple[Totals, dict[str, float]]:
     """Probe the loss of this replica's share of the step, and move by what all replicas found."""
     progress = replica.progress
-    batches = _take(replica, task, feed, progress.position + replica.rank * plan.batch, plan)
+    batches = _take(replica, task, feed, progress.position + replica.rank * plan.local_batch, plan)
     weight = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
     loss = loss_of(
         task, replica.module, batches, (plan.seed, replica.rank, progress.step), plan.autocast, zeroth.objective
@@ -176,7 +181,7 @@ def settle(replica: Replica, task: Task, plan: Plan, watch: Watch) -> None:
 def backward(replica: Replica, task: Task, feed: Feed, plan: Plan) -> float:
     """Add the gradient of the weighted mean loss over this replica's share of the step; return sum of weight * loss."""
     progress = replica.progress
-    position = progress.position + replica.rank * plan.batch
+    position = progress.position + replica.rank * plan.local_batch
     batches = _take(replica, task, feed, position, plan)
     seed_step(plan.seed, replica.rank, progress.step)  # after the feed, which may have drawn elsewhere
     divisor = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
@@ -190,7 +195,8 @@ def backward(replica: Replica, task: Task, feed: Feed, plan: Plan) -> float:
             more = "" if plan.clip else " or clip = 1"
             raise TrainingError(
                 f"the loss is {total} in step {progress.step + 1} on worker {replica.rank}, over "
-                f"{feed.named(position, plan.batch)}; a lower optimizer.lr, a longer schedule.warmup{more} may help"
+                f"{feed.named(position, plan.local_batch)}; a lower optimizer.lr, a longer schedule.warmup{more} may "
+                f"help"
             )
         if place == len(batches):
             replica.sync.before_backward()
@@ -202,10 +208,10 @@ def _take(replica: Replica, task: Task, feed: Feed, position: int, plan: Plan) -
     """Return the micro-batches of this replica's share of the step, each with its weights, where the model is."""
     began = time.perf_counter()
     batches = []
-    for raw, examples in feed.take(position, plan.batch, plan.accumulate):
+    for raw, examples in feed.take(position, plan.local_batch, plan.accumulate):
         batch = moved(raw, replica.device, replica.dtype)
         batches.append((batch, loss_weights(task, batch, examples, replica.device)))
-    replica.progress.stalled_seconds += time.perf_counter() - began
+    replica.progress.data_wait_seconds += time.perf_counter() - began
     return batches
 
 

@@ -36,9 +36,9 @@ class Progress:
         stale: evaluations since then.
         evaluated: the step of the last evaluation.
         seconds: time spent training, over all attempts.
-        stalled_seconds: how much of it the first replica waited for data.
+        data_wait_seconds: how much of it the first replica waited for data.
         bytes_sent: bytes that the first replica put on the wire, over all attempts.
-        exchange_seconds: how long its exchanges were under way, one after the other.
+        communication_seconds: how long its exchanges were under way, one after the other.
         waited_seconds: how much of that it stood still for.
         status: "running", or why it ended: "done", "stopped early", "interrupted".
     """
@@ -50,11 +50,24 @@ class Progress:
     stale: int = 0
     evaluated: int = 0
     seconds: float = 0.0
-    stalled_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
     bytes_sent: int = 0
-    exchange_seconds: float = 0.0
+    communication_seconds: float = 0.0
     waited_seconds: float = 0.0
     status: Status = "running"
+
+    def costs(self) -> dict[str, float]:
+        """Return what it took so far, as rows of `metrics.jsonl` and `result.json` name it; seconds to milliseconds.
+
+        The overlap ratio is the share of the communication time that was hidden behind computation.
+        """
+        waited, under_way = self.waited_seconds, self.communication_seconds
+        return {
+            "data_wait_seconds": round(self.data_wait_seconds, 3),
+            "bytes_sent": self.bytes_sent,
+            "communication_seconds": round(under_way, 3),
+            "overlap_ratio": round(max(0.0, 1 - waited / under_way), 4) if under_way else 0.0,
+        }
 
 
 def plain(progress: Progress) -> dict[str, Any]:

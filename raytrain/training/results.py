@@ -49,21 +49,12 @@ def result_of(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -
         metrics=next((row["valid"] for row in reversed(rows(run.metrics)) if "valid" in row), {}),
         best=best if progress.best_step else {},
         references=_references(task) if ended else {},
-        steps=progress.step,
-        samples=progress.position,
+        figures={"steps": progress.step, "samples": progress.position, **progress.costs()},
         seconds=round(progress.seconds, 3),
-        stalled_seconds=round(progress.stalled_seconds, 3),
-        bytes_sent=progress.bytes_sent,
-        exchange_seconds=round(progress.exchange_seconds, 3),
-        hidden_share=round(_hidden(progress.exchange_seconds, progress.waited_seconds), 4),
         restarts=restarts,
         checkpoint=str(last.path),
         error=error,
     )
-
-
-def _hidden(exchange_seconds: float, waited_seconds: float) -> float:
-    return max(0.0, 1 - waited_seconds / exchange_seconds) if exchange_seconds else 0.0
 
 
 def _references(task: Task) -> Mapping[str, float]:

@@ -42,9 +42,9 @@ def _walk(replica: Replica, plan: Plan) -> Walk:
     return Walk(
         seed=plan.seed,
         rank=replica.rank,
-        first=replica.progress.position + replica.rank * plan.batch,
-        stride=replica.members * plan.batch,
+        first=replica.progress.position + replica.rank * plan.local_batch,
+        stride=replica.members * plan.local_batch,
         steps=max(0, plan.steps - replica.progress.step),
-        count=plan.batch,
+        count=plan.local_batch,
         parts=plan.accumulate,
     )

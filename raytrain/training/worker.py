@@ -161,7 +161,7 @@ def _watch(
 @contextmanager
 def _recording(recipe: TrainRecipe, run: RunDirectory, replica: Replica, watch: RunWatch) -> Iterator[None]:
     """Record a run inside the `with` block: rows, and the trajectory."""
-    with watch.recording(replica.progress, recipe.log.to), _tracing(recipe, run, replica):
+    with watch.recording(replica.progress, recipe.log.loggers), _tracing(recipe, run, replica):
         yield
 
 
@@ -169,10 +169,10 @@ def _recording(recipe: TrainRecipe, run: RunDirectory, replica: Replica, watch: 
 def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterator[None]:
     """Keep the run's trajectory inside the `with` block, on the first worker, if there is to be one."""
     zeroth, step = replica.zeroth, replica.progress.step
-    if zeroth is None or replica.rank > 0 or not recipe.directions.trajectory:
+    if zeroth is None or replica.rank > 0 or not recipe.zo.trajectory:
         yield
         return
-    about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.directions.model_dump())
+    about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.zo.model_dump())
     with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
         yield
 

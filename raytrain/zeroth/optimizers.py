@@ -171,7 +171,7 @@ class ZOAdam(Averaging):
 
 
 class ZOHybrid(ZerothOrder, AdamW):
-    """AdamW on the parameters that directions.first_order names, as the last blocks; zo-sgd on all others."""
+    """AdamW on the parameters that zo.first_order names, as the last blocks; zo-sgd on all others."""
 
     hybrid = True
 
@@ -227,11 +227,11 @@ def space_of(
     for pattern in first_order:
         if not any(fnmatchcase(name, pattern) for name in trainable):
             raise RecipeError(
-                f"directions.first_order: no trainable parameter is called {pattern!r}; there are "
+                f"zo.first_order: no trainable parameter is called {pattern!r}; there are "
                 f"{', '.join(trainable[:3])}, ..., {trainable[-1]}"
             )
     if blocks and not blocks_of(module):
-        raise RecipeError("directions.blocks: the model has no repeated blocks; take directions.blocks = false")
+        raise RecipeError("zo.blockwise: the model has no repeated blocks; take zo.blockwise = false")
     named = {
         name: parameter
         for name, parameter in module.named_parameters()

@@ -25,9 +25,9 @@ from raytrain.zeroth.optimizers import ZerothOrder, ZOAdam, ZOMomentum, space_of
 class _Shape(BaseModel, frozen=True, extra="forbid"):
     """What directions are, of a recipe's options of them."""
 
-    mode: Mode
+    distribution: Mode
     sparsity: float
-    blocks: bool
+    blockwise: bool
 
 
 class Header(BaseModel, frozen=True, extra="forbid"):
@@ -77,7 +77,7 @@ def beginning(
         **_known(space, module),
         "first": first,
         "optimizer": optimizer.model_dump(mode="json"),
-        "space": {name: directions[name] for name in ("mode", "sparsity", "blocks")},
+        "space": {name: directions[name] for name in ("distribution", "sparsity", "blockwise")},
     }
 
 
@@ -161,7 +161,10 @@ def _stepper(header: Header, module: nn.Module) -> ZerothOrder:
     optimizer = make_optimizer(resolve({}, ZEROTH[name], "optimizer.name"), options, module)
     if not isinstance(optimizer, ZerothOrder):  # the table has no others
         raise TypeError(type(optimizer))
-    optimizer.shape(space_of(module, optimizer, **header.space.model_dump()))
+    space = header.space
+    optimizer.shape(
+        space_of(module, optimizer, mode=space.distribution, sparsity=space.sparsity, blocks=space.blockwise)
+    )
     return optimizer
 
 

@@ -98,7 +98,7 @@ class Zeroth:
         if self._useless == PATIENCE:
             raise TrainingError(
                 f"no probe of steps {step + 2 - PATIENCE} to {step + 1} gave a usable slope, and what is lowered is "
-                f"{mean_loss:g}; a lower optimizer.lr or directions.eps may help"
+                f"{mean_loss:g}; a lower optimizer.lr or zo.eps may help"
             )
         square = sum(value**2 for value in usable.values()) / max(1, len(usable))
         return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": len(slopes) - len(usable)}
@@ -117,7 +117,7 @@ class Zeroth:
                 parameter.requires_grad_(True)
         if not all(one.grad is None or torch.isfinite(one.grad).all() for one in self.first_order):
             raise TrainingError(
-                "the gradient of directions.first_order is not finite; a lower optimizer.first_order_lr or "
+                "the gradient of zo.first_order is not finite; a lower optimizer.first_order_lr or "
                 "optimizer.lr may help"
             )
 
@@ -182,7 +182,7 @@ def loss_of(
     device = next(module.parameters()).device
     lower, name = objective.startswith("-"), objective.removeprefix("-")
     if not lower and name and name == (task.metric if task.better == "lower" else "loss"):
-        raise RecipeError(f"directions.objective: less of {name} is better; expected '-{name}', to lower it")
+        raise RecipeError(f"zo.objective: less of {name} is better; expected '-{name}', to lower it")
 
     def loss() -> Tensor:
         if place:
@@ -199,10 +199,10 @@ def loss_of(
 
 def _measured(task: Task, module: nn.Module, batches: Sequence[tuple[Batch, Tensor]], name: str) -> float:
     if task.measure is None:
-        raise RecipeError(f"directions.objective: the task measures nothing; got {name!r}; '' is the loss")
+        raise RecipeError(f"zo.objective: the task measures nothing; got {name!r}; '' is the loss")
     sums = [task.measure(module, batch) for batch, _ in batches]
     if name not in sums[0]:
-        raise RecipeError(f"directions.objective: the task measures {', '.join(sorted(sums[0]))}; got {name!r}")
+        raise RecipeError(f"zo.objective: the task measures {', '.join(sorted(sums[0]))}; got {name!r}")
     return sum(one[name][0] for one in sums) / (sum(one[name][1] for one in sums) or 1.0)
 
 

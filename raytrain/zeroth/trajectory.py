@@ -78,21 +78,21 @@ def _continued(path: Path, about: Mapping[str, Any], step: int) -> tuple[dict[st
     Raises:
         RecipeError: it has none, or the run now moves in another way, which the file could not say.
     """
-    way_out = "; set directions.trajectory = false, or start another run"
+    way_out = "; set zo.trajectory = false, or start another run"
     if not path.is_file():
-        raise RecipeError(f"directions.trajectory: expected {path}, which the run should have kept so far{way_out}")
+        raise RecipeError(f"zo.trajectory: expected {path}, which the run should have kept so far{way_out}")
     kept, before, _ = read_intact(path)  # what is damaged behind the steps that are needed does not matter
     for name in ("space", "optimizer"):
         was, now = kept.get(name, {}), about[name]
         odd = [key for key in {**now, **was} if key != "lr" and was.get(key) != now.get(key)]  # lr is in each record
         if odd:
             raise RecipeError(
-                f"directions.trajectory: expected {odd[0]} = {was.get(odd[0])!r} as the run began; "
+                f"zo.trajectory: expected {odd[0]} = {was.get(odd[0])!r} as the run began; "
                 f"got {now.get(odd[0])!r}{way_out}"
             )
     if kept.get("directions") != about["directions"]:
         raise RecipeError(
-            "directions.trajectory: expected the parameters that the run began to move, of the same types, each along "
+            "zo.trajectory: expected the parameters that the run began to move, of the same types, each along "
             "directions as long as then; freeze.match, adapter, precision or a group's lr over optimizer.lr may be "
             f"others now{way_out}"
         )
@@ -100,5 +100,5 @@ def _continued(path: Path, about: Mapping[str, Any], step: int) -> tuple[dict[st
     there = np.unique(before["step"])
     if len(there) < step:
         missing = next(place for place, found in enumerate([*there.tolist(), step]) if place != found)
-        raise RecipeError(f"directions.trajectory: expected step {missing + 1} in {path}; it is not there{way_out}")
+        raise RecipeError(f"zo.trajectory: expected step {missing + 1} in {path}; it is not there{way_out}")
     return kept, before

@@ -106,7 +106,7 @@ class Search:
             loop.status,
             metrics=metrics,
             best={"metric": self._objective.metric, "value": best.score, "step": step, "member": member},
-            steps=standings_of(self._objective, self._journal.lineage.read(), self._reports.read()).steps,
+            figures={"steps": standings_of(self._objective, self._journal.lineage.read(), self._reports.read()).steps},
             seconds=round(self._reports.seconds, 3),
             restarts=loop.restarts,
             checkpoint=str(checkpoint),
@@ -123,7 +123,7 @@ class Search:
             phases = self._phases()
             shown = [*phases[:1], *phases[max(1, len(phases) - SHOWN_PHASES + 1) :]]
             facts |= {f"from step {phase.from_step}": _listed(phase.changes) for phase in shown}
-        facts["steps, seconds"] = f"{result.steps}, {result.seconds:.1f}"
+        facts |= {name: f"{figure:,}" for name, figure in {**result.figures, "seconds": result.seconds}.items()}
         if result.restarts:
             facts["restarts"] = str(result.restarts)
         facts["run"] = str(path)

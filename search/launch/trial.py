@@ -24,7 +24,8 @@ from search.scheduling.work import Work
 
 ONCE = {"evaluation.every": 0, "evaluation.patience": 0, "checkpoint.every": 0}
 """A segment is evaluated at its end alone, and saved by whoever asked for it."""
-NO_TIMES = {"seconds": 0.0, "stalled_seconds": 0.0, "exchange_seconds": 0.0, "waited_seconds": 0.0, "bytes_sent": 0}
+TIMES = ("seconds", "data_wait_seconds", "communication_seconds", "waited_seconds")
+NO_TIMES = {**dict.fromkeys(TIMES, 0.0), "bytes_sent": 0}
 """Fields of a replica's progress that depend on the machine: a state is named by its bytes, which must not."""
 
 

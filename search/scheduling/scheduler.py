@@ -29,6 +29,9 @@ SEARCHES: dict[str, str] = {
     "random": "search.sweep.searches:random",
     "asha": "search.sweep.searches:asha",
     "median": "search.sweep.searches:median",
+    "sobol": "search.sweep.searches:sobol",
+    "evolution": "search.sweep.searches:evolution",
+    "gp": "search.sweep.searches:gp",
     "tpe": "search.sweep.searches:tpe",
 }
 

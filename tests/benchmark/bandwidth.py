@@ -66,7 +66,7 @@ MODELS: dict[str, Fields] = {
         "task": {"name": "text", "tokens": "chars", "model": "gpt", "layers": 4, "heads": 4, "width": 128, "block": 64},
         "batch": 12,
         "optimizer": {"name": "adamw", "lr": 4e-3, "betas": [0.9, 0.99], "weight_decay": 0.1},
-        "schedule": {"name": "cosine", "warmup": 100, "floor": 0.1},
+        "schedule": {"name": "cosine", "warmup": 100, "min_lr_ratio": 0.1},
     },
     "mlp": {
         "task": {"name": "digits", "model": "mlp", "widths": [1024, 1024]},
@@ -74,20 +74,20 @@ MODELS: dict[str, Fields] = {
         "optimizer": {"name": "sgd", "lr": 0.02, "momentum": 0.9},
     },
 }
-ASYNC: Fields = {"name": "late", "every": "auto"}
+ASYNC: Fields = {"name": "delayed-averaging", "every": "auto"}
 METHODS: dict[str, Fields] = {
-    "none": {"name": "gradients"},
-    "ddp": {"name": "gradients"},
-    "ddp-powersgd": {"name": "gradients"},
+    "none": {"name": "ddp"},
+    "ddp": {"name": "ddp"},
+    "ddp-powersgd": {"name": "ddp"},
     "local-sgd": {"name": "local-sgd", "every": TAU},
     "diloco": {"name": "diloco", "every": TAU},
     "co2": {"name": "co2", "every": TAU},
-    "late": ASYNC,
-    "late-int8": {**ASYNC, "codec": "int8"},
+    "delayed-averaging": ASYNC,
+    "delayed-averaging-int8": {**ASYNC, "compression": "int8"},
 }
 ORDER = (
-    *("late", "ddp", "ddp-powersgd", "late", "late-int8", "local-sgd"),
-    *("late", "diloco", "late", "co2", "late-int8", "late"),
+    *("delayed-averaging", "ddp", "ddp-powersgd", "delayed-averaging", "delayed-averaging-int8", "local-sgd"),
+    *("delayed-averaging", "diloco", "delayed-averaging", "co2", "delayed-averaging-int8", "delayed-averaging"),
 )
 
 
@@ -234,7 +234,7 @@ def train_with_power_sgd(replica: Replica, task: Task, feed: Any, plan: Plan, me
         replica.optimizer.step()
         replica.optimizer.zero_grad()
         replica.progress.step += 1
-        replica.progress.position += plan.batch * replica.members
+        replica.progress.position += plan.local_batch * replica.members
         replica.progress.bytes_sent += 1  # each step ends an exchange
         meter.stepped(replica, {})
         stop.fill_(meter.stop_requested() if replica.rank == 0 else 0.0)
@@ -352,7 +352,7 @@ class Pair:
 
 def recipe(model: str, sync: Mapping[str, Any], data: Path, **more: Any) -> Fields:
     """Return the recipe of a run of two workers, as plain data."""
-    fields = {"kind": "train", "workers": 2, "steps": ENDLESS, "log": {"to": []}, **MODELS[model], "sync": sync}
+    fields = {"kind": "train", "workers": 2, "steps": ENDLESS, "log": {"loggers": []}, **MODELS[model], "sync": sync}
     fields |= {"evaluation": {"every": 0}, "checkpoint": {"every": 0}, **more}
     if model == "gpt":
         fields["task.path"] = str(data / "tinyshakespeare" / "input.txt")
@@ -448,7 +448,9 @@ def curves(tau: int, delay: int, options: Namespace) -> dict[str, list[tuple[int
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             "ddp": recipe("gpt", METHODS["ddp"], options.data, **more),
-            "late": recipe("gpt", {"name": "late", "every": tau, "delay": delay}, options.data, **more),
+            "delayed-averaging": recipe(
+                "gpt", {"name": "delayed-averaging", "every": tau, "delay": delay}, options.data, **more
+            ),
         }
         train_each_with_gloo([(TrainRecipe.parse(plain), Path(folder) / name) for name, plain in runs.items()])
         logs = {name: rows(Path(folder) / name / "metrics.jsonl") for name in runs}
@@ -469,22 +471,27 @@ def steps_to(target: float, curve: list[tuple[int, float]]) -> float:
 def time_to_loss(pair: Pair, network: Network, found: list[dict[str, Any]], options: Namespace) -> dict[str, float]:
     """Return how much sooner the default method comes to a loss at 100 Mbit/s, and one such time measured."""
     here = {row["method"]: row for row in found if (row["mbits"], row["model"]) == (100, "gpt")}
-    tau, delay = here["late"]["tau"], here["late"]["delay"]
+    tau, delay = here["delayed-averaging"]["tau"], here["delayed-averaging"]["delay"]
     curve = curves(tau, delay, options)
     target = 1.005 * max(points[-1][1] for points in curve.values())
     steps = {name: steps_to(target, points) for name, points in curve.items()}
     seconds = {name: steps[name] / here[name]["steps_per_second"] for name in steps}
     network.limit(100)
-    whole = recipe("gpt", {"name": "late", "every": tau, "delay": delay}, options.data, steps=curve["late"][-1][0])
-    answers = pair.ask({"method": "late", "recipe": whole, "until": round(steps["late"])})
+    whole = recipe(
+        "gpt",
+        {"name": "delayed-averaging", "every": tau, "delay": delay},
+        options.data,
+        steps=curve["delayed-averaging"][-1][0],
+    )
+    answers = pair.ask({"method": "delayed-averaging", "recipe": whole, "until": round(steps["delayed-averaging"])})
     return {
-        "time_to_loss_speedup_100mbit": seconds["ddp"] / seconds["late"],
+        "time_to_loss_speedup_100mbit": seconds["ddp"] / seconds["delayed-averaging"],
         "target_loss": target,
         "steps_to_loss_ddp": steps["ddp"],
-        "steps_to_loss_late": steps["late"],
+        "steps_to_loss_delayed_averaging": steps["delayed-averaging"],
         "seconds_to_loss_ddp": seconds["ddp"],
-        "seconds_to_loss_late": seconds["late"],
-        "seconds_to_loss_late_end_to_end": max(answer["seconds"] for answer in answers),
+        "seconds_to_loss_delayed_averaging": seconds["delayed-averaging"],
+        "seconds_to_loss_delayed_averaging_end_to_end": max(answer["seconds"] for answer in answers),
         "loss_end_to_end": answers[0]["loss"],
     }
 
@@ -503,16 +510,24 @@ def with_ray_train(network: Network, options: Namespace) -> dict[str, float]:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             stack.callback(_end, network.start(rank, node, env=environment, **quiet))
             time.sleep(10)
-        words = [sys.executable, "-m", "raytrain", "train", "shakespeare-co2", "--address", f"{address(0)}:{PORT + 2}"]
-        more = ["workers=2", "steps=400", "resources.placement=STRICT_SPREAD", "resources.cpus=1", "log.to=[]"]
+        words = [
+            sys.executable,
+            "-m",
+            "raytrain",
+            "train",
+            "shakespeare-delayed",
+            "--address",
+            f"{address(0)}:{PORT + 2}",
+        ]
+        more = ["workers=2", "steps=400", "resources.placement=STRICT_SPREAD", "resources.cpus=1", "log.loggers=[]"]
         more += [f"task.path={options.data / 'tinyshakespeare' / 'input.txt'}", "sync.every=auto", "evaluation.every=0"]
         command = network.start(0, [*words, *more, "--out", str(folder / "run")], env=environment, cwd=folder)
         if command.wait(timeout=400):
             raise RuntimeError("the run on Ray failed")
         result = json.loads((folder / "run" / "result.json").read_text())
     return {
-        "ray_train_steps_per_second": result["steps"] / result["seconds"],
-        "ray_train_hidden_share": result["hidden_share"],
+        "ray_train_steps_per_second": result["figures"]["steps"] / result["seconds"],
+        "ray_train_overlap_ratio": result["figures"]["overlap_ratio"],
     }
 
 
@@ -536,8 +551,13 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
         for method in METHODS:
             if method != "none":
                 etas = [row["eta"] for rate in rates for row in mine if (row["mbits"], row["method"]) == (rate, method)]
-                place.plot(rates, etas, marker="o", linewidth=3 if method == "late" else 1.2, label=method)
-        top = [row["ceiling"] for rate in rates for row in mine if (row["mbits"], row["method"]) == (rate, "late")]
+                place.plot(rates, etas, marker="o", linewidth=3 if method == "delayed-averaging" else 1.2, label=method)
+        top = [
+            row["ceiling"]
+            for rate in rates
+            for row in mine
+            if (row["mbits"], row["method"]) == (rate, "delayed-averaging")
+        ]
         place.plot(rates, top, color="black", linestyle=":", label="ceiling of late")
         place.set(xscale="log", xlabel="Mbit/s between the workers", title=titles[model], ylim=(0, 1.12))
         place.set_xticks(rates, [str(rate) for rate in rates])
@@ -550,11 +570,11 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
 
 def summary(found: list[dict[str, Any]], raw: Mapping[str, float]) -> dict[str, float]:
     """Return the headline."""
-    ours = [row for row in found if row["method"] == "late"]
+    ours = [row for row in found if row["method"] == "delayed-averaging"]
     at_100 = {row["method"]: row for row in found if (row["mbits"], row["model"]) == (100, "gpt")}
     return {
         "min_eta_over_ceiling": min(row["eta"] / row["ceiling"] for row in ours),
-        "eta_async_100mbit": at_100["late"]["eta"],
+        "eta_async_100mbit": at_100["delayed-averaging"]["eta"],
         "eta_ddp_100mbit": at_100["ddp"]["eta"],
         "tau_over_minimum": max(row["tau"] / row["least_tau"] for row in ours),
         **raw,

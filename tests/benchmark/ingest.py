@@ -3,7 +3,7 @@
     python tests/benchmark/ingest.py
 
 Each row is a run of `raytrain train` with one worker on one thread, whose source has one actor on another processor:
-samples per second through the loop, and the share of its time that the loop waited for data (`stalled_seconds` of
+samples per second through the loop, and the share of its time that the loop waited for data (`data_wait_seconds` of
 `result.json`). The model is that of the recipe shakespeare-cpu. Beside it stands what the source gives when nothing is
 trained, after what it had prepared ahead is used up.
 
@@ -142,8 +142,8 @@ def trained(source: str, rows: Path, steps: int) -> dict[str, float]:
         result = json.loads((out / "result.json").read_text())
     seconds = result["seconds"]
     return {
-        "samples_per_second": result["samples"] / seconds,
-        "stall_share": result["stalled_seconds"] / seconds,
+        "samples_per_second": result["figures"]["samples"] / seconds,
+        "stall_share": result["figures"]["data_wait_seconds"] / seconds,
         "seconds": seconds,
     }
 

@@ -104,7 +104,7 @@ def ours(steps: int, threads: int) -> dict[str, float]:
             "optimizer.weight_decay": 0.1,
             "optimizer.betas": [0.9, 0.99],
             "schedule.warmup": 100,
-            "schedule.floor": 0.1,
+            "schedule.min_lr_ratio": 0.1,
             "evaluation.every": 0,
             "checkpoint.every": 0,
             "resources.cpus": threads,

@@ -1,6 +1,6 @@
 """Random kills: does a run that is killed end as one that nobody touched, and how soon does it train again?
 
-    python tests/benchmark/resume.py [--sync late]
+    python tests/benchmark/resume.py [--sync delayed-averaging]
 
 Each trial runs `raytrain train` and, at a random moment after training has begun, sends SIGKILL to a random worker or
 to the command itself. A killed worker is started again by the run itself; a killed command is run again with --resume.
@@ -8,9 +8,9 @@ The final weights are compared with those of an untouched run, bit by bit. The r
 kill to the first step after it; that of a command includes starting Python and Ray. The workers of a killed command go
 on until Ray ends them, so a run that is killed late may have nothing left to do: then it is the time to the end.
 
-With `--sync late` the workers take local steps and an exchange is under way at any time (`sync.delay = sync.every`),
-and only workers are killed, ten times: how long the others waited for the dead one is the time from the kill to the
-end of the attempt, which is to be less than `sync.timeout_seconds`.
+With `--sync delayed-averaging` the workers take local steps and an all-reduce is in flight at any time (`sync.delay =
+sync.every`), and only workers are killed, ten times: how long the others waited for the dead one is the time from the
+kill to the end of the attempt, which is to be less than `sync.timeout_seconds`.
 """
 
 import os
@@ -36,8 +36,8 @@ WORDS = [
     "checkpoint.every=50", "evaluation.every=300", "log.every=1", "sync.timeout_seconds=30",
 ]  # fmt: skip
 SYNC = {
-    "gradients": ["ema=0.99"],
-    "late": ["sync.name=late", "sync.every=12", "sync.delay=12", "sync.codec=int8"],
+    "ddp": ["ema=0.99"],
+    "delayed-averaging": ["sync.name=delayed-averaging", "sync.every=12", "sync.delay=12", "sync.compression=int8"],
 }
 
 
@@ -64,7 +64,7 @@ def wait_for(done: Callable[[], bool], command: subprocess.Popen[bytes], seconds
 def trial(out: Path, sync: str, seed: int) -> dict[str, object]:
     """Kill something at a random step of a new run, let it recover, and tell how that went."""
     draw = random.Random(seed)
-    victims = ["worker 0", "worker 1", *(["command"] if sync == "gradients" else [])]
+    victims = ["worker 0", "worker 1", *(["command"] if sync == "ddp" else [])]
     at, victim = draw.randrange(20, 700), draw.choice(victims)
     command = start(out, sync)
     wait_for(lambda: last_step(out) >= at, command)
@@ -109,9 +109,9 @@ def final(out: Path) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Measure and report."""
     parser = parser_of(__doc__.partition("\n")[0])
-    parser.add_argument("--sync", choices=SYNC, default="gradients")
+    parser.add_argument("--sync", choices=SYNC, default="ddp")
     options = parse(parser)
-    trials, table = {"gradients": 20, "late": 10}[options.sync], []
+    trials, table = {"ddp": 20, "delayed-averaging": 10}[options.sync], []
     with tempfile.TemporaryDirectory() as folder:
         untouched = Path(folder) / "untouched"
         if start(untouched, options.sync).wait(timeout=300):
@@ -141,7 +141,7 @@ def main() -> None:
             if values
         },
     }
-    finish("resume" if options.sync == "gradients" else f"resume-{options.sync}", table, headline, options)
+    finish("resume" if options.sync == "ddp" else f"resume-{options.sync}", table, headline, options)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def chosen(name: str) -> AdapterOptions:
 
 def recipe(name: str, **changes: Any) -> TrainRecipe:
     raw = {"kind": "train", "task": "test_adapters:blocks_task", "adapter": {"name": name, **OPTIONS.get(name, {})}}
-    base = {"steps": 40, "batch": 16, "optimizer.lr": 0.02, "log.to": [], "evaluation.every": 20}
+    base = {"steps": 40, "batch": 16, "optimizer.lr": 0.02, "log.loggers": [], "evaluation.every": 20}
     return TrainRecipe.parse(raw).with_overrides(base | changes)
 
 
@@ -213,8 +213,10 @@ def test_new_parameters_are_trained_or_at_least_saved() -> None:
 def test_patterns_of_what_is_trained_beside_an_adapter_must_fit() -> None:
     options = declared.OPTIONS["lora"]
     module = model(0)
-    adapt(module, options(name="lora", beside=("*norm*", "score*")), 0)
+    adapt(module, options(name="lora", modules_to_save=("*norm*", "score*")), 0)
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
     assert {key.split(".")[2] for key in trained if "lora" not in key} == {"norm"}
-    with pytest.raises(RecipeError, match=r"^adapter.beside: 'clasifier\*' matches no parameter of the model; did y"):
-        adapt(model(0), options(name="lora", beside=("clasifier*",)), 0)
+    with pytest.raises(
+        RecipeError, match=r"^adapter.modules_to_save: 'clasifier\*' matches no parameter of the model; did y"
+    ):
+        adapt(model(0), options(name="lora", modules_to_save=("clasifier*",)), 0)

@@ -21,7 +21,7 @@ from raytrain.optim.options import ALL, OptimizerOptions
 from raytrain.recipe import declared_options
 from raytrain.registry import resolve
 from raytrain.sync import options as sync
-from raytrain.sync.options import NUMBERS, SYNCHRONISERS, SyncOptions
+from raytrain.sync.options import ALL_SYNCHRONISERS, SyncOptions
 from raytrain.tasks import options as tasks
 from raytrain.tasks.task import TASKS, options_of_task
 from raytrain.zeroth.optimizers import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
@@ -41,7 +41,7 @@ def defaults(options: Any) -> dict[str, Any]:
 
 def test_every_table_has_its_options() -> None:
     assert tasks.OPTIONS.keys() == TASKS.keys()
-    assert sync.OPTIONS.keys() == (SYNCHRONISERS | NUMBERS).keys()
+    assert sync.SYNC_OPTIONS.keys() == ALL_SYNCHRONISERS.keys()
     assert arguments.OPTIONS.keys() == ALL.keys()
     assert adapters.OPTIONS.keys() == adapters.ADAPTERS.keys()
 
@@ -51,10 +51,10 @@ def test_tasks_declare_them(name: str) -> None:
     assert options_of_task(resolve(TASKS, name, "task.name")) is tasks.OPTIONS[name]
 
 
-@pytest.mark.parametrize("name", SYNCHRONISERS | NUMBERS)
+@pytest.mark.parametrize("name", ALL_SYNCHRONISERS)
 def test_synchronisers_declare_them(name: str) -> None:
-    factory = resolve(SYNCHRONISERS | NUMBERS, name, "sync.name")
-    assert declared_options(factory, SyncOptions) is sync.OPTIONS[name]
+    factory = resolve(ALL_SYNCHRONISERS, name, "sync.name")
+    assert declared_options(factory, SyncOptions) is sync.SYNC_OPTIONS[name]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -140,7 +140,7 @@ class TestAdapters:
     @settings(max_examples=60, deadline=None)
     def test_what_they_accept_the_configuration_takes(self, name: str, data: st.DataObject) -> None:
         options = adapters.OPTIONS[name]
-        own = [field for field in options.model_fields if field not in ("name", "beside")]
+        own = [field for field in options.model_fields if field not in ("name", "modules_to_save")]
         values = st.sampled_from(
             [True, False, 0, 1, 2, 3, -1, 0.5, "all", "none", "eva", "bat", "a.*", ["a", "b"], [1], {"a": 4}, None]
         )

@@ -106,7 +106,7 @@ READERS: dict[str, Callable[[Path], Iterator[Point]]] = {
 def recipe(*loggers: str, **changes: Any) -> TrainRecipe:
     base = {"kind": "train", "task": "raytrain.testing:tiny", "seed": 3, "steps": 6, "schedule": {"name": "constant"}}
     return TrainRecipe.parse(base).with_overrides(
-        {"log.to": list(loggers), "log.every": 1, "evaluation.every": 2, "checkpoint.every": 3, **changes}
+        {"log.loggers": list(loggers), "log.every": 1, "evaluation.every": 2, "checkpoint.every": 3, **changes}
     )
 
 
@@ -213,7 +213,8 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, cap
     run = train_here(recipe("tests_of_loggers:Breaking", "tensorboard"), tmp_path / "run")
     assert run.failure() is None
     assert capfd.readouterr().err.splitlines() == [
-        "raytrain: log.to: tests_of_loggers:Breaking failed, and gets no more of this attempt: ConnectionError: no "
+        "raytrain: log.loggers: tests_of_loggers:Breaking failed, and gets no more of this attempt: ConnectionError: "
+        "no "
         f"route to host; all metrics are in {run.metrics}"
     ]
     assert rounded(in_tensorboard(run.path)) == rounded(in_metrics(run))
@@ -258,7 +259,7 @@ def test_a_logger_that_cannot_start_ends_the_run(tmp_path: Path) -> None:
     assert failure is not None
     assert failure.exit_status == 1
     assert failure.message == (
-        "log.to: tests_of_loggers:Refusing cannot start: PermissionError: the key is wrong; mend this, or train "
+        "log.loggers: tests_of_loggers:Refusing cannot start: PermissionError: the key is wrong; mend this, or train "
         "without tests_of_loggers:Refusing"
     )
 
@@ -268,9 +269,9 @@ def test_what_is_not_installed_is_told_before_anything_starts(
     name: str, package: str, raytrain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, workplace: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(RecipeError, match=rf"^log.to: {name} needs {package}: pip install raytrain\[{name}\]$"):
+    with pytest.raises(RecipeError, match=rf"^log.loggers: {name} needs {package}: pip install raytrain\[{name}\]$"):
         logger_class(name)
-    ended = raytrain("train", "digits", f"log.to=['{name}']")
+    ended = raytrain("train", "digits", f"log.loggers=['{name}']")
     assert ended.status == 2
-    assert ended.err == f"raytrain: log.to: {name} needs {package}: pip install raytrain[{name}]\n"
+    assert ended.err == f"raytrain: log.loggers: {name} needs {package}: pip install raytrain[{name}]\n"
     assert not (workplace / "runs").exists()

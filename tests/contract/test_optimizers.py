@@ -195,7 +195,7 @@ class TestEveryOptimizer:
                 step_with(optimizer, module, step)
             return copies(module)
 
-        without, decayed, all_decayed = after(0.0), after(0.1), after(0.1, decay_vectors=True)
+        without, decayed, all_decayed = after(0.0), after(0.1), after(0.1, decay_1d=True)
         for part in ("tall", "wide"):
             assert torch.equal(without[f"{part}.bias"], decayed[f"{part}.bias"])
             assert not torch.equal(without[f"{part}.weight"], decayed[f"{part}.weight"])

@@ -112,7 +112,7 @@ def test_the_schedule_of_the_winner_trains_the_winner_again(whole: Journal) -> N
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}},
     "adamw": {"optimizer": {"name": "adamw"}, "ema": 0.9},
-    "zo-sgd": {"optimizer": {"name": "zo-sgd", "lr": 1e-3}, "directions": {"sparsity": 0.5, "trajectory": False}},
+    "zo-sgd": {"optimizer": {"name": "zo-sgd", "lr": 1e-3}, "zo": {"sparsity": 0.5, "trajectory": False}},
 }
 
 

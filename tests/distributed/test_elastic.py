@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import logging
 import socket
 import threading
 import time
@@ -30,7 +31,7 @@ TINY = {
     "workers": 2,
     "evaluation": {"every": 20},
     "checkpoint": {"every": 10},
-    "log": {"every": 1, "to": []},
+    "log": {"every": 1, "loggers": []},
     "resources": {"cpus": 1},
     "sync": {"timeout_seconds": 60},  # a busy machine may take many seconds for what happens before the first step
 }
@@ -65,6 +66,8 @@ def test_workers_that_die_hang_stop_or_leave_are_started_again(workplace: Path) 
 
 
 def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    loggers = [logging.getLogger(name) for name in (None, "torch.distributed.elastic", "torch.multiprocessing.spawn")]
+    before = [(each.level, list(each.handlers), each.propagate) for each in loggers]
     broken = recipe(workplace, "0, 15, 'kill'", "1, 25, 'kill'", max_failures=1)
     with pytest.raises(TrainingError) as caught:
         run(broken, Order(workplace / "run"))
@@ -77,8 +80,9 @@ def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pyte
     assert f"continue with: raytrain train {workplace}/run --resume" in shown
     assert "elastic" not in shown, "what torch logs of it is not for the user"
     assert "WARNING" not in shown
+    assert [(each.level, each.handlers, each.propagate) for each in loggers] == before
     result = run(broken, Order(workplace / "run", resume=True))
-    assert (result.status, result.steps, result.restarts) == ("done", 60, 2)
+    assert (result.status, result.figures["steps"], result.restarts) == ("done", 60, 2)
 
 
 def test_an_error_in_the_users_code_is_shown_and_not_tried_again(workplace: Path) -> None:

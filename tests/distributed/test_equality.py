@@ -12,7 +12,7 @@ import torch
 from raytrain.overrides import merged
 from raytrain.run.checkpoint import listed, load, read_manifest
 from raytrain.run.directory import RunDirectory, rows
-from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
+from raytrain.testing import PEER_LOST, repeatable_rows, train_here, train_with_gloo, train_with_threads
 from raytrain.training.recipe import TrainRecipe
 
 TINY = {
@@ -25,7 +25,7 @@ TINY = {
     "schedule": {"warmup": 5},
     "evaluation": {"every": 20},
     "checkpoint": {"every": 10, "keep": 9},
-    "log": {"every": 1, "to": []},
+    "log": {"every": 1, "loggers": []},
     "sync": {"bucket_bytes": 200, "timeout_seconds": 20},
 }
 
@@ -45,7 +45,7 @@ def equal(one: Path, other: Path) -> bool:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """Return the log without what depends on the clock."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
+    return repeatable_rows(folder / "metrics.jsonl")
 
 
 def test_threads_equal_gloo_processes_to_the_bit(tmp_path: Path) -> None:
@@ -61,6 +61,7 @@ def test_two_gloo_runs_are_equal_to_the_bit(tmp_path: Path) -> None:
         "task__dropout": 0.3,
         "task__norm": True,
         "ema": 0.9,
+        "batch": 2,
         "accumulate": 2,
         "precision": "float32",
     }

@@ -17,7 +17,7 @@ from raytrain.kinds import Order
 from raytrain.overrides import merged
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import rows
-from raytrain.testing import train_here, train_with_gloo
+from raytrain.testing import repeatable_rows, train_here, train_with_gloo
 from raytrain.training.build import task_of
 from raytrain.training.loader import Batches, Feed, Generated, Walk, local_feed
 from raytrain.training.recipe import TrainRecipe
@@ -108,7 +108,7 @@ def recipe(**changes: Any) -> TrainRecipe:
         "task": "mine:noisy",
         "steps": 24,
         "batch": 4,
-        "log": {"every": 1, "to": []},
+        "log": {"every": 1, "loggers": []},
         "resources": {"cpus": 1},
     }
     return TrainRecipe.parse(merged(raw, fields))
@@ -173,7 +173,7 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
+    return repeatable_rows(folder / "metrics.jsonl")
 
 
 def test_ray_data_trains_as_the_local_source_does_also_after_a_kill(
@@ -182,9 +182,9 @@ def test_ray_data_trains_as_the_local_source_does_also_after_a_kill(
     from raytrain.launch.train import run
 
     monkeypatch.setenv("PYTHONPATH", str(mine), prepend=os.pathsep)
-    changes = {"workers": 2, "accumulate": 2, "checkpoint__every": 5, "evaluation__every": 10}
+    changes = {"workers": 2, "batch": 2, "accumulate": 2, "checkpoint__every": 5, "evaluation__every": 10}
     result = run(recipe(**changes, task__source="ray", callbacks=["mine:plan"]), Order(mine / "ray"))
-    assert (result.status, result.restarts, result.samples) == ("done", 1, 192)
+    assert (result.status, result.restarts, result.figures["samples"]) == ("done", 1, 192)
     assert [row["from_step"] for row in rows(mine / "ray" / "attempts.jsonl")] == [0, 10]
     assert train_with_gloo(recipe(**changes), mine / "local") == [0, 0]
     assert history(mine / "ray") == history(mine / "local")
@@ -197,7 +197,7 @@ def test_ray_data_trains_as_the_local_source_does_also_after_a_kill(
 
 
 def test_ray_data_survives_the_death_of_its_actors(mine: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings, way = recipe(task__name="mine:heavy", task__source={"name": "ray", "ahead_bytes": 20 << 20}), walk(60)
+    settings, way = recipe(task__name="mine:heavy", task__source={"name": "ray", "prefetch_bytes": 20 << 20}), walk(60)
     caplog.set_level("WARNING")
     with opened(settings, way) as feed:
         with local_feed(task_of(settings), recipe().task, way) as local:
@@ -212,7 +212,7 @@ def test_ray_data_survives_the_death_of_its_actors(mine: Path, caplog: pytest.Lo
 
 
 def test_generators_make_the_batches_in_turn(mine: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings, way = recipe(task__source={"name": "mine:simulate", "ahead": 3}), walk(20)
+    settings, way = recipe(task__source={"name": "mine:simulate", "prefetch": 3}), walk(20)
     task = task_of(settings)
     caplog.set_level("WARNING")
 

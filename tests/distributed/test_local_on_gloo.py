@@ -11,7 +11,14 @@ import torch
 from raytrain.overrides import merged
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import rows
-from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo, train_with_threads
+from raytrain.testing import (
+    PEER_LOST,
+    repeatable_rows,
+    train_each_with_gloo,
+    train_here,
+    train_with_gloo,
+    train_with_threads,
+)
 from raytrain.training.recipe import TrainRecipe
 
 TINY = {
@@ -24,7 +31,7 @@ TINY = {
     "schedule": {"warmup": 5},
     "evaluation": {"every": 20},
     "checkpoint": {"every": 10, "keep": 9},
-    "log": {"every": 1, "to": []},
+    "log": {"every": 1, "loggers": []},
     "sync": {"name": "cocod", "every": 7, "timeout_seconds": 20},
 }
 METHODS = {
@@ -32,9 +39,9 @@ METHODS = {
     "slowmo": {"name": "slowmo"},
     "diloco": {"name": "diloco"},
     "cocod": {"name": "cocod"},
-    "late": {"name": "late", "delay": 3},
-    "late-int8": {"name": "late", "delay": 5, "codec": "int8", "buffers": "local"},
-    "late-bfloat16": {"name": "late", "delay": 0, "codec": "bfloat16"},
+    "delayed": {"name": "delayed-averaging", "delay": 3},
+    "delayed-int8": {"name": "delayed-averaging", "delay": 5, "compression": "int8", "buffers": "local"},
+    "delayed-bfloat16": {"name": "delayed-averaging", "delay": 0, "compression": "bfloat16"},
     "co2": {"name": "co2"},
 }
 
@@ -53,7 +60,7 @@ def equal(one: Path, other: Path) -> bool:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
+    return repeatable_rows(folder / "metrics.jsonl")
 
 
 def of(method: str, **changes: Any) -> TrainRecipe:
@@ -93,7 +100,7 @@ def faulty(workplace: Path, *faults: str) -> dict[str, Any]:
     return {"callbacks": ["faults:plan"]}
 
 
-@pytest.mark.parametrize("method", ["cocod", "late-int8"])
+@pytest.mark.parametrize("method", ["cocod", "delayed-int8"])
 def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_the_bit(
     workplace: Path, with_gloo: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -111,7 +118,7 @@ def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_th
 def test_a_worker_that_hangs_ends_the_attempt_in_time(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that waits for its message says so, and what waits longest is what was configured."""
     monkeypatch.setenv("PYTHONPATH", str(workplace))
-    hung = of("late", **faulty(workplace, "1, 17, 'hang'"), sync__timeout_seconds=8)
+    hung = of("delayed", **faulty(workplace, "1, 17, 'hang'"), sync__timeout_seconds=8)
     began = time.monotonic()
     statuses = train_with_gloo(hung, workplace / "hung")
     assert statuses[0] == PEER_LOST
@@ -121,7 +128,7 @@ def test_a_worker_that_hangs_ends_the_attempt_in_time(workplace: Path, monkeypat
 
 
 def test_a_pace_from_measured_times_is_agreed_on_and_resumes(tmp_path: Path) -> None:
-    changes = {"sync__name": "late", "sync__every": "auto", "sync__codec": "int8"}
+    changes = {"sync__name": "delayed-averaging", "sync__every": "auto", "sync__compression": "int8"}
     assert train_each_with_gloo(
         [(recipe(steps=steps, **changes), tmp_path / "run") for steps in (30, 60)],
     ) == [0, 0]
@@ -140,10 +147,10 @@ def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
     assert listed(run.checkpoints)[-1].name == "step-00000070"
 
 
-@pytest.mark.parametrize("before", ["gradients", "cocod", "co2", "late-int8"])
-@pytest.mark.parametrize("after", ["gradients", "late", "co2", "late-int8"])
+@pytest.mark.parametrize("before", ["ddp", "cocod", "co2", "delayed-int8"])
+@pytest.mark.parametrize("after", ["ddp", "delayed", "co2", "delayed-int8"])
 def test_a_run_goes_on_in_another_form_from_the_shared_point(tmp_path: Path, before: str, after: str) -> None:
-    forms = {**METHODS, "gradients": {"name": "gradients", "every": None}}
+    forms = {**METHODS, "ddp": {"name": "ddp", "every": None}}
 
     def way(name: str, steps: int) -> TrainRecipe:
         sync = {key: value for key, value in {"every": 7, **forms[name]}.items() if value is not None}
@@ -154,7 +161,7 @@ def test_a_run_goes_on_in_another_form_from_the_shared_point(tmp_path: Path, bef
     assert run.failure() is None
     ends = [load(listed(run.checkpoints)[-1], rank) for rank in range(2)]
     assert listed(run.checkpoints)[-1].name == "step-00000045"
-    assert ("optimizer" in ends[1]) == (after != "gradients")
+    assert ("optimizer" in ends[1]) == (after != "ddp")
 
 
 def test_gradient_averaging_goes_on_with_one_optimizer_for_all(tmp_path: Path) -> None:
@@ -163,7 +170,7 @@ def test_gradient_averaging_goes_on_with_one_optimizer_for_all(tmp_path: Path) -
     train_with_threads(recipe(steps=20, **changes), tmp_path / "run")
     for folder in ("two", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / folder)
-    plain = {**recipe(steps=40, **changes).plain(), "sync": {"name": "gradients"}}
+    plain = {**recipe(steps=40, **changes).plain(), "sync": {"name": "ddp"}}
     train_with_threads(TrainRecipe.parse(plain), tmp_path / "two")
     train_here(TrainRecipe.parse({**plain, "workers": 1, "batch": 8}), tmp_path / "one")
     one, two = final(tmp_path / "one"), final(tmp_path / "two")

@@ -29,7 +29,7 @@ def recipe(workers: int, **more: Any) -> TrainRecipe:
         "batch": 10,
         "evaluation.every": 0,
         "checkpoint.every": 100,
-        "log": {"every": 100, "to": []},
+        "log": {"every": 100, "loggers": []},
         "sync": {"name": "one-byte", "check_every": CHECK, "stop_every": STOP, "timeout_seconds": 20},
     }
     return TrainRecipe.parse(merged({}, {**fields, **more}))
@@ -63,9 +63,9 @@ def test_a_byte_a_probe_trains_as_well_as_exact_numbers_and_as_one_worker_with_a
     """The examples of a step and the number of its directions are the same in all three."""
     plan = recipe(workers)
     byte = measured(train_with_threads(plan, tmp_path / "byte"))
-    exact = measured(train_with_threads(plan.with_overrides({"sync.name": "numbers"}), tmp_path / "exact"))
+    exact = measured(train_with_threads(plan.with_overrides({"sync.name": "scalars"}), tmp_path / "exact"))
     assert byte == pytest.approx(exact, rel=0.02)
-    alone = plan.with_overrides({"workers": 1, "batch": 10 * workers, "directions.count": workers})
+    alone = plan.with_overrides({"workers": 1, "batch": 10 * workers, "zo.num_perturbations": workers})
     assert byte == pytest.approx(measured(train_here(alone, tmp_path / "alone")), rel=0.1)
 
 

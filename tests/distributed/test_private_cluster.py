@@ -152,7 +152,7 @@ def test_a_run_in_it_ends_well_and_its_secret_is_written_nowhere(
     secret = "5ec2e7" * 5
     monkeypatch.setattr(launch.secrets, "token_hex", lambda _: secret)
     (workplace / "look.py").write_text(LOOK.replace("FOUND", str(workplace / "found.json")))
-    recipe = {"kind": "train", "task": "raytrain.testing:tiny", "workers": 2, "steps": 3, "log": {"to": []}}
+    recipe = {"kind": "train", "task": "raytrain.testing:tiny", "workers": 2, "steps": 3, "log": {"loggers": []}}
     asked = TrainRecipe.parse({**recipe, "resources": {"cpus": 1}, "callbacks": ["look:after_step"]})
     assert launch.run(asked, Order(workplace / "run")).status == "done"
     found = json.loads((workplace / "found.json").read_text())
@@ -164,23 +164,36 @@ def test_a_run_in_it_ends_well_and_its_secret_is_written_nowhere(
     assert not any(secret.encode() in path.read_bytes() for path in written)
 
 
-def test_afterwards_ray_is_as_it_was(tmp_path: Path) -> None:
+def test_a_session_leaves_ray_the_environment_and_the_loggers_as_they_were(tmp_path: Path) -> None:
     """In a process of its own, because Ray has one state in each."""
     script = """
+import logging
 import os
 from pathlib import Path
 from ray._raylet import AuthenticationMode, get_authentication_mode
-from raytrain.launch.private_cluster import private_cluster
-before = dict(os.environ)
-with private_cluster() as how:
-    folder = Path(how["_temp_dir"]).parent
+from raytrain.launch.train import Cluster
+from raytrain.run.directory import RunDirectory
+from raytrain.training.recipe import TrainRecipe
+
+def loggers():
+    known = [logging.getLogger(name) for name in (None, "mine", "ray", "ray.train", "raytrain")]
+    return [(each.level, list(each.handlers), each.propagate, each.disabled) for each in known]
+
+logging.basicConfig(level=logging.INFO)
+os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = "7"
+recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "digits"}, "workers": 1, "resources": {"cpus": 1}})
+before, how_loud = dict(os.environ), loggers()
+with Cluster("local").joined(recipe, RunDirectory(Path("run")), print):
+    folder = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent
     assert folder.is_dir()
     assert get_authentication_mode() == AuthenticationMode.TOKEN
+    assert [each for each, then in zip(loggers(), how_loud) if each != then] == [loggers()[2]], "Ray's alone is quiet"
 assert not folder.exists()
 assert get_authentication_mode() == AuthenticationMode.DISABLED
-assert os.environ == before
+assert dict(os.environ) == before
+assert loggers() == how_loud
 """
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     words = [sys.executable, "-c", script]
     ended = subprocess.run(words, env=clean, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

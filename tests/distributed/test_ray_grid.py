@@ -48,7 +48,8 @@ def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def on_flowers_own(apps: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
     """Flower's own simulation of some strategies, which goes on while other tests run."""
-    environment = {**os.environ, "PYTHONPATH": str(DATA.parents[2])}
+    # Without an address Ray would join any cluster that somebody has started on this machine.
+    environment = {**os.environ, "PYTHONPATH": str(DATA.parents[2]), "RAY_ADDRESS": "local"}
     command = [sys.executable, str(apps / "flower_strategies.py"), str(apps / "theirs.json")]
     with (apps / "log.txt").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

@@ -54,7 +54,7 @@ def recipe(**resources: Any) -> TrainRecipe:
             "task": "where:task",
             "workers": 2,
             "steps": 2,
-            "log": {"to": []},
+            "log": {"loggers": []},
             "callbacks": ["where:note"],
             "resources": resources,
         }

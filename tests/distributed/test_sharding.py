@@ -4,6 +4,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -15,7 +16,7 @@ import torch
 from raytrain.overrides import merged
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import RunDirectory, rows
-from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo
+from raytrain.testing import PEER_LOST, repeatable_rows, train_each_with_gloo, train_here, train_with_gloo
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import load_best
 
@@ -25,7 +26,7 @@ BASE = {
     "schedule": {"name": "constant", "warmup": 3},
     "evaluation": {"every": 6},
     "checkpoint": {"every": 6, "keep": 9},
-    "log": {"every": 1, "to": []},
+    "log": {"every": 1, "loggers": []},
     "sync": {"timeout_seconds": 100},
 }
 TINY = BASE | {"task": {"name": "raytrain.testing:tiny"}, "precision": "float64", "batch": 4, "optimizer": {"lr": 0.02}}
@@ -142,7 +143,9 @@ odd = Task(model=model, data=data, losses=lambda model, batch: (model(batch[0]) 
 
 
 class Runs:
-    """Runs in folders beside each other."""
+    """Runs in folders beside each other; one of them hangs while the others go on."""
+
+    hanging: Future[list[int]]
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -154,7 +157,7 @@ class Runs:
         return TrainRecipe.parse(merged(base, fields))
 
     def sharded(self, base: dict[str, Any], workers: int, **changes: Any) -> TrainRecipe:
-        return self.recipe(base, workers=workers, sync__shard=True, **changes)
+        return self.recipe(base, workers=workers, sync__name="fsdp", **changes)
 
     def one(self, name: str, base: dict[str, Any], **changes: Any) -> None:
         train_here(self.recipe(base, **changes), self.folder / name)
@@ -171,8 +174,7 @@ class Runs:
         return saved["model"] | entries | averages
 
     def history(self, name: str) -> list[dict[str, Any]]:
-        keep = [{key: value for key, value in row.items() if key != "seconds"} for row in rows(self.metrics(name))]
-        return [row | row.pop("valid", {}) for row in keep]
+        return [row | row.pop("valid", {}) for row in repeatable_rows(self.metrics(name))]
 
     def metrics(self, name: str) -> Path:
         return self.folder / name / "metrics.jsonl"
@@ -196,25 +198,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(2000)]
     (made.folder / "text.txt").write_text(" ".join(words))
     (made.folder / "probe.py").write_text(PROBE)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as beside:
         patch.setenv("PYTHONPATH", f"{made.folder}:{os.environ.get('PYTHONPATH', '')}")
         patch.syspath_prepend(str(made.folder))
         made.one("gpt-ema-one", GPT, clip=0.1, ema=0.9)
         four = {
             "llama-four": made.sharded(LLAMA, 4, batch=2, callbacks=["probe:weigh"]),
-            "tiny": made.sharded(TINY, 4, task__norm=True, accumulate=2, ema=0.9, evaluation__batch=3),
-            "tiny-whole": made.recipe(TINY, workers=4, task__norm=True, accumulate=2, ema=0.9, evaluation__batch=3),
+            "tiny": made.sharded(TINY, 4, task__norm=True, batch=2, accumulate=2, ema=0.9, evaluation__batch=3),
+            "tiny-whole": made.recipe(
+                TINY, workers=4, task__norm=True, batch=2, accumulate=2, ema=0.9, evaluation__batch=3
+            ),
             "odd": made.sharded(ODD, 4, activation_checkpointing=True),
             "odd-whole": made.recipe(ODD, workers=4),
             "mixed": made.sharded(LLAMA, 4, batch=2, steps=6),
         }
         assert train_each_with_gloo([(recipe, made.folder / name) for name, recipe in four.items()]) == [0] * 4
+        hanging = made.sharded(TINY, 2, callbacks=["probe:hangs"], sync__timeout_seconds=40)
+        made.hanging = beside.submit(train_with_gloo, hanging, made.folder / "hanging")
         copytree(made.folder / "mixed", made.folder / "mixed-unsharded")
         two = {
             "failing": made.sharded(TINY, 2, callbacks=["probe:fails"]),
             "unbroken": made.sharded(TINY, 2),
             "llama-two": made.sharded(LLAMA, 2, batch=4, activation_checkpointing=True, compile="aot_eager"),
-            "gpt-ema-two": made.sharded(GPT, 2, batch=4, accumulate=2, clip=0.1, ema=0.9),
+            "gpt-ema-two": made.sharded(GPT, 2, batch=2, accumulate=2, clip=0.1, ema=0.9),
             "gpt-bfloat16": made.sharded(GPT, 2, batch=4, precision="bfloat16", callbacks=["probe:weigh"]),
             "reloaded": made.sharded(GPT, 2, batch=4, ema=0.9, callbacks=["probe:reload"]),
             "mixed": made.sharded(LLAMA, 2, batch=4),
@@ -315,10 +321,7 @@ def test_an_error_of_one_worker_ends_the_others_at_once(runs: Runs) -> None:
     assert following - failure.stat().st_mtime < 80
 
 
-def test_a_worker_that_hangs_ends_and_the_other_learns_of_it(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_ends_and_the_other_learns_of_it(runs: Runs) -> None:
     """The watchdog ends the one that hangs, and not the one that waits for it in a gathering of FSDP."""
-    monkeypatch.setenv("PYTHONPATH", f"{runs.folder}:{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.syspath_prepend(str(runs.folder))
-    hanging = runs.sharded(TINY, 2, callbacks=["probe:hangs"], sync__timeout_seconds=8)
-    assert train_with_gloo(hanging, runs.folder / "hanging") == [PEER_LOST, 1]
+    assert runs.hanging.result() == [PEER_LOST, 1]
     assert "testing.py" in (runs.folder / "hanging" / "hang-1.txt").read_text()

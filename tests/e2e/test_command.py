@@ -175,7 +175,7 @@ def test_a_full_disk_keeps_what_was_complete(small_disk: Path) -> None:
             "task": {"name": "digits", "widths": [64]},
             "steps": 40,
             "checkpoint": {"every": 2, "keep": 50},
-            "log": {"to": []},
+            "log": {"loggers": []},
         }
     )
     run = train_here(recipe, small_disk / "run")
@@ -195,7 +195,7 @@ def test_a_disk_that_fills_up_while_logging_leaves_word(small_disk: Path) -> Non
             "kind": "train",
             "task": {"name": "digits", "widths": [4]},
             "steps": 9000,
-            "log": {"every": 1, "to": []},
+            "log": {"every": 1, "loggers": []},
             "checkpoint": {"every": 100},
             "evaluation": {"every": 0},
         }
@@ -212,7 +212,7 @@ def test_the_version_is_told(raytrain: Callable[..., Any]) -> None:
 def test_list_names_everything_with_a_line_each(raytrain: Callable[..., Any]) -> None:
     ended = raytrain("list")
     assert ended.status == 0
-    for word in ("recipes", "digits", "shakespeare-cpu", "stdlib-lm", "adamw", "cosine", "gradients", "tensorboard"):
+    for word in ("recipes", "digits", "shakespeare-cpu", "stdlib-lm", "adamw", "cosine", "ddp", "tensorboard"):
         assert word in ended.out
     only = raytrain("list", "schedules")
     assert "Stay at 1, then fall to 0 along a line" in only.out
@@ -252,7 +252,7 @@ def test_what_trains_nothing_imports_neither_torch_nor_ray(workplace: Path) -> N
         (["list"], 0),
         *((["check", file], 0) for file in load_kinds()["train"].shipped()),
         *((["check", "digits", f"optimizer={name}"], 0) for name in OPTIMIZERS),
-        (["check", "digits", "optimizer=zo-hybrid", "directions.first_order=['*']", "directions.trajectory=false"], 0),
+        (["check", "digits", "optimizer=zo-hybrid", "zo.first_order=['*']", "zo.trajectory=false"], 0),
         *((["check", "digits", f"sync={name}"], 0) for name in SYNCHRONISERS),
         *((["check", "digits", f"adapter={name}"], 0) for name in ADAPTERS),
         (["trian", "digits"], 2),

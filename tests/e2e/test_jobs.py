@@ -34,7 +34,7 @@ TOKEN = "0123456789abcdef0123456789abcdef"
 RECIPE = """
 kind = "train"
 resources.cpus = 1
-log.to = []
+log.loggers = []
 [task]
 name = "mine:small"
 [checkpoint]
@@ -309,13 +309,14 @@ def test_a_stopped_job_has_saved_and_can_be_resumed_anywhere(cluster: Cluster, p
     assert status == 0, err
     result = json.loads((cluster.user / "here" / "result.json").read_text())
     assert result["status"] == "interrupted"
-    assert listed(cluster.user / "here" / "checkpoints")[-1].name == f"step-{result['steps']:08d}"
+    steps = result["figures"]["steps"]
+    assert listed(cluster.user / "here" / "checkpoints")[-1].name == f"step-{steps:08d}"
     raw, _ = read_toml(str(cluster.user / "here"), [])
     sys.path.append(str(cluster.user))
-    run = train_here(TrainRecipe.parse(raw).with_overrides({"steps": result["steps"] + 5}), cluster.user / "here")
+    run = train_here(TrainRecipe.parse(raw).with_overrides({"steps": steps + 5}), cluster.user / "here")
     sys.path.remove(str(cluster.user))
     assert run.failure() is None
-    assert rows(run.attempts)[-1]["from_step"] == result["steps"]
+    assert rows(run.attempts)[-1]["from_step"] == steps
 
 
 def test_a_lost_connection_is_taken_up_again_and_then_given_up(cluster: Cluster, pair: Pair) -> None:
@@ -337,7 +338,7 @@ def failed(cluster: Cluster, pair: Pair, tmp_path_factory: pytest.TempPathFactor
     store = tmp_path_factory.mktemp("store")
     words = ["train", "mine.toml", "steps=20", 'callbacks=["mine:fail"]']
     failing = cluster.start("submit", "--name", "bang", "--storage", f"local://{store}", "--", *words)
-    steps = json.loads((pair.shared / pair.stop[2].split()[0] / "result.json").read_text())["steps"]
+    steps = json.loads((pair.shared / pair.stop[2].split()[0] / "result.json").read_text())["figures"]["steps"]
     resumed = cluster.call("jobs", "resume", pair.stop[2].split()[0], f"steps={steps + 5}")
     return failing.finish(), resumed, store, steps
 
@@ -361,7 +362,7 @@ def test_a_stopped_job_is_resumed_on_the_cluster(pair: Pair, failed: Any) -> Non
     run = pair.shared / pair.stop[2].split()[0]
     assert rows(run / "attempts.jsonl")[-1]["from_step"] == steps
     result = json.loads((run / "result.json").read_text())
-    assert (result["status"], result["steps"]) == ("done", steps + 5)
+    assert (result["status"], result["figures"]["steps"]) == ("done", steps + 5)
 
 
 def test_a_job_that_is_refused_on_the_cluster_returns_2(cluster: Cluster) -> None:

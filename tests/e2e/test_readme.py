@@ -19,14 +19,14 @@ from raytrain.training.recipe import KIND, TrainRecipe
 pytestmark = pytest.mark.timeout(1800)  # on a busy machine; alone it takes a fraction
 
 ROOT = Path(__file__).parents[2]
-FEWER = ["steps=4", "evaluation.every=2", "log.every=1", "log.to=[]", "resources.cpus=1"]
+FEWER = ["steps=4", "evaluation.every=2", "log.every=1", "log.loggers=[]", "resources.cpus=1"]
 SMALLER = {
     "digits": ["task.widths=[4]"],
     "mine:circle": [],
-    "shakespeare-co2": ["task.width=16", "evaluation.batch=64"],
+    "shakespeare-delayed": ["task.width=16", "evaluation.batch=64"],
     "shakespeare-cpu": ["task.width=16", "evaluation.batch=64"],
     "sst2-minilm": ["evaluation.batch=8"],
-    "sst2-minilm-zo": ["directions.count=2"],
+    "sst2-minilm-zo": ["zo.num_perturbations=2"],
     "stdlib-lm": ["task.width=16", "task.valid=0.002", "task.block=32", "task.stride=32"],
 }
 

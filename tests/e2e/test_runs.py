@@ -70,34 +70,40 @@ def equal(one: Path, other: Path) -> bool:
 def test_a_run_leaves_what_is_promised(straight: Path) -> None:
     result = json.loads((straight / "result.json").read_text())
     assert result["status"] == "done"
-    assert result["steps"] == 400
-    assert result["samples"] == 400 * 64
+    figures = result["figures"]
+    assert (figures["steps"], figures["samples"]) == (400, 400 * 64)
     assert result["metrics"]["accuracy"] > 0.9
     assert result["references"]["accuracy_of_commonest_digit"] < 0.2
-    assert result["bytes_sent"] > 0
+    assert figures["bytes_sent"] > 0
+    assert 0 <= figures["overlap_ratio"] <= 1
+    assert figures["communication_seconds"] > 0
+    last = [row for row in rows(straight / "metrics.jsonl") if "loss" in row][-1]
+    assert figures.items() <= {**last, "steps": last["step"]}.items(), "a row and the result have the same names"
     assert {"recipe.toml", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "attempts.jsonl"} <= {
         path.name for path in straight.iterdir()
     }
-    assert re.match(r"# raytrain \S+, ray \S+, torch \S+", (straight / "recipe.toml").read_text())
+    versions = r"# raytrain \S+, ray \S+, torch \S+, numpy \S+, transformers \S+, datasets \S+, python \S+\n"
+    assert re.match(versions, (straight / "recipe.toml").read_text())
 
 
 def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(start: Start, straight: Path, tmp_path: Path) -> None:
     words = ["train", "digits", *QUICK, "--out", "run"]
-    result = {"steps": 50}
+    reached = 50
     for attempt, (ask, what) in enumerate([(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]):
         command = start(tmp_path, *words)
-        wait_for_step(tmp_path / "run", result["steps"] + 1)
+        wait_for_step(tmp_path / "run", reached + 1)
         ask(command.pid, what)
         status, _, err = command.finish()
         assert status == 130, err
         assert "stopping: the workers save and end after the step they are at" in err
         result = json.loads((tmp_path / "run" / "result.json").read_text())
         assert result["status"] == "interrupted"
+        reached = result["figures"]["steps"]
         words = re.search(r"continue with: raytrain (.*)", err).group(1).split()
         assert len(rows(tmp_path / "run" / "attempts.jsonl")) == attempt + 1
     status, _, err = start(tmp_path, *words).finish()
     assert status == 0, err
-    assert rows(tmp_path / "run" / "attempts.jsonl")[2]["from_step"] == result["steps"]
+    assert rows(tmp_path / "run" / "attempts.jsonl")[2]["from_step"] == reached
     assert equal(straight, tmp_path / "run")
 
 

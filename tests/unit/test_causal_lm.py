@@ -52,7 +52,7 @@ def test_split_documents_predict_each_token_once_and_cut_ones_their_first(size: 
     pieces = list(alone(document, length, "split"))
     assert np.concatenate([piece["tokens"][1:] for piece in pieces]).tolist() == list(range(1, size))
     assert all(piece["tokens"][0] == length * place for place, piece in enumerate(pieces))
-    cut = list(alone(document, length, "cut"))
+    cut = list(alone(document, length, "truncate"))
     assert [piece["tokens"].tolist() for piece in cut] == [list(range(min(size, length + 1)))]
     if size <= length + 1:
         assert [piece["tokens"].tolist() for piece in alone(document, length, "error")] == [list(range(size))]
@@ -166,7 +166,7 @@ def test_bits_per_byte_are_those_of_the_definition(models: Path, texts: Path, mo
 
 def test_packed_and_padded_documents_are_what_was_written(models: Path, texts: Path) -> None:
     tokenizer = made(models, texts).predict.__self__._pretrained.tokenizer
-    whole = made(models, texts, packed=False, long="error").data("train")
+    whole = made(models, texts, packed=False, overflow="error").data("train")
     assert [tokenizer.decode(whole[place]["tokens"]) for place in range(15)] == [f"{text}</s>" for text in TEXTS * 3]
     pieces = made(models, texts, length=8).data("train")
     joined = pieces[0]["tokens"][:1] + [token for place in range(len(pieces)) for token in pieces[place]["tokens"][1:]]
@@ -202,13 +202,14 @@ def test_text_files_hold_documents(models: Path, tmp_path: Path, unit: Any) -> N
 
 def test_a_document_that_does_not_fit_is_named(models: Path, texts: Path) -> None:
     fits = len(made(models, texts, packed=False).data("train")[0]["tokens"]) - 1
-    made(models, texts, packed=False, long="cut", length=fits).data("train")
+    made(models, texts, packed=False, overflow="truncate", length=fits).data("train")
     (texts / "train.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n" + json.dumps({"text": TEXTS[0] + " good"}))
     with pytest.raises(RecipeError) as refused:
-        made(models, texts, packed=False, long="error", length=fits).data("train")
+        made(models, texts, packed=False, overflow="error", length=fits).data("train")
     assert str(refused.value) == (
-        f"task.long: train.jsonl, line 2: the document has {fits + 1} tokens, and task.length is {fits}; set "
-        "task.long=cut to take its beginning, task.long=split to make several examples of it, or task.packed=true"
+        f"task.overflow: train.jsonl, line 2: the document has {fits + 1} tokens, and task.length is {fits}; set "
+        "task.overflow=truncate to take its beginning, task.overflow=split to make several examples of it, or "
+        "task.packed=true"
     )
 
 
@@ -288,7 +289,7 @@ def corpus(folder: Path) -> Path:
 @pytest.mark.parametrize("task", [{"fresh": True}, {"fresh": True, "packed": False}])
 def test_it_learns(models: Path, texts: Path, tmp_path: Path, task: dict[str, Any]) -> None:
     raw = {
-        "kind": "train", "steps": 60, "batch": 4, "optimizer": {"name": "adamw", "lr": 0.02}, "log": {"to": []},
+        "kind": "train", "steps": 60, "batch": 4, "optimizer": {"name": "adamw", "lr": 0.02}, "log": {"loggers": []},
         "task": {"name": "causal-lm", "path": str(texts), "model": str(models / "llama"), "length": 32, **task},
     }  # fmt: skip
     run = train_here(TrainRecipe.parse(raw), tmp_path / "run")

@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 
 from raytrain.registry import resolve
 from raytrain.sync.compression import CompressedExchange
-from raytrain.sync.options import CODECS
+from raytrain.sync.options import COMPRESSIONS
 from raytrain.testing import ThreadGroup, ThreadTransport
 
 ERRORS = {"bfloat16": 2**-7, "int8": 1 / 127}
 """The largest error of a codec, as a share of a block's largest value."""
 
-every_codec = pytest.mark.parametrize("name", CODECS)
+every_codec = pytest.mark.parametrize("name", COMPRESSIONS)
 
 
 def codec(name: str) -> Any:
-    return resolve(CODECS, name, "sync.codec")()
+    return resolve(COMPRESSIONS, name, "sync.compression")()
 
 
 @every_codec

@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoint: Path, name
     ],
 )
 def test_a_state_of_another_form_is_one_error(tmp_path: Path, state: dict[str, Any], message: str) -> None:
-    plan = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "steps": 2, "log": {"to": []}})
+    plan = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "steps": 2, "log": {"loggers": []}})
     run = RunDirectory(tmp_path / "run")
     progress = {"step": 1, "best_step": 0}
     with run.opened(resume=False):
@@ -205,7 +205,7 @@ def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -
             assert trajectory.read_bytes() == good
     with (
         holding(trajectory, good[:-30] + b"x" + good[-29:]),
-        pytest.raises(RecipeError, match=rf"^directions.trajectory: expected step 3 in {trajectory}; it is not there"),
+        pytest.raises(RecipeError, match=rf"^zo.trajectory: expected step 3 in {trajectory}; it is not there"),
     ):
         Trajectory(trajectory, ABOUT, 3)
 
@@ -227,7 +227,7 @@ def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -
     ],
 )
 def test_a_header_that_no_run_writes_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    fields = {"task": "raytrain.testing:tiny", "steps": 1, "optimizer": "zo-sgd", "log": {"to": []}}
+    fields = {"task": "raytrain.testing:tiny", "steps": 1, "optimizer": "zo-sgd", "log": {"loggers": []}}
     plan = TrainRecipe.parse({"kind": "train", **fields})
     run = train_here(plan, tmp_path / "run")
     about, records = read(run.trajectory)
@@ -366,7 +366,7 @@ values = st.recursive(
 
 @given(st.dictionaries(st.sampled_from(sorted(TrainRecipe.model_fields)), values, max_size=4), values)
 def test_whatever_a_recipe_holds_only_errors_of_ours_come_out(raw: dict[str, Any], value: Any) -> None:
-    for field in ("optimizer.name", "optimizer", "task.source.name", "optimizer.groups.0.lr", "log.to.0"):
+    for field in ("optimizer.name", "optimizer", "task.source.name", "optimizer.groups.0.lr", "log.loggers.0"):
         try:
             TrainRecipe.parse_with({"kind": "train", "task": "digits", **raw}, {field: value})
         except RecipeError:

@@ -70,7 +70,7 @@ def test_tied_parameters_are_averaged_once() -> None:
 
 def schedulefree(**changes: Any) -> TrainRecipe:
     base = {"kind": "train", "task": "raytrain.testing:tiny", "optimizer": "schedulefree", "seed": 3, "steps": 8}
-    more = {"schedule.name": "constant", "evaluation.every": 2, "checkpoint.every": 2, "log.to": [], "batch": 8}
+    more = {"schedule.name": "constant", "evaluation.every": 2, "checkpoint.every": 2, "log.loggers": [], "batch": 8}
     return TrainRecipe.parse(base).with_overrides({**more, **changes})
 
 

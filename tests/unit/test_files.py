@@ -61,7 +61,7 @@ def test_new_files_and_folders_are_flushed_with_the_folder_that_names_them(
 def test_a_checkpoint_is_on_the_disk_after_the_rows_and_records_that_it_counts_on(
     tmp_path: Path, synced: list[str]
 ) -> None:
-    plan = {"kind": "train", "task": "raytrain.testing:tiny", "steps": 6, "optimizer": "zo-sgd", "log": {"to": []}}
+    plan = {"kind": "train", "task": "raytrain.testing:tiny", "steps": 6, "optimizer": "zo-sgd", "log": {"loggers": []}}
     train_here(TrainRecipe.parse(plan).with_overrides({"checkpoint.every": 2, "evaluation.every": 3}), tmp_path / "run")
     events = [name for name in synced if name in ("metrics.jsonl", "trajectory.bin", "manifest")]
     saved = ["trajectory.bin", "metrics.jsonl", "manifest"]  # after steps 2, 3 (the best so far), 4 and 6

@@ -24,9 +24,9 @@ def test_a_run_is_done_even_if_there_is_nothing_to_compare_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("raytrain.testing.tiny", unlucky)
-    recipe = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "steps": 2, "log": {"to": []}})
+    recipe = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "steps": 2, "log": {"loggers": []}})
     result = result_of(recipe, train_here(recipe, tmp_path / "run"), None)
-    assert (result.status, result.steps, result.references) == ("done", 2, {})
+    assert (result.status, result.figures["steps"], result.references) == ("done", 2, {})
     assert result.metrics["loss"] > 0
     assert capsys.readouterr().err.startswith(
         "raytrain: Task.references failed: ZeroDivisionError: division by zero (test_finished.py, line "

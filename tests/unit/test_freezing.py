@@ -104,7 +104,7 @@ def test_over_many_rounds_each_layer_moves_half_of_the_time() -> None:
 
 
 def recipe(**changes: Any) -> TrainRecipe:
-    raw = {"kind": "train", "task": "test_freezing:halves", "steps": 12, "batch": 4, "log": {"to": []}}
+    raw = {"kind": "train", "task": "test_freezing:halves", "steps": 12, "batch": 4, "log": {"loggers": []}}
     return TrainRecipe.parse(raw).with_overrides({"optimizer.lr": 0.02, "schedule.name": "constant", **changes})
 
 
@@ -114,7 +114,7 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_what_stands_still_keeps_its_bits_and_costs_no_state(tmp_path: Path) -> None:
-    run = train_here(recipe(**{"freeze.half": True}), tmp_path / "run")
+    run = train_here(recipe(**{"freeze.random_half": True}), tmp_path / "run")
     assert run.failure() is None
     before, after = dict(model(0).named_parameters()), final(run.path)
     still = {name for name, value in after.items() if torch.equal(value, before[name])}
@@ -125,7 +125,7 @@ def test_what_stands_still_keeps_its_bits_and_costs_no_state(tmp_path: Path) -> 
 
 
 def test_a_resumed_run_freezes_as_the_uninterrupted_one_and_so_do_two_workers(tmp_path: Path) -> None:
-    changes = {"freeze.half": True, "freeze.every": 5, "workers": 2}
+    changes = {"freeze.random_half": True, "freeze.every": 5, "workers": 2}
     train_with_threads(recipe(**changes), tmp_path / "straight")
     train_with_threads(recipe(**changes, steps=7), tmp_path / "cut")
     run = train_with_threads(recipe(**changes), tmp_path / "cut")
@@ -149,7 +149,11 @@ def test_errors_say_what_does_not_fit() -> None:
         freeze(Net(1, 1), ["embedding.*"])
     with pytest.raises(RecipeError, match=r"^freeze.match: no parameter of the model is left to train; freeze fewer$"):
         freeze(Net(1, 1), ["*"])
-    with pytest.raises(RecipeError, match=r"^freeze.half: the model has no repeated blocks to freeze a half of$"):
+    with pytest.raises(
+        RecipeError, match=r"^freeze.random_half: the model has no repeated blocks to freeze a half of$"
+    ):
         Half(nn.Linear(1, 1), 0, 0)
-    with pytest.raises(RecipeError, match=r"expected freeze.half = false with an adapter, beside which nothing else"):
-        recipe(**{"freeze.half": True, "adapter": "lora"})
+    with pytest.raises(
+        RecipeError, match=r"expected freeze.random_half = false with an adapter, beside which nothing else"
+    ):
+        recipe(**{"freeze.random_half": True, "adapter": "lora"})

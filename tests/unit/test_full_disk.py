@@ -16,7 +16,7 @@ from raytrain.run.metrics import Recorder
 from raytrain.seeds.records import read
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.testing import train_here
+from raytrain.testing import repeatable_rows, train_here
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
 from raytrain.zeroth.trajectory import Trajectory
@@ -32,7 +32,7 @@ def recipe(**changes: Any) -> TrainRecipe:
 
 
 def logged(run: RunDirectory) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(run.metrics)]
+    return repeatable_rows(run.metrics)
 
 
 def state(run: RunDirectory) -> dict[str, Any]:
@@ -91,7 +91,9 @@ def test_a_logger_with_a_full_disk_of_its_own_is_dropped_and_the_run_goes_on(
     (run.path / "tensorboard").symlink_to(small_disk.path)
     assert train_here(recipe(callbacks=filling), run.path).failure() is None
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("raytrain: log.to: tensorboard failed, and gets no more of this attempt: TrainingError: ")
+    assert line.startswith(
+        "raytrain: log.loggers: tensorboard failed, and gets no more of this attempt: TrainingError: "
+    )
     assert line.endswith(f": cannot be written: {FULL}; all metrics are in {run.metrics}")
     assert len([row for row in rows(run.metrics) if "loss" in row]) == 200
 

@@ -51,7 +51,7 @@ def test_it_follows_from_the_seed_the_step_and_the_name() -> None:
 
 def recipe(**changes: Any) -> TrainRecipe:
     base = {"kind": "train", "task": "raytrain.testing:tiny", "precision": "float64", "seed": 3, "steps": 8}
-    more = {"optimizer.gradient_noise": 0.1, "schedule.name": "constant", "log.to": [], "log.every": 1}
+    more = {"optimizer.gradient_noise": 0.1, "schedule.name": "constant", "log.loggers": [], "log.every": 1}
     return TrainRecipe.parse(base).with_overrides({**more, "evaluation.every": 0, **changes})
 
 

@@ -216,23 +216,25 @@ def test_records_that_do_not_fit(models: Path, pairs: Path) -> None:
     sizes = [len(made(models, pairs).data("train")[place]["tokens"]) - 1 for place in range(4)]
     length = sorted(sizes)[1]
     small = [size for size in sizes if size <= length]
-    assert len(made(models, pairs, length=length, long="skip").data("train")) == len(small)
-    cut = made(models, pairs, length=length, long="cut").data("train")
+    assert len(made(models, pairs, length=length, overflow="skip").data("train")) == len(small)
+    cut = made(models, pairs, length=length, overflow="truncate").data("train")
     assert [len(cut[place]["tokens"]) - 1 for place in range(4)] == [min(size, length) for size in sizes]
     first = next(place for place, size in enumerate(sizes) if size > length)
     prompt = cut[first]["prompt"]
     with pytest.raises(RecipeError) as refused:
         made(models, pairs, length=length).data("train")
     assert str(refused.value) == (
-        f"task.long: train.jsonl, line {first + 1}: the prompt has {prompt} tokens and the answer "
-        f"{sizes[first] + 1 - prompt}, and task.length is {length}; set task.long=cut to cut answers, or "
-        "task.long=skip to leave such records out"
+        f"task.overflow: train.jsonl, line {first + 1}: the prompt has {prompt} tokens and the answer "
+        f"{sizes[first] + 1 - prompt}, and task.length is {length}; set task.overflow=truncate to cut answers, or "
+        "task.overflow=skip to leave such records out"
     )
-    with pytest.raises(RecipeError, match=r"the prompt has \d+ .* task.length is 2; set task.long=skip to leave such"):
-        made(models, pairs, length=2, long="cut").data("train")
+    with pytest.raises(
+        RecipeError, match=r"the prompt has \d+ .* task.length is 2; set task.overflow=skip to leave such"
+    ):
+        made(models, pairs, length=2, overflow="truncate").data("train")
     with pytest.raises(RecipeError) as refused:
-        made(models, pairs, length=2, long="skip").data("train")
-    assert str(refused.value) == "task.long: no record of the train part fits into task.length = 2"
+        made(models, pairs, length=2, overflow="skip").data("train")
+    assert str(refused.value) == "task.overflow: no record of the train part fits into task.length = 2"
 
 
 LOST = "{% for message in messages %}{{ message['content'] | upper }}{% endfor %}"
@@ -325,7 +327,7 @@ def test_answers_are_written_and_compared_exactly_on_any_number_of_workers(model
 
 def test_it_learns_to_answer(models: Path, pairs: Path, tmp_path: Path) -> None:
     raw = {
-        "kind": "train", "steps": 120, "batch": 4, "optimizer": {"name": "adamw", "lr": 0.02}, "log": {"to": []},
+        "kind": "train", "steps": 120, "batch": 4, "optimizer": {"name": "adamw", "lr": 0.02}, "log": {"loggers": []},
         "task": {
             "name": "instruct", "path": str(pairs), "model": str(models / "chat"), "generate": 4, "new_tokens": 40,
         },

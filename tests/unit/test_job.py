@@ -132,7 +132,7 @@ def test_what_a_recipe_names_must_be_taken_along(tmp_path: Path) -> None:
 
 def test_files_that_were_taken_along_are_named_as_they_were() -> None:
     there = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_4fe73a14/data/text.txt"
-    raw = {"task": {"name": "text", "path": there}, "steps": 3, "log": {"to": []}}
+    raw = {"task": {"name": "text", "path": there}, "steps": 3, "log": {"loggers": []}}
     assert taken_files(raw) == {"task.path": "data/text.txt"}
 
 

@@ -484,9 +484,9 @@ def test_a_name_that_is_none_asks_for_nothing(
 def test_a_token_that_others_can_read_on_the_way_is_told_of(
     address: str, exposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not exposes_token(address)  # there is none
-    monkeypatch.setattr(client, "is_token_auth_enabled", lambda: True)
-    assert exposes_token(address) is exposed
+    for there_is_one in (False, True):
+        monkeypatch.setattr(client, "is_token_auth_enabled", lambda answer=there_is_one: answer)
+        assert exposes_token(address) is (exposed and there_is_one)
 
 
 def test_a_job_that_serves_files_may_be_gone_when_it_is_to_end(dashboard: Dashboard) -> None:

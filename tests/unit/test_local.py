@@ -18,9 +18,9 @@ from raytrain.sync.ddp import GradientAveraging
 from raytrain.sync.global_momentum import Velocity
 from raytrain.sync.interval import Pace
 from raytrain.sync.local_updates import LocalUpdates
-from raytrain.sync.methods import late
-from raytrain.sync.options import CODECS, SYNCHRONISERS, LateOptions
-from raytrain.sync.outer import GapAware, OuterStep, Secant, stable_below
+from raytrain.sync.methods import delayed_averaging
+from raytrain.sync.options import COMPRESSIONS, SYNCHRONISERS, DelayedAveragingOptions
+from raytrain.sync.outer import GapAwarePenalty, OuterStep, SecantPenalty, stable_below
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 
@@ -163,8 +163,8 @@ def test_co2_without_delay_is_slowmo(setting: tuple[int, int, int, int], beta: f
 def test_late_without_momentum_is_plain_training_for_one_worker(
     every: int, steps: int, seed: int, data: st.DataObject
 ) -> None:
-    options = LateOptions(every=every, delay=data.draw(st.integers(0, every)), momentum=0.0)
-    [(points, point, _)] = run(lambda exchange: late(exchange, options), 1, steps, seed=seed)
+    options = DelayedAveragingOptions(every=every, delay=data.draw(st.integers(0, every)), global_momentum=0.0)
+    [(points, point, _)] = run(lambda exchange: delayed_averaging(exchange, options), 1, steps, seed=seed)
     [(expected, _, _)] = run(lambda exchange: GradientAveraging(exchange, 0), 1, steps, seed=seed)
     torch.testing.assert_close(torch.stack([*points, point]), torch.stack([*expected, expected[-1]]))
 
@@ -224,7 +224,7 @@ def test_no_mean_is_lost_whatever_the_pace_before_and_after_a_resume(
 @pytest.mark.parametrize("delay", [0, 4, 5, 9])
 def test_a_round_of_measured_length_is_never_shorter_than_a_given_delay(delay: int) -> None:
     def make(exchange: ExactExchange) -> LocalUpdates:
-        return late(exchange, LateOptions(every="auto", delay=delay))
+        return delayed_averaging(exchange, DelayedAveragingOptions(every="auto", delay=delay))
 
     (_, first, _), (_, second, _) = run(make, 2, 100)
     assert torch.equal(first, second)
@@ -262,9 +262,9 @@ def test_a_late_mean_pulls_the_replicas_and_becomes_part_of_their_steps(
     members: int, every: int, rounds: int, seed: int, data: st.DataObject
 ) -> None:
     delay, share = data.draw(st.integers(1, every)), data.draw(st.sampled_from([0.0, 0.4, 0.7]))
-    options = LateOptions(every=every, delay=delay, momentum=share)
+    options = DelayedAveragingOptions(every=every, delay=delay, global_momentum=share)
     expected = late_as_described(members, every, delay, rounds, seed, share)
-    found = run(lambda exchange: late(exchange, options), members, every * rounds + delay, seed=seed)
+    found = run(lambda exchange: delayed_averaging(exchange, options), members, every * rounds + delay, seed=seed)
     for rank, (points, _, _) in enumerate(found):
         torch.testing.assert_close(points[-1], expected[rank], rtol=1e-9, atol=1e-11)
 
@@ -379,11 +379,11 @@ def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
     ("sync", "warned"),
     [
         ({"name": "co2", "penalty": "none"}, "stable below 0.8 / c"),
-        ({"name": "co2", "penalty": "gap-aware", "momentum": 0.5}, "stable below 0.5 / c"),
+        ({"name": "co2", "penalty": "gap-aware", "outer_momentum": 0.5}, "stable below 0.5 / c"),
         ({"name": "co2", "penalty": "constant"}, ""),
         ({"name": "co2"}, ""),
-        ({"name": "slowmo", "rate": 3.5}, "sync.rate = 3.5 can diverge"),
-        ({"name": "diloco", "rate": 1.4}, "stable below 1.36 / c"),
+        ({"name": "slowmo", "outer_lr": 3.5}, "sync.outer_lr = 3.5 can diverge"),
+        ({"name": "diloco", "outer_lr": 1.4}, "stable below 1.36 / c"),
         ({"name": "diloco"}, ""),
     ],
 )
@@ -426,11 +426,13 @@ def test_the_mean_of_a_round_is_over_the_samples_of_those_who_did_any(weights: l
         torch.testing.assert_close(point, expected)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", COMPRESSIONS)
 @pytest.mark.parametrize("delay", [0, 3])
 def test_coded_differences_train_as_exact_ones_and_are_equal_on_all(codec: str, delay: int) -> None:
     def make(exchange: ExactExchange) -> LocalUpdates:
-        return local(4, delay)(CompressedExchange(exchange.transport, resolve(CODECS, codec, "sync.codec")()))
+        return local(4, delay)(
+            CompressedExchange(exchange.transport, resolve(COMPRESSIONS, codec, "sync.compression")())
+        )
 
     expected = run(local(4, delay), 3, 80)
     found = run(make, 3, 80)
@@ -448,10 +450,10 @@ def test_coded_differences_train_as_exact_ones_and_are_equal_on_all(codec: str, 
         ({"name": "cocod"}, 3),
         ({"name": "slowmo"}, 4),
         ({"name": "diloco"}, 4),
-        ({"name": "late", "delay": 2}, 4),
+        ({"name": "delayed-averaging", "delay": 2}, 4),
         ({"name": "co2", "penalty": "constant"}, 4),
         ({"name": "co2", "penalty": "secant"}, 5),
-        ({"name": "late", "delay": 2, "codec": "int8"}, 4 + 1 + 1 / 2),
+        ({"name": "delayed-averaging", "delay": 2, "compression": "int8"}, 4 + 1 + 1 / 2),
     ],
 )
 def test_a_replica_keeps_as_many_buffers_as_the_readme_says(sync: dict[str, Any], buffers: float) -> None:
@@ -545,11 +547,11 @@ def test_a_shared_buffer_is_the_mean_of_where_the_replicas_ended_a_round(keep: b
 
 
 @pytest.mark.parametrize("codec", [None, "int8"])
-@pytest.mark.parametrize("name", [name for name in SYNCHRONISERS if name != "gradients"])
+@pytest.mark.parametrize("name", [name for name in SYNCHRONISERS if name not in ("ddp", "fsdp")])
 def test_what_was_loaded_is_where_the_model_is(name: str, codec: str | None) -> None:
     """A checkpoint is read on the CPU; "meta" stands for a GPU, which has the same rule: one device in an operation."""
     factory = resolve(SYNCHRONISERS, name, "sync.name")
-    options = declared_options(factory)(name=name, every=3, codec=codec)
+    options = declared_options(factory)(name=name, every=3, compression=codec)
 
     def made(device: torch.device) -> tuple[Any, nn.Module]:
         module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to(device)
@@ -574,7 +576,7 @@ def test_what_was_loaded_is_where_the_model_is(name: str, codec: str | None) -> 
 @pytest.mark.parametrize("shrink", [0.05, 0.3, 0.9])
 def test_the_secant_finds_how_fast_local_rounds_shrink_and_keeps_the_delay_stable(beta: float, shrink: float) -> None:
     """On a quadratic they shrink the error by 1 - c, whatever the momentum does."""
-    outer = OuterStep(beta=beta, penalty=(penalty := Secant()))
+    outer = OuterStep(beta=beta, penalty=(penalty := SecantPenalty()))
     outer.begin(point := torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), None)
     differences = [shrink * point]
     for _ in range(400):
@@ -586,7 +588,7 @@ def test_the_secant_finds_how_fast_local_rounds_shrink_and_keeps_the_delay_stabl
 
 def test_the_secant_averages_what_it_finds_from_round_to_round() -> None:
     """Along one coordinate, differences that shrink by other shares in each round: c <- 0.7 c + 0.3 found."""
-    outer = OuterStep(penalty=(penalty := Secant()))
+    outer = OuterStep(penalty=(penalty := SecantPenalty()))
     outer.begin(point := torch.tensor([1.0], dtype=torch.float64), None)
     places, expected, before = [point.item()], None, 0.0
     for turn, share in enumerate([0.1, 0.5, 0.9, 0.3, 0.7, 0.2]):
@@ -601,7 +603,7 @@ def test_the_secant_averages_what_it_finds_from_round_to_round() -> None:
 
 
 def test_the_gap_is_the_last_outer_step() -> None:
-    outer = OuterStep(rate=0.5, penalty=GapAware())
+    outer = OuterStep(rate=0.5, penalty=GapAwarePenalty())
     outer.begin(torch.zeros(2), None)
     outer(torch.tensor([3.0, 4.0]), 1.0)
     assert outer.point.tolist() == [-1.5, -2.0]  # there was no step before: 1

@@ -172,7 +172,7 @@ METHODS: list[tuple[str, Callable[..., list[Floats]], dict[str, Any]]] = [
         for penalty in ("none", "constant", "gap-aware", "secant")
     ),
 ]
-CALLED = {"alpha": "rate", "beta": "momentum"}
+CALLED = {"alpha": "outer_lr", "beta": "outer_momentum"}
 
 
 @pytest.mark.parametrize(("name", "recursion", "options"), METHODS)
@@ -195,7 +195,7 @@ def test_diloco_makes_the_numbers_of_torchfts_regression_test(name: str, rounds:
     factory = resolve(SYNCHRONISERS, "diloco", "sync.name")
     expected, found = GOLDEN[name], [GOLDEN[name][0]]
     for every in rounds:
-        options = declared_options(factory)(name="diloco", every=every, rate=2.0, momentum=0.0)
+        options = declared_options(factory)(name="diloco", every=every, outer_lr=2.0, outer_momentum=0.0)
 
         def replica(transport: ThreadTransport, options: Any = options, begun: float = found[-1]) -> list[float]:
             module = nn.Linear(1, 1, bias=False)

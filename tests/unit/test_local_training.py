@@ -32,7 +32,7 @@ from raytrain.optim.options import ZEROTH
 from raytrain.registry import resolve
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.sync.averaging import ExactExchange
-from raytrain.sync.options import NumberOptions
+from raytrain.sync.options import ScalarOptions
 from raytrain.sync.scalars import Numbers
 from raytrain.sync.transport import LocalTransport
 from raytrain.zeroth.optimizers import ZerothOrder, space_of
@@ -108,7 +108,7 @@ def zeroth_step_by_step(recipe: FederateRecipe, optimizer: str, seeds: list[list
         def share(self, values: Sequence[float], *_: Any, **__: Any) -> tuple[list[list[float]], list[float]]:
             return [[ENCODINGS[up].rounded(value) for value in values]], [1.0]
 
-    sync = Rounded(ExactExchange(LocalTransport()), NumberOptions(name="numbers"), short=False)
+    sync = Rounded(ExactExchange(LocalTransport()), ScalarOptions(name="scalars"), short=False)
     sync.start(module)
 
     class Along(Zeroth):

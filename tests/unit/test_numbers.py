@@ -12,8 +12,8 @@ from torch import nn
 
 from raytrain.errors import TrainingError
 from raytrain.sync.averaging import ExactExchange
-from raytrain.sync.options import NumberOptions
-from raytrain.sync.scalars import decode, encode, numbers, one_byte
+from raytrain.sync.options import ScalarOptions
+from raytrain.sync.scalars import decode, encode, one_byte, scalars
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 
@@ -45,13 +45,13 @@ def test_a_byte_that_is_read_is_written_again(sent: int, exponent: int) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize(("kind", "size"), [(numbers, 4), (one_byte, 1)])
+@pytest.mark.parametrize(("kind", "size"), [(scalars, 4), (one_byte, 1)])
 def test_all_replicas_read_the_same_and_bytes_are_counted(kind: Any, size: int, known: bool, weighted: bool) -> None:
     """What is not known yet travels in four bytes; weights too, which differ."""
     own = [[0.5, -3.0], [float("nan"), 1e-9], [1e300, float("inf")]]
 
     def replica(transport: ThreadTransport) -> tuple[Any, int]:
-        sync = kind(ExactExchange(transport), NumberOptions(name="x"))
+        sync = kind(ExactExchange(transport), ScalarOptions(name="x"))
         sync.start(nn.Linear(2, 2))
         sync.begin([1.0, 2.0, 0.0][transport.rank])
         before = sync.bytes_sent
@@ -75,14 +75,14 @@ def test_slopes_that_a_byte_does_not_hold_are_counted_and_told_once(
     values: list[float], told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("WARNING")
-    sync = one_byte(ExactExchange(LocalTransport()), NumberOptions(name="x"))
+    sync = one_byte(ExactExchange(LocalTransport()), ScalarOptions(name="x"))
     sync.start(nn.Linear(2, 2))
     for _ in range(60):
         sync.share(values, [[1.0, 1.0, 1.0]], weighted=False)
     beyond = sum(abs(math.log2(value)) > 10.5 for value in values if value)
     assert sync.figures() == {"zeros": values.count(0.0), "saturated": beyond}
     assert [f"{22 * values.count(0.0)} were 0" in text for text in caplog.messages] == [True] * told
-    assert numbers(ExactExchange(LocalTransport()), NumberOptions(name="x")).figures() == {}
+    assert scalars(ExactExchange(LocalTransport()), ScalarOptions(name="x")).figures() == {}
 
 
 @given(st.integers(0, 9), st.integers(1, 4))
@@ -90,7 +90,7 @@ def test_a_request_to_stop_that_lasts_one_step_reaches_all(step: int, every: int
     """The command looks for it now and then, and sees it in one step of many."""
 
     def replica(transport: ThreadTransport) -> list[int]:
-        sync = one_byte(ExactExchange(transport), NumberOptions(name="x", stop_every=every, check_every=0))
+        sync = one_byte(ExactExchange(transport), ScalarOptions(name="x", stop_every=every, check_every=0))
         sync.start(nn.Linear(2, 2))
         asks = [transport.rank == 1 and now == step for now in range(step + every + 1)]
         return [now for now, stop in enumerate(asks) if sync.before_step(0.0, stop=stop).stop]
@@ -103,7 +103,7 @@ def test_a_request_to_stop_that_lasts_one_step_reaches_all(step: int, every: int
 def test_replicas_that_are_no_longer_equal_are_named() -> None:
     def replica(transport: ThreadTransport) -> str:
         module = nn.Linear(2, 2)
-        sync = one_byte(ExactExchange(transport), NumberOptions(name="x", check_every=2))
+        sync = one_byte(ExactExchange(transport), ScalarOptions(name="x", check_every=2))
         sync.start(module)
         for step in range(2):
             sync.before_step(0.0, stop=False)

@@ -42,7 +42,7 @@ def test_without_rules_there_are_matrices_and_vectors() -> None:
 
 def test_the_first_rule_that_fits_holds() -> None:
     rules = [
-        {"match": "*.bias", "lr_scale": 2, "decay_vectors": True},
+        {"match": "*.bias", "lr_scale": 2, "decay_1d": True},
         {"match": "o*", "lr": 0.5, "betas": [0.5, 0.6], "weight_decay": 0},
         {"match": "*embed*", "lr_scale": 0.1, "eps": 1e-3},
     ]

@@ -25,7 +25,7 @@ RAW: dict[str, Any] = {
     "batch": 8,
     "task": {"name": "digits", "model": "mlp", "widths": [8, 8], "dropout": 0.1},
     "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
-    "log": {"to": []},
+    "log": {"loggers": []},
 }
 
 
@@ -97,7 +97,7 @@ def test_wrong_phases(phases: list[dict[str, Any]], message: str) -> None:
 
 
 def test_a_trajectory_has_one_beginning() -> None:
-    with pytest.raises(RecipeError, match=r"phases: expected directions.trajectory = false, because"):
+    with pytest.raises(RecipeError, match=r"phases: expected zo.trajectory = false, because"):
         recipe(optimizer={"name": "zo-sgd"}, phases=[{"from": 3}])
 
 

@@ -327,7 +327,7 @@ def test_all_that_a_folder_lacks_is_trained_beside_an_adapter(
     getattr(transformers, base).from_config(config).save_pretrained(tmp_path / "model")
     module = opened(tmp_path / "model", HEADED).module(0, num_labels=3)
     lora = OPTIONS["lora"]
-    elsewhere = adapt(module, lora(name="lora", r=2, beside=()), seed=0)
+    elsewhere = adapt(module, lora(name="lora", r=2, modules_to_save=()), seed=0)
     beside = {key for key, value in module.named_parameters() if value.requires_grad and "lora" not in key}
     assert {place for key in beside for place in new if key.startswith(f"{place}.")} == new
     assert all(key.startswith(tuple(f"{place}." for place in new)) for key in beside)

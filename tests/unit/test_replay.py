@@ -255,7 +255,7 @@ def test_a_space_says_what_it_cannot_take() -> None:
     for other in (shared.view(4, 5), shared[19:]):
         with pytest.raises(RecipeError, match="directions: a and b lie in the same memory, though not as one tensor"):
             Space.of({"a": shared, "b": other})
-    with pytest.raises(RecipeError, match="directions.sparsity: expected 0 with shards of parameters"):
+    with pytest.raises(RecipeError, match="zo.sparsity: expected 0 with shards of parameters"):
         Space.of({"w": torch.zeros(4, 5)}, sparsity=0.5, starts={"w": 20})
 
 

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from raytrain.errors import RecipeError, TrainingError
 from raytrain.run import directory as rundir
 from raytrain.run.directory import RunDirectory, rows, versions
 from raytrain.run.metrics import Recorder
-from raytrain.run.progress import Display, Tail
+from raytrain.run.progress import Display, Tail, Wording
 from raytrain.run.result import Result
+from raytrain.run.watchdog import hang_file
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_with_one_file_more_than_every_run_begins_with_all_stays(
         with run.opened(resume=False):
             run.begin("x = 1\n")
             (run.path / left).parent.mkdir(parents=True, exist_ok=True)
-            (run.path / left).touch()
+            (run.path / left).write_text("x")
             raise ended
 
     with pytest.raises(type(ended)):
@@ -94,6 +96,8 @@ def test_all_that_a_refused_run_begins_with_goes(tmp_path: Path) -> None:
                 run.announce("x = 1\n", 0, [])
                 run.request_stop()
                 (run.checkpoints / rundir.RAY_MARK).touch()
+                hang_file(run.path, 1).touch()  # of a worker that was killed
+                (run.path / f".token-{uuid.uuid4().hex}").touch()
                 run.record_failure(RecipeError("no"), 0)
             raise RecipeError("no")
 
@@ -232,9 +236,28 @@ class Interrupted(threading.Event):
         raise KeyboardInterrupt
 
 
+WORDING = Wording("play", "playing", "round", "it ends", lambda row: [])
+
+
+def test_the_end_of_a_run_is_told_in_its_kinds_words(run: RunDirectory, capfd: pytest.CaptureFixture[str]) -> None:
+    figures = {"rounds": 1234, "bytes_up": 0, "overlap_ratio": 0.5}
+    result = Result("interrupted", {"loss": 1.5}, figures=figures, seconds=2.25, checkpoint="a")
+    Display(run, 10, WORDING).finish(result)
+    shown = [" ".join(line.split()) for line in capfd.readouterr().err.split("\n") if line.strip()]
+    assert shown == [
+        "status interrupted",
+        "loss 1.5000",
+        "rounds 1,234",
+        "overlap ratio 0.5",
+        "seconds 2.25",
+        f"run: {run.path}",
+        f"continue with: raytrain play {run.path} --resume",
+    ]
+
+
 def test_an_interrupted_run_without_workers_has_nothing_to_wait_for(run: RunDirectory) -> None:
     run.append(run.attempts, {"from_step": 0})  # of an earlier command
-    display = Display(run, 10)
+    display = Display(run, 10, WORDING)
     with pytest.raises(KeyboardInterrupt):
         display.follow(Interrupted())
     assert not run.stop_requested()
@@ -286,5 +309,5 @@ def test_a_tail_follows_a_file_that_is_added_to_and_replaced(run: RunDirectory) 
 
 
 def test_results_are_json(run: RunDirectory) -> None:
-    run.write_result(Result("done", metrics={"loss": 1.5}, steps=3))
+    run.write_result(Result("done", metrics={"loss": 1.5}, figures={"steps": 3}))
     assert json.loads(run.result.read_text())["metrics"] == {"loss": 1.5}

@@ -54,7 +54,7 @@ from raytrain.training.recipe import TrainRecipe
 
 for name in sys.argv[2:]:
     task = {"name": "digits", "model": "mlp", "widths": [4]}
-    raw = {"kind": "train", "task": task, "steps": 2, "log": {"to": []}, "optimizer": {"name": name}}
+    raw = {"kind": "train", "task": task, "steps": 2, "log": {"loggers": []}, "optimizer": {"name": name}}
     raw["directions"] = {"first_order": ["5.*"], "trajectory": False} if name == "zo-hybrid" else {}
     run = train_here(TrainRecipe.parse(raw), Path(sys.argv[1]) / name)
     assert run.failure() is None, run.failure()

@@ -28,8 +28,8 @@ from raytrain.seeds.directions import Space
 from raytrain.seeds.prng import direction, identity
 from raytrain.seeds.records import MAGIC, read, steps
 from raytrain.sync.averaging import ExactExchange
-from raytrain.sync.options import NumberOptions
-from raytrain.sync.scalars import numbers
+from raytrain.sync.options import ScalarOptions
+from raytrain.sync.scalars import scalars
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
 from raytrain.testing import (
@@ -52,7 +52,7 @@ from raytrain.zeroth.trajectory import Trajectory
 
 
 def recipe(optimizer: str = "zo-sgd", **more: Any) -> TrainRecipe:
-    hybrid = {"directions.first_order": ["out.bias"], "directions.trajectory": False} if "hybrid" in optimizer else {}
+    hybrid = {"zo.first_order": ["out.bias"], "zo.trajectory": False} if "hybrid" in optimizer else {}
     fields = {
         **hybrid,
         "kind": "train",
@@ -63,7 +63,7 @@ def recipe(optimizer: str = "zo-sgd", **more: Any) -> TrainRecipe:
         "batch": 10,
         "evaluation.every": 0,
         "checkpoint.every": 20,
-        "log": {"every": 20, "to": []},
+        "log": {"every": 20, "loggers": []},
     }
     return TrainRecipe.parse(merged({}, {**fields, **more}))
 
@@ -82,7 +82,7 @@ def equal(one: RunDirectory, other: RunDirectory) -> bool:
 
 @pytest.mark.parametrize("optimizer", ZEROTH)
 def test_every_stepper_learns_and_its_trajectory_retraces_it_to_the_bit(optimizer: str, tmp_path: Path) -> None:
-    plan = recipe(optimizer, **{"directions.count": 2, "evaluation.every": 20, "optimizer.groups": GROUPS})
+    plan = recipe(optimizer, **{"zo.num_perturbations": 2, "evaluation.every": 20, "optimizer.groups": GROUPS})
     run = train_here(plan, tmp_path / "run")
     losses = [row["valid"]["loss"] for row in rows(run.metrics) if "valid" in row]
     plain, task = settled(plan, run)
@@ -146,11 +146,11 @@ def watched() -> Task:
 @pytest.mark.parametrize(
     ("optimizer", "fields", "calls"),
     [
-        ("zo-sgd", {"directions.count": 3}, 6),
-        ("zo-sgd", {"directions.count": 3, "directions.sides": 1}, 4),
-        ("zo-sgd", {"directions.count": 3, "accumulate": 2}, 12),
-        ("zo-sgd-conservative", {"directions.count": 2}, 9),
-        ("forward-gradient", {"directions.count": 3}, 3),
+        ("zo-sgd", {"zo.num_perturbations": 3}, 6),
+        ("zo-sgd", {"zo.num_perturbations": 3, "zo.estimator": "forward"}, 4),
+        ("zo-sgd", {"zo.num_perturbations": 3, "batch": 5, "accumulate": 2}, 12),
+        ("zo-sgd-conservative", {"zo.num_perturbations": 2}, 9),
+        ("forward-gradient", {"zo.num_perturbations": 3}, 3),
     ],
 )
 def test_a_step_has_as_many_passes_as_it_says(
@@ -159,7 +159,7 @@ def test_a_step_has_as_many_passes_as_it_says(
     found = []
     for length in (2, 5):
         CALLED.clear()
-        more = {"task": f"{__name__}:watched", "steps": length, "directions.training": training, **fields}
+        more = {"task": f"{__name__}:watched", "steps": length, "zo.train_mode": training, **fields}
         assert train_here(recipe(optimizer, **more), tmp_path / str(length)).failure() is None
         found.append(len(CALLED))
         assert set(CALLED[: 2 * calls]) == {training}
@@ -172,12 +172,12 @@ GROUPS = [{"match": "out.bias", "lr_scale": 0.25}]
 @pytest.mark.parametrize(
     "options",
     [
-        {"directions.mode": "gaussian"},
-        {"directions.sides": 1},
-        {"directions.sparsity": 0.5},
-        {"directions.training": True, "task.dropout": 0.2},
-        {"accumulate": 3},
-        {"directions.outlier": 3.0},
+        {"zo.distribution": "gaussian"},
+        {"zo.estimator": "forward"},
+        {"zo.sparsity": 0.5},
+        {"zo.train_mode": True, "task.dropout": 0.2},
+        {"batch": 4, "accumulate": 3},
+        {"zo.outlier_threshold": 3.0},
         {"precision": "float64"},
         {"precision": "bfloat16"},
     ],
@@ -201,7 +201,7 @@ def test_a_hybrid_moves_some_by_their_gradients_and_the_others_along_directions(
     """One step of AdamW is of the size of its rate, whatever the gradient; the others move as zo-sgd moves them."""
     fields = {"task": f"{__name__}:two_layers", "steps": 1, "optimizer.lr": 0.01}
     plain = weights(train_here(recipe(**fields), tmp_path / "plain"))
-    more = {"optimizer.first_order_lr": 0.125, "optimizer.weight_decay": 0.0, "directions.first_order": ["last.*"]}
+    more = {"optimizer.first_order_lr": 0.125, "optimizer.weight_decay": 0.0, "zo.first_order": ["last.*"]}
     both = weights(train_here(recipe("zo-hybrid", **fields, **more), tmp_path / "both"))
     first = two_layers().model(0).state_dict()
     torch.testing.assert_close((both["last.weight"] - first["last.weight"]).abs(), torch.full((1, 3), 0.125))
@@ -254,15 +254,15 @@ def two_layers() -> Task:
 
 @pytest.mark.parametrize("optimizer", ["zo-sgd", "zo-adam", "zo-hybrid"])
 def test_a_resumed_run_is_the_uninterrupted_one(optimizer: str, tmp_path: Path) -> None:
-    whole = train_here(recipe(optimizer, **{"directions.outlier": 2.0}), tmp_path / "whole")
-    train_here(recipe(optimizer, **{"directions.outlier": 2.0, "steps": 35}), tmp_path / "parts")
-    parts = train_here(recipe(optimizer, **{"directions.outlier": 2.0}), tmp_path / "parts")
+    whole = train_here(recipe(optimizer, **{"zo.outlier_threshold": 2.0}), tmp_path / "whole")
+    train_here(recipe(optimizer, **{"zo.outlier_threshold": 2.0, "steps": 35}), tmp_path / "parts")
+    parts = train_here(recipe(optimizer, **{"zo.outlier_threshold": 2.0}), tmp_path / "parts")
     assert equal(whole, parts)
     if "hybrid" not in optimizer:
         assert whole.trajectory.read_bytes() == parts.trajectory.read_bytes()
 
 
-@pytest.mark.parametrize("sync", ["numbers", "one-byte"])
+@pytest.mark.parametrize("sync", ["scalars", "one-byte"])
 def test_threads_and_processes_make_the_same_moves(sync: str, tmp_path: Path) -> None:
     plan = recipe(sync=sync, workers=2, **{"sync.check_every": 10})
     threads = train_with_threads(plan, tmp_path / "threads")
@@ -284,10 +284,10 @@ def test_a_worker_more_takes_up_where_the_others_were(tmp_path: Path) -> None:
 
 
 def test_seeds_are_those_of_the_step_the_worker_and_the_place(tmp_path: Path) -> None:
-    one = train_here(recipe(**{"directions.count": 2, "steps": 1}), tmp_path / "one")
+    one = train_here(recipe(**{"zo.num_perturbations": 2, "steps": 1}), tmp_path / "one")
     _, records = read(one.trajectory)
     assert [int(seed) for seed in records["seed"]] == [Zeroth.seed_of(0, 0, 0, 0), Zeroth.seed_of(0, 0, 0, 1)]
-    two = train_with_threads(recipe(sync="numbers", workers=2, steps=1, batch=5), tmp_path / "two")
+    two = train_with_threads(recipe(sync="scalars", workers=2, steps=1, batch=5), tmp_path / "two")
     _, records = read(two.trajectory)
     assert [int(seed) for seed in records["seed"]] == [Zeroth.seed_of(0, 0, 0, 0), Zeroth.seed_of(0, 0, 1, 0)]
 
@@ -353,7 +353,7 @@ def test_what_a_stepper_holds_does_not_depend_on_the_type_of_the_parameters(name
 @pytest.mark.parametrize("name", ["zo-sgd-momentum", "zo-adam", "zo-hybrid"])
 def test_a_run_goes_on_in_another_type(name: str, precision: str, tmp_path: Path) -> None:
     """What a stepper holds takes the type that it would have from the first step."""
-    fields = {"directions.trajectory": False, "steps": 4, "checkpoint.every": 2}
+    fields = {"zo.trajectory": False, "steps": 4, "checkpoint.every": 2}
     other = {"float32": "float64", "float64": "float32"}[precision]
     train_here(recipe(name, **fields, precision=precision), tmp_path / "run")
     run = train_here(recipe(name, **{**fields, "steps": 8}, precision=other), tmp_path / "run")
@@ -394,8 +394,8 @@ def uneven() -> Task:
 
 
 def test_a_mask_is_that_of_the_first_workers_weights(tmp_path: Path) -> None:
-    more = {"task": f"{__name__}:uneven", "directions.sparsity": 0.5, "sync.check_every": 5}
-    run = train_with_threads(recipe(sync="numbers", workers=2, **more), tmp_path / "run")
+    more = {"task": f"{__name__}:uneven", "zo.sparsity": 0.5, "sync.check_every": 5}
+    run = train_with_threads(recipe(sync="scalars", workers=2, **more), tmp_path / "run")
     assert run.failure() is None
     assert len(weights(run)) == 2
 
@@ -425,7 +425,7 @@ def steep() -> Task:
 
 
 def test_what_is_not_finite_or_far_out_is_reported_and_not_applied(tmp_path: Path) -> None:
-    more = {"task": f"{__name__}:steep", "log.every": 1, "directions.outlier": 20.0, "optimizer.lr": 1e-4}
+    more = {"task": f"{__name__}:steep", "log.every": 1, "zo.outlier_threshold": 20.0, "optimizer.lr": 1e-4}
     run = train_here(recipe(**more, batch=4), tmp_path / "run")
     skipped = [row["step"] for row in rows(run.metrics) if row.get("skipped")]
     assert len(skipped) >= 2
@@ -504,26 +504,29 @@ def test_a_run_without_usable_slopes_is_given_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sync": "gradients"}, "sync.name: expected numbers or one-byte with zo-sgd; got gradients"),
+        ({"sync": "ddp"}, "sync.name: expected scalars or one-byte with zo-sgd; got ddp"),
         ({"optimizer": "adamw", "sync": "one-byte"}, "sync.name: expected one of the others with adamw; got one-byte"),
-        ({"freeze.half": True}, "freeze.half: expected none with zo-sgd, which makes no backward pass"),
+        ({"freeze.random_half": True}, "freeze.random_half: expected none with zo-sgd, which makes no backward pass"),
         (
             {"optimizer.name": "zo-sgd-conservative", "optimizer.lr": 1e-3, "workers": 2},
             "workers: expected 1 with zo-sgd-conservative, which decides by a loss; got 2",
         ),
         (
-            {"optimizer.name": "zo-hybrid", "optimizer.lr": 1e-3, "directions.first_order": ["out.*"]},
-            "optimizer.name: zo-hybrid takes workers = 1, directions.trajectory = false",
+            {"optimizer.name": "zo-hybrid", "optimizer.lr": 1e-3, "zo.first_order": ["out.*"]},
+            "optimizer.name: zo-hybrid takes workers = 1, zo.trajectory = false",
         ),
         (
-            {"optimizer.name": "forward-gradient", "directions.objective": "accuracy"},
-            "directions.objective: expected none with forward-gradient, which differentiates it",
+            {"optimizer.name": "forward-gradient", "zo.objective": "accuracy"},
+            "zo.objective: expected none with forward-gradient, which differentiates it",
         ),
-        ({"directions.first_order": ["out.*"]}, "directions.first_order: expected none with zo-sgd"),
-        ({"directions.outlier": 0.5}, "outlier: expected 0 or at least 1, a standard deviation of slopes; got 0.5"),
+        ({"zo.first_order": ["out.*"]}, "zo.first_order: expected none with zo-sgd"),
         (
-            {"directions.count": 40_000, "workers": 2},
-            "directions.count: expected at most 65535 of all workers with a trajectory; got 2 times 40000; set",
+            {"zo.outlier_threshold": 0.5},
+            "outlier_threshold: expected 0 or at least 1, a standard deviation of projected gradients; got 0.5",
+        ),
+        (
+            {"zo.num_perturbations": 40_000, "workers": 2},
+            "zo.num_perturbations: expected at most 65535 of all workers with a trajectory; got 2 times 40000; set",
         ),
         ({"compile": "aot_eager"}, "compile: expected none with zo-sgd"),
     ],
@@ -547,7 +550,7 @@ def test_replicas_count_by_the_weight_of_their_losses() -> None:
         optimizer = make_optimizer(ZOSGD, optimizer_options("zo-sgd")(name="x", lr=lr), module)
         space = space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False)
         optimizer.shape(space)
-        sync = numbers(ExactExchange(transport), NumberOptions(name="numbers"))
+        sync = scalars(ExactExchange(transport), ScalarOptions(name="scalars"))
         sync.start(module)
         sync.begin(loads[transport.rank])
         zeroth = Zeroth(Probe(module, space), optimizer, sync, count, 1e-3, 2, False, "", 0.0, True)
@@ -592,14 +595,14 @@ def accurate() -> Task:
 
 def test_an_objective_without_a_gradient(tmp_path: Path) -> None:
     torch.manual_seed(3)
-    more = {"task": f"{__name__}:accurate", "directions.objective": "accuracy", "directions.eps": 0.3, "batch": 32}
-    run = train_here(recipe(**more, steps=80, **{"directions.count": 4, "optimizer.lr": 0.1}), tmp_path / "run")
+    more = {"task": f"{__name__}:accurate", "zo.objective": "accuracy", "zo.eps": 0.3, "batch": 32}
+    run = train_here(recipe(**more, steps=80, **{"zo.num_perturbations": 4, "optimizer.lr": 0.1}), tmp_path / "run")
     assert run.failure() is None
     assert next(row["valid"]["accuracy"] for row in rows(run.metrics) if "valid" in row) > 0.8
-    run = train_here(recipe(**(more | {"directions.objective": "f1"})), tmp_path / "no")
+    run = train_here(recipe(**(more | {"zo.objective": "f1"})), tmp_path / "no")
     failure = run.failure()
     assert failure is not None
-    assert "directions.objective: the task measures accuracy; got 'f1'" in failure.message
+    assert "zo.objective: the task measures accuracy; got 'f1'" in failure.message
 
 
 @pytest.mark.parametrize(
@@ -620,7 +623,7 @@ def test_an_objective_is_raised_or_with_a_minus_lowered(objective: str, value: f
 
 
 def test_what_is_better_if_it_is_less_is_not_raised() -> None:
-    with pytest.raises(RecipeError, match="directions.objective: less of loss is better; expected '-loss', to lower"):
+    with pytest.raises(RecipeError, match="zo.objective: less of loss is better; expected '-loss', to lower"):
         loss_of(accurate(), nn.Linear(3, 1), [], (0, 0, 0), None, "loss")
 
 
@@ -675,7 +678,7 @@ def test_a_byte_holds_slopes_of_any_size(power: int, blocks: bool, tmp_path: Pat
     for factor in (1.0, 2.0**power):
         more = {"task": f"{__name__}:scaled", "log.every": 1, "batch": 4, "steps": 30}
         SCALE[0] = factor
-        rate = {"optimizer.lr": 0.01 / factor, "directions.blocks": blocks, "directions.outlier": 5.0}
+        rate = {"optimizer.lr": 0.01 / factor, "zo.blockwise": blocks, "zo.outlier_threshold": 5.0}
         run = train_here(recipe(**more, sync="one-byte", **rate), tmp_path / str(factor))
         ends.append(weights(run))
         logged = [row for row in rows(run.metrics) if "saturated" in row]
@@ -711,8 +714,8 @@ def flat() -> Task:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"directions.mode": "gaussian"}, "expected mode = 'rademacher' as the run began; got 'gaussian'"),
-        ({"directions.sparsity": 0.5}, "expected sparsity = 0.0 as the run began; got 0.5"),
+        ({"zo.distribution": "gaussian"}, "expected distribution = 'rademacher' as the run began; got 'gaussian'"),
+        ({"zo.sparsity": 0.5}, "expected sparsity = 0.0 as the run began; got 0.5"),
         (
             {"freeze.match": ["out.bias"]},
             "expected the parameters that the run began to move, of the same types, each along directions as long as "
@@ -725,7 +728,7 @@ def flat() -> Task:
         ),
         (
             {"optimizer.groups": [{"match": "out.bias", "lr_scale": 0.25}]},
-            "expected groups = [] as the run began; got [{'match': 'out.bias', 'lr_scale': 0.25, 'decay_vectors': "
+            "expected groups = [] as the run began; got [{'match': 'out.bias', 'lr_scale': 0.25, 'decay_1d': "
             "None, 'lr': None}]",
         ),
     ],
@@ -736,7 +739,7 @@ def test_a_run_that_moves_in_another_way_is_not_written_as_if_it_did_not(
     train_here(recipe(steps=20), tmp_path / "run")
     failure = train_here(recipe(steps=40, **change), tmp_path / "run").failure()
     assert failure is not None
-    assert failure.message.startswith(f"directions.trajectory: {message}; set directions.trajectory = false")
+    assert failure.message.startswith(f"zo.trajectory: {message}; set zo.trajectory = false")
 
 
 def test_a_rate_that_all_share_changes_no_direction(tmp_path: Path) -> None:
@@ -760,11 +763,11 @@ def test_a_rate_that_changes_how_long_directions_are_is_seen(tmp_path: Path) -> 
 
 def test_steps_that_were_not_written_down_are_missed(tmp_path: Path) -> None:
     train_here(recipe(steps=20), tmp_path / "run")
-    train_here(recipe(steps=40, **{"directions.trajectory": False}), tmp_path / "run")
+    train_here(recipe(steps=40, **{"zo.trajectory": False}), tmp_path / "run")
     run = train_here(recipe(steps=60), tmp_path / "run")
     failure = run.failure()
     assert failure is not None
-    assert failure.message.startswith(f"directions.trajectory: expected step 21 in {run.trajectory}; it is not there; ")
+    assert failure.message.startswith(f"zo.trajectory: expected step 21 in {run.trajectory}; it is not there; ")
     with Trajectory(tmp_path / "t", {**read(run.trajectory)[0]}, 0) as holed:
         holed.append(1, 0.5, [(1, 1.0)])
     with pytest.raises(CheckpointError, match="expected step 1 of the run next; it is not there"):
@@ -774,9 +777,9 @@ def test_steps_that_were_not_written_down_are_missed(tmp_path: Path) -> None:
         Trajectory(tmp_path / "bare", {"space": {"mode": "gaussian"}, "optimizer": {}}, 1)
 
 
-@pytest.mark.parametrize("sides", [1, 2])
-def test_probes_leave_the_means_of_a_batch_norm(sides: int, tmp_path: Path) -> None:
-    more = {"directions.training": True, "directions.sides": sides, "task.norm": True, "steps": 40}
+@pytest.mark.parametrize("estimator", ["forward", "central"])
+def test_probes_leave_the_means_of_a_batch_norm(estimator: str, tmp_path: Path) -> None:
+    more = {"zo.train_mode": True, "zo.estimator": estimator, "task.norm": True, "steps": 40}
     whole = train_here(recipe(**more), tmp_path / "whole")
     assert weights(whole)["norm.num_batches_tracked"] == 0
     train_here(recipe(**{**more, "steps": 20}), tmp_path / "parts")
@@ -786,10 +789,10 @@ def test_probes_leave_the_means_of_a_batch_norm(sides: int, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"directions.blocks": True}, "directions.blocks: the model has no repeated blocks; take directions.blocks ="),
+        ({"zo.blockwise": True}, "zo.blockwise: the model has no repeated blocks; take zo.blockwise ="),
         (
-            {"optimizer.name": "zo-hybrid", "directions.first_order": ["oot.*"], "directions.trajectory": False},
-            "directions.first_order: no trainable parameter is called 'oot.*'; there are out.weight, ",
+            {"optimizer.name": "zo-hybrid", "zo.first_order": ["oot.*"], "zo.trajectory": False},
+            "zo.first_order: no trainable parameter is called 'oot.*'; there are out.weight, ",
         ),
     ],
 )

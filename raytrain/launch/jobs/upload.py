@@ -3,19 +3,18 @@
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import distribution
 from pathlib import Path
 
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
-import raytrain
+from raytrain.kinds import kind_points, shared_packages
+from raytrain.modules import spec_of
 
 LEFT_OUT = (".git", ".venv", "venv", "__pycache__", "/runs")
 SECRETS = (".env*", "*.pem", "id_*", ".ssh", ".aws", ".netrc", ".kaggle")
-PACKAGES = ("raytrain", "search", "federated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +86,27 @@ def upload_limit() -> int:
 
 
 def own_code() -> list[str]:
-    """Return the folders of the raytrain of this machine, that of its metadata included, which names its kinds."""
-    root = Path(raytrain.__file__).parents[1]
-    metadata = next(file for file in distribution("raytrain").files or [] if file.name == "METADATA")
-    folders = [*(root / package for package in PACKAGES), Path(str(metadata.locate())).parent]
-    return [str(folder) for folder in folders if folder.is_dir()]
+    """Return raytrain and the kinds of this machine: their packages, and the metadata that names the kinds."""
+    distributions = {point.dist.name: point.dist for point in kind_points().values() if point.dist}
+    metadata = [
+        Path(str(file.locate())).parent
+        for each in distributions.values()
+        for file in each.files or []
+        if file.name == "METADATA"
+    ]
+    return [str(path) for path in [*_code(), *metadata]]
 
 
 def _own_packages(folder: Path) -> list[str]:
-    """Return our source, which the cluster has installed, if the folder holds it."""
-    return [f"/{package}" for package in PACKAGES if Path(raytrain.__file__).parents[1] == folder]
+    """Return the code of raytrain and of kinds, which the cluster has installed, if the folder holds it."""
+    return [f"/{path.name}" for path in _code() if path.parent == folder]
+
+
+def _code() -> Iterator[Path]:
+    """Yield the folders of the packages that a run's machines share, and the files of those that are one module."""
+    for package in shared_packages():
+        spec = spec_of(package)
+        if spec and spec.submodule_search_locations:
+            yield from map(Path, spec.submodule_search_locations)
+        elif spec and spec.origin:
+            yield Path(spec.origin)

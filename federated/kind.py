@@ -1,0 +1,22 @@
+"""The kind `federate`."""
+
+from pathlib import Path
+
+from raytrain.kinds import Kind
+
+KIND = Kind(
+    recipe="federated.recipe:FederateRecipe",
+    run="federated.launch.run:run",
+    recipes=Path(__file__).parent / "recipes",
+    load="federated.results:load_model",
+    check="federated.flower.preview:preview",
+    tables={
+        "protocols": "federated.protocols.protocol:PROTOCOLS",
+        "partitions": "federated.partition:PARTITIONS",
+        "faults": "federated.faults:FAULTS",
+        "strategies": "federated.recipe:STRATEGIES",
+    },
+    shorthand="task",
+    packages=("raytrain", "federated"),
+    requires=("flwr",),
+)
