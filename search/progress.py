@@ -39,7 +39,7 @@ class SearchDisplay:
         self._reports = Tail(folder / "metrics.jsonl")
         self._standings, self._steps, self._total_steps = standings, steps, total_steps
         self._pace = SearchSpeed()
-        self._next_line = 0.0
+        self._next_line = time.monotonic() + SEARCH_LINE_SECONDS
 
     def __enter__(self) -> Self:
         """Show the table, on a terminal."""

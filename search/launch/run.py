@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from raytrain.errors import TrainingError
@@ -94,24 +95,24 @@ class Search:
 
     def result(self, loop: SearchLoop) -> Result:
         """Return the result of the search, and leave its best model in the folder."""
+        standings = standings_of(self._objective, self._journal.lineage.read(), self._reports.read())
+        figures = {"trials": len(standings.members), "failed": standings.failures, "steps": standings.steps}
+        result = Result(
+            loop.status,
+            figures=figures,
+            seconds=round(self._reports.seconds, 3),
+            restarts=loop.restarts,
+            error=loop.error,
+        )
         best = self._journal.best
         if best is None:
-            return Result(loop.status, error=loop.error)
+            return result
         metrics = self._reports.metrics(best.segment.row)
         packed = self._journal.store.get(best.snapshot.digest)
         recipe = winner_recipe(self._base, self._phases())
         checkpoint = write_winner(self._directory.path, recipe, packed, best.snapshot.step, metrics)
-        step, member = best.snapshot.step, best.member
-        return Result(
-            loop.status,
-            metrics=metrics,
-            best={"metric": self._objective.metric, "value": best.score, "step": step, "member": member},
-            figures={"steps": standings_of(self._objective, self._journal.lineage.read(), self._reports.read()).steps},
-            seconds=round(self._reports.seconds, 3),
-            restarts=loop.restarts,
-            checkpoint=str(checkpoint),
-            error=loop.error,
-        )
+        score = {"metric": self._objective.metric, "value": best.score, "step": best.snapshot.step}
+        return replace(result, metrics=metrics, best={**score, "member": best.member}, checkpoint=str(checkpoint))
 
     def facts(self, result: Result) -> dict[str, str]:
         """Return what there is to say of the search that has ended: name -> value."""

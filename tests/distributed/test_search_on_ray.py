@@ -102,14 +102,14 @@ def test_decisions_do_not_depend_on_what_happens_to_processes(
     for part in (
         "step 5: dead: its process died: killed, out of memory, or crashed",
         "step 10: slow: it did not answer for 4 s (search.timeout_seconds): stopped (SIGSTOP), swapped out, or",
-        "step 15: error: ZeroDivisionError: mine (mine.py, line 18)",
+        "step 15: error: ZeroDivisionError: mine (mine.py, line 19)",
     ):
         assert part in caplog.text
 
 
 def test_one_slot_is_enough_and_a_search_that_is_out_of_time_goes_on_later(plain: Path, tmp_path: Path) -> None:
     early = searched(tmp_path / "run", slots=1, search__seconds=0.001)
-    assert (early.status, early.steps, early.best) == ("stopped early", 0, {})
+    assert (early.status, early.figures["steps"], early.best) == ("stopped early", 0, {})
     raw, _ = read_toml(str(tmp_path / "run"), [])
     whole = run_search(
         SearchRecipe.parse_with(raw, {"search.seconds": 0, "slots": 1}), Order(tmp_path / "run", resume=True)

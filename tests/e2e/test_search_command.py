@@ -92,7 +92,7 @@ def test_an_interrupted_and_killed_search_ends_as_if_nothing_had_happened(
     plain = plain_search(workplace / "plain")
     assert (run / "lineage.jsonl").read_bytes() == plain.lineage.path.read_bytes()
     result = json.loads((run / "result.json").read_text())
-    assert (result["status"], result["steps"]) == ("done", 4 * 120)
+    assert (result["status"], result["figures"]) == ("done", {"trials": 4, "failed": 0, "steps": 4 * 120})
     assert result["best"]["value"] == plain.best.score
 
     evaluated = raytrain("evaluate", "run")
