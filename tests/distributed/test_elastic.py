@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from raytrain.overrides import merged
 from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.testing import train_with_threads
+from raytrain.testing_command import Command, start_command
 from raytrain.training.recipe import TrainRecipe
 
 TINY = {
@@ -47,24 +49,19 @@ def recipe(workplace: Path, *faults: str, **changes: Any) -> TrainRecipe:
     return TrainRecipe.parse(merged({**TINY, "callbacks": ["faults:plan"]}, fields))
 
 
-def test_workers_that_die_hang_stop_or_leave_are_started_again(workplace: Path) -> None:
-    faults = ("1, 15, 'kill'", "0, 25, 'hang'", "1, 35, 'stop'", "0, 45, 'leave'")
-    broken = recipe(workplace, *faults, sync__timeout_seconds=12, max_failures=4)
-    result = run_training(broken, Order(workplace / "run"))
-    assert (result.status, result.restarts) == ("done", 4)
-    killed, hung, stopped, left = [row["workers"] for row in read_jsonl(workplace / "run" / "restarts.jsonl")]
-    assert killed == {"1": "its process died: killed, out of memory, or crashed (SIGKILL)"}
-    (stack,) = (workplace / "run").glob("hang-worker-0-*.txt")
-    assert hung == {"0": f"it hung, and was ended; its stack is in {stack}"}
-    assert "testing.py" in stack.read_text()
-    assert stopped["1"] == "it was stopped (SIGSTOP), and was ended"
-    assert left == {"0": "its process ended with exit status 0 before the training did"}
-    assert [row["from_step"] for row in read_jsonl(workplace / "run" / "attempts.jsonl")] == [0, 10, 20, 30, 40]
-    whole = train_with_threads(broken.with_overrides({"callbacks": []}), workplace / "whole")
-    one, other = (
-        load_part(list_checkpoints(path.checkpoints)[-1], 0) for path in (whole, RunDirectory(workplace / "run"))
-    )
-    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+@pytest.fixture(scope="module", autouse=True)
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TrainRecipe, Path, Command]]:
+    """A run with faults that take their time, while the other tests go on."""
+    folder = tmp_path_factory.mktemp("broken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        faults = ("1, 15, 'kill'", "0, 25, 'hang'", "1, 35, 'stop'", "0, 45, 'leave'")
+        settings = recipe(folder, *faults, sync__timeout_seconds=15, max_failures=4)
+    (folder / "broken.toml").write_text(settings.to_toml())
+    command = start_command(["train", "broken.toml", "--out", "run"], folder, os.environ)
+    yield settings, folder / "run", command
+    command.kill()
 
 
 def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -158,3 +155,24 @@ def test_nothing_listens_where_others_could_reach_it(
     looking.join()
     assert heard, "workers exchange over sockets"
     assert all(ipaddress.ip_address(address).is_loopback for address in heard), heard
+
+
+def test_workers_that_die_hang_stop_or_leave_are_started_again(
+    broken: tuple[TrainRecipe, Path, Command], tmp_path: Path
+) -> None:
+    settings, run, command = broken
+    status, _, err = command.finish()
+    assert status == 0, err
+    killed, hung, stopped, left = [row["workers"] for row in read_jsonl(run / "restarts.jsonl")]
+    assert killed == {"1": "its process died: killed, out of memory, or crashed (SIGKILL)"}
+    (stack,) = run.glob("hang-worker-0-*.txt")
+    assert hung == {"0": f"it hung, and was ended; its stack is in {stack}"}
+    assert "testing.py" in stack.read_text()
+    assert stopped["1"] == "it was stopped (SIGSTOP), and was ended"
+    assert left == {"0": "its process ended with exit status 0 before the training did"}
+    assert [row["from_step"] for row in read_jsonl(run / "attempts.jsonl")] == [0, 10, 20, 30, 40]
+    result = json.loads((run / "result.json").read_text())
+    assert (result["status"], result["restarts"]) == ("done", 4)
+    whole = train_with_threads(settings.with_overrides({"callbacks": []}), tmp_path / "whole")
+    one, other = (load_part(list_checkpoints(path.checkpoints)[-1], 0) for path in (whole, RunDirectory(run)))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])

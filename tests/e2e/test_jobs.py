@@ -19,10 +19,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from ray.util import get_node_ip_address
 
 from raytrain.provenance import MARKER
 from raytrain.recipe import read_toml
-from raytrain.run.checkpoint import list_checkpoints, verify_checkpoint
+from raytrain.run.checkpoint import list_checkpoints, load_part, verify_checkpoint
 from raytrain.run.directory import read_jsonl
 from raytrain.testing import train_here
 from raytrain.testing_command import Command, start_command
@@ -61,6 +63,7 @@ class Cluster:
     """A head node, and a folder of a user of it."""
 
     url: str
+    address: str
     home: Path
     user: Path
     environment: dict[str, str]
@@ -107,8 +110,8 @@ PATIENCE = dict.fromkeys(
 
 
 @contextlib.contextmanager
-def head(home: Path) -> Iterator[str]:
-    """A head node, and the URL of its dashboard; none if it did not come up, as on a machine that is very busy."""
+def head(home: Path) -> Iterator[dict[str, int]]:
+    """A head node, and its ports; none if it did not come up, as on a machine that is very busy."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     words = ["start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
     words += [f"--{name}={port}" for name, port in ports.items()]
@@ -125,7 +128,7 @@ def head(home: Path) -> Iterator[str]:
             if command.poll() is not None:
                 break
             time.sleep(0.5)
-        yield url if up else ""
+        yield ports if up else {}
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             for each in [*process.children(recursive=True), process]:
@@ -146,11 +149,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             home = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="rt", dir="/tmp", ignore_cleanup_errors=True))
             )
-            if url := stack.enter_context(head(home)):
+            if ports := stack.enter_context(head(home)):
                 break
         else:
             pytest.fail(f"no head came up:\n{(home / 'head.log').read_text()}")
-        yield Cluster(url, home, user, {**os.environ, **AUTHENTICATION, "RAY_API_SERVER_ADDRESS": url})
+        url = f"http://127.0.0.1:{ports['dashboard-port']}"
+        address = f"{get_node_ip_address()}:{ports['port']}"  # for which Ray takes 127.0.0.1 too, wherever it listens
+        yield Cluster(url, address, home, user, {**os.environ, **AUTHENTICATION, "RAY_API_SERVER_ADDRESS": url})
 
 
 class Line:
@@ -279,6 +284,21 @@ def test_a_job_shows_its_log_and_its_run_is_fetched(cluster: Cluster, pair: Pair
     assert list(cluster.home.glob("session_2*/logs/raytrain-*")) == []  # what the dashboard served it from
     status, _, err = cluster.call("fetch", name)
     assert (status, err) == (2, f"raytrain: runs/{name} is there already, and not empty; name another folder\n")
+
+
+def test_a_run_that_joins_the_cluster_equals_the_job_and_leaves_the_cluster_running(
+    cluster: Cluster, pair: Pair
+) -> None:
+    words = ["train", "mine.toml", "steps=20", "seed=1", "--address", cluster.address, "--out", "joined"]
+    status, _, err = cluster.call(*words)
+    assert status == 0, err
+    job = cluster.home / "raytrain-runs" / name_in(pair.short[2])
+    one, other = (
+        load_part(list_checkpoints(run / "checkpoints")[-1], 0)["model"] for run in (job, cluster.user / "joined")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert answers(cluster.url)
 
 
 def test_two_jobs_at_once_do_not_mix(cluster: Cluster, pair: Pair) -> None:

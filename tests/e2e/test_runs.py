@@ -1,17 +1,15 @@
 """The command as a user runs it: in a process of its own, with Ctrl-C, kill -9, --resume, and Ray if asked for."""
 
-import contextlib
 import json
 import os
 import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -189,51 +187,6 @@ def test_the_recipe_of_a_run_repeats_it_to_the_bit_on_a_ray_cluster_of_its_own(
     assert status == 0, err
     assert "starting Ray" in err
     assert equal(straight, tmp_path / "again")
-
-
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
-    """The address of a Ray cluster that runs without us, and ends by its process id."""
-    from ray.util import get_node_ip_address
-
-    host = get_node_ip_address()  # for which Ray takes 127.0.0.1 too, wherever the cluster listens
-    with socket.socket() as free:
-        free.bind((host, 0))
-        port = free.getsockname()[1]
-    ray = Path(sys.executable).with_name("ray")
-    words = [
-        "start",
-        "--head",
-        "--block",
-        f"--port={port}",
-        "--num-cpus=2",
-        "--include-dashboard=false",
-        f"--node-ip-address={host}",
-    ]
-    command = subprocess.Popen([ray, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    give_up = time.monotonic() + 300
-    while time.monotonic() < give_up:
-        with socket.socket() as probe:
-            if probe.connect_ex((host, port)) == 0:
-                break
-        time.sleep(0.2)
-    yield f"{host}:{port}"
-    for process in [*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    command.wait()
-
-
-def test_the_recipe_of_a_run_repeats_it_on_a_running_cluster_that_is_left_running(
-    start: Start, straight: Path, head: str, tmp_path: Path
-) -> None:
-    recipe = str(straight / "recipe.toml")
-    status, _, err = start(tmp_path, "train", recipe, "--address", head, "--out", "again").finish()
-    assert status == 0, err
-    assert equal(straight, tmp_path / "again")
-    status, _, err = start(tmp_path, "train", "digits", "workers=3", "--address", head, "--out", "three").finish()
-    assert status == 2
-    assert "workers: 3 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs" in err
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this machine's malloc is not that of glibc")
