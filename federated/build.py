@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor, nn
 
@@ -12,9 +11,8 @@ from federated.evaluation import OwnExamples, evaluate_on, over_clients
 from federated.faults import FaultPlan, FaultyChannel
 from federated.global_model import RoundRates
 from federated.partition import PARTITIONS, Partition
-from federated.protocols.protocol import PROTOCOLS, Protocol
+from federated.protocols.protocol import PROTOCOLS, Protocol, ProtocolOptions
 from federated.recipe import FederateRecipe
-from federated.records import RunRecords
 from federated.rounds import Rounds
 from federated.sampling import Stream, fold_in, participants
 from federated.server import Participation, Server
@@ -25,7 +23,6 @@ from raytrain.models.adapters import adapt
 from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.registry import resolve
-from raytrain.run.directory import RunDirectory
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import TASKS, Task, make_task
 from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, space_of
@@ -54,7 +51,9 @@ def partition_of(recipe: FederateRecipe, task: Task) -> Partition:
 
 
 def protocol_of(recipe: FederateRecipe) -> Protocol:
-    """Return the recipe's protocol, as it begins."""
+    """Return the recipe's zeroth-order protocol, as it begins."""
+    if not isinstance(recipe.protocol, ProtocolOptions):
+        raise TypeError(f"protocol.name: {recipe.protocol.name} sends parameters")
     rates = RoundRates.of(recipe.learning_rates(), recipe.protocol.weight_decay)
     make = resolve(PROTOCOLS, recipe.protocol.name, "protocol.name")
     protocol: Protocol = make(recipe.protocol, rates, recipe.seed)
@@ -92,6 +91,27 @@ def initial_module(recipe: FederateRecipe, task: Task) -> nn.Module:
     return module
 
 
+def evaluate_module(
+    recipe: FederateRecipe, task: Task, partition: Partition, module: nn.Module, version: int
+) -> dict[str, float]:
+    """Return what a task measures of a model: on held-out examples, and on some clients' own.
+
+    Args:
+        recipe: says on how many clients' examples.
+        task: of the recipe.
+        partition: of its training examples.
+        module: the model.
+        version: rounds that made it, from which the clients follow.
+    """
+    batch, held_out = recipe.evaluation.batch, task.data("valid")
+    metrics = evaluate_on(task, module, held_out, batch)
+    if count := round(recipe.evaluation.clients * partition.clients):
+        some = participants(fold_in(recipe.seed, Stream.EVALUATION), version, partition.clients, count).tolist()
+        own = [OwnExamples(task.data("train"), partition.indices(client)) for client in some]
+        metrics |= over_clients([evaluate_on(task, module, examples, batch) for examples in own], task)
+    return metrics
+
+
 @dataclass(frozen=True, slots=True)
 class Federation:
     """What the parts of a run share, in one process.
@@ -120,16 +140,8 @@ class Federation:
 
     def evaluate(self, server: Server) -> dict[str, float]:
         """Return what the task measures of the server's model: on held-out examples, and on some clients' own."""
-        batch, task = self.recipe.evaluation.batch, self.task
         self.model.set_to(server.model, protocol_of(self.recipe))
-        metrics = evaluate_on(task, self.model.module, task.data("valid"), batch)
-        if count := round(self.recipe.evaluation.clients * self.partition.clients):
-            seed = fold_in(self.recipe.seed, Stream.EVALUATION)
-            some = participants(seed, server.model.version, self.partition.clients, count).tolist()
-            own = [OwnExamples(task.data("train"), self.partition.indices(client)) for client in some]
-            rows = [evaluate_on(task, self.model.module, examples, batch) for examples in own]
-            metrics |= over_clients(rows, task)
-        return metrics
+        return evaluate_module(self.recipe, self.task, self.partition, self.model.module, server.model.version)
 
     def parameter_bytes(self) -> int:
         """Return the size of the parameters that the run moves, which a gradient method would send."""
@@ -149,11 +161,6 @@ class Federation:
         """Return what answers for the clients."""
         data = ClientData(self.task, self.task.data("train"), self.partition.indices)
         return LocalTrainer(self.model, protocol_of(self.recipe), data, self.recipe.zo)
-
-    def records(self, run: RunDirectory, server: Server) -> RunRecords:
-        """Return what writes the rows of a run that begins, or goes on, at the server's round."""
-        every = self.recipe.evaluation.every
-        return RunRecords(run, server, partial(self.evaluate, server), partial(self.seed_model, server), every=every)
 
     def simulation(self, server: Server) -> Rounds:
         """Return the server's rounds, all in this process."""

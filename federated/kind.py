@@ -9,6 +9,7 @@ KIND = Kind(
     run="federated.launch.run:run_federated",
     recipes=Path(__file__).parent / "recipes",
     load="federated.results:load_federated_model",
+    panels="federated.report:panels",
     check="federated.flower.preview:deployment_preview",
     tables={
         "protocols": "federated.protocols.protocol:PROTOCOLS",

@@ -10,10 +10,10 @@ from pydantic_core import PydanticCustomError
 from federated.client import ProbeOptions
 from federated.faults import Faults
 from federated.partition import PARTITIONS, PartitionOptions
-from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, PROTOCOLS, ProtocolOptions
+from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, PROTOCOLS, LocalOptions, ProtocolOptions
 from federated.server import ReportLimits
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.options import ALL, OptimizerOptions
+from raytrain.optim.options import ALL, OPTIMIZERS, OptimizerOptions
 from raytrain.optim.schedules import SCHEDULES, rate
 from raytrain.recipe import Recipe, Section, chosen, declared_options
 from raytrain.registry import near, resolve
@@ -47,10 +47,10 @@ ELSEWHERE = {
 """Fields of a training recipe, and where a federated one says the same."""
 
 
-def options_of_protocol(protocol: Any) -> type[ProtocolOptions]:
+def options_of_protocol(protocol: Any) -> type[LocalOptions]:
     """Return the options of a protocol: the annotation of its constructor's parameter."""
-    options: Any = declared_options(protocol.__init__, ProtocolOptions)
-    found: type[ProtocolOptions] = options
+    options: Any = declared_options(protocol.__init__, LocalOptions)
+    found: type[LocalOptions] = options
     return found
 
 
@@ -61,9 +61,7 @@ def options_of_partition(partition: Any) -> type[PartitionOptions]:
     return found
 
 
-ProtocolField = Annotated[
-    SerializeAsAny[ProtocolOptions], chosen(PROTOCOLS, "protocol", options_of_protocol, "fedkseed")
-]
+ProtocolField = Annotated[SerializeAsAny[LocalOptions], chosen(PROTOCOLS, "protocol", options_of_protocol, "fedkseed")]
 PartitionField = Annotated[
     SerializeAsAny[PartitionOptions], chosen(PARTITIONS, "partition", options_of_partition, "iid")
 ]
@@ -179,26 +177,57 @@ class FederateRecipe(Recipe):
             raise ValueError(f"faults.quorum: expected at most clients.per_round = {clients.per_round}; got {quorum}")
         if not clients.count and self.partition.name != "domain":
             raise ValueError(f"clients.count: expected 1 or more with partition {self.partition.name}; got 0")
+        if isinstance(self.protocol, ProtocolOptions):
+            self._check_seeds(self.protocol)
+        else:
+            self._check_gradients()
+        return self
+
+    def _check_seeds(self, protocol: ProtocolOptions) -> None:
+        """Refuse what does not go with clients that send numbers along seeds."""
         if self.strategy.name:
             raise ValueError(
                 f"strategy.name: {self.strategy.name} averages arrays of parameters, and clients of "
-                f"{self.protocol.name} send numbers; leave it out"
+                f"{protocol.name} send numbers; leave it out"
             )
         if self.optimizer.name != "zo-sgd":
             raise ValueError(
-                f"optimizer.name: expected zo-sgd with {self.protocol.name}, whose steps the server repeats as a sum; "
+                f"optimizer.name: expected zo-sgd with {protocol.name}, whose steps the server repeats as a sum; "
                 f"got {self.optimizer.name}"
             )
-        if not self.optimizer.arguments()["lr"] * self.protocol.weight_decay < 1:
+        lr = self.optimizer.arguments()["lr"]
+        if not lr * protocol.weight_decay < 1:
             raise ValueError(
-                f"protocol.weight_decay: expected below 1 / optimizer.lr = {1 / self.optimizer.arguments()['lr']:g}; "
-                f"got {self.protocol.weight_decay:g}"
+                f"protocol.weight_decay: expected below 1 / optimizer.lr = {1 / lr:g}; got {protocol.weight_decay:g}"
             )
-        return self
+
+    def _check_gradients(self) -> None:
+        """Refuse what does not go with clients that send parameters."""
+        if not self.strategy.name:
+            raise ValueError(f"strategy.name: required with protocol {self.protocol.name}; {near('', STRATEGIES)}")
+        if self.optimizer.name not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer.name: expected one with gradients, as sgd, with protocol {self.protocol.name}; "
+                f"got {self.optimizer.name}"
+            )
+        if self.faults.garble:
+            raise ValueError(
+                f"faults.garble: expected 0 with protocol {self.protocol.name}, whose arrays have no seal; "
+                f"got {self.faults.garble:g}"
+            )
+
+    @property
+    def seeded(self) -> bool:
+        """Whether clients send numbers along seeds, and not parameters."""
+        return isinstance(self.protocol, ProtocolOptions)
 
     def threads(self) -> int:
         """Return the threads of each process of a run, on which its sums depend to the bit."""
         return max(1, int(self.clients.cpus))
+
+    def device(self) -> str:
+        """Return where clients compute."""
+        return "cuda" if self.clients.gpus else "cpu"
 
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each round."""

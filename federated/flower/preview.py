@@ -25,9 +25,11 @@ def deployment_preview(recipe: FederateRecipe) -> list[str]:
     partition = partition_of(recipe, task)
     parameters = [parameter for parameter in initial_module(recipe, task).parameters() if parameter.requires_grad]
     size = sum(parameter.nbytes for parameter in parameters)
+    head = [summary(recipe, partition), ""]
+    if not recipe.seeded:
+        return [*head, f"{recipe.strategy.name} sends {size:,} bytes of parameters down and as many up."]
     return [
-        summary(recipe, partition),
-        "",
+        *head,
         *preview_table(traffic_rows(recipe, partition.clients)),
         f"FedAvg of the same parameters sends {size:,} bytes down and as many up.",
         f"Each process keeps {COPIES} copies of the parameters: {COPIES * size:,} bytes.",

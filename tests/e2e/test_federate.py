@@ -94,7 +94,7 @@ def test_a_run_that_is_killed_and_stopped_ends_as_one_in_one_process(
     folder, metrics = straight
     assert (run / "reports.bin").read_bytes() == (folder / "reports.bin").read_bytes()
     result = json.loads((run / "result.json").read_text())
-    assert (result["status"], result["steps"], result["metrics"]) == ("done", 12, metrics)
+    assert (result["status"], result["figures"]["rounds"], result["metrics"]) == ("done", 12, metrics)
     done = read_jsonl(run / "rounds.jsonl")
     assert [row["round"] for row in done] == list(range(12))
     assert result["figures"]["heard"] == sum(len(row["heard"]) for row in done)

@@ -66,6 +66,15 @@ def test_shipped_recipes_say_what_they_are(file: Path) -> None:
             {"strategy.name": "FedAwg"},
             "strategy.name: no such strategy 'FedAwg'; did you mean FedAvg ",
         ),
+        ({"protocol": "flower"}, "recipe: strategy.name: required with protocol flower; known: Bulyan, FedAdagrad, "),
+        (
+            {"protocol": "flower", "strategy.name": "FedAvg"},
+            "recipe: optimizer.name: expected one with gradients, as sgd, with protocol flower; got zo-sgd",
+        ),
+        (
+            {"protocol": "flower", "strategy.name": "FedAvg", "optimizer.name": "sgd", "faults.garble": 0.5},
+            "recipe: faults.garble: expected 0 with protocol flower, whose arrays have no seal; got 0.5",
+        ),
         ({"workers": 2}, "workers: no such field; a federated recipe says clients.actors"),
         ({"steps": 2}, "steps: no such field; a federated recipe says rounds and protocol.local_steps"),
         ({"directions": {}}, "directions: no such field; a federated recipe says zo"),
