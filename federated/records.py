@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from federated.server import CommunicationRound
-from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import to_json
 from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.metrics import MetricsWriter
@@ -93,7 +93,7 @@ class RunRecords:
         )
         if self._model.is_done() or (self._every and (done.number + 1) % self._every == 0):
             self._measure()
-        self._rounds.keep()
+        self._rounds.fsync()
         self._recorder.keep()
 
     def _measure(self) -> None:
@@ -118,5 +118,5 @@ def row_of(done: CommunicationRound) -> dict[str, Any]:
 def _kept(path: Path, version: int) -> AppendOnlyFile:
     """Return a file of rows, with those of the first rounds."""
     kept = [row for row in read_jsonl(path) if row["round"] < version]
-    write_whole(path, "".join(f"{to_json(row)}\n" for row in kept).encode())
+    write_atomic(path, "".join(f"{to_json(row)}\n" for row in kept).encode())
     return AppendOnlyFile(path)

@@ -64,7 +64,7 @@ def load_federated_model(folder: Path, overrides: Mapping[str, Any]) -> TrainedM
         RecipeError: the changes do not fit the recipe, or make another model.
         CheckpointError: there is no model yet, or it is damaged.
     """
-    changed = load_federated_recipe(folder, overrides).task.on_other_data(load_federated_recipe(folder, {}).task)
+    changed = load_federated_recipe(folder, overrides).task.for_evaluation(load_federated_recipe(folder, {}).task)
     recipe = load_federated_recipe(folder, {f"task.{name}": value for name, value in changed.items()} | dict(overrides))
     task = task_of(recipe)
     version, module = _seeded(folder, recipe, task) if recipe.seeded else _averaged(folder, recipe, task)

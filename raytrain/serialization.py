@@ -17,7 +17,7 @@ SKELETON = "state"
 """The field of a packed state's header that holds all but its tensors."""
 
 
-def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+def split_tensors(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     """Return `state` with each tensor replaced by a mark, and the tensors by the path they were at.
 
     Args:
@@ -32,10 +32,10 @@ def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     if isinstance(state, Mapping):
         if wrong := [key for key in state if not isinstance(key, str)]:
             raise TypeError(f"state at {path or 'the top'}: expected string keys; got {wrong[0]!r}")
-        parts = {key: split(value, f"{path}/{key}" if path else key) for key, value in state.items()}
+        parts = {key: split_tensors(value, f"{path}/{key}" if path else key) for key, value in state.items()}
         return {key: part[0] for key, part in parts.items()}, _union((part[1] for part in parts.values()), path)
     if isinstance(state, list | tuple):
-        rows = [split(value, f"{path}/{place}") for place, value in enumerate(state)]
+        rows = [split_tensors(value, f"{path}/{place}") for place, value in enumerate(state)]
         return [row[0] for row in rows], _union((row[1] for row in rows), path)
     if (
         state is None
@@ -55,26 +55,26 @@ def _union(parts: Iterable[Mapping[str, Tensor]], path: str) -> dict[str, Tensor
     return union
 
 
-def join(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the state that `split` took apart; tuples come back as lists."""
+def join_tensors(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the state that `split_tensors` took apart; tuples come back as lists."""
     if isinstance(skeleton, str) and skeleton.startswith(MARK):
         return tensors[skeleton.removeprefix(MARK)]
     if isinstance(skeleton, dict):
-        return {key: join(value, tensors) for key, value in skeleton.items()}
+        return {key: join_tensors(value, tensors) for key, value in skeleton.items()}
     if isinstance(skeleton, list):
-        return [join(value, tensors) for value in skeleton]
+        return [join_tensors(value, tensors) for value in skeleton]
     return skeleton
 
 
-def marked(skeleton: Any) -> set[str]:
+def tensor_paths(skeleton: Any) -> set[str]:
     """Return the paths of the tensors that the marks of a skeleton stand for."""
     if isinstance(skeleton, str):
         return {skeleton.removeprefix(MARK)} if skeleton.startswith(MARK) else set()
     inner = skeleton.values() if isinstance(skeleton, dict) else skeleton if isinstance(skeleton, list) else ()
-    return set().union(*(marked(value) for value in inner))
+    return set().union(*(tensor_paths(value) for value in inner))
 
 
-def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors as safetensors wants them: contiguous, on the CPU, none sharing memory with another."""
     seen: set[int] = set()
     ready = {}
@@ -93,8 +93,8 @@ def pack(state: Any) -> bytes:
     Raises:
         TypeError: there is something in it that cannot be saved without pickle.
     """
-    skeleton, tensors = split(state)
-    return save(savable(tensors), {SKELETON: dumps(skeleton).decode()})
+    skeleton, tensors = split_tensors(state)
+    return save(to_savable(tensors), {SKELETON: canonical_json(skeleton).decode()})
 
 
 def unpack(packed: bytes) -> Any:
@@ -107,14 +107,14 @@ def unpack(packed: bytes) -> Any:
         length = int.from_bytes(packed[:8], "little")
         skeleton = json.loads(json.loads(packed[8 : 8 + length])["__metadata__"][SKELETON])
         tensors = load(packed)
-        if marked(skeleton) != tensors.keys():
+        if tensor_paths(skeleton) != tensors.keys():
             raise ValueError("its skeleton speaks of other tensors than it holds")
-        return join(skeleton, tensors)
+        return join_tensors(skeleton, tensors)
     except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"a packed state cannot be read: {type(error).__name__}: {error}") from error
 
 
-def state_to(state: Any, device: torch.device) -> Any:
+def state_to_device(state: Any, device: torch.device) -> Any:
     """Return nested state that was loaded with its tensors on a device, in memory of their own.
 
     Memory that a file was read into is not aligned as other memory is, and a sum over it may round otherwise.
@@ -122,11 +122,11 @@ def state_to(state: Any, device: torch.device) -> Any:
     if isinstance(state, Tensor):
         return state.to(device, copy=True)
     if isinstance(state, Mapping):
-        return {key: state_to(value, device) for key, value in state.items()}
-    return [state_to(value, device) for value in state] if isinstance(state, list | tuple) else state
+        return {key: state_to_device(value, device) for key, value in state.items()}
+    return [state_to_device(value, device) for value in state] if isinstance(state, list | tuple) else state
 
 
-def finite(tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> str | None:
+def find_non_finite(tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> str | None:
     """Return the name of a tensor that holds something other than finite numbers, or None.
 
     Args:
@@ -140,6 +140,6 @@ def finite(tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> st
     return None
 
 
-def dumps(skeleton: Any) -> bytes:
+def canonical_json(skeleton: Any) -> bytes:
     """Return the skeleton as JSON, the same bytes for the same skeleton."""
     return json.dumps(skeleton, sort_keys=True).encode()

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain.run.progress import Tail
-from raytrain.terminal import plain, plain_line
+from raytrain.terminal import printable, printable_line
 from search.standings import Standings
 
 LOOK_SECONDS = 0.25
@@ -55,7 +55,7 @@ class SearchDisplay:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self._console.print(plain(text), markup=False)
+        self._console.print(printable(text), markup=False)
 
     def follow(
         self, ended: threading.Event, request_stop: Callable[[], None], steps: Callable[[], Mapping[int, int]]
@@ -86,7 +86,7 @@ class SearchDisplay:
         self._live.stop()
         width = max(map(len, facts))
         for name, value in facts.items():
-            self.say(f"{name:<{width}}  {plain_line(value)}")
+            self.say(f"{name:<{width}}  {printable_line(value)}")
 
     def _look(self, steps: Mapping[int, int]) -> None:
         """Take in what is new in the run's files."""
@@ -159,4 +159,4 @@ def _short(field: str) -> str:
 def _number(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else plain_line(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else printable_line(str(value))

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 from federated.channel import Answer, NoReport
 from federated.encodings import PayloadError
 from federated.flower.messages import bytes_of, content_of
-from raytrain.terminal import plain
+from raytrain.terminal import printable
 
 MAX_REASON_CHARACTERS = 300
 SEND_ATTEMPTS = 3
@@ -69,7 +69,7 @@ class GridMessenger:
         if reply is None:
             return NoReport(f"no answer within {self._timeout_seconds:g} s")
         if reply.has_error():
-            return NoReport(plain(reply.error.reason or "")[:MAX_REASON_CHARACTERS])
+            return NoReport(printable(reply.error.reason or "")[:MAX_REASON_CHARACTERS])
         return reply.content
 
 
@@ -99,7 +99,7 @@ def _report_of(content: RecordDict) -> Answer:
     try:
         return bytes_of(content)
     except PayloadError as error:
-        return NoReport(plain(str(error)))
+        return NoReport(printable(str(error)))
 
 
 def _is_crash(reply: Message) -> bool:

@@ -18,7 +18,7 @@ from federated.records import RunRecords
 from federated.results import result_of
 from raytrain.errors import RecipeError
 from raytrain.run.directory import RunDirectory
-from raytrain.terminal import plain_line
+from raytrain.terminal import printable_line
 from raytrain.training.build import options_from_data
 
 LOOK_SECONDS = 1.0
@@ -82,7 +82,7 @@ def _problem(run: SeedRun | StrategyRun, client: int, origin: str, known: Mappin
         if isinstance(run, SeedRun):
             run.server.check_origin(client, origin)
     except RecipeError as error:
-        return plain_line(str(error))
+        return printable_line(str(error))
     return ""
 
 
@@ -96,4 +96,4 @@ def _ask_who(grid: Grid, nodes: Iterable[int]) -> Iterator[tuple[int, int, str]]
                 raise PayloadError(reply.error.reason or "no reason given")
             yield node, *introduced(reply.content)
         except PayloadError as error:
-            logger.warning("node %d does not say who it is: %s", node, plain_line(str(error)))
+            logger.warning("node %d does not say who it is: %s", node, printable_line(str(error)))

@@ -21,7 +21,7 @@ from federated.channel import NoReport
 from federated.checkpoint import read_newest, write_checkpoint
 from federated.client import ClientData
 from federated.encodings import PayloadError
-from federated.faults import FaultPlan
+from federated.faults import ClientFaultPlan
 from federated.flower.channel import GridMessenger, nobody
 from federated.flower.seeding import global_seed
 from federated.gradients import Arrays, GradientOptions, GradientTrainer, arrays_of, load_arrays
@@ -29,13 +29,14 @@ from federated.protocols.protocol import Report
 from federated.recipe import STRATEGIES, FederateRecipe
 from federated.records import PARAMETERS
 from federated.rounds import STATES
-from federated.sampling import fold_in, participants
+from federated.sampling import participants
 from federated.server import CommunicationRound, ReportLimits
 from raytrain.errors import RecipeError
-from raytrain.files import write_whole
+from raytrain.files import write_atomic
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import OPTIMIZERS
 from raytrain.registry import resolve
+from raytrain.seeds.prng import fold_in
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """Records of a message, as Flower's strategies name them."""
@@ -71,7 +72,7 @@ class StrategyRun:
         self.arrays = arrays_of(self._module)
         self._strategy = strategy_of(recipe)
         self._rates = recipe.learning_rates()
-        self._faults = FaultPlan(recipe.faults, recipe.seed)
+        self._faults = ClientFaultPlan(recipe.faults, recipe.seed)
         self.version = 0
 
     def is_done(self) -> bool:
@@ -105,7 +106,7 @@ class StrategyRun:
 
     def save_model(self, folder: Path) -> None:
         """Write the newest trainable parameters."""
-        write_whole(folder / PARAMETERS, save(self.arrays, {"version": str(self.version)}))
+        write_atomic(folder / PARAMETERS, save(self.arrays, {"version": str(self.version)}))
 
     def parameter_bytes(self) -> int:
         """Return the size of the parameters that the run moves."""
@@ -113,7 +114,7 @@ class StrategyRun:
 
     def client_factory(self) -> Callable[[], Callable[[Message, Context], Message]]:
         """Return what makes the clients, in a process that serves any number of them."""
-        return partial(load_clients, self._recipe.plain())
+        return partial(load_clients, self._recipe.to_dict())
 
     def play(
         self,
@@ -202,7 +203,7 @@ class StrategyRun:
         """Return what a run is known by."""
         recipe = self._recipe
         fields = ("seed", "rounds", "clients", "protocol", "strategy", "optimizer", "schedule", "freeze", "adapter")
-        plain = recipe.plain()
+        plain = recipe.to_dict()
         return {name: str(plain.get(name)) for name in fields}
 
 

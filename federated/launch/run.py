@@ -18,7 +18,7 @@ from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
 from federated.records import RunRecords
 from federated.results import result_of
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.resources import check_reachable
 from raytrain.launch.session import OWN_CLUSTER, ray_session
 from raytrain.launch.supervise import supervise
@@ -42,7 +42,7 @@ FEDERATED_WORDING = Wording(
 )
 
 
-def run_federated(recipe: FederateRecipe, order: Order) -> Result:
+def run_federated(recipe: FederateRecipe, order: RunOptions) -> Result:
     """Play the rounds of a recipe on the Ray cluster at `order.address`, or on one of its own.
 
     Ctrl-C ends the run after the round that is going on; a second one ends it at once. Both can be resumed.

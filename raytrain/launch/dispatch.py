@@ -1,13 +1,13 @@
 """Chooses the backend of a recipe, this machine or a Ray cluster, and imports it."""
 
 from raytrain.data.source import ActorSource
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch import forkserver
 from raytrain.run.result import Result
 from raytrain.training.recipe import TrainRecipe
 
 
-def run_training(recipe: TrainRecipe, order: Order) -> Result:
+def run_training(recipe: TrainRecipe, order: RunOptions) -> Result:
     """Train on the Ray cluster at `order.address`, or without one on this machine, where only actors need Ray.
 
     Raises:

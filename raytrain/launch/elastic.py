@@ -32,7 +32,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.utils.process_state import read_proc_state
 
 from raytrain.errors import RaytrainError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.place import train_at
 from raytrain.launch.resources import NodeResources, available_cpus, cpus_per_worker, eligible_nodes
 from raytrain.loggers import restored_loggers
@@ -52,7 +52,7 @@ STOPPED = "it was stopped (SIGSTOP), and was ended"
 GONE = "its process ended with exit status 0 before the training did"
 
 
-def run_elastic(recipe: TrainRecipe, order: Order) -> Result:
+def run_elastic(recipe: TrainRecipe, order: RunOptions) -> Result:
     """Train on this machine, and return the result.
 
     Raises:
@@ -92,7 +92,7 @@ def _cpus(recipe: TrainRecipe) -> float:
     resources = recipe.resources
     gpus = {"GPU": float(torch.cuda.device_count())} if resources.gpus else {}
     here: NodeResources = ({"CPU": available_cpus(), **gpus}, {})
-    nodes = eligible_nodes([here], recipe.workers, resources.beside_cpus(), resources.labels, resources.placement)
+    nodes = eligible_nodes([here], recipe.workers, resources.extra_resources(), resources.labels, resources.placement)
     return cpus_per_worker(nodes, recipe.workers, resources.cpus)
 
 
@@ -126,7 +126,7 @@ class LocalWorkers(threading.Thread):
         self.error = ""
         self._folder = Path(tempfile.mkdtemp(prefix="raytrain-"))  # nobody else may read it
         config = {
-            "recipe": recipe.plain(),
+            "recipe": recipe.to_dict(),
             "run": str(run.path),
             "threads": threads,
             "folder": str(self._folder),

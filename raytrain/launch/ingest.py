@@ -24,11 +24,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrain.data.packing import decode, encode
-from raytrain.data.source import Generators, RayData
+from raytrain.data.packing import pack_batch, unpack_batch
+from raytrain.data.source import GeneratorSource, RayDataSource
 from raytrain.errors import TrainingError
 from raytrain.registry import resolve
-from raytrain.tasks.task import TASKS, Task, TaskOptions, make_task, options_of_task
+from raytrain.tasks.task import TASKS, Task, TaskOptions, make_task, task_options
 from raytrain.training.loader import BatchLoader, GeneratorLoader, IndexedLoader, MicroBatches, StepRange, train_loader
 
 MAX_STEPS_SENT = 64  # that are sent together; more would spare nothing
@@ -66,14 +66,16 @@ class LoaderSpec:
         sys.path.extend(path for path in self.paths if path not in sys.path)
         torch.set_num_threads(1)
         factory = resolve(TASKS, self.task["name"], "task.name")
-        options = options_of_task(factory).model_validate(self.task)
+        options = task_options(factory).model_validate(self.task)
         return make_task(factory, options), options
 
     def pack_step(self, loader: Callable[[], BatchLoader], step: int) -> PackedStep:
         """Return the packed batches of a step, or the traceback of an error."""
         position = self.step_range.position(step)
         try:
-            return position, *encode(loader().load(position, self.step_range.local_batch, self.step_range.accumulate))
+            return position, *pack_batch(
+                loader().load(position, self.step_range.local_batch, self.step_range.accumulate)
+            )
         except Exception:  # in the user's code: the worker raises it when it loads this step
             return position, "", traceback.format_exc().encode()
 
@@ -105,14 +107,14 @@ def ray_loader(
 
     def start(part: StepRange, generation: int) -> ActorHandle:
         spec = LoaderSpec(plain, list(sys.path), part, generation)
-        if isinstance(source, RayData):
+        if isinstance(source, RayDataSource):
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             remote = ray.remote(num_cpus=0, scheduling_strategy=here, concurrency_groups={DEALING: actors})
             return remote(PipelineActor).remote(spec, actors, cpus, source.prefetch_bytes)
         return ray.remote(GeneratorActor).options(num_cpus=cpus).remote(spec)
 
     what, count, prefetch = (
-        ("actor", actors, source.prefetch) if isinstance(source, Generators) else ("pipeline", 1, QUEUED_BLOCKS)
+        ("actor", actors, source.prefetch) if isinstance(source, GeneratorSource) else ("pipeline", 1, QUEUED_BLOCKS)
     )
     count = min(count, step_range.steps)
     streams = [
@@ -211,7 +213,7 @@ class ActorLoader:
             raise TrainingError(
                 f"{content.decode()}{self._streams[-1].name} failed on {self.describe(position, count)}"
             )
-        batches: MicroBatches = decode((shape, content))
+        batches: MicroBatches = unpack_batch((shape, content))
         return batches
 
     def describe(self, position: int, count: int) -> str:

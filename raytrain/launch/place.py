@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.supervise import Joined, supervise
 from raytrain.run.directory import RunDirectory
 from raytrain.run.progress import ProgressDisplay, Wording
@@ -47,7 +47,7 @@ class Place(Protocol):
         ...
 
 
-def train_at(place: Place, recipe: TrainRecipe, order: Order) -> Result:
+def train_at(place: Place, recipe: TrainRecipe, order: RunOptions) -> Result:
     """Train, and return how it ended.
 
     Raises:

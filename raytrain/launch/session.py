@@ -124,4 +124,4 @@ def cluster_nodes(workers: int, resources: Resources) -> list[Node]:
         RecipeError: there are too few.
     """
     nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
-    return eligible_nodes(nodes, workers, resources.beside_cpus(), resources.labels, resources.placement)
+    return eligible_nodes(nodes, workers, resources.extra_resources(), resources.labels, resources.placement)

@@ -23,7 +23,7 @@ import raytrain
 from raytrain.data.source import ActorSource
 from raytrain.environment import environment
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from raytrain.launch.place import train_at
 from raytrain.launch.process_group import GroupConfig
@@ -45,7 +45,7 @@ from raytrain.training.recipe import TrainRecipe
 from raytrain.training.worker import run_watched_worker
 
 
-def run_on_ray(recipe: TrainRecipe, order: Order) -> Result:
+def run_on_ray(recipe: TrainRecipe, order: RunOptions) -> Result:
     """Train on the Ray cluster at `order.address`, or on a private one, and return the result.
 
     Raises:
@@ -149,7 +149,7 @@ def _report_allocation(recipe: TrainRecipe, share: CpuShare, say: Callable[[str]
     """Print the allocation of the workers, and whether they have to wait for it."""
     say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
     there = ray.available_resources()
-    for name, amount in {"CPU": share.total, **recipe.resources.beside_cpus()}.items():
+    for name, amount in {"CPU": share.total, **recipe.resources.extra_resources()}.items():
         free, wanted = there.get(name, 0.0), recipe.workers * amount
         if wanted > free:
             say(f"the cluster is busy: waiting for {wanted:g} {name}, of which {free:g} is free")
@@ -183,7 +183,7 @@ def _trainer(
     return kind(
         _worker,
         train_loop_config={
-            "recipe": recipe.plain(),
+            "recipe": recipe.to_dict(),
             "run": str(run_directory.path),
             "threads": max(1, int(share.cpus)),
             "actors": share.actors,
@@ -199,7 +199,7 @@ def _trainer(
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,
             use_gpu=bool(resources.gpus),
-            resources_per_worker={"CPU": share.cpus, **recipe.resources.beside_cpus()},
+            resources_per_worker={"CPU": share.cpus, **recipe.resources.extra_resources()},
             label_selector=resources.labels or None,
             placement_strategy=resources.placement,
         ),

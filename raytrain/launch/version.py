@@ -3,13 +3,13 @@
 import hashlib
 
 from raytrain.kinds import shared_packages
-from raytrain.modules import sources_of
+from raytrain.modules import source_files
 
 
 def fingerprint() -> str:
     """Return a hash of the source of raytrain and of all installed kinds."""
     total = hashlib.sha256()
     for package in shared_packages():
-        for name, file in sources_of(package).items():
+        for name, file in source_files(package).items():
             total.update(f"{package}/{name}".encode() + b"\0" + file.read_bytes())
     return total.hexdigest()

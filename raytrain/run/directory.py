@@ -20,9 +20,9 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.files import append_line, make_folder, write_whole
+from raytrain.files import append_line, make_folder, write_atomic
 from raytrain.json_files import read_json, read_rows, to_json
-from raytrain.kinds import kind_points, load_kind
+from raytrain.kinds import kind_entry_points, load_kind
 from raytrain.run.result import Result
 
 logger = logging.getLogger(__name__)
@@ -160,13 +160,13 @@ class RunDirectory:
                 leftover.unlink(missing_ok=True)
             if not self.recipe.is_file():
                 self.write_recipe(recipe)
-            write_whole(self._reserve, bytes(RESERVE_BYTES))
+            write_atomic(self._reserve, bytes(RESERVE_BYTES))
 
     def write_recipe(self, recipe: str) -> None:
         """Write `recipe.toml`, headed by the versions that run it: ours, and what its kind requires."""
         kind = tomllib.loads(recipe).get("kind")
-        requires = load_kind(kind).requires if kind in kind_points() else ()
-        write_whole(self.recipe, f"# {package_versions(requires)}\n{recipe}".encode())
+        requires = load_kind(kind).requires if kind in kind_entry_points() else ()
+        write_atomic(self.recipe, f"# {package_versions(requires)}\n{recipe}".encode())
 
     def record_attempt(self, recipe: str, step: int, workers: list[dict[str, Any]]) -> None:
         """Record an attempt whose recipe fits the run: its recipe replaces the old one, and an old result is removed.
@@ -271,7 +271,7 @@ class RunDirectory:
             lines = "".join(traceback.format_exception(error))
             failure = Failure(f"worker {worker}: {type(error).__name__}: {error}", trace=lines, host=host)
         if not self._failure.exists():
-            write_whole(self._failure, to_json(asdict(failure)).encode())
+            write_atomic(self._failure, to_json(asdict(failure)).encode())
         return True
 
     def failure(self, wait_seconds: float = 0.0) -> Failure | None:
@@ -290,7 +290,7 @@ class RunDirectory:
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`."""
-        write_whole(self.result, to_json(asdict(result), indent=2).encode() + b"\n")
+        write_atomic(self.result, to_json(asdict(result), indent=2).encode() + b"\n")
 
     def append(self, file: Path, row: dict[str, Any]) -> None:
         """Append a row to one of the ``.jsonl`` files, and flush it to disk."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import to_json
 from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.loggers import start_loggers
@@ -30,7 +30,7 @@ class MetricsWriter:
 
     def __init__(self, run: RunDirectory, step: int, evaluated: int, loggers: Iterable[str]) -> None:
         kept = [row for row in read_jsonl(run.metrics) if row["step"] <= (evaluated if "valid" in row else step)]
-        write_whole(run.metrics, "".join(to_json(row) + "\n" for row in kept).encode())
+        write_atomic(run.metrics, "".join(to_json(row) + "\n" for row in kept).encode())
         self._loggers = start_loggers(loggers, run.path, step)
         self._path = run.metrics
         self._file = AppendOnlyFile(run.metrics)
@@ -51,7 +51,7 @@ class MetricsWriter:
         Raises:
             TrainingError: it fails.
         """
-        self._file.keep()
+        self._file.fsync()
 
     def close(self, failed: bool = False) -> None:
         """Close the file, and the loggers with the outcome of the attempt."""

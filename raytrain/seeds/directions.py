@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import RecipeError
-from raytrain.seeds.kernels.kernel import Drawn, Kernel, fastest
-from raytrain.seeds.prng import Mode, identity
-from raytrain.tensors import digest_of
+from raytrain.seeds.kernels.kernel import Kernel, ScaledDirection, fastest_kernel
+from raytrain.seeds.prng import Distribution, parameter_id
+from raytrain.tensors import tensor_digest
 
-PIECE = 1 << 16
+TILE_ELEMENTS = 1 << 16
 """Elements at a time where numbers are kept for more than the kernel itself: these stay in a processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ParameterSlice:
     """One parameter.
 
     Attributes:
@@ -29,7 +29,7 @@ class Part:
         scale: how much longer directions are here than elsewhere.
         mask: which elements they move, bool, of the same shape; None: all.
         block: which of the space's blocks it is in.
-        start: the flat position in the whole parameter of the first element that is here.
+        offset: the flat position in the whole parameter of the first element that is here.
     """
 
     name: str
@@ -37,55 +37,55 @@ class Part:
     scale: float = 1.0
     mask: Tensor | None = None
     block: int = 0
-    start: int = 0
-    identity: int = field(init=False)
+    offset: int = 0
+    parameter_id: int = field(init=False)
 
     def __post_init__(self) -> None:
         """Find the number that stands for the name."""
-        object.__setattr__(self, "identity", identity(self.name))
+        object.__setattr__(self, "identity", parameter_id(self.name))
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
+class Directions:
     """Some parameters, and what a seed stands for in them.
 
     Attributes:
-        parts: of one device.
-        mode: of the numbers.
+        slices: of one device.
+        distribution: of the numbers.
         kernel: draws them.
-        blocks: into how many the parts are put; a seed moves the block seed % blocks, and nothing else.
+        block_count: into how many the parts are put; a seed moves the block seed % blocks, and nothing else.
         read_only: whether the parameters are never written to, as those of a file that is mapped to memory.
     """
 
-    parts: tuple[Part, ...]
-    mode: Mode
+    slices: tuple[ParameterSlice, ...]
+    distribution: Distribution
     kernel: Kernel
-    blocks: int = 1
+    block_count: int = 1
     read_only: bool = False
 
     @classmethod
     def of(
         cls,
         named: Mapping[str, Tensor],
-        mode: Mode = "rademacher",
+        distribution: Distribution = "rademacher",
         *,
         scales: Mapping[str, float] | None = None,
         sparsity: float = 0.0,
         blocks: Mapping[str, int] | None = None,
-        starts: Mapping[str, int] | None = None,
+        offsets: Mapping[str, int] | None = None,
         kernel: Kernel | None = None,
     ) -> Self:
         """Return the space of some tensors.
 
         Args:
             named: name -> tensor; one that comes again under another name (tied weights) is taken once, by the first.
-            mode: "rademacher" or "gaussian".
+            distribution: "rademacher" or "gaussian".
             scales: name -> how much longer directions are there; default: 1.
             sparsity: the share of each tensor of two or more dimensions, the elements of largest magnitude now, that
                 stands still (Liu et al. 2025, Sparse-MeZO). The mask follows from the initial weights alone, so who
                 has these has the mask.
             blocks: name -> its block, counted from 0; default: all are in one.
-            starts: name -> where in the whole parameter the tensor starts, if it is a shard of it; default: 0.
+            offsets: name -> where in the whole parameter the tensor starts, if it is a shard of it; default: 0.
             kernel: default: the fastest for the device.
 
         Raises:
@@ -93,27 +93,27 @@ class Space:
                 memory and are not one tensor; or there are shards and sparsity, for which the whole parameter would
                 have to be looked at.
         """
-        if sparsity and starts:
+        if sparsity and offsets:
             raise RecipeError("zo.sparsity: expected 0 with shards of parameters, which do not know the largest")
         once: dict[tuple[int, ...], tuple[str, Tensor]] = {}
         for name, tensor in named.items():
-            once.setdefault(place_of(tensor, tensor), (name, tensor))
+            once.setdefault(memory_key(tensor, tensor), (name, tensor))
         tensors = {name: tensor.detach() for name, tensor in once.values()}
         device = _device_of(tensors)
         parts = tuple(
-            Part(
+            ParameterSlice(
                 name,
                 tensor,
                 (scales or {}).get(name, 1.0),
-                small_elements(tensor, sparsity),
+                sparse_mask(tensor, sparsity),
                 (blocks or {}).get(name, 0),
-                (starts or {}).get(name, 0),
+                (offsets or {}).get(name, 0),
             )
             for name, tensor in tensors.items()
         )
-        return cls(parts, mode, kernel or fastest(device.type), 1 + max(part.block for part in parts))
+        return cls(parts, distribution, kernel or fastest_kernel(device.type), 1 + max(part.block for part in parts))
 
-    def over(self, tensors: Mapping[str, Tensor], *, read_only: bool = False) -> Self:
+    def with_tensors(self, tensors: Mapping[str, Tensor], *, read_only: bool = False) -> Self:
         """Return the same directions over other tensors, as over first weights that a file holds.
 
         Args:
@@ -124,43 +124,47 @@ class Space:
         Raises:
             RecipeError: one is missing, or of another shape or type.
         """
-        for part in self.parts:
+        for part in self.slices:
             other, wanted = tensors.get(part.name), (part.tensor.dtype, tuple(part.tensor.shape))
             came = None if other is None else (other.dtype, tuple(other.shape))
             if other is None or came != wanted or not other.is_contiguous():
                 raise RecipeError(f"parameters: expected {part.name} of {wanted}, contiguous; got {came}")
-        parts = tuple(replace(part, tensor=tensors[part.name].detach()) for part in self.parts)
-        return replace(self, parts=parts, read_only=read_only)
+        parts = tuple(replace(part, tensor=tensors[part.name].detach()) for part in self.slices)
+        return replace(self, slices=parts, read_only=read_only)
 
-    def meaning(self) -> str:
+    def direction_digest(self) -> str:
         """Return a hash of what seeds stand for here: of all but the values of the parameters."""
         about = [
-            [part.name, [*part.tensor.shape], str(part.tensor.dtype), part.scale, part.block, part.start]
-            for part in self.parts
+            [part.name, [*part.tensor.shape], str(part.tensor.dtype), part.scale, part.block, part.offset]
+            for part in self.slices
         ]
-        masks = digest_of((part.name, part.mask) for part in self.parts if part.mask is not None)
-        return hashlib.sha256(json.dumps([self.mode, self.blocks, sorted(about), masks]).encode()).hexdigest()
+        masks = tensor_digest((part.name, part.mask) for part in self.slices if part.mask is not None)
+        return hashlib.sha256(
+            json.dumps([self.distribution, self.block_count, sorted(about), masks]).encode()
+        ).hexdigest()
 
     def digest(self) -> str:
         """Return what the parameters, as they are now, and their directions are known by."""
-        values = digest_of((part.name, part.tensor) for part in self.parts)
-        return hashlib.sha256((values + self.meaning()).encode()).hexdigest()
+        values = tensor_digest((part.name, part.tensor) for part in self.slices)
+        return hashlib.sha256((values + self.direction_digest()).encode()).hexdigest()
 
-    def reaches(self, part: Part, seed: int) -> bool:
+    def perturbs(self, part: ParameterSlice, seed: int) -> bool:
         """Return whether a direction moves a part."""
-        return part.scale != 0 and seed % self.blocks == part.block
+        return part.scale != 0 and seed % self.block_count == part.block
 
-    def move(self, seed: int, scale: float) -> None:
+    def add_direction(self, seed: int, scale: float) -> None:
         """Add scale * direction to the parameters in place."""
-        for part in self.parts:
-            self.add(part, part.tensor, seed, scale)
+        for part in self.slices:
+            self.add_to(part, part.tensor, seed, scale)
 
-    def add(self, part: Part, tensor: Tensor, seed: int, scale: float) -> None:
+    def add_to(self, part: ParameterSlice, tensor: Tensor, seed: int, scale: float) -> None:
         """Add scale * direction to a tensor like the part in place."""
-        if self.reaches(part, seed):
+        if self.perturbs(part, seed):
             self._write(part, tensor, seed, scale, tensor, None)
 
-    def moved(self, part: Part, seed: int, scale: float, out: Tensor, rows: Tensor | None = None) -> None:
+    def write_perturbed(
+        self, part: ParameterSlice, seed: int, scale: float, out: Tensor, rows: Tensor | None = None
+    ) -> None:
         """Write one parameter plus scale * direction, which reaches it, to another tensor.
 
         The product is rounded to float32; so is the sum, and then to the parameter's type, unless that is float64.
@@ -174,26 +178,28 @@ class Space:
         """
         self._write(part, part.tensor, seed, scale, out, rows)
 
-    def _write(self, part: Part, base: Tensor, seed: int, scale: float, out: Tensor, rows: Tensor | None) -> None:
+    def _write(
+        self, part: ParameterSlice, base: Tensor, seed: int, scale: float, out: Tensor, rows: Tensor | None
+    ) -> None:
         if out.dtype != base.dtype or not (out.is_contiguous() and base.is_contiguous()):
             raise ValueError(f"out: expected a contiguous tensor of {base.dtype}; got {out.dtype}, {out.stride()}")
         self.check_writable(part, out)
-        drawn = Drawn(self.mode, seed, scale * part.scale, part.identity, part.start)
-        if part.mask is None and base.dtype in self.kernel.types:
-            self.kernel.move(drawn, base, out, rows)
+        drawn = ScaledDirection(self.distribution, seed, scale * part.scale, part.parameter_id, part.offset)
+        if part.mask is None and base.dtype in self.kernel.dtypes:
+            self.kernel.axpy(drawn, base, out, rows)
             return
         if rows is not None:
             for to, row in enumerate(rows.tolist()):
                 mask = None if part.mask is None else part.mask[row]
-                self._write_piece(drawn._replace(start=part.start + row * base[0].numel()), base[row], mask, out[to])
+                self._write_piece(drawn._replace(offset=part.offset + row * base[0].numel()), base[row], mask, out[to])
             return
         flat, target = base.view(-1), out.view(-1)
         mask = None if part.mask is None else part.mask.view(-1)
-        for piece in pieces(len(flat)):
+        for piece in tiles(len(flat)):
             some = None if mask is None else mask[piece]
-            self._write_piece(drawn._replace(start=part.start + piece.start), flat[piece], some, target[piece])
+            self._write_piece(drawn._replace(offset=part.offset + piece.start), flat[piece], some, target[piece])
 
-    def check_writable(self, part: Part, out: Tensor) -> None:
+    def check_writable(self, part: ParameterSlice, out: Tensor) -> None:
         """Refuse to write to a parameter that is only read.
 
         Raises:
@@ -202,9 +208,9 @@ class Space:
         if self.read_only and out.data_ptr() == part.tensor.data_ptr():
             raise ValueError(f"out: expected another tensor than {part.name}, which is read-only")
 
-    def _write_piece(self, drawn: Drawn, base: Tensor, mask: Tensor | None, out: Tensor) -> None:
+    def _write_piece(self, drawn: ScaledDirection, base: Tensor, mask: Tensor | None, out: Tensor) -> None:
         by = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-        self.kernel.move(drawn, torch.zeros_like(by), by)
+        self.kernel.axpy(drawn, torch.zeros_like(by), by)
         if mask is not None:
             by *= mask
         out.copy_(base + by if base.dtype == torch.float64 else base.float() + by)
@@ -214,7 +220,7 @@ def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
     """Return where tensors are, of which each can be moved.
 
     Raises:
-        RecipeError: see `Space.of`.
+        RecipeError: see `Directions.of`.
     """
     if not tensors:
         raise RecipeError("directions: expected parameters to move; got none: look at freeze.match and the others")
@@ -224,7 +230,7 @@ def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise RecipeError(f"directions: expected contiguous parameters; {name} is not: make it so in the task")
-    placed = sorted((extent_of(tensor).start, extent_of(tensor).stop, name) for name, tensor in tensors.items())
+    placed = sorted((address_range(tensor).start, address_range(tensor).stop, name) for name, tensor in tensors.items())
     for (_, stop, name), (start, _, other) in pairwise(one for one in placed if 0 < one[0] < one[1]):
         if start < stop:
             raise RecipeError(
@@ -234,19 +240,19 @@ def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
     return devices.pop()
 
 
-def place_of(tensor: Tensor, owner: Tensor) -> tuple[int, ...]:
+def memory_key(tensor: Tensor, owner: Tensor) -> tuple[int, ...]:
     """Return by what a tensor is known to be another one: where it lies, or if it is nowhere, whose it is."""
     return (tensor.data_ptr(), *tensor.shape) if tensor.data_ptr() else (id(owner),)
 
 
-def extent_of(tensor: Tensor) -> range:
+def address_range(tensor: Tensor) -> range:
     """Return the addresses from the first byte of a tensor to the last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return range(start, start + (last + 1) * tensor.itemsize if tensor.numel() else start)
 
 
-def small_elements(tensor: Tensor, sparsity: float) -> Tensor | None:
+def sparse_mask(tensor: Tensor, sparsity: float) -> Tensor | None:
     """Return which elements of a matrix are not among the share `sparsity` of largest magnitude; None: all count."""
     if not sparsity or tensor.dim() < 2 or not tensor.numel():
         return None
@@ -255,7 +261,7 @@ def small_elements(tensor: Tensor, sparsity: float) -> Tensor | None:
     return (magnitudes <= magnitudes.kthvalue(kept).values).view_as(tensor)
 
 
-def pieces(count: int, size: int = PIECE) -> Iterator[slice]:
+def tiles(count: int, size: int = TILE_ELEMENTS) -> Iterator[slice]:
     """Yield slices of at most `size` that make up `count` elements."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -2,10 +2,10 @@
 
 KERNELS: dict[str, str] = {
     "native": "raytrain.seeds.kernels.native:NativeKernel",
-    "numba": "raytrain.seeds.kernels.numba_cpu:PortableKernel",
+    "numba": "raytrain.seeds.kernels.numba_cpu:NumbaKernel",
     "triton": "raytrain.seeds.kernels.triton_gpu:TritonKernel",
     "reference": "raytrain.seeds.kernels.reference:ReferenceKernel",
 }
 
-MOST_DIRECTIONS = 2**16 - 1
+MAX_DIRECTIONS = 2**16 - 1
 """Of one step, in a trajectory."""

@@ -34,11 +34,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Mode = Literal["rademacher", "gaussian"]
-UNITS: dict[Mode, float] = {"rademacher": 1.0, "gaussian": 2.0**-20}
-PER_BLOCK: dict[Mode, int] = {"rademacher": 128, "gaussian": 4}
+Distribution = Literal["rademacher", "gaussian"]
+UNITS: dict[Distribution, float] = {"rademacher": 1.0, "gaussian": 2.0**-20}
+PER_BLOCK: dict[Distribution, int] = {"rademacher": 128, "gaussian": 4}
 
-ROUNDS = 10
+PHILOX_ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
@@ -58,22 +58,22 @@ SIN = (-0.16666650772094727, 0.00833197869360447, -0.00019495624292176217)
 COS = (0.04166664555668831, -0.001388736767694354, 2.4438440959784202e-05)
 ROOT_HALF_BITS = 0x3F3504F3
 
-Words = NDArray[np.uint32]
-Units = NDArray[np.int32]
-Seeds = NDArray[np.uint64]
+PhiloxWords = NDArray[np.uint32]
+QuantisedNoise = NDArray[np.int32]
+SeedArray = NDArray[np.uint64]
 
 
-def identity(name: str) -> int:
+def parameter_id(name: str) -> int:
     """Return the number that stands for a parameter's name, 64 bits."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def philox(counters: Words, keys: Words) -> Words:
+def philox(counters: PhiloxWords, keys: PhiloxWords) -> PhiloxWords:
     """Return Philox 4x32-10 of counters, shape (..., 4), under keys, shape (..., 2); they are broadcast."""
     counter = [counters[..., place].astype(np.uint64) for place in range(4)]
     key = [keys[..., place].astype(np.uint64) for place in range(2)]
     shift = np.uint64(32)
-    for _ in range(ROUNDS):
+    for _ in range(PHILOX_ROUNDS):
         first, second = counter[0] * np.uint64(MULTIPLIERS[0]), counter[2] * np.uint64(MULTIPLIERS[1])
         counter = [
             (second >> shift) ^ counter[1] ^ key[0],
@@ -85,7 +85,7 @@ def philox(counters: Words, keys: Words) -> Words:
     return np.stack(np.broadcast_arrays(*counter), axis=-1).astype(np.uint32)
 
 
-def blocks(seed: int, parameter: int, start: int, stop: int) -> Words:
+def philox_blocks(seed: int, parameter: int, start: int, stop: int) -> PhiloxWords:
     """Return the words of blocks `start` to `stop`, shape (stop - start, 4), of the parameter with this identity."""
     counters = np.empty((stop - start, 4), np.uint32)
     places = np.arange(start, stop, dtype=np.uint64)
@@ -94,7 +94,7 @@ def blocks(seed: int, parameter: int, start: int, stop: int) -> Words:
     return philox(counters, np.array([seed & LOW, seed >> 32], np.uint32))
 
 
-def checked(seed: int) -> int:
+def validate_seed(seed: int) -> int:
     """Return the seed.
 
     Raises:
@@ -105,20 +105,20 @@ def checked(seed: int) -> int:
     return seed
 
 
-def derived(master: int, *place: int) -> int:
+def fold_in(master: int, *place: int) -> int:
     """Return the seed that follows from another one at a place: up to four numbers of 32 bits, the rest being 0.
 
     Raises:
         ValueError: the place has more numbers, or larger ones.
     """
-    return int(fold_in_all(checked(master), *place))
+    return int(fold_in_all(validate_seed(master), *place))
 
 
-def fold_in_all(masters: int | Seeds, *place: int | NDArray[np.integer]) -> Seeds:
-    """Return the seeds that follow from others at many places: `derived` of each, shapes being broadcast.
+def fold_in_all(masters: int | SeedArray, *place: int | NDArray[np.integer]) -> SeedArray:
+    """Return the seeds that follow from others at many places: `fold_in` of each, shapes being broadcast.
 
     Raises:
-        ValueError: as `derived`.
+        ValueError: as `fold_in`.
     """
     numbers = [np.asarray(number) for number in place]
     if len(numbers) > 4 or not all(((number >= 0) & (number <= LOW)).all() for number in numbers):
@@ -129,30 +129,32 @@ def fold_in_all(masters: int | Seeds, *place: int | NDArray[np.integer]) -> Seed
         np.stack(np.broadcast_arrays(*counters), axis=-1),
         np.stack([keys & np.uint64(LOW), keys >> np.uint64(32)], axis=-1).astype(np.uint32),
     ).astype(np.uint64)
-    seeds: Seeds = words[..., 0] | words[..., 1] << np.uint64(32)
+    seeds: SeedArray = words[..., 0] | words[..., 1] << np.uint64(32)
     return seeds
 
 
-def units(mode: Mode, seed: int, parameter: int, start: int, stop: int) -> Units:
+def quantised_noise(distribution: Distribution, seed: int, parameter: int, start: int, stop: int) -> QuantisedNoise:
     """Return the numbers of elements `start` to `stop` in units of the mode, shape (stop - start,)."""
-    size = PER_BLOCK[mode]
+    size = PER_BLOCK[distribution]
     first = start // size
-    drawn = MADE_OF[mode](blocks(seed, parameter, first, -(-stop // size)))
+    drawn = TRANSFORMS[distribution](philox_blocks(seed, parameter, first, -(-stop // size)))
     skip = start - first * size
     return drawn[skip : skip + stop - start]
 
 
-def direction(mode: Mode, seed: int, parameter: int, start: int, stop: int) -> NDArray[np.float32]:
+def noise(distribution: Distribution, seed: int, parameter: int, start: int, stop: int) -> NDArray[np.float32]:
     """Return the numbers of elements `start` to `stop`, shape (stop - start,)."""
-    return units(mode, seed, parameter, start, stop).astype(np.float32) * np.float32(UNITS[mode])
+    return quantised_noise(distribution, seed, parameter, start, stop).astype(np.float32) * np.float32(
+        UNITS[distribution]
+    )
 
 
-def _signs(words: Words) -> Units:
+def _signs(words: PhiloxWords) -> QuantisedNoise:
     bits = np.unpackbits(words.astype("<u4").view(np.uint8), bitorder="little")
     return bits.astype(np.int32) * 2 - 1
 
 
-def _normals(words: Words) -> Units:
+def _normals(words: PhiloxWords) -> QuantisedNoise:
     first, second = words.reshape(-1, 2).T
     u = ((first >> 9 << 1) + 1).astype(np.float32) * np.float32(2.0**-24)
     exponent = (u.view(np.int32) - ROOT_HALF_BITS) >> 23
@@ -170,7 +172,7 @@ def _normals(words: Words) -> Units:
     turned = quarter % 2 == 1
     one = length * np.where(turned, sine, cosine) * np.where((quarter + 1) // 2 % 2, np.float32(-1), np.float32(1))
     other = length * np.where(turned, cosine, sine) * np.where(quarter // 2 % 2, np.float32(-1), np.float32(1))
-    drawn: Units = np.rint(np.stack([one, other], axis=-1).reshape(-1)).astype(np.int32)
+    drawn: QuantisedNoise = np.rint(np.stack([one, other], axis=-1).reshape(-1)).astype(np.int32)
     return drawn
 
 
@@ -181,4 +183,4 @@ def _polynomial(x: NDArray[np.float32], coefficients: tuple[float, ...]) -> NDAr
     return total
 
 
-MADE_OF: dict[Mode, Callable[[Words], Units]] = {"rademacher": _signs, "gaussian": _normals}
+TRANSFORMS: dict[Distribution, Callable[[PhiloxWords], QuantisedNoise]] = {"rademacher": _signs, "gaussian": _normals}

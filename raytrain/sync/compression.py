@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from raytrain.serialization import state_to
+from raytrain.serialization import state_to_device
 from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import PendingWork, Transport
 
@@ -102,7 +102,9 @@ class CompressedAverager(ExactAverager):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.residual, self.sum_residual = state_to([state["residual"], state["sum_residual"]], self.transport.device)
+        self.residual, self.sum_residual = state_to_device(
+            [state["residual"], state["sum_residual"]], self.transport.device
+        )
 
 
 class _TwoPhases:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from raytrain.errors import RecipeError
-from raytrain.models.blocks import blocks
+from raytrain.models.blocks import repeated_blocks
 from raytrain.sync.averaging import Averager
 from raytrain.sync.buffers import state_tensors
 from raytrain.sync.ddp import DataParallel
@@ -174,7 +174,7 @@ class _Wire:
 
 def _separate(module: nn.Module) -> list[nn.Module]:
     """Return the blocks that share no parameter with the rest of the model, to be sharded as units."""
-    found = blocks(module)
+    found = repeated_blocks(module)
     inside = {part for block in found for part in block.modules()}
     outside = [part for part in module.modules() if part not in inside]
     owners = Counter(parameter for block in found for parameter in block.parameters())

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raytrain.recipe import Options, declared_options
+from raytrain.recipe import Options, options_parameter
 from raytrain.registry import check_known
 
 SYNCHRONISERS: dict[str, str] = {
@@ -178,7 +178,7 @@ class ScalarOptions(SyncOptions):
 
 def options_of_synchroniser(factory: Any) -> type[Options]:
     """Return the options class that a user's synchroniser factory declares."""
-    return declared_options(factory, SyncOptions)
+    return options_parameter(factory, SyncOptions)
 
 
 SYNC_OPTIONS: dict[str, type[SyncOptions]] = {

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from raytrain.extensions import CALLBACK
-from raytrain.models.adapters import adapt
-from raytrain.models.blocks import compile_blocks, recompute
-from raytrain.models.freezing import Half, freeze
-from raytrain.optim.ema import average_of
+from raytrain.models.adapters import inject_adapter
+from raytrain.models.blocks import checkpoint_activations, compile_blocks
+from raytrain.models.freezing import HalfFineTuning, freeze
+from raytrain.optim.ema import make_average
 from raytrain.optim.optimizers import make_optimizer
-from raytrain.optim.options import ALL
-from raytrain.optim.schedules import SCHEDULES, SHAPE, rate
+from raytrain.optim.options import ALL_OPTIMIZERS
+from raytrain.optim.schedules import SCHEDULE, SCHEDULES, lr_factor
 from raytrain.recipe import read_toml
 from raytrain.registry import resolve
 from raytrain.run.directory import RunDirectory
@@ -24,13 +24,13 @@ from raytrain.sync.fsdp import ShardedDataParallel
 from raytrain.sync.options import ALL_SYNCHRONISERS, FsdpOptions
 from raytrain.sync.scalars import ScalarExchange
 from raytrain.tasks.task import TASKS, Task, make_task
-from raytrain.tensors import digest_of
+from raytrain.tensors import tensor_digest
 from raytrain.training.loop import LoopConfig
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Progress, Replica
-from raytrain.zeroth.optimizers import ZerothOrder, space_of
-from raytrain.zeroth.perturbed import Probe
-from raytrain.zeroth.step import Zeroth
+from raytrain.zeroth.optimizers import ZerothOrderOptimizer, directions_of
+from raytrain.zeroth.perturbed import PerturbedModel
+from raytrain.zeroth.step import ZeroOrderStep
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def loop_config(recipe: TrainRecipe) -> LoopConfig:
     """Return the loop configuration of a recipe."""
     schedule = recipe.schedule
-    shape = SHAPE.load(SCHEDULES, schedule.name)
+    shape = SCHEDULE.load(SCHEDULES, schedule.name)
     return LoopConfig(
         steps=recipe.steps,
         seed=recipe.seed,
@@ -49,12 +49,12 @@ def loop_config(recipe: TrainRecipe) -> LoopConfig:
         gradient_noise_decay=recipe.optimizer.gradient_noise_decay,
         autocast=torch.bfloat16 if recipe.precision == "bfloat16" else None,
         lr_factor=partial(
-            rate,
+            lr_factor,
             shape,
             steps=recipe.steps,
             warmup=schedule.warmup,
-            floor=schedule.min_lr_ratio,
-            decay=schedule.decay_ratio,
+            min_lr_ratio=schedule.min_lr_ratio,
+            decay_ratio=schedule.decay_ratio,
         ),
         evaluate_every=recipe.evaluation.every,
         checkpoint_every=recipe.checkpoint.every,
@@ -99,7 +99,7 @@ def options_from_data(task: Task, run: RunDirectory) -> dict[str, Any]:
 
     What the run has decided before holds, whatever became of the data since.
     """
-    found = task.settle()
+    found = task.infer_options()
     before = read_toml(str(run.path), [])[0]["task"] if found and run.recipe.is_file() else {}
     return {f"task.{name}": before.get(name) or value for name, value in found.items()}
 
@@ -126,33 +126,35 @@ def build_replica(
     """
     transport = averager.transport
     module = task.model(recipe.seed)
-    if task.start and init_head:
+    if task.init_head and init_head:
         watched = module.register_forward_hook(lambda *_: heartbeat())  # it may read all of the data
-        task.start(module if isinstance(recipe.sync, FsdpOptions) else module.to(transport.device), recipe.seed)
+        task.init_head(module if isinstance(recipe.sync, FsdpOptions) else module.to(transport.device), recipe.seed)
         watched.remove()
         module.cpu()  # random draws from here on are made on the CPU
     if recipe.precision == "float64":
         module.double()
     dtype = next(module.parameters()).dtype
     freeze(module, recipe.freeze.match)
-    frozen_base = adapt(module, recipe.adapter, recipe.seed)
-    base = digest_of((name, module.get_parameter(name)) for name in frozen_base)
+    frozen_base = inject_adapter(module, recipe.adapter, recipe.seed)
+    base = tensor_digest((name, module.get_parameter(name)) for name in frozen_base)
     sync = resolve(ALL_SYNCHRONISERS, recipe.sync.name, "sync.name")(averager, recipe.sync)
     if recipe.compile:
         compile_blocks(module, recipe.compile, transport.device)
     if recipe.activation_checkpointing:
-        recompute(module)
+        checkpoint_activations(module)
     shards = sync.shard(module, loop_config(recipe).autocast) if isinstance(sync, ShardedDataParallel) else None
     parts = shards.local if shards else module.to(transport.device)
-    optimizer = make_optimizer(resolve(ALL, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts)
+    optimizer = make_optimizer(
+        resolve(ALL_OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts
+    )
     return Replica(
         module=module.train(),
         frozen_base=frozen_base,
         base_digest=base,
-        half_freezing=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.random_half else None,
+        half_freezing=HalfFineTuning(module, recipe.seed, recipe.freeze.every) if recipe.freeze.random_half else None,
         optimizer=optimizer,
         options=recipe.optimizer,
-        ema=average_of(parts, optimizer, recipe.ema),
+        ema=make_average(parts, optimizer, recipe.ema),
         sync=sync,
         progress=Progress(),
         device=transport.device,
@@ -180,14 +182,16 @@ def trainable(
     """
     sparse = recipe.zo.sparsity > 0
     replica = build_replica(recipe, task, averager, init_head=new or sparse, heartbeat=heartbeat)
-    if isinstance(replica.optimizer, ZerothOrder):
+    if isinstance(replica.optimizer, ZerothOrderOptimizer):
         if sparse:
             replica.sync.attach(replica.module)  # a mask goes by the weights, to the bit: those of the first worker
         replica.zero_order = build_zero_order(replica, replica.optimizer, recipe, weighted=task.weights is not None)
     return replica
 
 
-def build_zero_order(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, weighted: bool) -> Zeroth:
+def build_zero_order(
+    replica: Replica, optimizer: ZerothOrderOptimizer, recipe: TrainRecipe, *, weighted: bool
+) -> ZeroOrderStep:
     """Return the zeroth-order step of a replica that has its first weights.
 
     Args:
@@ -202,16 +206,16 @@ def build_zero_order(replica: Replica, optimizer: ZerothOrder, recipe: TrainReci
     module, options = replica.module, recipe.zo
     if not isinstance(replica.sync, ScalarExchange):  # the recipe sees to that
         raise TypeError(type(replica.sync))
-    space = space_of(
+    space = directions_of(
         module,
         optimizer,
-        mode=options.distribution,
+        distribution=options.distribution,
         sparsity=options.sparsity,
-        blocks=options.blockwise,
+        blockwise=options.blockwise,
         first_order=options.first_order,
     )
-    moved = {part.tensor.data_ptr() for part in space.parts}
-    narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in space.parts if part.tensor.itemsize < 4}
+    moved = {part.tensor.data_ptr() for part in space.slices}
+    narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in space.slices if part.tensor.itemsize < 4}
     if narrow and replica.rank == 0:
         logger.warning(
             "parameters in %s round away updates below half a unit in the last place, which most zeroth-order updates "
@@ -219,17 +223,17 @@ def build_zero_order(replica: Replica, optimizer: ZerothOrder, recipe: TrainReci
             'precision = "bfloat16" still computes in bfloat16',
             " and ".join(sorted(narrow)),
         )
-    optimizer.shape(space)
-    return Zeroth(
-        probe=Probe(module, space),
+    optimizer.bind(space)
+    return ZeroOrderStep(
+        model=PerturbedModel(module, space),
         optimizer=optimizer,
         sync=replica.sync,
-        count=options.num_perturbations,
+        num_perturbations=options.num_perturbations,
         eps=options.eps,
         sides={"forward": 1, "central": 2}[options.estimator],
-        training=options.train_mode,
+        train_mode=options.train_mode,
         objective=options.objective,
-        outlier=options.outlier_threshold,
+        outlier_threshold=options.outlier_threshold,
         weighted=weighted,
         first_order=[one for one in module.parameters() if one.requires_grad and one.data_ptr() not in moved],
     )

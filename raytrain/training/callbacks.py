@@ -13,7 +13,7 @@ from raytrain.errors import TrainingError
 from raytrain.run.checkpoint import CheckpointStore
 from raytrain.run.directory import RunDirectory
 from raytrain.run.metrics import MetricsWriter
-from raytrain.serialization import finite
+from raytrain.serialization import find_non_finite
 from raytrain.sync.averaging import Averager
 from raytrain.training.loop import every_n
 from raytrain.training.replica import Progress, Replica, progress_to_dict, state_of
@@ -83,7 +83,7 @@ class RunCallbacks:
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Evaluate the whole held-out split, with averaged weights if there are any."""
-        with replica.sync.synced_parameters(), replica.ema.applied() if replica.ema else nullcontext():
+        with replica.sync.synced_parameters(), replica.ema.average_parameters() if replica.ema else nullcontext():
             metrics = self.measure(module=replica.module)
         self._record(replica.progress, {"valid": metrics})
         return metrics
@@ -94,7 +94,7 @@ class RunCallbacks:
         if "model" in state:
             check_finite(state["model"], self.non_finite, replica.progress.step)
         if replica.zero_order and replica.zero_order.trajectory:
-            replica.zero_order.trajectory.keep()
+            replica.zero_order.trajectory.fsync()
         self._keep_rows()
         self.last_checkpoint = (self.store.save(state, progress_to_dict(replica.progress)), {})
         self.heartbeat()
@@ -132,5 +132,5 @@ def check_finite(model: Mapping[str, Tensor], constants: Mapping[str, Tensor], s
     Raises:
         TrainingError: they are not.
     """
-    if name := finite(model, constants):
+    if name := find_non_finite(model, constants):
         raise TrainingError(f"after step {step} the weights {name} are not finite; a lower optimizer.lr may help")

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytrain.errors import TrainingError
-from raytrain.optim.gradient_noise import add_noise
+from raytrain.optim.gradient_noise import add_gradient_noise
 from raytrain.sync.synchroniser import StepTotals
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Batch, Task
-from raytrain.tensors import moved, seed_step, weighed
+from raytrain.tensors import seed_everything_at, to_device, weighted_sum
 from raytrain.training.loader import BatchLoader
 from raytrain.training.replica import Progress, Replica, Status
-from raytrain.zeroth.step import Zeroth, loss_of
+from raytrain.zeroth.step import ZeroOrderStep, make_closure
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class LoopConfig:
         evaluate_every: 0: at the end only.
         checkpoint_every: 0: at the end only.
         patience: evaluations without a better metric after which training stops early; 0: never.
-        gradient_noise, gradient_noise_decay: variance of Gaussian gradient noise, and its decay; see `add_noise`.
+        gradient_noise, gradient_noise_decay: variance of Gaussian gradient noise, and its decay; see `add_gradient_noise`.
     """
 
     steps: int
@@ -97,7 +97,7 @@ def train(replica: Replica, task: Task, loader: BatchLoader, config: LoopConfig,
         checkpoint_and_evaluate(replica, task, config, callbacks)
     while progress.status == "running":
         if replica.half_freezing:
-            replica.half_freezing.choose(progress.step, optimizer)
+            replica.half_freezing.select(progress.step, optimizer)
 
         stop = callbacks.stop_requested()
         if replica.zero_order:
@@ -128,7 +128,7 @@ def gradient_step(
     totals = replica.sync.before_step(own_loss, stop)
     norm = clip_gradients(replica, config.clip)
     if config.gradient_noise:
-        add_noise(
+        add_gradient_noise(
             replica.module, config.seed, replica.progress.step, config.gradient_noise, config.gradient_noise_decay
         )
     _set_lr(replica, config)
@@ -138,13 +138,13 @@ def gradient_step(
 
 
 def zero_order_step(
-    replica: Replica, zeroth: Zeroth, task: Task, loader: BatchLoader, config: LoopConfig, stop: bool
+    replica: Replica, zeroth: ZeroOrderStep, task: Task, loader: BatchLoader, config: LoopConfig, stop: bool
 ) -> tuple[StepTotals, dict[str, float]]:
     """Estimate projected gradients on this replica's batch, and step with those of all replicas."""
     progress = replica.progress
     batches = _load_batches(replica, task, loader, progress.position + replica.rank * config.local_batch, config)
     weight = replica.sync.set_weight(sum(weights.sum().item() for _, weights in batches))
-    loss = loss_of(
+    loss = make_closure(
         task, replica.module, batches, (config.seed, replica.rank, progress.step), config.autocast, zeroth.objective
     )
     _set_lr(replica, config)
@@ -188,13 +188,13 @@ def backward(replica: Replica, task: Task, loader: BatchLoader, config: LoopConf
     progress = replica.progress
     position = progress.position + replica.rank * config.local_batch
     batches = _load_batches(replica, task, loader, position, config)
-    seed_step(config.seed, replica.rank, progress.step)  # after the loader, which seeds for itself
+    seed_everything_at(config.seed, replica.rank, progress.step)  # after the loader, which seeds for itself
     divisor = replica.sync.set_weight(sum(weights.sum().item() for _, weights in batches))
     total = 0.0
     for place, (batch, weights) in enumerate(batches, start=1):
         with torch.autocast(replica.device.type, dtype=config.autocast, enabled=config.autocast is not None):
             losses = task.losses(replica.module, batch)
-        loss = weighed(losses, weights)
+        loss = weighted_sum(losses, weights)
         total += loss.item()
         if not math.isfinite(total):
             more = "" if config.clip else " or clip = 1"
@@ -216,7 +216,7 @@ def _load_batches(
     began = time.perf_counter()
     batches = []
     for raw, examples in loader.load(position, config.local_batch, config.accumulate):
-        batch = moved(raw, replica.device, replica.dtype)
+        batch = to_device(raw, replica.device, replica.dtype)
         batches.append((batch, loss_weights(task, batch, examples, replica.device)))
     replica.progress.data_wait_seconds += time.perf_counter() - began
     return batches

@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 
 from raytrain.errors import CheckpointError
 from raytrain.json_files import parse_json
-from raytrain.models.freezing import Half
+from raytrain.models.freezing import HalfFineTuning
 from raytrain.optim.ema import Average
 from raytrain.optim.optimizers import load_state_by_name, state_by_name
 from raytrain.optim.options import OptimizerOptions
-from raytrain.serialization import dumps, state_to
+from raytrain.serialization import canonical_json, state_to_device
 from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
-from raytrain.zeroth.step import Zeroth
+from raytrain.zeroth.step import ZeroOrderStep
 
 Status = Literal["running", "done", "stopped early", "interrupted"]
 
@@ -85,7 +85,7 @@ def progress_from_dict(saved: Mapping[str, Any], path: object) -> Progress:
     Raises:
         CheckpointError: the data is not of that form.
     """
-    return parse_json(dumps(dict(saved)), Progress, str(path), CheckpointError)
+    return parse_json(canonical_json(dict(saved)), Progress, str(path), CheckpointError)
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ class Replica:
     module: nn.Module
     frozen_base: frozenset[str]
     base_digest: str
-    half_freezing: Half | None
+    half_freezing: HalfFineTuning | None
     optimizer: Optimizer
     options: OptimizerOptions
     ema: Average | None
@@ -123,7 +123,7 @@ class Replica:
     rank: int
     world_size: int
     shards: Shards | None = None
-    zero_order: Zeroth | None = None
+    zero_order: ZeroOrderStep | None = None
 
     @property
     def local_parameters(self) -> nn.Module:
@@ -210,7 +210,7 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
     cut = replica.shards.scatter if replica.shards else _as_it_is
     apart = replica.sync.has_local_state and own is not None and "optimizer" in own
     saved = own["optimizer"] if own is not None and apart else shared["optimizer"]
-    optimizer = {**saved, "state": state_to(_entries(saved["state"], cut), torch.device("cpu"))}
+    optimizer = {**saved, "state": state_to_device(_entries(saved["state"], cut), torch.device("cpu"))}
     load_state_by_name(replica.optimizer, replica.local_parameters, optimizer, replica.options)
     if replica.ema:
         average = shared["ema"] or shared["model"]  # a run that starts averaging now

@@ -26,7 +26,7 @@ from raytrain.training.loader import LoaderFactory, local_loader
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica, inherit, load_state, progress_from_dict
 from raytrain.training.segment import segment
-from raytrain.zeroth.replay import beginning
+from raytrain.zeroth.replay import trajectory_header
 from raytrain.zeroth.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterat
     if zeroth is None or replica.rank > 0 or not recipe.zo.trajectory:
         yield
         return
-    about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.zo.model_dump())
+    about = trajectory_header(zeroth.model.directions, replica.module, recipe.optimizer, recipe.zo.model_dump())
     with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
         yield
 

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from raytrain.errors import RecipeError
-from raytrain.models.blocks import blocks as blocks_of
-from raytrain.seeds.directions import Part, Space
-from raytrain.seeds.prng import Mode
-from raytrain.seeds.updates import Nudge, replay_log
-from raytrain.tensors import wide_type
-from raytrain.zeroth.perturbed import Loss, Probe
+from raytrain.models.blocks import repeated_blocks as blocks_of
+from raytrain.seeds.directions import Directions, ParameterSlice
+from raytrain.seeds.prng import Distribution
+from raytrain.seeds.updates import SeedUpdate, apply_updates
+from raytrain.tensors import at_least_float32_type
+from raytrain.zeroth.perturbed import Closure, PerturbedModel
 
-Slopes = Sequence[tuple[int, float]]
+ProjectedGradients = Sequence[tuple[int, float]]
 """(seed, slope along its direction) of each probe."""
 
 
-class ZerothOrder(Optimizer, ABC):
+class ZerothOrderOptimizer(Optimizer, ABC):
     """An optimizer that is told slopes.
 
     A group's learning rate shapes the directions: with lr_scale = s they are sqrt(s) times as long there, so that the
@@ -33,63 +33,75 @@ class ZerothOrder(Optimizer, ABC):
     zeroth = True
     exact = False
     """Whether slopes are derivatives, and not differences."""
-    decides = False
+    selects = False
     """Whether it decides by a loss which way to go."""
     hybrid = False
     """Whether it takes gradients of some parameters."""
 
-    def ratio(self, group: Mapping[str, Any]) -> float:
+    def lr_ratio(self, group: Mapping[str, Any]) -> float:
         """Return a group's learning rate over the shared one, as `make_optimizer` noted both.
 
         It is rounded to float32, so that (s * lr) / lr does not depend on lr, nor how long directions are.
         """
         return float(torch.tensor(group["initial_lr"] / self.defaults["lr"], dtype=torch.float32))
 
-    def shape(self, space: Space) -> None:
+    def bind(self, directions: Directions) -> None:
         """Learn the space of the directions, before the first step."""
-        self.space = space
+        self.directions = directions
 
-    def decide(self, slopes: Slopes, rate: float, probe: Probe, loss: Loss) -> Slopes:  # noqa: ARG002 - some look
+    def select(
+        self, projected_gradients: ProjectedGradients, lr: float, model: PerturbedModel, closure: Closure
+    ) -> ProjectedGradients:  # noqa: ARG002 - some look
         """Return the slopes to move by, which is these, unless more probes say otherwise."""
-        return slopes
+        return projected_gradients
 
     @abstractmethod
-    def move(self, slopes: Slopes, rate: float) -> None:
+    def apply(self, projected_gradients: ProjectedGradients, lr: float) -> None:
         """Move the parameters by what the slopes say, their mean being the estimate; `rate` is a float32."""
 
 
-class ZOSGD(ZerothOrder):
+class ZOSGD(ZerothOrderOptimizer):
     """Move against each direction by its slope (Malladi et al. 2023, MeZO)."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-5) -> None:
         super().__init__(params, {"lr": _positive(lr)})
 
-    def move(self, slopes: Slopes, rate: float) -> None:
+    def apply(self, projected_gradients: ProjectedGradients, lr: float) -> None:
         """Move one direction after the other."""
-        replay_log(self.space, [Nudge(seed, -rate * self.length(slope) / len(slopes)) for seed, slope in slopes])
+        apply_updates(
+            self.directions,
+            [
+                SeedUpdate(seed, -lr * self.step_length(slope) / len(projected_gradients))
+                for seed, slope in projected_gradients
+            ],
+        )
 
-    def length(self, slope: float) -> float:
+    def step_length(self, projected_gradient: float) -> float:
         """Return how far to go for a slope."""
-        return slope
+        return projected_gradient
 
 
 class ZOSign(ZOSGD):
     """Move against each direction by the learning rate, whatever its slope (Zhang et al. 2024, ZO-Bench)."""
 
-    def length(self, slope: float) -> float:
+    def step_length(self, projected_gradient: float) -> float:
         """Return the sign."""
-        return float(slope > 0) - float(slope < 0)
+        return float(projected_gradient > 0) - float(projected_gradient < 0)
 
 
 class ZOConservative(ZOSGD):
     """Move against a direction, along it, or not at all, whichever has the least loss now (Zhang et al. 2024)."""
 
-    decides = True
+    selects = True
 
-    def decide(self, slopes: Slopes, rate: float, probe: Probe, loss: Loss) -> Slopes:
+    def select(
+        self, projected_gradients: ProjectedGradients, lr: float, model: PerturbedModel, closure: Closure
+    ) -> ProjectedGradients:
         """Try the three for each direction, from where the parameters are."""
-        share, at_rest = rate / len(slopes), float(probe.at_rest(loss))
-        return [(seed, slope * _best(seed, share * slope, probe, loss, at_rest)) for seed, slope in slopes]
+        share, at_rest = lr / len(projected_gradients), float(model.loss(closure))
+        return [
+            (seed, slope * _best(seed, share * slope, model, closure, at_rest)) for seed, slope in projected_gradients
+        ]
 
 
 class ForwardGradient(ZOSGD):
@@ -98,7 +110,7 @@ class ForwardGradient(ZOSGD):
     exact = True
 
 
-class Averaging(ZerothOrder):
+class MomentEstimator(ZerothOrderOptimizer):
     """A stepper that holds averages of the estimated gradient, at least in float32: they consist of small numbers."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -109,25 +121,27 @@ class Averaging(ZerothOrder):
             parameter = parameters[place]
             for name, value in entries.items():
                 if value.shape == parameter.shape:
-                    self.state[parameter][name] = value.to(parameter.device, wide_type(parameter.dtype))
+                    self.state[parameter][name] = value.to(parameter.device, at_least_float32_type(parameter.dtype))
 
-    def _gradients(self, slopes: Slopes, rate: float) -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Any], float]]:
+    def _gradients(
+        self, projected_gradients: ProjectedGradients, rate: float
+    ) -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Any], float]]:
         """Yield each parameter that moves, its estimated gradient, its group and the group's learning rate now."""
-        parts = {part.tensor.data_ptr(): part for part in self.space.parts if part.scale and part.tensor.numel()}
+        parts = {part.tensor.data_ptr(): part for part in self.directions.slices if part.scale and part.tensor.numel()}
         for group in self.param_groups:
-            lr = rate * self.ratio(group)
+            lr = rate * self.lr_ratio(group)
             for parameter in group["params"]:
                 if part := parts.get(parameter.data_ptr()):
-                    yield parameter, self._gradient(part, slopes), group, lr
+                    yield parameter, self._gradient(part, projected_gradients), group, lr
 
-    def _gradient(self, part: Part, slopes: Slopes) -> Tensor:
-        gradient = torch.zeros_like(part.tensor, dtype=wide_type(part.tensor.dtype))
-        for seed, slope in slopes:  # the slope has the part's scale, and so has the direction
-            self.space.add(part, gradient, seed, slope / len(slopes) / part.scale**2)
+    def _gradient(self, part: ParameterSlice, projected_gradients: ProjectedGradients) -> Tensor:
+        gradient = torch.zeros_like(part.tensor, dtype=at_least_float32_type(part.tensor.dtype))
+        for seed, slope in projected_gradients:  # the slope has the part's scale, and so has the direction
+            self.directions.add_to(part, gradient, seed, slope / len(projected_gradients) / part.scale**2)
         return gradient
 
 
-class ZOMomentum(Averaging):
+class ZOMomentum(MomentEstimator):
     """SGD with momentum on the estimated gradient (Polyak 1964), of which it holds the average.
 
     The estimate itself is there for one parameter at a time. Products and sums are rounded one by one, here and in
@@ -137,9 +151,9 @@ class ZOMomentum(Averaging):
     def __init__(self, params: Iterable[Any], lr: float = 1e-5, momentum: float = 0.9) -> None:
         super().__init__(params, {"lr": _positive(lr), "momentum": momentum})
 
-    def move(self, slopes: Slopes, rate: float) -> None:
+    def apply(self, projected_gradients: ProjectedGradients, rate: float) -> None:
         """Take a step."""
-        for parameter, gradient, group, lr in self._gradients(slopes, rate):
+        for parameter, gradient, group, lr in self._gradients(projected_gradients, rate):
             state = self.state[parameter]
             if not state:
                 state["average"] = torch.zeros_like(gradient)
@@ -147,7 +161,7 @@ class ZOMomentum(Averaging):
             parameter.data.copy_((average * -lr).add_(parameter.data))
 
 
-class ZOAdam(Averaging):
+class ZOAdam(MomentEstimator):
     """Adam on the estimated gradient (Kingma and Ba 2015), of which it holds two averages."""
 
     def __init__(
@@ -155,9 +169,9 @@ class ZOAdam(Averaging):
     ) -> None:
         super().__init__(params, {"lr": _positive(lr), "betas": betas, "eps": eps})
 
-    def move(self, slopes: Slopes, rate: float) -> None:
+    def apply(self, projected_gradients: ProjectedGradients, rate: float) -> None:
         """Take a step."""
-        for parameter, gradient, group, lr in self._gradients(slopes, rate):
+        for parameter, gradient, group, lr in self._gradients(projected_gradients, rate):
             state, (first, second) = self.state[parameter], group["betas"]
             if not state:
                 zeros = {name: torch.zeros_like(gradient) for name in ("mean", "square")}
@@ -170,7 +184,7 @@ class ZOAdam(Averaging):
             parameter.data.copy_((mean / length * (-lr / (1 - first**steps))).add_(parameter.data))
 
 
-class ZOHybrid(ZerothOrder, AdamW):
+class ZOHybrid(ZerothOrderOptimizer, AdamW):
     """AdamW on the parameters that zo.first_order names, as the last blocks; zo-sgd on all others."""
 
     hybrid = True
@@ -186,39 +200,42 @@ class ZOHybrid(ZerothOrder, AdamW):
         AdamW.__init__(self, params, lr=_positive(lr), betas=betas, weight_decay=weight_decay)
         self.first_order_lr = first_order_lr
 
-    def move(self, slopes: Slopes, rate: float) -> None:
+    def apply(self, projected_gradients: ProjectedGradients, lr: float) -> None:
         """Move one direction after the other, and take a step of AdamW where there are gradients."""
-        replay_log(self.space, [Nudge(seed, -rate * slope / len(slopes)) for seed, slope in slopes])
-        now = self.first_order_lr * rate / self.defaults["lr"]  # the schedule's factor is in both rates
-        with _rates(self, [now * self.ratio(group) for group in self.param_groups]):
+        apply_updates(
+            self.directions,
+            [SeedUpdate(seed, -lr * slope / len(projected_gradients)) for seed, slope in projected_gradients],
+        )
+        now = self.first_order_lr * lr / self.defaults["lr"]  # the schedule's factor is in both rates
+        with _rates(self, [now * self.lr_ratio(group) for group in self.param_groups]):
             self.step()
         self.zero_grad()
 
 
-def _best(seed: int, far: float, probe: Probe, loss: Loss, at_rest: float) -> float:
+def _best(seed: int, far: float, probe: PerturbedModel, loss: Closure, at_rest: float) -> float:
     """Return 1 to move against a direction, -1 to move along it, 0 to stay."""
-    losses = {0.0: at_rest, **{way: float(probe.at(seed, -way * far, loss)) for way in (1.0, -1.0)}}
+    losses = {0.0: at_rest, **{way: float(probe.loss_at(seed, -way * far, loss)) for way in (1.0, -1.0)}}
     return min(losses, key=lambda way: losses[way] if math.isfinite(losses[way]) else math.inf)
 
 
-def space_of(
+def directions_of(
     module: nn.Module,
-    optimizer: ZerothOrder,
+    optimizer: ZerothOrderOptimizer,
     *,
-    mode: Mode,
+    distribution: Distribution,
     sparsity: float,
-    blocks: bool,
+    blockwise: bool,
     first_order: Sequence[str] = (),
-) -> Space:
+) -> Directions:
     """Return the space of what an optimizer moves.
 
     Args:
         module: the model, with its first weights.
         optimizer: of its parameters; each group's learning rate says how long directions are there.
-        mode: what directions consist of.
-        sparsity: see `Space.of`.
+        distribution: what directions consist of.
+        sparsity: see `Directions.of`.
         first_order: patterns of names of parameters that have gradients, and no directions.
-        blocks: whether each repeated block of the model is a block of the space; all else is one more.
+        blockwise: whether each repeated block of the model is a block of the space; all else is one more.
 
     Raises:
         RecipeError: a pattern is that of no parameter, or the model has no repeated blocks.
@@ -230,20 +247,20 @@ def space_of(
                 f"zo.first_order: no trainable parameter is called {pattern!r}; there are "
                 f"{', '.join(trainable[:3])}, ..., {trainable[-1]}"
             )
-    if blocks and not blocks_of(module):
+    if blockwise and not blocks_of(module):
         raise RecipeError("zo.blockwise: the model has no repeated blocks; take zo.blockwise = false")
     named = {
         name: parameter
         for name, parameter in module.named_parameters()
         if parameter.requires_grad and not any(fnmatchcase(name, pattern) for pattern in first_order)
     }
-    ratios = {id(one): optimizer.ratio(group) for group in optimizer.param_groups for one in group["params"]}
-    return Space.of(
+    ratios = {id(one): optimizer.lr_ratio(group) for group in optimizer.param_groups for one in group["params"]}
+    return Directions.of(
         named,
-        mode,
+        distribution,
         scales={name: math.sqrt(ratios[id(one)]) for name, one in named.items()},
         sparsity=sparsity,
-        blocks=_blocks_of(module, [name for name, one in named.items() if ratios[id(one)]]) if blocks else None,
+        blocks=_blocks_of(module, [name for name, one in named.items() if ratios[id(one)]]) if blockwise else None,
     )
 
 

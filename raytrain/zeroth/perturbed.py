@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from raytrain.errors import RecipeError
-from raytrain.seeds.directions import Part, Space, extent_of, place_of
+from raytrain.seeds.directions import Directions, ParameterSlice, address_range, memory_key
 
-ALIGNED_BYTES = 64
+ALIGNMENT_BYTES = 64
 
-Loss = Callable[[], Tensor]
+Closure = Callable[[], Tensor]
 """Returns the loss, shape (), at least in float32; it draws the same dropout in every call."""
 
 
-class Probe:
+class PerturbedModel:
     """Calls a loss with the parameters of a module moved along a direction.
 
     In a call each layer has moved parameters from when it is entered until it is left. The first call is watched: a
@@ -37,21 +37,21 @@ class Probe:
 
     Args:
         module: the model; its layers are given hooks, which do nothing between calls, so they must stay.
-        space: some or all of its parameters, by their names in it.
+        directions: some or all of its parameters, by their names in it.
 
     Raises:
         RecipeError: a name of the space is not a parameter of the module; in the first call: a parameter is kept where
             it cannot be replaced.
     """
 
-    def __init__(self, module: nn.Module, space: Space) -> None:
-        self.space = space
+    def __init__(self, module: nn.Module, directions: Directions) -> None:
+        self.directions = directions
         self._buffers = _Buffers(module)
-        self.seed, self.scale = 0, 0.0
+        self.seed, self.eps = 0, 0.0
         self.active = self.dual = self.watching = self.moving = False
         self.left_behind: dict[StorageWeakRef, set[str]] = {}  # memory of what stood for parameters in an ended call
         self._watched = False
-        owned = _owned(module, space)
+        owned = _owned(module, directions)
         names = [name for name, layer in module.named_modules() if layer in owned]
         memory: dict[int, _Memory] = {}
         self._layers = []
@@ -63,28 +63,28 @@ class Probe:
             layer.prepare()  # before activations come, among which memory that stays would leave gaps
         self._whole: list[_Swap] = []
 
-    def at(self, seed: int, scale: float, loss: Loss) -> Tensor:
+    def loss_at(self, seed: int, eps: float, closure: Closure) -> Tensor:
         """Return the loss at theta + scale * direction(seed)."""
-        self.seed, self.scale = seed, scale
-        self._look(loss)
+        self.seed, self.eps = seed, eps
+        self._look(closure)
         with self._moved():
-            return loss()
+            return closure()
 
-    def at_rest(self, loss: Loss) -> Tensor:
+    def loss(self, closure: Closure) -> Tensor:
         """Return the loss at theta; buffers are kept here too."""
         with self._buffers.kept():
-            return loss()
+            return closure()
 
-    def along(self, seed: int, loss: Loss) -> Tensor:
+    def jvp(self, seed: int, closure: Closure) -> Tensor:
         """Return the loss at theta, carrying its derivative along direction(seed); inside a `dual_level`."""
-        self._look(loss)
+        self._look(closure)
         self.dual = True
         try:
-            return self.at(seed, 1.0, loss)
+            return self.loss_at(seed, 1.0, closure)
         finally:
             self.dual = False
 
-    def _look(self, loss: Loss) -> None:
+    def _look(self, loss: Closure) -> None:
         """Watch the first call, and set apart what it reads although it should have been replaced."""
         if self._watched:
             return
@@ -99,10 +99,10 @@ class Probe:
             )
         self._watched = True
 
-    def _seen(self, loss: Loss) -> set[str]:
+    def _seen(self, loss: Closure) -> set[str]:
         """Return the parameters that a call reads although they should have been replaced, or after they were."""
         self.watching = True
-        watch = _Watch(self.space.parts, self.left_behind, lambda: self.moving)
+        watch = _Watch(self.directions.slices, self.left_behind, lambda: self.moving)
         try:
             with self._moved(), watch:
                 loss()
@@ -114,12 +114,12 @@ class Probe:
     @contextmanager
     def _moved(self) -> Iterator[None]:
         """Have each layer's parameters replaced while it is called, and those set apart all the time."""
-        whole = [swap for swap in self._whole if self.reached(swap.part)]
+        whole = [swap for swap in self._whole if self.is_perturbed(swap.part)]
         before: list[Any] = []
         with self._buffers.kept():
             try:
                 for swap in whole:
-                    before.append(swap.put(self.moved(swap.part, torch.empty_like(swap.part.tensor))))
+                    before.append(swap.put(self.write_perturbed(swap.part, torch.empty_like(swap.part.tensor))))
                 self.active = True
                 yield
             finally:
@@ -129,37 +129,37 @@ class Probe:
                 for swap, plain in zip(whole, before, strict=False):
                     swap.put(plain)
 
-    def reached(self, part: Part) -> bool:
+    def is_perturbed(self, part: ParameterSlice) -> bool:
         """Return whether the direction moves a part."""
-        return self.watching or self.space.reaches(part, self.seed)
+        return self.watching or self.directions.perturbs(part, self.seed)
 
-    def moved(self, part: Part, out: Tensor, rows: Tensor | None = None) -> Tensor:
+    def write_perturbed(self, part: ParameterSlice, out: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return what stands for a part, or some rows of it, now: `out`, unless it carries a derivative."""
         self.moving = True
         try:
             if self.dual:
                 tangent = torch.zeros_like(part.tensor)
-                self.space.add(part, tangent, self.seed, self.scale)
+                self.directions.add_to(part, tangent, self.seed, self.eps)
                 dual: Tensor = forward_ad.make_dual(part.tensor, tangent)
                 return dual  # noqa: RET504 - torch does not say what it is
-            self.space.moved(part, self.seed, self.scale, out, rows)
+            self.directions.write_perturbed(part, self.seed, self.eps, out, rows)
             return out
         finally:
             self.moving = False
 
 
-def _owned(module: nn.Module, space: Space) -> dict[nn.Module, list["_Swap"]]:
+def _owned(module: nn.Module, space: Directions) -> dict[nn.Module, list["_Swap"]]:
     """Return the layers that have parameters of a space of their own, with these."""
     named = dict(module.named_parameters(remove_duplicate=False))
     parts = {}
-    for part in space.parts:
+    for part in space.slices:
         if part.name not in named or named[part.name].data_ptr() != part.tensor.data_ptr():
             raise RecipeError(f"directions: {part.name} is not a parameter of the module")
-        parts[place_of(part.tensor, named[part.name])] = part
+        parts[memory_key(part.tensor, named[part.name])] = part
     owned: dict[nn.Module, list[_Swap]] = {}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
-            place = None if parameter is None else place_of(parameter, parameter)
+            place = None if parameter is None else memory_key(parameter, parameter)
             if place in parts:
                 owned.setdefault(owner, []).append(_Swap(owner._parameters, name, parts[place]))
     return owned
@@ -210,7 +210,7 @@ class _Swap:
 
     __slots__ = ("_name", "_place", "part")
 
-    def __init__(self, place: dict[str, Any], name: str, part: Part) -> None:
+    def __init__(self, place: dict[str, Any], name: str, part: ParameterSlice) -> None:
         self.part = part
         self._place, self._name = place, name
 
@@ -232,7 +232,7 @@ class _Memory:
         tensors = [swap.part.tensor for swap in swaps]
         starts = [0]
         for tensor in tensors:
-            starts.append(starts[-1] + -(-tensor.nbytes // ALIGNED_BYTES) * ALIGNED_BYTES)
+            starts.append(starts[-1] + -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
         if tensors and (self.flat.numel() < starts[-1] or self.flat.device != tensors[0].device):
             self.flat = torch.empty(max(starts[-1], self.flat.numel()), dtype=torch.uint8, device=tensors[0].device)
         return [
@@ -254,7 +254,7 @@ class _Call:
 class _Layer:
     """A layer and its hooks. After a matrix product Python runs from cold caches, so what can be made before is."""
 
-    def __init__(self, probe: Probe, owner: nn.Module, swaps: list[_Swap], memory: _Memory) -> None:
+    def __init__(self, probe: PerturbedModel, owner: nn.Module, swaps: list[_Swap], memory: _Memory) -> None:
         self._probe = probe
         self._owner: Any = owner
         self._swaps = swaps
@@ -306,15 +306,15 @@ class _Layer:
             return None
         call = _Call()
         self._calls.append(call)
-        if self._is_table and arguments and not probe.dual and probe.reached(self._swaps[0].part):
+        if self._is_table and arguments and not probe.dual and probe.is_perturbed(self._swaps[0].part):
             rows = self._look_up(arguments[0], call)
             if rows is not None:
                 return (rows, *arguments[1:])
         call.memory, views = self._room()
         call.memory.users += 1
         for swap, view in zip(self._swaps, views, strict=True):
-            if probe.reached(swap.part):
-                call.replaced.append((swap, swap.put(probe.moved(swap.part, view))))
+            if probe.is_perturbed(swap.part):
+                call.replaced.append((swap, swap.put(probe.write_perturbed(swap.part, view))))
         return None
 
     def _room(self) -> tuple["_Memory", list[Tensor]]:
@@ -344,7 +344,7 @@ class _Layer:
         call.is_lookup, call.padding = True, self._owner.padding_idx
         self._owner.padding_idx = None  # it is a row of the whole table
         some = torch.empty((count, *table.shape[1:]), dtype=table.dtype, device=table.device)
-        call.replaced.append((swap, swap.put(self._probe.moved(swap.part, some, looked_up))))
+        call.replaced.append((swap, swap.put(self._probe.write_perturbed(swap.part, some, looked_up))))
         found: Tensor = rows
         return found
 
@@ -394,13 +394,13 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(
-        self, parts: Sequence[Part], left_behind: Mapping[StorageWeakRef, set[str]], ours: Callable[[], bool]
+        self, parts: Sequence[ParameterSlice], left_behind: Mapping[StorageWeakRef, set[str]], ours: Callable[[], bool]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.used: set[str] = set()
         self._parts: dict[int, list[tuple[range, str]]] = {}
         for part in parts:
-            self._parts.setdefault(_storage(part.tensor), []).append((extent_of(part.tensor), part.name))
+            self._parts.setdefault(_storage(part.tensor), []).append((address_range(part.tensor), part.name))
         self._left_behind = left_behind
         self._ours = ours
 
@@ -423,7 +423,7 @@ class _Watch(TorchDispatchMode):
             return  # a sparse tensor is no parameter's memory, and has none of its own
         self.used |= self._left_behind.get(StorageWeakRef(value.untyped_storage()), set())
         for extent, name in self._parts.get(_storage(value), ()):
-            read = extent_of(value)
+            read = address_range(value)
             if read.start < extent.stop and extent.start < read.stop:
                 self.used.add(name)
 

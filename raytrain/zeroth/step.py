@@ -12,61 +12,63 @@ import torch
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.seeds.prng import derived
+from raytrain.seeds.prng import fold_in
 from raytrain.sync.scalars import ScalarExchange
 from raytrain.tasks.task import Batch, Task
-from raytrain.tensors import seed_step, weighed
-from raytrain.zeroth.estimators import Slope, derivative, slope, without_outliers
-from raytrain.zeroth.optimizers import Slopes, ZerothOrder
-from raytrain.zeroth.perturbed import Loss, Probe
+from raytrain.tensors import seed_everything_at, weighted_sum
+from raytrain.zeroth.estimators import ProjectedGradient, directional_derivative, projected_gradient, reject_outliers
+from raytrain.zeroth.optimizers import ProjectedGradients, ZerothOrderOptimizer
+from raytrain.zeroth.perturbed import Closure, PerturbedModel
 from raytrain.zeroth.trajectory import Trajectory
 
-PATIENCE = 20
+MAX_EMPTY_STEPS = 20
 """Steps without one usable slope, after which a run is given up."""
 
 
 @dataclass(slots=True)
-class Zeroth:
+class ZeroOrderStep:
     """How a replica probes and moves.
 
     Attributes:
-        probe: of its model.
+        model: of its model.
         optimizer: what moves it.
         sync: shares slopes.
-        count: directions of each replica in each step.
+        num_perturbations: directions of each replica in each step.
         eps: how far a probe goes.
         sides: 2 for central differences, 1 for forward ones, with one probe more for all directions.
-        training: whether probes see the model in training mode.
+        train_mode: whether probes see the model in training mode.
         objective: a value that the task measures, to improve in place of the loss; "": the loss.
-        outlier: slopes beyond so many standard deviations, as the median of recent ones has it, are left out; 0: none.
+        outlier_threshold: slopes beyond so many standard deviations, as the median of recent ones has it, are left out; 0: none.
         weighted: whether losses have weights, so that replicas may count differently.
         first_order: parameters that are moved by a gradient.
         trajectory: what the moves are written to, on the first replica.
     """
 
-    probe: Probe
-    optimizer: ZerothOrder
+    model: PerturbedModel
+    optimizer: ZerothOrderOptimizer
     sync: ScalarExchange
-    count: int
+    num_perturbations: int
     eps: float
     sides: int
-    training: bool
+    train_mode: bool
     objective: str
-    outlier: float
+    outlier_threshold: float
     weighted: bool
     first_order: Sequence[nn.Parameter] = ()
     trajectory: Trajectory | None = None
-    _useless: int = 0
+    _steps_without_update: int = 0
 
-    def step(self, loss: Loss, module: nn.Module, seed: int, place: tuple[int, int], factor: float) -> dict[str, Any]:
+    def step(
+        self, closure: Closure, module: nn.Module, seed: int, position: tuple[int, int], lr_factor: float
+    ) -> dict[str, Any]:
         """Probe, share and move.
 
         Args:
-            loss: of this replica's share of the step.
+            closure: of this replica's share of the step.
             module: the model.
             seed: the run's.
-            place: the step and this replica's rank.
-            factor: of the learning rate, in this step.
+            position: the step and this replica's rank.
+            lr_factor: of the learning rate, in this step.
 
         Returns:
             "loss", this replica's, "slope", the root of the mean square of all, and "skipped", how many of all were not
@@ -75,35 +77,36 @@ class Zeroth:
         Raises:
             TrainingError: no slope was usable for many steps.
         """
-        step, rank = place
-        with torch.no_grad(), _mode(module, self.training):
+        step, rank = position
+        with torch.no_grad(), _mode(module, self.train_mode):
             seeds = [
-                [self.seed_of(seed, step, member, k) for k in range(self.count)] for member in range(self.sync.members)
+                [self.direction_seed(seed, step, member, k) for k in range(self.num_perturbations)]
+                for member in range(self.sync.members)
             ]
-            found = self._probed(loss, seeds[rank])
+            found = self._probed(closure, seeds[rank])
             slopes, shares = self._exchanged(found, seeds)
             usable = self._usable(slopes)
-            rate = float(torch.tensor(self.optimizer.defaults["lr"] * factor))
+            rate = float(torch.tensor(self.optimizer.defaults["lr"] * lr_factor))
             if usable:
                 if self.first_order:
-                    self._backward(loss)
+                    self._backward(closure)
                 # As a trajectory holds them: in float32.
                 kept = [(one, float(np.float32(usable.get(one, 0.0) * shares[one]))) for one, _ in slopes]
-                moves = self.optimizer.decide(kept, rate, self.probe, loss)
-                self.optimizer.move(moves, rate)
+                moves = self.optimizer.select(kept, rate, self.model, closure)
+                self.optimizer.apply(moves, rate)
             if self.trajectory:
                 self.trajectory.append(step, rate, moves if usable else [])
-        self._useless = 0 if usable else self._useless + 1
+        self._steps_without_update = 0 if usable else self._steps_without_update + 1
         mean_loss = sum(one.loss for one in found) / len(found)
-        if self._useless == PATIENCE:
+        if self._steps_without_update == MAX_EMPTY_STEPS:
             raise TrainingError(
-                f"no probe of steps {step + 2 - PATIENCE} to {step + 1} gave a usable slope, and what is lowered is "
+                f"no probe of steps {step + 2 - MAX_EMPTY_STEPS} to {step + 1} gave a usable slope, and what is lowered is "
                 f"{mean_loss:g}; a lower optimizer.lr or zo.eps may help"
             )
         square = sum(value**2 for value in usable.values()) / max(1, len(usable))
         return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": len(slopes) - len(usable)}
 
-    def _backward(self, loss: Loss) -> None:
+    def _backward(self, loss: Closure) -> None:
         """Find the gradient of some parameters, with a graph that reaches no further back than they are."""
         own = set(self.first_order)
         still = [one for group in self.optimizer.param_groups for one in group["params"] if one not in own]
@@ -122,17 +125,19 @@ class Zeroth:
             )
 
     @staticmethod
-    def seed_of(seed: int, step: int, rank: int, place: int) -> int:
+    def direction_seed(seed: int, step: int, rank: int, place: int) -> int:
         """Return the seed of a direction: of a run, a step, a replica and its place among those of the replica."""
-        return derived(seed, step, rank, place, 1)
+        return fold_in(seed, step, rank, place, 1)
 
-    def _probed(self, loss: Loss, seeds: Sequence[int]) -> list[Slope]:
+    def _probed(self, loss: Closure, seeds: Sequence[int]) -> list[ProjectedGradient]:
         if self.optimizer.exact:
-            return [derivative(loss, self.probe, seed) for seed in seeds]
-        at_rest = float(self.probe.at_rest(loss)) if self.sides == 1 else None
-        return [slope(loss, self.probe, seed, self.eps, at_rest=at_rest) for seed in seeds]
+            return [directional_derivative(loss, self.model, seed) for seed in seeds]
+        at_rest = float(self.model.loss(loss)) if self.sides == 1 else None
+        return [projected_gradient(loss, self.model, seed, self.eps, base_loss=at_rest) for seed in seeds]
 
-    def _exchanged(self, found: Sequence[Slope], seeds: Sequence[Sequence[int]]) -> tuple[Slopes, dict[int, float]]:
+    def _exchanged(
+        self, found: Sequence[ProjectedGradient], seeds: Sequence[Sequence[int]]
+    ) -> tuple[ProjectedGradients, dict[int, float]]:
         """Return the slopes that all replicas found, and by their seeds how much each counts, 1 on average.
 
         Args:
@@ -147,30 +152,30 @@ class Zeroth:
 
     def _recent(self) -> list[list[float]]:
         """Return how large the slopes of each block were in the last steps, equal on all replicas."""
-        blocks, sizes = self.probe.space.blocks, self.optimizer.param_groups[0].get("sizes", ())
+        blocks, sizes = self.model.directions.block_count, self.optimizer.param_groups[0].get("sizes", ())
         return [list(one) for one in sizes] if len(sizes) == blocks else [[] for _ in range(blocks)]
 
-    def _usable(self, slopes: Slopes) -> Mapping[int, float]:
+    def _usable(self, slopes: ProjectedGradients) -> Mapping[int, float]:
         """Return the slopes that are used; all replicas take the same."""
-        used, self.optimizer.param_groups[0]["sizes"] = without_outliers(slopes, self._recent(), self.outlier)
+        used, self.optimizer.param_groups[0]["sizes"] = reject_outliers(slopes, self._recent(), self.outlier_threshold)
         return used
 
 
-def loss_of(
+def make_closure(
     task: Task,
     module: nn.Module,
     batches: Sequence[tuple[Batch, Tensor]],
-    place: tuple[int, int, int] | tuple[()],
+    position: tuple[int, int, int] | tuple[()],
     autocast: torch.dtype | None,
     objective: str,
-) -> Loss:
+) -> Closure:
     """Return the mean loss over micro-batches as a function of nothing, which draws the same dropout in every call.
 
     Args:
         task: what is learned.
         module: the model.
         batches: with the weights of their losses.
-        place: the run's seed, the replica's rank and the step; (): the model and the loss draw nothing.
+        position: the run's seed, the replica's rank and the step; (): the model and the loss draw nothing.
         autocast: the type to compute in; None: that of the parameters.
         objective: a value that the task measures, to raise in place of lowering the loss; with a minus before it, to
             lower.
@@ -185,13 +190,13 @@ def loss_of(
         raise RecipeError(f"zo.objective: less of {name} is better; expected '-{name}', to lower it")
 
     def loss() -> Tensor:
-        if place:
-            seed_step(*place)
+        if position:
+            seed_everything_at(*position)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             if objective:
                 value = torch.tensor(_measured(task, module, batches, name), dtype=torch.float64)
                 return value if lower else -value
-            parts = [weighed(task.losses(module, batch), weights) for batch, weights in batches]
+            parts = [weighted_sum(task.losses(module, batch), weights) for batch, weights in batches]
         return torch.stack(parts).sum() / total
 
     return loss

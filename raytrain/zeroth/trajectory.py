@@ -8,11 +8,11 @@ from typing import Any, Self
 import numpy as np
 
 from raytrain.errors import RecipeError
-from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import add_checksum
-from raytrain.seeds.records import MAGIC, RECORD, Records, checksums, read_intact
+from raytrain.seeds.records import RECORD_DTYPE, TRAJECTORY_MAGIC, RecordArray, checksums, read_intact_records
 
-MOST_DIRECTIONS = 2**16 - 1
+MAX_DIRECTIONS = 2**16 - 1
 """Of one step."""
 
 
@@ -24,7 +24,7 @@ class Trajectory:
 
     Args:
         path: the file.
-        about: what a replay needs to know: "base", what the weights that it starts from are known by, "directions",
+        header: what a replay needs to know: "base", what the weights that it starts from are known by, "directions",
             what seeds stand for, and how they are moved.
         step: where the run stands. If it goes on, the file keeps its beginning, and what it holds from there on is
             dropped.
@@ -34,30 +34,32 @@ class Trajectory:
         CheckpointError: it is no trajectory.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any], step: int) -> None:
-        before = np.empty(0, RECORD)
+    def __init__(self, path: Path, header: Mapping[str, Any], step: int) -> None:
+        before = np.empty(0, RECORD_DTYPE)
         if step:
-            about, before = _continued(path, about, step)
-        head = MAGIC + add_checksum(about) + b"\n"
+            header, before = _continued(path, header, step)
+        head = TRAJECTORY_MAGIC + add_checksum(header) + b"\n"
         self._crc = int(before["crc"][-1]) if len(before) else zlib.crc32(head)
-        write_whole(path, head + before.tobytes())
+        write_atomic(path, head + before.tobytes())
         self._file = AppendOnlyFile(path)
 
-    def append(self, step: int, rate: float, slopes: Sequence[tuple[int, float]]) -> None:
+    def append(self, step: int, lr: float, projected_gradients: Sequence[tuple[int, float]]) -> None:
         """Add a step.
 
         Raises:
             TrainingError: the file cannot be written.
         """
-        rows = [(step, len(slopes), rate, seed, slope, 0) for seed, slope in slopes] or [(step, 0, rate, 0, 0.0, 0)]
-        records = np.array(rows, RECORD)
+        rows = [(step, len(projected_gradients), lr, seed, slope, 0) for seed, slope in projected_gradients] or [
+            (step, 0, lr, 0, 0.0, 0)
+        ]
+        records = np.array(rows, RECORD_DTYPE)
         for place, crc in enumerate(checksums(records, self._crc)):
             records["crc"][place] = self._crc = crc
         self._file.write(records.tobytes())
 
-    def keep(self) -> None:
+    def fsync(self) -> None:
         """Return when all steps so far are on the disk, as a checkpoint that counts on them asks for."""
-        self._file.keep()
+        self._file.fsync()
 
     def close(self) -> None:
         """Close the file."""
@@ -72,7 +74,7 @@ class Trajectory:
         self.close()
 
 
-def _continued(path: Path, about: Mapping[str, Any], step: int) -> tuple[dict[str, Any], Records]:
+def _continued(path: Path, about: Mapping[str, Any], step: int) -> tuple[dict[str, Any], RecordArray]:
     """Return what a run that goes on has in its file, up to a step.
 
     Raises:
@@ -81,7 +83,7 @@ def _continued(path: Path, about: Mapping[str, Any], step: int) -> tuple[dict[st
     way_out = "; set zo.trajectory = false, or start another run"
     if not path.is_file():
         raise RecipeError(f"zo.trajectory: expected {path}, which the run should have kept so far{way_out}")
-    kept, before, _ = read_intact(path)  # what is damaged behind the steps that are needed does not matter
+    kept, before, _ = read_intact_records(path)  # what is damaged behind the steps that are needed does not matter
     for name in ("space", "optimizer"):
         was, now = kept.get(name, {}), about[name]
         odd = [key for key in {**now, **was} if key != "lr" and was.get(key) != now.get(key)]  # lr is in each record

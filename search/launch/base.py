@@ -49,7 +49,7 @@ def check_search(recipe: SearchRecipe) -> CheckedSearch:
         )
     base = base.with_overrides({"resources.cpus": base.resources.cpus or 1.0})  # threads, on which sums depend
     task = build_task(base)
-    if found := task.settle():  # what an earlier attempt has decided is in the recipe already
+    if found := task.infer_options():  # what an earlier attempt has decided is in the recipe already
         known = {name: getattr(base.task, name, None) or value for name, value in found.items()}
         base = base.with_overrides({f"task.{name}": value for name, value in known.items()})
         task = build_task(base)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from raytrain.errors import TrainingError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, ray_session
 from raytrain.recipe import read_toml
 from raytrain.run.directory import RunDirectory
@@ -26,7 +26,7 @@ from search.standings import Standings, standings_of
 SHOWN_PHASES = 3
 
 
-def run_search(recipe: SearchRecipe, order: Order) -> Result:
+def run_search(recipe: SearchRecipe, order: RunOptions) -> Result:
     """Search on the Ray cluster at `order.address`, or else on one of this machine, and return how it ended.
 
     Ctrl-C pauses the members after the step that they are at; a second one ends them at once.
@@ -76,7 +76,7 @@ class Search:
             CheckpointError: what is in the folder is damaged.
         """
         resources = self._base.resources
-        each = SlotResources(resources.cpus, resources.beside_cpus(), resources.labels)
+        each = SlotResources(resources.cpus, resources.extra_resources(), resources.labels)
         count = slot_count(self._recipe.slots, self._recipe.members, each, cluster_nodes(1, resources))
         display.say(f"starting {count} slot(s) with {each.cpus:g} CPU each")
         self._begin()

@@ -106,7 +106,7 @@ class Slot:
                 label_selector=dict(each.labels) or None,
                 runtime_env={"env_vars": WORKER_ENVIRONMENT},
             )
-            .remote(TrialOptions(base.plain(), each.threads, path, fingerprint()))
+            .remote(TrialOptions(base.to_dict(), each.threads, path, fingerprint()))
         )
         self.pending: ray.ObjectRef | None = self._actor.load.remote()
 

@@ -126,7 +126,7 @@ class SegmentCallbacks:
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Measure the whole held-out split, with the averaged weights if there are any."""
-        with replica.sync.synced_parameters(), replica.ema.applied() if replica.ema else nullcontext():
+        with replica.sync.synced_parameters(), replica.ema.average_parameters() if replica.ema else nullcontext():
             metrics = self._measure(module=replica.module, heartbeat=partial(self._beat, replica.progress.step))
         self.metrics = metrics
         return metrics

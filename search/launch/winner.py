@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.files import write_whole
-from raytrain.overrides import merged
+from raytrain.files import write_atomic
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import CheckpointStore
 from raytrain.run.directory import RunDirectory
 from raytrain.serialization import unpack
@@ -30,7 +30,7 @@ def winner_recipe(base: TrainRecipe, phases: Sequence[Phase]) -> TrainRecipe:
         phases: what the model was trained with, the oldest first.
     """
     first, *later = phases
-    changes = [merged({"from": phase.from_step, "seed": phase.seed}, phase.changes) for phase in later]
+    changes = [apply_overrides({"from": phase.from_step, "seed": phase.seed}, phase.changes) for phase in later]
     return base.with_overrides({"seed": first.seed, **first.changes, "phases": changes})
 
 
@@ -56,7 +56,7 @@ def write_winner(folder: Path, recipe: TrainRecipe, packed: bytes, step: int, me
     progress = {**state["progress"], "best": metrics[build_task(recipe).metric], "best_step": step}
     store.save(state["replica"], progress)
     checkpoint = store.save_metrics(progress, metrics)
-    write_whole(folder / WINNER, recipe.to_toml().encode())
+    write_atomic(folder / WINNER, recipe.to_toml().encode())
     return checkpoint
 
 

@@ -27,7 +27,7 @@ from measured import FIRST_STEP, measure
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.session import session
 from search.launch.run import run
 from search.launch.trial import Trial
@@ -105,7 +105,7 @@ class RayMember(tune.Trainable):
 
 def search_ours(search: SearchRecipe, folder: Path) -> dict[str, float]:
     """Search by our slots."""
-    result = run(search, Order(folder / "run"))
+    result = run(search, RunOptions(folder / "run"))
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {"accuracy": result.best["value"], "reports": len(rows)}
 
@@ -127,7 +127,7 @@ def search_by_ray(search: SearchRecipe, folder: Path, *, synch: bool) -> dict[st
         tune_config=tune.TuneConfig(
             scheduler=scheduler, metric="accuracy", mode="max", num_samples=MEMBERS, reuse_actors=True
         ),
-        param_space={"lr": tune.loguniform(LOW, HIGH), "recipe": search.plain()},
+        param_space={"lr": tune.loguniform(LOW, HIGH), "recipe": search.to_dict()},
     )
     results = tuner.fit()
     frames = [result.metrics_dataframe for result in results if result.metrics_dataframe is not None]

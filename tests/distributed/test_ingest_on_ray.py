@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from raytrain.errors import TrainingError
-from raytrain.kinds import Order
-from raytrain.overrides import merged
+from raytrain.kinds import RunOptions
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.run.directory import read_jsonl
 from raytrain.testing import repeatable_rows, train_here, train_with_gloo
@@ -111,7 +111,7 @@ def recipe(**changes: Any) -> TrainRecipe:
         "log": {"every": 1, "loggers": []},
         "resources": {"cpus": 1},
     }
-    return TrainRecipe.parse(merged(raw, fields))
+    return TrainRecipe.parse(apply_overrides(raw, fields))
 
 
 def walk(steps: int, first: int = 0, stride: int = 8) -> StepRange:
@@ -183,7 +183,7 @@ def test_ray_data_trains_as_the_local_source_does_also_after_a_kill(
 
     monkeypatch.setenv("PYTHONPATH", str(mine), prepend=os.pathsep)
     changes = {"workers": 2, "batch": 2, "accumulate": 2, "checkpoint__every": 5, "evaluation__every": 10}
-    result = run_on_ray(recipe(**changes, task__source="ray", callbacks=["mine:plan"]), Order(mine / "ray"))
+    result = run_on_ray(recipe(**changes, task__source="ray", callbacks=["mine:plan"]), RunOptions(mine / "ray"))
     assert (result.status, result.restarts, result.figures["samples"]) == ("done", 1, 192)
     assert [row["from_step"] for row in read_jsonl(mine / "ray" / "attempts.jsonl")] == [0, 10]
     assert train_with_gloo(recipe(**changes), mine / "local") == [0, 0]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.run.directory import read_jsonl
 from raytrain.testing import (
-    PEER_LOST,
+    PEER_LOST_STATUS,
     repeatable_rows,
     train_each_with_gloo,
     train_here,
@@ -49,7 +49,7 @@ METHODS = {
 
 
 def recipe(**changes: Any) -> TrainRecipe:
-    return TrainRecipe.parse(merged(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
+    return TrainRecipe.parse(apply_overrides(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
@@ -125,8 +125,8 @@ def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_th
     """Checkpoints are taken in the middle of rounds too, with an exchange under way."""
     monkeypatch.setenv("PYTHONPATH", str(workplace))
     broken = of(method, **faulty(workplace, "1, 17, 'kill'", "0, 43, 'kill'"))
-    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST, -9]
-    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST]
+    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST_STATUS, -9]
+    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST_STATUS]
     assert train_with_gloo(broken, workplace / "broken") == [0, 0]
     assert [row["from_step"] for row in read_jsonl(workplace / "broken" / "attempts.jsonl")] == [0, 10, 40]
     assert equal(workplace / "broken", with_gloo / method)
@@ -136,7 +136,7 @@ def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_th
 def test_a_worker_that_hangs_ends_the_attempt_in_time(hanging: Future[tuple[list[int], float, Path]]) -> None:
     """The one that waits for its message says so, and what waits longest is what was configured."""
     statuses, seconds, folder = hanging.result()
-    assert statuses[0] == PEER_LOST
+    assert statuses[0] == PEER_LOST_STATUS
     assert statuses[1] != 0
     assert seconds < 150, "half of what it waits where nothing is configured"
     assert "testing.py" in (folder / "hang-1.txt").read_text()
@@ -169,7 +169,7 @@ def test_a_run_goes_on_in_another_form_from_the_shared_point(tmp_path: Path, bef
 
     def way(name: str, steps: int) -> TrainRecipe:
         sync = {key: value for key, value in {"every": 7, **forms[name]}.items() if value is not None}
-        return TrainRecipe.parse({**merged(TINY, {"steps": steps}), "sync": sync})
+        return TrainRecipe.parse({**apply_overrides(TINY, {"steps": steps}), "sync": sync})
 
     assert train_with_threads(way(before, 20), tmp_path / "run").failure() is None
     run = train_with_threads(way(after, 45), tmp_path / "run")
@@ -185,7 +185,7 @@ def test_gradient_averaging_goes_on_with_one_optimizer_for_all(tmp_path: Path) -
     train_with_threads(recipe(steps=20, **changes), tmp_path / "run")
     for folder in ("two", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / folder)
-    plain = {**recipe(steps=40, **changes).plain(), "sync": {"name": "ddp"}}
+    plain = {**recipe(steps=40, **changes).to_dict(), "sync": {"name": "ddp"}}
     train_with_threads(TrainRecipe.parse(plain), tmp_path / "two")
     train_here(TrainRecipe.parse({**plain, "workers": 1, "batch": 8}), tmp_path / "one")
     one, two = final(tmp_path / "one"), final(tmp_path / "two")

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.run.directory import RunDirectory, read_jsonl
-from raytrain.testing import PEER_LOST, repeatable_rows, train_each_with_gloo, train_here, train_with_gloo
+from raytrain.testing import PEER_LOST_STATUS, repeatable_rows, train_each_with_gloo, train_here, train_with_gloo
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import load_best
 
@@ -35,7 +35,7 @@ LLAMA = BASE | {
     "batch": 8,
     "optimizer": {"lr": 1e-3},
 }
-GPT = merged(LLAMA, {"task.model": "gpt"})
+GPT = apply_overrides(LLAMA, {"task.model": "gpt"})
 ODD = BASE | {
     "task": {"name": "probe:odd"},
     "precision": "float64",
@@ -154,7 +154,7 @@ class Runs:
         fields = {name.replace("__", "."): value for name, value in changes.items()}
         if "path" in base["task"]:
             fields["task.path"] = str(self.folder / "text.txt")
-        return TrainRecipe.parse(merged(base, fields))
+        return TrainRecipe.parse(apply_overrides(base, fields))
 
     def sharded(self, base: dict[str, Any], workers: int, **changes: Any) -> TrainRecipe:
         return self.recipe(base, workers=workers, sync__name="fsdp", **changes)
@@ -323,5 +323,5 @@ def test_an_error_of_one_worker_ends_the_others_at_once(runs: Runs) -> None:
 
 def test_a_worker_that_hangs_ends_and_the_other_learns_of_it(runs: Runs) -> None:
     """The watchdog ends the one that hangs, and not the one that waits for it in a gathering of FSDP."""
-    assert runs.hanging.result() == [PEER_LOST, 1]
+    assert runs.hanging.result() == [PEER_LOST_STATUS, 1]
     assert "testing.py" in (runs.folder / "hanging" / "hang-1.txt").read_text()

@@ -29,7 +29,7 @@ from raytrain.run.checkpoint import (
     verify_checkpoint,
 )
 from raytrain.run.directory import RunDirectory, read_jsonl
-from raytrain.seeds.records import MAGIC, RECORD, read
+from raytrain.seeds.records import RECORD_DTYPE, TRAJECTORY_MAGIC, read_trajectory
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
@@ -38,7 +38,7 @@ from raytrain.training.build import resolve_recipe
 from raytrain.training.kind import KIND
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import progress_from_dict
-from raytrain.zeroth.replay import retrace
+from raytrain.zeroth.replay import replay_trajectory
 from raytrain.zeroth.trajectory import Trajectory
 
 
@@ -140,32 +140,32 @@ def trajectory(tmp_path: Path) -> Path:
 
 
 def test_a_direction_takes_26_bytes(trajectory: Path) -> None:
-    assert trajectory.stat().st_size == len(MAGIC + add_checksum(ABOUT) + b"\n") + 5 * 26
+    assert trajectory.stat().st_size == len(TRAJECTORY_MAGIC + add_checksum(ABOUT) + b"\n") + 5 * 26
 
 
 def test_a_changed_trajectory_is_refused_and_a_cut_one_is_a_shorter_one(trajectory: Path) -> None:
     good = trajectory.read_bytes()
-    about, records = read(trajectory)
+    about, records = read_trajectory(trajectory)
     for place in range(8):
         for data in flips(good[place:]):
             with holding(trajectory, good[:place] + data), pytest.raises(CheckpointError):
-                read(trajectory)
+                read_trajectory(trajectory)
     head, lengths = len(good) - records.nbytes, []
     for data in cuts(good):
         with holding(trajectory, data):
             if len(data) < head - 1:  # without the line feed it is as good
                 with pytest.raises(CheckpointError):
-                    read(trajectory)
+                    read_trajectory(trajectory)
             else:
-                assert read(trajectory)[0] == about
-                found = read(trajectory)[1]
+                assert read_trajectory(trajectory)[0] == about
+                found = read_trajectory(trajectory)[1]
                 assert found.tobytes() == records[: len(found)].tobytes()
                 lengths.append(len(found))
     assert sorted(set(lengths)) == [0, 2, 3]  # whole steps
 
 
 def test_records_that_are_missing_moved_or_of_another_trajectory_are_noticed(trajectory: Path, tmp_path: Path) -> None:
-    good, size = trajectory.read_bytes(), RECORD.itemsize
+    good, size = trajectory.read_bytes(), RECORD_DTYPE.itemsize
     head, lines = good[: -5 * size], [good[len(good) - (5 - place) * size :][:size] for place in range(5)]
     with Trajectory(tmp_path / "other", {**ABOUT, "base": "w1"}, 0) as other:
         other.append(*STEPS[0])
@@ -182,7 +182,7 @@ def test_records_that_are_missing_moved_or_of_another_trajectory_are_noticed(tra
             holding(trajectory, head + b"".join(records)),
             pytest.raises(CheckpointError, match="is not as it was wri"),
         ):
-            read(trajectory)
+            read_trajectory(trajectory)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +199,12 @@ def test_records_that_no_run_writes_are_refused(tmp_path: Path, steps: list[Any]
         for step in steps:
             file.append(*step)
     with pytest.raises(CheckpointError, match=rf"^{tmp_path}/t: the step of record 1|2 is not as it was written"):
-        read(tmp_path / "t")
+        read_trajectory(tmp_path / "t")
 
 
 def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -> None:
     good = trajectory.read_bytes()
-    for data in flips(good)[-3 * RECORD.itemsize + 1 :] + [good + b"\0" * 999]:  # behind the first step
+    for data in flips(good)[-3 * RECORD_DTYPE.itemsize + 1 :] + [good + b"\0" * 999]:  # behind the first step
         with holding(trajectory, data):
             with Trajectory(trajectory, ABOUT, 1) as file:
                 for step in STEPS[1:]:
@@ -237,11 +237,11 @@ def test_a_header_that_no_run_writes_is_refused(tmp_path: Path, change: dict[str
     fields = {"task": "raytrain.testing:tiny", "steps": 1, "optimizer": "zo-sgd", "log": {"loggers": []}}
     plan = TrainRecipe.parse({"kind": "train", **fields})
     run = train_here(plan, tmp_path / "run")
-    about, records = read(run.trajectory)
+    about, records = read_trajectory(run.trajectory)
     with Trajectory(tmp_path / "t", {**about, **change}, 0):
         pass
     with pytest.raises(CheckpointError, match="its first line does not say how to make its moves on this model"):
-        retrace(tmp_path / "t", resolve_recipe(plan, run)[1].model(0))
+        replay_trajectory(tmp_path / "t", resolve_recipe(plan, run)[1].model(0))
 
 
 def test_a_changed_seed_model_is_refused_or_the_same(tmp_path: Path) -> None:
@@ -256,7 +256,12 @@ def test_a_changed_seed_model_is_refused_or_the_same(tmp_path: Path) -> None:
             except CheckpointError:
                 continue
             accepted += 1
-            assert (found.base, found.seeds, found.mode, found.version) == ("base", model.seeds, "rademacher", 4)
+            assert (found.base, found.seeds, found.distribution, found.version) == (
+                "base",
+                model.seeds,
+                "rademacher",
+                4,
+            )
             assert torch.equal(found.coefficients, model.coefficients)
     assert accepted <= 1  # blanks at the end of the header
     with holding(file, good.replace(b"seed model 3", b"seed model 2")), pytest.raises(CheckpointError) as caught:

@@ -72,7 +72,7 @@ def test_fields_keep_their_values_in_later_phases() -> None:
     assert [stage.recipe.batch for stage in stages] == [8, 4, 4]
     assert [stage.recipe.optimizer.name for stage in stages] == ["sgd", "sgd", "adamw"]
     assert [stage.recipe.task.dropout for stage in stages] == [0.1, 0.1, 0.4]
-    assert TrainRecipe.parse(recipe(phases=CHANGED).plain()).stages() == stages, "as a run's folder has it"
+    assert TrainRecipe.parse(recipe(phases=CHANGED).to_dict()).stages() == stages, "as a run's folder has it"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from pathlib import Path
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
-from raytrain.kinds import kind_points, shared_packages
-from raytrain.modules import spec_of
+from raytrain.kinds import kind_entry_points, shared_packages
+from raytrain.modules import find_spec
 
 EXCLUDED = (".git", ".venv", "venv", "__pycache__", "/runs")
 SECRETS = (".env*", "*.pem", "id_*", ".ssh", ".aws", ".netrc", ".kaggle")
@@ -87,7 +87,7 @@ def upload_limit() -> int:
 
 def own_code() -> list[str]:
     """Return raytrain and the kinds of this machine: their packages, and the metadata that names the kinds."""
-    distributions = {point.dist.name: point.dist for point in kind_points().values() if point.dist}
+    distributions = {point.dist.name: point.dist for point in kind_entry_points().values() if point.dist}
     metadata = [
         Path(str(file.locate())).parent
         for each in distributions.values()
@@ -105,7 +105,7 @@ def _own_packages(folder: Path) -> list[str]:
 def _code() -> Iterator[Path]:
     """Yield the folders of the packages that a run's machines share, and the files of those that are one module."""
     for package in shared_packages():
-        spec = spec_of(package)
+        spec = find_spec(package)
         if spec and spec.submodule_search_locations:
             yield from map(Path, spec.submodule_search_locations)
         elif spec and spec.origin:

@@ -8,32 +8,32 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.registry import near, resolve
+from raytrain.registry import resolve, suggest
 from raytrain.seeds.options import KERNELS
-from raytrain.seeds.prng import UNITS, Mode, checked
+from raytrain.seeds.prng import UNITS, Distribution, validate_seed
 
-FASTEST = {"cpu": ("native", "numba"), "cuda": ("triton",)}
+PREFERRED_KERNELS = {"cpu": ("native", "numba"), "cuda": ("triton",)}
 
 WEIGHT_BITS = 25
 """Weights of sums are integers below 2^25 in magnitude."""
 
 
-class Drawn(NamedTuple):
+class ScaledDirection(NamedTuple):
     """What a kernel draws, and how far it goes.
 
     Attributes:
-        mode: what a seed stands for.
+        distribution: what a seed stands for.
         seed: 64 bits, without sign.
         scale: a float32, by which numbers are multiplied.
-        parameter: its identity.
-        start: the first element.
+        parameter_id: its identity.
+        offset: the first element.
     """
 
-    mode: Mode
+    distribution: Distribution
     seed: int
     scale: float
-    parameter: int
-    start: int = 0
+    parameter_id: int
+    offset: int = 0
 
 
 class Kernel(Protocol):
@@ -42,31 +42,33 @@ class Kernel(Protocol):
     Attributes:
         name: in the table.
         device: the type of device that its tensors are on.
-        types: of the tensors that `move` takes.
+        dtypes: of the tensors that `move` takes.
     """
 
     name: str
     device: str
-    types: frozenset[torch.dtype]
+    dtypes: frozenset[torch.dtype]
 
-    def sums(self, mode: Mode, seeds: Tensor, weights: Tensor, parameter: int, start: int, out: Tensor) -> None:
+    def accumulate(
+        self, distribution: Distribution, seeds: Tensor, weights: Tensor, parameter_id: int, offset: int, out: Tensor
+    ) -> None:
         """Add to out[m, i] the sum over k of weights[m, k] * (number of element start + i for seeds[k]), in units.
 
         Args:
-            mode: what a seed stands for.
+            distribution: what a seed stands for.
             seeds: int64, shape (k,), contiguous, the bits of unsigned numbers.
             weights: int32, shape (m, k), contiguous, below 2^25 in magnitude.
-            parameter: its identity.
-            start: the first element.
+            parameter_id: its identity.
+            offset: the first element.
             out: int64, shape (m, n), contiguous.
         """
         ...
 
-    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
+    def axpy(self, direction: ScaledDirection, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
         """Write base + scale * direction to `out`: product and sum are rounded to float32, the sum then to the type.
 
         Args:
-            drawn: the direction, its scale, and the element that `base` starts with.
+            direction: the direction, its scale, and the element that `base` starts with.
             base: contiguous.
             out: like `base`, which it may be, or with `rows` a row for each of them.
             rows: int64, contiguous; take only these rows of `base`, along its first dimension. They must be there: a
@@ -76,7 +78,7 @@ class Kernel(Protocol):
 
 
 @cache
-def kernel_of(name: str) -> Kernel:
+def load_kernel(name: str) -> Kernel:
     """Return the kernel of this name.
 
     Raises:
@@ -88,50 +90,50 @@ def kernel_of(name: str) -> Kernel:
 
 
 @cache
-def fastest(device: str) -> Kernel:
+def fastest_kernel(device: str) -> Kernel:
     """Return the fastest kernel that this machine has for a type of device, as "cpu".
 
     Raises:
         RecipeError: there is none.
     """
     reasons = []
-    for name in FASTEST.get(device, ()):
+    for name in PREFERRED_KERNELS.get(device, ()):
         try:
-            return kernel_of(name)
+            return load_kernel(name)
         except RaytrainError as error:
             reasons.append(f"{name}: {error}")
     raise RecipeError(
         f"resources: seeds need a kernel for {device!r} devices, and none works "
-        f"({'; '.join(reasons) or 'none is known'}); {near(device, FASTEST)}"
+        f"({'; '.join(reasons) or 'none is known'}); {suggest(device, PREFERRED_KERNELS)}"
     )
 
 
-def active() -> dict[str, str]:
+def kernel_status() -> dict[str, str]:
     """Return for each kernel whether it is used, or why not, as `raytrain list` shows."""
     found = {}
     for name in KERNELS:
         try:
-            kernel = kernel_of(name)
+            kernel = load_kernel(name)
         except RaytrainError as error:
             found[name] = f"not here: {error}"
             continue
-        used = name in FASTEST.get(kernel.device, ()) and fastest(kernel.device) is kernel
+        used = name in PREFERRED_KERNELS.get(kernel.device, ()) and fastest_kernel(kernel.device) is kernel
         found[name] = f"in use on {kernel.device}" if used else ""
     return found
 
 
 def seeds_tensor(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Return seeds as kernels take them: the bits of 64-bit numbers without sign."""
-    signed = [seed - 2**64 if checked(seed) >= 2**63 else seed for seed in seeds]
+    signed = [seed - 2**64 if validate_seed(seed) >= 2**63 else seed for seed in seeds]
     return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
-def quantised(coefficients: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+def quantise(coefficients: Tensor, distribution: Distribution) -> tuple[Tensor, Tensor]:
     """Return integer weights and their units, so that weights * unit is coefficients to 2^-25 of the largest of a row.
 
     Args:
         coefficients: float64, shape (..., k).
-        mode: whose unit is part of those returned.
+        distribution: whose unit is part of those returned.
 
     Returns:
         int32, below 2^25 in magnitude, like `coefficients`; what one of them stands for in each row, a power of two,
@@ -148,4 +150,4 @@ def quantised(coefficients: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
     unit = torch.ldexp(torch.ones_like(largest), exponents - WEIGHT_BITS)
     limit = 2**WEIGHT_BITS - 1  # the largest may round up to a power of two
     weights = (coefficients / unit[..., None]).round().clamp(-limit, limit).int()
-    return weights, unit * UNITS[mode]
+    return weights, unit * UNITS[distribution]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from raytrain.errors import RaytrainError
 from raytrain.files import is_private
-from raytrain.seeds.kernels.kernel import Drawn
-from raytrain.seeds.prng import COS, LOG, SIN, Mode
+from raytrain.seeds.kernels.kernel import ScaledDirection
+from raytrain.seeds.prng import COS, LOG, SIN, Distribution
 
 SOURCE = Path(__file__).with_name("native.cpp")
 # -ffp-contract: a fused multiply-add would round once where the stream says twice.
@@ -43,24 +43,28 @@ class NativeKernel:
 
     name = "native"
     device = "cpu"
-    types = frozenset(TYPES)
+    dtypes = frozenset(TYPES)
 
     def __init__(self) -> None:
         self._library = _library()
 
-    def sums(self, mode: Mode, seeds: Tensor, weights: Tensor, parameter: int, start: int, out: Tensor) -> None:
+    def accumulate(
+        self, distribution: Distribution, seeds: Tensor, weights: Tensor, parameter_id: int, offset: int, out: Tensor
+    ) -> None:
         """Add to `out`; see `Kernel.sums`."""
         drawn = (seeds.data_ptr(), len(seeds), weights.data_ptr(), len(weights))
-        span = (parameter, start, out.shape[1])
-        self._library.seeds_sums(int(mode == "gaussian"), *drawn, *span, out.data_ptr(), torch.get_num_threads())
+        span = (parameter_id, offset, out.shape[1])
+        self._library.seeds_sums(
+            int(distribution == "gaussian"), *drawn, *span, out.data_ptr(), torch.get_num_threads()
+        )
 
-    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
+    def axpy(self, direction: ScaledDirection, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
         """Write to `out`; see `Kernel.move`."""
         if not out.numel():
             return
         if rows is not None and rows.dtype != torch.int64:
             raise TypeError(f"rows: expected torch.int64; got {rows.dtype}")
-        mode, *place = drawn
+        mode, *place = direction
         self._library.seeds_move(
             int(mode == "gaussian"),
             TYPES[base.dtype],

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import RaytrainError
-from raytrain.seeds.kernels.kernel import Drawn
-from raytrain.seeds.prng import LOW, PER_BLOCK, Mode
+from raytrain.seeds.kernels.kernel import ScaledDirection
+from raytrain.seeds.prng import LOW, PER_BLOCK, Distribution
 
 # Of a program that adds: each thread has one block of it. Signs take nearly all registers, so a program is one warp.
-BLOCKS: dict[Mode, int] = {"rademacher": 32, "gaussian": 128}
-TOGETHER: dict[Mode, int] = {"rademacher": 4, "gaussian": 8}  # models that share what a program draws
+BLOCKS: dict[Distribution, int] = {"rademacher": 32, "gaussian": 128}
+TOGETHER: dict[Distribution, int] = {"rademacher": 4, "gaussian": 8}  # models that share what a program draws
 PROGRAMS = 1024  # fewer that add would leave a large GPU idle
 MOVED_WORDS = 64  # of a program that moves, in signs
 MOVED_BLOCKS = 256  # of a program that moves, in normal numbers
@@ -36,7 +36,7 @@ class TritonKernel:
 
     name = "triton"
     device = "cuda"
-    types = frozenset({torch.float32, torch.bfloat16, torch.float16})
+    dtypes = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
     def __init__(self) -> None:
         if find_spec("triton") is None:
@@ -50,17 +50,19 @@ class TritonKernel:
         if not torch.cuda.is_available() and not self._kernels.INTERPRETED:
             raise NoGPUError("torch finds no GPU, and Triton's interpreter is off")
 
-    def sums(self, mode: Mode, seeds: Tensor, weights: Tensor, parameter: int, start: int, out: Tensor) -> None:
+    def accumulate(
+        self, distribution: Distribution, seeds: Tensor, weights: Tensor, parameter_id: int, offset: int, out: Tensor
+    ) -> None:
         """Add to `out`; see `Kernel.sums`."""
         (models, size), count = out.shape, len(seeds)
         if not (models and size and count):
             return
-        unit, blocks = PER_BLOCK[mode], BLOCKS[mode]
-        together = min(TOGETHER[mode], 1 << (models - 1).bit_length())
-        tiles = _parts(_parts(start + size, unit) - start // unit, blocks)
+        unit, blocks = PER_BLOCK[distribution], BLOCKS[distribution]
+        together = min(TOGETHER[distribution], 1 << (models - 1).bit_length())
+        tiles = _parts(_parts(offset + size, unit) - offset // unit, blocks)
         layers = _parts(models, together)
         own = {"blocks": blocks, "models": together, "num_warps": blocks // 32}
-        if mode == "rademacher":
+        if distribution == "rademacher":
             own["words"] = 4 // together  # of a block: a thread has registers for the sums of so many
             own["chunk"] = self._kernels.CHUNK
             layers *= together
@@ -68,8 +70,8 @@ class TritonKernel:
         piece = _parts(_parts(count, max(1, PROGRAMS // (tiles * layers))), self._kernels.CHUNK) * self._kernels.CHUNK
         pieces = _parts(count, piece)
         found = out.new_zeros(pieces, models, size) if pieces > 1 else out[None]
-        add = self._kernels.add_signs if mode == "rademacher" else self._kernels.add_normals
-        place = (*_halves(parameter), start, size, models, count, piece)
+        add = self._kernels.add_signs if distribution == "rademacher" else self._kernels.add_normals
+        place = (*_halves(parameter_id), offset, size, models, count, piece)
         with torch.cuda.device_of(out):
             add[tiles, pieces, layers](
                 seeds.contiguous(), weights.contiguous(), found, *found.stride(), *place, **own, **UNFUSED
@@ -77,9 +79,9 @@ class TritonKernel:
         if pieces > 1:
             out += found.sum(0)
 
-    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
+    def axpy(self, direction: ScaledDirection, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
         """Write to `out`; see `Kernel.move`."""
-        mode, seed, scale, parameter, start = drawn
+        mode, seed, scale, parameter, start = direction
         width = base.numel() if rows is None else base[0].numel()
         count = 1 if rows is None else len(rows)
         if not (width and count):

@@ -16,22 +16,22 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 CHUNK = 64
 """Seeds whose weights, below 2^25 in magnitude, can be added in 32 bits."""
 
-ROUNDS = tl.constexpr(prng.ROUNDS)
-M0, M1 = tl.constexpr(prng.MULTIPLIERS[0]), tl.constexpr(prng.MULTIPLIERS[1])
-W0, W1 = tl.constexpr(prng.KEY_STEPS[0]), tl.constexpr(prng.KEY_STEPS[1])
-ROOT = tl.constexpr(prng.ROOT_HALF_BITS)
-L0, L1, L2, L3, L4, L5, L6 = (tl.constexpr(value) for value in prng.LOG)
-S0, S1, S2 = (tl.constexpr(value) for value in prng.SIN)
-C0, C1, C2 = (tl.constexpr(value) for value in prng.COS)
-LN_2 = tl.constexpr(math.log(2))
-RADIANS = tl.constexpr(2 * math.pi / 2**32)
-UNIT = tl.constexpr(prng.UNITS["gaussian"])
-SCALE = tl.constexpr(1 / prng.UNITS["gaussian"])
-U_UNIT = tl.constexpr(2.0**-24)
-EIGHTH_TURN = tl.constexpr(1 << 29)
-TO_INTEGER = tl.constexpr(2.0**23)  # floats from here to 2^24 are the integers, and their last bits count up
-TO_INTEGER_BITS = tl.constexpr(0x4B000000)
-BFLOAT16_NAN = tl.constexpr(0x7FC0)
+_ROUNDS = tl.constexpr(prng.PHILOX_ROUNDS)
+_M0, _M1 = tl.constexpr(prng.MULTIPLIERS[0]), tl.constexpr(prng.MULTIPLIERS[1])
+_W0, _W1 = tl.constexpr(prng.KEY_STEPS[0]), tl.constexpr(prng.KEY_STEPS[1])
+_ROOT = tl.constexpr(prng.ROOT_HALF_BITS)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (tl.constexpr(value) for value in prng.LOG)
+_S0, _S1, _S2 = (tl.constexpr(value) for value in prng.SIN)
+_C0, _C1, _C2 = (tl.constexpr(value) for value in prng.COS)
+_LN_2 = tl.constexpr(math.log(2))
+_RADIANS = tl.constexpr(2 * math.pi / 2**32)
+_UNIT = tl.constexpr(prng.UNITS["gaussian"])
+_SCALE = tl.constexpr(1 / prng.UNITS["gaussian"])
+_U_UNIT = tl.constexpr(2.0**-24)
+_EIGHTH_TURN = tl.constexpr(1 << 29)
+_TO_INTEGER = tl.constexpr(2.0**23)  # floats from here to 2^24 are the integers, and their last bits count up
+_TO_INTEGER_BITS = tl.constexpr(0x4B000000)
+_BFLOAT16_NAN = tl.constexpr(0x7FC0)
 
 
 @triton.jit
@@ -39,35 +39,35 @@ def _words(block, low, high, seed_low, seed_high):
     """Return the four words of each block."""
     c0, c1, c2, c3 = block.to(tl.uint32), (block >> 32).to(tl.uint32), low.to(tl.uint32), high.to(tl.uint32)
     k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
-    for _ in tl.static_range(ROUNDS):
+    for _ in tl.static_range(_ROUNDS):
         first, second = c0, c2
-        c0 = tl.umulhi(second, M1) ^ c1 ^ k0
-        c1 = tl.mul(second, M1, sanitize_overflow=False)
-        c2 = tl.umulhi(first, M0) ^ c3 ^ k1
-        c3 = tl.mul(first, M0, sanitize_overflow=False)
-        k0 = tl.add(k0, W0, sanitize_overflow=False)
-        k1 = tl.add(k1, W1, sanitize_overflow=False)
+        c0 = tl.umulhi(second, _M1) ^ c1 ^ k0
+        c1 = tl.mul(second, _M1, sanitize_overflow=False)
+        c2 = tl.umulhi(first, _M0) ^ c3 ^ k1
+        c3 = tl.mul(first, _M0, sanitize_overflow=False)
+        k0 = tl.add(k0, _W0, sanitize_overflow=False)
+        k1 = tl.add(k1, _W1, sanitize_overflow=False)
     return c0, c1, c2, c3
 
 
 @triton.jit
 def _normals(first, second):
     """Return the two normal numbers that two words make, in units of 2^-20."""
-    u = ((first >> 9 << 1) + 1).to(tl.float32) * U_UNIT
+    u = ((first >> 9 << 1) + 1).to(tl.float32) * _U_UNIT
     bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - ROOT) >> 23
+    exponent = (bits - _ROOT) >> 23
     x = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     square = x * x
-    log = (square * x) * ((((((L6 * x + L5) * x + L4) * x + L3) * x + L2) * x + L1) * x + L0) + square * -0.5
-    log = (log + x) + exponent.to(tl.float32) * LN_2
-    length = tl.sqrt_rn(log * -2.0) * SCALE
+    log = (square * x) * ((((((_L6 * x + _L5) * x + _L4) * x + _L3) * x + _L2) * x + _L1) * x + _L0) + square * -0.5
+    log = (log + x) + exponent.to(tl.float32) * _LN_2
+    length = tl.sqrt_rn(log * -2.0) * _SCALE
 
-    quarter = tl.add(second, EIGHTH_TURN, sanitize_overflow=False) >> 30
+    quarter = tl.add(second, _EIGHTH_TURN, sanitize_overflow=False) >> 30
     rest = tl.sub(second, quarter << 30, sanitize_overflow=False)
-    angle = rest.to(tl.int32, bitcast=True).to(tl.float32) * RADIANS
+    angle = rest.to(tl.int32, bitcast=True).to(tl.float32) * _RADIANS
     square = angle * angle
-    sine = (square * angle) * ((S2 * square + S1) * square + S0) + angle
-    cosine = ((square * square) * ((C2 * square + C1) * square + C0) + square * -0.5) + 1.0
+    sine = (square * angle) * ((_S2 * square + _S1) * square + _S0) + angle
+    cosine = ((square * square) * ((_C2 * square + _C1) * square + _C0) + square * -0.5) + 1.0
     turned = (quarter & 1) != 0
     one = _rounded(length * tl.where(turned, sine, cosine), ((quarter + 1) & 2) != 0)
     return one, _rounded(length * tl.where(turned, cosine, sine), (quarter & 2) != 0)
@@ -76,7 +76,7 @@ def _normals(first, second):
 @triton.jit
 def _rounded(x, negated):
     """Return x, below 2^23 in magnitude, as the nearest integer, the even one of two; negated where it should be."""
-    size = (tl.abs(x) + TO_INTEGER).to(tl.int32, bitcast=True) - TO_INTEGER_BITS
+    size = (tl.abs(x) + _TO_INTEGER).to(tl.int32, bitcast=True) - _TO_INTEGER_BITS
     return tl.where((x < 0) != negated, -size, size)
 
 
@@ -103,7 +103,7 @@ def _store(pointer, value, mask):
     if pointer.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = tl.add(bits, 0x7FFF + ((bits >> 16) & 1), sanitize_overflow=False) >> 16
-        rounded = tl.where(value == value, rounded, BFLOAT16_NAN)  # noqa: PLR0124
+        rounded = tl.where(value == value, rounded, _BFLOAT16_NAN)  # noqa: PLR0124
         tl.store(pointer, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
@@ -207,7 +207,7 @@ def add_normals(
 
 
 @triton.jit(do_not_specialize=["low", "high", "seed_low", "seed_high", "scale", "tiles"])
-def move_signs(
+def axpy_signs(
     base,
     out,
     rows,
@@ -239,7 +239,7 @@ def move_signs(
 
 
 @triton.jit(do_not_specialize=["low", "high", "seed_low", "seed_high", "scale", "tiles"])
-def move_normals(
+def axpy_normals(
     base,
     out,
     rows,
@@ -264,5 +264,5 @@ def move_normals(
     drawn = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (blocks * 4,))
     place = at * 4 + tl.arange(0, blocks * 4) - first
     mask = (place >= 0) & (place < width)
-    added = drawn.to(tl.float32) * UNIT * scale.to(tl.float32, bitcast=True)
+    added = drawn.to(tl.float32) * _UNIT * scale.to(tl.float32, bitcast=True)
     _store(out + to * width + place, _load(base + row * width + place, mask) + added, mask)

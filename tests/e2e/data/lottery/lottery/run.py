@@ -9,7 +9,7 @@ from typing import Any
 
 from lottery.recipe import LotteryRecipe
 from lottery.results import result_of, trained
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.supervise import supervise
 from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.progress import ProgressDisplay, Wording
@@ -24,7 +24,7 @@ def columns(row: Mapping[str, Any]) -> list[str]:
 WORDING = Wording("lottery", "drawing", "draw", "it ends after the draw that it is at", columns)
 
 
-def run(recipe: LotteryRecipe, order: Order) -> Result:
+def run(recipe: LotteryRecipe, order: RunOptions) -> Result:
     """Draw, and return how it ended."""
     directory = RunDirectory(order.out.absolute())
     return supervise(
