@@ -7,22 +7,23 @@ from torch import Tensor, nn
 
 from federated.client import ClientData, LocalTrainer
 from federated.evaluation import OwnExamples, evaluate_on, over_clients
-from federated.faults import FaultPlan
+from federated.faults import ClientFaultPlan
 from federated.global_model import RoundRates
 from federated.partition import PARTITIONS, Partition
 from federated.protocols.protocol import PROTOCOLS, Protocol
 from federated.recipe import FederateRecipe
-from federated.sampling import Stream, fold_in, participants
+from federated.sampling import Stream, participants
 from federated.server import Participation, Server
 from federated.simulation import Simulation
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
-from raytrain.models.adapters import adapt
+from raytrain.models.adapters import inject_adapter
 from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.registry import resolve
+from raytrain.seeds.prng import fold_in
 from raytrain.tasks.task import TASKS, Task, make_task
-from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, space_of
+from raytrain.zeroth.optimizers import ZOSGD, ZerothOrderOptimizer, directions_of
 
 
 def task_of(recipe: FederateRecipe) -> Task:
@@ -70,19 +71,21 @@ def working_model_of(
     """
     module = initial_module(recipe, task).to(device)
     optimizer = make_optimizer(ZOSGD, recipe.optimizer, module)
-    if not isinstance(optimizer, ZerothOrder):  # the recipe sees to that
+    if not isinstance(optimizer, ZerothOrderOptimizer):  # the recipe sees to that
         raise TypeError(type(optimizer))
-    space = space_of(module, optimizer, mode=recipe.zo.distribution, sparsity=recipe.zo.sparsity, blocks=False)
+    space = directions_of(
+        module, optimizer, distribution=recipe.zo.distribution, sparsity=recipe.zo.sparsity, blockwise=False
+    )
     return WorkingModel(module, space, initial, keep_round=keep_round)
 
 
 def initial_module(recipe: FederateRecipe, task: Task) -> nn.Module:
     """Return the model with its first weights, its adapter and what is frozen."""
     module = task.model(recipe.seed)
-    if task.start:
-        task.start(module, recipe.seed)
+    if task.init_head:
+        task.init_head(module, recipe.seed)
     freeze(module, recipe.freeze.match)
-    adapt(module, recipe.adapter, recipe.seed)
+    inject_adapter(module, recipe.adapter, recipe.seed)
     return module
 
 
@@ -138,4 +141,4 @@ class Federation:
 
     def simulation(self, server: Server) -> Simulation:
         """Return what plays the server's rounds in this process."""
-        return Simulation(server, self.trainer, FaultPlan(self.recipe.faults, self.recipe.seed))
+        return Simulation(server, self.trainer, ClientFaultPlan(self.recipe.faults, self.recipe.seed))

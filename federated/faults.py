@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import Field
 
-from federated.sampling import Stream, fold_in
+from federated.sampling import Stream
 from raytrain.recipe import Section
 from raytrain.registry import resolve
+from raytrain.seeds.prng import fold_in
 
 FAULTS: dict[str, str] = {
     "drop": "federated.faults:drop A client never answers.",
@@ -90,7 +91,7 @@ def garble(call: Call, draw: int, faults: Faults) -> Reply | None:  # noqa: ARG0
 
 
 @dataclass(frozen=True, slots=True)
-class FaultPlan:
+class ClientFaultPlan:
     """Which fault happens where.
 
     Attributes:

@@ -13,11 +13,11 @@ from federated.partition import PARTITIONS, PartitionOptions
 from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, PROTOCOLS, ProtocolOptions
 from federated.server import ReportLimits
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.options import ALL, OptimizerOptions
-from raytrain.optim.schedules import SCHEDULES, rate
-from raytrain.recipe import Recipe, Section, chosen, declared_options
-from raytrain.registry import near, resolve
-from raytrain.seeds.prng import Mode
+from raytrain.optim.options import ALL_OPTIMIZERS, OptimizerOptions
+from raytrain.optim.schedules import SCHEDULES, lr_factor
+from raytrain.recipe import Recipe, Section, options_by_name, options_parameter
+from raytrain.registry import resolve, suggest
+from raytrain.seeds.prng import Distribution
 from raytrain.training.recipe import AdapterField, Freeze, Schedule, TaskField, options_of_optimizer
 
 STRATEGIES: dict[str, str] = {
@@ -49,27 +49,27 @@ ELSEWHERE = {
 
 def options_of_protocol(protocol: Any) -> type[ProtocolOptions]:
     """Return the options of a protocol: the annotation of its constructor's parameter."""
-    options: Any = declared_options(protocol.__init__, ProtocolOptions)
+    options: Any = options_parameter(protocol.__init__, ProtocolOptions)
     found: type[ProtocolOptions] = options
     return found
 
 
 def options_of_partition(partition: Any) -> type[PartitionOptions]:
     """Return the options of a partition: the annotation of its parameter."""
-    options: Any = declared_options(partition, PartitionOptions)
+    options: Any = options_parameter(partition, PartitionOptions)
     found: type[PartitionOptions] = options
     return found
 
 
 ProtocolField = Annotated[
-    SerializeAsAny[ProtocolOptions], chosen(PROTOCOLS, "protocol", options_of_protocol, "fedkseed")
+    SerializeAsAny[ProtocolOptions], options_by_name(PROTOCOLS, "protocol", options_of_protocol, "fedkseed")
 ]
 PartitionField = Annotated[
-    SerializeAsAny[PartitionOptions], chosen(PARTITIONS, "partition", options_of_partition, "iid")
+    SerializeAsAny[PartitionOptions], options_by_name(PARTITIONS, "partition", options_of_partition, "iid")
 ]
 OptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions],
-    chosen(ALL, "optimizer", options_of_optimizer, "zo-sgd", known=optimizer_options),
+    options_by_name(ALL_OPTIMIZERS, "optimizer", options_of_optimizer, "zo-sgd", known=optimizer_options),
 ]
 
 
@@ -99,7 +99,7 @@ class ZeroOrder(ProbeOptions):
         sparsity: share of each matrix, its elements of largest magnitude in w0, that stands still.
     """
 
-    distribution: Mode = "rademacher"
+    distribution: Distribution = "rademacher"
     sparsity: float = Field(0.0, ge=0, lt=1)
 
 
@@ -132,7 +132,7 @@ class Strategy(Section):
     @classmethod
     def _known(cls, name: str) -> str:
         if name and name not in STRATEGIES:
-            raise ValueError(f"no such strategy {name!r}; {near(name, STRATEGIES)}")
+            raise ValueError(f"no such strategy {name!r}; {suggest(name, STRATEGIES)}")
         return name
 
 
@@ -201,6 +201,11 @@ class FederateRecipe(Recipe):
         schedule = self.schedule
         shape = resolve(SCHEDULES, schedule.name, "schedule.name")
         factor = partial(
-            rate, shape, steps=self.rounds, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
+            lr_factor,
+            shape,
+            steps=self.rounds,
+            warmup=schedule.warmup,
+            min_lr_ratio=schedule.floor,
+            decay_ratio=schedule.decay,
         )
         return [self.optimizer.arguments()["lr"] * factor(number) for number in range(self.rounds)]

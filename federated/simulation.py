@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from federated.client import LocalTrainer
-from federated.faults import FaultPlan, ProcessLostError
+from federated.faults import ClientFaultPlan, ProcessLostError
 from federated.round_log import RoundLog
 from federated.server import CommunicationRound, Outcome, Server
 
@@ -18,7 +18,7 @@ class Simulation:
         faults: that happen.
     """
 
-    def __init__(self, server: Server, make_trainer: Callable[[], LocalTrainer], faults: FaultPlan) -> None:
+    def __init__(self, server: Server, make_trainer: Callable[[], LocalTrainer], faults: ClientFaultPlan) -> None:
         self._server = server
         self._make_trainer = make_trainer
         self._faults = faults

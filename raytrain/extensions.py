@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.modules import spec_of
-from raytrain.registry import near, place_named, resolve
+from raytrain.modules import find_spec
+from raytrain.registry import resolve, split_target, suggest
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class ExtensionPoint:
         if name in table or ":" not in name:
             resolve(table, name, self.field)
             return
-        module, attribute = place_named(name, self.field)
+        module, attribute = split_target(name, self.field)
         if module in sys.modules:
             self.load(table, name)
             return
@@ -55,7 +55,7 @@ class ExtensionPoint:
         if first in defined:
             self._refuse(name, "" if rest else self._wrong_source(defined[first]))
         elif defined and not defined.keys() & {"*", "__getattr__"}:  # by which it may have any others
-            raise RecipeError(f"{self.field}: {module!r} has no {attribute!r}; {near(first, defined)}")
+            raise RecipeError(f"{self.field}: {module!r} has no {attribute!r}; {suggest(first, defined)}")
 
     def load(self, table: Mapping[str, str], name: str) -> Any:
         """Import what `name` stands for, and return it.
@@ -120,7 +120,7 @@ def _source(module: str, field: str) -> ast.Module:
     Raises:
         RecipeError: there is no such module, or it is not right.
     """
-    spec = spec_of(module)
+    spec = find_spec(module)
     if spec is None:
         raise RecipeError(f"{field}: cannot import {module!r}: ModuleNotFoundError: No module named {module!r}")
     file = Path(spec.origin or "")

@@ -12,7 +12,7 @@ from pathlib import Path
 from raytrain.errors import RaytrainError, TrainingError
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` beside `path`, flush it to the disk and rename it into place; flush the folder's entries too."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # workers on two machines may have one number
     try:
@@ -24,7 +24,7 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    flush(path.parent)
+    fsync_path(path.parent)
 
 
 class AppendOnlyFile:
@@ -48,7 +48,7 @@ class AppendOnlyFile:
             self._file.write(data)
             self._file.flush()
 
-    def keep(self) -> None:
+    def fsync(self) -> None:
         """Return when all that was added is on the disk, as a checkpoint that counts on it asks for.
 
         Raises:
@@ -82,7 +82,7 @@ def append_line(path: Path, line: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     if new:
-        flush(path.parent)
+        fsync_path(path.parent)
 
 
 def make_folder(path: Path) -> list[Path]:
@@ -90,11 +90,11 @@ def make_folder(path: Path) -> list[Path]:
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in new:
-        flush(folder.parent)
+        fsync_path(folder.parent)
     return new
 
 
-def flush(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Flush a file's contents, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -106,7 +106,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def read_bytes(path: Path, error: type[RaytrainError], most: int) -> bytes:
+def read_bytes(path: Path, error: type[RaytrainError], max_bytes: int) -> bytes:
     """Return the contents of a regular file of at most `most` bytes.
 
     Raises:
@@ -116,15 +116,15 @@ def read_bytes(path: Path, error: type[RaytrainError], most: int) -> bytes:
         if path.exists() and not path.is_file():  # to open a pipe would wait for who writes to it
             raise OSError("it is not a regular file")
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            data = file.read(max_bytes + 1)
     except (OSError, ValueError) as problem:  # ValueError: NUL in the name
         raise error(f"{path}: cannot be read: {problem}") from problem
-    if len(data) > most:
-        raise error(f"{path}: cannot be read: expected at most {most} bytes; got more")
+    if len(data) > max_bytes:
+        raise error(f"{path}: cannot be read: expected at most {max_bytes} bytes; got more")
     return data
 
 
-def digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -34,7 +34,7 @@ def parse_json(
     model: type[ModelT],
     where: str,
     error: type[RaytrainError] = TrainingError,
-    most: int = MAX_JSON_BYTES,
+    max_bytes: int = MAX_JSON_BYTES,
 ) -> ModelT:
     """Return what a JSON document says, checked against a type; one that nests deeper than 200 levels is refused.
 
@@ -43,13 +43,13 @@ def parse_json(
         model: a type that pydantic knows. Numbers are not read from strings, nor the like.
         where: what the document is, for the message.
         error: what to raise.
-        most: bytes that it may have.
+        max_bytes: bytes that it may have.
 
     Raises:
         RaytrainError: an `error`: it is no JSON, or not of this type.
     """
-    if len(data) > most:
-        raise error(f"{where}: cannot be read: expected at most {most} bytes; got {len(data)}")
+    if len(data) > max_bytes:
+        raise error(f"{where}: cannot be read: expected at most {max_bytes} bytes; got {len(data)}")
     try:
         return TypeAdapter(model).validate_json(data, strict=True)
     except ValidationError as problem:

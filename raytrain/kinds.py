@@ -7,14 +7,14 @@ from pathlib import Path
 
 from raytrain.errors import RecipeError
 from raytrain.recipe import Recipe
-from raytrain.registry import near, place_of, resolve
+from raytrain.registry import error_location, resolve, suggest
 
 GROUP = "raytrain.kinds"
 """Of entry points, each of which is a kind."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class RunOptions:
     """Where and how to run a recipe.
 
     Attributes:
@@ -74,7 +74,7 @@ class Kind:
         return sorted(self.recipes.glob("*.toml")) if self.recipes else []
 
 
-def kind_points() -> dict[str, EntryPoint]:
+def kind_entry_points() -> dict[str, EntryPoint]:
     """Return the installed kinds by name, as what they are loaded from."""
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
 
@@ -85,14 +85,15 @@ def load_kind(name: str) -> Kind:
     Raises:
         RecipeError: there is none of this name, or it cannot be imported.
     """
-    points = kind_points()
+    points = kind_entry_points()
     if name not in points:
-        raise RecipeError(f"kind: no such kind {name!r}; {near(name, points)}")
+        raise RecipeError(f"kind: no such kind {name!r}; {suggest(name, points)}")
     try:
         kind: Kind = points[name].load()
     except (Exception, SystemExit) as error:
         raise RecipeError(
-            f"kind: {name} cannot be loaded from {points[name].value}: {type(error).__name__}: {error}{place_of(error)}"
+            f"kind: {name} cannot be loaded from {points[name].value}: {type(error).__name__}: {error}"
+            f"{error_location(error)}"
         ) from error
     return kind
 
@@ -104,7 +105,7 @@ def load_kinds(complain: Callable[[RecipeError], None] = lambda error: None) -> 
         complain: called with the error of each that cannot, which breaks none of the others.
     """
     kinds = {}
-    for name in kind_points():
+    for name in kind_entry_points():
         try:
             kinds[name] = load_kind(name)
         except RecipeError as error:

@@ -7,10 +7,10 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 
-def spec_of(module: str) -> ModuleSpec | None:
+def find_spec(module: str) -> ModuleSpec | None:
     """Return where a module would be imported from; `importlib.util` would run the packages that it is in."""
     parent, _, _ = module.rpartition(".")
-    outer = spec_of(parent) if parent else None
+    outer = find_spec(parent) if parent else None
     if parent and (outer is None or outer.submodule_search_locations is None):
         return None
     path = outer.submodule_search_locations if outer else None
@@ -18,9 +18,9 @@ def spec_of(module: str) -> ModuleSpec | None:
     return next((spec for spec in found if spec), None)
 
 
-def sources_of(module: str) -> dict[str, Path]:
+def source_files(module: str) -> dict[str, Path]:
     """Return the source files of a module and of all modules in it: path inside the module -> file, in order."""
-    spec = spec_of(module)
+    spec = find_spec(module)
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
     files = {file.relative_to(folder).as_posix(): file for folder in folders for file in folder.rglob("*.py")}
     if spec and not folders and spec.origin and spec.origin.endswith(".py"):
@@ -28,7 +28,7 @@ def sources_of(module: str) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def documentation(module: str, attribute: str) -> str:
+def source_docstring(module: str, attribute: str) -> str:
     """Return the docstring of a class or function that the source of a module defines; nothing if it does not."""
     inside: ast.AST | None = _tree(module)
     for name in attribute.split("."):
@@ -42,7 +42,7 @@ def documentation(module: str, attribute: str) -> str:
 @cache
 def _tree(module: str) -> ast.AST | None:
     """Return the source of a module as a tree; None if there is none that Python can read."""
-    spec = spec_of(module)
+    spec = find_spec(module)
     file = Path(spec.origin or "") if spec else Path()
     if file.suffix != ".py":
         return None

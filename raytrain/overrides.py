@@ -7,7 +7,7 @@ from typing import Any
 from raytrain.errors import RecipeError
 
 
-def merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def apply_overrides(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the nested mapping `raw` with each dotted field of `changes` set; all others stay.
 
     Entries of lists are counted from 0: "optimizer.groups.0.lr_scale".

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.files import write_whole
-from raytrain.registry import PLACE
+from raytrain.files import write_atomic
+from raytrain.registry import TARGET
 
 MARKER = ".fetched"
 """A file beside the recipe of a run that was fetched. No list of files to fetch can name it: it begins with a dot."""
@@ -20,7 +20,7 @@ def mark_fetched(folder: Path, origin: str) -> None:
         folder: the run's.
         origin: where from.
     """
-    write_whole(folder / MARKER, f"{origin}\n".encode())
+    write_atomic(folder / MARKER, f"{origin}\n".encode())
 
 
 def check_trusted(raw: Mapping[str, Any], file: Path) -> None:
@@ -48,16 +48,16 @@ def refuse_code(raw: Mapping[str, Any], whose: str) -> None:
     Raises:
         RecipeError: it names some.
     """
-    if found := dict(named_code(raw)):
+    if found := dict(find_code(raw)):
         named = "; ".join(f"{field} names {value}" for field, value in found.items())
         raise RecipeError(f"{whose}, and its recipe is code: {named}. Read that, and add --trust to run it")
 
 
-def named_code(raw: Any, field: str = "") -> Iterator[tuple[str, str]]:
+def find_code(raw: Any, field: str = "") -> Iterator[tuple[str, str]]:
     """Yield (dotted field, "module:attribute") for all that may name code in nested plain data."""
-    if isinstance(raw, str) and re.fullmatch(PLACE, raw):
+    if isinstance(raw, str) and re.fullmatch(TARGET, raw):
         yield field, raw
     inside: Mapping[Any, Any] = raw if isinstance(raw, Mapping) else {}
     inside = dict(enumerate(raw)) if isinstance(raw, list | tuple) else inside
     for key, value in inside.items():
-        yield from named_code(value, f"{field}.{key}" if field else str(key))
+        yield from find_code(value, f"{field}.{key}" if field else str(key))

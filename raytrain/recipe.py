@@ -31,8 +31,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from raytrain.errors import RecipeError
 from raytrain.files import read_bytes
-from raytrain.overrides import as_table, merged
-from raytrain.registry import near, resolve
+from raytrain.overrides import apply_overrides, as_table
+from raytrain.registry import resolve, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Section(BaseModel):
             raise PydanticCustomError(
                 "unknown_field",
                 "no such field; {known}",
-                {"field": unknown[0], "known": near(unknown[0], cls.model_fields)},
+                {"field": unknown[0], "known": suggest(unknown[0], cls.model_fields)},
             )
         return value
 
@@ -72,7 +72,7 @@ class Options(Section):
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-def declared_options(factory: Any, base: type[Options] = Options) -> type[Options]:
+def options_parameter(factory: Any, base: type[Options] = Options) -> type[Options]:
     """Return the options that a factory takes: the annotation of its parameter that is a subclass of `Options`.
 
     Returns `base` for a factory without such a parameter, and for anything that is not a function.
@@ -92,7 +92,7 @@ def declared_options(factory: Any, base: type[Options] = Options) -> type[Option
 
 
 @cache  # equal recipes need equal classes
-def combined(declared: type[Options], base: type[OptionsT], what: str) -> type[OptionsT]:
+def merge_options(declared: type[Options], base: type[OptionsT], what: str) -> type[OptionsT]:
     """Return the options that have the fields of both.
 
     Args:
@@ -142,7 +142,7 @@ class NamedSection:
         if isinstance(section, Mapping) and self.default is not None:
             section = {"name": self.default, **section}
         if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
-            known = {"known": near("", self.table)}
+            known = {"known": suggest("", self.table)}
             raise PydanticCustomError("no_name", "expected a table with a name; {known}", known)
         return self.options(section["name"]).model_validate(section)
 
@@ -155,7 +155,7 @@ class NamedSection:
         return self.known(name) or self.options_of(resolve(self.table, name, f"{self.what}.name"))
 
 
-def chosen(
+def options_by_name(
     table: Mapping[str, str],
     what: str,
     options_of: Callable[[Any], type[Options]],
@@ -183,11 +183,11 @@ class Recipe(Section):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise RecipeError(explain(error)) from None
+            raise RecipeError(explain_errors(error)) from None
 
     def with_overrides(self, changes: Mapping[str, Any]) -> Self:
         """Return this recipe with `changes`, a mapping of dotted field to value, laid over it; see `parse_with`."""
-        return self.parse_with(self.plain(only_set=True), changes)
+        return self.parse_with(self.to_dict(only_set=True), changes)
 
     @classmethod
     def parse_with(cls, raw: Mapping[str, Any], changes: Mapping[str, Any]) -> Self:
@@ -198,15 +198,15 @@ class Recipe(Section):
         Raises:
             RecipeError: as `parse`, or a change is of a field that cannot be there.
         """
-        return cls.parse(merged(_without_stale(raw, cls, changes), changes))
+        return cls.parse(apply_overrides(_without_stale(raw, cls, changes), changes))
 
-    def plain(self, *, only_set: bool = False) -> dict[str, Any]:
+    def to_dict(self, *, only_set: bool = False) -> dict[str, Any]:
         """Return the recipe as nested plain data; with `only_set`, without what was left to the defaults."""
         return self.model_dump(mode="json", exclude_none=True, exclude_unset=only_set)
 
     def to_toml(self) -> str:
         """Return the whole recipe, defaults included, as TOML."""
-        return tomli_w.dumps(self.plain())
+        return tomli_w.dumps(self.to_dict())
 
 
 def _without_stale(
@@ -244,7 +244,7 @@ def _without_stale(
 
 def _fitting(section: Mapping[str, Any], options: type[BaseModel]) -> tuple[dict[str, Any], list[str]]:
     """Return what of a section a class of options takes, and the dotted fields of the rest."""
-    kept, dropped = merged(section, {}), list[str]()
+    kept, dropped = apply_overrides(section, {}), list[str]()
     while True:
         try:
             options.model_validate(kept)
@@ -288,7 +288,7 @@ def read_toml(source: str, shipped: Iterable[Path]) -> tuple[dict[str, Any], Pat
     if path is None:
         raise RecipeError(
             f"{source!r} is neither a file, nor a run's folder with a recipe.toml, nor a shipped recipe, nor a task as "
-            f"module:attribute; {near(source, files)}"
+            f"module:attribute; {suggest(source, files)}"
         )
     data = read_bytes(path, RecipeError, MAX_RECIPE_BYTES)
     try:
@@ -306,7 +306,7 @@ def dotted_fields(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
-def explain(error: ValidationError, within: str = "") -> str:
+def explain_errors(error: ValidationError, within: str = "") -> str:
     """Return one line for each wrong field; with `within`, of the section of that name."""
     return "\n".join(_explain(detail, within) for detail in error.errors())
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.modules import documentation
+from raytrain.modules import source_docstring
 
-PLACE = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
+TARGET = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 """How "module:attribute" is written."""
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """Return the end of an error message: the known names nearest to `name`, then all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=2)
@@ -31,14 +31,14 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"{guess}known: {', '.join(names)}"
 
 
-def place_of(error: BaseException) -> str:
+def error_location(error: BaseException) -> str:
     """Return where in a file an error arose, as " (mine.py, line 3)", for the end of a message that names the error."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     outside = isinstance(error, SyntaxError) or not frames or frames[-1].filename == importlib.__file__
     return "" if outside else f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
-def place_named(target: str, what: str) -> tuple[str, str]:
+def split_target(target: str, what: str) -> tuple[str, str]:
     """Return the module and the attribute that "module:attribute" names.
 
     Args:
@@ -48,7 +48,7 @@ def place_named(target: str, what: str) -> tuple[str, str]:
     Raises:
         RecipeError: it is not of that form, or the module is one of Python's own, of which nothing is meant for us.
     """
-    if not re.fullmatch(PLACE, target):
+    if not re.fullmatch(TARGET, target):
         raise RecipeError(f"{what}: expected module:attribute, as in mine:task; got {target!r}")
     module, _, attribute = target.partition(":")
     if (package := module.partition(".")[0]) in sys.stdlib_module_names:
@@ -68,20 +68,20 @@ def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
         RecipeError: the name is not in the table and not a place, or its module or attribute cannot be imported.
     """
     if table and ":" not in name and name not in table:
-        raise RecipeError(f"{what}: no such name {name!r}; {near(name, table)}, or your own as module:attribute")
-    module_name, attribute = place_named(table[name].partition(" ")[0] if name in table else name, what)
+        raise RecipeError(f"{what}: no such name {name!r}; {suggest(name, table)}, or your own as module:attribute")
+    module_name, attribute = split_target(table[name].partition(" ")[0] if name in table else name, what)
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise RecipeError(
-            f"{what}: cannot import {module_name!r}: {type(error).__name__}: {error}{place_of(error)}"
+            f"{what}: cannot import {module_name!r}: {type(error).__name__}: {error}{error_location(error)}"
         ) from error
     for part in attribute.split("."):
         try:
             found = getattr(found, part)
         except AttributeError:
             public = [key for key in dir(found) if not key.startswith("_")]
-            raise RecipeError(f"{what}: {module_name!r} has no {attribute!r}; {near(part, public)}") from None
+            raise RecipeError(f"{what}: {module_name!r} has no {attribute!r}; {suggest(part, public)}") from None
     return found
 
 
@@ -100,7 +100,7 @@ def check_known(table: Mapping[str, str], name: str, what: str) -> None:
         resolve(table, name, what)
 
 
-def deferred(target: str) -> Callable[..., Any]:
+def lazy(target: str) -> Callable[..., Any]:
     """Return a function that imports the one at "module:attribute" when it is called, and calls it."""
 
     def call(*arguments: Any) -> Any:
@@ -109,8 +109,8 @@ def deferred(target: str) -> Callable[..., Any]:
     return call
 
 
-def line_about(table: Mapping[str, str], name: str) -> str:
+def summary(table: Mapping[str, str], name: str) -> str:
     """Return in one line what a name of a table stands for; it is imported only if its source does not tell."""
     target, _, line = table[name].partition(" ")
-    document = line or documentation(*place_named(target, name)) or resolve(table, name, name).__doc__ or ""
+    document = line or source_docstring(*split_target(target, name)) or resolve(table, name, name).__doc__ or ""
     return document.strip().partition("\n")[0]

@@ -12,7 +12,7 @@ from raytrain.tensors import bits_of
 MARK = "tensor:"
 
 
-def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+def split_tensors(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     """Return `state` with each tensor replaced by a mark, and the tensors by the path they were at.
 
     Args:
@@ -27,10 +27,10 @@ def split(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     if isinstance(state, Mapping):
         if wrong := [key for key in state if not isinstance(key, str)]:
             raise TypeError(f"state at {path or 'the top'}: expected string keys; got {wrong[0]!r}")
-        parts = {key: split(value, f"{path}/{key}" if path else key) for key, value in state.items()}
+        parts = {key: split_tensors(value, f"{path}/{key}" if path else key) for key, value in state.items()}
         return {key: part[0] for key, part in parts.items()}, _union((part[1] for part in parts.values()), path)
     if isinstance(state, list | tuple):
-        rows = [split(value, f"{path}/{place}") for place, value in enumerate(state)]
+        rows = [split_tensors(value, f"{path}/{place}") for place, value in enumerate(state)]
         return [row[0] for row in rows], _union((row[1] for row in rows), path)
     if (
         state is None
@@ -50,26 +50,26 @@ def _union(parts: Iterable[Mapping[str, Tensor]], path: str) -> dict[str, Tensor
     return union
 
 
-def join(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the state that `split` took apart; tuples come back as lists."""
+def join_tensors(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the state that `split_tensors` took apart; tuples come back as lists."""
     if isinstance(skeleton, str) and skeleton.startswith(MARK):
         return tensors[skeleton.removeprefix(MARK)]
     if isinstance(skeleton, dict):
-        return {key: join(value, tensors) for key, value in skeleton.items()}
+        return {key: join_tensors(value, tensors) for key, value in skeleton.items()}
     if isinstance(skeleton, list):
-        return [join(value, tensors) for value in skeleton]
+        return [join_tensors(value, tensors) for value in skeleton]
     return skeleton
 
 
-def marked(skeleton: Any) -> set[str]:
+def tensor_paths(skeleton: Any) -> set[str]:
     """Return the paths of the tensors that the marks of a skeleton stand for."""
     if isinstance(skeleton, str):
         return {skeleton.removeprefix(MARK)} if skeleton.startswith(MARK) else set()
     inner = skeleton.values() if isinstance(skeleton, dict) else skeleton if isinstance(skeleton, list) else ()
-    return set().union(*(marked(value) for value in inner))
+    return set().union(*(tensor_paths(value) for value in inner))
 
 
-def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors as safetensors wants them: contiguous, on the CPU, none sharing memory with another."""
     seen: set[int] = set()
     ready = {}
@@ -82,7 +82,7 @@ def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ready
 
 
-def state_to(state: Any, device: torch.device) -> Any:
+def state_to_device(state: Any, device: torch.device) -> Any:
     """Return nested state that was loaded with its tensors on a device, in memory of their own.
 
     Memory that a file was read into is not aligned as other memory is, and a sum over it may round otherwise.
@@ -90,11 +90,11 @@ def state_to(state: Any, device: torch.device) -> Any:
     if isinstance(state, Tensor):
         return state.to(device, copy=True)
     if isinstance(state, Mapping):
-        return {key: state_to(value, device) for key, value in state.items()}
-    return [state_to(value, device) for value in state] if isinstance(state, list | tuple) else state
+        return {key: state_to_device(value, device) for key, value in state.items()}
+    return [state_to_device(value, device) for value in state] if isinstance(state, list | tuple) else state
 
 
-def finite(tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> str | None:
+def find_non_finite(tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> str | None:
     """Return the name of a tensor that holds something other than finite numbers, or None.
 
     Args:
@@ -108,6 +108,6 @@ def finite(tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> st
     return None
 
 
-def dumps(skeleton: Any) -> bytes:
+def canonical_json(skeleton: Any) -> bytes:
     """Return the skeleton as JSON, the same bytes for the same skeleton."""
     return json.dumps(skeleton, sort_keys=True).encode()

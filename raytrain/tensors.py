@@ -12,19 +12,19 @@ from torch import Tensor
 from raytrain.errors import TrainingError
 
 
-def moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return `batch` with its tensors on `device`, and those of floats as `dtype`; containers keep their shape."""
     if isinstance(batch, Tensor):
         return batch.to(device, dtype if batch.is_floating_point() else batch.dtype, non_blocking=True)
     if isinstance(batch, dict):
-        return {key: moved(value, device, dtype) for key, value in batch.items()}
+        return {key: to_device(value, device, dtype) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        parts = [moved(value, device, dtype) for value in batch]
+        parts = [to_device(value, device, dtype) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 
 
-def weighed(losses: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
     """Return sum of weight * loss, at least in float32.
 
     Raises:
@@ -35,21 +35,21 @@ def weighed(losses: Tensor, weights: Tensor) -> Tensor:
             f"Task.losses returned shape {tuple(losses.shape)} where {tuple(weights.shape)} was expected: one loss for "
             "each weight of Task.weights, or one for each example of the batch if the task has no weights"
         )
-    losses = wide(losses)
+    losses = at_least_float32(losses)
     return torch.dot(losses, weights.to(losses.dtype))
 
 
-def wide_type(dtype: torch.dtype) -> torch.dtype:
+def at_least_float32_type(dtype: torch.dtype) -> torch.dtype:
     """Return float32, or the type itself if it is wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """Return the tensor in float32, or as it is if it is wider."""
-    return tensor.to(wide_type(tensor.dtype))
+    return tensor.to(at_least_float32_type(tensor.dtype))
 
 
-def seed_step(seed: int, *place: int) -> None:
+def seed_everything_at(seed: int, *place: int) -> None:
     """Seed the generators that dropout, augmentation and the like draw from.
 
     What a step draws depends on the seed and its place alone: (rank, step) for the model, (position, count, parts) for
@@ -64,11 +64,11 @@ def seed_step(seed: int, *place: int) -> None:
     np.random.seed(mixed % 2**32)  # noqa: NPY002 - what a user's collate may draw from
 
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes."""
 
 
-def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def round_once(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a float64 tensor in a narrower type, rounded once, to the nearest and then to even.
 
     Below 32 bits torch goes through float32, which would round twice; here that first step rounds to odd, which leaves
@@ -84,10 +84,10 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def bits_of(tensor: Tensor) -> Tensor:
     """Return the bits of a tensor's numbers as integers, in the same memory: also nan equals itself there."""
-    return tensor.view(INTEGERS[tensor.element_size()])
+    return tensor.view(INTEGER_TYPES[tensor.element_size()])
 
 
-def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
+def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     """Return a hash of tensors and their names; "" without any."""
     total = hashlib.sha256()
     tensors = sorted(named, key=lambda pair: pair[0])

@@ -8,16 +8,16 @@ _CONTROLS = re.compile(
 )
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     """Return text without what is no text; line ends and tabs stay."""
     return _CONTROLS.sub("", text)
 
 
-def plain_line(text: str) -> str:
+def printable_line(text: str) -> str:
     """Return text in one line, without what is no text."""
-    return " ".join(plain(text).split())
+    return " ".join(printable(text).split())
 
 
-def mib(size: int) -> str:
+def format_mib(size: int) -> str:
     """Return a number of bytes for people."""
     return f"{size / 2**20:.1f} MiB"

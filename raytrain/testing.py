@@ -24,11 +24,11 @@ from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
 from raytrain.training.worker import work
 
-Answer = TypeVar("Answer")
-WAIT_SECONDS = 60.0
+AnswerT = TypeVar("AnswerT")
+PEER_WAIT_SECONDS = 60.0
 ONE_AT_A_TIME = threading.Lock()
 """Held by a thread that draws from the generator that all threads share."""
-PEER_LOST = 3
+PEER_LOST_STATUS = 3
 """The exit status of a worker of `train_with_gloo` that lost another one."""
 
 
@@ -45,13 +45,13 @@ class ThreadGroup:
         self.given: dict[tuple[int, ...], dict[int, Tensor]] = {}
         self.left: set[int] = set()
 
-    def run(self, function: Callable[["ThreadTransport"], Answer]) -> list[Answer]:
+    def run(self, function: Callable[["ThreadTransport"], AnswerT]) -> list[AnswerT]:
         """Call `function` with the transport of each replica, at once, and return the answers in order.
 
         Raises:
             Exception: whatever one of them raised first.
         """
-        answers: dict[int, Answer] = {}
+        answers: dict[int, AnswerT] = {}
         errors: list[BaseException] = []
 
         def call(rank: int) -> None:
@@ -140,7 +140,7 @@ class _Gathered:
         everyone = set(range(self._group.size))
         with self._group.changed:
             arrived = self._group.changed.wait_for(
-                lambda: self._given.keys() == everyone or self._group.left - self._given.keys(), WAIT_SECONDS
+                lambda: self._given.keys() == everyone or self._group.left - self._given.keys(), PEER_WAIT_SECONDS
             )
         if not arrived or self._given.keys() != everyone:
             raise PeerLostError(f"replicas {sorted(everyone - self._given.keys())} are lost")
@@ -279,8 +279,8 @@ def train_each_with_gloo(runs: Sequence[tuple[TrainRecipe, Path]]) -> list[int]:
     for run in runs:
         _begun(*run)
     store = folder / f".store-{time.time_ns()}"
-    arguments = (size, [(recipe.plain(), str(folder)) for recipe, folder in runs], str(store), dict(os.environ))
-    workers = [forks().Process(target=_gloo_worker, args=(rank, *arguments)) for rank in range(size)]
+    arguments = (size, [(recipe.to_dict(), str(folder)) for recipe, folder in runs], str(store), dict(os.environ))
+    workers = [fork_server().Process(target=_gloo_worker, args=(rank, *arguments)) for rank in range(size)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -288,7 +288,7 @@ def train_each_with_gloo(runs: Sequence[tuple[TrainRecipe, Path]]) -> list[int]:
     return [worker.exitcode or 0 for worker in workers]
 
 
-def forks() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
     """Return what starts processes, forked from one that has imported all that they need and done nothing.
 
     To import it takes longer than a tiny run.
@@ -316,7 +316,7 @@ def _gloo_worker(
         for plain, folder in runs:
             _gloo_run(rank, TrainRecipe.parse(plain), RunDirectory(Path(folder)))
     except PeerLostError:
-        sys.exit(PEER_LOST)
+        sys.exit(PEER_LOST_STATUS)
 
 
 def _gloo_run(rank: int, recipe: TrainRecipe, run: RunDirectory) -> None:

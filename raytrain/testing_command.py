@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from raytrain.testing import forks
+from raytrain.testing import fork_server
 
-END_SECONDS = 600.0
+EXIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class Command:
         Raises:
             TimeoutError: it does not end.
         """
-        self.process.join(END_SECONDS)
+        self.process.join(EXIT_SECONDS)
         out, err = ((self.folder / name).read_text() for name in ("out", "err"))
         if self.process.exitcode is None:
-            raise TimeoutError(f"the command has not ended in {END_SECONDS:g} s; it said: {err}")
+            raise TimeoutError(f"the command has not ended in {EXIT_SECONDS:g} s; it said: {err}")
         shutil.rmtree(self.folder)
         return self.process.exitcode, out, err
 
@@ -55,7 +55,7 @@ def start_command(words: Sequence[str], folder: Path, environment: Mapping[str, 
     output = Path(tempfile.mkdtemp(prefix="raytrain-command-"))
     for name in ("out", "err"):
         (output / name).touch()
-    process = forks().Process(target=_command, args=(list(words), str(folder), dict(environment), str(output)))
+    process = fork_server().Process(target=_command, args=(list(words), str(folder), dict(environment), str(output)))
     process.start()
     return Command(process, output)
 

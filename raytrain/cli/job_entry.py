@@ -12,10 +12,10 @@ from pathlib import Path
 
 import raytrain
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.files import write_whole
+from raytrain.files import write_atomic
 from raytrain.launch.jobs.storage import LIST, Store, dump, list_files
 from raytrain.launch.version import fingerprint
-from raytrain.terminal import mib
+from raytrain.terminal import format_mib
 
 JOB_LOG = "job-driver-"
 SERVE_SECONDS = 6 * 3600.0  # for who does not end it
@@ -94,7 +94,7 @@ def _stored(store: Store, url: str, out: Path) -> bool:
             file=sys.stderr,
         )
         return False
-    print(f"stored at {url}: {mib(count)}")
+    print(f"stored at {url}: {format_mib(count)}")
     return True
 
 
@@ -118,7 +118,7 @@ def serve(out: Path, place: Path, seconds: float) -> int:
             link = place / "run" / name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(out.absolute() / name)
-        write_whole(place / LIST, dump(listing))
+        write_atomic(place / LIST, dump(listing))
         time.sleep(seconds)
     finally:
         shutil.rmtree(place)

@@ -23,7 +23,7 @@ from raytrain.launch.jobs.job import (
 )
 from raytrain.provenance import refuse_code
 from raytrain.recipe import read_toml
-from raytrain.terminal import mib, plain, plain_line
+from raytrain.terminal import format_mib, printable, printable_line
 
 if TYPE_CHECKING:
     from raytrain.launch.jobs.client import JobServer
@@ -133,7 +133,7 @@ def list_jobs(context: typer.Context, address: Address = None) -> None:
     for job in jobs:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started))
         took = f"{(job.ended or time.time()) - job.started:.0f} s"
-        print(f"{job.id:<{width}}  {job.status:<9}  {began}  {took:>8}  {plain_line(shlex.join(job.words))}")
+        print(f"{job.id:<{width}}  {job.status:<9}  {began}  {took:>8}  {printable_line(shlex.join(job.words))}")
 
 
 @jobs_app.command()
@@ -224,8 +224,8 @@ def _start(server: "JobServer", job: Job, request: Request, *, detach: bool) -> 
 def _show_upload(upload: "Upload") -> int:
     """Print what a job would take along."""
     for name, size in sorted(upload.files.items()):
-        print(f"{size:>12}  {plain_line(name)}")
-    _say(f"a job would take {len(upload.files)} file(s) along, {mib(sum(upload.files.values()))}")
+        print(f"{size:>12}  {printable_line(name)}")
+    _say(f"a job would take {len(upload.files)} file(s) along, {format_mib(sum(upload.files.values()))}")
     _say_withheld(upload)
     return 0
 
@@ -305,9 +305,9 @@ def _server(address: str | None) -> "JobServer":
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(plain(text))
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(plain(text), markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(printable(text), markup=False)

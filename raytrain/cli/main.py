@@ -23,12 +23,12 @@ from rich.table import Table
 from raytrain.cli.jobs import add_verbs
 from raytrain.cli.request import Commands
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.kinds import Order, kind_points, load_kind, load_kinds
+from raytrain.kinds import RunOptions, kind_entry_points, load_kind, load_kinds
 from raytrain.overrides import parse_overrides
 from raytrain.provenance import check_trusted
 from raytrain.recipe import Recipe, dotted_fields, read_toml
-from raytrain.registry import line_about, near, resolve
-from raytrain.terminal import plain
+from raytrain.registry import resolve, suggest, summary
+from raytrain.terminal import printable
 
 INTERRUPTED = 130
 RECIPES = "recipes"
@@ -110,7 +110,7 @@ def check(recipe: Source, more: More = None, changes: Changes = None, trust: Tru
     overrides = parse_overrides([*(changes or []), *(more or [])])
     resolved = _parse(raw, overrides)
     given = dict(dotted_fields(raw))
-    for field, value in dotted_fields(resolved.plain()):
+    for field, value in dotted_fields(resolved.to_dict()):
         spellings = {field, field.removesuffix(".name")}  # `optimizer=lion` is short for `optimizer.name=lion`
         changed = any(name in spellings or name.startswith(f"{field}.") for name in overrides)  # an entry of a list
         source = "--set" if changed else origin.name if spellings & given.keys() else "default"
@@ -134,7 +134,7 @@ def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = 
             shown[heading.format(title)] = _lines(kind.table(title), remarks)
     if not shown:
         known = [RECIPES, *(title for kind in load_kinds().values() for title in kind.tables)]
-        raise RecipeError(f"{what!r} is not a table; {near(what or '', known)}")
+        raise RecipeError(f"{what!r} is not a table; {suggest(what or '', known)}")
     for heading, lines in shown.items():
         grid = Table(title=heading, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, line in lines.items():
@@ -146,7 +146,7 @@ def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = 
 
 def _lines(table: Mapping[str, str], remarks: Mapping[str, str]) -> dict[str, str]:
     """Return a line for each name of a table."""
-    return {name: " ".join(filter(None, [line_about(table, name), remarks.get(name, "")])) for name in table}
+    return {name: " ".join(filter(None, [summary(table, name), remarks.get(name, "")])) for name in table}
 
 
 @app.command()
@@ -235,7 +235,7 @@ def _loader(run: Path, *, trust: bool) -> str:
 @cache
 def _add_kinds() -> None:
     """Give each installed kind a command of its name; the kind itself is loaded when it is used."""
-    for name in kind_points():
+    for name in kind_entry_points():
         app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name))
     add_verbs(Commands(app, _read, _parse))
 
@@ -260,7 +260,7 @@ def _runner(verb: str) -> Callable[..., int]:
             raise RecipeError(f"--resume: say which run, as in raytrain {verb} runs/NAME-TIME --resume")
         new = Path("runs") / f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = out or (Path(recipe) if resume else new)
-        result = resolve({}, kind.run, "kind")(resolved, Order(folder, resume, address or None))
+        result = resolve({}, kind.run, "kind")(resolved, RunOptions(folder, resume, address or None))
         return {"interrupted": INTERRUPTED, "failed": 1}.get(result.status, 0)
 
     return command
@@ -313,7 +313,7 @@ def _first_comment(file: Path) -> str:
 
 
 def _complain(message: str, status: int) -> int:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"raytrain: {plain(message)}", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"raytrain: {printable(message)}", markup=False)
     return status
 
 

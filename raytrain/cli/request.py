@@ -10,11 +10,11 @@ import click
 import typer
 
 from raytrain.errors import RecipeError
-from raytrain.kinds import kind_points, load_kinds
+from raytrain.kinds import kind_entry_points, load_kinds
 from raytrain.launch.jobs.job import check_taken, check_upload
-from raytrain.overrides import merged, parse_overrides
+from raytrain.overrides import apply_overrides, parse_overrides
 from raytrain.recipe import Recipe, dotted_fields
-from raytrain.registry import near
+from raytrain.registry import suggest
 
 if TYPE_CHECKING:
     from raytrain.launch.jobs.upload import Upload
@@ -68,7 +68,7 @@ def checked(commands: Commands, words: list[str]) -> Request:
     from raytrain.launch.jobs.upload import upload_limit, upload_of  # noqa: PLC0415 - slow to import
 
     folder = Path.cwd()
-    _check_relative(merged(raw, parse_overrides(changes)), folder)
+    _check_relative(apply_overrides(raw, parse_overrides(changes)), folder)
     source, needed = given["recipe"], dict(_named_files(recipe, folder))
     if file.is_file() and not any(file in kind.shipped() for kind in load_kinds().values()):
         needed[source] = Path(os.path.abspath(file))
@@ -89,11 +89,13 @@ def _read_words(commands: Commands, words: list[str]) -> tuple[str, dict[str, An
         RecipeError: there is no such verb, or it is given an address.
         click.UsageError: they are not what the verb takes.
     """
-    kinds = kind_points()
+    kinds = kind_entry_points()
     verb, *rest = words or [""]
     group = typer.main.get_command(commands.app)
     if verb not in kinds or not isinstance(group, click.Group):
-        raise RecipeError(f"{verb!r} does not run a recipe, as in raytrain submit -- train digits; {near(verb, kinds)}")
+        raise RecipeError(
+            f"{verb!r} does not run a recipe, as in raytrain submit -- train digits; {suggest(verb, kinds)}"
+        )
     context = group.commands[verb].make_context(f"raytrain {verb}", rest)
     if context.get_parameter_source("address") is click.core.ParameterSource.COMMANDLINE:
         raise RecipeError("--address: it goes before the words of the job, which runs where it is submitted to")
@@ -104,7 +106,7 @@ def words_of(commands: Commands, words: list[str]) -> dict[str, Any]:
     """Return what the words of a job say of its recipe, but for what its file says, which is on this machine."""
     _, given = _read_words(commands, words)
     changes = parse_overrides([*(given["changes"] or []), *(given["more"] or [])])
-    return merged({} if Path(given["recipe"]).is_file() else {"RECIPE": given["recipe"]}, changes)
+    return apply_overrides({} if Path(given["recipe"]).is_file() else {"RECIPE": given["recipe"]}, changes)
 
 
 def _check_relative(raw: Mapping[str, Any], folder: Path) -> None:

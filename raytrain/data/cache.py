@@ -20,7 +20,7 @@ from raytrain.errors import RecipeError
 Example = dict[str, Any]
 
 
-def length(example: Example) -> int:
+def token_count(example: Example) -> int:
     """Return how many tokens an example has."""
     return len(example["tokens"])
 

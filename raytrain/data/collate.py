@@ -7,69 +7,71 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from raytrain.tensors import wide
+from raytrain.tensors import at_least_float32
 
-UNSCORED = -100
+IGNORE_INDEX = -100
 """The target of a prediction that does not count."""
 
 Tokens = Sequence[int]
 
 
-def padded(rows: Sequence[Tokens], filler: int, *, left: bool = False) -> Tensor:
+def pad(rows: Sequence[Tokens], pad_id: int, *, left: bool = False) -> Tensor:
     """Return the rows filled up to the longest, shape (rows, longest)."""
     longest = max(len(row) for row in rows)
-    table = np.full((len(rows), longest), filler, np.int64)
+    table = np.full((len(rows), longest), pad_id, np.int64)
     for place, row in enumerate(rows):
         table[place, slice(longest - len(row), None) if left else slice(len(row))] = row
     return torch.from_numpy(table)
 
 
-def inputs(rows: Sequence[Tokens], filler: int, *, left: bool = False) -> dict[str, Tensor]:
+def model_inputs(rows: Sequence[Tokens], pad_id: int, *, left: bool = False) -> dict[str, Tensor]:
     """Return {"input_ids", "attention_mask"}, each of shape (rows, longest); the mask is 0 on what fills up."""
     ones = [[1] * len(row) for row in rows]
-    return {"input_ids": padded(rows, filler, left=left), "attention_mask": padded(ones, 0, left=left)}
+    return {"input_ids": pad(rows, pad_id, left=left), "attention_mask": pad(ones, 0, left=left)}
 
 
-def scored(rows: Sequence[Tokens], targets: Sequence[Tokens], filler: int) -> dict[str, Tensor]:
+def lm_batch(rows: Sequence[Tokens], targets: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
     """Return a batch for `token_losses`.
 
     Args:
         rows: what the model sees.
-        targets: for each token of a row the one that is to follow it, or `UNSCORED`.
-        filler: the token that fills short rows up.
+        targets: for each token of a row the one that is to follow it, or `IGNORE_INDEX`.
+        pad_id: the token that fills short rows up.
 
     Returns:
-        What `inputs` returns; "keep", the places at which any row is scored, shape (kept,); and "targets" at these,
-        shape (rows, kept).
+        What `model_inputs` returns; "keep", the positions with a target in any row, shape (kept,); and "targets" at
+        these, shape (rows, kept).
     """
-    table = padded(targets, UNSCORED)
-    keep = (table != UNSCORED).any(dim=0).nonzero()[:, 0]
-    return {**inputs(rows, filler), "keep": keep, "targets": table[:, keep]}
+    table = pad(targets, IGNORE_INDEX)
+    keep = (table != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
+    return {**model_inputs(rows, pad_id), "keep": keep, "targets": table[:, keep]}
 
 
-def kept_logits(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def target_logits(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return the logits of a causal model at the kept places, shape (rows, kept, tokens), at least in float32."""
     keep = batch["keep"]
     seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     logits = module(**seen, use_cache=False, logits_to_keep=keep).logits
-    return wide(logits if logits.shape[1] == len(keep) else logits[:, keep])  # some models ignore logits_to_keep
+    return at_least_float32(
+        logits if logits.shape[1] == len(keep) else logits[:, keep]
+    )  # some models ignore logits_to_keep
 
 
 def token_losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return the loss of each kept place, shape (rows * kept,), 0 where it is not scored."""
-    return losses_of(kept_logits(module, batch), batch["targets"])
+    return token_cross_entropy(target_logits(module, batch), batch["targets"])
 
 
-def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of each prediction, shape (rows * predictions,), 0 where it is not scored.
 
     Args:
         logits: shape (rows, predictions, tokens).
         targets: shape (rows, predictions).
     """
-    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=UNSCORED)
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
 
 
 def token_weights(batch: dict[str, Tensor]) -> Tensor:
     """Return 1 for each kept place that is scored and 0 for the others, shape (rows * kept,)."""
-    return (batch["targets"].flatten() != UNSCORED).float()
+    return (batch["targets"].flatten() != IGNORE_INDEX).float()

@@ -3,18 +3,18 @@
 import re
 from typing import Any
 
-from raytrain.data.readers import USUAL
+from raytrain.data.readers import USUAL_COLUMNS
 from raytrain.data.records import Record
 from raytrain.errors import RecipeError
-from raytrain.registry import near
+from raytrain.registry import suggest
 
-LONGEST_LABEL = 64
+MAX_LABEL_CHARACTERS = 64
 """Characters; what is longer is a text."""
 
 Label = int | str
 
 
-def column(record: Record, role: str, given: str = "") -> str:
+def column_of(record: Record, role: str, given: str = "") -> str:
     """Return the column of the record that holds its `role`: the one that the recipe gives, or one called as usual.
 
     Without names of columns, the text comes first and the label last; a table of one column holds what is asked for.
@@ -25,8 +25,8 @@ def column(record: Record, role: str, given: str = "") -> str:
     if given in record.fields:
         return given
     if given and len(record.fields) > 1:
-        raise RecipeError(f"task.{role}: {record.where}: there is no column {given!r}; {near(given, record.fields)}")
-    if found := usual(record, role):
+        raise RecipeError(f"task.{role}: {record.where}: there is no column {given!r}; {suggest(given, record.fields)}")
+    if found := usual_column(record, role):
         return found
     places = list(record.fields)
     if len(places) == 1 and role != "label":
@@ -34,14 +34,15 @@ def column(record: Record, role: str, given: str = "") -> str:
     if places == [str(place) for place in range(1, len(places) + 1)] and len(places) > 1 and role in ("text", "label"):
         return places[0] if role == "text" else places[-1]
     raise RecipeError(
-        f"task.{role}: {record.where}: no column is called {' or '.join(USUAL[role])}; name one of: {', '.join(places)}"
+        f"task.{role}: {record.where}: no column is called {' or '.join(USUAL_COLUMNS[role])}; name one of: "
+        f"{', '.join(places)}"
     )
 
 
-def usual(record: Record, role: str) -> str | None:
+def usual_column(record: Record, role: str) -> str | None:
     """Return the record's column that is called as its `role` usually is, or None."""
     lower = {name.lower(): name for name in record.fields}
-    return next((lower[name] for name in USUAL[role] if name in lower), None)
+    return next((lower[name] for name in USUAL_COLUMNS[role] if name in lower), None)
 
 
 def text_of(record: Record, role: str, given: str = "") -> str:
@@ -50,10 +51,10 @@ def text_of(record: Record, role: str, given: str = "") -> str:
     Raises:
         RecipeError: it has none.
     """
-    name = column(record, role, given)
+    name = column_of(record, role, given)
     value = record.fields[name]
     if not isinstance(value, str):
-        raise RecipeError(f"task.{role}: {record.where}: expected text in column {name!r}; got {short(value)}")
+        raise RecipeError(f"task.{role}: {record.where}: expected text in column {name!r}; got {shorten(value)}")
     return _whole(value, record, role, name)
 
 
@@ -63,17 +64,17 @@ def label_of(record: Record, given: str = "") -> Label:
     Raises:
         RecipeError: it has none.
     """
-    name = column(record, "label", given)
+    name = column_of(record, "label", given)
     value = record.fields[name]
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
         return int(value)
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return int(value)
-    if isinstance(value, str) and 0 < len(value.strip()) <= LONGEST_LABEL:
+    if isinstance(value, str) and 0 < len(value.strip()) <= MAX_LABEL_CHARACTERS:
         return _whole(value.strip(), record, "label", name)
     raise RecipeError(
         f"task.label: {record.where}: expected a label in column {name!r}, an integer or a few words; got "
-        f"{short(value)}; name the column of the labels with task.label"
+        f"{shorten(value)}; name the column of the labels with task.label"
     )
 
 
@@ -86,7 +87,7 @@ def domain_of(record: Record, given: str) -> str:
     if not given:
         return record.source
     if given not in record.fields:
-        raise RecipeError(f"task.domain: {record.where}: there is no column {given!r}; {near(given, record.fields)}")
+        raise RecipeError(f"task.domain: {record.where}: there is no column {given!r}; {suggest(given, record.fields)}")
     return str(record.fields[given])
 
 
@@ -101,7 +102,7 @@ def _whole(text: str, record: Record, role: str, name: str) -> str:
     return text
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Return the value as an error message shows it."""
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from raytrain.errors import RecipeError
 
-LEFT_OUT = {"site-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
+EXCLUDED_STDLIB_FOLDERS = {"site-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
 """Folders of the standard library that are not its source: what others installed, tests, which many machines lack, and
 the manual's text as one generated string, which would be half of whatever split it falls into."""
 
@@ -40,11 +40,13 @@ class Document:
 def standard_library() -> list[Document]:
     """Return the source files of the Python standard library that runs this, with its top-level packages as domains."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in root.rglob("*.py") if not LEFT_OUT.intersection(path.relative_to(root).parts)]
+    files = [
+        path for path in root.rglob("*.py") if not EXCLUDED_STDLIB_FOLDERS.intersection(path.relative_to(root).parts)
+    ]
     return _read(root, files)
 
 
-def check(path: Path, pattern: str) -> None:
+def check_corpus(path: Path, pattern: str) -> None:
     """Check without reading any text that there is some.
 
     Raises:
@@ -57,7 +59,7 @@ def check(path: Path, pattern: str) -> None:
         raise RecipeError(f"task.path: there is no text at {path}{matching}")
 
 
-def read(path: Path, pattern: str) -> list[Document]:
+def read_corpus(path: Path, pattern: str) -> list[Document]:
     """Return the text at `path`: one document for a file, one for each matching file of a folder.
 
     The domains of a play in a single file are its speakers; those of a folder are its top-level folders and files.
@@ -73,7 +75,7 @@ def read(path: Path, pattern: str) -> list[Document]:
     return [Document(files[0].name, text, tuple(domains))]
 
 
-def held_out(documents: list[Document], share: float) -> dict[Literal["train", "valid"], list[Document]]:
+def split_corpus(documents: list[Document], share: float) -> dict[Literal["train", "valid"], list[Document]]:
     """Split a corpus: by document, or a single document by offset, its end being held out; a share of 1 is all of it.
 
     Which documents are held out depends on the hashes of their names, so it looks random and is the same everywhere.
@@ -101,28 +103,28 @@ def alphabet_of(documents: Iterable[Document]) -> str:
     return "".join(sorted(set().union(*(_decoded(document) for document in documents))))
 
 
-class Bytes:
+class ByteTokenizer:
     """Tokens that are bytes; 256 begins a document."""
 
-    begin = 256
-    size = 257
+    bos_id = 256
+    vocab_size = 257
 
     def encode(self, document: Document) -> NDArray[np.uint16]:
         """Return the document's tokens, the first of which begins it, shape (bytes + 1,)."""
         return np.concatenate(
-            [np.array([self.begin], np.uint16), np.frombuffer(document.text, np.uint8).astype(np.uint16)]
+            [np.array([self.bos_id], np.uint16), np.frombuffer(document.text, np.uint8).astype(np.uint16)]
         )
 
     def count(self, text: bytes) -> int:
         """Return how many tokens the text has, without the one that begins a document."""
         return len(text)
 
-    def widths(self) -> NDArray[np.int64]:
+    def bytes_per_token(self) -> NDArray[np.int64]:
         """Return how many bytes of text each token stands for, shape (size,)."""
-        return np.append(np.ones(self.begin, np.int64), 0)
+        return np.append(np.ones(self.bos_id, np.int64), 0)
 
 
-class Characters:
+class CharacterTokenizer:
     """Tokens that are the characters of an alphabet, in their order; the last one begins a document.
 
     Args:
@@ -131,9 +133,9 @@ class Characters:
 
     def __init__(self, alphabet: str) -> None:
         self._alphabet = alphabet
-        self.begin = len(alphabet)
-        self.size = self.begin + 1
-        self._table = np.full(sys.maxunicode + 1, self.begin, np.uint16)
+        self.bos_id = len(alphabet)
+        self.vocab_size = self.bos_id + 1
+        self._table = np.full(sys.maxunicode + 1, self.bos_id, np.uint16)
         self._table[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
 
     def encode(self, document: Document) -> NDArray[np.uint16]:
@@ -144,18 +146,18 @@ class Characters:
         """
         text = _decoded(document)
         tokens = self._table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
-        if (strange := tokens == self.begin).any():
+        if (strange := tokens == self.bos_id).any():
             raise RecipeError(
                 f"task.path: {document.name} has the character {text[int(strange.argmax())]!r}, which is not one of "
                 f"task.alphabet, the {len(self._alphabet)} of the text that was learned from"
             )
-        return np.concatenate([np.array([self.begin], np.uint16), tokens])
+        return np.concatenate([np.array([self.bos_id], np.uint16), tokens])
 
     def count(self, text: bytes) -> int:
         """Return how many tokens the text has, without the one that begins a document."""
         return len(text.decode())
 
-    def widths(self) -> NDArray[np.int64]:
+    def bytes_per_token(self) -> NDArray[np.int64]:
         """Return how many bytes of text each token stands for, shape (size,)."""
         return np.array([len(character.encode()) for character in self._alphabet] + [0], np.int64)
 

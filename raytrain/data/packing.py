@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from raytrain.serialization import savable
+from raytrain.serialization import to_savable
 
 Packet = tuple[str, bytes]
 """The containers, as JSON, and the tensors that are in them, in the form of safetensors."""
 
 
-def encode(value: Any) -> Packet:
+def pack_batch(value: Any) -> Packet:
     """Return dicts, lists, tuples, tensors, arrays, numbers, strings and None, nested, as bytes.
 
     Raises:
@@ -23,11 +23,11 @@ def encode(value: Any) -> Packet:
     """
     tensors: dict[str, Tensor] = {}
     shape = json.dumps(_taken_apart(value, tensors))
-    return shape, save(savable(tensors))
+    return shape, save(to_savable(tensors))
 
 
-def decode(packet: Packet) -> Any:
-    """Return what `encode` took, equal to the bit and in the same containers."""
+def unpack_batch(packet: Packet) -> Any:
+    """Return what `pack_batch` took, equal to the bit and in the same containers."""
     shape, content = packet
     return _put_together(_parsed(shape), load(content))
 

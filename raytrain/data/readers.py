@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 Unit = Literal["line", "paragraph", "file"]
-Rows = Iterator[tuple[str, Mapping[str, Any]]]
+RecordRows = Iterator[tuple[str, Mapping[str, Any]]]
 
-USUAL: dict[str, tuple[str, ...]] = {
+USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "content", "document", "review", "comment", "title"),
     "label": ("label", "labels", "class", "target", "category", "sentiment"),
     "messages": ("messages", "conversation"),
@@ -25,14 +25,14 @@ USUAL: dict[str, tuple[str, ...]] = {
 }
 """What columns are usually called, by what they are for."""
 
-HEADERS = {name for names in USUAL.values() for name in names}
+HEADERS = {name for names in USUAL_COLUMNS.values() for name in names}
 
 
 class BadRowError(Exception):
     """What is wrong with a row, beginning with its place."""
 
 
-def _tsv(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001 - one shape for all readers
+def _tsv(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001 - one shape for all readers
     """Read tab-separated values without quoting, with or without a line that names the columns."""
     header: list[str] = []
     for number, line in _lines(path):
@@ -46,7 +46,7 @@ def _tsv(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG00
             yield f"line {number}", _row(header, values, number)
 
 
-def _csv(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001
+def _csv(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
     """Read comma-separated values with quoting, whose first line names the columns."""
     csv.field_size_limit(sys.maxsize)  # of the process: a document is longer than what is usual
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
@@ -59,7 +59,7 @@ def _csv(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG00
         raise BadRowError(f"line {reader.line_num}: not CSV: {error}") from None
 
 
-def _jsonl(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001
+def _jsonl(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
     """Read one JSON object from each line."""
     for number, line in _lines(path):
         if line.strip():
@@ -72,7 +72,7 @@ def _jsonl(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG
             yield f"line {number}", _object(value, f"line {number}")
 
 
-def _json(path: Path, columns: Sequence[str], unit: Unit) -> Rows:
+def _json(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:
     """Read a JSON array of objects, or one object from each line."""
     content = path.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")
     if not content.startswith(b"["):
@@ -90,7 +90,7 @@ def _json(path: Path, columns: Sequence[str], unit: Unit) -> Rows:
         yield f"row {number}", _object(row, f"row {number}")
 
 
-def _txt(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001
+def _txt(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
     """Read texts: the lines, the paragraphs between blank lines, or the whole."""
     if unit == "line":
         yield from ((f"line {number}", {"text": line.rstrip("\r\n")}) for number, line in _lines(path) if line.strip())
@@ -102,7 +102,7 @@ def _txt(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG00
             yield f"line {part[0][0]}", {"text": text.rstrip("\r\n") if unit == "paragraph" else text}
 
 
-def _parquet(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001
+def _parquet(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
     """Read the rows of a Parquet file, a batch of them at a time."""
     import pyarrow  # noqa: PLC0415 - slow to import
     from pyarrow.parquet import ParquetFile  # noqa: PLC0415
@@ -117,7 +117,7 @@ def _parquet(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: A
         raise BadRowError(f"row {number + 1}: not Parquet: {error}") from None
 
 
-READERS: dict[str, Callable[[Path, Sequence[str], Unit], Rows]] = {
+READERS: dict[str, Callable[[Path, Sequence[str], Unit], RecordRows]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

@@ -15,28 +15,28 @@ from pydantic import AfterValidator
 from raytrain.data.readers import READERS, BadRowError, Unit
 from raytrain.errors import RecipeError
 
-CALLED = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
+SPLIT_ALIASES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
     ("valid", "validation", "dev", "val"), "valid"
 )
 """What splits are called -> their names here."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-MAGIC = re.compile(r"[*?\[]")
+GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
 def is_local(source: str) -> bool:
     """Return whether `source` names something on this machine, rather than on the hub."""
     path = os.path.expanduser(source)
-    looks = source.startswith(("/", "~", ".")) or MAGIC.search(source) or Path(source).suffix in READERS
+    looks = source.startswith(("/", "~", ".")) or GLOB_CHARACTERS.search(source) or Path(source).suffix in READERS
     return bool(looks) or os.path.exists(path) or not HUB_NAME.fullmatch(source)
 
 
-def absolute(source: str) -> str:
+def absolute_location(source: str) -> str:
     """Return `source` as an absolute path if it is local, or as it is."""
     return os.path.abspath(os.path.expanduser(source)) if source and is_local(source) else source
 
 
-Location = Annotated[str, AfterValidator(absolute)]
+Location = Annotated[str, AfterValidator(absolute_location)]
 """Files, or a name on the hub; a path is made absolute, because workers do not share the current folder."""
 
 
@@ -55,7 +55,7 @@ class Record:
     source: str
 
 
-class Data(Protocol):
+class RecordSource(Protocol):
     """Records by split.
 
     Attributes:
@@ -71,12 +71,12 @@ class Data(Protocol):
         """Yield the records of a split, always in the same order."""
         ...
 
-    def stamp(self, split: str) -> str:
+    def fingerprint(self, split: str) -> str:
         """Return what changes when the records of the split do."""
         ...
 
 
-class Files:
+class LocalRecords:
     """Records in files.
 
     Args:
@@ -96,9 +96,9 @@ class Files:
         if path.exists():
             names = [path] if path.is_file() else [*path.rglob("*")]
             root = path.parent if path.is_file() else path
-        elif MAGIC.search(source):
+        elif GLOB_CHARACTERS.search(source):
             names = [Path(name) for name in glob.glob(source, recursive=True)]
-            root = Path(os.path.dirname(MAGIC.split(source)[0]))
+            root = Path(os.path.dirname(GLOB_CHARACTERS.split(source)[0]))
         else:
             raise RecipeError(f"{prefix}no such file or folder: {source}")
         files = sorted(file for file in names if file.is_file() and file.suffix in READERS)
@@ -126,13 +126,13 @@ class Files:
             except BadRowError as error:
                 raise RecipeError(f"{self._prefix}{name}, {error}") from None
 
-    def stamp(self, split: str) -> str:
+    def fingerprint(self, split: str) -> str:
         """Return a hash of the names, sizes and times of the split's files, and of how they are read."""
         facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self._files[split]]
         return hashlib.sha256(json.dumps([facts, self._columns, self._unit]).encode()).hexdigest()
 
 
-class Hub:
+class HubRecords:
     """Records of a data set of the Hugging Face hub, or of its cache on this machine.
 
     Args:
@@ -155,7 +155,7 @@ class Hub:
                 f"dataset {name} --local-dir DIR` where there is a network, and set task.path=DIR"
             ) from error
         self._name = source
-        self._tables = {CALLED.get(split, split): table for split, table in found.items()}
+        self._tables = {SPLIT_ALIASES.get(split, split): table for split, table in found.items()}
         self.splits = tuple(self._tables)
 
     def records(self, split: str) -> Iterator[Record]:
@@ -163,19 +163,19 @@ class Hub:
         for place, fields in enumerate(self._tables[split], start=1):
             yield Record(fields, f"{self._name} {split}, row {place}", split)
 
-    def stamp(self, split: str) -> str:
+    def fingerprint(self, split: str) -> str:
         """Return the fingerprint that the library gives the table."""
         return str(self._tables[split]._fingerprint)
 
 
-def of_file(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
+def read_records(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
     """Yield the records of one file, to predict on.
 
     Raises:
         RecipeError: there is no such file, a row cannot be read, or there are none.
     """
     empty = True
-    for record in Files(str(path), columns, prefix="").records("train"):
+    for record in LocalRecords(str(path), columns, prefix="").records("train"):
         empty = False
         yield record
     if empty:
@@ -187,7 +187,7 @@ def _by_split(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for file in files:
         parts = (file.stem, *file.relative_to(root).parts[:-1])
-        splits = [split for part in parts for name, split in CALLED.items() if _is_called(part.lower(), name)]
+        splits = [split for part in parts for name, split in SPLIT_ALIASES.items() if _is_called(part.lower(), name)]
         if splits:
             found.setdefault(splits[0], []).append(file)
     return found or {"train": list(files)}

@@ -10,23 +10,23 @@ from typing import Annotated, Any
 from pydantic import Field, SerializeAsAny
 
 from raytrain.errors import RecipeError
-from raytrain.recipe import Options, chosen, combined, declared_options
+from raytrain.recipe import Options, merge_options, options_by_name, options_parameter
 
 SOURCES: dict[str, str] = {
-    "local": "raytrain.data.source:Local",
-    "ray": "raytrain.data.source:RayData",
+    "local": "raytrain.data.source:LocalSource",
+    "ray": "raytrain.data.source:RayDataSource",
 }
 
 
-class Source(Options):
+class SourceOptions(Options):
     """The options of a source."""
 
 
-class Local(Source):
+class LocalSource(SourceOptions):
     """Each worker reads and collates its examples itself, between its steps."""
 
 
-class ActorSource(Source):
+class ActorSource(SourceOptions):
     """What every source takes that works in actors beside the training.
 
     Attributes:
@@ -38,7 +38,7 @@ class ActorSource(Source):
     cpus: float = Field(1, gt=0)
 
 
-class RayData(ActorSource):
+class RayDataSource(ActorSource):
     """A Ray Data pipeline prepares the batches of "local" beside the training, in the same order.
 
     Its actors read the task's examples by index, as the workers would; data sets of Hugging Face are mapped into memory
@@ -51,7 +51,7 @@ class RayData(ActorSource):
     ahead_bytes: int = Field(8 << 20, ge=1)
 
 
-class Generators(ActorSource):
+class GeneratorSource(ActorSource):
     """Actors run a function of the user's, seed -> iterator of examples, and the training takes what they make.
 
     Each batch is made by one actor, and batches are taken from the actors in turn. An iterator that ends is followed by
@@ -64,7 +64,7 @@ class Generators(ActorSource):
     ahead: int = Field(4, ge=1)
 
 
-def options_of_source(found: Any) -> type[Source]:
+def source_options(found: Any) -> type[SourceOptions]:
     """Return the options of a source: a class of this module, or those of a function that makes examples.
 
     Such a function takes a seed, and may take options of its own: a parameter annotated with a subclass of `Options`.
@@ -72,9 +72,9 @@ def options_of_source(found: Any) -> type[Source]:
     Raises:
         RecipeError: `found` is no such function.
     """
-    if isinstance(found, type) and issubclass(found, Source):
+    if isinstance(found, type) and issubclass(found, SourceOptions):
         return found
-    own = declared_options(found)
+    own = options_parameter(found)
     given = (0,) if own is Options else (0, own)
     try:
         inspect.signature(found).bind(*given)
@@ -83,7 +83,7 @@ def options_of_source(found: Any) -> type[Source]:
             f"task.source.name: expected {', '.join(SOURCES)}, or a function seed -> iterator of examples, which may "
             f"also take options annotated with a subclass of raytrain.Options; got {found!r}"
         ) from None
-    return combined(own, Generators, "task.source.name")
+    return merge_options(own, GeneratorSource, "task.source.name")
 
 
-SourceField = Annotated[SerializeAsAny[Source], chosen(SOURCES, "task.source", options_of_source, "local")]
+SourceField = Annotated[SerializeAsAny[SourceOptions], options_by_name(SOURCES, "task.source", source_options, "local")]

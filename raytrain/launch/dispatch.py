@@ -1,13 +1,13 @@
 """Chooses where a recipe trains: on this machine, or on a Ray cluster. What that takes is imported when it is known."""
 
 from raytrain.data.source import ActorSource
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch import forkserver
 from raytrain.run.result import Result
 from raytrain.training.recipe import TrainRecipe
 
 
-def run(recipe: TrainRecipe, order: Order) -> Result:
+def run(recipe: TrainRecipe, order: RunOptions) -> Result:
     """Train on the Ray cluster at `order.address`, or without one on this machine, where only actors need Ray.
 
     Raises:

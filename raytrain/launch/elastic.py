@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.utils.process_state import read_proc_state
 
 from raytrain.errors import RaytrainError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.resources import Node, cpus_per_worker, machines_for, own_cpus
 from raytrain.launch.supervise import supervise
 from raytrain.run.directory import RunDirectory
@@ -50,7 +50,7 @@ STOPPED = "it was stopped (SIGSTOP), and was ended"
 GONE = "its process ended with exit status 0 before the training did"
 
 
-def run(recipe: TrainRecipe, order: Order) -> Result:
+def run(recipe: TrainRecipe, order: RunOptions) -> Result:
     """Train on this machine, and return how it ended.
 
     Raises:
@@ -91,7 +91,7 @@ def _cpus(recipe: TrainRecipe) -> float:
     resources = recipe.resources
     gpus = {"GPU": float(torch.cuda.device_count())} if resources.gpus else {}
     here: Node = ({"CPU": own_cpus(), **gpus}, {})
-    machines = machines_for([here], recipe.workers, resources.beside_cpus(), resources.labels, resources.placement)
+    machines = machines_for([here], recipe.workers, resources.extra_resources(), resources.labels, resources.placement)
     return cpus_per_worker(machines, recipe.workers, resources.cpus)
 
 
@@ -114,7 +114,7 @@ class LocalWorkers(threading.Thread):
         self.error = ""
         self._folder = Path(tempfile.mkdtemp(prefix="raytrain-"))  # nobody else may read it
         config = {
-            "recipe": recipe.plain(),
+            "recipe": recipe.to_dict(),
             "run": str(run.path),
             "threads": threads,
             "folder": str(self._folder),

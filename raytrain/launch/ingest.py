@@ -24,11 +24,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrain.data.packing import decode, encode
-from raytrain.data.source import Generators, RayData
+from raytrain.data.packing import pack_batch, unpack_batch
+from raytrain.data.source import GeneratorSource, RayDataSource
 from raytrain.errors import TrainingError
 from raytrain.registry import resolve
-from raytrain.tasks.task import TASKS, Task, TaskOptions, make_task, options_of_task
+from raytrain.tasks.task import TASKS, Task, TaskOptions, make_task, task_options
 from raytrain.training.loader import Batches, Feed, Generated, Indexed, Walk, indexed
 
 MOST_STEPS = 64  # that are sent together; more would spare nothing
@@ -66,14 +66,14 @@ class Brief:
         sys.path.extend(path for path in self.paths if path not in sys.path)
         torch.set_num_threads(1)
         factory = resolve(TASKS, self.task["name"], "task.name")
-        options = options_of_task(factory).model_validate(self.task)
+        options = task_options(factory).model_validate(self.task)
         return make_task(factory, options), options
 
     def row(self, feed: Callable[[], Feed], step: int) -> Row:
         """Return the batches of a step of the walk, or the trace of the error that making them or the feed raised."""
         position = self.walk.position(step)
         try:
-            return position, *encode(feed().take(position, self.walk.count, self.walk.parts))
+            return position, *pack_batch(feed().take(position, self.walk.count, self.walk.parts))
         except Exception:  # in the user's code: the worker that takes this row raises it, in the place of the batches
             return position, "", traceback.format_exc().encode()
 
@@ -105,14 +105,14 @@ def ray_feed(
 
     def start(part: Walk, life: int) -> ActorHandle:
         brief = Brief(plain, list(sys.path), part, life)
-        if isinstance(source, RayData):
+        if isinstance(source, RayDataSource):
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             remote = ray.remote(num_cpus=0, scheduling_strategy=here, concurrency_groups={DEALING: actors})
             return remote(Pipeline).remote(brief, actors, cpus, source.ahead_bytes)
         return ray.remote(Generator).options(num_cpus=cpus).remote(brief)
 
     what, count, ahead = (
-        ("actor", actors, source.ahead) if isinstance(source, Generators) else ("pipeline", 1, PULLED_BLOCKS)
+        ("actor", actors, source.ahead) if isinstance(source, GeneratorSource) else ("pipeline", 1, PULLED_BLOCKS)
     )
     count = min(count, walk.steps)
     lanes = [
@@ -205,7 +205,7 @@ class Pulled:
             raise RuntimeError(f"the source is at position {found} and the loop at {position}")
         if not shape:
             raise TrainingError(f"{content.decode()}{self._lanes[-1].name} failed on {self.named(position, count)}")
-        batches: Batches = decode((shape, content))
+        batches: Batches = unpack_batch((shape, content))
         return batches
 
     def named(self, position: int, count: int) -> str:

@@ -16,7 +16,7 @@ from ray.util import ActorPool
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.launch.resources import check_reachable, cpus_per_worker
 from raytrain.launch.session import OWN, machines, machines_here, ray_session
-from raytrain.registry import place_of, resolve
+from raytrain.registry import error_location, resolve
 from raytrain.tasks.task import Examples
 from raytrain.training.trained_model import TrainedModel
 
@@ -79,7 +79,7 @@ def _inputs(trained: TrainedModel, source: Path) -> Examples:
     except RecipeError:
         raise
     except Exception as error:
-        raise RecipeError(f"--input: {source}: {type(error).__name__}: {error}{place_of(error)}") from error
+        raise RecipeError(f"--input: {source}: {type(error).__name__}: {error}{error_location(error)}") from error
 
 
 def _lines(

@@ -114,4 +114,4 @@ def machines(workers: int, resources: Resources) -> list[Machine]:
         RecipeError: there are too few.
     """
     nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
-    return machines_for(nodes, workers, resources.beside_cpus(), resources.labels, resources.placement)
+    return machines_for(nodes, workers, resources.extra_resources(), resources.labels, resources.placement)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, closing
 from typing import Any, Protocol
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.run.directory import Failure, RunDirectory, Trace
 from raytrain.run.progress import Display
 from raytrain.run.result import Result
@@ -59,7 +59,7 @@ class Place(Protocol):
         ...
 
 
-def supervise(recipe: TrainRecipe, order: Order, place: Place) -> Result:
+def supervise(recipe: TrainRecipe, order: RunOptions, place: Place) -> Result:
     """Train, and return how it ended; the same is in the run's `result.json`.
 
     Ctrl-C asks the workers to save and end; a second one ends them at once.

@@ -22,7 +22,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 import raytrain
 from raytrain.data.source import ActorSource
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from raytrain.launch.process_group import GroupConfig
 from raytrain.launch.resources import (
@@ -44,7 +44,7 @@ from raytrain.training.recipe import TrainRecipe
 from raytrain.training.worker import work_watched
 
 
-def run(recipe: TrainRecipe, order: Order) -> Result:
+def run(recipe: TrainRecipe, order: RunOptions) -> Result:
     """Train on the Ray cluster at `order.address`, or else on one of its own, and return how it ended.
 
     Raises:
@@ -146,7 +146,7 @@ def _say_room(recipe: TrainRecipe, share: Share, say: Callable[[str], None]) -> 
     """Say what the workers get, and whether they have to wait for it."""
     say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
     there = ray.available_resources()
-    for name, amount in {"CPU": share.total, **recipe.resources.beside_cpus()}.items():
+    for name, amount in {"CPU": share.total, **recipe.resources.extra_resources()}.items():
         free, wanted = there.get(name, 0.0), recipe.workers * amount
         if wanted > free:
             say(f"the cluster is busy: waiting for {wanted:g} {name}, of which {free:g} is free")
@@ -180,7 +180,7 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kin
     return kind(
         _worker,
         train_loop_config={
-            "recipe": recipe.plain(),
+            "recipe": recipe.to_dict(),
             "run": str(run_directory.path),
             "threads": max(1, int(share.cpus)),
             "actors": share.actors,
@@ -196,7 +196,7 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kin
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,
             use_gpu=bool(resources.gpus),
-            resources_per_worker={"CPU": share.cpus, **recipe.resources.beside_cpus()},
+            resources_per_worker={"CPU": share.cpus, **recipe.resources.extra_resources()},
             label_selector=resources.labels or None,
             placement_strategy=resources.placement,
         ),

@@ -2,14 +2,14 @@
 
 import hashlib
 
-from raytrain.kinds import kind_points
-from raytrain.modules import sources_of
+from raytrain.kinds import kind_entry_points
+from raytrain.modules import source_files
 
 
 def fingerprint() -> str:
     """Return a hash of the source of raytrain and of all installed kinds, to tell whether two machines run the same."""
     total = hashlib.sha256()
-    for package in sorted({"raytrain", *(point.module.partition(".")[0] for point in kind_points().values())}):
-        for name, file in sources_of(package).items():
+    for package in sorted({"raytrain", *(point.module.partition(".")[0] for point in kind_entry_points().values())}):
+        for name, file in source_files(package).items():
             total.update(f"{package}/{name}".encode() + b"\0" + file.read_bytes())
     return total.hexdigest()

@@ -14,20 +14,20 @@ from pydantic import create_model, model_validator
 from torch import nn
 
 from raytrain.errors import RecipeError
-from raytrain.models.blocks import blocks
-from raytrain.models.options import ADAPTERS, HEADS, AdapterOptions
+from raytrain.models.blocks import repeated_blocks
+from raytrain.models.options import ADAPTERS, HEAD_PATTERNS, AdapterOptions
 from raytrain.recipe import Options
-from raytrain.registry import near, resolve
+from raytrain.registry import resolve, suggest
 
-NOT_OPTIONS = {
+EXCLUDED_FIELDS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "modules_to_save",
 }  # fmt: skip
 
-NEW = "_raytrain_new"
+UNTRAINED = "_raytrain_new"
 """The attribute of parameters that are not those of a pretrained model."""
 
-PLAIN = {str, int, float, bool, type(None), list, dict, ...}
+RECIPE_TYPES = {str, int, float, bool, type(None), list, dict, ...}
 
 
 class ConfigurationOptions(AdapterOptions):
@@ -36,24 +36,24 @@ class ConfigurationOptions(AdapterOptions):
     @model_validator(mode="after")
     def _accepted(self) -> Self:
         try:
-            configuration(self)
+            peft_config(self)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.name} refuses its options: {error}") from None
         return self
 
 
-def configuration(options: AdapterOptions) -> Any:
+def peft_config(options: AdapterOptions) -> Any:
     """Return peft's configuration, or None where there is no adapter."""
     given = options.model_dump(exclude={"name", "beside"}, exclude_unset=True)
     return resolve(ADAPTERS, options.name, "adapter.name")(**given)
 
 
-def none() -> None:
+def no_adapter() -> None:
     """Train the parameters of the model themselves."""
 
 
 @cache  # equal recipes need equal classes
-def options_of_adapter(config: Any) -> type[Options]:
+def options_from_peft(config: Any) -> type[Options]:
     """Return the options of an adapter: the fields of its configuration in peft, with their defaults.
 
     Raises:
@@ -65,12 +65,12 @@ def options_of_adapter(config: Any) -> type[Options]:
     fields: dict[str, Any] = {
         field.name: (hints[field.name], _default(field))
         for field in dataclasses.fields(config)
-        if field.init and field.name not in NOT_OPTIONS and _plain(hints[field.name])
+        if field.init and field.name not in EXCLUDED_FIELDS and _plain(hints[field.name])
     }
     return create_model(f"{config.__name__}Options", __base__=ConfigurationOptions, **fields)
 
 
-def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[str]:
+def inject_adapter(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[str]:
     """Put the adapter into `module`, in place, and freeze what it replaces.
 
     Without `target_modules`, it goes into every linear layer inside the model's repeated blocks.
@@ -82,7 +82,7 @@ def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[st
     Raises:
         RecipeError: the model has no place for it, or an option does not fit the model.
     """
-    config = configuration(options)
+    config = peft_config(options)
     if config is None:
         return frozenset()
     from peft import inject_adapter_in_model  # noqa: PLC0415 - slow to import
@@ -93,7 +93,7 @@ def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[st
     trained = [
         parameter
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad and (name in beside or is_new(parameter))
+        if parameter.requires_grad and (name in beside or is_untrained(parameter))
     ]
     torch.manual_seed(seed)
     try:
@@ -104,21 +104,21 @@ def adapt(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[st
     for parameter in trained:
         parameter.requires_grad_(True)
     frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    return frozenset(name for name, parameter in frozen.items() if not is_new(parameter))
+    return frozenset(name for name, parameter in frozen.items() if not is_untrained(parameter))
 
 
-def mark_new(parameters: Iterable[nn.Parameter]) -> None:
-    """Mark parameters that are not those of a pretrained model, for `adapt`."""
+def mark_untrained(parameters: Iterable[nn.Parameter]) -> None:
+    """Mark parameters that are not those of a pretrained model, for `inject_adapter`."""
     for parameter in parameters:
-        setattr(parameter, NEW, True)
+        setattr(parameter, UNTRAINED, True)
 
 
-def is_new(parameter: nn.Parameter) -> bool:
-    """Return whether `mark_new` marked the parameter."""
-    return getattr(parameter, NEW, False)
+def is_untrained(parameter: nn.Parameter) -> bool:
+    """Return whether `mark_untrained` marked the parameter."""
+    return getattr(parameter, UNTRAINED, False)
 
 
-def merge(module: nn.Module) -> None:
+def merge_adapter(module: nn.Module) -> None:
     """Work the adapter into the layers that it stands beside, in place, and take it away.
 
     Raises:
@@ -144,8 +144,8 @@ def _matching(module: nn.Module, pattern: str) -> list[str]:
     """
     names = [name for name, _ in module.named_parameters()]
     found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found and pattern not in HEADS:
-        raise RecipeError(f"adapter.beside: {pattern!r} matches no parameter of the model; {near(pattern, names)}")
+    if not found and pattern not in HEAD_PATTERNS:
+        raise RecipeError(f"adapter.beside: {pattern!r} matches no parameter of the model; {suggest(pattern, names)}")
     return found
 
 
@@ -154,7 +154,9 @@ def _linear_layers(module: nn.Module) -> list[str]:
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - slow to import
 
     names = {layer: name for name, layer in module.named_modules()}
-    linear = (layer for block in blocks(module) for layer in block.modules() if isinstance(layer, nn.Linear | Conv1D))
+    linear = (
+        layer for block in repeated_blocks(module) for layer in block.modules() if isinstance(layer, nn.Linear | Conv1D)
+    )
     inside = [names[layer] for layer in linear]
     if not inside:
         raise RecipeError(
@@ -174,4 +176,4 @@ def _plain(hint: Any) -> bool:
     inner = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return True
-    return all(_plain(part) for part in inner) if inner else hint in PLAIN
+    return all(_plain(part) for part in inner) if inner else hint in RECIPE_TYPES

@@ -16,7 +16,7 @@ from raytrain.errors import RecipeError
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """Return the repeated blocks of a model, each once, in the order of the model; none lies inside another.
 
     A block is an entry of an nn.ModuleList, or of an nn.Sequential of two or more entries that are all of one class, if
@@ -36,7 +36,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(entry)
 
 
-def recompute(module: nn.Module) -> None:
+def checkpoint_activations(module: nn.Module) -> None:
     """Let each block forget what its forward pass computed, and compute it again in the backward pass.
 
     The gradients stay equal to the bit, dropout included; running means of a BatchNorm move once. Names of parameters
@@ -45,7 +45,7 @@ def recompute(module: nn.Module) -> None:
     Raises:
         RecipeError: the model has no repeated blocks.
     """
-    found = blocks(module)
+    found = repeated_blocks(module)
     if not found:
         raise RecipeError(
             f"activation_checkpointing: {type(module).__name__} has no repeated blocks, as an nn.ModuleList of layers "
@@ -68,7 +68,7 @@ def compile_blocks(module: nn.Module, backend: str, device: torch.device) -> Non
     """
     if backend == "inductor" and device.type == "cpu":
         _check_compiler()
-    for block in blocks(module) or [module]:
+    for block in repeated_blocks(module) or [module]:
         _replace_forward(block, torch.compile(block.forward, backend=backend))
 
 

@@ -5,11 +5,11 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-from raytrain.data.columns import short
+from raytrain.data.columns import shorten
 from raytrain.errors import RecipeError
 from raytrain.models.pretrained import Pretrained
 
-PLAIN = (
+DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '### ' + message['role'] + ':\n' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
@@ -20,7 +20,7 @@ Message = Mapping[str, Any]
 """A "role" and a "content", and what else a chat template may look at."""
 
 
-class Chat:
+class ChatTemplate:
     """A tokenizer's chat template.
 
     Args:
@@ -32,26 +32,26 @@ class Chat:
 
     def __init__(self, pretrained: Pretrained) -> None:
         self._pretrained = pretrained
-        self._end = pretrained.end()
+        self._end = pretrained.eos_id()
         tokenizer = pretrained.tokenizer
-        tokenizer.chat_template = tokenizer.chat_template or PLAIN
+        tokenizer.chat_template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
         added = {token for token, word in tokenizer.added_tokens_decoder.items() if word.special}
         self._special = added | set(tokenizer.all_special_ids)
 
     @cached_property
-    def stops(self) -> list[int]:
+    def stop_ids(self) -> list[int]:
         """The tokens that end an answer: the end-of-text token, and what the template puts after answers."""
         talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         for probe in (talk, [{"role": "system", "content": "."}, *talk]):  # some templates refuse one or the other
             with suppress(RecipeError):
-                return list(dict.fromkeys([self._end, self.pair(probe, "an example")[1][-1]]))
+                return list(dict.fromkeys([self._end, self.prompt_and_answer(probe, "an example")[1][-1]]))
         return [self._end]
 
     def prompt(self, messages: Sequence[Message], where: str = "") -> list[int]:
         """Return the tokens after which the assistant's answer to `messages` begins."""
-        return self._pretrained.tokens(self._rendered(messages, where, asks=True), special=False) or [self._end]
+        return self._pretrained.tokenize(self._rendered(messages, where, asks=True), special=False) or [self._end]
 
-    def pair(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int]]:
+    def prompt_and_answer(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int]]:
         """Return the tokens of the prompt, and those of the answer: the last message and the token that ends it.
 
         Both are cut into tokens apart, as they are when the model answers: a token is never part of both.
@@ -70,7 +70,7 @@ class Chat:
                 "and save the tokenizer there"
             )
         end = begin + len(content)
-        tokens = self._pretrained.tokens(answer[:end] + answer[end:].rstrip(), special=False)
+        tokens = self._pretrained.tokenize(answer[:end] + answer[end:].rstrip(), special=False)
         ended = bool(tokens) and tokens[-1] in self._special
         return self.prompt(messages[:-1], where), tokens if ended else [*tokens, self._end]
 
@@ -84,7 +84,7 @@ class Chat:
         return text
 
 
-def checked(value: Any, where: str) -> list[Message]:
+def parse_messages(value: Any, where: str) -> list[Message]:
     """Return the messages of a record, without fields that are null.
 
     Raises:
@@ -94,7 +94,7 @@ def checked(value: Any, where: str) -> list[Message]:
     if not messages or not all(_is_message(message) for message in messages):
         raise RecipeError(
             f'task.messages: {where}: expected a list of messages, each with a text as "role" and as "content"; got '
-            f"{short(value)}"
+            f"{shorten(value)}"
         )
     return [{key: part for key, part in message.items() if part is not None} for message in messages]
 

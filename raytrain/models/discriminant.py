@@ -9,25 +9,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
-from raytrain.tensors import moved
+from raytrain.tensors import to_device
 
 TINY = 1e-12
 """Of what is between classes, the share within them that is taken for none."""
 
 
-def chosen(labels: NDArray[np.int64], shots: int, seed: int) -> list[int]:
+def sample_per_class(labels: NDArray[np.int64], shots: int, seed: int) -> list[int]:
     """Return the places of `shots` examples of each class, or of all it has (0: of all): a function of `seed`."""
     random = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
     return [int(place) for each in classes for place in random.permutation(each)[: shots or None]]
 
 
-def head_of(module: nn.Module, classes: int) -> nn.Linear:
+def find_head(module: nn.Module, classes: int) -> nn.Linear:
     """Return the last linear layer of one output per class."""
     return [layer for layer in module.modules() if isinstance(layer, nn.Linear) and layer.out_features == classes][-1]
 
 
-def start(
+def init_discriminant(
     module: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Module, Any], Tensor], *, whole: bool
 ) -> None:
     """Set the head of a classifier to the posterior of normal classes, measured on some examples.
@@ -48,7 +48,7 @@ def start(
     """
     labels = torch.cat([batch["labels"] for batch in batches])
     classes = int(labels.max()) + 1
-    head = head_of(module, classes)
+    head = find_head(module, classes)
     seen: list[Tensor] = []
 
     def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -65,7 +65,7 @@ def start(
     try:
         with torch.no_grad():
             for batch in batches:
-                forward(module, moved(batch, head.weight.device, head.weight.dtype))
+                forward(module, to_device(batch, head.weight.device, head.weight.dtype))
     finally:
         watch.remove()
         module.train(training)

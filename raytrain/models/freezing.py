@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytrain.errors import RecipeError
-from raytrain.models.blocks import blocks
-from raytrain.registry import near
+from raytrain.models.blocks import repeated_blocks
+from raytrain.registry import suggest
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
@@ -23,14 +23,14 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         matching = [parameter for name, parameter in named.items() if fnmatchcase(name, pattern)]
         if not matching:
-            raise RecipeError(f"freeze.match: {pattern!r} matches no parameter of the model; {near(pattern, named)}")
+            raise RecipeError(f"freeze.match: {pattern!r} matches no parameter of the model; {suggest(pattern, named)}")
         for parameter in matching:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in named.values()):
         raise RecipeError("freeze.match: no parameter of the model is left to train; freeze fewer")
 
 
-class Half:
+class HalfFineTuning:
     """Half fine-tuning: in each block a random half of the layers of each type stands still (Hui et al. 2024, HFT).
 
     What stands still needs no gradient and no optimizer state. Layers outside of the blocks, as embeddings and heads,
@@ -49,11 +49,11 @@ class Half:
         self._seed = seed
         self._every = every
         self._round = -1
-        self._kinds = [kind for block in blocks(module) for kind in _layers_by_type(block)]
+        self._kinds = [kind for block in repeated_blocks(module) for kind in _layers_by_type(block)]
         if not self._kinds:
             raise RecipeError("freeze.half: the model has no repeated blocks to freeze a half of")
 
-    def choose(self, step: int, optimizer: Optimizer) -> None:
+    def select(self, step: int, optimizer: Optimizer) -> None:
         """Freeze the half that stands still at `step`, and forget what the optimizer knew of it."""
         turn = step // self._every if self._every else 0
         if turn == self._round:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrain.data.collate import Tokens, inputs
+from raytrain.data.collate import Tokens, model_inputs
 from raytrain.models.pretrained import Pretrained
 
 WORD = re.compile(r"\w+")
 
 
-def continuations(
-    module: Any, pretrained: Pretrained, prompts: Sequence[Tokens], new_tokens: int, stops: Sequence[int]
+def generate_texts(
+    module: Any, pretrained: Pretrained, prompts: Sequence[Tokens], new_tokens: int, stop_ids: Sequence[int]
 ) -> list[str]:
     """Return what the model writes after each prompt, special tokens left out, whichever prompts are asked together.
 
@@ -23,15 +23,15 @@ def continuations(
         pretrained: the folder that it comes from.
         prompts: tokens; of one that alone fills what the model can see, only the end is read.
         new_tokens: the longest answer; after a long prompt it ends where the model sees no further.
-        stops: tokens that end an answer.
+        stop_ids: tokens that end an answer.
     """
-    limit = pretrained.limit
-    read = [list(prompt[-(limit - 1) :]) or list(stops[:1]) for prompt in prompts]
+    limit = pretrained.max_context_length
+    read = [list(prompt[-(limit - 1) :]) or list(stop_ids[:1]) for prompt in prompts]
     rooms = [min(new_tokens, limit - len(prompt)) for prompt in read]
     texts = [""] * len(read)
     for room in sorted(set(rooms)):
         places = [place for place, each in enumerate(rooms) if each == room]
-        answers = _greedy(module, [read[place] for place in places], room, stops)
+        answers = _greedy(module, [read[place] for place in places], room, stop_ids)
         written: list[str] = pretrained.tokenizer.batch_decode(answers, skip_special_tokens=True)
         for place, text in zip(places, written, strict=True):
             texts[place] = text
@@ -43,7 +43,7 @@ def _greedy(module: Any, prompts: Sequence[Tokens], new_tokens: int, stops: Sequ
     from transformers import GenerationConfig  # noqa: PLC0415 - slow to import
 
     device = next(module.parameters()).device
-    batch = {name: part.to(device) for name, part in inputs(prompts, stops[0], left=True).items()}
+    batch = {name: part.to(device) for name, part in model_inputs(prompts, stops[0], left=True).items()}
     how = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0], use_cache=True
     )
@@ -68,10 +68,10 @@ def rouge_l(written: str, reference: str) -> float:
     one, other = WORD.findall(written.lower()), WORD.findall(reference.lower())
     if not one and not other:
         return 1.0
-    return 2 * common(one, other) / (len(one) + len(other))
+    return 2 * longest_common_subsequence(one, other) / (len(one) + len(other))
 
 
-def common(one: Sequence[str], other: Sequence[str]) -> int:
+def longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
     """Return the length of the longest common subsequence.
 
     Bit i of `row` is 0 where such a sequence grows at word i of `one`. Source: Hyyro 2004, "Bit-parallel LCS-length

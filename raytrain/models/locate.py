@@ -9,7 +9,7 @@ from raytrain.errors import RecipeError
 PACKAGE = "package:"
 
 
-def folder_of(model: str, fresh: bool) -> str:
+def locate_model(model: str, fresh: bool) -> str:
     """Return the folder that `task.model` means, or the name on the hub.
 
     Raises:

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from raytrain.data.records import is_local
 from raytrain.errors import RecipeError
-from raytrain.models.adapters import mark_new
-from raytrain.models.locate import folder_of
+from raytrain.models.adapters import mark_untrained
+from raytrain.models.locate import locate_model
 from raytrain.models.options import PretrainedOptions
 
-Loader = Literal["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"]
+AutoClass = Literal["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"]
 """What of transformers loads a folder."""
 
 
@@ -33,10 +33,10 @@ class Pretrained:
         RecipeError: there is no such folder, or no weights in it, or it is not of that kind.
     """
 
-    def __init__(self, options: PretrainedOptions, loader: Loader) -> None:
+    def __init__(self, options: PretrainedOptions, loader: AutoClass) -> None:
         self._options = options
         self._loader = loader
-        self.source = folder_of(options.model, options.fresh)
+        self.source = locate_model(options.model, options.fresh)
         self._check_kind()
 
     @cached_property
@@ -77,14 +77,14 @@ class Pretrained:
         return tokenizer
 
     @cached_property
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """What changes when the tokenizer does."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         more = [self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
         return hashlib.sha256((words + json.dumps(more, default=str)).encode()).hexdigest()
 
-    def context(self, wanted: int, default: int) -> int:
+    def context_length(self, wanted: int, default: int) -> int:
         """Return how many tokens the model is to see at once.
 
         Args:
@@ -94,31 +94,31 @@ class Pretrained:
         Raises:
             RecipeError: the model cannot see so many.
         """
-        if wanted > self.limit:
-            raise RecipeError(f"task.length: {self.source} sees {self.limit} tokens at most; got {wanted}")
-        return wanted or min(default, self.limit)
+        if wanted > self.max_context_length:
+            raise RecipeError(f"task.length: {self.source} sees {self.max_context_length} tokens at most; got {wanted}")
+        return wanted or min(default, self.max_context_length)
 
     @property
-    def limit(self) -> int:
+    def max_context_length(self) -> int:
         """How many tokens the model can see at once."""
         positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         return int(min(positions, self.tokenizer.model_max_length))
 
-    def tokens(self, text: str, *, special: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Return the tokens of a text; if `special`, with what the tokenizer puts before it, and nothing after it."""
         tokens: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return tokens[:-1] if special and tokens and tokens[-1] == self.tokenizer.eos_token_id else tokens
 
-    def tokens_and_ends(self, text: str) -> tuple[list[int], list[int]]:
+    def tokenize_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Return `tokens`, and the characters of the text at which they end; none if the tokenizer cannot tell them."""
         if not self.tokenizer.is_fast:
-            return self.tokens(text), []
+            return self.tokenize(text), []
         found = self.tokenizer(text, verbose=False, return_offsets_mapping=True)
         tokens, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
         ended = bool(tokens) and tokens[-1] == self.tokenizer.eos_token_id
         return (tokens[:-1], ends[:-1]) if ended else (tokens, ends)
 
-    def pad(self) -> int:
+    def pad_id(self) -> int:
         """Return the token that fills short texts up.
 
         Raises:
@@ -135,7 +135,7 @@ class Pretrained:
             "tokenizer.pad_token = ..., and save the tokenizer there"
         )
 
-    def end(self) -> int:
+    def eos_id(self) -> int:
         """Return the token that ends a text.
 
         Raises:
@@ -158,7 +158,7 @@ class Pretrained:
         masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
         return generates and (not masked or getattr(config, "is_decoder", False))
 
-    def module(self, seed: int, **changes: Any) -> Any:
+    def load_module(self, seed: int, **changes: Any) -> Any:
         """Return the model in training mode; what the folder has no weights for is random, and a function of `seed`.
 
         These parameters are marked as new, so that they are trained beside any adapter.
@@ -186,7 +186,7 @@ class Pretrained:
                     )  # fmt: skip
                     lacking = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
                     self._check_weights(module, lacking)
-                    mark_new(parameter for name, parameter in module.named_parameters() if name in lacking)
+                    mark_untrained(parameter for name, parameter in module.named_parameters() if name in lacking)
             except SafetensorError as error:
                 raise RecipeError(
                     f"task.model: {self._unreadable()} is no file of weights that can be read: {_first(error)}; it may "

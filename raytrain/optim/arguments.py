@@ -254,7 +254,7 @@ class ForwardGradientOptions(ZerothOptions):
 class ConservativeOptions(ZerothOptions):
     """Options of zo-sgd-conservative."""
 
-    decides = True
+    selects = True
 
 
 class ZerothMomentumOptions(ZerothOptions):
@@ -280,7 +280,7 @@ class HybridOptions(ZerothOptions):
     weight_decay: NonNegativeFloat = 0.01
 
 
-OPTIONS: dict[str, type[OptimizerOptions]] = {
+OPTIMIZER_OPTIONS: dict[str, type[OptimizerOptions]] = {
     "sgd": SgdOptions,
     "adam": AdamOptions,
     "adamw": AdamWOptions,
@@ -312,4 +312,4 @@ OPTIONS: dict[str, type[OptimizerOptions]] = {
 
 def optimizer_options(name: str) -> type[OptimizerOptions] | None:
     """Return the options of an optimizer that comes with raytrain; None: it does not."""
-    return with_rules(OPTIONS[name]) if name in OPTIONS else None
+    return with_rules(OPTIMIZER_OPTIONS[name]) if name in OPTIMIZER_OPTIONS else None

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch.optim import Optimizer
 
-Kind = TypeVar("Kind", bound=Optimizer)
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 
 class _Eager(Optimizer):
@@ -20,7 +20,7 @@ class _Eager(Optimizer):
     load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
 
 
-def eager(constructor: type[Kind]) -> type[Kind]:
+def without_compiler(constructor: type[OptimizerT]) -> type[OptimizerT]:
     """Return an optimizer class that takes the same steps and never imports torch's compiler.
 
     Blocks of a model can be compiled all the same: an optimizer steps outside of them.

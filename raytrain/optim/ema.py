@@ -16,7 +16,7 @@ class Average(Protocol):
         """Learn that step `step`, counted from 1, is done."""
         ...
 
-    def applied(self) -> AbstractContextManager[None]:
+    def average_parameters(self) -> AbstractContextManager[None]:
         """Let the module hold the average inside the `with` block, and its own parameters, to the bit, after it."""
         ...
 
@@ -29,14 +29,14 @@ class Average(Protocol):
         ...
 
 
-def average_of(module: nn.Module, optimizer: Optimizer, decay: float) -> Average | None:
+def make_average(module: nn.Module, optimizer: Optimizer, decay: float) -> Average | None:
     """Return the average that is evaluated: an `Ema` if `decay` is above 0, else the optimizer's own if it has one."""
     if decay:
         return Ema(module, decay)
-    return OptimizerAverage(module, optimizer) if averages(optimizer) else None
+    return OptimizerAverage(module, optimizer) if averages_weights(optimizer) else None
 
 
-def averages(optimizer: Optimizer | type[Optimizer]) -> bool:
+def averages_weights(optimizer: Optimizer | type[Optimizer]) -> bool:
     """Return whether an optimizer averages the weights itself: it then has a mode to train and one to evaluate in."""
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
@@ -61,7 +61,7 @@ class OptimizerAverage:
         """Do nothing: the optimizer did."""
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def average_parameters(self) -> Iterator[None]:
         """Let the module hold the average inside the `with` block, and its own parameters after it."""
         aside = {name: parameter.detach().clone() for name, parameter in self._live.items()}
         self._optimizer.eval()
@@ -74,7 +74,7 @@ class OptimizerAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return name -> averaged parameter."""
-        with self.applied():
+        with self.average_parameters():
             return {name: parameter.detach().clone() for name, parameter in self._live.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -103,7 +103,7 @@ class Ema:
         torch._foreach_lerp_(list(self._mean.values()), [value.detach() for value in self._live.values()], share)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def average_parameters(self) -> Iterator[None]:
         """Let the module hold the average inside the `with` block, and its own parameters after it."""
         self._swap()
         try:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from raytrain.optim.matrix_optimizer import MatrixOptimizer, orient
-from raytrain.tensors import wide
+from raytrain.tensors import at_least_float32
 
 
 class GaLore(MatrixOptimizer):
@@ -28,7 +28,7 @@ class GaLore(MatrixOptimizer):
         scale: factor of the step on a projected matrix.
     """
 
-    mark = "basis"
+    state_key = "basis"
 
     def __init__(
         self,
@@ -49,19 +49,19 @@ class GaLore(MatrixOptimizer):
         own = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale}
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, own)
 
-    def takes(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+    def handles(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Return whether the projection of a parameter is smaller than the parameter."""
-        return super().takes(parameter, group) and min(parameter.shape) > group["rank"]
+        return super().handles(parameter, group) and min(parameter.shape) > group["rank"]
 
-    def move(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def step_matrix(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Take Adam's step in the matrix's subspace."""
         lying = orient(gradient, matrix)
         low, normal = self._moments(matrix, lying, group)
-        step = self.direction(self.state[matrix], lying, low, normal)
+        step = self.update(self.state[matrix], lying, low, normal)
         matrix.mul_(1 - group["lr"] * group["weight_decay"])
         matrix.add_(orient(step, matrix), alpha=-group["lr"] * group["scale"])
 
-    def direction(self, state: dict[str, Any], gradient: Tensor, low: Tensor, normal: Tensor) -> Tensor:  # noqa: ARG002
+    def update(self, state: dict[str, Any], gradient: Tensor, low: Tensor, normal: Tensor) -> Tensor:  # noqa: ARG002
         """Return the step on a matrix lying on its long side, shape (s, l).
 
         Args:
@@ -83,7 +83,7 @@ class GaLore(MatrixOptimizer):
             state["exp_avg"] = gradient.new_zeros(rank, gradient.shape[1])
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if state["step"] % group["update_proj_gap"] == 0:
-            basis = torch.linalg.svd(wide(gradient), full_matrices=False).U[:, :rank]
+            basis = torch.linalg.svd(at_least_float32(gradient), full_matrices=False).U[:, :rank]
             state["basis"] = basis.to(gradient.dtype).contiguous()
         low = state["basis"].T @ gradient
         state["step"] += 1
@@ -105,7 +105,7 @@ class Fira(GaLore):
 
     growth: ClassVar[float] = 1.01
 
-    def direction(self, state: dict[str, Any], gradient: Tensor, low: Tensor, normal: Tensor) -> Tensor:
+    def update(self, state: dict[str, Any], gradient: Tensor, low: Tensor, normal: Tensor) -> Tensor:
         """Return the step on a matrix lying on its long side, shape (s, l)."""
         rest: Tensor = gradient - state["basis"] @ low
         rest *= normal.norm(dim=0) / (low.norm(dim=0) + 1e-8)
@@ -115,4 +115,4 @@ class Fira(GaLore):
             rest *= limit / norm
             norm = limit
         state["rest_norm"] = norm
-        return super().direction(state, gradient, low, normal) + rest
+        return super().update(state, gradient, low, normal) + rest

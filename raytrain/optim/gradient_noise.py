@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 
-def add_noise(module: nn.Module, seed: int, step: int, variance: float, decay: float) -> None:
+def add_gradient_noise(module: nn.Module, seed: int, step: int, variance: float, decay: float) -> None:
     """Add Gaussian noise of variance `variance` / (1 + step)^decay to the gradients (Neelakantan et al. 2015).
 
     What is drawn follows from the seed, the step and the parameter's name alone. So all replicas draw the same, however

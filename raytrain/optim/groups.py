@@ -38,7 +38,7 @@ def parameter_groups(
         RecipeError: a rule fits no parameter.
     """
     names = _names(module)
-    outer = outer_parameters(module)
+    outer = embedding_and_head_parameters(module)
     every = (GroupRule(match="*"), *rules)  # at place 0, for what no rule fits
     parts: dict[tuple[int, int], list[Parameter]] = {}
     for parameter, its_names in names.items():
@@ -58,7 +58,7 @@ def parameter_groups(
     return groups
 
 
-def outer_parameters(module: nn.Module) -> set[Parameter]:
+def embedding_and_head_parameters(module: nn.Module) -> set[Parameter]:
     """Return the parameters of embeddings and of the output head.
 
     The head is what a `get_output_embeddings` in the module returns (models of transformers have one), else the last

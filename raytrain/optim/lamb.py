@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrain.optim.per_parameter import OneByOne
+from raytrain.optim.per_parameter import PerParameterOptimizer
 
 
-class Lamb(OneByOne):
+class Lamb(PerParameterOptimizer):
     """Adam whose step on each parameter is as long as lr times the parameter itself (You et al. 2020, algorithm 2).
 
     A parameter of zeros takes Adam's step. Ours and not that of pytorch_optimizer, which divides the finished step by
@@ -38,7 +38,7 @@ class Lamb(OneByOne):
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def step_parameter(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Step on one parameter of a group."""
         state, (first, second) = self.state[parameter], group["betas"]
         if not state:

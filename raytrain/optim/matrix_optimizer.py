@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from raytrain.optim.eager import eager
+from raytrain.optim.eager import without_compiler
 
 
 class MatrixOptimizer(ABC, Optimizer):
@@ -21,11 +21,11 @@ class MatrixOptimizer(ABC, Optimizer):
     """
 
     splits_hidden: ClassVar[bool] = True
-    mark: ClassVar[str]
+    state_key: ClassVar[str]
     """An entry that the state of a matrix has, and that AdamW's has not."""
 
     def __init__(self, params: Any, adamw: dict[str, Any], own: dict[str, Any]) -> None:
-        self._adamw = eager(AdamW)([torch.zeros(1)], fused=True, **adamw)
+        self._adamw = without_compiler(AdamW)([torch.zeros(1)], fused=True, **adamw)
         super().__init__(params, {**self._adamw.defaults, "hidden": False, **own})
 
     @torch.no_grad()
@@ -35,29 +35,29 @@ class MatrixOptimizer(ABC, Optimizer):
         others = []
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            mine = [parameter for parameter in moved if self.takes(parameter, group)]
-            rest = [parameter for parameter in moved if not self.takes(parameter, group)]
+            mine = [parameter for parameter in moved if self.handles(parameter, group)]
+            rest = [parameter for parameter in moved if not self.handles(parameter, group)]
             self._forget(mine, rest)
             for matrix in mine:
-                self.move(matrix, matrix.grad, group)
+                self.step_matrix(matrix, matrix.grad, group)
             others.append({**group, "params": rest})
         self._adamw.param_groups, self._adamw.state = others, self.state
         self._adamw.step()
         return loss
 
-    def takes(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+    def handles(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Return whether a parameter is a matrix for `move`."""
         return bool(group["hidden"]) and parameter.dim() == 2
 
     @abstractmethod
-    def move(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def step_matrix(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Step on a matrix of a group."""
 
     def _forget(self, mine: list[Tensor], rest: list[Tensor]) -> None:
         """Drop the state of parameters that the other part stepped on, in a run that was resumed with other options."""
         for parameters, ours in ((mine, True), (rest, False)):
             for parameter in parameters:
-                if parameter in self.state and (self.mark in self.state[parameter]) != ours:
+                if parameter in self.state and (self.state_key in self.state[parameter]) != ours:
                     del self.state[parameter]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raytrain.optim.matrix_optimizer import MatrixOptimizer, orient
-from raytrain.tensors import wide
+from raytrain.tensors import at_least_float32
 
 
 class Muon(MatrixOptimizer):
@@ -28,7 +28,7 @@ class Muon(MatrixOptimizer):
         betas, eps: of AdamW.
     """
 
-    mark = "momentum_buffer"
+    state_key = "momentum_buffer"
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class Muon(MatrixOptimizer):
         own = {"momentum": momentum, "adjust_lr_fn": adjust_lr_fn}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, own)
 
-    def move(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def step_matrix(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Take the orthogonal step on a matrix."""
         state, kept = self.state[matrix], group["momentum"]
         if not state:
-            state[self.mark] = torch.zeros_like(matrix)
-        ahead = torch.lerp(gradient, state[self.mark].lerp_(gradient, 1 - kept), kept)
+            state[self.state_key] = torch.zeros_like(matrix)
+        ahead = torch.lerp(gradient, state[self.state_key].lerp_(gradient, 1 - kept), kept)
         step = orient(orthogonal(orient(ahead, matrix)), matrix).to(matrix.dtype)
         matrix.mul_(1 - group["lr"] * group["weight_decay"])
         matrix.add_(step, alpha=-group["lr"] * ADJUST[group["adjust_lr_fn"]](*matrix.shape))
@@ -68,7 +68,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     The coefficients, and how often, are those of Jordan et al. 2024; on GPUs in bfloat16.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrix.bfloat16() if matrix.is_cuda else wide(matrix)
+    x = matrix.bfloat16() if matrix.is_cuda else at_least_float32(matrix)
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T

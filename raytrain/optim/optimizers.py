@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytrain.errors import RecipeError
-from raytrain.optim.eager import eager
-from raytrain.optim.ema import averages
+from raytrain.optim.eager import without_compiler
+from raytrain.optim.ema import averages_weights
 from raytrain.optim.groups import parameter_groups
 from raytrain.optim.options import OptimizerOptions, with_rules
 
 FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
 """Optimizers with one kernel for a whole step on CPUs and GPUs, which is used unless optimizer.fused says otherwise."""
 
-TRAITS = ("splits_hidden", "zeroth", "exact", "decides", "hybrid")
+TRAITS = ("splits_hidden", "zeroth", "exact", "selects", "hybrid")
 """What a class of optimizers may say of itself, as `OptimizerOptions` describes it."""
 
-NOT_OPTIONS = {"self", "params", "maximize", "capturable", "differentiable", "kwargs"}
+EXCLUDED_ARGUMENTS = {"self", "params", "maximize", "capturable", "differentiable", "kwargs"}
 
 
 class ConstructorOptions(OptimizerOptions):
@@ -53,7 +53,7 @@ class ConstructorOptions(OptimizerOptions):
 
 
 @cache  # equal recipes need equal classes
-def options_of_optimizer(constructor: Any) -> type[OptimizerOptions]:
+def options_from_constructor(constructor: Any) -> type[OptimizerOptions]:
     """Return the options of an optimizer: the keyword arguments of its constructor, with their defaults.
 
     Raises:
@@ -63,12 +63,12 @@ def options_of_optimizer(constructor: Any) -> type[OptimizerOptions]:
         raise RecipeError(f"optimizer.name: expected a class of torch.optim.Optimizer; got {constructor!r}")
     fields: dict[str, Any] = {}
     for argument in inspect.signature(constructor).parameters.values():
-        if argument.name not in NOT_OPTIONS:
+        if argument.name not in EXCLUDED_ARGUMENTS:
             fields[argument.name] = (_type_of(argument), argument.default)
     options = create_model(f"{constructor.__name__}Options", __base__=ConstructorOptions, **fields)
     options.constructor = constructor
     options.fuses = constructor in FUSED
-    options.averages = averages(constructor)
+    options.averages = averages_weights(constructor)
     for trait in TRAITS:
         setattr(options, trait, bool(getattr(constructor, trait, False)))
     return with_rules(options)
@@ -137,7 +137,7 @@ def state_bytes(optimizer: Optimizer, module: nn.Module) -> dict[str, int]:
 
 def _construct(constructor: type[Optimizer], name: str, params: Any, arguments: dict[str, Any]) -> Optimizer:
     try:
-        return eager(constructor)(params, **arguments)
+        return without_compiler(constructor)(params, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{name} refuses its options: {error}") from error
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class OneByOne(ABC, Optimizer):
+class PerParameterOptimizer(ABC, Optimizer):
     """An optimizer that steps on one parameter after the other."""
 
     @torch.no_grad()
@@ -19,9 +19,9 @@ class OneByOne(ABC, Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.move(parameter, parameter.grad, group)
+                    self.step_parameter(parameter, parameter.grad, group)
         return loss
 
     @abstractmethod
-    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def step_parameter(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Step on one parameter of a group."""

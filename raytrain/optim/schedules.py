@@ -12,9 +12,9 @@ SCHEDULES: dict[str, str] = {
     "wsd": "raytrain.optim.schedules:wsd",
 }
 
-SHAPE = ExtensionPoint("schedule.name", "a function (done, decay) -> height of the learning rate", arguments=2)
+SCHEDULE = ExtensionPoint("schedule.name", "a function (done, decay) -> height of the learning rate", arguments=2)
 
-Shape = Callable[[float, float], float]
+ScheduleShape = Callable[[float, float], float]
 """(share of the steps after the warm-up that are done, share of them that decays) -> height from 1 down to 0."""
 
 
@@ -38,7 +38,9 @@ def wsd(done: float, decay: float) -> float:
     return 1.0 if done <= 1.0 - decay else (1.0 - done) / decay
 
 
-def rate(shape: Shape, step: int, *, steps: int, warmup: int, floor: float, decay: float) -> float:
+def lr_factor(
+    shape: ScheduleShape, step: int, *, steps: int, warmup: int, min_lr_ratio: float, decay_ratio: float
+) -> float:
     """Return the factor of the learning rate at step `step` of `steps`, counted from 0.
 
     The first `warmup` steps rise along a line to 1; after them the factor follows `shape`, scaled so that it ends at
@@ -47,4 +49,4 @@ def rate(shape: Shape, step: int, *, steps: int, warmup: int, floor: float, deca
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return floor + (1.0 - floor) * shape(done, decay)
+    return min_lr_ratio + (1.0 - min_lr_ratio) * shape(done, decay_ratio)

@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from raytrain.optim.per_parameter import OneByOne
+from raytrain.optim.per_parameter import PerParameterOptimizer
 
 
-class SGDSaI(OneByOne):
+class SGDSaI(PerParameterOptimizer):
     """SGD with momentum and a rate for each parameter from its first gradient's signal-to-noise ratio (Xu et al. 2024).
 
     The ratio is the norm of the gradient over the standard deviation of its entries, which is about the square root of
@@ -33,7 +33,7 @@ class SGDSaI(OneByOne):
             )
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps})
 
-    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def step_parameter(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Step on one parameter of a group."""
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         state = self.state[parameter]

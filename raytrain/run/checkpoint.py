@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from raytrain.errors import CheckpointError
-from raytrain.files import digest, flush, read_bytes, write_whole
+from raytrain.files import file_digest, fsync_path, read_bytes, write_atomic
 from raytrain.json_files import add_checksum, parse_json, verify_checksum
-from raytrain.serialization import dumps, join, marked, savable, split
+from raytrain.serialization import canonical_json, join_tensors, split_tensors, tensor_paths, to_savable
 from raytrain.sync.averaging import Exchange
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
 """It names each tensor of each replica."""
@@ -134,7 +134,7 @@ class CheckpointStore:
         if self._exchange.transport.rank == 0:
             try:
                 manifest = {**_contents(self._folder / name).model_dump(), "progress": progress, "metrics": metrics}
-                write_whole(self._folder / name / MANIFEST, add_checksum(manifest))
+                write_atomic(self._folder / name / MANIFEST, add_checksum(manifest))
                 self._rotate(name, progress["best_step"])
             except (OSError, CheckpointError) as error:
                 failure = f"worker 0: {error}"
@@ -167,10 +167,10 @@ class CheckpointStore:
     def _complete(self, aside: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
         """Write the manifest, rename the folder and remove old checkpoints; return what went wrong."""
         try:
-            write_whole(aside / MANIFEST, add_checksum(manifest))
+            write_atomic(aside / MANIFEST, add_checksum(manifest))
             replaced = self._hidden(self._folder / name, "replaced")  # one of the same step, which may be the only one
             aside.rename(self._folder / name)
-            flush(self._folder)
+            fsync_path(self._folder)
             shutil.rmtree(replaced, ignore_errors=True)
             self._rotate(name, manifest["progress"]["best_step"])
         except OSError as error:
@@ -243,7 +243,7 @@ def load(path: Path, rank: int) -> Any:
     part = parts[rank]
     _verify_part(path, part)
     with reading(path):
-        return join(part.state, load_file(path / part.file) if part.file else {})
+        return join_tensors(part.state, load_file(path / part.file) if part.file else {})
 
 
 @contextmanager
@@ -264,18 +264,18 @@ def reading(path: Path) -> Iterator[None]:
 
 def _write_part(aside: Path, rank: int, state: Mapping[str, Any]) -> bytes:
     """Write the tensors of `state`, and return as JSON what the manifest says of them, or the error."""
-    skeleton, tensors = split(state)
+    skeleton, tensors = split_tensors(state)
     try:
         aside.mkdir(parents=True, exist_ok=True)
         if not tensors:
-            return dumps({"file": None, "state": skeleton})
+            return canonical_json({"file": None, "state": skeleton})
         file = aside / f"rank-{rank:05d}.safetensors"
-        save_file(savable(tensors), file)
-        flush(file)
-        part = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest(file), "state": skeleton}
+        save_file(to_savable(tensors), file)
+        fsync_path(file)
+        part = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file), "state": skeleton}
     except (OSError, SafetensorError) as error:
-        return dumps({"error": f"worker {rank}: {error}"})
-    return dumps(part)
+        return canonical_json({"error": f"worker {rank}: {error}"})
+    return canonical_json(part)
 
 
 def _verify_part(path: Path, part: _Part) -> None:
@@ -287,14 +287,14 @@ def _verify_part(path: Path, part: _Part) -> None:
         _verify_file(file, part)
         with reading(path), safe_open(file, "pt") as tensors:
             found = set(tensors.keys())
-    if found != marked(part.state):
+    if found != tensor_paths(part.state):
         raise CheckpointError(f"{path}: its manifest and its files speak of other tensors; use another checkpoint")
 
 
 def _verify_file(file: Path, part: _Part) -> None:
     try:
         size = file.stat().st_size if file.is_file() and not file.is_symlink() else -1
-        right = size == part.bytes and digest(file) == part.sha256
+        right = size == part.bytes and file_digest(file) == part.sha256
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}; use another checkpoint of the run") from error
     if size != part.bytes:

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.files import append_line, make_folder, write_whole
+from raytrain.files import append_line, make_folder, write_atomic
 from raytrain.json_files import read_json, read_rows, to_json
 from raytrain.run.result import Result
 
@@ -156,11 +156,11 @@ class RunDirectory:
                 leftover.unlink(missing_ok=True)
             if not self.recipe.is_file():
                 self.write_recipe(recipe)
-            write_whole(self._reserve, bytes(RESERVE_BYTES))
+            write_atomic(self._reserve, bytes(RESERVE_BYTES))
 
     def write_recipe(self, recipe: str) -> None:
         """Write `recipe.toml`, headed by the versions that run it."""
-        write_whole(self.recipe, f"# {versions()}\n{recipe}".encode())
+        write_atomic(self.recipe, f"# {versions()}\n{recipe}".encode())
 
     def announce(self, recipe: str, step: int, workers: list[dict[str, Any]]) -> None:
         """Note who trains from which step, by a recipe that fits the run: what there was of another can go.
@@ -264,7 +264,7 @@ class RunDirectory:
             lines = "".join(traceback.format_exception(error))
             failure = Failure(f"worker {worker}: {type(error).__name__}: {error}", trace=lines, host=host)
         if not self._failure.exists():
-            write_whole(self._failure, to_json(asdict(failure)).encode())
+            write_atomic(self._failure, to_json(asdict(failure)).encode())
         return True
 
     def failure(self, wait_seconds: float = 0.0) -> Failure | None:
@@ -283,7 +283,7 @@ class RunDirectory:
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`."""
-        write_whole(self.result, to_json(asdict(result), indent=2).encode() + b"\n")
+        write_atomic(self.result, to_json(asdict(result), indent=2).encode() + b"\n")
 
     def append(self, file: Path, row: dict[str, Any]) -> None:
         """Add a line to one of the ``.jsonl`` files; it is on the disk when this returns."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.extensions import ExtensionPoint
-from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import read_json, to_json
 from raytrain.recipe import dotted_fields, read_toml
 from raytrain.run.directory import rows
@@ -180,7 +180,7 @@ class Mlflow:
             self._client.update_run(self._run, status="RUNNING")
         else:
             self._run = self._created(folder, (folder / "mlflow-artifacts").as_uri() if uri == local else None)
-            write_whole(note, to_json({"uri": uri, "run": self._run}).encode())
+            write_atomic(note, to_json({"uri": uri, "run": self._run}).encode())
         self._last = {
             name: max(metric.step for metric in self._client.get_metric_history(self._run, name))
             for name in self._client.get_run(self._run).data.metrics
@@ -234,7 +234,7 @@ class WandB:
 
         note = folder / "wandb.json"
         if not note.is_file():
-            write_whole(note, to_json({"id": uuid.uuid4().hex[:12]}).encode())
+            write_atomic(note, to_json({"id": uuid.uuid4().hex[:12]}).encode())
         name = read_json(note, dict[str, str])["id"]
         for earlier in (folder / "wandb").glob(f"offline-run-*-{name}"):
             shutil.rmtree(earlier)

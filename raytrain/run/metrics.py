@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import to_json
 from raytrain.run.directory import RunDirectory, rows
 from raytrain.run.loggers import started
@@ -30,7 +30,7 @@ class Recorder:
 
     def __init__(self, run: RunDirectory, step: int, evaluated: int, loggers: Iterable[str]) -> None:
         kept = [row for row in rows(run.metrics) if row["step"] <= (evaluated if "valid" in row else step)]
-        write_whole(run.metrics, "".join(to_json(row) + "\n" for row in kept).encode())
+        write_atomic(run.metrics, "".join(to_json(row) + "\n" for row in kept).encode())
         self._loggers = started(loggers, run.path, step)
         self._path = run.metrics
         self._file = AppendOnlyFile(run.metrics)
@@ -51,7 +51,7 @@ class Recorder:
         Raises:
             TrainingError: they cannot be.
         """
-        self._file.keep()
+        self._file.fsync()
 
     def close(self, failed: bool = False) -> None:
         """Write what is left, and tell the loggers how the attempt ended."""

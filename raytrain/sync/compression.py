@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from raytrain.serialization import state_to
+from raytrain.serialization import state_to_device
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import Pending, Transport
 
@@ -101,7 +101,7 @@ class CompressedExchange(ExactExchange):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` returned."""
-        self.left, self.left_of_sum = state_to([state["left"], state["left_of_sum"]], self.transport.device)
+        self.left, self.left_of_sum = state_to_device([state["left"], state["left_of_sum"]], self.transport.device)
 
 
 class _TwoPhases:

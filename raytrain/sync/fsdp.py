@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from raytrain.errors import RecipeError
-from raytrain.models.blocks import blocks
+from raytrain.models.blocks import repeated_blocks
 from raytrain.sync.averaging import Exchange
 from raytrain.sync.buffers import persistent
 from raytrain.sync.shards import Shards, local_part
@@ -167,7 +167,7 @@ class _Wire:
 
 def _separate(module: nn.Module) -> list[nn.Module]:
     """Return the blocks that can be gathered by themselves: they share no parameter with the rest of the model."""
-    found = blocks(module)
+    found = repeated_blocks(module)
     inside = {part for block in found for part in block.modules()}
     outside = [part for part in module.modules() if part not in inside]
     owners = Counter(parameter for block in found for parameter in block.parameters())

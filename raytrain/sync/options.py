@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raytrain.recipe import Options, declared_options
+from raytrain.recipe import Options, options_parameter
 from raytrain.registry import check_known
 
 SYNCHRONISERS: dict[str, str] = {
@@ -169,7 +169,7 @@ class NumberOptions(SyncOptions):
 
 def options_of_synchroniser(factory: Any) -> type[Options]:
     """Return the options of a synchroniser of the user's: those that its function declares."""
-    return declared_options(factory, SyncOptions)
+    return options_parameter(factory, SyncOptions)
 
 
 OPTIONS: dict[str, type[SyncOptions]] = {

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from raytrain.serialization import state_to
+from raytrain.serialization import state_to_device
 
 KAPPA = 3.0
 MEMORY = 0.7
@@ -68,7 +68,7 @@ class OuterStep:
         if state is not None:
             if self.momentum is not None and state["momentum"] is not None:
                 self.momentum.copy_(state["momentum"])
-            self.penalty.load_state_dict(state_to(state["penalty"], point.device))
+            self.penalty.load_state_dict(state_to_device(state["penalty"], point.device))
             self._lr = state["lr"]
 
     def __call__(self, difference: Tensor, lr: float) -> None:

@@ -17,7 +17,7 @@ from raytrain.sync.averaging import Exchange
 from raytrain.sync.buffers import persistent
 from raytrain.sync.options import NumberOptions
 from raytrain.sync.synchroniser import EveryStep, Totals
-from raytrain.tensors import digest_of
+from raytrain.tensors import tensor_digest
 
 STEPS_PER_OCTAVE = 6
 LEVELS = 127
@@ -209,7 +209,7 @@ class Numbers(EveryStep):
         every = self._options.check_every
         if self._alone or not every or self._steps % every:
             return
-        mine = digest_of(self._module.named_parameters())
+        mine = tensor_digest(self._module.named_parameters())
         answers = self._gather(np.frombuffer(bytes.fromhex(mine)[:8], np.uint8))
         odd = [rank for rank, answer in enumerate(answers) if (answer != answers[0]).any()]
         if odd:

@@ -12,18 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raytrain.data.cache import Example, StoredExamples, length
-from raytrain.data.collate import scored, token_losses, token_weights
+from raytrain.data.cache import Example, StoredExamples, token_count
+from raytrain.data.collate import lm_batch, token_losses, token_weights
 from raytrain.data.columns import domain_of, text_of
-from raytrain.data.records import of_file
+from raytrain.data.records import read_records
 from raytrain.errors import RecipeError
-from raytrain.models.generation import continuations
+from raytrain.models.generation import generate_texts
 from raytrain.models.pretrained import Pretrained
 from raytrain.tasks.options import CausalLmOptions, Long
-from raytrain.tasks.splits import Part, Splits
+from raytrain.tasks.splits import SplitName, Splits
 from raytrain.tasks.task import Task
 
-LENGTH = 512
+_DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,13 @@ class Tokenized:
 
     Attributes:
         tokens: the text's, with what the tokenizer puts before it and the end-of-text token after it, shape (n,).
-        widths: how many bytes of the text each of them stands for, shape (n,); zeros if that is not known.
+        bytes_per_token: how many bytes of the text each of them stands for, shape (n,); zeros if that is not known.
         where: its place, for error messages.
         domain: where it comes from.
     """
 
     tokens: NDArray[np.int64]
-    widths: NDArray[np.int64]
+    bytes_per_token: NDArray[np.int64]
     where: str
     domain: str
 
@@ -52,9 +52,9 @@ def causal_lm(options: CausalLmOptions) -> Task:
         losses=token_losses,
         weights=token_weights,
         collate=made.collate,
-        size=length,
+        length=token_count,
         measure=made.measure,
-        settle=made.settle,
+        infer_options=made.infer_options,
         inputs=made.inputs,
         predict=made.predict,
         export=made.export,
@@ -66,22 +66,22 @@ class _CausalLm:
         self._options = options
         self._pretrained = Pretrained(options, "AutoModelForCausalLM")
         self._splits = Splits(options, (options.text,), options.document)
-        self._length = self._pretrained.context(options.length, LENGTH)
-        self._end = self._pretrained.end()
+        self._length = self._pretrained.context_length(options.length, _DEFAULT_LENGTH)
+        self._end = self._pretrained.eos_id()
         self.data = cache(self._data)  # the examples go when the task does
 
-    def settle(self) -> dict[str, Any]:
-        for record in self._splits.first():
+    def infer_options(self) -> dict[str, Any]:
+        for record in self._splits.first_records():
             text_of(record, "text", self._options.text)
         return {}
 
     def model(self, seed: int) -> nn.Module:
-        module: nn.Module = self._pretrained.prepare(self._pretrained.module(seed))
+        module: nn.Module = self._pretrained.prepare(self._pretrained.load_module(seed))
         return module
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         rows = [example["tokens"] for example in examples]
-        batch = scored([row[:-1] for row in rows], [row[1:] for row in rows], self._end)
+        batch = lm_batch([row[:-1] for row in rows], [row[1:] for row in rows], self._end)
         return {**batch, "bytes": torch.tensor([example["bytes"] for example in examples])}
 
     def measure(self, module: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
@@ -92,36 +92,36 @@ class _CausalLm:
 
     def inputs(self, path: Path) -> list[Example]:
         column = self._options.text
-        texts = (text_of(record, "text", column) for record in of_file(path, (column,)))
-        return [{"tokens": self._pretrained.tokens(text)} for text in texts]
+        texts = (text_of(record, "text", column) for record in read_records(path, (column,)))
+        return [{"tokens": self._pretrained.tokenize(text)} for text in texts]
 
     def predict(self, module: nn.Module, examples: Sequence[Example]) -> list[dict[str, Any]]:
         prompts = [example["tokens"] for example in examples]
-        written = continuations(module, self._pretrained, prompts, self._options.new_tokens, [self._end])
+        written = generate_texts(module, self._pretrained, prompts, self._options.new_tokens, [self._end])
         return [{"text": text} for text in written]
 
     def export(self, module: nn.Module, folder: Path) -> None:
         self._pretrained.export(module, folder)
 
-    def _data(self, part: Part) -> StoredExamples:
+    def _data(self, part: SplitName) -> StoredExamples:
         options = self._options
         asked = [options.text, options.domain, options.packed, options.long]
-        key = [self._splits.stamp(part), self._pretrained.stamp, self._length, asked]
+        key = [self._splits.fingerprint(part), self._pretrained.fingerprint, self._length, asked]
         columns = {"tokens": "tokens", "bytes": "int64", "domain": "string"}
         return StoredExamples(lambda: self._examples(part), columns, key)
 
-    def _examples(self, part: Part) -> Iterator[Example]:
+    def _examples(self, part: SplitName) -> Iterator[Example]:
         if self._options.packed:
-            return packed(self._documents(part), self._length)
-        return (each for one in self._documents(part) for each in alone(one, self._length, self._options.long))
+            return pack(self._documents(part), self._length)
+        return (each for one in self._documents(part) for each in unpacked(one, self._length, self._options.long))
 
-    def _documents(self, part: Part) -> Iterator[Tokenized]:
+    def _documents(self, part: SplitName) -> Iterator[Tokenized]:
         empty = True
         for record in self._splits.records(part):
             text = text_of(record, "text", self._options.text)
             if text.strip():
                 empty = False
-                tokens, ends = self._pretrained.tokens_and_ends(text)
+                tokens, ends = self._pretrained.tokenize_with_ends(text)
                 tokens.append(self._end)
                 widths = byte_widths(text, np.array([*ends, len(text)])) if ends else np.zeros(len(tokens), np.int64)
                 yield Tokenized(np.array(tokens), widths, record.where, domain_of(record, self._options.domain))
@@ -142,8 +142,8 @@ def byte_widths(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.diff(offsets[np.maximum.accumulate(ends)], prepend=0)
 
 
-def alone(document: Tokenized, length: int, long: Long) -> Iterator[Example]:
-    """Yield the examples of one document: of `length` tokens at most, and the one that follows.
+def unpacked(document: Tokenized, length: int, long: Long) -> Iterator[Example]:
+    """Yield the examples of one document: of `token_count` tokens at most, and the one that follows.
 
     Raises:
         RecipeError: it does not fit, and that is an error.
@@ -156,11 +156,11 @@ def alone(document: Tokenized, length: int, long: Long) -> Iterator[Example]:
         )
     for start in range(0, length if long == "cut" else predicted, length):
         piece = slice(start, start + length + 1)
-        yield _example(document.tokens[piece], document.widths[piece], document.domain)
+        yield _example(document.tokens[piece], document.bytes_per_token[piece], document.domain)
 
 
-def packed(documents: Iterable[Tokenized], length: int) -> Iterator[Example]:
-    """Yield pieces of all documents joined: of `length` tokens, and the one that follows; the last may be shorter.
+def pack(documents: Iterable[Tokenized], length: int) -> Iterator[Example]:
+    """Yield pieces of all documents joined: of `token_count` tokens, and the one that follows; the last may be shorter.
 
     A piece begins with the token that the one before it ended with, so that each token but the first is predicted once.
     """
@@ -169,7 +169,7 @@ def packed(documents: Iterable[Tokenized], length: int) -> Iterator[Example]:
     for document in documents:
         domains.append(document.domain)
         place = np.full(len(document.tokens), len(domains) - 1)
-        stream = np.concatenate([stream, np.stack([document.tokens, document.widths, place])], axis=1)
+        stream = np.concatenate([stream, np.stack([document.tokens, document.bytes_per_token, place])], axis=1)
         while stream.shape[1] > length:
             yield _example(stream[0, : length + 1], stream[1, : length + 1], domains[stream[2, 0]])
             stream = stream[:, length:]

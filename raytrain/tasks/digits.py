@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from raytrain.errors import RecipeError
 from raytrain.tasks.options import DigitsOptions
 from raytrain.tasks.task import Task
-from raytrain.tensors import wide
+from raytrain.tensors import at_least_float32
 
 SIDE = 8
 CLASSES = 10
@@ -77,7 +77,7 @@ def digits(options: DigitsOptions) -> Task:
 
 def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     images, labels = batch
-    return cross_entropy(wide(model(images)), labels, reduction="none")
+    return cross_entropy(at_least_float32(model(images)), labels, reduction="none")
 
 
 def _measure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[float, float]]:

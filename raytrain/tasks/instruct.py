@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from raytrain.data.cache import Example, StoredExamples, length
-from raytrain.data.collate import UNSCORED, Tokens, scored, token_losses, token_weights
-from raytrain.data.columns import column, domain_of, text_of, usual
-from raytrain.data.records import Record, of_file
+from raytrain.data.cache import Example, StoredExamples, token_count
+from raytrain.data.collate import IGNORE_INDEX, Tokens, lm_batch, token_losses, token_weights
+from raytrain.data.columns import column_of, domain_of, text_of, usual_column
+from raytrain.data.records import Record, read_records
 from raytrain.errors import RecipeError
-from raytrain.models.chat_template import Chat, Message, checked
-from raytrain.models.generation import continuations, rouge_l
+from raytrain.models.chat_template import ChatTemplate, Message, parse_messages
+from raytrain.models.generation import generate_texts, rouge_l
 from raytrain.models.pretrained import Pretrained
 from raytrain.tasks.options import InstructOptions
-from raytrain.tasks.splits import Part, Splits
+from raytrain.tasks.splits import SplitName, Splits
 from raytrain.tasks.task import Examples, Task
 
-LENGTH = 1024
+_DEFAULT_LENGTH = 1024
 
 
 def instruct(options: InstructOptions) -> Task:
@@ -32,9 +32,9 @@ def instruct(options: InstructOptions) -> Task:
         losses=token_losses,
         weights=token_weights,
         collate=made.collate,
-        size=length,
+        length=token_count,
         measure=made.measure,
-        settle=made.settle,
+        infer_options=made.infer_options,
         inputs=made.inputs,
         predict=made.predict,
         export=made.export,
@@ -45,28 +45,28 @@ class _Instruct:
     def __init__(self, options: InstructOptions) -> None:
         self._options = options
         self._pretrained = Pretrained(options, "AutoModelForCausalLM")
-        self._chat = Chat(self._pretrained)
+        self._chat = ChatTemplate(self._pretrained)
         self._columns = (options.messages, options.prompt, options.answer, options.context)
         self._splits = Splits(options, self._columns)
-        self._length = self._pretrained.context(options.length, LENGTH)
+        self._length = self._pretrained.context_length(options.length, _DEFAULT_LENGTH)
         self.data = cache(self._data)  # the examples go when the task does
 
-    def settle(self) -> dict[str, Any]:
-        for record in self._splits.first():
+    def infer_options(self) -> dict[str, Any]:
+        for record in self._splits.first_records():
             self._conversation(record)
         return {}
 
     def model(self, seed: int) -> nn.Module:
-        module: nn.Module = self._pretrained.prepare(self._pretrained.module(seed))
+        module: nn.Module = self._pretrained.prepare(self._pretrained.load_module(seed))
         return module
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         rows = [example["tokens"][:-1] for example in examples]
-        targets = [[UNSCORED] * (each["prompt"] - 1) + each["tokens"][each["prompt"] :] for each in examples]
+        targets = [[IGNORE_INDEX] * (each["prompt"] - 1) + each["tokens"][each["prompt"] :] for each in examples]
         written = [example for example in examples if "answer" in example]
         prompts = [example["tokens"][: example["prompt"]] for example in written]
         more = {"prompts": prompts, "answers": [example["answer"] for example in written]} if written else {}
-        return {**scored(rows, targets, self._pretrained.end()), **more}
+        return {**lm_batch(rows, targets, self._pretrained.eos_id()), **more}
 
     def measure(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, tuple[float, float]]:
         loss = float(token_losses(module, batch).double().sum())
@@ -79,7 +79,7 @@ class _Instruct:
         return {**measured, "rouge_l": (rouge, len(pairs)), "exact_match": (exact, len(pairs))}
 
     def inputs(self, path: Path) -> list[Example]:
-        conversations = (self._conversation(record, asked=True) for record in of_file(path, self._columns))
+        conversations = (self._conversation(record, asked=True) for record in read_records(path, self._columns))
         return [{"tokens": self._chat.prompt(messages)} for messages in conversations]
 
     def predict(self, module: nn.Module, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -89,24 +89,26 @@ class _Instruct:
         self._pretrained.export(module, folder)
 
     def _written(self, module: nn.Module, prompts: Sequence[Tokens]) -> list[str]:
-        texts = continuations(module, self._pretrained, prompts, self._options.new_tokens, self._chat.stops)
+        texts = generate_texts(module, self._pretrained, prompts, self._options.new_tokens, self._chat.stop_ids)
         return [text.strip() for text in texts]
 
-    def _data(self, part: Part) -> Examples:
+    def _data(self, part: SplitName) -> Examples:
         options = self._options
         asked = [*self._columns, options.domain, options.turns, options.long]
-        key = [self._splits.stamp(part), self._pretrained.stamp, self._length, asked]
+        key = [self._splits.fingerprint(part), self._pretrained.fingerprint, self._length, asked]
         columns = {"tokens": "tokens", "prompt": "int64", "answer": "string", "domain": "string"}
         stored = StoredExamples(lambda: self._examples(part), columns, key)
-        return Asked(stored, options.generate if part == "valid" else 0)
+        return AnsweredSubset(stored, options.generate if part == "valid" else 0)
 
-    def _examples(self, part: Part) -> Iterator[Example]:
+    def _examples(self, part: SplitName) -> Iterator[Example]:
         empty = True
         for record in self._splits.records(part):
             messages = self._conversation(record)
             answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
             for place in answers if self._options.turns == "all" else answers[-1:]:
-                tokens, prompt = self._fitted(*self._chat.pair(messages[: place + 1], record.where), record)
+                tokens, prompt = self._fitted(
+                    *self._chat.prompt_and_answer(messages[: place + 1], record.where), record
+                )
                 if tokens:
                     empty = False
                     domain = domain_of(record, self._options.domain)
@@ -134,9 +136,9 @@ class _Instruct:
             RecipeError: it has none, or no answer where there should be one.
         """
         options = self._options
-        name = column(record, "messages", options.messages) if options.messages else usual(record, "messages")
+        name = column_of(record, "messages", options.messages) if options.messages else usual_column(record, "messages")
         if name is not None and not options.prompt:
-            messages = checked(record.fields[name], record.where)
+            messages = parse_messages(record.fields[name], record.where)
             while asked and messages and messages[-1]["role"] == "assistant":
                 messages.pop()
         else:
@@ -149,16 +151,16 @@ class _Instruct:
         return messages
 
     def _question(self, record: Record) -> str:
-        prompt = column(record, "prompt", self._options.prompt)
+        prompt = column_of(record, "prompt", self._options.prompt)
         given = self._options.context
-        context = column(record, "context", given) if given else usual(record, "context") or prompt
+        context = column_of(record, "context", given) if given else usual_column(record, "context") or prompt
         parts = [text_of(record, "prompt", prompt)]
         if context != prompt and record.fields[context]:
             parts.append(text_of(record, "context", context))
         return "\n\n".join(parts)
 
 
-class Asked:
+class AnsweredSubset:
     """Examples, some of which are also to be answered by the model.
 
     Args:

@@ -8,12 +8,12 @@ from typing import Literal
 import numpy as np
 
 from raytrain.data.readers import Unit
-from raytrain.data.records import CALLED, Data, Files, Hub, Record, is_local
+from raytrain.data.records import SPLIT_ALIASES, HubRecords, LocalRecords, Record, RecordSource, is_local
 from raytrain.errors import RecipeError
-from raytrain.registry import near
+from raytrain.registry import suggest
 from raytrain.tasks.options import RecordOptions
 
-Part = Literal["train", "valid"]
+SplitName = Literal["train", "valid"]
 """What is learned from, and what is held out to measure on."""
 
 
@@ -31,7 +31,7 @@ class Splits:
         self._columns = [name for name in (*columns, options.domain) if name]
         self._unit: Unit = unit
 
-    def records(self, part: Part) -> Iterator[Record]:
+    def records(self, part: SplitName) -> Iterator[Record]:
         """Yield the records of a part.
 
         Raises:
@@ -47,7 +47,7 @@ class Splits:
         if empty:
             raise self._empty(split)
 
-    def first(self) -> Iterator[Record]:
+    def first_records(self) -> Iterator[Record]:
         """Yield the first record of each part, by which to see early that columns are missing.
 
         Raises:
@@ -59,12 +59,12 @@ class Splits:
                 raise self._empty(split)
             yield record
 
-    def stamp(self, part: Part) -> str:
+    def fingerprint(self, part: SplitName) -> str:
         """Return what changes when the records of a part do."""
         data, split = self._of(part)
-        return f"{data.stamp(split)} {part if self._share else ''} {self._share}"
+        return f"{data.fingerprint(split)} {part if self._share else ''} {self._share}"
 
-    def _of(self, part: Part) -> tuple[Data, str]:
+    def _of(self, part: SplitName) -> tuple[RecordSource, str]:
         """Return where the records of a part are, and as which split."""
         if part == "valid" and self._options.held_out:
             return self._held_out
@@ -81,31 +81,31 @@ class Splits:
         return self._data, "train"
 
     @cached_property
-    def _data(self) -> Data:
+    def _data(self) -> RecordSource:
         path = self._options.path
         if not path:
             raise RecipeError(
                 "task.path: required, and not given; expected a file, a folder with train.tsv and dev.tsv (or .csv, "
                 ".jsonl, .json, .txt, .parquet), or a data set of the Hugging Face hub as org/name"
             )
-        return Files(path, self._columns, self._unit) if is_local(path) else Hub(path)
+        return LocalRecords(path, self._columns, self._unit) if is_local(path) else HubRecords(path)
 
     @cached_property
-    def _held_out(self) -> tuple[Data, str]:
+    def _held_out(self) -> tuple[RecordSource, str]:
         held_out = self._options.held_out
         if Path(held_out).is_absolute() and Path(held_out).exists():
-            other = Files(held_out, self._columns, self._unit, "task.held_out: ")
+            other = LocalRecords(held_out, self._columns, self._unit, "task.held_out: ")
             if len(other.splits) > 1:
                 raise RecipeError(
                     f"task.held_out: {held_out} has the splits {', '.join(other.splits)}; name one file of it"
                 )
             return other, other.splits[0]
-        split = CALLED.get(held_out, held_out)
+        split = SPLIT_ALIASES.get(held_out, held_out)
         if split in self._data.splits:
             return self._data, split
         raise RecipeError(
             f"task.held_out: {held_out!r} is neither a file nor a split of {self._options.path}; "
-            f"{near(held_out, self._data.splits)}"
+            f"{suggest(held_out, self._data.splits)}"
         )
 
     @property

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from raytrain.data.source import Local, SourceField
+from raytrain.data.source import LocalSource, SourceField
 from raytrain.errors import RecipeError
-from raytrain.recipe import Options, combined, declared_options
-from raytrain.registry import place_of
+from raytrain.recipe import Options, merge_options, options_parameter
+from raytrain.registry import error_location
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,9 +41,9 @@ class TaskOptions(Options):
         source: where the training examples come from: "local", "ray", or a function of the user's that makes them.
     """
 
-    source: SourceField = Local(name="local")
+    source: SourceField = LocalSource(name="local")
 
-    def on_other_data(self, trained: TaskOptions) -> Mapping[str, Any]:  # noqa: ARG002 - those that have data look
+    def for_evaluation(self, trained: TaskOptions) -> Mapping[str, Any]:  # noqa: ARG002 - those that have data look
         """Return which options change to measure with these what was `trained` with others: none.
 
         Options of data that has another place hold all of it out, because nothing of it was learned from.
@@ -75,14 +75,14 @@ class Labelled(Examples, Protocol):
         ...
 
 
-def collate_default(examples: Sequence[Any]) -> Batch:
+def stack_examples(examples: Sequence[Any]) -> Batch:
     """Stack examples as torch's DataLoader does."""
     from torch.utils.data import default_collate  # noqa: PLC0415 - this module loads without torch
 
     return default_collate(list(examples))
 
 
-def nothing() -> dict[str, Any]:
+def empty_mapping() -> dict[str, Any]:
     """Return no figures to compare with, or no options to settle."""
     return {}
 
@@ -98,15 +98,15 @@ class Task:
         losses: (model, batch) -> the loss of each example or token, float, shape (n,), with its graph.
         weights: batch -> what each of those losses counts, shape (n,), not negative; None: each counts 1.
         collate: examples -> a batch; the default stacks them as torch's DataLoader does.
-        size: an example -> how large it is, where a batch is filled up to its largest; micro-batches of a step are then
-            cut from its examples in this order, so that less is filled up.
+        length: example -> its number of tokens. The examples of a step are sorted by it before they are divided into
+            micro-batches, so that less is padding.
         measure: (model, batch) -> name -> (sum, count), added up over batches and workers and then divided; None: the
             weighted mean of the losses under the name "loss". Called without gradients and in evaluation mode.
-        settle: () -> options of the task that its training data decides and that must stay with the run, as the classes
-            there are; not those that are given. Called before anything starts: what is wrong with the data is best
-            said here.
-        start: (a new model, on the device of its worker, seed) -> puts into it what the training data says, in place;
-            None: nothing.
+        infer_options: () -> options of the task that follow from its training data and are stored with the run, such
+            as the class names; without those that the recipe sets. Called before anything starts, so errors in the data
+            are best raised here.
+        init_head: (new model on the worker's device, seed) -> None; initializes its head from the training data in
+            place. None: the head keeps the values that `model` gave it.
         metric: the name in `measure` that decides which checkpoint is best.
         better: whether a lower or a higher metric is better.
         references: () -> figures to stand beside the metrics in the result, found from the data without a model.
@@ -119,14 +119,14 @@ class Task:
     data: Callable[[Literal["train", "valid"]], Examples]
     losses: Callable[[nn.Module, Batch], Tensor]
     weights: Callable[[Batch], Tensor] | None = None
-    collate: Callable[[Sequence[Any]], Batch] = collate_default
-    size: Callable[[Any], int] | None = None
+    collate: Callable[[Sequence[Any]], Batch] = stack_examples
+    length: Callable[[Any], int] | None = None
     measure: Callable[[nn.Module, Batch], Mapping[str, tuple[float, float]]] | None = None
-    settle: Callable[[], Mapping[str, Any]] = nothing
-    start: Callable[[nn.Module, int], None] | None = None
+    infer_options: Callable[[], Mapping[str, Any]] = empty_mapping
+    init_head: Callable[[nn.Module, int], None] | None = None
     metric: str = "loss"
     better: Literal["lower", "higher"] = "lower"
-    references: Callable[[], Mapping[str, float]] = nothing
+    references: Callable[[], Mapping[str, float]] = empty_mapping
     inputs: Callable[[Path], Examples] | None = None
     predict: Callable[[nn.Module, Sequence[Any]], Sequence[Mapping[str, Any]]] | None = None
     export: Callable[[nn.Module, Path], None] | None = None
@@ -136,7 +136,7 @@ class Task:
         return math.isfinite(value) and (best is None or (value < best if self.better == "lower" else value > best))
 
 
-def options_of_task(factory: Any) -> type[TaskOptions]:
+def task_options(factory: Any) -> type[TaskOptions]:
     """Return the options of a task: those of every task for a `Task` or a function that takes nothing.
 
     Raises:
@@ -146,13 +146,13 @@ def options_of_task(factory: Any) -> type[TaskOptions]:
         return TaskOptions
     if not callable(factory):
         raise RecipeError(f"task.name: expected a raytrain.Task or a function that returns one; got {factory!r}")
-    options = declared_options(factory)
+    options = options_parameter(factory)
     if len(inspect.signature(factory).parameters) != int(options is not Options):
         raise RecipeError(
             f"task.name: {factory.__module__}:{factory.__name__} must take nothing, or one parameter annotated with a "
             "subclass of raytrain.Options"
         )
-    return combined(options, TaskOptions, "task.name")
+    return merge_options(options, TaskOptions, "task.name")
 
 
 def make_task(factory: Any, options: Options) -> Task:
@@ -169,7 +169,7 @@ def make_task(factory: Any, options: Options) -> Task:
         raise
     except Exception as error:
         raise RecipeError(
-            f"task.name: {options.name} raised {type(error).__name__}: {error}{place_of(error)}"
+            f"task.name: {options.name} raised {type(error).__name__}: {error}{error_location(error)}"
         ) from error
     if not isinstance(task, Task):
         raise RecipeError(f"task.name: {options.name} returned {task!r}; expected a raytrain.Task")

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raytrain.data import corpus
-from raytrain.data.collate import UNSCORED, losses_of, token_weights
-from raytrain.data.corpus import Bytes, Characters, Document
+from raytrain.data.collate import IGNORE_INDEX, token_cross_entropy, token_weights
+from raytrain.data.corpus import ByteTokenizer, CharacterTokenizer, Document
 from raytrain.errors import RecipeError
 from raytrain.tasks.options import TextOptions
 from raytrain.tasks.task import Task
-from raytrain.tensors import wide
+from raytrain.tensors import at_least_float32
 
 XZ_LIMIT_BYTES = 64 << 20
 
@@ -40,10 +40,12 @@ class TextExamples:
         stride: distance between held-out windows; 0: training windows.
     """
 
-    def __init__(self, documents: Sequence[Document], tokens: Bytes | Characters, block: int, stride: int) -> None:
+    def __init__(
+        self, documents: Sequence[Document], tokens: ByteTokenizer | CharacterTokenizer, block: int, stride: int
+    ) -> None:
         encoded = [tokens.encode(document) for document in documents]
         begins = np.cumsum([0, *(len(part) for part in encoded)])
-        self._stream = np.concatenate([*encoded, np.array([tokens.begin], np.uint16)])
+        self._stream = np.concatenate([*encoded, np.array([tokens.bos_id], np.uint16)])
         self._block = block
         self._windows = _held_out_windows(begins, block, stride) if stride else None
         self._starts = np.concatenate(
@@ -77,17 +79,21 @@ def text(options: TextOptions) -> Task:
     """Return the task of predicting the next token of a text."""
 
     @cache
-    def tokens() -> Bytes | Characters:
-        return Bytes() if options.tokens == "bytes" else Characters(options.alphabet or _corpus(options)[1])
+    def tokens() -> ByteTokenizer | CharacterTokenizer:
+        return (
+            ByteTokenizer()
+            if options.tokens == "bytes"
+            else CharacterTokenizer(options.alphabet or _corpus(options)[1])
+        )
 
     def settle() -> dict[str, str]:
         if options.path is not None:
-            corpus.check(options.path, options.pattern)
+            corpus.check_corpus(options.path, options.pattern)
         learns = options.tokens == "chars" and not options.alphabet
         return {"alphabet": _corpus(options)[1]} if learns else {}
 
     def model(seed: int) -> nn.Module:
-        return _model(options, tokens().size, seed)
+        return _model(options, tokens().vocab_size, seed)
 
     def data(split: Literal["train", "valid"]) -> TextExamples:
         stride = (options.stride or options.block) if split == "valid" else 0
@@ -99,8 +105,8 @@ def text(options: TextOptions) -> Task:
     def measure(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
         loss = float(_losses(module, batch).double().sum())
         targets = batch["targets"].flatten()
-        scored = targets[targets != UNSCORED].cpu().numpy()
-        text_bytes = int(tokens().widths()[scored].sum())
+        scored = targets[targets != IGNORE_INDEX].cpu().numpy()
+        text_bytes = int(tokens().bytes_per_token()[scored].sum())
         return {"loss": (loss, len(scored)), "bits_per_byte": (loss / math.log(2), text_bytes)}
 
     return Task(
@@ -110,27 +116,27 @@ def text(options: TextOptions) -> Task:
         weights=token_weights,
         collate=_collate,
         measure=measure,
-        settle=settle,
+        infer_options=settle,
         references=lambda: _xz(_corpus(options)[0]["valid"]),
     )
 
 
 def _losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return losses_of(wide(module(input_ids=batch["inputs"]).logits), batch["targets"])
+    return token_cross_entropy(at_least_float32(module(input_ids=batch["inputs"]).logits), batch["targets"])
 
 
 def _collate(windows: Sequence[Window]) -> dict[str, Tensor]:
     """Return {"inputs", "targets"}, each of shape (windows, longest - 1); what is not scored has the target -100."""
     longest = max(len(tokens) for tokens, _ in windows)
     inputs = np.zeros((len(windows), longest - 1), np.int64)
-    targets = np.full((len(windows), longest - 1), UNSCORED, np.int64)
+    targets = np.full((len(windows), longest - 1), IGNORE_INDEX, np.int64)
     for row, (tokens, unscored) in enumerate(windows):
         inputs[row, : len(tokens) - 1] = tokens[:-1]
         targets[row, unscored : len(tokens) - 1] = tokens[unscored + 1 :]
     return {"inputs": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
 
 
-def _starts(document: Document, tokens: Bytes | Characters) -> NDArray[np.int64]:
+def _starts(document: Document, tokens: ByteTokenizer | CharacterTokenizer) -> NDArray[np.int64]:
     """Return at which of the document's tokens each of its domains starts, shape (domains,)."""
     offsets = [offset for offset, _ in document.domains]
     counts = [tokens.count(document.text[start:end]) for start, end in pairwise(offsets)]
@@ -167,8 +173,8 @@ def _corpus(options: TextOptions) -> Corpus:
 
 @cache
 def _corpus_at(path: Path | None, pattern: str, valid: float, learns: bool) -> Corpus:
-    documents = corpus.standard_library() if path is None else corpus.read(path, pattern)
-    return corpus.held_out(documents, valid), corpus.alphabet_of(documents) if learns else ""
+    documents = corpus.standard_library() if path is None else corpus.read_corpus(path, pattern)
+    return corpus.split_corpus(documents, valid), corpus.alphabet_of(documents) if learns else ""
 
 
 def _model(options: TextOptions, size: int, seed: int) -> nn.Module:

@@ -7,13 +7,13 @@ from functools import partial
 import torch
 
 from raytrain.extensions import CALLBACK
-from raytrain.models.adapters import adapt
-from raytrain.models.blocks import compile_blocks, recompute
-from raytrain.models.freezing import Half, freeze
-from raytrain.optim.ema import average_of
+from raytrain.models.adapters import inject_adapter
+from raytrain.models.blocks import checkpoint_activations, compile_blocks
+from raytrain.models.freezing import HalfFineTuning, freeze
+from raytrain.optim.ema import make_average
 from raytrain.optim.optimizers import make_optimizer
-from raytrain.optim.options import ALL
-from raytrain.optim.schedules import SCHEDULES, SHAPE, rate
+from raytrain.optim.options import ALL_OPTIMIZERS
+from raytrain.optim.schedules import SCHEDULE, SCHEDULES, lr_factor
 from raytrain.recipe import read_toml
 from raytrain.registry import resolve
 from raytrain.run.directory import RunDirectory
@@ -23,13 +23,13 @@ from raytrain.sync.fsdp import ShardedGradients
 from raytrain.sync.options import NUMBERS, SYNCHRONISERS
 from raytrain.sync.scalars import Numbers
 from raytrain.tasks.task import TASKS, Task, make_task
-from raytrain.tensors import digest_of
+from raytrain.tensors import tensor_digest
 from raytrain.training.loop import Plan
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Progress, Replica
-from raytrain.zeroth.optimizers import ZerothOrder, space_of
-from raytrain.zeroth.perturbed import Probe
-from raytrain.zeroth.step import Zeroth
+from raytrain.zeroth.optimizers import ZerothOrderOptimizer, directions_of
+from raytrain.zeroth.perturbed import PerturbedModel
+from raytrain.zeroth.step import ZeroOrderStep
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 def plan_of(recipe: TrainRecipe) -> Plan:
     """Return what the loop needs to know of a recipe."""
     schedule = recipe.schedule
-    shape = SHAPE.load(SCHEDULES, schedule.name)
+    shape = SCHEDULE.load(SCHEDULES, schedule.name)
     return Plan(
         steps=recipe.steps,
         seed=recipe.seed,
@@ -48,7 +48,12 @@ def plan_of(recipe: TrainRecipe) -> Plan:
         noise_decay=recipe.optimizer.gradient_noise_decay,
         autocast=torch.bfloat16 if recipe.precision == "bfloat16" else None,
         rate=partial(
-            rate, shape, steps=recipe.steps, warmup=schedule.warmup, floor=schedule.floor, decay=schedule.decay
+            lr_factor,
+            shape,
+            steps=recipe.steps,
+            warmup=schedule.warmup,
+            min_lr_ratio=schedule.floor,
+            decay_ratio=schedule.decay,
         ),
         evaluate_every=recipe.evaluation.every,
         checkpoint_every=recipe.checkpoint.every,
@@ -83,7 +88,7 @@ def settled(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe, Task]:
     callbacks_of(recipe)
     plan_of(recipe)
     task = task_of(recipe)
-    found = task.settle()
+    found = task.infer_options()
     if not found:
         return recipe, task
     before = read_toml(str(run.path), [])[0]["task"] if run.recipe.is_file() else {}
@@ -109,33 +114,35 @@ def build(
     """
     transport = exchange.transport
     module = task.model(recipe.seed)
-    if task.start and start:
+    if task.init_head and start:
         watched = module.register_forward_hook(lambda *_: beat())  # it may look at all of the data
-        task.start(module if getattr(recipe.sync, "shard", False) else module.to(transport.device), recipe.seed)
+        task.init_head(module if getattr(recipe.sync, "shard", False) else module.to(transport.device), recipe.seed)
         watched.remove()
         module.cpu()  # where what is drawn from here on is drawn
     if recipe.precision == "float64":
         module.double()
     dtype = next(module.parameters()).dtype
     freeze(module, recipe.freeze.match)
-    elsewhere = adapt(module, recipe.adapter, recipe.seed)
-    base = digest_of((name, module.get_parameter(name)) for name in elsewhere)
+    elsewhere = inject_adapter(module, recipe.adapter, recipe.seed)
+    base = tensor_digest((name, module.get_parameter(name)) for name in elsewhere)
     sync = resolve(SYNCHRONISERS | NUMBERS, recipe.sync.name, "sync.name")(exchange, recipe.sync)
     if recipe.compile:
         compile_blocks(module, recipe.compile, transport.device)
     if recipe.activation_checkpointing:
-        recompute(module)
+        checkpoint_activations(module)
     shards = sync.shard(module, plan_of(recipe).autocast) if isinstance(sync, ShardedGradients) else None
     parts = shards.parts if shards else module.to(transport.device)
-    optimizer = make_optimizer(resolve(ALL, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts)
+    optimizer = make_optimizer(
+        resolve(ALL_OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts
+    )
     return Replica(
         module=module.train(),
         elsewhere=elsewhere,
         base=base,
-        half=Half(module, recipe.seed, recipe.freeze.every) if recipe.freeze.half else None,
+        half=HalfFineTuning(module, recipe.seed, recipe.freeze.every) if recipe.freeze.half else None,
         optimizer=optimizer,
         options=recipe.optimizer,
-        ema=average_of(parts, optimizer, recipe.ema),
+        ema=make_average(parts, optimizer, recipe.ema),
         sync=sync,
         progress=Progress(),
         device=transport.device,
@@ -146,7 +153,9 @@ def build(
     )
 
 
-def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, weighted: bool) -> Zeroth:
+def zeroth_of(
+    replica: Replica, optimizer: ZerothOrderOptimizer, recipe: TrainRecipe, *, weighted: bool
+) -> ZeroOrderStep:
     """Return how a zeroth-order optimizer probes a model that has its first weights.
 
     Args:
@@ -161,34 +170,34 @@ def zeroth_of(replica: Replica, optimizer: ZerothOrder, recipe: TrainRecipe, *, 
     module, options = replica.module, recipe.directions
     if not isinstance(replica.sync, Numbers):  # the recipe sees to that
         raise TypeError(type(replica.sync))
-    space = space_of(
+    directions = directions_of(
         module,
         optimizer,
-        mode=options.mode,
+        distribution=options.mode,
         sparsity=options.sparsity,
-        blocks=options.blocks,
+        blockwise=options.blocks,
         first_order=options.first_order,
     )
-    moved = {part.tensor.data_ptr() for part in space.parts}
-    narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in space.parts if part.tensor.itemsize < 4}
+    perturbed = {part.tensor.data_ptr() for part in directions.slices}
+    narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in directions.slices if part.tensor.itemsize < 4}
     if narrow and replica.rank == 0:
         logger.warning(
-            "parameters in %s lose each move below half of their last place, as most moves without gradients are and "
-            "some of each probe; in float32 they keep them "
-            '(task.dtype = "float32"), and precision = "bfloat16" computes as before',
+            "parameters in %s are too coarse for zeroth-order training: updates and perturbations below half a unit in "
+            'the last place are rounded away; use float32 parameters (task.dtype = "float32"), with '
+            'precision = "bfloat16" to compute as before',
             " and ".join(sorted(narrow)),
         )
-    optimizer.shape(space)
-    return Zeroth(
-        probe=Probe(module, space),
+    optimizer.bind(directions)
+    return ZeroOrderStep(
+        model=PerturbedModel(module, directions),
         optimizer=optimizer,
         sync=replica.sync,
-        count=options.count,
+        num_perturbations=options.count,
         eps=options.eps,
-        sides=options.sides,
-        training=options.training,
+        estimator="central" if options.sides == 2 else "forward",
+        train_mode=options.training,
         objective=options.objective,
-        outlier=options.outlier,
+        outlier_threshold=options.outlier,
         weighted=weighted,
-        first_order=[one for one in module.parameters() if one.requires_grad and one.data_ptr() not in moved],
+        first_order=[one for one in module.parameters() if one.requires_grad and one.data_ptr() not in perturbed],
     )

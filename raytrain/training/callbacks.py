@@ -13,7 +13,7 @@ from raytrain.errors import TrainingError
 from raytrain.run.checkpoint import CheckpointStore
 from raytrain.run.directory import RunDirectory
 from raytrain.run.metrics import Recorder
-from raytrain.serialization import finite
+from raytrain.serialization import find_non_finite
 from raytrain.sync.averaging import Exchange
 from raytrain.training.loop import due
 from raytrain.training.replica import Progress, Replica, plain, state_of
@@ -83,7 +83,7 @@ class RunWatch:
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Measure the whole held-out split, with the averaged weights if there are any."""
-        with replica.sync.shared(), replica.ema.applied() if replica.ema else nullcontext():
+        with replica.sync.shared(), replica.ema.average_parameters() if replica.ema else nullcontext():
             metrics = self.measure(module=replica.module)
         self._record(replica.progress, {"valid": metrics})
         return metrics
@@ -91,12 +91,12 @@ class RunWatch:
     def save(self, replica: Replica) -> None:
         """Write a checkpoint, unless the weights are no longer numbers."""
         state = state_of(replica)
-        if "model" in state and (name := finite(state["model"], self.constants)):
+        if "model" in state and (name := find_non_finite(state["model"], self.constants)):
             raise TrainingError(
                 f"after step {replica.progress.step} the weights {name} are not finite; a lower optimizer.lr may help"
             )
         if replica.zeroth and replica.zeroth.trajectory:
-            replica.zeroth.trajectory.keep()
+            replica.zeroth.trajectory.fsync()
         self._keep_rows()
         self.last = (self.store.save(state, plain(replica.progress)), {})
         self.beat()

@@ -10,7 +10,7 @@ from raytrain.errors import TrainingError
 from raytrain.sync.averaging import Exchange
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Batch, Examples, Task
-from raytrain.tensors import moved, weighed
+from raytrain.tensors import to_device, weighted_sum
 
 Sums = dict[str, tuple[float, float]]
 
@@ -61,7 +61,7 @@ def evaluate(
         for start in starts:
             indices = range(start, min(start + batch, mine.stop))
             part = [examples[index] for index in indices or [0]]
-            found = measure(task, module, moved(task.collate(part), parameter.device, parameter.dtype), len(part))
+            found = measure(task, module, to_device(task.collate(part), parameter.device, parameter.dtype), len(part))
             _add(sums, found if indices else {})
             beat()
     module.train(was_training)
@@ -83,7 +83,7 @@ def measure(task: Task, module: nn.Module, batch: Batch, examples: int) -> Sums:
         return {name: (float(value), float(count)) for name, (value, count) in task.measure(module, batch).items()}
     losses = task.losses(module, batch).double()
     weights = loss_weights(task, batch, examples, losses.device).double()
-    return {"loss": (float(weighed(losses, weights)), float(weights.sum()))}
+    return {"loss": (float(weighted_sum(losses, weights)), float(weights.sum()))}
 
 
 def _add(total: Sums, more: Sums) -> None:

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from raytrain.data.sampler import Sampler
-from raytrain.data.source import Generators, Local
+from raytrain.data.source import GeneratorSource, LocalSource
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.recipe import Options
 from raytrain.tasks.task import Batch, Examples, Task, TaskOptions
-from raytrain.tensors import seed_step
+from raytrain.tensors import seed_everything_at
 
 Batches = list[tuple[Batch, int]]
 """The micro-batches of a step, each with the number of its examples, on the CPU."""
@@ -106,7 +106,7 @@ class Indexed:
 
     def take(self, position: int, count: int, parts: int) -> Batches:
         """Collate what the sampler has at these positions."""
-        seed_step(self._sampler.seed, position, count, parts)
+        seed_everything_at(self._sampler.seed, position, count, parts)
         indices = self._sampler.indices(position, count).tolist()
         return collated(self._task, (self._examples[index] for index in indices), count, parts)
 
@@ -146,8 +146,8 @@ class Generated:
     def _endless(self) -> Iterator[Any]:
         while True:
             seed = int(self._seeds.integers(2**32))  # no more, for numpy's sake
-            seed_step(seed)
-            given = (seed,) if type(self._options) is Generators else (seed, self._options)
+            seed_everything_at(seed)
+            given = (seed,) if type(self._options) is GeneratorSource else (seed, self._options)
             empty = True
             for example in self._make(*given):
                 empty = False
@@ -159,8 +159,8 @@ class Generated:
 def collated(task: Task, examples: Iterator[Any], count: int, parts: int) -> Batches:
     """Return the next `count` examples as micro-batches, of examples of like size where the task knows that."""
     taken = list(islice(examples, count))
-    if task.size and parts > 1:
-        taken.sort(key=task.size)
+    if task.length and parts > 1:
+        taken.sort(key=task.length)
     places = np.array_split(range(count), parts)
     return [(task.collate([taken[place] for place in part]), len(part)) for part in places]
 
@@ -184,7 +184,7 @@ def local_feed(task: Task, options: TaskOptions, walk: Walk) -> Iterator[Feed]:
     Raises:
         RecipeError: the recipe asks for a source that works in other processes.
     """
-    if not isinstance(options.source, Local):
+    if not isinstance(options.source, LocalSource):
         raise RecipeError(
             f"task.source.name: {options.source.name!r} needs Ray, which is not here; start the run with "
             "`raytrain train`, or set task.source=local"

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytrain.errors import TrainingError
-from raytrain.optim.gradient_noise import add_noise
+from raytrain.optim.gradient_noise import add_gradient_noise
 from raytrain.sync.synchroniser import Totals
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Batch, Task
-from raytrain.tensors import moved, seed_step, weighed
+from raytrain.tensors import seed_everything_at, to_device, weighted_sum
 from raytrain.training.loader import Feed
 from raytrain.training.replica import Progress, Replica, Status
-from raytrain.zeroth.step import Zeroth, loss_of
+from raytrain.zeroth.step import ZeroOrderStep, make_closure
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Plan:
         evaluate_every: 0: at the end only.
         checkpoint_every: 0: at the end only.
         patience: evaluations without a better metric after which training stops early; 0: never.
-        noise, noise_decay: variance of what is added to the gradient, and how it falls; see `add_noise`.
+        noise, noise_decay: variance of what is added to the gradient, and how it falls; see `add_gradient_noise`.
     """
 
     steps: int
@@ -91,7 +91,7 @@ def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) ->
         settle(replica, task, plan, watch)  # the plan is another than it was, or the process died in an evaluation
     while progress.status == "running":
         if replica.half:
-            replica.half.choose(progress.step, optimizer)
+            replica.half.select(progress.step, optimizer)
 
         stop = watch.stop_requested()
         if replica.zeroth:
@@ -120,7 +120,7 @@ def gradient_step(replica: Replica, task: Task, feed: Feed, plan: Plan, stop: bo
     totals = replica.sync.before_step(own_loss, stop)
     norm = clip(replica, plan.clip)
     if plan.noise:
-        add_noise(replica.module, plan.seed, replica.progress.step, plan.noise, plan.noise_decay)
+        add_gradient_noise(replica.module, plan.seed, replica.progress.step, plan.noise, plan.noise_decay)
     _set_rate(replica, plan)
     replica.optimizer.step()
     replica.optimizer.zero_grad()
@@ -128,13 +128,13 @@ def gradient_step(replica: Replica, task: Task, feed: Feed, plan: Plan, stop: bo
 
 
 def zeroth_step(
-    replica: Replica, zeroth: Zeroth, task: Task, feed: Feed, plan: Plan, stop: bool
+    replica: Replica, zeroth: ZeroOrderStep, task: Task, feed: Feed, plan: Plan, stop: bool
 ) -> tuple[Totals, dict[str, float]]:
     """Probe the loss of this replica's share of the step, and move by what all replicas found."""
     progress = replica.progress
     batches = _take(replica, task, feed, progress.position + replica.rank * plan.batch, plan)
     weight = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
-    loss = loss_of(
+    loss = make_closure(
         task, replica.module, batches, (plan.seed, replica.rank, progress.step), plan.autocast, zeroth.objective
     )
     _set_rate(replica, plan)
@@ -178,13 +178,13 @@ def backward(replica: Replica, task: Task, feed: Feed, plan: Plan) -> float:
     progress = replica.progress
     position = progress.position + replica.rank * plan.batch
     batches = _take(replica, task, feed, position, plan)
-    seed_step(plan.seed, replica.rank, progress.step)  # after the feed, which may have drawn elsewhere
+    seed_everything_at(plan.seed, replica.rank, progress.step)  # after the feed, which may have drawn elsewhere
     divisor = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
     total = 0.0
     for place, (batch, weights) in enumerate(batches, start=1):
         with torch.autocast(replica.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
             losses = task.losses(replica.module, batch)
-        loss = weighed(losses, weights)
+        loss = weighted_sum(losses, weights)
         total += loss.item()
         if not math.isfinite(total):
             more = "" if plan.clip else " or clip = 1"
@@ -203,7 +203,7 @@ def _take(replica: Replica, task: Task, feed: Feed, position: int, plan: Plan) -
     began = time.perf_counter()
     batches = []
     for raw, examples in feed.take(position, plan.batch, plan.accumulate):
-        batch = moved(raw, replica.device, replica.dtype)
+        batch = to_device(raw, replica.device, replica.dtype)
         batches.append((batch, loss_weights(task, batch, examples, replica.device)))
     replica.progress.stalled_seconds += time.perf_counter() - began
     return batches

@@ -9,12 +9,12 @@ from raytrain.extensions import CALLBACK
 from raytrain.models import options as adapter
 from raytrain.models.options import ADAPTERS, AdapterOptions
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.options import ALL, OPTIMIZERS, ZEROTH, OptimizerOptions, is_elementwise
-from raytrain.optim.schedules import SCHEDULES, SHAPE
-from raytrain.recipe import Options, Recipe, Section, chosen
-from raytrain.registry import deferred, resolve
-from raytrain.sections import Checkpoint, Evaluation, Log, Resources
-from raytrain.seeds.options import MOST_DIRECTIONS
+from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, ZEROTH_ORDER, OptimizerOptions, is_elementwise
+from raytrain.optim.schedules import SCHEDULE, SCHEDULES
+from raytrain.recipe import Options, Recipe, Section, options_by_name
+from raytrain.registry import lazy, resolve
+from raytrain.sections import Checkpoint, Evaluation, Logging, Resources
+from raytrain.seeds.options import MAX_DIRECTIONS
 from raytrain.sync import options as sync
 from raytrain.sync.options import (
     NUMBERS,
@@ -25,24 +25,26 @@ from raytrain.sync.options import (
     options_of_synchroniser,
 )
 from raytrain.tasks import options as task
-from raytrain.tasks.task import TASKS, TaskOptions, options_of_task
+from raytrain.tasks.task import TASKS, TaskOptions, task_options
 
-options_of_adapter = deferred("raytrain.models.adapters:options_of_adapter")
-options_of_optimizer = deferred("raytrain.optim.optimizers:options_of_optimizer")
+options_of_adapter = lazy("raytrain.models.adapters:options_from_peft")
+options_of_optimizer = lazy("raytrain.optim.optimizers:options_from_constructor")
 """Those of the user's own import torch; all others are declared where that is not needed."""
 
-TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task, known=task.OPTIONS.get)]
+TaskField = Annotated[
+    SerializeAsAny[TaskOptions], options_by_name(TASKS, "task", task_options, known=task.TASK_OPTIONS.get)
+]
 AdapterField = Annotated[
     SerializeAsAny[AdapterOptions],
-    chosen(ADAPTERS, "adapter", options_of_adapter, "none", known=adapter.OPTIONS.get),
+    options_by_name(ADAPTERS, "adapter", options_of_adapter, "none", known=adapter.ADAPTER_OPTIONS.get),
 ]
 OptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions],
-    chosen(ALL, "optimizer", options_of_optimizer, "adamw", known=optimizer_options),
+    options_by_name(ALL_OPTIMIZERS, "optimizer", options_of_optimizer, "adamw", known=optimizer_options),
 ]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
-    chosen(SYNCHRONISERS | NUMBERS, "sync", options_of_synchroniser, "gradients", known=sync.OPTIONS.get),
+    options_by_name(SYNCHRONISERS | NUMBERS, "sync", options_of_synchroniser, "gradients", known=sync.OPTIONS.get),
 ]
 
 
@@ -64,7 +66,7 @@ class Schedule(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        SHAPE.check(SCHEDULES, name)
+        SCHEDULE.check(SCHEDULES, name)
         return name
 
 
@@ -162,7 +164,7 @@ class TrainRecipe(Recipe):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
-    log: Log = Log()
+    log: Logging = Logging()
 
     @model_validator(mode="before")
     @classmethod
@@ -176,9 +178,9 @@ class TrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _fit_trajectory(self) -> Self:
-        if self.workers * self.directions.count > MOST_DIRECTIONS and self.directions.trajectory:
+        if self.workers * self.directions.count > MAX_DIRECTIONS and self.directions.trajectory:
             raise ValueError(
-                f"directions.count: expected at most {MOST_DIRECTIONS} of all workers with a trajectory; "
+                f"directions.count: expected at most {MAX_DIRECTIONS} of all workers with a trajectory; "
                 f"got {self.workers} times {self.directions.count}; set directions.trajectory = false"
             )
         return self
@@ -248,7 +250,7 @@ class TrainRecipe(Recipe):
                 "optimizer.name: zo-hybrid takes workers = 1, directions.trajectory = false and no "
                 "directions.objective: its gradients are neither exchanged nor written down"
             )
-        if self.optimizer.decides and self.workers > 1:
+        if self.optimizer.selects and self.workers > 1:
             raise ValueError(
                 f"workers: expected 1 with zo-sgd-conservative, which decides by a loss; got {self.workers}"
             )
@@ -269,6 +271,6 @@ class TrainRecipe(Recipe):
 def _is_zeroth(section: Any) -> bool:
     """Return whether a section of a raw recipe names a zeroth-order optimizer; what is wrong with it is said later."""
     name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", section)
-    if not isinstance(name, str) or name in ALL or ":" not in name:
-        return isinstance(name, str) and name in ZEROTH
+    if not isinstance(name, str) or name in ALL_OPTIMIZERS or ":" not in name:
+        return isinstance(name, str) and name in ZEROTH_ORDER
     return bool(options_of_optimizer(resolve({}, name, "optimizer.name")).zeroth)

@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 
 from raytrain.errors import CheckpointError
 from raytrain.json_files import parse_json
-from raytrain.models.freezing import Half
+from raytrain.models.freezing import HalfFineTuning
 from raytrain.optim.ema import Average
 from raytrain.optim.optimizers import load_state_by_name, state_by_name
 from raytrain.optim.options import OptimizerOptions
-from raytrain.serialization import dumps, state_to
+from raytrain.serialization import canonical_json, state_to_device
 from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
-from raytrain.zeroth.step import Zeroth
+from raytrain.zeroth.step import ZeroOrderStep
 
 Status = Literal["running", "done", "stopped early", "interrupted"]
 
@@ -72,7 +72,7 @@ def progress_from(saved: Mapping[str, Any], path: object) -> Progress:
     Raises:
         CheckpointError: it is something else.
     """
-    return parse_json(dumps(dict(saved)), Progress, str(path), CheckpointError)
+    return parse_json(canonical_json(dict(saved)), Progress, str(path), CheckpointError)
 
 
 @dataclass(slots=True)
@@ -98,7 +98,7 @@ class Replica:
     module: nn.Module
     elsewhere: frozenset[str]
     base: str
-    half: Half | None
+    half: HalfFineTuning | None
     optimizer: Optimizer
     options: OptimizerOptions
     ema: Average | None
@@ -109,7 +109,7 @@ class Replica:
     rank: int
     members: int
     shards: Shards | None = None
-    zeroth: Zeroth | None = None
+    zeroth: ZeroOrderStep | None = None
 
     @property
     def parts(self) -> nn.Module:
@@ -196,7 +196,7 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
     cut = replica.shards.cut if replica.shards else _as_it_is
     apart = replica.sync.apart and own is not None and "optimizer" in own
     saved = own["optimizer"] if own is not None and apart else shared["optimizer"]
-    optimizer = {**saved, "state": state_to(_entries(saved["state"], cut), torch.device("cpu"))}
+    optimizer = {**saved, "state": state_to_device(_entries(saved["state"], cut), torch.device("cpu"))}
     load_state_by_name(replica.optimizer, replica.parts, optimizer, replica.options)
     if replica.ema:
         average = shared["ema"] or shared["model"]  # a run that starts averaging now

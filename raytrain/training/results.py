@@ -10,7 +10,7 @@ from torch import nn
 
 from raytrain.errors import CheckpointError
 from raytrain.recipe import read_toml
-from raytrain.registry import place_of
+from raytrain.registry import error_location
 from raytrain.run.checkpoint import CheckpointStore, Manifest, load, read_manifest, reading, step_name
 from raytrain.run.directory import Failure, RunDirectory, rows
 from raytrain.run.result import Result
@@ -71,7 +71,9 @@ def _references(task: Task) -> Mapping[str, float]:
     try:
         return task.references()
     except Exception as error:
-        print(f"raytrain: Task.references failed: {type(error).__name__}: {error}{place_of(error)}", file=sys.stderr)
+        print(
+            f"raytrain: Task.references failed: {type(error).__name__}: {error}{error_location(error)}", file=sys.stderr
+        )
         return {}
 
 
@@ -97,7 +99,7 @@ def load_best(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
         CheckpointError: there is no checkpoint yet, it is damaged, or the changes make another model.
     """
     run = RunDirectory(folder)
-    changed = load_recipe(folder, overrides).task.on_other_data(load_recipe(folder, {}).task)
+    changed = load_recipe(folder, overrides).task.for_evaluation(load_recipe(folder, {}).task)
     recipe = load_recipe(folder, {f"task.{name}": value for name, value in changed.items()} | dict(overrides))
     newest = _newest(run)
     if newest is None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from raytrain.errors import RecipeError
-from raytrain.models.adapters import merge
+from raytrain.models.adapters import merge_adapter
 from raytrain.sections import Resources
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
@@ -64,7 +64,7 @@ class TrainedModel:
             raise RecipeError(f"task.name: the model of {self.task_name} has no form to export: Task.export is None")
         module = self.module()
         if self.adapted:
-            merge(module)
+            merge_adapter(module)
         aside = target.absolute().with_name(f".{target.absolute().name}.partial")
         try:
             shutil.rmtree(aside, ignore_errors=True)

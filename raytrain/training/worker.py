@@ -25,8 +25,8 @@ from raytrain.training.loader import Feeds, Walk, local_feed
 from raytrain.training.loop import Plan, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica, load_state, progress_from
-from raytrain.zeroth.optimizers import ZerothOrder
-from raytrain.zeroth.replay import beginning
+from raytrain.zeroth.optimizers import ZerothOrderOptimizer
+from raytrain.zeroth.replay import trajectory_header
 from raytrain.zeroth.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Cal
     found = store.newest()
     first = found is None or recipe.directions.sparsity > 0  # whose mask is that of the first weights
     replica = build(recipe, task, exchange, start=first, beat=beat)
-    if isinstance(replica.optimizer, ZerothOrder):
+    if isinstance(replica.optimizer, ZerothOrderOptimizer):
         if recipe.directions.sparsity:
             replica.sync.start(replica.module)  # a mask goes by the weights, to the bit: those of the first worker
         replica.zeroth = zeroth_of(replica, replica.optimizer, recipe, weighted=task.weights is not None)
@@ -152,7 +152,7 @@ def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterat
     if zeroth is None or replica.rank > 0 or not recipe.directions.trajectory:
         yield
         return
-    about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.directions.model_dump())
+    about = trajectory_header(zeroth.model.directions, replica.module, recipe.optimizer, recipe.directions.model_dump())
     with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
         yield
 

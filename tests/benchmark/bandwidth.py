@@ -39,7 +39,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.run.directory import rows
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.interval import SHARE
@@ -356,7 +356,7 @@ def recipe(model: str, sync: Mapping[str, Any], data: Path, **more: Any) -> Fiel
     fields |= {"evaluation": {"every": 0}, "checkpoint": {"every": 0}, **more}
     if model == "gpt":
         fields["task.path"] = str(data / "tinyshakespeare" / "input.txt")
-    return TrainRecipe.parse(merged({}, fields)).plain()
+    return TrainRecipe.parse(apply_overrides({}, fields)).to_dict()
 
 
 def window(method: str, *, again: bool) -> Fields:

@@ -24,7 +24,7 @@ from typing import Any
 from bench import finish, parse, parser_of
 from scipy import stats
 
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.run.directory import RunDirectory, rows
 from raytrain.testing import train_each_with_gloo
 from raytrain.training.recipe import TrainRecipe
@@ -108,7 +108,7 @@ def recipe(task: str, changes: Fields, seed: int, options: Namespace) -> TrainRe
     }
     if task == "gpt":
         fields["task.path"] = str(options.data / "tinyshakespeare" / "input.txt")
-    return TrainRecipe.parse(merged({}, fields))
+    return TrainRecipe.parse(apply_overrides({}, fields))
 
 
 Runs = dict[tuple[str, int, str, int], float]

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from bench import arguments, finish
 
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.recipe import AbsolutePath
 from raytrain.tasks import corpus
 from raytrain.tasks.task import Task
@@ -150,7 +150,7 @@ def trained(source: str, rows: Path, steps: int) -> dict[str, float]:
 
 def pulled(source: str, rows: Path, seconds: float) -> float:
     """Return how many samples per second the source gives, from when it has nothing prepared ahead."""
-    settings = TrainRecipe.parse(merged({"kind": "train"}, changes(source, rows)))
+    settings = TrainRecipe.parse(apply_overrides({"kind": "train"}, changes(source, rows)))
     walk = Walk(seed=0, rank=0, first=0, stride=BATCH, steps=1 << 20, count=BATCH, parts=1)
     with opened(settings, walk) as feed:
         step, began, before = 0, time.perf_counter(), 0

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
-from raytrain.optim.schedules import cosine, rate
+from raytrain.optim.schedules import cosine, lr_factor
 from raytrain.run.directory import rows
 from raytrain.tasks.task import Task
 from raytrain.tasks.text import TextOptions, text
@@ -71,7 +71,7 @@ def bare(steps: int, threads: int) -> dict[str, float]:
     others = [value for value in module.parameters() if value.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
-    schedule = partial(rate, cosine, steps=steps, warmup=100, floor=0.1, decay=0.2)
+    schedule = partial(lr_factor, cosine, steps=steps, warmup=100, min_lr_ratio=0.1, decay_ratio=0.2)
     for step in range(steps):
         if step == WARM_UP:
             started = time.perf_counter()

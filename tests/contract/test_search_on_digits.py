@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from raytrain.serialization import dumps, join, savable, split
+from raytrain.serialization import canonical_json, join_tensors, split_tensors, to_savable
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.training.build import build, plan_of, task_of
@@ -76,13 +76,13 @@ class Metrics:
 
 
 def pack(state: Mapping[str, Any]) -> bytes:
-    skeleton, tensors = split(state)
-    return save(savable(tensors), {"state": dumps(skeleton).decode()})
+    skeleton, tensors = split_tensors(state)
+    return save(to_savable(tensors), {"state": canonical_json(skeleton).decode()})
 
 
 def unpack(packed: bytes) -> Any:
     header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
-    return join(json.loads(header["__metadata__"]["state"]), load(packed))
+    return join_tensors(json.loads(header["__metadata__"]["state"]), load(packed))
 
 
 def train_segment(base: TrainRecipe, work: Work, packed: bytes | None) -> SegmentEnd:

@@ -10,12 +10,12 @@ import torch
 
 from raytrain.errors import RecipeError
 from raytrain.kinds import load_kinds
-from raytrain.recipe import declared_options, read_toml
-from raytrain.registry import line_about, resolve
+from raytrain.recipe import options_parameter, read_toml
+from raytrain.registry import resolve, summary
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.tasks.losses import loss_weights
-from raytrain.tasks.task import TASKS, Task, make_task, options_of_task
+from raytrain.tasks.task import TASKS, Task, make_task, task_options
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
 from raytrain.training.evaluation import measure
 
@@ -30,7 +30,7 @@ def entries() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("table", "name"), list(entries()))
 def test_every_name_stands_for_something_described(table: Mapping[str, str], name: str) -> None:
-    line = line_about(table, name)
+    line = summary(table, name)
     assert line.endswith((".", ")"))
     assert not line.startswith("This is the configuration class")
 
@@ -67,7 +67,7 @@ def small(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
 @pytest.fixture
 def task(name: str, small: dict[str, dict[str, Any]]) -> Task:
     factory = resolve(TASKS, name, "task.name")
-    return make_task(factory, options_of_task(factory)(name=name, **small.get(name, {})))
+    return make_task(factory, task_options(factory)(name=name, **small.get(name, {})))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -101,10 +101,10 @@ def test_what_tasks_settle_makes_the_same_model_where_there_is_no_data(
     name: str, task: Task, small: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     factory = resolve(TASKS, name, "task.name")
-    options = options_of_task(factory)(name=name, **small.get(name, {}))
-    kept = options.model_validate(json.loads(json.dumps(options.model_dump(mode="json"))) | dict(task.settle()))
+    options = task_options(factory)(name=name, **small.get(name, {}))
+    kept = options.model_validate(json.loads(json.dumps(options.model_dump(mode="json"))) | dict(task.infer_options()))
     again = make_task(factory, kept)
-    assert again.settle() == {}
+    assert again.infer_options() == {}
     gone = kept.model_copy(update={"path": str(tmp_path / "gone.jsonl")} if "path" in small.get(name, {}) else {})
     without = make_task(factory, gone)
     one, other = task.model(0), without.model(0)
@@ -115,7 +115,7 @@ def test_what_tasks_settle_makes_the_same_model_where_there_is_no_data(
     examples = without.inputs(tmp_path / "in.txt")
     assert without.predict(other.eval(), examples) == task.predict(one.eval(), task.inputs(tmp_path / "in.txt"))
     without.export(other, tmp_path / "out")
-    for use in (without.settle, lambda: without.data("train")):
+    for use in (without.infer_options, lambda: without.data("train")):
         with pytest.raises(RecipeError, match=r"^task.path: no such file or folder: .*gone.jsonl$"):
             use()
 
@@ -163,7 +163,7 @@ def test_tasks_export_what_hugging_face_loads(name: str, task: Task, tmp_path: P
 def test_synchronisers_keep_replicas_equal(name: str) -> None:
     """At the end; what they share is equal at any time, and they stop together."""
     factory = resolve(SYNCHRONISERS, name, "sync.name")
-    kind = declared_options(factory)
+    kind = options_parameter(factory)
     options = kind(name=name, **({"every": 2} if "every" in kind.model_fields else {}))
 
     def replica(transport: ThreadTransport) -> tuple[list[bool], list[torch.Tensor]]:

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.dispatch import run
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import RunDirectory, rows
 from raytrain.testing import train_with_threads
@@ -43,13 +43,13 @@ def recipe(workplace: Path, *faults: str, **changes: Any) -> TrainRecipe:
         f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
     )
     fields = {name.replace("__", "."): value for name, value in changes.items()}
-    return TrainRecipe.parse(merged({**TINY, "callbacks": ["faults:plan"]}, fields))
+    return TrainRecipe.parse(apply_overrides({**TINY, "callbacks": ["faults:plan"]}, fields))
 
 
 def test_workers_that_die_hang_stop_or_leave_are_started_again(workplace: Path) -> None:
     faults = ("1, 15, 'kill'", "0, 25, 'hang'", "1, 35, 'stop'", "0, 45, 'leave'")
     broken = recipe(workplace, *faults, sync__timeout_seconds=12, max_failures=4)
-    result = run(broken, Order(workplace / "run"))
+    result = run(broken, RunOptions(workplace / "run"))
     assert (result.status, result.restarts) == ("done", 4)
     killed, hung, stopped, left = [row["workers"] for row in rows(workplace / "run" / "restarts.jsonl")]
     assert killed == {"1": "its process died: killed, out of memory, or crashed (SIGKILL)"}
@@ -67,7 +67,7 @@ def test_workers_that_die_hang_stop_or_leave_are_started_again(workplace: Path) 
 def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     broken = recipe(workplace, "0, 15, 'kill'", "1, 25, 'kill'", max_failures=1)
     with pytest.raises(TrainingError) as caught:
-        run(broken, Order(workplace / "run"))
+        run(broken, RunOptions(workplace / "run"))
     assert str(caught.value) == (
         "the workers failed more often than max_failures allows; "
         "worker 1: its process died: killed, out of memory, or crashed (SIGKILL)\n"
@@ -77,13 +77,13 @@ def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pyte
     assert f"continue with: raytrain train {workplace}/run --resume" in shown
     assert "elastic" not in shown, "what torch logs of it is not for the user"
     assert "WARNING" not in shown
-    result = run(broken, Order(workplace / "run", resume=True))
+    result = run(broken, RunOptions(workplace / "run", resume=True))
     assert (result.status, result.steps, result.restarts) == ("done", 60, 2)
 
 
 def test_an_error_in_the_users_code_is_shown_and_not_tried_again(workplace: Path) -> None:
     with pytest.raises(TrainingError) as caught:
-        run(recipe(workplace, "1, 25, 'fail'"), Order(workplace / "run"))
+        run(recipe(workplace, "1, 25, 'fail'"), RunOptions(workplace / "run"))
     assert "RuntimeError: a fault on purpose at rank 1, step 25" in str(caught.value)
     assert "testing.py" in str(caught.value)
     assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")
@@ -109,7 +109,7 @@ def test_workers_that_do_not_fit_are_refused(workplace: Path, changes: dict[str,
     if torch.cuda.is_available() and "resources__gpus" in changes:
         pytest.skip("this machine has a GPU")
     with pytest.raises(RecipeError, match=message):
-        run(recipe(workplace, **changes), Order(workplace / "run"))
+        run(recipe(workplace, **changes), RunOptions(workplace / "run"))
     assert not (workplace / "run").exists()
 
 
@@ -148,7 +148,7 @@ def test_nothing_listens_where_others_could_reach_it(
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
-    assert run(settings, Order(workplace / "run")).status == "done"
+    assert run(settings, RunOptions(workplace / "run")).status == "done"
     looking.join()
     assert heard, "workers exchange over sockets"
     assert all(ipaddress.ip_address(address).is_loopback for address in heard), heard

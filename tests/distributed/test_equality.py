@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import listed, load, read_manifest
 from raytrain.run.directory import RunDirectory, rows
-from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
+from raytrain.testing import PEER_LOST_STATUS, train_here, train_with_gloo, train_with_threads
 from raytrain.training.recipe import TrainRecipe
 
 TINY = {
@@ -31,7 +31,7 @@ TINY = {
 
 
 def recipe(**changes: Any) -> TrainRecipe:
-    return TrainRecipe.parse(merged(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
+    return TrainRecipe.parse(apply_overrides(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
@@ -130,8 +130,8 @@ def test_a_killed_process_is_noticed_and_the_run_resumes_to_the_bit(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(workplace))
     broken = recipe(workers=2, **faulty(workplace, "1, 27, 'kill'", "0, 43, 'kill'"))
-    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST, -9]
-    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST]
+    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST_STATUS, -9]
+    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST_STATUS]
     assert train_with_gloo(broken, workplace / "broken") == [0, 0]
     assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 20, 40]
     train_with_threads(recipe(workers=2), workplace / "whole")

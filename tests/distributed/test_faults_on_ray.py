@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.kinds import Order
-from raytrain.overrides import merged
+from raytrain.kinds import RunOptions
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import rows
 from raytrain.testing import train_with_gloo, train_with_threads
@@ -37,7 +37,7 @@ def recipe(workplace: Path, *faults: str, **changes: Any) -> TrainRecipe:
         f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
     )
     fields = {name.replace("__", "."): value for name, value in changes.items()}
-    return TrainRecipe.parse(merged({**TINY, "callbacks": ["faults:plan"]}, fields))
+    return TrainRecipe.parse(apply_overrides({**TINY, "callbacks": ["faults:plan"]}, fields))
 
 
 def faults(workplace: Path) -> list[str]:
@@ -62,7 +62,7 @@ def test_killed_and_hanging_workers_are_started_again_and_equal_threads(ray_clus
     from raytrain.launch.train import run
 
     broken = recipe(workplace, "1, 15, 'kill'", "0, 35, 'hang'", sync__timeout_seconds=20)
-    result = run(broken, Order(workplace / "broken"))
+    result = run(broken, RunOptions(workplace / "broken"))
     assert (result.status, result.steps, result.samples, result.restarts) == ("done", 60, 480, 2)
     assert result.bytes_sent > 0
     assert faults(workplace) == ["hang at rank 0, step 35", "kill at rank 1, step 15"]
@@ -84,8 +84,8 @@ def test_many_checkpoints_of_local_updates_cost_no_waiting_and_equal_those_of_th
     from raytrain.launch.train import run
 
     sync = {"name": "late", "every": 7, "delay": 5, "codec": "int8", "buffers": "local", "timeout_seconds": 60}
-    settings = TrainRecipe.parse({**recipe(workplace, checkpoint__every=1, task__norm=True).plain(), "sync": sync})
-    result = run(settings, Order(workplace / "run"))
+    settings = TrainRecipe.parse({**recipe(workplace, checkpoint__every=1, task__norm=True).to_dict(), "sync": sync})
+    result = run(settings, RunOptions(workplace / "run"))
     assert (result.status, result.restarts) == ("done", 0)
     assert result.bytes_sent > 0
     train_with_threads(settings, workplace / "threads")
@@ -102,13 +102,13 @@ def test_a_sharded_worker_that_fails_too_often_ends_the_run_which_goes_on_to_the
 
     broken = recipe(workplace, "1, 25, 'kill'", max_failures=0, sync__shard=True)
     with pytest.raises(TrainingError) as caught:
-        run(broken, Order(workplace / "run"))
+        run(broken, RunOptions(workplace / "run"))
     assert str(caught.value).startswith("the workers failed more often than max_failures allows; ")
     assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")
     shown = capsys.readouterr().err
     assert "worker 1: its process died: killed, out of memory, or crashed" in shown
     assert f"continue with: raytrain train {workplace}/run --resume" in shown
-    result = run(broken, Order(workplace / "run", resume=True))
+    result = run(broken, RunOptions(workplace / "run", resume=True))
     notes = rows(workplace / "run" / "restarts.jsonl")
     assert (result.status, result.steps, result.restarts) == ("done", 60, 1), notes
     assert train_with_gloo(broken.with_overrides({"callbacks": []}), workplace / "whole") == [0, 0]
@@ -119,7 +119,7 @@ def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: No
     from raytrain.launch.train import run
 
     with pytest.raises(TrainingError) as caught:
-        run(recipe(workplace, "1, 25, 'fail'"), Order(workplace / "run"))
+        run(recipe(workplace, "1, 25, 'fail'"), RunOptions(workplace / "run"))
     assert "RuntimeError: a fault on purpose at rank 1, step 25" in str(caught.value)
     assert "testing.py" in str(caught.value)
     assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")

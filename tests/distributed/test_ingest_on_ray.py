@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from raytrain.errors import TrainingError
-from raytrain.kinds import Order
-from raytrain.overrides import merged
+from raytrain.kinds import RunOptions
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import rows
 from raytrain.testing import train_here, train_with_gloo
@@ -111,7 +111,7 @@ def recipe(**changes: Any) -> TrainRecipe:
         "log": {"every": 1, "to": []},
         "resources": {"cpus": 1},
     }
-    return TrainRecipe.parse(merged(raw, fields))
+    return TrainRecipe.parse(apply_overrides(raw, fields))
 
 
 def walk(steps: int, first: int = 0, stride: int = 8) -> Walk:
@@ -183,7 +183,7 @@ def test_ray_data_trains_as_the_local_source_does_also_after_a_kill(
 
     monkeypatch.setenv("PYTHONPATH", str(mine), prepend=os.pathsep)
     changes = {"workers": 2, "accumulate": 2, "checkpoint__every": 5, "evaluation__every": 10}
-    result = run(recipe(**changes, task__source="ray", callbacks=["mine:plan"]), Order(mine / "ray"))
+    result = run(recipe(**changes, task__source="ray", callbacks=["mine:plan"]), RunOptions(mine / "ray"))
     assert (result.status, result.restarts, result.samples) == ("done", 1, 192)
     assert [row["from_step"] for row in rows(mine / "ray" / "attempts.jsonl")] == [0, 10]
     assert train_with_gloo(recipe(**changes), mine / "local") == [0, 0]

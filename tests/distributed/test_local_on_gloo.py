@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import rows
-from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo, train_with_threads
+from raytrain.testing import PEER_LOST_STATUS, train_each_with_gloo, train_here, train_with_gloo, train_with_threads
 from raytrain.training.recipe import TrainRecipe
 
 TINY = {
@@ -40,7 +40,7 @@ METHODS = {
 
 
 def recipe(**changes: Any) -> TrainRecipe:
-    return TrainRecipe.parse(merged(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
+    return TrainRecipe.parse(apply_overrides(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,8 +100,8 @@ def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_th
     """Checkpoints are taken in the middle of rounds too, with an exchange under way."""
     monkeypatch.setenv("PYTHONPATH", str(workplace))
     broken = of(method, **faulty(workplace, "1, 17, 'kill'", "0, 43, 'kill'"))
-    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST, -9]
-    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST]
+    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST_STATUS, -9]
+    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST_STATUS]
     assert train_with_gloo(broken, workplace / "broken") == [0, 0]
     assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 10, 40]
     assert equal(workplace / "broken", with_gloo / method)
@@ -114,7 +114,7 @@ def test_a_worker_that_hangs_ends_the_attempt_in_time(workplace: Path, monkeypat
     hung = of("late", **faulty(workplace, "1, 17, 'hang'"), sync__timeout_seconds=8)
     began = time.monotonic()
     statuses = train_with_gloo(hung, workplace / "hung")
-    assert statuses[0] == PEER_LOST
+    assert statuses[0] == PEER_LOST_STATUS
     assert statuses[1] != 0
     assert time.monotonic() - began < 150, "half of what it waits where nothing is configured"
     assert "testing.py" in (workplace / "hung" / "hang-1.txt").read_text()
@@ -147,7 +147,7 @@ def test_a_run_goes_on_in_another_form_from_the_shared_point(tmp_path: Path, bef
 
     def way(name: str, steps: int) -> TrainRecipe:
         sync = {key: value for key, value in {"every": 7, **forms[name]}.items() if value is not None}
-        return TrainRecipe.parse({**merged(TINY, {"steps": steps}), "sync": sync})
+        return TrainRecipe.parse({**apply_overrides(TINY, {"steps": steps}), "sync": sync})
 
     assert train_with_threads(way(before, 20), tmp_path / "run").failure() is None
     run = train_with_threads(way(after, 45), tmp_path / "run")
@@ -163,7 +163,7 @@ def test_gradient_averaging_goes_on_with_one_optimizer_for_all(tmp_path: Path) -
     train_with_threads(recipe(steps=20, **changes), tmp_path / "run")
     for folder in ("two", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / folder)
-    plain = {**recipe(steps=40, **changes).plain(), "sync": {"name": "gradients"}}
+    plain = {**recipe(steps=40, **changes).to_dict(), "sync": {"name": "gradients"}}
     train_with_threads(TrainRecipe.parse(plain), tmp_path / "two")
     train_here(TrainRecipe.parse({**plain, "workers": 1, "batch": 8}), tmp_path / "one")
     one, two = final(tmp_path / "one"), final(tmp_path / "two")

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import listed, load, read_manifest
 from raytrain.run.directory import RunDirectory, rows
-from raytrain.seeds.records import read, steps
-from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
+from raytrain.seeds.records import read_trajectory, trajectory_steps
+from raytrain.testing import PEER_LOST_STATUS, train_here, train_with_gloo, train_with_threads
 from raytrain.training.build import settled
 from raytrain.training.recipe import TrainRecipe
-from raytrain.zeroth.replay import retrace
+from raytrain.zeroth.replay import replay_trajectory
 
 CHECK, STOP = 50, 8
 BROADCAST_BYTES = 4 * (8 * 4 + 8 + 8 + 1 + 9 + 3) + 2 * 2  # the tiny model's parameters, and its buffer
@@ -32,13 +32,13 @@ def recipe(workers: int, **more: Any) -> TrainRecipe:
         "log": {"every": 100, "to": []},
         "sync": {"name": "one-byte", "check_every": CHECK, "stop_every": STOP, "timeout_seconds": 20},
     }
-    return TrainRecipe.parse(merged({}, {**fields, **more}))
+    return TrainRecipe.parse(apply_overrides({}, {**fields, **more}))
 
 
 def retraced(plan: TrainRecipe, run: RunDirectory) -> bool:
     """Return whether the trajectory gives what the run saved, to the bit."""
     module = settled(plan, run)[1].model(plan.seed)
-    retrace(run.trajectory, module)
+    replay_trajectory(run.trajectory, module)
     saved = load(listed(run.checkpoints)[-1], 0)["model"]
     return all(torch.equal(value, saved[name]) for name, value in module.named_parameters())
 
@@ -81,13 +81,13 @@ def test_a_worker_dies_and_more_go_on_from_what_was_saved(workplace: Path) -> No
         f"plan = FaultPlan(Path({str(workplace)!r})).at(1, 250, 'kill')\n"
     )
     plan, folder = recipe(2, callbacks=["killed:plan"]), workplace / "run"
-    assert sorted(train_with_gloo(plan, folder)) == [-9, PEER_LOST]
+    assert sorted(train_with_gloo(plan, folder)) == [-9, PEER_LOST_STATUS]
     joined = plan.with_overrides({"workers": 3})
     assert train_with_gloo(joined, folder) == [0, 0, 0]
     run = RunDirectory(folder)
     assert run.failure() is None
-    _, records = read(run.trajectory)
-    sizes = {step.step: len(step.slopes) for step in steps(records)}
+    _, records = read_trajectory(run.trajectory)
+    sizes = {step.step: len(step.projected_gradients) for step in trajectory_steps(records)}
     assert {max(sizes[step] for step in span if step in sizes) for span in (range(200), range(200, 500))} == {2, 3}
     assert sizes[200] == 3  # it saves every 100 steps, and died in step 250
     assert retraced(joined, run)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from raytrain.errors import RecipeError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.run.directory import rows
 from raytrain.training.recipe import TrainRecipe
 
@@ -77,7 +77,7 @@ def test_workers_go_where_the_recipe_says(second_machine: str, workplace: Path) 
         "    place.write_text(ray.get_runtime_context().get_node_id())\n"
     )
     asked = recipe(custom={"fast": 1}, labels={"room": "in(west, east)"})
-    assert run(asked, Order(workplace / "run")).status == "done"
+    assert run(asked, RunOptions(workplace / "run")).status == "done"
     assert [(workplace / f"machine-{rank}").read_text() for rank in range(2)] == [second_machine] * 2
     assert len(rows(workplace / "run" / "attempts.jsonl")) == 1
     predict_file(
@@ -85,7 +85,7 @@ def test_workers_go_where_the_recipe_says(second_machine: str, workplace: Path) 
     )
     assert (workplace / "out").read_text().split() == [f'"{second_machine}"'] * 3
     with pytest.raises(RecipeError, match=r"^resources.custom.fast: 2 workers of 2 each do not fit on machines that"):
-        run(recipe(custom={"fast": 2}), Order(workplace / "large"))
+        run(recipe(custom={"fast": 2}), RunOptions(workplace / "large"))
     with pytest.raises(RecipeError, match=r"^resources.labels: no machine has room=north; there are .*room=west"):
-        run(recipe(labels={"room": "north"}), Order(workplace / "north"))
+        run(recipe(labels={"room": "north"}), RunOptions(workplace / "north"))
     assert not (workplace / "north").exists()

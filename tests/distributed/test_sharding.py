@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import listed, load
 from raytrain.run.directory import RunDirectory, rows
-from raytrain.testing import PEER_LOST, train_each_with_gloo, train_here, train_with_gloo
+from raytrain.testing import PEER_LOST_STATUS, train_each_with_gloo, train_here, train_with_gloo
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import load_best
 
@@ -34,7 +34,7 @@ LLAMA = BASE | {
     "batch": 8,
     "optimizer": {"lr": 1e-3},
 }
-GPT = merged(LLAMA, {"task.model": "gpt"})
+GPT = apply_overrides(LLAMA, {"task.model": "gpt"})
 ODD = BASE | {
     "task": {"name": "probe:odd"},
     "precision": "float64",
@@ -151,7 +151,7 @@ class Runs:
         fields = {name.replace("__", "."): value for name, value in changes.items()}
         if "path" in base["task"]:
             fields["task.path"] = str(self.folder / "text.txt")
-        return TrainRecipe.parse(merged(base, fields))
+        return TrainRecipe.parse(apply_overrides(base, fields))
 
     def sharded(self, base: dict[str, Any], workers: int, **changes: Any) -> TrainRecipe:
         return self.recipe(base, workers=workers, sync__shard=True, **changes)
@@ -320,5 +320,5 @@ def test_a_worker_that_hangs_ends_and_the_other_learns_of_it(runs: Runs, monkeyp
     monkeypatch.setenv("PYTHONPATH", f"{runs.folder}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.syspath_prepend(str(runs.folder))
     hanging = runs.sharded(TINY, 2, callbacks=["probe:hangs"], sync__timeout_seconds=8)
-    assert train_with_gloo(hanging, runs.folder / "hanging") == [PEER_LOST, 1]
+    assert train_with_gloo(hanging, runs.folder / "hanging") == [PEER_LOST_STATUS, 1]
     assert "testing.py" in (runs.folder / "hanging" / "hang-1.txt").read_text()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raytrain.overrides import merged, parse_overrides
+from raytrain.overrides import apply_overrides, parse_overrides
 from raytrain.recipe import read_toml
 from raytrain.run.directory import rows
 from raytrain.testing import train_here
@@ -97,7 +97,7 @@ def recipes_without_a_command() -> list[str]:
 def test_recipes_that_no_command_trains(name: str, shakespeare: Path, tmp_path: Path) -> None:
     raw, _ = read_toml(name, [KIND.recipes])
     changes = parse_overrides([f"task.path={shakespeare}", *FEWER, *SMALLER[name]])
-    run = train_here(TrainRecipe.parse(merged(raw, changes)), tmp_path / "run")
+    run = train_here(TrainRecipe.parse(apply_overrides(raw, changes)), tmp_path / "run")
     assert run.failure() is None
     check_log(run.path, name, 4)
 

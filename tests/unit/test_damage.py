@@ -22,7 +22,7 @@ from raytrain.launch.jobs.storage import Entry, dump, measured, parse
 from raytrain.recipe import read_toml
 from raytrain.run.checkpoint import MANIFEST, CheckpointStore, load, read_manifest, reading, verify
 from raytrain.run.directory import RunDirectory, rows
-from raytrain.seeds.records import MAGIC, RECORD, read
+from raytrain.seeds.records import RECORD_DTYPE, TRAJECTORY_MAGIC, read_trajectory
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
@@ -31,7 +31,7 @@ from raytrain.training.build import settled
 from raytrain.training.kind import KIND
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import progress_from
-from raytrain.zeroth.replay import retrace
+from raytrain.zeroth.replay import replay_trajectory
 from raytrain.zeroth.trajectory import Trajectory
 
 
@@ -120,7 +120,7 @@ def test_what_is_wrong_inside_a_checkpoint_keeps_its_own_error() -> None:
         raise CheckpointError("mine")
 
 
-ABOUT = {"base": "w0", "directions": "d", "space": {}, "optimizer": {}}
+ABOUT = {"base": "w0", "directions": "d", "zo": {}, "optimizer": {}}
 STEPS = [(0, 0.5, [(2**64 - 1, -1.5), (3, 1.0)]), (1, 0.5, []), (2, 0.25, [(5, 1.0), (6, 2.0)])]
 
 
@@ -133,32 +133,32 @@ def trajectory(tmp_path: Path) -> Path:
 
 
 def test_a_direction_takes_26_bytes(trajectory: Path) -> None:
-    assert trajectory.stat().st_size == len(MAGIC + add_checksum(ABOUT) + b"\n") + 5 * 26
+    assert trajectory.stat().st_size == len(TRAJECTORY_MAGIC + add_checksum(ABOUT) + b"\n") + 5 * 26
 
 
 def test_a_changed_trajectory_is_refused_and_a_cut_one_is_a_shorter_one(trajectory: Path) -> None:
     good = trajectory.read_bytes()
-    about, records = read(trajectory)
+    about, records = read_trajectory(trajectory)
     for place in range(8):
         for data in flips(good[place:]):
             with holding(trajectory, good[:place] + data), pytest.raises(CheckpointError):
-                read(trajectory)
+                read_trajectory(trajectory)
     head, lengths = len(good) - records.nbytes, []
     for data in cuts(good):
         with holding(trajectory, data):
             if len(data) < head - 1:  # without the line feed it is as good
                 with pytest.raises(CheckpointError):
-                    read(trajectory)
+                    read_trajectory(trajectory)
             else:
-                assert read(trajectory)[0] == about
-                found = read(trajectory)[1]
+                assert read_trajectory(trajectory)[0] == about
+                found = read_trajectory(trajectory)[1]
                 assert found.tobytes() == records[: len(found)].tobytes()
                 lengths.append(len(found))
     assert sorted(set(lengths)) == [0, 2, 3]  # whole steps
 
 
 def test_records_that_are_missing_moved_or_of_another_trajectory_are_noticed(trajectory: Path, tmp_path: Path) -> None:
-    good, size = trajectory.read_bytes(), RECORD.itemsize
+    good, size = trajectory.read_bytes(), RECORD_DTYPE.itemsize
     head, lines = good[: -5 * size], [good[len(good) - (5 - place) * size :][:size] for place in range(5)]
     with Trajectory(tmp_path / "other", {**ABOUT, "base": "w1"}, 0) as other:
         other.append(*STEPS[0])
@@ -173,9 +173,9 @@ def test_records_that_are_missing_moved_or_of_another_trajectory_are_noticed(tra
     ):
         with (
             holding(trajectory, head + b"".join(records)),
-            pytest.raises(CheckpointError, match="is not as it was wri"),
+            pytest.raises(CheckpointError, match="changed since it was wri"),
         ):
-            read(trajectory)
+            read_trajectory(trajectory)
 
 
 @pytest.mark.parametrize(
@@ -191,13 +191,13 @@ def test_records_that_no_run_writes_are_refused(tmp_path: Path, steps: list[Any]
     with Trajectory(tmp_path / "t", ABOUT, 0) as file:
         for step in steps:
             file.append(*step)
-    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/t: the step of record 1|2 is not as it was written"):
-        read(tmp_path / "t")
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/t: the step of record 1|2 changed since it was written"):
+        read_trajectory(tmp_path / "t")
 
 
 def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -> None:
     good = trajectory.read_bytes()
-    for data in flips(good)[-3 * RECORD.itemsize + 1 :] + [good + b"\0" * 999]:  # behind the first step
+    for data in flips(good)[-3 * RECORD_DTYPE.itemsize + 1 :] + [good + b"\0" * 999]:  # behind the first step
         with holding(trajectory, data):
             with Trajectory(trajectory, ABOUT, 1) as file:
                 for step in STEPS[1:]:
@@ -205,7 +205,7 @@ def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -
             assert trajectory.read_bytes() == good
     with (
         holding(trajectory, good[:-30] + b"x" + good[-29:]),
-        pytest.raises(RecipeError, match=rf"^directions.trajectory: expected step 3 in {trajectory}; it is not there"),
+        pytest.raises(RecipeError, match=rf"^directions.trajectory: expected step 3 in {trajectory}; it is missing"),
     ):
         Trajectory(trajectory, ABOUT, 3)
 
@@ -214,15 +214,15 @@ def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -
     "change",
     [
         {"base": 3},
-        {"first": {"nothing": ""}},
-        {"first": {"out.weight": "****"}},
-        {"first": {"out.weight": "AAAA"}},
+        {"initial": {"nothing": ""}},
+        {"initial": {"out.weight": "****"}},
+        {"initial": {"out.weight": "AAAA"}},
         {"optimizer": {}},
         {"optimizer": {"name": "os:system"}},
         {"optimizer": {"name": ["zo-sgd"]}},
         {"optimizer": {"name": "zo-sgd", "lr": "x"}},
-        {"space": {"mode": "x", "sparsity": 0.0, "blocks": False}},
-        {"space": {"mode": "rademacher", "sparsity": "0", "blocks": False}},
+        {"zo": {"distribution": "x", "sparsity": 0.0, "blockwise": False}},
+        {"zo": {"distribution": "rademacher", "sparsity": "0", "blockwise": False}},
         {"more": 1},
     ],
 )
@@ -230,11 +230,11 @@ def test_a_header_that_no_run_writes_is_refused(tmp_path: Path, change: dict[str
     fields = {"task": "raytrain.testing:tiny", "steps": 1, "optimizer": "zo-sgd", "log": {"to": []}}
     plan = TrainRecipe.parse({"kind": "train", **fields})
     run = train_here(plan, tmp_path / "run")
-    about, records = read(run.trajectory)
+    about, records = read_trajectory(run.trajectory)
     with Trajectory(tmp_path / "t", {**about, **change}, 0):
         pass
-    with pytest.raises(CheckpointError, match="its first line does not say how to make its moves on this model"):
-        retrace(tmp_path / "t", settled(plan, run)[1].model(0))
+    with pytest.raises(CheckpointError, match="its header does not fit this model"):
+        replay_trajectory(tmp_path / "t", settled(plan, run)[1].model(0))
 
 
 def test_a_changed_seed_model_is_refused_or_the_same(tmp_path: Path) -> None:
@@ -249,13 +249,18 @@ def test_a_changed_seed_model_is_refused_or_the_same(tmp_path: Path) -> None:
             except CheckpointError:
                 continue
             accepted += 1
-            assert (found.base, found.seeds, found.mode, found.version) == ("base", model.seeds, "rademacher", 4)
+            assert (found.base, found.seeds, found.distribution, found.version) == (
+                "base",
+                model.seeds,
+                "rademacher",
+                4,
+            )
             assert torch.equal(found.coefficients, model.coefficients)
     assert accepted <= 1  # blanks at the end of the header
-    with holding(file, good.replace(b"seed model 3", b"seed model 2")), pytest.raises(CheckpointError) as caught:
+    with holding(file, good.replace(b"seed model 4", b"seed model 3")), pytest.raises(CheckpointError) as caught:
         SeedModel.load(file)
     assert str(caught.value) == (
-        f"{file}: expected a file that SeedModel.save wrote, of format 3; this is one of format '2'"
+        f"{file}: expected a file that SeedModel.save wrote, of format 4; this is one of format '3'"
     )
 
 

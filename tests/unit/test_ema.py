@@ -37,7 +37,7 @@ def test_the_module_holds_the_average_inside_the_block_only() -> None:
     module.weight.data.add_(1)
     live = module.weight.detach().clone()
     before = module.weight.data_ptr()
-    with contextlib.suppress(ZeroDivisionError), ema.applied():
+    with contextlib.suppress(ZeroDivisionError), ema.average_parameters():
         assert torch.equal(module.weight, first)
         1 / 0  # noqa: B018 - an error inside the block
     assert torch.equal(module.weight, live)
@@ -64,7 +64,7 @@ def test_tied_parameters_are_averaged_once() -> None:
     ema = Ema(module, 0.5)
     module[0].weight.data.add_(1)
     ema.update(10)
-    with ema.applied():
+    with ema.average_parameters():
         assert torch.equal(module[0].weight, module[1].weight)
 
 

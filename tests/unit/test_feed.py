@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain.data.sampler import Sampler
-from raytrain.data.source import Generators
+from raytrain.data.source import GeneratorSource
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.tasks.task import Task
 from raytrain.testing import train_here, train_with_threads
@@ -89,7 +89,7 @@ def game(seed: int) -> Iterator[tuple[int, int]]:
 
 
 def generated(make: Any, *place: int, **options: Any) -> Generated:
-    return Generated(task(collate=list), Generators(name="mine:game", **options), make, [5, *place])
+    return Generated(task(collate=list), GeneratorSource(name="mine:game", **options), make, [5, *place])
 
 
 def test_games_follow_each_other_with_new_seeds() -> None:
@@ -113,7 +113,7 @@ def test_a_generator_may_draw_from_the_global_generators() -> None:
 
 
 def test_a_generator_may_have_options() -> None:
-    class Strides(Generators):
+    class Strides(GeneratorSource):
         stride: int = 3
 
     def count(seed: int, options: Strides) -> Iterator[int]:

@@ -9,11 +9,11 @@ import torch
 
 from raytrain import testing
 from raytrain.errors import CheckpointError, TrainingError
-from raytrain.files import append_line, write_whole
+from raytrain.files import append_line, write_atomic
 from raytrain.run.checkpoint import CheckpointStore, listed, load, read_manifest
 from raytrain.run.directory import RunDirectory, rows
 from raytrain.run.metrics import Recorder
-from raytrain.seeds.records import read
+from raytrain.seeds.records import read_trajectory
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import train_here
@@ -138,9 +138,9 @@ def test_a_trajectory_that_finds_no_room_keeps_its_steps(small_disk: Any) -> Non
         small_disk.fill()
         with pytest.raises(TrainingError, match=rf"^{path}: cannot be written: {FULL}$"):
             until_it_fails(lambda step: trajectory.append(step + 1, 0.5, moves))
-    _, records = read(path)
+    _, records = read_trajectory(path)
     assert 0 < len(records) <= 4096 // 26
-    assert set(records["of"]) == {2}
+    assert set(records["count"]) == {2}
 
 
 def test_a_note_that_finds_no_room_does_not_harm_the_next(small_disk: Any) -> None:
@@ -150,7 +150,7 @@ def test_a_note_that_finds_no_room_does_not_harm_the_next(small_disk: Any) -> No
     with pytest.raises(OSError, match=FULL):
         append_line(run.restarts, '{"workers": {"0": "' + "x" * 9000)
     with pytest.raises(OSError, match=FULL):
-        write_whole(run.recipe, b"x")
+        write_atomic(run.recipe, b"x")
     small_disk.free()
     run.append(run.restarts, {"workers": {"1": "it died"}})
     assert rows(run.restarts) == [{"workers": {}}, {"workers": {"1": "it died"}}]

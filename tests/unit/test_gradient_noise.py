@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain.optim.gradient_noise import add_noise
+from raytrain.optim.gradient_noise import add_gradient_noise
 from raytrain.run.directory import rows
 from raytrain.sync.averaging import ExactExchange
 from raytrain.testing import ThreadGroup, ThreadTransport, tiny, train_here
@@ -28,7 +28,7 @@ def noise(seed: int = 0, step: int = 0, variance: float = 0.3, decay: float = 0.
     for name in "ab":
         for parameter in module[name].parameters():
             parameter.grad = torch.zeros_like(parameter)
-    add_noise(module, seed, step, variance, decay)
+    add_gradient_noise(module, seed, step, variance, decay)
     return {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
 
 

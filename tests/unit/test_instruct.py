@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.data.collate import UNSCORED
+from raytrain.data.collate import IGNORE_INDEX
 from raytrain.errors import RecipeError
-from raytrain.models.generation import common, rouge_l
+from raytrain.models.generation import longest_common_subsequence, rouge_l
 from raytrain.run.directory import rows
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
@@ -30,7 +30,7 @@ def test_common_subsequences_are_the_longest(one: list[str], other: list[str]) -
     def subsequences(row: list[str]) -> set[tuple[str, ...]]:
         return {part for size in range(len(row) + 1) for part in combinations(row, size)}
 
-    assert common(one, other) == max(map(len, subsequences(one) & subsequences(other)))
+    assert longest_common_subsequence(one, other) == max(map(len, subsequences(one) & subsequences(other)))
 
 
 @settings(deadline=None)
@@ -93,7 +93,7 @@ def shown(task: Task, part: Any = "train") -> list[tuple[str, str]]:
     for place in range(len(data)):
         batch = task.collate([data[place]])
         whole = data[place]["tokens"]
-        scored = batch["targets"][batch["targets"] != UNSCORED].tolist()
+        scored = batch["targets"][batch["targets"] != IGNORE_INDEX].tolist()
         assert scored == whole[len(whole) - len(scored) :], "the end is scored, and nothing before it"
         found.append((tokenizer.decode(whole[: len(whole) - len(scored)]), tokenizer.decode(scored)))
     return found
@@ -265,7 +265,7 @@ def test_a_template_that_wants_a_system_message_gets_it_from_the_data(models: Pa
     for name in ("train", "dev"):
         write(tmp_path / f"{name}.jsonl", [{"messages": TALK}] * 2)
     task = made(folder, tmp_path, generate=2, new_tokens=4)
-    task.settle()
+    task.infer_options()
     found = evaluate(task, task.model(0), task.data("valid"), 2, ExactExchange(LocalTransport()))
     assert found["exact_match"] == 0
     assert tokenizer_of(task).decode(task.predict.__self__._chat.stops) == "<|im_end|><pad>"

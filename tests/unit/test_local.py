@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain.recipe import declared_options
+from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.compression import CompressedExchange
@@ -392,7 +392,7 @@ def test_an_outer_step_that_may_diverge_is_told(
 ) -> None:
     factory = resolve(SYNCHRONISERS, sync["name"], "sync.name")
     caplog.set_level("WARNING")
-    factory(ExactExchange(LocalTransport()), declared_options(factory)(**sync))
+    factory(ExactExchange(LocalTransport()), options_parameter(factory)(**sync))
     assert [warned in message for message in caplog.messages] == ([True] if warned else [])
 
 
@@ -457,7 +457,7 @@ def test_coded_differences_train_as_exact_ones_and_are_equal_on_all(codec: str, 
 def test_a_replica_keeps_as_many_buffers_as_the_readme_says(sync: dict[str, Any], buffers: float) -> None:
     size = 64 * 1024
     factory = resolve(SYNCHRONISERS, sync["name"], "sync.name")
-    options = declared_options(factory)(every=3, **sync)
+    options = options_parameter(factory)(every=3, **sync)
 
     def replica(transport: ThreadTransport) -> float:
         module = nn.Linear(1024, 64, bias=False)
@@ -549,7 +549,7 @@ def test_a_shared_buffer_is_the_mean_of_where_the_replicas_ended_a_round(keep: b
 def test_what_was_loaded_is_where_the_model_is(name: str, codec: str | None) -> None:
     """A checkpoint is read on the CPU; "meta" stands for a GPU, which has the same rule: one device in an operation."""
     factory = resolve(SYNCHRONISERS, name, "sync.name")
-    options = declared_options(factory)(name=name, every=3, codec=codec)
+    options = options_parameter(factory)(name=name, every=3, codec=codec)
 
     def made(device: torch.device) -> tuple[Any, nn.Module]:
         module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to(device)

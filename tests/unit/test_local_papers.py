@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from raytrain.recipe import declared_options
+from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.options import SYNCHRONISERS
@@ -134,7 +134,7 @@ def co2(setting: Setting, alpha: float, beta: float, clip: float, penalty: str) 
 def ours(name: str, setting: Setting, **options: Any) -> list[Floats]:
     """Return where our replicas are after the last round."""
     factory = resolve(SYNCHRONISERS, name, "sync.name")
-    chosen = declared_options(factory)(name=name, every=setting.every, **options)
+    chosen = options_parameter(factory)(name=name, every=setting.every, **options)
 
     def replica(transport: ThreadTransport) -> Floats:
         module = nn.Linear(1, 3, bias=False).double()
@@ -195,7 +195,7 @@ def test_diloco_makes_the_numbers_of_torchfts_regression_test(name: str, rounds:
     factory = resolve(SYNCHRONISERS, "diloco", "sync.name")
     expected, found = GOLDEN[name], [GOLDEN[name][0]]
     for every in rounds:
-        options = declared_options(factory)(name="diloco", every=every, rate=2.0, momentum=0.0)
+        options = options_parameter(factory)(name="diloco", every=every, rate=2.0, momentum=0.0)
 
         def replica(transport: ThreadTransport, options: Any = options, begun: float = found[-1]) -> list[float]:
             module = nn.Linear(1, 1, bias=False)

@@ -11,11 +11,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from raytrain.data.sampler import Sampler
 from raytrain.errors import TrainingError
-from raytrain.optim.schedules import linear, rate
+from raytrain.optim.schedules import linear, lr_factor
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
-from raytrain.tensors import seed_step
+from raytrain.tensors import seed_everything_at
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyOptions, tiny
 from raytrain.training.build import build
 from raytrain.training.evaluation import evaluate
@@ -31,7 +31,7 @@ PLAN = Plan(
     accumulate=1,
     clip=0.5,
     autocast=None,
-    rate=partial(rate, linear, steps=12, warmup=2, floor=0.0, decay=0.2),
+    rate=partial(lr_factor, linear, steps=12, warmup=2, min_lr_ratio=0.0, decay_ratio=0.2),
     evaluate_every=0,
     checkpoint_every=0,
     patience=0,
@@ -96,7 +96,7 @@ def test_it_is_the_loop_one_would_write_by_hand() -> None:
     )
     examples = task.data("train")
     for step in range(PLAN.steps):
-        seed_step(3, 0, step)
+        seed_everything_at(3, 0, step)
         batch = task.collate([examples[i] for i in Sampler(len(examples), 3).indices(step * 6, 6)])
         loss = torch.dot(task.losses(module, batch), batch["weight"]) / batch["weight"].sum().item()
         loss.backward()

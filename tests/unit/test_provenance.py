@@ -12,7 +12,7 @@ from raytrain.launch.jobs.client import JobServer
 from raytrain.launch.jobs.job import Job
 from raytrain.launch.jobs.storage import Folder
 from raytrain.launch.jobs.transfer import fetch
-from raytrain.provenance import MARKER, named_code, refuse_code
+from raytrain.provenance import MARKER, find_code, refuse_code
 
 PLANTED = "from pathlib import Path\nPath('planted').touch()\nfrom raytrain.testing import tiny\n"
 
@@ -29,7 +29,7 @@ def test_code_is_found_wherever_it_is_named(rest: Any, path: list[str | int]) ->
     raw: Any = "mine.deep:Thing.made"
     for key in reversed(path):
         raw = {"rest": rest, key: raw} if isinstance(key, str) else [*([rest] * key), raw]
-    found = dict(named_code(raw))
+    found = dict(find_code(raw))
     assert found[".".join(map(str, path))] == "mine.deep:Thing.made"
     others = {value for value in found.values() if value != "mine.deep:Thing.made"}
     assert all(":" in value and " " not in value for value in others)

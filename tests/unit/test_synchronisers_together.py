@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain.recipe import declared_options
+from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
 from raytrain.run.checkpoint import listed, load, read_manifest
 from raytrain.run.directory import RunDirectory, rows
@@ -144,7 +144,7 @@ def history(run: RunDirectory) -> list[dict[str, Any]]:
 
 def options_of(name: str) -> set[str]:
     """Return the options of a synchroniser."""
-    return {*declared_options(resolve(SYNCHRONISERS | NUMBERS, name, "sync.name")).model_fields}
+    return {*options_parameter(resolve(SYNCHRONISERS | NUMBERS, name, "sync.name")).model_fields}
 
 
 def recipe(name: str, sync: dict[str, Any], task: dict[str, Any], **fields: Any) -> TrainRecipe:

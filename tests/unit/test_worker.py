@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raytrain.errors import RecipeError
-from raytrain.optim.options import ALL
+from raytrain.optim.options import ALL_OPTIMIZERS
 from raytrain.run.directory import RunDirectory
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
@@ -65,6 +65,6 @@ for name in sys.argv[2:]:
 
 def test_training_imports_neither_torchs_compiler_nor_scikit_learn(tmp_path: Path) -> None:
     """Each takes about as long as torch, in every worker; torch imports the first to differentiate forward."""
-    names = [name for name in ALL if name != "forward-gradient"]
+    names = [name for name in ALL_OPTIMIZERS if name != "forward-gradient"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", TRAIN, tmp_path, *names], check=True, env=environment)

@@ -27,7 +27,7 @@ from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.launch.jobs.job import ID, Job, Log, check_id
 from raytrain.launch.jobs.upload import Upload, own_code
 from raytrain.launch.version import fingerprint
-from raytrain.terminal import plain, plain_line
+from raytrain.terminal import printable, printable_line
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -67,8 +67,8 @@ class _Client(JobSubmissionClient):
 
     def _raise_error(self, response: Any) -> NoReturn:
         if response.status_code == 404:
-            raise RecipeError(f"{plain_line(response.text[:1000])}; raytrain jobs lists those that there are")
-        last = plain_line(response.text.strip().rpartition("\n")[2])
+            raise RecipeError(f"{printable_line(response.text[:1000])}; raytrain jobs lists those that there are")
+        last = printable_line(response.text.strip().rpartition("\n")[2])
         answer = f"the job server answered with status {response.status_code}: {last}"
         if response.status_code >= 500:
             raise ConnectionError(answer)  # it, or something before it, fails: that says nothing of the request
@@ -186,7 +186,7 @@ class JobServer:
         try:
             job = _job_of(details)
         except ValueError as error:
-            raise RecipeError(f"{name} is not as raytrain submit makes a job: {plain_line(str(error))}") from error
+            raise RecipeError(f"{name} is not as raytrain submit makes a job: {printable_line(str(error))}") from error
         if job is None:
             raise RecipeError(f"{name} was not submitted with raytrain submit")
         return job
@@ -294,7 +294,7 @@ class JobServer:
             way_out = f"; raytrain jobs --address {self.address} shows whether {job} runs" if job else ""
             raise LostError(f"no good answer from {self.address} ({reason_of(error)}){way_out}") from error
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            what = f"{type(error).__name__}: {plain_line(str(error))}"
+            what = f"{type(error).__name__}: {printable_line(str(error))}"
             raise RecipeError(f"{self.address}: its answer is not one of a job server ({what})") from error
         except RuntimeError as error:
             raise RecipeError(f"{self.address}: {error}") from error
@@ -345,7 +345,7 @@ def _job_of(details: JobDetails) -> Job | None:
         store=about.get("raytrain_store", ""),
         with_code=bool(about.get("raytrain_code")),
         status=str(details.status),
-        message=plain(details.message or ""),
+        message=printable(details.message or ""),
         exit_code=details.driver_exit_code,
         started=times[0],
         ended=times[1],
@@ -376,7 +376,7 @@ def _explained_connection(address: str) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
         raise RecipeError(
             f"--address: what answers at {address} is not a Ray dashboard, whose port is usually 8265 "
-            f"({type(error).__name__}: {plain_line(str(error))})"
+            f"({type(error).__name__}: {printable_line(str(error))})"
         ) from error
 
 
@@ -394,4 +394,4 @@ def reason_of(error: BaseException) -> str:
         error = error.__cause__ or error.__context__ or error
     if isinstance(error, HTTPException) and not isinstance(error, ConnectionError | IncompleteRead):
         return "it does not speak HTTP"
-    return plain_line(str(error)) or type(error).__name__
+    return printable_line(str(error)) or type(error).__name__

@@ -13,7 +13,7 @@ from raytrain.launch.jobs.client import JobServer, LostError, reason_of
 from raytrain.launch.jobs.job import SERVED, Job
 from raytrain.launch.jobs.storage import CHUNK_BYTES, LIST, ChangedError, Listing, read_list
 from raytrain.launch.jobs.upload import own_code
-from raytrain.terminal import plain_line
+from raytrain.terminal import printable_line
 
 START_SECONDS = 180.0  # for the small job that serves a run's files
 END_SECONDS = 20.0
@@ -93,7 +93,7 @@ class ClusterFolder:
         try:
             with self._server.client.stream("/api/v0/logs/file", asked) as response:
                 if response.status_code != 200:
-                    said = plain_line(next(response.iter_content(1000), b"").decode(errors="replace"))
+                    said = printable_line(next(response.iter_content(1000), b"").decode(errors="replace"))
                     raise (NotThereError if "not found" in said else ChangedError)(
                         f"{name.removeprefix('run/')}: {said}"
                     )
@@ -116,5 +116,5 @@ def _why_no_list(details: JobDetails) -> str:
             f"its machine did not start to list the run's files within {START_SECONDS:g} s; it is busy, or gone: try "
             "again later"
         )
-    last = plain_line((details.message or "").strip().rpartition("\n")[2].removeprefix("raytrain: "))
+    last = printable_line((details.message or "").strip().rpartition("\n")[2].removeprefix("raytrain: "))
     return last or f"its machine cannot list the run's files: {details.status.lower()}"

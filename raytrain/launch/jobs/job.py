@@ -10,7 +10,7 @@ from typing import Any
 from raytrain.errors import RecipeError
 from raytrain.launch.jobs.storage import check_storage
 from raytrain.recipe import dotted_fields
-from raytrain.terminal import mib
+from raytrain.terminal import format_mib
 
 INTERRUPTED = 130
 NO_PROGRAM = 127  # as a shell tells
@@ -169,9 +169,10 @@ def check_upload(files: Mapping[str, int], limit_bytes: int, folder: Path) -> No
         sizes[top + slash] = sizes.get(top + slash, 0) + size
     largest = sorted(sizes, key=lambda top: -sizes[top])[:SHOWN_FOLDERS]
     raise RecipeError(
-        f"a job takes the current folder along, and {folder} holds {mib(total)}, where Ray takes at most "
-        f"{mib(limit_bytes)}; the largest in it: {', '.join(f'{top} {mib(sizes[top])}' for top in largest)}. Name "
-        "what the job does not need in .gitignore or .rayignore, or call from another folder"
+        f"a job takes the current folder along, and {folder} holds {format_mib(total)}, where Ray takes at most "
+        f"{format_mib(limit_bytes)}; the largest in it: "
+        f"{', '.join(f'{top} {format_mib(sizes[top])}' for top in largest)}. Name what the job does not need in "
+        ".gitignore or .rayignore, or call from another folder"
     )
 
 

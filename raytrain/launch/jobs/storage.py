@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, with_config
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.json_files import parse_json
-from raytrain.registry import near
+from raytrain.registry import suggest
 
 LIST = "files.json"
 CHUNK_BYTES = 1 << 20
@@ -199,7 +199,9 @@ def check_storage(storage: str) -> str:
             f"got {storage!r}"
         )
     if separator and protocol not in fsspec.available_protocols():
-        raise RecipeError(f"--storage: no such protocol {protocol!r}; {near(protocol, fsspec.available_protocols())}")
+        raise RecipeError(
+            f"--storage: no such protocol {protocol!r}; {suggest(protocol, fsspec.available_protocols())}"
+        )
     if separator and protocol == "memory":
         raise RecipeError("--storage: memory:// ends with the job; name a shared folder, or a URL as s3://bucket/runs")
     if separator and (hidden := re.search(r"[?#]", rest)):
@@ -258,7 +260,7 @@ def parse(text: bytes) -> Listing:
     Raises:
         TrainingError: it is not one, or names what no run has: a file outside the folder, or a hidden one.
     """
-    listing = parse_json(text, Listing, f"{LIST} is damaged", most=MAX_LIST_BYTES)
+    listing = parse_json(text, Listing, f"{LIST} is damaged", max_bytes=MAX_LIST_BYTES)
     _check_names(listing)
     return listing
 

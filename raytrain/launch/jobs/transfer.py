@@ -12,7 +12,7 @@ from raytrain.errors import CheckpointError, RecipeError, TrainingError
 from raytrain.files import is_private
 from raytrain.launch.jobs.storage import ChangedError, Listing, Source, first_bytes, measured, open_file, pieces_of
 from raytrain.provenance import mark_fetched
-from raytrain.terminal import mib
+from raytrain.terminal import format_mib
 
 ATTEMPTS = 3
 
@@ -49,7 +49,7 @@ def _fetched(source: Source, aside: Path, say: Callable[[str], None]) -> Listing
                 raise RecipeError("the run's folder is empty")
             _make_private(aside)
             _check_room(listing, aside)
-            say(f"fetching {len(listing)} files, {mib(sum(entry.bytes for entry in listing.values()))}")
+            say(f"fetching {len(listing)} files, {format_mib(sum(entry.bytes for entry in listing.values()))}")
             _copy(source, listing, aside)
             break
         except (ChangedError, OSError) as error:
@@ -119,7 +119,9 @@ def _check_room(listing: Listing, aside: Path) -> None:
     there = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
     needed, free = sum(entry.bytes for entry in listing.values()) - there, shutil.disk_usage(aside).free
     if needed > free:
-        raise RecipeError(f"{aside.parent}: the run's files take {mib(needed)} more, and {mib(free)} are free there")
+        raise RecipeError(
+            f"{aside.parent}: the run's files take {format_mib(needed)} more, and {format_mib(free)} are free there"
+        )
 
 
 def _copy(source: Source, listing: Listing, aside: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.files import write_whole
+from raytrain.files import write_atomic
 from raytrain.json_files import read_json
 from raytrain.run.directory import RunDirectory
 from raytrain.run.report.page import render
@@ -38,7 +38,7 @@ def report_on(runs: Mapping[str, Panels], page: Path) -> None:
     folders = ", ".join(str(Path(folder).absolute()) for folder in found)
     html = render(" and ".join(names.values()), "", figures, shown, folders)
     try:
-        write_whole(page, html.encode())
+        write_atomic(page, html.encode())
     except OSError as error:
         raise RecipeError(f"--output: cannot write {page}: {error.strerror or error}") from error
 
