@@ -1,4 +1,4 @@
-"""Kinds of runs: what the command can check, list, run and report, named by entry points."""
+"""Kinds of runs, from entry points: what the command checks, lists, runs and reports for each."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,17 +10,17 @@ from raytrain.recipe import Recipe
 from raytrain.registry import error_location, resolve, suggest
 
 GROUP = "raytrain.kinds"
-"""Of entry points, each of which is a kind."""
+"""Group of entry points; each is a `Kind`."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Where and how to run a recipe.
+    """Options of one run of a recipe.
 
     Attributes:
         out: the run's folder.
-        resume: continue what is in `out`, instead of asking for a new folder.
-        address: "auto" or "HOST:PORT" of a Ray cluster that runs, "local" for one of its own; None: the kind chooses.
+        resume: continue the run in `out`, which otherwise has to be new.
+        address: "auto" or "HOST:PORT" of a running Ray cluster, "local" for a new one; None: the kind decides.
     """
 
     out: Path
@@ -65,7 +65,7 @@ class Kind:
         return found
 
     def table(self, title: str) -> Mapping[str, str]:
-        """Return one of its tables, name -> "module:attribute"."""
+        """Return one of its registries, name -> "module:attribute"."""
         found: Mapping[str, str] = resolve({}, self.tables[title], title)
         return found
 
@@ -75,15 +75,15 @@ class Kind:
 
 
 def kind_entry_points() -> dict[str, EntryPoint]:
-    """Return the installed kinds by name, as what they are loaded from."""
+    """Return the entry points of installed kinds by name."""
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
 
 
 def load_kind(name: str) -> Kind:
-    """Return an installed kind.
+    """Load an installed kind by name.
 
     Raises:
-        RecipeError: there is none of this name, or it cannot be imported.
+        RecipeError: it is not installed, or cannot be imported.
     """
     points = kind_entry_points()
     if name not in points:
@@ -99,10 +99,10 @@ def load_kind(name: str) -> Kind:
 
 
 def load_kinds(complain: Callable[[RecipeError], None] = lambda error: None) -> dict[str, Kind]:  # noqa: ARG005
-    """Return the installed kinds that can be loaded, by name.
+    """Load all installed kinds, by name, without those that cannot be imported.
 
     Args:
-        complain: called with the error of each that cannot, which breaks none of the others.
+        complain: called with the error of each of these.
     """
     kinds = {}
     for name in kind_entry_points():
