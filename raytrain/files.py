@@ -107,7 +107,7 @@ def fsync_path(path: Path) -> None:
 
 
 def read_bytes(path: Path, error: type[RaytrainError], max_bytes: int) -> bytes:
-    """Return the contents of a regular file of at most `most` bytes.
+    """Read a regular file of at most `max_bytes` bytes.
 
     Raises:
         RaytrainError: an `error`: there is no such file, it cannot be read, or it is too large.

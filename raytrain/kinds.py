@@ -30,21 +30,20 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of runs, as names of what it brings: "module:attribute", imported when it is used.
+    """A kind of runs. Its functions and classes are targets, "module:attribute", imported when they are used.
 
     Attributes:
-        recipe: the class of its recipes.
-        run: (recipe, Order) -> Result.
-        recipes: the folder of its shipped recipes.
-        load: (run's folder, overrides) -> TrainedModel, for `evaluate`, `predict` and `export`; "" without a
-            model.
-        panels: (RunDirectory) -> list[Panel], what `raytrain report` shows of a run.
-        check: (recipe) -> lines that `raytrain check` prints below the fields.
-        tables: title -> the table of what a recipe can choose by name.
-        remarks: title -> () -> name -> what `raytrain list` adds about it on this machine.
-        shorthand: the field that a mere "module:attribute" in place of a recipe stands for.
-        packages: whose code all machines of a run must share.
-        requires: distributions whose versions a run records, beside Python, torch, Ray and NumPy.
+        recipe: class of its recipes.
+        run: (recipe, RunOptions) -> Result.
+        recipes: folder of its shipped recipes.
+        load: (run's folder, overrides) -> TrainedModel, for `evaluate`, `predict` and `export`; "": no model.
+        panels: (RunDirectory) -> list[Panel], shown by `raytrain report`.
+        check: (recipe) -> lines that `raytrain check` prints after the fields.
+        tables: title -> registry of components that a recipe selects by name.
+        remarks: title -> () -> name -> remark about this machine in `raytrain list`.
+        shorthand: field that "module:attribute" in place of a recipe sets.
+        packages: packages whose code has to be equal on all machines of a run.
+        requires: distributions whose versions a run records, besides Python, torch, Ray and NumPy.
     """
 
     recipe: str

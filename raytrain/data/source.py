@@ -1,7 +1,7 @@
-"""Where training examples come from: the options `task.source` of every task.
+"""Input pipelines: the options `task.source` of every task.
 
-"local" and "ray" are two ways to the same batches, equal to the bit and in the same order. Any other source is a live
-one: a user's function from a seed to an iterator of examples, such as a simulator, that actors run beside the training.
+"local" and "ray" prepare the same batches, equal to the bit and in the same order. Any other source is a user's
+function, seed -> iterator of examples, such as a simulator, which runs in actors beside the training.
 """
 
 import inspect

@@ -16,7 +16,7 @@ from raytrain.errors import RecipeError
 from raytrain.run.directory import rows
 from raytrain.sync.averaging import ExactExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.tasks.causal_lm import CausalLmOptions, Tokenized, byte_widths, causal_lm, pack, unpacked
+from raytrain.tasks.causal_lm import CausalLmOptions, Tokenized, byte_widths, causal_lm, pack_documents, split_document
 from raytrain.tasks.task import Task
 from raytrain.testing import train_here
 from raytrain.training.evaluation import evaluate
@@ -35,7 +35,7 @@ def documents(sizes: list[int]) -> list[Tokenized]:
 @settings(deadline=None)
 @given(lengths, st.integers(1, 12))
 def test_packed_pieces_predict_each_token_of_the_stream_once(sizes: list[int], length: int) -> None:
-    pieces = list(pack(documents(sizes), length))
+    pieces = list(pack_documents(documents(sizes), length))
     stream = np.arange(sum(sizes))
     assert np.concatenate([piece["tokens"][1:] for piece in pieces] or [[]]).tolist() == stream[1:].tolist()
     assert all(len(piece["tokens"]) == length + 1 for piece in pieces[:-1])
@@ -49,13 +49,13 @@ def test_packed_pieces_predict_each_token_of_the_stream_once(sizes: list[int], l
 @given(st.integers(2, 30), st.integers(1, 12))
 def test_split_documents_predict_each_token_once_and_cut_ones_their_first(size: int, length: int) -> None:
     document = documents([size])[0]
-    pieces = list(unpacked(document, length, "split"))
+    pieces = list(split_document(document, length, "split"))
     assert np.concatenate([piece["tokens"][1:] for piece in pieces]).tolist() == list(range(1, size))
     assert all(piece["tokens"][0] == length * place for place, piece in enumerate(pieces))
-    cut = list(unpacked(document, length, "cut"))
+    cut = list(split_document(document, length, "cut"))
     assert [piece["tokens"].tolist() for piece in cut] == [list(range(min(size, length + 1)))]
     if size <= length + 1:
-        assert [piece["tokens"].tolist() for piece in unpacked(document, length, "error")] == [list(range(size))]
+        assert [piece["tokens"].tolist() for piece in split_document(document, length, "error")] == [list(range(size))]
 
 
 @settings(deadline=None)

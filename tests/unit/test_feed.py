@@ -67,7 +67,7 @@ def test_micro_batches_hold_the_samplers_examples(position: int, count: int, par
 
 @given(st.integers(0, 1000), st.integers(1, 12), SMALL)
 def test_examples_of_like_size_are_beside_each_other(position: int, count: int, parts: int) -> None:
-    feed = Indexed(task(collate=list, size=len), ["12345"[: index % 5] for index in range(30)], seed=3)
+    feed = Indexed(task(collate=list, length=len), ["12345"[: index % 5] for index in range(30)], seed=3)
     whole = feed.take(position, count, 1)[0][0]
     cut = feed.take(position, count, parts)
     assert whole == ["12345"[: index % 5] for index in Sampler(30, 3).indices(position, count)]
