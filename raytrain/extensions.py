@@ -1,4 +1,4 @@
-"""Extension points: fields of a recipe that name a user's function or class, and the signature it must have.
+"""Extension points: a recipe's fields that name a user's function or class, and its signature.
 
 The signature is first read from the source, so that a recipe is checked without running the code that it names. The
 imported object is checked again before it is called.
@@ -100,7 +100,7 @@ class ExtensionPoint:
         return self._wrong_function(inside["__init__"], bound=1) if "__init__" in inside else ""
 
     def _wrong_function(self, function: ast.FunctionDef, bound: int = 0) -> str:
-        """Return how a function, whose first `bound` parameters are bound, differs from the expectation, or ""."""
+        """Return how a function with `bound` bound parameters differs from the expectation, or ""."""
         given = function.args
         places = [*given.posonlyargs, *given.args][bound:]
         most = sys.maxsize if given.vararg else len(places)

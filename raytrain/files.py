@@ -13,7 +13,7 @@ from raytrain.errors import RaytrainError, TrainingError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably: write beside `path`, fsync, rename into place, fsync the folder."""
+    """Write a file atomically and durably: write beside it, fsync, rename, fsync the folder."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other machines
     try:
         with aside.open("wb") as file:

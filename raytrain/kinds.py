@@ -30,7 +30,7 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of runs. Its functions and classes are targets, "module:attribute", imported when they are used.
+    """A kind of runs; its functions and classes are "module:attribute", imported when used.
 
     Attributes:
         recipe: class of its recipes.

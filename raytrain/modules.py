@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def find_spec(module: str) -> ModuleSpec | None:
-    """Return the import spec of a module without importing its parents, as `importlib.util.find_spec` would."""
+    """Return the spec of a module without importing its parents, unlike `importlib.util.find_spec`."""
     parent, _, _ = module.rpartition(".")
     outer = find_spec(parent) if parent else None
     if parent and (outer is None or outer.submodule_search_locations is None):

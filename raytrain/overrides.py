@@ -1,4 +1,4 @@
-"""Overrides: changes of a nested recipe as dotted field -> value, and their parsing from ``a.b=VALUE``."""
+"""Overrides of a nested recipe: dotted field -> value, parsed from ``a.b=VALUE``."""
 
 import tomllib
 from collections.abc import Mapping, Sequence

@@ -73,7 +73,7 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def options_parameter(factory: Any, base: type[Options] = Options) -> type[Options]:
-    """Return the class of a function's options: the annotation, a subclass of `Options`, of one of its parameters.
+    """Return the class of a function's options: the annotation of its parameter of type `Options`.
 
     Returns `base` for a function without such a parameter, and for any other object.
 
@@ -257,7 +257,7 @@ def _fitting(section: Mapping[str, Any], options: type[BaseModel]) -> tuple[dict
 
 
 def _pop(section: dict[str, Any], path: list[str | int]) -> str:
-    """Remove the innermost field on the path of an error; return it as a dotted field, or "" if there is none."""
+    """Remove the innermost field on the path of an error; return it as a dotted field, or ""."""
     holders: list[tuple[Any, int]] = []
     place: Any = section
     for depth, part in enumerate(path):

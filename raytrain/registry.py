@@ -115,7 +115,7 @@ def lazy(target: str) -> Callable[..., Any]:
 
 
 def summary(table: Mapping[str, str], name: str) -> str:
-    """Return a one-line description of a table's name; the object is imported only if its source has no docstring."""
+    """Return a one-line description of a name, without importing the object if possible."""
     target, _, line = table[name].partition(" ")
     document = line or source_docstring(*split_target(target, name)) or resolve(table, name, name).__doc__ or ""
     return document.strip().partition("\n")[0]

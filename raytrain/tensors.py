@@ -13,7 +13,7 @@ from raytrain.errors import TrainingError
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Move the tensors of a nested batch to a device, floating-point ones to a type; containers stay the same."""
+    """Move the tensors of a nested batch to a device, and floating-point ones to a type."""
     if isinstance(batch, Tensor):
         return batch.to(device, dtype if batch.is_floating_point() else batch.dtype, non_blocking=True)
     if isinstance(batch, dict):
@@ -50,7 +50,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def seed_everything_at(seed: int, *place: int) -> None:
-    """Seed Python's, NumPy's and torch's generators for one position, before dropout or augmentation use them.
+    """Seed Python's, NumPy's and torch's generators for a position, such as (rank, step).
 
     The random numbers of a step depend on the seed and the position only: (rank, step) for the model, (position, count,
     parts) for its examples. So no generator state is saved, an evaluation in between changes nothing, and a resumed run

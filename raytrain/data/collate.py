@@ -52,7 +52,7 @@ def lm_batch(rows: Sequence[Tokens], targets: Sequence[Tokens], pad_id: int) -> 
 
 
 def target_logits(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the logits of a causal model at the kept positions, (rows, kept, vocabulary), in float32 at least."""
+    """Return the logits at the kept positions, (rows, kept, vocabulary), in float32 at least."""
     keep = batch["keep"]
     given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     logits = module(**given, use_cache=False, logits_to_keep=keep).logits

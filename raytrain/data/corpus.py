@@ -1,4 +1,4 @@
-"""Text corpora as documents with domains: a file, a folder, or Python's standard library; byte and character tokens."""
+"""Text corpora (a file, a folder, Python's standard library), and byte and character tokenizers."""
 
 import hashlib
 import re
@@ -38,7 +38,7 @@ class Document:
 
 
 def standard_library() -> list[Document]:
-    """Return the source files of the running Python's standard library; domains are its top-level packages."""
+    """Return the source files of Python's standard library; domains are its top-level packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
         path for path in root.rglob("*.py") if not EXCLUDED_STDLIB_FOLDERS.intersection(path.relative_to(root).parts)
@@ -76,7 +76,7 @@ def read_corpus(path: Path, pattern: str) -> list[Document]:
 
 
 def split_corpus(documents: list[Document], share: float) -> dict[Literal["train", "valid"], list[Document]]:
-    """Split a corpus into training and held-out documents; a single document is cut, and its end is held out.
+    """Split a corpus into training and held-out documents; of a single document, the end is held out.
 
     Documents are chosen by hashes of their names: pseudo-random, and the same everywhere.
 

@@ -1,4 +1,4 @@
-"""Batches packed into bytes for another process: containers as JSON, tensors in safetensors; no pickle."""
+"""Batches packed into bytes for another process: JSON and safetensors, no pickle."""
 
 import json
 from functools import lru_cache

@@ -52,7 +52,7 @@ class RayDataSource(ActorSource):
 
 
 class GeneratorSource(ActorSource):
-    """Actors run a function of the user's, seed -> iterator of examples, and the training takes what they make.
+    """Actors run a user's function, seed -> iterator of examples, beside the training.
 
     Each batch is made by one actor, and batches are taken from the actors in turn. An iterator that ends is followed by
     one of another seed. It may as well read a stream of files that are too large to be indexed.

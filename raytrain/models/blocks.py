@@ -40,7 +40,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """Checkpoint the activations of each block: recompute them in the backward pass instead of storing them.
+    """Recompute the activations of each block in the backward pass instead of storing them.
 
     Gradients are equal to the bit, dropout included; statistics of a BatchNorm are updated once. Names of parameters do
     not change.

@@ -1,4 +1,4 @@
-"""Initialization of a classification head by linear discriminant analysis of features, or by class means."""
+"""Initialization of a classification head by linear discriminant analysis, or by class means."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ TINY = 1e-12
 
 
 def sample_per_class(labels: NDArray[np.int64], shots: int, seed: int) -> list[int]:
-    """Return the indices of at most `shots` random examples of each class (0: all), a function of the seed."""
+    """Return the indices of at most `shots` random examples of each class (0: all)."""
     random = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
     return [int(place) for each in classes for place in random.permutation(each)[: shots or None]]
@@ -30,7 +30,7 @@ def find_head(module: nn.Module, classes: int) -> nn.Linear:
 def init_discriminant(
     module: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Module, Any], Tensor], *, whole: bool
 ) -> None:
-    """Initialize the head of a classifier by linear discriminant analysis of the features of some examples.
+    """Initialize the head of a classifier by linear discriminant analysis of features.
 
     With the mean mu_c of each class, their mean m, d_c = mu_c - m and the shared covariance S, the logit of class c is
     d_c^T S^-1 (x - m) - d_c^T S^-1 d_c / 2: the log-posterior of Gaussian classes with equal priors.

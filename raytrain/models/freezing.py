@@ -31,7 +31,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
 
 
 class HalfFineTuning:
-    """Half fine-tuning: freezes a random half of the layers of each type in each block (Hui et al. 2024, HFT).
+    """Half fine-tuning: freezes half of the layers of each type in each block (Hui et al. 2024, HFT).
 
     Frozen layers need no gradients and no optimizer state. Layers outside of blocks, such as embeddings and heads, are
     always trained. Of an odd number of layers, the smaller or the larger half is frozen with equal probability.

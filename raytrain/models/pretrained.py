@@ -159,7 +159,7 @@ class Pretrained:
         return generates and (not masked or getattr(config, "is_decoder", False))
 
     def load_module(self, seed: int, **changes: Any) -> Any:
-        """Load the model in training mode; parameters without pretrained weights are random, a function of the seed.
+        """Load the model in training mode; parameters without pretrained weights are random.
 
         These are marked as untrained, so that they are trained beside any adapter.
 

@@ -57,7 +57,7 @@ class Verbalizer:
         return self._pretrained.tokenize(self._before + text + self._after)
 
     def collate(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
-        """Return a batch of prompts; unless all words are single tokens, with each word appended to each prompt."""
+        """Return a batch of prompts; with words of several tokens, of each prompt with each word."""
         if self._single:
             batch = lm_batch(prompts, [[IGNORE_INDEX] * (len(prompt) - 1) + [0] for prompt in prompts], self._filler)
             return {**batch, "words": torch.tensor(self._words)[:, 0]}

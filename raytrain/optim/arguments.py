@@ -1,4 +1,4 @@
-"""Constructor arguments of the optimizers in the table, as options of a recipe: names, types and defaults.
+"""Constructor arguments of the optimizers in the table, as options: names, types, defaults.
 
 They are declared here so that a recipe is parsed without torch; a test compares them with the constructors. Options of
 a user's optimizer are read from its constructor, in `raytrain.optim.optimizers`.

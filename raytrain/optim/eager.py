@@ -32,7 +32,7 @@ def without_compiler(constructor: type[OptimizerT]) -> type[OptimizerT]:
 
 
 def _unwrapped_step(constructor: type[Optimizer]) -> Callable[..., Any] | None:
-    """Return the `step` that torch wraps in `_use_grad`, which imports the compiler; None for other optimizers."""
+    """Return the `step` that torch wraps in `_use_grad`, which imports the compiler; None: no such."""
     step: Any = constructor.step
     while getattr(step, "__globals__", {}).get("__name__") == Optimizer.__module__ and hasattr(step, "__wrapped__"):
         inner: Callable[..., Any] = step.__wrapped__

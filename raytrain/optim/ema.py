@@ -17,7 +17,7 @@ class Average(Protocol):
         ...
 
     def average_parameters(self) -> AbstractContextManager[None]:
-        """Swap the averages into the module inside the `with` block; restore its parameters, to the bit, after it."""
+        """Swap the averages into the module inside the `with` block; restore its parameters after it."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ class OptimizerAverage:
 
 
 class Ema:
-    """Exponential moving average of a module's trainable parameters; others, and buffers, are the module's own.
+    """Exponential moving average of the trainable parameters of a module.
 
     After step t, from 1: mean <- d * mean + (1 - d) * parameter with d = min(decay, t / (t + 9)). The smaller decay of
     the first steps forgets the random initialization soon.

@@ -11,7 +11,7 @@ from raytrain.tensors import at_least_float32
 
 
 class GaLore(MatrixOptimizer):
-    """AdamW with moments in the span of the gradient's r leading singular vectors (Zhao et al. 2024, Algorithm 2).
+    """AdamW with moments in the gradient's leading singular subspace (Zhao et al. 2024, Algorithm 2).
 
     For a hidden matrix W with gradient G, shape (s, l), s <= l, and basis P, shape (s, r):
     R = P^T G;  N = Adam step for R;  W <- W - lr * scale * P N.
@@ -96,7 +96,7 @@ class GaLore(MatrixOptimizer):
 
 
 class Fira(GaLore):
-    """GaLore that also uses the residual of the projection, scaled column by column (Chen et al. 2024, Fira).
+    """GaLore that also uses the residual of the projection, scaled by column (Chen et al. 2024).
 
     Update: P N + phi * (G - P R), with phi_j = norm(N_j) / norm(R_j) for column j; the residual's norm grows by 1 % per
     step at most. The authors' code and pytorch_optimizer subtract `scale` times the projection from G, so their

@@ -12,7 +12,7 @@ from raytrain.tensors import at_least_float32
 
 
 class Muon(MatrixOptimizer):
-    """Nesterov momentum, orthogonalized for each hidden matrix (Jordan et al. 2024), and AdamW for all else.
+    """Orthogonalized Nesterov momentum for hidden matrices (Jordan et al. 2024), AdamW for all else.
 
     b <- momentum * b + (1 - momentum) * g;  u = (1 - momentum) * g + momentum * b;
     W <- (1 - lr * weight_decay) * W - lr * adjust * orthogonal(u).

@@ -1,4 +1,4 @@
-"""Construct optimizers, derive options from a user's constructor, and save optimizer state by parameter name."""
+"""Construct optimizers, derive options from constructors, and save state by parameter name."""
 
 import inspect
 import math
@@ -54,7 +54,7 @@ class ConstructorOptions(OptimizerOptions):
 
 @cache  # equal recipes need equal classes
 def options_from_constructor(constructor: Any) -> type[OptimizerOptions]:
-    """Return a class of options with the keyword arguments of an optimizer's constructor and their defaults.
+    """Return a class of options from the keyword arguments of an optimizer's constructor.
 
     Raises:
         RecipeError: `constructor` is not a class of `torch.optim.Optimizer`.
@@ -142,7 +142,7 @@ def _construct(constructor: type[Optimizer], name: str, params: Any, arguments: 
 
 
 def _type_of(argument: inspect.Parameter) -> Any:
-    """Return the type of an option: that of its default, where a number is a float unless annotated as int."""
+    """Return the type of an option: that of its default; numbers are floats unless annotated as int."""
     default = argument.default
     if default is inspect.Parameter.empty or default is None:
         return Any

@@ -34,7 +34,7 @@ def cosine(done: float, decay: float) -> float:  # noqa: ARG001
 
 
 def wsd(done: float, decay: float) -> float:
-    """Warmup-stable-decay: 1, then linear decay to 0 in the last `decay` of the steps (Hu et al. 2024, MiniCPM)."""
+    """Warmup-stable-decay: 1, then linear decay in the last `decay` of the steps (Hu et al. 2024)."""
     return 1.0 if done <= 1.0 - decay else (1.0 - done) / decay
 
 

@@ -8,7 +8,7 @@ from raytrain.optim.per_parameter import PerParameterOptimizer
 
 
 class SGDSaI(PerParameterOptimizer):
-    """SGD with momentum, and lr scaled by each parameter's gradient signal-to-noise ratio (Xu et al. 2024).
+    """SGD with momentum and lr scaled by the gradient's signal-to-noise ratio (Xu et al. 2024).
 
     m <- momentum * m + (1 - momentum) * g;  w <- w - lr * r * m, with r = norm(g_1) / (std(g_1) + eps).
     g_1 is the first non-zero gradient; r is about the square root of the number of elements, and 1 for one element. It

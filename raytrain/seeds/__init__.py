@@ -1,1 +1,1 @@
-"""Random directions named by seeds: noise generators, sums over many seeds, and models stored as such sums."""
+"""Random directions named by seeds: noise generators, sums over seeds, models as such sums."""

@@ -1,4 +1,4 @@
-"""Random directions in parameter space, each named by a 64-bit seed: z(seed) over some parameters of a model."""
+"""Random directions in parameter space, each named by a 64-bit seed: z(seed) over some parameters."""
 
 import hashlib
 import json
@@ -140,7 +140,7 @@ class Directions:
         return replace(self, slices=slices, read_only=read_only)
 
     def direction_digest(self) -> str:
-        """Return the SHA-256 of the mapping from seeds to directions: of everything but the parameters' values."""
+        """Return the SHA-256 of the mapping from seeds to directions, without the parameters' values."""
         about = [
             [part.name, [*part.tensor.shape], str(part.tensor.dtype), part.scale, part.block, part.offset]
             for part in self.slices
@@ -252,7 +252,7 @@ def _common_device(tensors: Mapping[str, Tensor]) -> torch.device:
 
 
 def memory_key(tensor: Tensor, owner: Tensor) -> tuple[int, ...]:
-    """Return a key that is equal for tensors of the same memory and shape; for empty ones, for the same owner."""
+    """Return a key, equal for tensors of the same memory and shape (if empty, of the same owner)."""
     return (tensor.data_ptr(), *tensor.shape) if tensor.data_ptr() else (id(owner),)
 
 
@@ -264,7 +264,7 @@ def address_range(tensor: Tensor) -> range:
 
 
 def sparse_mask(tensor: Tensor, sparsity: float) -> Tensor | None:
-    """Return the mask that leaves out the fraction `sparsity` of largest magnitude in a matrix; None: no mask."""
+    """Return the mask without the fraction `sparsity` of largest magnitude of a matrix; None: no mask."""
     if not sparsity or tensor.dim() < 2 or not tensor.numel():
         return None
     magnitudes = tensor.detach().abs().flatten()

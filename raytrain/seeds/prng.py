@@ -1,4 +1,4 @@
-"""The counter-based random number generator of directions: its specification, in NumPy, for all faster kernels.
+"""The counter-based random number generator of directions, specified in NumPy for all kernels.
 
 The noise of a direction has one value for each element of each parameter. A value depends on the seed, the parameter's
 name and the element's flat index in the whole parameter. It does not depend on the order, the sharding, the device or
@@ -69,7 +69,7 @@ def parameter_id(name: str) -> int:
 
 
 def philox(counters: PhiloxWords, keys: PhiloxWords) -> PhiloxWords:
-    """Return Philox 4x32-10 of counters, shape (..., 4), under keys, shape (..., 2), broadcast against each other.
+    """Return Philox 4x32-10 of counters, shape (..., 4), under keys, shape (..., 2), broadcast.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """

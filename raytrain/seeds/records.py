@@ -1,4 +1,4 @@
-"""The binary records of a trajectory: each step's learning rate, seeds and projected gradients, with checksums."""
+"""Binary records of a trajectory: learning rates, seeds, projected gradients, checksums."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -69,7 +69,7 @@ def read_intact_records(path: Path) -> tuple[dict[str, Any], RecordArray, bool]:
 
 
 def _whole_steps(records: RecordArray) -> tuple[int, bool]:
-    """Return how many records belong to complete steps, and whether the rest is damaged rather than truncated."""
+    """Return (number of records in complete steps, whether the rest is damaged and not truncated)."""
     if not len(records):
         return 0, False
     ahead = np.diff(records["step"].astype(np.int64), prepend=-1)

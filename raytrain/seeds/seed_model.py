@@ -1,4 +1,4 @@
-"""A model stored as its initial weights' digest, seeds and coefficients: kilobytes for any number of parameters."""
+"""A model as the digest of its initial weights, seeds and coefficients: kilobytes at any size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -201,7 +201,7 @@ def materialise_all(
     stacked: bool = True,
     digest: str | None = None,
 ) -> Sequence[Tensor]:
-    """Return the parameters of several models, shape (models, *shape) for each slice, generating noise once.
+    """Return the parameters of several models, (models, *shape) for each slice, generating noise once.
 
     See `SeedModel.weights`.
 

@@ -1,4 +1,4 @@
-"""Text classification with a Hugging Face model: an encoder with a head, or a causal model with a verbalizer."""
+"""Text classification: an encoder with a head, or a causal model with a verbalizer."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

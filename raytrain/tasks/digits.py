@@ -103,7 +103,7 @@ def _splits(valid: float) -> dict[str, DigitExamples]:
 
 
 def _read() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return (pixels from 0 to 16, shape (n, 64); labels, shape (n,)), as scikit-learn's `load_digits` does.
+    """Return (pixels from 0 to 16, shape (n, 64); labels, shape (n,)), as `load_digits` does.
 
     The file is read directly, because importing scikit-learn takes longer than a short training.
     """
@@ -115,7 +115,7 @@ def _read() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 
 def _stratified(labels: NDArray[np.int64], valid: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the indices (training, held out) of scikit-learn's stratified `train_test_split` with `random_state=0`.
+    """Return the indices (training, held out) of scikit-learn's `train_test_split`, stratified.
 
     Args:
         labels: of all examples, from 0 to 9.

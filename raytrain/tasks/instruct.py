@@ -117,7 +117,7 @@ class _Instruct:
             raise RecipeError(f"task.long: no record of the {part} part fits into task.length = {self._length}")
 
     def _fitted(self, prompt: list[int], answer: list[int], record: Record) -> tuple[list[int], int]:
-        """Return (tokens of prompt and answer within the length, length of the prompt); ([], 0) to skip the record."""
+        """Return (tokens of prompt and answer, length of the prompt); ([], 0) to skip the record."""
         room = self._length + 1 - len(prompt)  # the last token is only a target
         if len(answer) <= room or (self._options.long == "cut" and room > 0):
             return prompt + answer[:room], len(prompt)

@@ -135,7 +135,7 @@ class Task:
 
 
 def task_options(factory: Any) -> type[TaskOptions]:
-    """Return the class of a task's options; that of every task for a `Task` or a function without parameters.
+    """Return the class of a task's options: from the parameter of its function, or of every task.
 
     Raises:
         RecipeError: `factory` is neither, nor a function of one parameter annotated with a subclass of `Options`.

@@ -1,4 +1,4 @@
-"""Causal language modelling of bytes or characters, with a GPT-2 or Llama architecture of transformers."""
+"""Causal language modelling of bytes or characters, with a small GPT-2 or Llama."""
 
 import lzma
 import math
@@ -146,7 +146,7 @@ def _starts(document: Document, tokens: ByteTokenizer | CharacterTokenizer) -> N
 
 
 def _held_out_windows(begins: NDArray[np.int64], block: int, stride: int) -> NDArray[np.int64]:
-    """Return (start, end, number of leading predictions without a target) of each window, shape (windows, 3).
+    """Return (start, end, leading predictions without a target) of each window, shape (windows, 3).
 
     Args:
         begins: start of each document in the stream, and the end of the last, shape (documents + 1,).
@@ -207,7 +207,7 @@ def _model(options: TextOptions, size: int, seed: int) -> nn.Module:
 
 
 def _xz(documents: Sequence[Document]) -> dict[str, float]:
-    """Return bits per byte of ``xz -9e`` on held-out text, for single files and concatenated; {} if it is large."""
+    """Return bits per byte of ``xz -9e`` on held-out text, by file and concatenated; {}: too large."""
     total = sum(len(document.text) for document in documents)
     if total > XZ_LIMIT_BYTES:
         return {}

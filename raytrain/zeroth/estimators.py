@@ -1,4 +1,7 @@
-"""Estimates of a loss's directional derivative from forward passes (Spall 1992, SPSA; Malladi et al. 2023, MeZO)."""
+"""Finite-difference and forward-mode estimates of the directional derivative of a loss.
+
+Sources: Spall 1992, SPSA; Malladi et al. 2023, MeZO; Baydin et al. 2022.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -55,7 +58,7 @@ def projected_gradient(
 
 
 def directional_derivative(closure: Closure, model: PerturbedModel, seed: int) -> ProjectedGradient:
-    """Compute the derivative of a loss along z(seed) exactly, by one forward-mode pass (a Jacobian-vector product).
+    """Compute the derivative of a loss along z(seed) exactly, by a Jacobian-vector product.
 
     Source: Baydin et al. 2022, "Gradients without backpropagation", Algorithm 1.
     """

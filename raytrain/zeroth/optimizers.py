@@ -81,7 +81,7 @@ class ZerothOrderOptimizer(Optimizer, ABC):
 
 
 class ZOSGD(ZerothOrderOptimizer):
-    """SGD on projected gradients: theta <- theta - lr / n * g_k * z(seed_k) for each k (Malladi et al. 2023, MeZO)."""
+    """SGD: theta <- theta - lr / n * g_k * z(seed_k) for each k (Malladi et al. 2023, MeZO)."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-5) -> None:
         super().__init__(params, {"lr": _positive(lr)})
@@ -108,7 +108,7 @@ class ZOSign(ZOSGD):
 
 
 class ZOConservative(ZOSGD):
-    """Zeroth-order SGD that keeps the best of -z, +z and no update by the loss (Zhang et al. 2024, ZO-Bench)."""
+    """SGD that keeps the best of -z, +z and no update by the loss (Zhang et al. 2024, ZO-Bench)."""
 
     selects = True
 
@@ -130,7 +130,7 @@ class ForwardGradient(ZOSGD):
 
 
 class MomentEstimator(ZerothOrderOptimizer):
-    """A zeroth-order optimizer with moments of the estimated gradient, in float32 at least because they are small."""
+    """A zeroth-order optimizer with moments of the estimated gradient, in float32 at least."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, keeping the moments' types; torch would cast them to those of the parameters."""
@@ -163,7 +163,7 @@ class MomentEstimator(ZerothOrderOptimizer):
 
 
 class ZOMomentum(MomentEstimator):
-    """SGD with momentum on the estimated gradient: m <- momentum * m + g, theta <- theta - lr * m (Polyak 1964).
+    """SGD with momentum: m <- momentum * m + g, theta <- theta - lr * m (Polyak 1964).
 
     The estimated gradient exists for one parameter at a time. Products and sums are rounded separately, here and in
     `ZOAdam`: torch's own optimizers fuse them on some processors, and so would return other bits there.
@@ -206,7 +206,7 @@ class ZOAdam(MomentEstimator):
 
 
 class ZOHybrid(ZerothOrderOptimizer, AdamW):
-    """AdamW on the parameters of directions.first_order, such as the last blocks, and zo-sgd on all others."""
+    """AdamW on the parameters of directions.first_order, e.g. the last blocks, and zo-sgd on all others."""
 
     hybrid = True
 

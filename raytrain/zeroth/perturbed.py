@@ -55,7 +55,7 @@ Closure = Callable[[], Tensor]
 
 
 class PerturbedModel:
-    """Evaluates a loss at perturbed parameters of a module, without writing to them; see the module's docstring.
+    """Evaluates a loss at perturbed parameters of a module without writing to them; see the top.
 
     Buffers, such as the statistics of a BatchNorm, are restored after each evaluation.
 
@@ -123,7 +123,7 @@ class PerturbedModel:
         self._discovered = True
 
     def _read_outside(self, closure: Closure) -> set[str]:
-        """Return the parameters that are read although a copy should stand in for them, or whose stale copy is."""
+        """Return the parameters that are read instead of their perturbed copies, or whose stale copy is."""
         self.discovering = True
         recorder = _ReadRecorder(self.directions.slices, self.stale, lambda: self.generating)
         try:
@@ -248,7 +248,7 @@ class _Slot:
 
 
 class _ScratchBuffer:
-    """Memory for perturbed copies of one layer's parameters, shared by layers of which none contains another."""
+    """Memory for perturbed copies of a layer's parameters, shared by layers of the same depth."""
 
     def __init__(self) -> None:
         self.flat = torch.empty(0, dtype=torch.uint8)
@@ -405,7 +405,7 @@ def _inactive_layer() -> _HookedLayer:
 
 
 def _without_aliases(memory: Tensor, output: Any) -> Any:
-    """Return a layer's output with copies of tensors that lie in some memory, as a slice of a parameter does."""
+    """Return a layer's output with copies of tensors that alias a memory, as parameter slices do."""
     start, stop = memory.data_ptr(), memory.data_ptr() + memory.nbytes
 
     def copy(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reconstruction of a zeroth-order run from its trajectory, to the bit, without data and forward passes."""
+"""Reconstruction of a zeroth-order run from its trajectory, to the bit, without data."""
 
 import base64
 from collections.abc import Iterator, Mapping
@@ -86,7 +86,7 @@ def trajectory_header(
 
 
 def replay_trajectory(path: Path, module: nn.Module, completed_steps: int = 0) -> int:
-    """Apply the updates of a trajectory to the model that it started from, in place; return its number of steps.
+    """Apply a trajectory's updates to the model that it starts from, in place; return its steps.
 
     The parameters then equal those of the run to the bit, on any machine with IEEE 754 arithmetic. The file contains
     the initial weights of a new head. All others must be the module's: pretrained weights are the same everywhere, and

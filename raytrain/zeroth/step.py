@@ -1,4 +1,4 @@
-"""One zeroth-order training step: estimate projected gradients, exchange them, and update the parameters."""
+"""The zeroth-order training step: estimate and exchange projected gradients, update parameters."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,7 +119,7 @@ class ZeroOrderStep:
             )
 
     def _backward(self, closure: Closure) -> None:
-        """Compute the gradients of `first_order`, with a graph that reaches back no further than these parameters."""
+        """Compute the gradients of `first_order`, by a graph that ends at these parameters."""
         own = set(self.first_order)
         others = [one for group in self.optimizer.param_groups for one in group["params"] if one not in own]
         for parameter in others:
@@ -171,7 +171,7 @@ class ZeroOrderStep:
         return [list(one) for one in history] if len(history) == blocks else [[] for _ in range(blocks)]
 
     def _reject_outliers(self, gathered: ProjectedGradients) -> Mapping[int, float]:
-        """Return seed -> projected gradient of those that are used, the same on all replicas; update the history."""
+        """Return seed -> projected gradient of those used, equal on all replicas; update the history."""
         used, self.optimizer.param_groups[0]["history"] = reject_outliers(
             gathered, self._history(), self.outlier_threshold
         )
@@ -186,7 +186,7 @@ def make_closure(
     autocast: torch.dtype | None,
     objective: str,
 ) -> Closure:
-    """Return a closure that evaluates the mean loss over micro-batches, with the same dropout in every call.
+    """Return a closure of the mean loss over micro-batches, with the same dropout in every call.
 
     Args:
         task: of the model.

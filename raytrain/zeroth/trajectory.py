@@ -1,4 +1,4 @@
-"""The update log of a zeroth-order run: seeds, projected gradients and learning rates of every step, in kilobytes."""
+"""The update log of a zeroth-order run: seeds, projected gradients, learning rates; kilobytes."""
 
 import zlib
 from collections.abc import Mapping, Sequence

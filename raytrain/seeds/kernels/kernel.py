@@ -1,4 +1,4 @@
-"""Noise kernels: generate directions and accumulate many of them. All return the bits that prng.py specifies."""
+"""Noise kernels: generate and accumulate directions, to the bit as prng.py specifies."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -52,7 +52,7 @@ class Kernel(Protocol):
     def accumulate(
         self, distribution: Distribution, seeds: Tensor, weights: Tensor, parameter_id: int, offset: int, out: Tensor
     ) -> None:
-        """Add sum over k of weights[m, k] * noise(seeds[k])[offset + i] to out[m, i], in units of the distribution.
+        """Add sum over k of weights[m, k] * noise(seeds[k])[offset + i], in units, to out[m, i].
 
         Args:
             distribution: of the noise.
@@ -65,7 +65,7 @@ class Kernel(Protocol):
         ...
 
     def axpy(self, direction: ScaledDirection, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
-        """Write base + scale * noise to `out`; product and sum are rounded to float32, the sum then to the type.
+        """Write base + scale * noise to `out`, rounding product and sum to float32, then to the type.
 
         Args:
             direction: noise and scale; its offset is that of the first element of `base`.
@@ -128,7 +128,7 @@ def seeds_tensor(seeds: Sequence[int], device: torch.device | str = "cpu") -> Te
 
 
 def quantise(coefficients: Tensor, distribution: Distribution) -> tuple[Tensor, Tensor]:
-    """Return (weights, unit) with coefficients = weights * unit, up to 2^-25 of the largest coefficient of a row.
+    """Return (weights, unit) with coefficients = weights * unit, up to 2^-25 of the largest of a row.
 
     Args:
         coefficients: float64, shape (..., k).

@@ -1,4 +1,4 @@
-"""The fast CPU kernel in C++, compiled on first use by the local compiler, for CPUs with AVX2 and F16C."""
+"""The fast CPU kernel in C++, compiled on first use, for CPUs with AVX2 and F16C."""
 
 import ctypes
 import hashlib
@@ -98,7 +98,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _loaded(command: Sequence[str], name: str) -> ctypes.CDLL:
-    """Load the kernel from the cache, unless another user can write there: loading a library runs its code."""
+    """Load the kernel from the cache, unless another user can write there and so run code here."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytrain"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not is_private(folder):

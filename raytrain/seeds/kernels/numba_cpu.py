@@ -120,7 +120,7 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 @njit(inline="always")
 def _words(words, seed, low, high, first):
-    """Fill words, shape (4, n), with those of blocks from `first` on; unrolled by hand, as LLVM does not do it."""
+    """Fill words, shape (4, n), with those of blocks from `first` on; unrolled, as LLVM does not."""
     for i in range(words.shape[1]):
         block = np.uint64(first + i)
         c0, c1, c2, c3 = np.uint32(block), np.uint32(block >> _HALF), np.uint32(low), np.uint32(high)

@@ -1,4 +1,4 @@
-"""The GPU kernel, in Triton. The module imports without Triton and GPU; its constructor then says what is missing."""
+"""The GPU kernel, in Triton; without Triton or GPU only its constructor fails, and says why."""
 
 import importlib
 import os
@@ -26,7 +26,7 @@ class NoGPUError(RaytrainError):
 
 
 class TritonKernel:
-    """Programs on one GPU; each generates its noise once for up to four (signs) or eight (normal variates) models.
+    """Programs on one GPU; each generates noise once for four (signs) or eight (normal variates) models.
 
     With Triton's interpreter (TRITON_INTERPRET=1) it takes CPU tensors.
 
