@@ -1,4 +1,4 @@
-"""Modules that are found, and read from their source, without importing them."""
+"""Modules found, and read from their source, without importing them."""
 
 import ast
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def find_spec(module: str) -> ModuleSpec | None:
-    """Return where a module would be imported from; `importlib.util` would run the packages that it is in."""
+    """Return the spec of a module without importing its parents, unlike `importlib.util.find_spec`."""
     parent, _, _ = module.rpartition(".")
     outer = find_spec(parent) if parent else None
     if parent and (outer is None or outer.submodule_search_locations is None):
@@ -19,7 +19,7 @@ def find_spec(module: str) -> ModuleSpec | None:
 
 
 def source_files(module: str) -> dict[str, Path]:
-    """Return the source files of a module and of all modules in it: path inside the module -> file, in order."""
+    """Return path inside a module -> source file, of the module and all its submodules, sorted."""
     spec = find_spec(module)
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
     files = {file.relative_to(folder).as_posix(): file for folder in folders for file in folder.rglob("*.py")}
@@ -29,7 +29,7 @@ def source_files(module: str) -> dict[str, Path]:
 
 
 def source_docstring(module: str, attribute: str) -> str:
-    """Return the docstring of a class or function that the source of a module defines; nothing if it does not."""
+    """Return the docstring of a class or function in a module's source, or ""."""
     inside: ast.AST | None = _tree(module)
     for name in attribute.split("."):
         named = [node for node in getattr(inside, "body", ()) if getattr(node, "name", None) == name]
@@ -41,7 +41,7 @@ def source_docstring(module: str, attribute: str) -> str:
 
 @cache
 def _tree(module: str) -> ast.AST | None:
-    """Return the source of a module as a tree; None if there is none that Python can read."""
+    """Return the syntax tree of a module; None without a valid Python source."""
     spec = find_spec(module)
     file = Path(spec.origin or "") if spec else Path()
     if file.suffix != ".py":

@@ -1,10 +1,8 @@
-"""Short names for things: plain tables of ``short name -> "module:attribute"``.
+"""Registries: plain tables of ``short name -> "module:attribute"``, imported when a name is used.
 
-Where the docstring of what is named does not say it well, a line follows: ``"module:attribute what it is"``.
-
-A table is data: it is the same in every process, it loads nothing until a name is used, and it is the list that the
-contract tests run over. Any other value with a colon is imported as it stands, so what a user wrote needs no
-registration.
+A description may follow the target, ``"module:attribute Description."``, where the docstring of the object does not
+serve as one. Contract tests run over these tables. A name with a colon is imported as it stands, so a user's own
+classes and functions need no registration.
 """
 
 import difflib
@@ -20,11 +18,15 @@ from raytrain.errors import RecipeError
 from raytrain.modules import source_docstring
 
 TARGET = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
-"""How "module:attribute" is written."""
+"""Pattern of "module:attribute"."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: the known names nearest to `name`, then all of them."""
+    """Return the end of an error message: the names most similar to `name`, then all known ones.
+
+    >>> suggest("adm", ["adam", "sgd"])
+    'did you mean adam? known: adam, sgd'
+    """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=2)
     guess = f"did you mean {' or '.join(close)}? " if close else ""
@@ -32,21 +34,21 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def error_location(error: BaseException) -> str:
-    """Return where in a file an error arose, as " (mine.py, line 3)", for the end of a message that names the error."""
+    """Return where an error was raised, as " (mine.py, line 3)", or "" if that is not in code of the user."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     outside = isinstance(error, SyntaxError) or not frames or frames[-1].filename == importlib.__file__
     return "" if outside else f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
 def split_target(target: str, what: str) -> tuple[str, str]:
-    """Return the module and the attribute that "module:attribute" names.
+    """Split "module:attribute" into module and attribute.
 
     Args:
         target: the name.
         what: as in `resolve`.
 
     Raises:
-        RecipeError: it is not of that form, or the module is one of Python's own, of which nothing is meant for us.
+        RecipeError: it has another form, or the module is in Python's standard library.
     """
     if not re.fullmatch(TARGET, target):
         raise RecipeError(f"{what}: expected module:attribute, as in mine:task; got {target!r}")
@@ -57,15 +59,18 @@ def split_target(target: str, what: str) -> tuple[str, str]:
 
 
 def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
-    """Return the object that `name` stands for.
+    """Import and return the object of a name.
 
     Args:
         table: short name -> "module:attribute".
         name: a short name of the table, or "module:attribute" itself.
-        what: what the name is for, as the user wrote it ("task.name"); it begins the error message.
+        what: the recipe's field ("task.name"), with which error messages begin.
 
     Raises:
-        RecipeError: the name is not in the table and not a place, or its module or attribute cannot be imported.
+        RecipeError: the name is neither in the table nor a target, or its module or attribute cannot be imported.
+
+    >>> resolve({"adamw": "torch.optim:AdamW"}, "adamw", "optimizer.name").__name__
+    'AdamW'
     """
     if table and ":" not in name and name not in table:
         raise RecipeError(f"{what}: no such name {name!r}; {suggest(name, table)}, or your own as module:attribute")
@@ -86,7 +91,7 @@ def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
 
 
 def check_known(table: Mapping[str, str], name: str, what: str) -> None:
-    """Check that `name` stands for something; what the table names is not imported for that.
+    """Check that a name can be resolved, without importing what the table names.
 
     Args:
         table: as in `resolve`.
@@ -101,7 +106,7 @@ def check_known(table: Mapping[str, str], name: str, what: str) -> None:
 
 
 def lazy(target: str) -> Callable[..., Any]:
-    """Return a function that imports the one at "module:attribute" when it is called, and calls it."""
+    """Return a function that imports and calls the one at "module:attribute"."""
 
     def call(*arguments: Any) -> Any:
         return resolve({}, target, target)(*arguments)
@@ -110,7 +115,7 @@ def lazy(target: str) -> Callable[..., Any]:
 
 
 def summary(table: Mapping[str, str], name: str) -> str:
-    """Return in one line what a name of a table stands for; it is imported only if its source does not tell."""
+    """Return a one-line description of a name, without importing the object if possible."""
     target, _, line = table[name].partition(" ")
     document = line or source_docstring(*split_target(target, name)) or resolve(table, name, name).__doc__ or ""
     return document.strip().partition("\n")[0]

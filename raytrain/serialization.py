@@ -1,4 +1,4 @@
-"""Nested state as tensors and JSON: dicts, lists, numbers, strings and tensors, and no pickle."""
+"""Nested state split into tensors (safetensors) and a JSON skeleton; no pickle."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -18,14 +18,17 @@ SKELETON = "state"
 
 
 def split_tensors(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """Return `state` with each tensor replaced by a mark, and the tensors by the path they were at.
+    """Split nested state into a skeleton with a mark in place of each tensor, and path -> tensor.
 
     Args:
         state: dicts with string keys, lists, tuples, numbers, strings, None and tensors, nested.
-        path: where `state` is inside something larger.
+        path: path of `state` inside a larger one.
 
     Raises:
-        TypeError: there is something else in it, or a string that looks like a mark.
+        TypeError: it contains another type, or a string that looks like a mark.
+
+    >>> split_tensors({"step": 3, "scale": [1.0, "x"]})
+    ({'step': 3, 'scale': [1.0, 'x']}, {})
     """
     if isinstance(state, Tensor):
         return MARK + path, {path: state}
@@ -56,7 +59,7 @@ def _union(parts: Iterable[Mapping[str, Tensor]], path: str) -> dict[str, Tensor
 
 
 def join_tensors(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the state that `split_tensors` took apart; tuples come back as lists."""
+    """Join a skeleton and its tensors to the state that `split_tensors` split; tuples come back as lists."""
     if isinstance(skeleton, str) and skeleton.startswith(MARK):
         return tensors[skeleton.removeprefix(MARK)]
     if isinstance(skeleton, dict):
@@ -67,7 +70,7 @@ def join_tensors(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def tensor_paths(skeleton: Any) -> set[str]:
-    """Return the paths of the tensors that the marks of a skeleton stand for."""
+    """Return the paths of the tensors that a skeleton refers to."""
     if isinstance(skeleton, str):
         return {skeleton.removeprefix(MARK)} if skeleton.startswith(MARK) else set()
     inner = skeleton.values() if isinstance(skeleton, dict) else skeleton if isinstance(skeleton, list) else ()
@@ -75,7 +78,7 @@ def tensor_paths(skeleton: Any) -> set[str]:
 
 
 def to_savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as safetensors wants them: contiguous, on the CPU, none sharing memory with another."""
+    """Return tensors as safetensors requires them: contiguous, on the CPU, without shared memory."""
     seen: set[int] = set()
     ready = {}
     for name, tensor in tensors.items():
@@ -115,9 +118,10 @@ def unpack(packed: bytes) -> Any:
 
 
 def state_to_device(state: Any, device: torch.device) -> Any:
-    """Return nested state that was loaded with its tensors on a device, in memory of their own.
+    """Copy the tensors of nested state to a device.
 
-    Memory that a file was read into is not aligned as other memory is, and a sum over it may round otherwise.
+    They are copied even on the same device: tensors in a file's memory are aligned otherwise, and sums over them may
+    round otherwise.
     """
     if isinstance(state, Tensor):
         return state.to(device, copy=True)
@@ -127,11 +131,11 @@ def state_to_device(state: Any, device: torch.device) -> Any:
 
 
 def find_non_finite(tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> str | None:
-    """Return the name of a tensor that holds something other than finite numbers, or None.
+    """Return the name of a tensor with a value that is not finite, or None.
 
     Args:
         tensors: by name.
-        constants: what some of them may hold to the bit, finite or not, as an attention mask of -inf.
+        constants: by name, accepted to the bit whether finite or not, such as an attention mask of -inf.
     """
     for name, tensor in tensors.items():
         same = name in constants and torch.equal(bits_of(tensor), bits_of(constants[name]))
@@ -141,5 +145,5 @@ def find_non_finite(tensors: Mapping[str, Tensor], constants: Mapping[str, Tenso
 
 
 def canonical_json(skeleton: Any) -> bytes:
-    """Return the skeleton as JSON, the same bytes for the same skeleton."""
+    """Return a skeleton as canonical JSON."""
     return json.dumps(skeleton, sort_keys=True).encode()

@@ -1,4 +1,4 @@
-"""What tests import: replicas that are threads or processes, faults on purpose, and a tiny task that is awkward."""
+"""Test support: replicas as threads or processes, fault injection, and a tiny task."""
 
 import multiprocessing
 import os
@@ -213,7 +213,7 @@ class TinyOptions(TaskOptions):
 
 
 class TinyModel(nn.Module):
-    """A regression with a layer that nothing uses, one that is frozen, and a buffer of a type that gloo does not know.
+    """A regression model with an unused layer, a frozen one, and a buffer that gloo cannot send.
 
     Args:
         options: the task's.
@@ -271,7 +271,7 @@ def train_with_threads(recipe: TrainRecipe, folder: Path) -> RunDirectory:
 
 
 def train_with_gloo(recipe: TrainRecipe, folder: Path) -> list[int]:
-    """Train with workers that are processes of this machine; return their exit statuses, -9 for one that was killed."""
+    """Train with workers as local processes; return their exit statuses, -9 for a killed one."""
     return train_each_with_gloo([(recipe, folder)])
 
 

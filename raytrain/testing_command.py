@@ -1,4 +1,4 @@
-"""The command for tests: a process of its own, forked from one that has imported what the command imports."""
+"""The command for tests, as a process forked from one that has imported its modules."""
 
 import atexit
 import os

@@ -1,4 +1,4 @@
-"""Batches of texts of different lengths, and what a causal model loses on their tokens."""
+"""Padded batches of token sequences, and the token losses of a causal language model."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,17 @@ from torch.nn.functional import cross_entropy
 from raytrain.tensors import at_least_float32
 
 IGNORE_INDEX = -100
-"""The target of a prediction that does not count."""
+"""Target of positions without a loss, as in torch's cross_entropy."""
 
 Tokens = Sequence[int]
 
 
 def pad(rows: Sequence[Tokens], pad_id: int, *, left: bool = False) -> Tensor:
-    """Return the rows filled up to the longest, shape (rows, longest)."""
+    """Pad rows to the longest, shape (rows, longest).
+
+    >>> pad([[5, 6], [7]], 0).tolist()
+    [[5, 6], [7, 0]]
+    """
     longest = max(len(row) for row in rows)
     table = np.full((len(rows), longest), pad_id, np.int64)
     for place, row in enumerate(rows):
@@ -25,22 +29,22 @@ def pad(rows: Sequence[Tokens], pad_id: int, *, left: bool = False) -> Tensor:
 
 
 def model_inputs(rows: Sequence[Tokens], pad_id: int, *, left: bool = False) -> dict[str, Tensor]:
-    """Return {"input_ids", "attention_mask"}, each of shape (rows, longest); the mask is 0 on what fills up."""
+    """Return {"input_ids", "attention_mask"}, each of shape (rows, longest); the mask is 0 at padding."""
     ones = [[1] * len(row) for row in rows]
     return {"input_ids": pad(rows, pad_id, left=left), "attention_mask": pad(ones, 0, left=left)}
 
 
 def lm_batch(rows: Sequence[Tokens], targets: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
-    """Return a batch for `token_losses`.
+    """Return a batch of a causal language model, for `token_losses`.
 
     Args:
-        rows: what the model sees.
-        targets: for each token of a row the one that is to follow it, or `IGNORE_INDEX`.
-        pad_id: the token that fills short rows up.
+        rows: input tokens.
+        targets: for each input token the next token, or `IGNORE_INDEX`.
+        pad_id: padding token.
 
     Returns:
-        What `model_inputs` returns; "keep", the places at which any row is scored, shape (kept,); and "targets" at these,
-        shape (rows, kept).
+        What `model_inputs` returns; "keep", the positions with a target in any row, shape (kept,); and "targets" at
+        these, shape (rows, kept).
     """
     table = pad(targets, IGNORE_INDEX)
     keep = (table != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
@@ -48,30 +52,30 @@ def lm_batch(rows: Sequence[Tokens], targets: Sequence[Tokens], pad_id: int) -> 
 
 
 def target_logits(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the logits of a causal model at the kept places, shape (rows, kept, tokens), at least in float32."""
+    """Return the logits at the kept positions, (rows, kept, vocabulary), in float32 at least."""
     keep = batch["keep"]
-    seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    logits = module(**seen, use_cache=False, logits_to_keep=keep).logits
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    logits = module(**given, use_cache=False, logits_to_keep=keep).logits
     return at_least_float32(
         logits if logits.shape[1] == len(keep) else logits[:, keep]
     )  # some models ignore logits_to_keep
 
 
 def token_losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the loss of each kept place, shape (rows * kept,), 0 where it is not scored."""
+    """Return the loss at each kept position, shape (rows * kept,), 0 without a target."""
     return token_cross_entropy(target_logits(module, batch), batch["targets"])
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of each prediction, shape (rows * predictions,), 0 where it is not scored.
+    """Return the cross-entropy of each prediction, shape (rows * predictions,), 0 without a target.
 
     Args:
-        logits: shape (rows, predictions, tokens).
+        logits: shape (rows, predictions, vocabulary).
         targets: shape (rows, predictions).
     """
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
 
 
 def token_weights(batch: dict[str, Tensor]) -> Tensor:
-    """Return 1 for each kept place that is scored and 0 for the others, shape (rows * kept,)."""
+    """Return 1 for each kept position with a target and 0 for others, shape (rows * kept,)."""
     return (batch["targets"].flatten() != IGNORE_INDEX).float()

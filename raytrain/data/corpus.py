@@ -1,4 +1,4 @@
-"""Text to learn from: the standard library's source, a file or a folder, in documents with domains."""
+"""Text corpora (a file, a folder, Python's standard library), and byte and character tokenizers."""
 
 import hashlib
 import re
@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 from raytrain.errors import RecipeError
 
 EXCLUDED_STDLIB_FOLDERS = {"site-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
-"""Folders of the standard library that are not its source: what others installed, tests, which many machines lack, and
-the manual's text as one generated string, which would be half of whatever split it falls into."""
+"""Folders of the standard library that are left out: installed packages, tests (which many machines lack), and the
+manual's text in one generated string, which would be half of its split."""
 
 SPEAKER = re.compile(rb"(?:\A|\n\n)([^\n:]{1,40}):\n")
-"""A line of a play that says who speaks next."""
+"""A speaker line of a play."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that belongs together.
+    """A document of a corpus.
 
     Attributes:
-        name: its path inside the corpus.
-        text: its bytes.
-        domains: (offset in bytes, domain) of each part, the first at 0.
+        name: path inside the corpus.
+        text: contents in bytes.
+        domains: (offset in bytes, domain) of each part; the first offset is 0.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Document:
 
 
 def standard_library() -> list[Document]:
-    """Return the source files of the Python standard library that runs this, with its top-level packages as domains."""
+    """Return the source files of Python's standard library; domains are its top-level packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
         path for path in root.rglob("*.py") if not EXCLUDED_STDLIB_FOLDERS.intersection(path.relative_to(root).parts)
@@ -47,10 +47,10 @@ def standard_library() -> list[Document]:
 
 
 def check_corpus(path: Path, pattern: str) -> None:
-    """Check without reading any text that there is some.
+    """Check that there is text at a path, without reading it.
 
     Raises:
-        RecipeError: there is no such file or folder, or nothing in it.
+        RecipeError: there is no such file or folder, or it is empty.
     """
     if not path.exists():
         raise RecipeError(f"task.path: no such file or folder: {path}")
@@ -60,9 +60,9 @@ def check_corpus(path: Path, pattern: str) -> None:
 
 
 def read_corpus(path: Path, pattern: str) -> list[Document]:
-    """Return the text at `path`: one document for a file, one for each matching file of a folder.
+    """Read a corpus: one document for a file, or for each file of a folder that matches a pattern.
 
-    The domains of a play in a single file are its speakers; those of a folder are its top-level folders and files.
+    Domains are the speakers of a play in a single file, or the top-level folders and files of a folder.
     """
     files = _files(path, pattern)
     if len(files) > 1:
@@ -76,16 +76,20 @@ def read_corpus(path: Path, pattern: str) -> list[Document]:
 
 
 def split_corpus(documents: list[Document], share: float) -> dict[Literal["train", "valid"], list[Document]]:
-    """Split a corpus: by document, or a single document by offset, its end being held out; a share of 1 is all of it.
+    """Split a corpus into training and held-out documents; of a single document, the end is held out.
 
-    Which documents are held out depends on the hashes of their names, so it looks random and is the same everywhere.
+    Documents are chosen by hashes of their names: pseudo-random, and the same everywhere.
+
+    Args:
+        documents: of the corpus.
+        share: fraction that is held out; 1: everything.
     """
     if share == 1:
         return {"train": [], "valid": documents}
     if len(documents) == 1:
         whole = documents[0]
         at = round(len(whole.text) * (1 - share))
-        while at < len(whole.text) and whole.text[at] & 0xC0 == 0x80:  # never inside a character
+        while at < len(whole.text) and whole.text[at] & 0xC0 == 0x80:  # not inside a UTF-8 sequence
             at += 1
         return {"train": [_part(whole, 0, at)], "valid": [_part(whole, at, len(whole.text))]}
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
@@ -95,7 +99,7 @@ def split_corpus(documents: list[Document], share: float) -> dict[Literal["train
 
 
 def alphabet_of(documents: Iterable[Document]) -> str:
-    """Return the characters that there are, in order of their code points.
+    """Return the distinct characters of documents, sorted by code point.
 
     Raises:
         RecipeError: a document is not UTF-8.
@@ -104,28 +108,28 @@ def alphabet_of(documents: Iterable[Document]) -> str:
 
 
 class ByteTokenizer:
-    """Tokens that are bytes; 256 begins a document."""
+    """Byte tokens; 256 is the beginning of a document."""
 
     bos_id = 256
     vocab_size = 257
 
     def encode(self, document: Document) -> NDArray[np.uint16]:
-        """Return the document's tokens, the first of which begins it, shape (bytes + 1,)."""
+        """Return the beginning-of-document token and the document's tokens, shape (bytes + 1,)."""
         return np.concatenate(
             [np.array([self.bos_id], np.uint16), np.frombuffer(document.text, np.uint8).astype(np.uint16)]
         )
 
     def count(self, text: bytes) -> int:
-        """Return how many tokens the text has, without the one that begins a document."""
+        """Return the number of tokens of a text, without a beginning-of-document token."""
         return len(text)
 
     def bytes_per_token(self) -> NDArray[np.int64]:
-        """Return how many bytes of text each token stands for, shape (size,)."""
+        """Return the number of bytes of each token, shape (vocab_size,)."""
         return np.append(np.ones(self.bos_id, np.int64), 0)
 
 
 class CharacterTokenizer:
-    """Tokens that are the characters of an alphabet, in their order; the last one begins a document.
+    """Character tokens, in the order of an alphabet; the last token is the beginning of a document.
 
     Args:
         alphabet: the characters.
@@ -139,10 +143,10 @@ class CharacterTokenizer:
         self._table[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
 
     def encode(self, document: Document) -> NDArray[np.uint16]:
-        """Return the document's tokens, the first of which begins it, shape (characters + 1,).
+        """Return the beginning-of-document token and the document's tokens, shape (characters + 1,).
 
         Raises:
-            RecipeError: it is not UTF-8, or has a character that the alphabet has not.
+            RecipeError: it is not UTF-8, or has a character outside the alphabet.
         """
         text = _decoded(document)
         tokens = self._table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
@@ -154,11 +158,11 @@ class CharacterTokenizer:
         return np.concatenate([np.array([self.bos_id], np.uint16), tokens])
 
     def count(self, text: bytes) -> int:
-        """Return how many tokens the text has, without the one that begins a document."""
+        """Return the number of tokens of a text, without a beginning-of-document token."""
         return len(text.decode())
 
     def bytes_per_token(self) -> NDArray[np.int64]:
-        """Return how many bytes of text each token stands for, shape (size,)."""
+        """Return the number of bytes of each token, shape (vocab_size,)."""
         return np.array([len(character.encode()) for character in self._alphabet] + [0], np.int64)
 
 
@@ -180,7 +184,7 @@ def _read(root: Path, files: Iterable[Path]) -> list[Document]:
 
 
 def _part(document: Document, start: int, end: int) -> Document:
-    """Return document.text[start:end] with the domains that hold there."""
+    """Return the document text[start:end], with its domains."""
     here = [domain for offset, domain in document.domains if offset <= start][-1]
     later = [(offset - start, domain) for offset, domain in document.domains if start < offset < end]
     return Document(document.name, document.text[start:end], ((0, here), *later))

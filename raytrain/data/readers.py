@@ -1,7 +1,7 @@
-"""File formats of records: each is read row by row, so that an error names the row, and no type is guessed.
+"""Readers of records by file format, row by row: errors name the row, and types are not guessed.
 
-A reader takes a file, the columns that the recipe names, and what a record of a .txt file is. It yields (place, fields)
-of each record, the place as "line 3".
+A reader takes a file, the columns that the recipe names, and the unit of a record in a .txt file. It yields (location,
+fields) of each record, such as ("line 3", {"text": ...}).
 """
 
 import csv
@@ -23,17 +23,17 @@ USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
     "context": ("context", "input"),
     "answer": ("answer", "response", "output", "completion", "target"),
 }
-"""What columns are usually called, by what they are for."""
+"""Role -> usual names of its column."""
 
 HEADERS = {name for names in USUAL_COLUMNS.values() for name in names}
 
 
 class BadRowError(Exception):
-    """What is wrong with a row, beginning with its place."""
+    """An error in a row; its message begins with the location."""
 
 
-def _tsv(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001 - one shape for all readers
-    """Read tab-separated values without quoting, with or without a line that names the columns."""
+def _tsv(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001 - one signature for all readers
+    """Read tab-separated values without quoting, with or without a header."""
     header: list[str] = []
     for number, line in _lines(path):
         values = line.rstrip("\r\n").split("\t")
@@ -47,8 +47,8 @@ def _tsv(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa:
 
 
 def _csv(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
-    """Read comma-separated values with quoting, whose first line names the columns."""
-    csv.field_size_limit(sys.maxsize)  # of the process: a document is longer than what is usual
+    """Read comma-separated values with quoting and a header."""
+    csv.field_size_limit(sys.maxsize)  # process-wide: documents exceed the default
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         header = next(reader, [])
@@ -91,7 +91,7 @@ def _json(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:
 
 
 def _txt(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
-    """Read texts: the lines, the paragraphs between blank lines, or the whole."""
+    """Read lines, paragraphs between blank lines, or the whole file as texts."""
     if unit == "line":
         yield from ((f"line {number}", {"text": line.rstrip("\r\n")}) for number, line in _lines(path) if line.strip())
         return
@@ -103,7 +103,7 @@ def _txt(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa:
 
 
 def _parquet(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
-    """Read the rows of a Parquet file, a batch of them at a time."""
+    """Read the rows of a Parquet file in batches."""
     import pyarrow  # noqa: PLC0415 - slow to import
     from pyarrow.parquet import ParquetFile  # noqa: PLC0415
 
@@ -128,7 +128,7 @@ READERS: dict[str, Callable[[Path, Sequence[str], Unit], RecordRows]] = {
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number, line with its end); only a line feed ends a line."""
+    """Yield (number, line with its terminator); only a line feed terminates a line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -138,7 +138,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _names_columns(values: Sequence[str], columns: Sequence[str]) -> bool:
-    """Return whether the first values of a table are the names of its columns."""
+    """Return whether the first row of a table is a header."""
     usual = any(value.strip().lower() in HEADERS for value in values)
     numbers = any(value.strip().lstrip("-").isdigit() for value in values)
     return (usual and not numbers) or any(name in values for name in columns)

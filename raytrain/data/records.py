@@ -1,4 +1,4 @@
-"""Where records come from: files, folders and globs of them, or data sets of the Hugging Face hub."""
+"""Sources of records: files, folders, globs, or datasets of the Hugging Face hub."""
 
 import glob
 import hashlib
@@ -18,26 +18,26 @@ from raytrain.errors import RecipeError
 SPLIT_ALIASES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
     ("valid", "validation", "dev", "val"), "valid"
 )
-"""What splits are called -> their names here."""
+"""Usual name of a split -> its name here."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
 def is_local(source: str) -> bool:
-    """Return whether `source` names something on this machine, rather than on the hub."""
+    """Return whether a source is a path on this machine rather than a name on the hub."""
     path = os.path.expanduser(source)
     looks = source.startswith(("/", "~", ".")) or GLOB_CHARACTERS.search(source) or Path(source).suffix in READERS
     return bool(looks) or os.path.exists(path) or not HUB_NAME.fullmatch(source)
 
 
 def absolute_location(source: str) -> str:
-    """Return `source` as an absolute path if it is local, or as it is."""
+    """Return a local source as an absolute path, another one unchanged."""
     return os.path.abspath(os.path.expanduser(source)) if source and is_local(source) else source
 
 
 Location = Annotated[str, AfterValidator(absolute_location)]
-"""Files, or a name on the hub; a path is made absolute, because workers do not share the current folder."""
+"""A path, made absolute because workers run in another working directory, or a name on the hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Record:
     """One row of a table.
 
     Attributes:
-        fields: column -> value. The columns of a table that does not name them are called "1", "2", ...
-        where: its place, as "dev.tsv, line 3".
-        source: the name of its file without the ending, or of its split.
+        fields: column -> value. Columns of a table without a header are "1", "2", ...
+        where: location, such as "dev.tsv, line 3".
+        source: stem of its file, or name of its split.
     """
 
     fields: Mapping[str, Any]
@@ -59,7 +59,7 @@ class RecordSource(Protocol):
     """Records by split.
 
     Attributes:
-        splits: those there are, of "train", "valid" and "test"; a hub's may have more.
+        splits: names of splits, among "train", "valid" and "test"; datasets of the hub may have others.
     """
 
     @property
@@ -68,22 +68,22 @@ class RecordSource(Protocol):
         ...
 
     def records(self, split: str) -> Iterator[Record]:
-        """Yield the records of a split, always in the same order."""
+        """Yield the records of a split in a fixed order."""
         ...
 
     def fingerprint(self, split: str) -> str:
-        """Return what changes when the records of the split do."""
+        """Return a string that changes when the records of a split do."""
         ...
 
 
 class LocalRecords:
-    """Records in files.
+    """Records in local files.
 
     Args:
         source: a file, a folder or a glob.
-        columns: names that the recipe gives to columns.
-        unit: what a record of a .txt file is.
-        prefix: what error messages begin with.
+        columns: names of columns in the recipe.
+        unit: of a record in a .txt file.
+        prefix: beginning of error messages.
 
     Raises:
         RecipeError: there are no such files.
@@ -113,7 +113,7 @@ class LocalRecords:
         self.splits = tuple(self._files)
 
     def records(self, split: str) -> Iterator[Record]:
-        """Yield the records of the split's files, in the order of their names.
+        """Yield the records of a split's files, sorted by name.
 
         Raises:
             RecipeError: a row cannot be read.
@@ -127,19 +127,19 @@ class LocalRecords:
                 raise RecipeError(f"{self._prefix}{name}, {error}") from None
 
     def fingerprint(self, split: str) -> str:
-        """Return a hash of the names, sizes and times of the split's files, and of how they are read."""
+        """Return the SHA-256 of the files' names, sizes and times, and of the options of reading."""
         facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self._files[split]]
         return hashlib.sha256(json.dumps([facts, self._columns, self._unit]).encode()).hexdigest()
 
 
 class HubRecords:
-    """Records of a data set of the Hugging Face hub, or of its cache on this machine.
+    """Records of a dataset of the Hugging Face hub, or of its local cache.
 
     Args:
         source: "org/name", or "org/name:config".
 
     Raises:
-        RecipeError: it cannot be had.
+        RecipeError: it cannot be loaded.
     """
 
     def __init__(self, source: str) -> None:
@@ -164,12 +164,12 @@ class HubRecords:
             yield Record(fields, f"{self._name} {split}, row {place}", split)
 
     def fingerprint(self, split: str) -> str:
-        """Return the fingerprint that the library gives the table."""
+        """Return the fingerprint of the table by the `datasets` library."""
         return str(self._tables[split]._fingerprint)
 
 
 def read_records(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
-    """Yield the records of one file, to predict on.
+    """Yield the records of one file, for predictions.
 
     Raises:
         RecipeError: there is no such file, a row cannot be read, or there are none.
@@ -183,7 +183,7 @@ def read_records(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
 
 
 def _by_split(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return the files of each split, by the names of the files and of their folders."""
+    """Return split -> files, by the names of files and folders."""
     found: dict[str, list[Path]] = {}
     for file in files:
         parts = (file.stem, *file.relative_to(root).parts[:-1])
@@ -194,5 +194,5 @@ def _by_split(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _is_called(part: str, name: str) -> bool:
-    """Return whether a file is called by the name, or is a numbered piece of it, as train-00001-of-00002."""
+    """Return whether a file has a split's name, or is a shard of it, such as train-00001-of-00002."""
     return part == name or re.match(rf"{name}[-_.]\d", part) is not None

@@ -1,7 +1,7 @@
-"""Where training examples come from: the options `task.source` of every task.
+"""Input pipelines: the options `task.source` of every task.
 
-"local" and "ray" are two ways to the same batches, equal to the bit and in the same order. Any other source is a live
-one: a user's function from a seed to an iterator of examples, such as a simulator, that actors run beside the training.
+"local" and "ray" prepare the same batches, equal to the bit and in the same order. Any other source is a user's
+function, seed -> iterator of examples, such as a simulator, which runs in actors beside the training.
 """
 
 import inspect
@@ -52,7 +52,7 @@ class RayDataSource(ActorSource):
 
 
 class GeneratorSource(ActorSource):
-    """Actors run a function of the user's, seed -> iterator of examples, and the training takes what they make.
+    """Actors run a user's function, seed -> iterator of examples, beside the training.
 
     Each batch is made by one actor, and batches are taken from the actors in turn. An iterator that ends is followed by
     one of another seed. It may as well read a stream of files that are too large to be indexed.

@@ -1,4 +1,4 @@
-"""Adapters by name: small trained parts beside frozen layers, from peft."""
+"""Parameter-efficient fine-tuning: adapters of peft by name."""
 
 import dataclasses
 import inspect
@@ -25,13 +25,13 @@ EXCLUDED_FIELDS = {
 }  # fmt: skip
 
 UNTRAINED = "_raytrain_new"
-"""The attribute of parameters that are not those of a pretrained model."""
+"""Attribute that marks parameters without pretrained weights."""
 
 RECIPE_TYPES = {str, int, float, bool, type(None), list, dict, ...}
 
 
 class ConfigurationOptions(AdapterOptions):
-    """The options of an adapter that is named in full, whose configuration is asked whether it takes them."""
+    """The options of an adapter named as "module:attribute", validated by its configuration class."""
 
     @model_validator(mode="after")
     def _accepted(self) -> Self:
@@ -43,18 +43,18 @@ class ConfigurationOptions(AdapterOptions):
 
 
 def peft_config(options: AdapterOptions) -> Any:
-    """Return peft's configuration, or None where there is no adapter."""
-    given = options.model_dump(exclude={"name", "modules_to_save"}, exclude_unset=True)
+    """Return peft's configuration of an adapter; None without one."""
+    given = options.model_dump(exclude={"name", "beside"}, exclude_unset=True)
     return resolve(ADAPTERS, options.name, "adapter.name")(**given)
 
 
 def no_adapter() -> None:
-    """Train the parameters of the model themselves."""
+    """Train the model's own parameters, without an adapter."""
 
 
 @cache  # equal recipes need equal classes
 def options_from_peft(config: Any) -> type[Options]:
-    """Return the options of an adapter: the fields of its configuration in peft, with their defaults.
+    """Return a class of options with the fields of a peft configuration and their defaults.
 
     Raises:
         RecipeError: `config` is not a configuration of peft.
@@ -71,16 +71,16 @@ def options_from_peft(config: Any) -> type[Options]:
 
 
 def inject_adapter(module: nn.Module, options: AdapterOptions, seed: int) -> frozenset[str]:
-    """Put the adapter into `module`, in place, and freeze what it replaces.
+    """Inject an adapter into a module in place, and freeze the base model.
 
-    Without `target_modules`, it goes into every linear layer inside the model's repeated blocks.
+    Without `target_modules` it is injected into every linear layer inside the model's repeated blocks.
 
     Returns:
-        The names of the parameters that are frozen for it: they are what `Task.model` made, and need not be saved.
-        New ones are not among them, even if they are frozen.
+        Names of the frozen parameters of the base model, which `Task.model` returns again and no checkpoint needs.
+        Untrained parameters are not among them, even if they are frozen.
 
     Raises:
-        RecipeError: the model has no place for it, or an option does not fit the model.
+        RecipeError: the model has no layer for it, or an option does not fit the model.
     """
     config = peft_config(options)
     if config is None:
@@ -98,7 +98,7 @@ def inject_adapter(module: nn.Module, options: AdapterOptions, seed: int) -> fro
     torch.manual_seed(seed)
     try:
         inject_adapter_in_model(config, module)
-    # What peft raises for sizes, layers and patterns that do not suit; all else is a fault, and not the recipe's.
+    # What peft raises for sizes, layers and patterns that do not fit the model; other errors are bugs.
     except (TypeError, ValueError, ZeroDivisionError, re.error) as error:
         raise RecipeError(f"adapter: {options.name} does not fit the model: {error}") from error
     for parameter in trained:
@@ -108,21 +108,21 @@ def inject_adapter(module: nn.Module, options: AdapterOptions, seed: int) -> fro
 
 
 def mark_untrained(parameters: Iterable[nn.Parameter]) -> None:
-    """Mark parameters that are not those of a pretrained model, for `inject_adapter`."""
+    """Mark parameters without pretrained weights, which `inject_adapter` leaves trainable."""
     for parameter in parameters:
         setattr(parameter, UNTRAINED, True)
 
 
 def is_untrained(parameter: nn.Parameter) -> bool:
-    """Return whether `mark_untrained` marked the parameter."""
+    """Return whether `mark_untrained` marked a parameter."""
     return getattr(parameter, UNTRAINED, False)
 
 
 def merge_adapter(module: nn.Module) -> None:
-    """Work the adapter into the layers that it stands beside, in place, and take it away.
+    """Merge an adapter into its base layers in place, and remove it.
 
     Raises:
-        RecipeError: a layer would not be made of numbers any more.
+        RecipeError: merged weights would not be finite.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - slow to import
 
@@ -152,7 +152,7 @@ def _matching(module: nn.Module, pattern: str) -> list[str]:
 
 
 def _linear_layers(module: nn.Module) -> list[str]:
-    """Return the names of the linear layers inside the blocks; GPT-2's are of a class of their own."""
+    """Return the names of linear layers inside the repeated blocks, GPT-2's Conv1D included."""
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - slow to import
 
     names = {layer: name for name, layer in module.named_modules()}
@@ -174,7 +174,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _plain(hint: Any) -> bool:
-    """Return whether a recipe can hold values of the type `hint`."""
+    """Return whether a recipe can represent values of a type."""
     inner = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return True

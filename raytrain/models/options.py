@@ -1,4 +1,4 @@
-"""Adapters by name, and the options of each. They load without peft and torch: a recipe is read by them.
+"""Adapters by name, and the options of each; it loads without peft and torch.
 
 The options of an adapter are the fields of its configuration in peft that a recipe can hold, with the same defaults;
 what they mean is said there. Those of an adapter that is named in full, as in "peft:C3AConfig", are read from it.
@@ -58,7 +58,7 @@ class AdapterOptions(Options):
 
 
 class LayerOptions(AdapterOptions):
-    """Options of an adapter that goes into some of the layers; without `target_modules`, into the linear ones."""
+    """Options of an adapter of some layers: `target_modules`, or else all linear layers in blocks."""
 
     target_modules: LayerNames = None
 

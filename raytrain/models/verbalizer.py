@@ -1,4 +1,4 @@
-"""Classification by a causal language model: which word it would say next."""
+"""Verbalizer: classification by a causal language model's probability of a word for each class."""
 
 from collections.abc import Sequence
 
@@ -12,19 +12,21 @@ from raytrain.models.pretrained import Pretrained
 
 
 class Verbalizer:
-    """Prompts, and the words that stand for the classes.
+    """A prompt template, and a word for each class.
 
-    A class's score is the log-likelihood of its word after the prompt. Where each word is a single token, one look at
-    the prompt scores them all; otherwise each of them is read after it.
+    score(class) = log p(word of the class | prompt). If all words are single tokens, one forward pass of the prompt
+    scores all classes; otherwise each word is appended to the prompt.
 
     Args:
-        pretrained: the model's folder.
-        prompt: a text with "{text}" in it.
+        pretrained: the model's folder and tokenizer.
+        prompt: template with "{text}" in it.
         words: one for each class.
-        max_tokens: tokens of prompt and word together, at most; the text is cut to fit.
+        max_tokens: largest number of tokens of prompt and word; the text is truncated to fit.
 
     Raises:
-        RecipeError: a word has no tokens, two have the same ones, or the prompt leaves no room for a text.
+        RecipeError: a word has no tokens, two have the same tokens, or the prompt leaves no room for a text.
+
+    Source: Schick and Schuetze 2021, "Exploiting cloze questions for few-shot text classification" (PET).
     """
 
     def __init__(self, pretrained: Pretrained, prompt: str, words: Sequence[str], max_tokens: int) -> None:
@@ -43,11 +45,11 @@ class Verbalizer:
             raise RecipeError(f"task.verbalizer: expected words of different tokens; got {', '.join(map(repr, words))}")
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of the prompt about `text`."""
+        """Return the tokens of the prompt with a text, truncated to fit."""
         tokens = self._prompt(text)
         while len(tokens) > self._room:
-            share = (self._room - self._bare) / (len(tokens) - self._bare)
-            text = text[: min(len(text) - 1, int(len(text) * share))]
+            ratio = (self._room - self._bare) / (len(tokens) - self._bare)
+            text = text[: min(len(text) - 1, int(len(text) * ratio))]
             tokens = self._prompt(text)
         return tokens
 
@@ -55,7 +57,7 @@ class Verbalizer:
         return self._pretrained.tokenize(self._before + text + self._after)
 
     def collate(self, prompts: Sequence[Tokens]) -> dict[str, Tensor]:
-        """Return a batch of prompts, with each word after each of them unless all words are single tokens."""
+        """Return a batch of prompts; with words of several tokens, of each prompt with each word."""
         if self._single:
             batch = lm_batch(prompts, [[IGNORE_INDEX] * (len(prompt) - 1) + [0] for prompt in prompts], self._filler)
             return {**batch, "words": torch.tensor(self._words)[:, 0]}
@@ -64,10 +66,10 @@ class Verbalizer:
         return lm_batch(rows, targets, self._filler)
 
     def scores(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Return the log-likelihood of each class's word after each prompt, shape (prompts, classes)."""
+        """Return the log-probability of each class's word after each prompt, shape (prompts, classes)."""
         if self._single:
-            place = (batch["targets"] != IGNORE_INDEX).long().argmax(dim=1)
-            last = target_logits(module, batch)[torch.arange(len(place), device=place.device), place]
+            position = (batch["targets"] != IGNORE_INDEX).long().argmax(dim=1)
+            last = target_logits(module, batch)[torch.arange(len(position), device=position.device), position]
             return last.log_softmax(dim=1)[:, batch["words"]]
         losses = token_losses(module, batch).view(len(batch["targets"]), -1)
         return -losses.sum(dim=1).view(-1, len(self._words))

@@ -1,4 +1,4 @@
-"""LAMB."""
+"""LAMB: Adam with layer-wise trust ratios."""
 
 import math
 from typing import Any
@@ -10,16 +10,17 @@ from raytrain.optim.per_parameter import PerParameterOptimizer
 
 
 class Lamb(PerParameterOptimizer):
-    """Adam whose step on each parameter is as long as lr times the parameter itself (You et al. 2020, algorithm 2).
+    """Adam with a step of length lr * norm(w) on each parameter (You et al. 2020, Algorithm 2, LAMB).
 
-    A parameter of zeros takes Adam's step. Ours and not that of pytorch_optimizer, which divides the finished step by
-    1 - beta1^t, so that the first ones are up to ten times too long, and keeps weight decay out of the ratio.
+    u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w;  w <- w - lr * norm(w) / norm(u) * u.
+    The ratio is 1 where a norm is 0. It replaces pytorch_optimizer's Lamb, which divides the final step by 1 - beta1^t,
+    so that first steps are up to ten times too long, and excludes weight decay from the ratio.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
         betas, eps: of Adam.
-        weight_decay: added to Adam's step before its length is taken.
+        weight_decay: added to Adam's step before its norm is computed.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Lamb(PerParameterOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def step_parameter(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Step on one parameter of a group."""
+        """Update one parameter of a group."""
         state, (first, second) = self.state[parameter], group["betas"]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))

@@ -1,4 +1,4 @@
-"""Optimizers that treat hidden matrices as matrices, and leave embeddings, heads and vectors to AdamW."""
+"""Base class of optimizers for hidden matrices, with AdamW for embeddings, heads and vectors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from raytrain.optim.eager import without_compiler
 
 
 class MatrixOptimizer(ABC, Optimizer):
-    """Takes its own step on the matrices of groups marked `hidden`, and AdamW's on all other parameters.
+    """Updates matrices of groups with `hidden` = True by a step of its own, and other parameters by AdamW.
 
     Args:
         params: parameters, or groups of them.
@@ -22,7 +22,7 @@ class MatrixOptimizer(ABC, Optimizer):
 
     splits_hidden: ClassVar[bool] = True
     state_key: ClassVar[str]
-    """An entry that the state of a matrix has, and that AdamW's has not."""
+    """A key in the state of a matrix that AdamW's state does not have."""
 
     def __init__(self, params: Any, adamw: dict[str, Any], own: dict[str, Any]) -> None:
         self._adamw = without_compiler(AdamW)([torch.zeros(1)], fused=True, **adamw)
@@ -30,13 +30,13 @@ class MatrixOptimizer(ABC, Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a step."""
+        """Update all parameters that have a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         others = []
         for group in self.param_groups:
-            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            mine = [parameter for parameter in moved if self.handles(parameter, group)]
-            rest = [parameter for parameter in moved if not self.handles(parameter, group)]
+            updated = [parameter for parameter in group["params"] if parameter.grad is not None]
+            mine = [parameter for parameter in updated if self.handles(parameter, group)]
+            rest = [parameter for parameter in updated if not self.handles(parameter, group)]
             self._forget(mine, rest)
             for matrix in mine:
                 self.step_matrix(matrix, matrix.grad, group)
@@ -46,15 +46,15 @@ class MatrixOptimizer(ABC, Optimizer):
         return loss
 
     def handles(self, parameter: Tensor, group: dict[str, Any]) -> bool:
-        """Return whether a parameter is a matrix for `move`."""
+        """Return whether `step_matrix` updates a parameter."""
         return bool(group["hidden"]) and parameter.dim() == 2
 
     @abstractmethod
     def step_matrix(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Step on a matrix of a group."""
+        """Update one matrix of a group."""
 
     def _forget(self, mine: list[Tensor], rest: list[Tensor]) -> None:
-        """Drop the state of parameters that the other part stepped on, in a run that was resumed with other options."""
+        """Drop state of the other part, in a run that was resumed with other options."""
         for parameters, ours in ((mine, True), (rest, False)):
             for parameter in parameters:
                 if parameter in self.state and (self.state_key in self.state[parameter]) != ours:
@@ -62,5 +62,5 @@ class MatrixOptimizer(ABC, Optimizer):
 
 
 def orient(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a matrix turned so that its long side is its second, or turned back; `like` is the matrix unturned."""
+    """Transpose a matrix if `like`, the original matrix, is not wide; also the inverse of itself."""
     return tensor.T if like.shape[0] >= like.shape[1] else tensor

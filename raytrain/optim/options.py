@@ -53,7 +53,7 @@ SINGLE_LR = frozenset({"prodigy"})
 
 
 class GroupRule(Section):
-    """How to treat some parameters. Each field beyond these is an option of the optimizer, set for them alone.
+    """A rule for some parameters; fields beyond these are options of the optimizer for them.
 
     Attributes:
         match: which parameters, as a pattern of their names ("*.embed*", "layers.[01].*"); a parameter follows the
@@ -136,7 +136,7 @@ class OptimizerOptions(Options):
 
 @cache  # equal recipes need equal classes
 def with_rules(options: type[OptimizerOptions]) -> type[OptimizerOptions]:
-    """Return options whose `groups` are rules that take, each for its parameters, any option of the optimizer."""
+    """Return options whose `groups` are rules with any option of the optimizer."""
     own = {name: field for name, field in options.model_fields.items() if name not in OptimizerOptions.model_fields}
     fields: dict[str, Any] = {name: (field.rebuild_annotation() | None, None) for name, field in own.items()}
     if options.splits_hidden:
@@ -146,5 +146,5 @@ def with_rules(options: type[OptimizerOptions]) -> type[OptimizerOptions]:
 
 
 def is_elementwise(name: str) -> bool:
-    """Return whether an optimizer steps on each number of a parameter by itself, and so on shards as on the whole."""
+    """Return whether an optimizer updates elements independently, and so shards like whole tensors."""
     return name in OPTIMIZERS and name not in NOT_ELEMENTWISE

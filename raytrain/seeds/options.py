@@ -1,4 +1,4 @@
-"""What a recipe and the command name of seeds. It loads without torch and NumPy."""
+"""Names of the noise kernels, and limits that recipes check. It loads without torch and NumPy."""
 
 KERNELS: dict[str, str] = {
     "native": "raytrain.seeds.kernels.native:NativeKernel",
@@ -8,4 +8,4 @@ KERNELS: dict[str, str] = {
 }
 
 MAX_DIRECTIONS = 2**16 - 1
-"""Of one step, in a trajectory."""
+"""Directions per step that a trajectory can store."""

@@ -1,4 +1,4 @@
-"""Causal language modelling with any Hugging Face model, pretrained or fresh, on documents of any kind."""
+"""Causal language modelling of documents with a Hugging Face model, pretrained or from scratch."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,13 +28,13 @@ _DEFAULT_LENGTH = 512
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A text in tokens.
+    """A tokenized document.
 
     Attributes:
-        tokens: the text's, with what the tokenizer puts before it and the end-of-text token after it, shape (n,).
-        bytes_per_token: how many bytes of the text each of them stands for, shape (n,); zeros if that is not known.
-        where: its place, for error messages.
-        domain: where it comes from.
+        tokens: shape (n,), with the tokenizer's prefix, and the end-of-text token at the end.
+        bytes_per_token: bytes of the text for each token, shape (n,); zeros if unknown.
+        where: location, for error messages.
+        domain: of the document.
     """
 
     tokens: NDArray[np.int64]
@@ -44,20 +44,20 @@ class Tokenized:
 
 
 def causal_lm(options: CausalLmOptions) -> Task:
-    """Return the task of predicting the next token of documents."""
-    made = _CausalLm(options)
+    """Causal language modelling of documents with a Hugging Face model."""
+    methods = _CausalLm(options)
     return Task(
-        model=made.model,
-        data=made.data,
+        model=methods.model,
+        data=methods.data,
         losses=token_losses,
         weights=token_weights,
-        collate=made.collate,
+        collate=methods.collate,
         length=token_count,
-        measure=made.measure,
-        infer_options=made.infer_options,
-        inputs=made.inputs,
-        predict=made.predict,
-        export=made.export,
+        measure=methods.measure,
+        infer_options=methods.infer_options,
+        inputs=methods.inputs,
+        predict=methods.predict,
+        export=methods.export,
     )
 
 
@@ -132,11 +132,11 @@ class _CausalLm:
 
 
 def byte_widths(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how many bytes of `text` each token stands for, shape (n,), so that their sum is that of all its bytes.
+    """Return the number of bytes of a text for each token, shape (n,); their sum is the text's size.
 
     Args:
-        text: what was cut into tokens.
-        ends: the offset in characters at which each token ends, shape (n,); tokens that stand for nothing end anywhere.
+        text: the tokenized text.
+        ends: end of each token in characters, shape (n,); arbitrary for special tokens.
     """
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
@@ -145,10 +145,10 @@ def byte_widths(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def split_document(document: Tokenized, length: int, overflow: Overflow) -> Iterator[Example]:
-    """Yield the examples of one document: of `token_count` tokens at most, and the one that follows.
+    """Yield the examples of one document, each of at most `length` tokens and the next one.
 
     Raises:
-        RecipeError: it does not fit, and that is an error.
+        RecipeError: the document is longer, and `task.overflow` is "error".
     """
     predicted = len(document.tokens) - 1
     if predicted > length and overflow == "error":
@@ -163,12 +163,13 @@ def split_document(document: Tokenized, length: int, overflow: Overflow) -> Iter
 
 
 def pack_documents(documents: Iterable[Tokenized], length: int) -> Iterator[Example]:
-    """Yield pieces of all documents joined: of `token_count` tokens, and the one that follows; the last may be shorter.
+    """Yield examples packed from concatenated documents, each of `length` tokens and the next one.
 
-    A piece begins with the token that the one before it ended with, so that each token but the first is predicted once.
+    An example starts with the last token of the one before, so that each token but the first is predicted once. The
+    last example may be shorter.
     """
     domains: list[str] = []
-    stream = np.zeros((3, 0), np.int64)  # tokens, widths, places among the domains
+    stream = np.zeros((3, 0), np.int64)  # tokens, bytes per token, indices of domains
     for document in documents:
         domains.append(document.domain)
         place = np.full(len(document.tokens), len(domains) - 1)

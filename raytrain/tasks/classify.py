@@ -1,4 +1,4 @@
-"""Classification of texts with a Hugging Face model: an encoder with a head, or the words of a causal model."""
+"""Text classification: an encoder with a head, or a causal model with a verbalizer."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,34 +27,34 @@ from raytrain.tensors import at_least_float32, to_device
 
 _DEFAULT_LENGTH = 512
 INIT_BATCH = 32
-"""Texts that a start looks at, at a time."""
+"""Batch size of the forward passes that initialize the head."""
 LOADERS: dict[str, AutoClass] = {
     "own": "AutoModelForSequenceClassification",
     "mean": "AutoModel",
     "verbalizer": "AutoModelForCausalLM",
 }
 MANY_LABELS = 20
-"""Different labels from which on they must not be as many as half of the texts."""
+"""Up to this many different labels are accepted; beyond it, at most half as many as texts."""
 
 
 def classify(options: ClassifyOptions) -> Task:
-    """Return the task of telling texts of some classes apart."""
-    made = _Classifier(options)
+    """Text classification with an encoder or a causal language model."""
+    methods = _Classifier(options)
     return Task(
-        model=made.model,
-        data=made.data,
-        losses=made.losses,
-        collate=made.collate,
+        model=methods.model,
+        data=methods.data,
+        losses=methods.losses,
+        collate=methods.collate,
         length=token_count,
-        measure=made.measure,
-        infer_options=made.infer_options,
-        init_head=made.init_head if options.head_init != "random" else None,
+        measure=methods.measure,
+        infer_options=methods.infer_options,
+        init_head=methods.init_head if options.head_init != "random" else None,
         metric="accuracy",
         better="higher",
-        references=made.references,
-        inputs=made.inputs,
-        predict=made.predict,
-        export=made.export,
+        references=methods.references,
+        inputs=methods.inputs,
+        predict=methods.predict,
+        export=methods.export,
     )
 
 
@@ -91,7 +91,7 @@ class _Classifier:
                 f"task.head_init: no training text is of the class {self._classes[place]!r}, to start from"
             )
         some = [train[place] for place in discriminant.sample_per_class(train.labels, self._options.shots, seed)]
-        some.sort(key=token_count)  # less is filled up
+        some.sort(key=token_count)  # less padding
         batches = [self.collate(some[at : at + INIT_BATCH]) for at in range(0, len(some), INIT_BATCH)]
         discriminant.init_discriminant(module, batches, self._scores, whole=self._options.head_init == "discriminant")
 
@@ -111,8 +111,8 @@ class _Classifier:
         sums = {"loss": losses.sum(), "accuracy": right, "expected_accuracy": (-losses).exp().sum()}
         found = {name: (float(value), float(len(labels))) for name, value in sums.items()}
         if len(self._classes) == 2:
-            said, so = scores.argmax(dim=1) == 1, labels == 1
-            found["f1"] = (2.0 * int((said & so).sum()), float(said.sum() + so.sum()))
+            predicted, actual = scores.argmax(dim=1) == 1, labels == 1
+            found["f1"] = (2.0 * int((predicted & actual).sum()), float(predicted.sum() + actual.sum()))
         return found
 
     def references(self) -> dict[str, float]:
@@ -150,7 +150,7 @@ class _Classifier:
         return module
 
     def _scores(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Return the logits of the classes, shape (texts, classes), at least in float32."""
+        """Return the logits of the classes, shape (texts, classes), in float32 at least."""
         if self._words:
             return self._words.scores(module, batch)
         return at_least_float32(module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
@@ -186,7 +186,7 @@ class _Classifier:
             tokens = self._words.encode(text)
         else:
             tokens = self._pretrained.tokenizer(text, truncation=True, max_length=self._length)["input_ids"]
-        return {"tokens": tokens or [self._filler]}  # some tokenizers put nothing around a text
+        return {"tokens": tokens or [self._filler]}  # some tokenizers return no tokens for an empty text
 
     @cached_property
     def _words(self) -> Verbalizer | None:
@@ -203,15 +203,15 @@ class _Classifier:
 
     @cached_property
     def _classes(self) -> list[Label]:
-        """The labels, by which class is which."""
+        """Labels in the order of the classes."""
         return list(self._options.classes) or collect_classes(self._splits.records("train"), self._options.label)
 
 
 def collect_classes(records: Iterator[Record], column: str) -> list[Label]:
-    """Return the labels there are, sorted.
+    """Return the distinct labels of records, sorted.
 
     Raises:
-        RecipeError: there are too few or too many for labels, or some are integers and others are not.
+        RecipeError: there are fewer than two or too many, or only some are integers.
     """
     first: dict[Label, Record] = {}
     counts: Counter[bool] = Counter()

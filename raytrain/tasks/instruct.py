@@ -1,4 +1,4 @@
-"""Instruction tuning: a causal model learns answers to prompts, in the format of its chat template."""
+"""Supervised fine-tuning (SFT) of a causal model on conversations, by its chat template."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -24,20 +24,20 @@ _DEFAULT_LENGTH = 1024
 
 
 def instruct(options: InstructOptions) -> Task:
-    """Return the task of answering as in given conversations."""
-    made = _Instruct(options)
+    """Supervised fine-tuning (SFT) on conversations, with the model's chat template."""
+    methods = _Instruct(options)
     return Task(
-        model=made.model,
-        data=made.data,
+        model=methods.model,
+        data=methods.data,
         losses=token_losses,
         weights=token_weights,
-        collate=made.collate,
+        collate=methods.collate,
         length=token_count,
-        measure=made.measure,
-        infer_options=made.infer_options,
-        inputs=made.inputs,
-        predict=made.predict,
-        export=made.export,
+        measure=methods.measure,
+        infer_options=methods.infer_options,
+        inputs=methods.inputs,
+        predict=methods.predict,
+        export=methods.export,
     )
 
 
@@ -117,8 +117,8 @@ class _Instruct:
             raise RecipeError(f"task.overflow: no record of the {part} part fits into task.length = {self._length}")
 
     def _fitted(self, prompt: list[int], answer: list[int], record: Record) -> tuple[list[int], int]:
-        """Return prompt and answer as they fit together, and the length of the prompt; nothing if they are left out."""
-        room = self._length + 1 - len(prompt)  # the last token is predicted, and not seen
+        """Return (tokens of prompt and answer, length of the prompt); ([], 0) to skip the record."""
+        room = self._length + 1 - len(prompt)  # the last token is only a target
         if len(answer) <= room or (self._options.overflow == "truncate" and room > 0):
             return prompt + answer[:room], len(prompt)
         if self._options.overflow == "skip":
@@ -130,10 +130,10 @@ class _Instruct:
         )
 
     def _conversation(self, record: Record, asked: bool = False) -> list[Message]:
-        """Return the messages of a record; if they are only `asked`, without an answer at the end.
+        """Return the messages of a record; with `asked`, without a final answer.
 
         Raises:
-            RecipeError: it has none, or no answer where there should be one.
+            RecipeError: there are no messages, or there is no answer without `asked`.
         """
         options = self._options
         name = column_of(record, "messages", options.messages) if options.messages else usual_column(record, "messages")
@@ -161,11 +161,11 @@ class _Instruct:
 
 
 class AnsweredSubset:
-    """Examples, some of which are also to be answered by the model.
+    """Examples of which some keep their "answer", for comparison with generated answers.
 
     Args:
-        examples: all of them.
-        count: how many are to be answered, evenly spread; the others lose their "answer".
+        examples: all examples.
+        count: number of examples with an answer, evenly spaced.
     """
 
     def __init__(self, examples: StoredExamples, count: int) -> None:
@@ -179,6 +179,6 @@ class AnsweredSubset:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Example:
-        """Return example `index`, with its "answer" if it is to be answered."""
+        """Return example `index`, with its "answer" if it is one of `count`."""
         example = self._examples[index]
         return example if index in self._asked else {key: example[key] for key in ("tokens", "prompt")}

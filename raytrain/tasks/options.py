@@ -1,4 +1,4 @@
-"""Options of the tasks that come with raytrain. They load without torch and transformers: a recipe is read by them."""
+"""Options of the tasks in the table; it loads without torch and transformers."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self

@@ -1,4 +1,4 @@
-"""Records to learn from, and records that are held out to measure on."""
+"""Training and held-out records of a task."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -14,16 +14,16 @@ from raytrain.registry import suggest
 from raytrain.tasks.options import RecordOptions
 
 SplitName = Literal["train", "valid"]
-"""What is learned from, and what is held out to measure on."""
+"""Training and held-out split."""
 
 
 class Splits:
-    """What is learned from, and what is held out; nothing is looked at before it is asked for.
+    """The training and held-out records of a task, read lazily.
 
     Args:
-        options: where records come from.
-        columns: names that the recipe gives to columns; a .tsv whose first line has one of them has a header.
-        unit: what a record of a .txt file is.
+        options: source of the records and how to split them.
+        columns: names of columns in the recipe; a .tsv file whose first line has one of them has a header.
+        unit: of a record in a .txt file.
     """
 
     def __init__(self, options: RecordOptions, columns: Sequence[str] = (), unit: Unit = "line") -> None:
@@ -32,23 +32,22 @@ class Splits:
         self._unit: Unit = unit
 
     def records(self, part: SplitName) -> Iterator[Record]:
-        """Yield the records of a part.
+        """Yield the records of a split.
 
         Raises:
-            RecipeError: there are no such files, the hub gives nothing, there is no such split, a row cannot be read,
-                or there are no records.
+            RecipeError: files or dataset cannot be read, there is no such split, or it has no records.
         """
         data, split = self._of(part)
         empty = True
         for place, record in enumerate(data.records(split)):
-            if not self._share or (place in self._held) == (part == "valid"):
+            if not self._held_out_ratio or (place in self._held_out_indices) == (part == "valid"):
                 empty = False
                 yield record
         if empty:
             raise self._empty(split)
 
     def first_records(self) -> Iterator[Record]:
-        """Yield the first record of each part, by which to see early that columns are missing.
+        """Yield the first record of each split, for early checks of columns.
 
         Raises:
             RecipeError: as `records`.
@@ -60,16 +59,16 @@ class Splits:
             yield record
 
     def fingerprint(self, part: SplitName) -> str:
-        """Return what changes when the records of a part do."""
+        """Return a string that changes when the records of a split do."""
         data, split = self._of(part)
-        return f"{data.fingerprint(split)} {part if self._share else ''} {self._share}"
+        return f"{data.fingerprint(split)} {part if self._held_out_ratio else ''} {self._held_out_ratio}"
 
     def _of(self, part: SplitName) -> tuple[RecordSource, str]:
-        """Return where the records of a part are, and as which split."""
+        """Return the source of the records of a split, and the split's name in it."""
         if part == "valid" and self._options.held_out:
             return self._held_out
         splits = self._data.splits
-        if part == "valid" and not self._share:
+        if part == "valid" and not self._held_out_ratio:
             return self._data, next(split for split in ("valid", "test", *splits) if split in splits)
         if "train" not in splits:
             raise RecipeError(
@@ -113,8 +112,8 @@ class Splits:
         return self._options.valid == 1 and not self._options.held_out and "valid" not in self._data.splits
 
     @cached_property
-    def _share(self) -> float:
-        """Which share of the training records is held out; 0 if others are, or if none are learned from."""
+    def _held_out_ratio(self) -> float:
+        """Fraction of the training records that is held out; 0 with a held-out split, or without training."""
         options = self._options
         others = options.held_out or options.valid == 1 or "valid" in self._data.splits
         return 0.0 if others else options.valid
@@ -123,8 +122,8 @@ class Splits:
         return RecipeError(f"task.path: the {split} part of {self._options.path} has no records")
 
     @cached_property
-    def _held(self) -> frozenset[int]:
-        """Which training records are held out."""
+    def _held_out_indices(self) -> frozenset[int]:
+        """Indices of the training records that are held out."""
         data, split = self._of("train")
         count = sum(1 for _ in data.records(split))
         if count < 2:
@@ -132,5 +131,5 @@ class Splits:
                 f"task.path: {self._options.path} has {count} record(s), too few to hold some out; give it a "
                 "validation split, or set task.held_out"
             )
-        held = min(count - 1, max(1, round(count * self._share)))
+        held = min(count - 1, max(1, round(count * self._held_out_ratio)))
         return frozenset(np.random.default_rng(0).permutation(count)[:held].tolist())

@@ -206,7 +206,7 @@ def build_zero_order(
     module, options = replica.module, recipe.zo
     if not isinstance(replica.sync, ScalarExchange):  # the recipe sees to that
         raise TypeError(type(replica.sync))
-    space = directions_of(
+    directions = directions_of(
         module,
         optimizer,
         distribution=options.distribution,
@@ -214,8 +214,8 @@ def build_zero_order(
         blockwise=options.blockwise,
         first_order=options.first_order,
     )
-    moved = {part.tensor.data_ptr() for part in space.slices}
-    narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in space.slices if part.tensor.itemsize < 4}
+    perturbed = {part.tensor.data_ptr() for part in directions.slices}
+    narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in directions.slices if part.tensor.itemsize < 4}
     if narrow and replica.rank == 0:
         logger.warning(
             "parameters in %s round away updates below half a unit in the last place, which most zeroth-order updates "
@@ -223,17 +223,17 @@ def build_zero_order(
             'precision = "bfloat16" still computes in bfloat16',
             " and ".join(sorted(narrow)),
         )
-    optimizer.bind(space)
+    optimizer.bind(directions)
     return ZeroOrderStep(
-        model=PerturbedModel(module, space),
+        model=PerturbedModel(module, directions),
         optimizer=optimizer,
         sync=replica.sync,
         num_perturbations=options.num_perturbations,
         eps=options.eps,
-        sides={"forward": 1, "central": 2}[options.estimator],
+        estimator=options.estimator,
         train_mode=options.train_mode,
         objective=options.objective,
         outlier_threshold=options.outlier_threshold,
         weighted=weighted,
-        first_order=[one for one in module.parameters() if one.requires_grad and one.data_ptr() not in moved],
+        first_order=[one for one in module.parameters() if one.requires_grad and one.data_ptr() not in perturbed],
     )

@@ -36,7 +36,7 @@ class LoopConfig:
         evaluate_every: 0: at the end only.
         checkpoint_every: 0: at the end only.
         patience: evaluations without a better metric after which training stops early; 0: never.
-        gradient_noise, gradient_noise_decay: variance of Gaussian gradient noise, and its decay; see `add_gradient_noise`.
+        gradient_noise, gradient_noise_decay: variance of Gaussian gradient noise, and its decay.
     """
 
     steps: int

@@ -127,7 +127,7 @@ def test_what_is_wrong_inside_a_checkpoint_keeps_its_own_error() -> None:
         raise CheckpointError("mine")
 
 
-ABOUT = {"base": "w0", "directions": "d", "space": {}, "optimizer": {}}
+ABOUT = {"base": "w0", "directions": "d", "zo": {}, "optimizer": {}}
 STEPS = [(0, 0.5, [(2**64 - 1, -1.5), (3, 1.0)]), (1, 0.5, []), (2, 0.25, [(5, 1.0), (6, 2.0)])]
 
 
@@ -180,7 +180,7 @@ def test_records_that_are_missing_moved_or_of_another_trajectory_are_noticed(tra
     ):
         with (
             holding(trajectory, head + b"".join(records)),
-            pytest.raises(CheckpointError, match="is not as it was wri"),
+            pytest.raises(CheckpointError, match="changed since it was wri"),
         ):
             read_trajectory(trajectory)
 
@@ -198,7 +198,7 @@ def test_records_that_no_run_writes_are_refused(tmp_path: Path, steps: list[Any]
     with Trajectory(tmp_path / "t", ABOUT, 0) as file:
         for step in steps:
             file.append(*step)
-    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/t: the step of record 1|2 is not as it was written"):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/t: the step of record 1|2 changed since it was written"):
         read_trajectory(tmp_path / "t")
 
 
@@ -212,7 +212,7 @@ def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -
             assert trajectory.read_bytes() == good
     with (
         holding(trajectory, good[:-30] + b"x" + good[-29:]),
-        pytest.raises(RecipeError, match=rf"^zo.trajectory: expected step 3 in {trajectory}; it is not there"),
+        pytest.raises(RecipeError, match=rf"^zo.trajectory: expected step 3 in {trajectory}; it is missing"),
     ):
         Trajectory(trajectory, ABOUT, 3)
 
@@ -221,15 +221,15 @@ def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -
     "change",
     [
         {"base": 3},
-        {"first": {"nothing": ""}},
-        {"first": {"out.weight": "****"}},
-        {"first": {"out.weight": "AAAA"}},
+        {"initial": {"nothing": ""}},
+        {"initial": {"out.weight": "****"}},
+        {"initial": {"out.weight": "AAAA"}},
         {"optimizer": {}},
         {"optimizer": {"name": "os:system"}},
         {"optimizer": {"name": ["zo-sgd"]}},
         {"optimizer": {"name": "zo-sgd", "lr": "x"}},
-        {"space": {"mode": "x", "sparsity": 0.0, "blocks": False}},
-        {"space": {"mode": "rademacher", "sparsity": "0", "blocks": False}},
+        {"zo": {"distribution": "x", "sparsity": 0.0, "blockwise": False}},
+        {"zo": {"distribution": "rademacher", "sparsity": "0", "blockwise": False}},
         {"more": 1},
     ],
 )
@@ -240,7 +240,7 @@ def test_a_header_that_no_run_writes_is_refused(tmp_path: Path, change: dict[str
     about, records = read_trajectory(run.trajectory)
     with Trajectory(tmp_path / "t", {**about, **change}, 0):
         pass
-    with pytest.raises(CheckpointError, match="its first line does not say how to make its moves on this model"):
+    with pytest.raises(CheckpointError, match="its header does not fit this model"):
         replay_trajectory(tmp_path / "t", resolve_recipe(plan, run)[1].model(0))
 
 
@@ -264,10 +264,10 @@ def test_a_changed_seed_model_is_refused_or_the_same(tmp_path: Path) -> None:
             )
             assert torch.equal(found.coefficients, model.coefficients)
     assert accepted <= 1  # blanks at the end of the header
-    with holding(file, good.replace(b"seed model 3", b"seed model 2")), pytest.raises(CheckpointError) as caught:
+    with holding(file, good.replace(b"seed model 4", b"seed model 3")), pytest.raises(CheckpointError) as caught:
         SeedModel.load(file)
     assert str(caught.value) == (
-        f"{file}: expected a file that SeedModel.save wrote, of format 3; this is one of format '2'"
+        f"{file}: expected a file that SeedModel.save wrote, of format 4; this is one of format '3'"
     )
 
 

@@ -67,7 +67,7 @@ def test_micro_batches_hold_the_samplers_examples(position: int, count: int, par
 
 @given(st.integers(0, 1000), st.integers(1, 12), SMALL)
 def test_examples_of_like_size_are_beside_each_other(position: int, count: int, parts: int) -> None:
-    feed = IndexedLoader(task(collate=list, size=len), ["12345"[: index % 5] for index in range(30)], seed=3)
+    feed = IndexedLoader(task(collate=list, length=len), ["12345"[: index % 5] for index in range(30)], seed=3)
     whole = feed.load(position, count, 1)[0][0]
     cut = feed.load(position, count, parts)
     assert whole == ["12345"[: index % 5] for index in Sampler(30, 3).indices(position, count)]

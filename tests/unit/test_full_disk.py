@@ -142,7 +142,7 @@ def test_a_trajectory_that_finds_no_room_keeps_its_steps(small_disk: Any) -> Non
             until_it_fails(lambda step: trajectory.append(step + 1, 0.5, moves))
     _, records = read_trajectory(path)
     assert 0 < len(records) <= 4096 // 26
-    assert set(records["of"]) == {2}
+    assert set(records["count"]) == {2}
 
 
 def test_a_note_that_finds_no_room_does_not_harm_the_next(small_disk: Any) -> None:

@@ -270,7 +270,7 @@ def test_a_template_that_wants_a_system_message_gets_it_from_the_data(models: Pa
     task.infer_options()
     found = evaluate(task, task.model(0), task.data("valid"), 2, ExactAverager(LocalTransport()))
     assert found["exact_match"] == 0
-    assert tokenizer_of(task).decode(task.predict.__self__._chat.stops) == "<|im_end|><pad>"
+    assert tokenizer_of(task).decode(task.predict.__self__._chat.stop_ids) == "<|im_end|><pad>"
 
 
 HELLO = {"role": "user", "content": "hello"}

@@ -117,7 +117,16 @@ def zeroth_step_by_step(recipe: FederateRecipe, optimizer: str, seeds: list[list
             return seeds[step][place]
 
     zeroth = Along(
-        PerturbedModel(module, space), made, sync, len(seeds[0]), recipe.zo.eps, 2, False, "", 10.0, weighted=False
+        PerturbedModel(module, space),
+        made,
+        sync,
+        len(seeds[0]),
+        recipe.zo.eps,
+        "central",
+        False,
+        "",
+        10.0,
+        weighted=False,
     )
     own = Federation.of(recipe).partition.indices(0)
     drawn = own[batches(recipe.seed, 0, 0, len(own), recipe.protocol.local_steps, recipe.protocol.batch)]

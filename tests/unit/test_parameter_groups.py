@@ -110,11 +110,11 @@ def test_what_a_group_cannot_have_apart_is_named() -> None:
     [
         (
             [{"match": "*"}, {"match": "*.embd*"}],
-            r"^optimizer.groups.1: match = '\*.embd\*' fits none of the 7 trainable parameters; the nearest: embed",
+            r"^optimizer.groups.1: match = '\*.embd\*' matches none of the 7 trainable parameters; the nearest: embed",
         ),
         (
             [{"match": "*.weight"}, {"match": "body.weight"}],
-            r"^optimizer.groups.1: match = 'body.weight' fits only what earlier rules fit, and the first that fits",
+            r"^optimizer.groups.1: match = 'body.weight' matches only parameters of earlier rules, and the first",
         ),
     ],
 )

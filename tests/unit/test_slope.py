@@ -105,7 +105,7 @@ def test_a_probe_sees_what_a_move_would_make(dtype: torch.dtype, training: bool)
     assert torch.equal(loss(), plain)
 
 
-@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"mode": "gaussian"}, {"blocks": {"head.weight": 1}}])
+@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"distribution": "gaussian"}, {"blocks": {"head.weight": 1}}])
 @torch.no_grad()
 def test_a_probe_moves_what_the_space_says(options: dict[str, object]) -> None:
     module = Odd().eval()
@@ -202,7 +202,7 @@ def test_only_looked_up_rows_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module = nn.Embedding(1000, 8)
     probe = PerturbedModel(module, Directions.of({"weight": module.weight}, kernel=kernel))
-    monkeypatch.setattr(kernel, "move", counted)
+    monkeypatch.setattr(kernel, "axpy", counted)
     with torch.no_grad():
         probe.loss_at(1, 0.1, lambda: module(torch.tensor([[3, 999, 3], [0, 0, 1]])).sum())
     assert set(drawn) == {4 * 8}
@@ -320,7 +320,7 @@ def test_a_parameter_that_is_kept_elsewhere_is_named() -> None:
     module = nn.Linear(3, 3)
     kept = [module.weight]
     probe = PerturbedModel(module, Directions.of(dict(module.named_parameters())))
-    with pytest.raises(RecipeError, match="directions: weight is kept outside the layer that it belongs to"):
+    with pytest.raises(RecipeError, match="directions: weight is kept outside of its layer"):
         probe.loss_at(0, 0.1, lambda: (module(torch.ones(2, 3)) @ kept[0]).sum())  # noqa: PLW0108 - read in each call
 
 

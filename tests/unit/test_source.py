@@ -92,7 +92,7 @@ def test_a_generator_can_have_options_of_its_own() -> None:
         ({"task__source": "mine:nothing"}, r"^task\.source\.name: 'mine' has no 'nothing'"),
         (
             {"task__source": "mine:cast"},
-            r"^task\.source\.name: mine:Clash has a field 'actors', which Generators has already; give ",
+            r"^task\.source\.name: mine:Clash has a field 'actors', which GeneratorSource has already; give ",
         ),
         (
             {"task__name": "mine:clash"},

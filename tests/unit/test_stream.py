@@ -105,7 +105,7 @@ def test_derived_seeds_differ_by_master_and_place(master: int, other: int, place
 
 @pytest.mark.parametrize("place", [(1, 2, 3, 4, 5), (2**32,), (0, -1)])
 def test_a_place_that_does_not_fit_is_refused_and_not_cut(place: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"place: expected up to four numbers from 0 to 2\^32 - 1; got \("):
+    with pytest.raises(ValueError, match=r"position: expected up to four integers from 0 to 2\^32 - 1; got \("):
         fold_in(7, *place)
 
 

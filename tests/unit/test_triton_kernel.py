@@ -141,7 +141,7 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
-@pytest.mark.parametrize("name", ["add_normals", "move_normals"])
+@pytest.mark.parametrize("name", ["add_normals", "axpy_normals"])
 def test_no_operation_is_fused_or_approximate(
     name: str, tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,8 +169,9 @@ def check_upload(files: Mapping[str, int], limit_bytes: int, folder: Path) -> No
     largest = sorted(sizes, key=lambda top: -sizes[top])[:SHOWN_FOLDERS]
     raise RecipeError(
         f"a job takes the current folder along, and {folder} holds {format_mib(total)}, where Ray takes at most "
-        f"{format_mib(limit_bytes)}; the largest in it: {', '.join(f'{top} {format_mib(sizes[top])}' for top in largest)}. Name "
-        "what the job does not need in .gitignore or .rayignore, or call from another folder"
+        f"{format_mib(limit_bytes)}; the largest in it: "
+        f"{', '.join(f'{top} {format_mib(sizes[top])}' for top in largest)}. Name what the job does not need in "
+        ".gitignore or .rayignore, or call from another folder"
     )
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernel that needs no compiler: Numba translates it on first use, for any processor."""
+"""The CPU kernel without a C++ compiler: Numba compiles it on first use, for any CPU."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +23,9 @@ from raytrain.seeds.prng import (
     Distribution,
 )
 
-_TILE = 32  # blocks at a time: their words and sums stay in the first cache
-_CHUNK = 32  # seeds whose weights of 25 bits can be added in 32 bits
-_PIECE = 1 << 16  # elements of one call, which a thread takes
+_TILE = 32  # blocks at a time, whose words and sums fit in the L1 cache
+_CHUNK = 32  # seeds whose 25-bit weights are summed in 32 bits
+_PIECE = 1 << 16  # elements per call of a thread
 
 _M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
 _W0, _W1 = np.uint32(KEY_STEPS[0]), np.uint32(KEY_STEPS[1])
@@ -42,29 +42,29 @@ _U_UNIT = np.float32(2.0**-24)
 _UNIT = np.float32(UNITS["gaussian"])
 
 
-def _translated(function: Callable[..., None]) -> Any:
-    """Have a function translated, and what comes out kept for the next process, where there is a place to."""
+def _compiled(function: Callable[..., None]) -> Any:
+    """Compile a function, and cache the result on disk where that is possible."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither this folder nor one at home can be written
+    except RuntimeError:  # neither this folder nor the home folder is writable
         return njit(**options)(function)
 
 
 class NumbaKernel:
-    """Loops that LLVM turns into vector instructions; threads as torch has them."""
+    """Loops that LLVM vectorises, on as many threads as torch uses."""
 
     name = "numba"
     device = "cpu"
     dtypes = frozenset({torch.float32})
 
     def accumulate(
-        self, distribution: Distribution, seeds: Tensor, weights: Tensor, parameter_id: int, start: int, out: Tensor
+        self, distribution: Distribution, seeds: Tensor, weights: Tensor, parameter_id: int, offset: int, out: Tensor
     ) -> None:
-        """Add to `out`; see `Kernel.sums`."""
+        """Accumulate into `out`; see `Kernel.accumulate`."""
         size, total = PER_BLOCK[distribution], out.numpy()
         keys, each = seeds.numpy().view(np.uint64), weights.numpy()
-        offset = each.astype(np.int64).sum(1, keepdims=True) if distribution == "rademacher" else 0
+        total_weight = each.astype(np.int64).sum(1, keepdims=True) if distribution == "rademacher" else 0
         add = _add_signs if distribution == "rademacher" else _add_normals
 
         def piece(first: int, last: int) -> None:
@@ -72,34 +72,36 @@ class NumbaKernel:
             found = np.zeros((len(each), (-(-last // size) - block) * size), np.int64)
             add(keys, each, parameter_id & LOW, parameter_id >> 32, block, found)
             part = found[:, first - block * size : last - block * size]
-            total[:, first - start : last - start] += 2 * part - offset if distribution == "rademacher" else part
+            total[:, first - offset : last - offset] += (
+                2 * part - total_weight if distribution == "rademacher" else part
+            )
 
-        _in_pieces(piece, start, start + out.shape[1], _PIECE)
+        _in_pieces(piece, offset, offset + out.shape[1], _PIECE)
 
     def axpy(self, direction: ScaledDirection, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
-        """Write to `out`; see `Kernel.move`."""
-        mode, seed, scale, parameter, start = direction
+        """Write to `out`; see `Kernel.axpy`."""
+        distribution, seed, scale, parameter_id, offset = direction
         source, target = base.view(-1).numpy(), out.view(-1).numpy()
-        place = (np.uint64(seed), np.float32(scale), parameter & LOW, parameter >> 32)
-        move = _move_signs if mode == "rademacher" else _move_normals
+        key = (np.uint64(seed), np.float32(scale), parameter_id & LOW, parameter_id >> 32)
+        axpy = _axpy_signs if distribution == "rademacher" else _axpy_normals
         if rows is not None:
             width = base[0].numel()
             for to, row in enumerate(rows.tolist()):
                 part = source[row * width : (row + 1) * width]
-                move(*place, start + row * width, part, target[to * width : (to + 1) * width])
+                axpy(*key, offset + row * width, part, target[to * width : (to + 1) * width])
             return
         _in_pieces(
-            lambda first, last: move(
-                *place, first, source[first - start : last - start], target[first - start : last - start]
+            lambda first, last: axpy(
+                *key, first, source[first - offset : last - offset], target[first - offset : last - offset]
             ),
-            start,
-            start + len(source),
+            offset,
+            offset + len(source),
             max(_PIECE, -(-len(source) // torch.get_num_threads())),
         )
 
 
 def _in_pieces(work: Callable[[int, int], None], start: int, stop: int, size: int) -> None:
-    """Call `work` (first, last) for pieces of a range, on as many threads as torch has."""
+    """Call work(first, last) for pieces of a range, on as many threads as torch uses."""
     edges = [start, *range((start // size + 1) * size, stop, size), stop]
     pieces = list(zip(edges[:-1], edges[1:], strict=True))
     if len(pieces) < 2 or torch.get_num_threads() == 1:
@@ -118,7 +120,7 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 @njit(inline="always")
 def _words(words, seed, low, high, first):
-    """Fill words, shape (4, n), with those of blocks `first` and on. Ten rounds stand here: LLVM unrolls no loop."""
+    """Fill words, shape (4, n), with those of blocks from `first` on; unrolled, as LLVM does not."""
     for i in range(words.shape[1]):
         block = np.uint64(first + i)
         c0, c1, c2, c3 = np.uint32(block), np.uint32(block >> _HALF), np.uint32(low), np.uint32(high)
@@ -140,9 +142,9 @@ def _words(words, seed, low, high, first):
         words[0, i], words[1, i], words[2, i], words[3, i] = c0, c1, c2, c3
 
 
-@_translated
+@_compiled
 def _add_signs(seeds, weights, low, high, first, out):
-    """Add to out, shape (models, 128 n), the weights of the seeds whose bit is set."""
+    """Add the weights of the seeds whose bit is set to out, shape (models, 128 n)."""
     models, count = weights.shape
     words = np.empty((_CHUNK, 4, _TILE), np.uint32)
     sums = np.empty((_TILE, 32), np.int32)
@@ -165,7 +167,7 @@ def _add_signs(seeds, weights, low, high, first, out):
 
 @njit(inline="always")
 def _add_four(sums, words, weights, word, k, now, start):
-    """Add the weights of seeds k to k + 3: four together are one load and one store of the sums."""
+    """Add the weights of seeds k to k + 3, with one load and one store of the sums for all four."""
     a, b, c, d = k, min(k + 1, now - 1), min(k + 2, now - 1), min(k + 3, now - 1)
     wa = weights[start + a]
     wb = weights[start + b] if k + 1 < now else np.int32(0)
@@ -185,7 +187,7 @@ def _add_four(sums, words, weights, word, k, now, start):
 
 @njit(inline="always")
 def _normals(first, second, one, other):
-    """Fill `one` and `other` with normal numbers in units of 2^-20, operation by operation as in prng.py."""
+    """Fill `one` and `other` with normal variates in units of 2^-20, operation by operation as in prng.py."""
     for i in range(len(first)):
         odd = (first[i] >> np.uint32(9) << np.uint32(1)) + np.uint32(1)
         bits = np.float32(np.float32(np.int32(odd)) * _U_UNIT).view(np.int32)
@@ -210,9 +212,9 @@ def _normals(first, second, one, other):
         one[i], other[i] = np.int32(np.rint(length * a)), np.int32(np.rint(length * b))
 
 
-@_translated
+@_compiled
 def _add_normals(seeds, weights, low, high, first, out):
-    """Add to out, shape (models, 4 n), weight * number in units."""
+    """Add weight * variate, in units, to out, shape (models, 4 n)."""
     words, z = np.empty((4, _TILE), np.uint32), np.empty((4, _TILE), np.int32)
     sums = np.empty((len(weights), 4, _TILE), np.int64)
     for tile in range(0, out.shape[1] // 4, _TILE):
@@ -233,9 +235,9 @@ def _add_normals(seeds, weights, low, high, first, out):
                     out[m, (tile + block) * 4 + j] += sums[m, j, block]
 
 
-@_translated
-def _move_signs(seed, scale, low, high, start, base, out):
-    """Write base plus signs times scale to out; the first one is element `start`."""
+@_compiled
+def _axpy_signs(seed, scale, low, high, start, base, out):
+    """Write base + scale * signs to out; base[0] is element `start`."""
     words, z = np.empty((4, _TILE), np.uint32), np.empty(_TILE * 128, np.uint32)
     plain = np.float32(scale).view(np.uint32)
     first, stop = start // (128 * _TILE) * _TILE, start + len(base)
@@ -249,9 +251,9 @@ def _move_signs(seed, scale, low, high, start, base, out):
         _add_part(z.view(np.float32), block * 128, start, stop, base, out)
 
 
-@_translated
-def _move_normals(seed, scale, low, high, start, base, out):
-    """Write base plus normal numbers times scale to out; the first one is element `start`."""
+@_compiled
+def _axpy_normals(seed, scale, low, high, start, base, out):
+    """Write base + scale * normal variates to out; base[0] is element `start`."""
     words, units, z = np.empty((4, _TILE), np.uint32), np.empty((4, _TILE), np.int32), np.empty((_TILE, 4), np.float32)
     first, stop = start // (4 * _TILE) * _TILE, start + len(base)
     for block in range(first, -(-stop // 4), _TILE):

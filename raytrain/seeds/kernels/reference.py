@@ -1,4 +1,4 @@
-"""The kernel in PyTorch operations: slow, and the definition of what the others compute."""
+"""The reference kernel: slow, and the specification that the others are tested against."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from raytrain.seeds.prng import Distribution, noise, quantised_noise
 
 
 class ReferenceKernel:
-    """NumPy, as the specification is written: to test the others against."""
+    """Noise from prng.py, summed in PyTorch."""
 
     name = "reference"
     device = "cpu"
@@ -17,7 +17,7 @@ class ReferenceKernel:
     def accumulate(
         self, distribution: Distribution, seeds: Tensor, weights: Tensor, parameter_id: int, offset: int, out: Tensor
     ) -> None:
-        """Add to `out`; see `Kernel.sums`."""
+        """Accumulate into `out`; see `Kernel.accumulate`."""
         for place, seed in enumerate(seeds.tolist()):
             drawn = torch.from_numpy(
                 quantised_noise(distribution, seed % 2**64, parameter_id, offset, offset + out.shape[1])
@@ -25,8 +25,8 @@ class ReferenceKernel:
             out += weights[:, place, None].long() * drawn
 
     def axpy(self, direction: ScaledDirection, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
-        """Write to `out`; see `Kernel.move`."""
+        """Write to `out`; see `Kernel.axpy`."""
         mode, seed, scale, parameter, start = direction
-        numbers = torch.from_numpy(noise(mode, seed, parameter, start, start + base.numel())).view_as(base)
-        moved = base.float() + numbers * torch.tensor(scale)
-        out.copy_(moved if rows is None else moved[rows])
+        values = torch.from_numpy(noise(mode, seed, parameter, start, start + base.numel())).view_as(base)
+        perturbed = base.float() + values * torch.tensor(scale)
+        out.copy_(perturbed if rows is None else perturbed[rows])

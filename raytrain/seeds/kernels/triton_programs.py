@@ -1,6 +1,6 @@
 """The Triton programs of triton_gpu.py, operation by operation as in prng.py.
 
-All of it is made of Triton's built-in operations, which its interpreter has too: the bits are tested without a GPU.
+They consist of Triton's built-in operations only, which its interpreter supports, so the bits are tested without a GPU.
 """
 
 import math
@@ -11,10 +11,10 @@ import triton.language as tl
 from raytrain.seeds import prng
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether the functions below are Python that takes tensors of the CPU: Triton settles it when it sees them."""
+"""Whether the functions below are interpreted, on CPU tensors; Triton decides this when it decorates them."""
 
 CHUNK = 64
-"""Seeds whose weights, below 2^25 in magnitude, can be added in 32 bits."""
+"""Seeds whose weights, below 2^25 in magnitude, are summed in 32 bits."""
 
 _ROUNDS = tl.constexpr(prng.PHILOX_ROUNDS)
 _M0, _M1 = tl.constexpr(prng.MULTIPLIERS[0]), tl.constexpr(prng.MULTIPLIERS[1])
@@ -52,7 +52,7 @@ def _words(block, low, high, seed_low, seed_high):
 
 @triton.jit
 def _normals(first, second):
-    """Return the two normal numbers that two words make, in units of 2^-20."""
+    """Return the two normal variates of two words, in units of 2^-20."""
     u = ((first >> 9 << 1) + 1).to(tl.float32) * _U_UNIT
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - _ROOT) >> 23
@@ -75,7 +75,7 @@ def _normals(first, second):
 
 @triton.jit
 def _rounded(x, negated):
-    """Return x, below 2^23 in magnitude, as the nearest integer, the even one of two; negated where it should be."""
+    """Round x, below 2^23 in magnitude, to the nearest integer, ties to even; negate it where `negated`."""
     size = (tl.abs(x) + _TO_INTEGER).to(tl.int32, bitcast=True) - _TO_INTEGER_BITS
     return tl.where((x < 0) != negated, -size, size)
 
@@ -87,7 +87,7 @@ def _add(pointer, value, mask):
 
 @triton.jit
 def _load(pointer, mask):
-    """Return numbers as float32. Those of bfloat16 are its upper halves: Triton's interpreter loses the tiniest."""
+    """Load values as float32. bfloat16 is widened by bits: Triton's interpreter loses subnormals."""
     value = tl.load(pointer, mask=mask, other=0)
     if pointer.dtype.element_ty == tl.bfloat16:
         value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -96,9 +96,9 @@ def _load(pointer, mask):
 
 @triton.jit
 def _store(pointer, value, mask):
-    """Store float32 numbers, rounded to the nearest in the type of the pointer, to the even one of two.
+    """Store float32 values, rounded to the pointer's type, to nearest with ties to even.
 
-    Triton's interpreter does not round to bfloat16 as GPUs do.
+    bfloat16 is rounded by bits: Triton's interpreter rounds otherwise than GPUs.
     """
     if pointer.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -131,8 +131,8 @@ def add_signs(
 ):
     """Add weighted sums of signs to `out`, shape (pieces, models, size).
 
-    A program has some blocks, a piece of the seeds, and some models for which it draws once: in one, two or all four
-    words of its blocks, so that a thread, which has whole blocks, keeps words and sums in its registers.
+    A program handles some blocks, a chunk of the seeds, and several models that share its noise. It covers one, two or
+    all four words of its blocks, so that a thread, which handles whole blocks, keeps words and sums in registers.
     """
     parts: tl.constexpr = 4 // words
     part, group = tl.program_id(2) % parts, tl.program_id(2) // parts
@@ -156,7 +156,7 @@ def add_signs(
             drawn = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
             sums += ((drawn >> shift) & 1).to(tl.int32)[None, :, :] * weight[:, None, None]
             total += weight
-        # The sum of those whose bit is set, less that of the others: it has 32 bits, though twice the first may not.
+        # Weights with the bit set minus the others, 2 * sums - total: it fits 32 bits, though 2 * sums may wrap.
         doubled = tl.add(sums, sums, sanitize_overflow=False)
         _add(pointer, tl.sub(doubled, total[:, None, None], sanitize_overflow=False).to(tl.int64), mask)
 
@@ -179,9 +179,9 @@ def add_normals(
     blocks: tl.constexpr,
     models: tl.constexpr,
 ):
-    """Add weighted sums of normal numbers to `out`, shape (pieces, models, size).
+    """Add weighted sums of normal variates to `out`, shape (pieces, models, size).
 
-    A program has some blocks, a piece of the seeds, and some models for which it draws once.
+    A program handles some blocks, a chunk of the seeds, and several models that share its noise.
     """
     block = start // 4 + tl.program_id(0).to(tl.int64) * blocks + tl.arange(0, blocks)
     model = tl.program_id(2) * models + tl.arange(0, models)
@@ -221,7 +221,7 @@ def axpy_signs(
     scale: tl.int32,
     words: tl.constexpr,
 ):
-    """Write base plus signs times scale to `out`: a program has some words of one row."""
+    """Write base + scale * signs to `out`; a program handles some words of one row."""
     to = (tl.program_id(0) // tiles).to(tl.int64)
     row = to if rows is None else tl.load(rows + to)
     first = start + row * width
@@ -253,7 +253,7 @@ def axpy_normals(
     scale: tl.int32,
     blocks: tl.constexpr,
 ):
-    """Write base plus normal numbers times scale to `out`: a program has some blocks of one row."""
+    """Write base + scale * normal variates to `out`; a program handles some blocks of one row."""
     to = (tl.program_id(0) // tiles).to(tl.int64)
     row = to if rows is None else tl.load(rows + to)
     first = start + row * width
