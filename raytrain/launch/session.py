@@ -31,6 +31,7 @@ RAY_SETTINGS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 SET_BY_RAY = {"PYTHONBREAKPOINT": None, "RAY_USAGE_STATS_ENABLED": None}
+"""What Ray sets in this process, and leaves; None: not set."""
 OBJECT_STORE_BYTES = 200 << 20
 OWN_CLUSTER = "local"
 """The address of a cluster that starts and ends with this process."""

@@ -43,7 +43,8 @@ from raytrain.recipe import read_toml
 from raytrain.tasks.classify import ClassifyOptions, classify
 from raytrain.tasks.task import Task
 from raytrain.testing import train_here
-from raytrain.training.recipe import KIND, TrainRecipe
+from raytrain.training.kind import KIND
+from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
 
 AT_ONCE = 14

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from bench import arguments, finish
 
+from raytrain.data import corpus
 from raytrain.overrides import apply_overrides
 from raytrain.recipe import AbsolutePath
-from raytrain.tasks import corpus
 from raytrain.tasks.task import Task
 from raytrain.tasks.text import TextOptions, Window, _collate, _losses, _model
 from raytrain.training.build import build_task

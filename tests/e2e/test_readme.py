@@ -14,7 +14,8 @@ from raytrain.overrides import apply_overrides, parse_overrides
 from raytrain.recipe import read_toml
 from raytrain.run.directory import read_jsonl
 from raytrain.testing import train_here
-from raytrain.training.recipe import KIND, TrainRecipe
+from raytrain.training.kind import KIND
+from raytrain.training.recipe import TrainRecipe
 
 pytestmark = pytest.mark.timeout(1800)  # on a busy machine; alone it takes a fraction
 
