@@ -140,9 +140,9 @@ def search_by_ray(search: SearchRecipe, folder: Path, *, synch: bool) -> dict[st
 
 def search_once(options: Namespace) -> None:
     """Search in this process, and leave what came of it in a file."""
+    FIRST_STEP.write_text(repr(time.time()))  # `measure` asks for it
     search = recipe(options.interval, options.reports, options.seed)
     with tempfile.TemporaryDirectory() as folder, session(None, CORES):
-        FIRST_STEP.write_text(repr(time.time()))
         began = time.perf_counter()
         if options.one == "ours":
             found = search_ours(search, Path(folder))
