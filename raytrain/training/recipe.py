@@ -207,7 +207,7 @@ class TrainRecipe(Recipe):
     @model_validator(mode="after")
     def _fit(self) -> Self:
         if self.freeze.random_half and self.adapter.name != "none":
-            raise ValueError("expected freeze.random_half = false with an adapter, beside which nothing else moves")
+            raise ValueError("expected freeze.random_half = false with an adapter, under which the model is frozen")
         if self.ema and self.optimizer.averages:
             raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
         if isinstance(self.sync, LocalUpdateOptions) and (self.ema or self.optimizer.averages):

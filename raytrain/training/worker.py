@@ -133,7 +133,7 @@ def _train(
         averager=averager,
         autocast=config.autocast,
     )
-    watch = RunCallbacks(
+    callbacks = RunCallbacks(
         run=run,
         averager=averager,
         store=store,
@@ -145,11 +145,11 @@ def _train(
     )
     with (
         make_loader(task, recipe.task, _step_range(replica, config)) as loader,
-        watch.recording(replica.progress, recipe.log.loggers),
+        callbacks.recording(replica.progress, recipe.log.loggers),
         _tracing(recipe, run, replica),
     ):
-        train(replica, task, loader, config, watch)
-    return watch.last_checkpoint
+        train(replica, task, loader, config, callbacks)
+    return callbacks.last_checkpoint
 
 
 @contextmanager

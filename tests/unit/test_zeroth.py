@@ -218,7 +218,8 @@ def test_parameters_that_lose_small_moves_are_spoken_of(
     name = "narrow" if dtype == torch.bfloat16 else "two_layers"
     assert train_here(recipe(task=f"{__name__}:{name}", steps=2), tmp_path / "run").failure() is None
     spoken = [
-        "parameters in bfloat16 lose each move below half of their last place" in text for text in caplog.messages
+        "parameters in bfloat16 round away updates below half a unit in the last place" in text
+        for text in caplog.messages
     ]
     assert spoken == ([True] if dtype == torch.bfloat16 else [])
 
