@@ -189,8 +189,8 @@ def check_uploaded(needed: Mapping[str, Path], files: Mapping[str, int], folder:
         inside = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else None
         if inside is None:
             raise RecipeError(
-                f"{name} is outside the current folder, which is what a job uploads; run the command from a folder above "
-                "it, or copy it here"
+                f"{name} is outside the current folder, which is what a job uploads; run the command from a folder "
+                "above it, or copy it here"
             )
         if path.exists() and not any(PurePosixPath(file).is_relative_to(inside) for file in files):
             raise RecipeError(
