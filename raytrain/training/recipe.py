@@ -170,8 +170,8 @@ class TrainRecipe(Recipe):
 
     @model_validator(mode="before")
     @classmethod
-    def _share_numbers(cls, raw: Any) -> Any:
-        """Choose how to exchange what the optimizer has to exchange, where the recipe does not."""
+    def _default_synchroniser(cls, raw: Any) -> Any:
+        """Default to `scalars` for zeroth-order optimizers."""
         if not isinstance(raw, Mapping) or not _is_zeroth(raw.get("optimizer")):
             return raw
         sync = raw.get("sync", {})
