@@ -90,7 +90,7 @@ def retrace(path: Path, module: nn.Module, first: int = 0) -> int:
 
     Args:
         path: the file.
-        module: as `raytrain.training.worker.build` makes it from the run's recipe.
+        module: as `raytrain.training.build.build_replica` makes it from the run's recipe.
         first: how many steps the module has behind it, as one of a checkpoint; then only the others are made.
 
     Raises:
@@ -119,8 +119,8 @@ def retrace(path: Path, module: nn.Module, first: int = 0) -> int:
         what, theirs, ours = KNOWN_BY[odd[0]], about[odd[0]], known[odd[0]]
         raise CheckpointError(
             f"{path}: this trajectory starts from {what} with digest {theirs[:12]}, and those of the model have "
-            f"{ours[:12]}; make the model as the run did, by raytrain.training.worker.build from the recipe.toml of "
-            "its folder"
+            f"{ours[:12]}; build the model as the run did, by raytrain.training.build.build_replica from its "
+            "recipe.toml"
         )
     count = first
     with torch.no_grad():
