@@ -42,7 +42,6 @@ ELSEWHERE = {
     "batch": "protocol.batch",
     "accumulate": "protocol.batch",
     "sync": "protocol",
-    "directions": "zo",
 }
 """Fields of a training recipe, and where a federated one says the same."""
 

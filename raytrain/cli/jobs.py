@@ -224,7 +224,7 @@ def _show_upload(upload: "Upload") -> int:
     """Print the files that a job would upload."""
     for name, size in sorted(upload.files.items()):
         print(f"{size:>12}  {printable_line(name)}")
-    _say(f"a job would take {len(upload.files)} file(s) along, {format_mib(sum(upload.files.values()))}")
+    _say(f"a job would upload {len(upload.files)} file(s), {format_mib(sum(upload.files.values()))}")
     _say_withheld(upload)
     return 0
 
@@ -234,7 +234,7 @@ def _say_withheld(upload: "Upload") -> None:
     named = [f"{name} ({why})" for name, why in sorted(upload.withheld.items())]
     more = f", and {len(named) - SHOWN_NAMES} more" if len(named) > SHOWN_NAMES else ""
     if named:
-        _say(f"not taken along: {', '.join(named[:SHOWN_NAMES])}{more}")
+        _say(f"not uploaded: {', '.join(named[:SHOWN_NAMES])}{more}")
 
 
 def _follow(server: "JobServer", name: str) -> int:

@@ -47,15 +47,15 @@ class DataParallel(StepSynchroniser):
             return
         for tensor in state_tensors(module):
             self._await(self._averager.transport.broadcast(tensor.data))
-        self._rest = StepMessage(module, self._averager.transport.device)
+        self._step_message = StepMessage(module, self._averager.transport.device)
         # The backward pass fills gradients from the last layer to the first.
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad][::-1]
         sixteenth = sum(_bytes(parameter) for parameter in trainable) // 16
         piece = self._bucket_bytes or min(max(sixteenth, 1 << 20), 25 << 20)
         self._buckets = [_Bucket(part) for part in make_buckets(trainable, piece)]
         for bucket in self._buckets:
-            for place, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket, place))
+            for index, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket, index))
 
     def set_weight(self, weight: float) -> float:
         """Return the weight: each replica's gradient is of its own mean loss."""
@@ -74,27 +74,27 @@ class DataParallel(StepSynchroniser):
             return StepTotals(self._weight, loss, stop)
         self._armed = False
         for bucket in self._buckets:
-            bucket.fill_rest()
+            bucket.fill_missing()
         self._launch_ready()
         used = [float(flag) for bucket in self._buckets for flag in bucket.used]
-        rest = self._rest.pack([self._weight, loss, float(stop), *used])
-        pending = self._averager.transport.all_reduce(rest)
+        message = self._step_message.pack([self._weight, loss, float(stop), *used])
+        pending = self._averager.transport.all_reduce(message)
         for bucket in self._buckets:
             if bucket.pending:
                 self._await(bucket.pending)
         self._await(pending)
-        weight, loss, stops, *users = self._rest.unpack(rest)
-        self._put_in_place(users)
+        weight, loss, stops, *users = self._step_message.unpack(message)
+        self._set_gradients(users)
         return StepTotals(weight, loss, bool(stops))
 
-    def _on_gradient(self, bucket: "_Bucket", place: int, parameter: Tensor) -> None:
+    def _on_gradient(self, bucket: "_Bucket", index: int, parameter: Tensor) -> None:
         if self._armed:
-            if bucket.used[place]:
+            if bucket.used[index]:
                 raise TrainingError(
                     f"a parameter of shape {tuple(parameter.shape)} got its gradient in two parts, as re-entrant "
                     "activation checkpointing does to shared layers; checkpoint them with use_reentrant=False"
                 )
-            bucket.take(place, parameter)
+            bucket.add(index, parameter)
             self._launch_ready()
 
     def _launch_ready(self) -> None:
@@ -105,7 +105,7 @@ class DataParallel(StepSynchroniser):
                     return
                 bucket.pending = self._averager.average(bucket.flat, self._weight)
 
-    def _put_in_place(self, users: Sequence[float]) -> None:
+    def _set_gradients(self, users: Sequence[float]) -> None:
         """Set the mean gradient of each parameter, or None if no replica used it."""
         parameters = [parameter for bucket in self._buckets for parameter in bucket.parameters]
         views = [view for bucket in self._buckets for view in bucket.views]
@@ -150,17 +150,17 @@ class _Bucket:
         self.used = [False] * len(self.parameters)
         self.pending: PendingWork | None = None
 
-    def take(self, place: int, parameter: Tensor) -> None:
-        if not self.used[place] and parameter.grad is not None:
-            self.views[place].copy_(parameter.grad)
+    def add(self, index: int, parameter: Tensor) -> None:
+        if not self.used[index] and parameter.grad is not None:
+            self.views[index].copy_(parameter.grad)
             parameter.grad = None  # the copy is enough: never hold gradients twice
-            self.used[place] = True
+            self.used[index] = True
             self.missing -= 1
 
-    def fill_rest(self) -> None:
+    def fill_missing(self) -> None:
         """Copy gradients that an earlier micro-batch left, and zeros where there is none."""
-        for place, parameter in enumerate(self.parameters):
-            self.take(place, parameter)
-            if not self.used[place]:
-                self.views[place].zero_()
+        for index, parameter in enumerate(self.parameters):
+            self.add(index, parameter)
+            if not self.used[index]:
+                self.views[index].zero_()
         self.missing = 0

@@ -91,12 +91,12 @@ class ShardedDataParallel(StepSynchroniser):
         # After a pass without gradients FSDP would keep the root's parameters, and not see that they move.
         module.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else sharded.reshard())
         shards = Shards(module, transport)
-        self._watch(module, shards)
+        self._register_hooks(module, shards)
         return shards
 
     def attach(self, module: nn.Module) -> None:
         """Attach to the model's buffers: its parameters are sharded already."""
-        self._rest = StepMessage(module, self._transport.device)
+        self._step_message = StepMessage(module, self._transport.device)
 
     def set_weight(self, weight: float) -> float:
         """Return 1: gradients are divided after their reduction, when the sum of weights is known."""
@@ -113,9 +113,9 @@ class ShardedDataParallel(StepSynchroniser):
         used = [float(name in self._used) for name, _, _ in self._trained]
         alone = [part for _, known, part in self._trained if known is part]
         own = [0.0 if part.grad is None else float(part.grad) for part in alone]
-        rest = self._rest.pack([self._weight, loss, float(stop), *used, *own])
-        self._await(self._transport.all_reduce(rest))
-        weight, loss, stops, *more = self._rest.unpack(rest)
+        message = self._step_message.pack([self._weight, loss, float(stop), *used, *own])
+        self._await(self._transport.all_reduce(message))
+        weight, loss, stops, *more = self._step_message.unpack(message)
         for part, total in zip(alone, more[len(used) :], strict=True):
             part.grad = torch.full_like(part, total)
         for (_, known, part), users in zip(self._trained, more[: len(used)], strict=True):
@@ -125,7 +125,7 @@ class ShardedDataParallel(StepSynchroniser):
                 part.grad = local_part(gradient).div_(weight or 1.0)
         return StepTotals(weight, loss, bool(stops))
 
-    def _watch(self, module: nn.Module, shards: Shards) -> None:
+    def _register_hooks(self, module: nn.Module, shards: Shards) -> None:
         """Record which parameters get a gradient: FSDP gives zeros to the others."""
         from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - slow to import
 

@@ -93,9 +93,9 @@ class SaturationCounter:
         if 2 * (zeros + beyond) > seen and not self._told:
             self._told = True
             logger.warning(
-                "sync.name = one-byte: of the last %d slopes of a worker %d were 0, for which a larger zo.eps "
-                "may help, and %d beyond what a byte holds, 2^-10.5 to 2^10.5 of the median of recent ones, and became "
-                "the least or the most of that; sync.name = numbers sends them as they are",
+                "sync.name = one-byte: of the last %d projected gradients of a worker %d were 0, for which a larger "
+                "zo.eps may help, and %d saturated beyond what a byte holds, 2^-10.5 to 2^10.5 of the recent median; "
+                "sync.name = scalars sends them as float32",
                 seen,
                 zeros,
                 beyond,

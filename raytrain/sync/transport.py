@@ -211,7 +211,7 @@ class GroupTransport:
     @property
     def is_waiting(self) -> bool:
         """Whether this replica is blocked, here or in a channel."""
-        return self._is_waiting or any(lane.is_waiting for lane in self._channels)
+        return self._is_waiting or any(channel.is_waiting for channel in self._channels)
 
     def new_channel(self) -> "GroupTransport":
         """Return a channel with a process group of its own."""
@@ -285,8 +285,8 @@ class GroupTransport:
 
     def close(self) -> None:
         """Close the connections, which gloo does when nothing refers to the group."""
-        for lane in self._channels:
-            lane.close()
+        for channel in self._channels:
+            channel.close()
         group, self._group = self._group, None
         dist.destroy_process_group(group)
         del group

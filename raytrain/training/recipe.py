@@ -184,8 +184,8 @@ class TrainRecipe(Recipe):
 
     @model_validator(mode="before")
     @classmethod
-    def _share_numbers(cls, raw: Any) -> Any:
-        """Choose how to exchange what the optimizer has to exchange, where the recipe does not."""
+    def _default_synchroniser(cls, raw: Any) -> Any:
+        """Default to `scalars` for zeroth-order optimizers."""
         if not isinstance(raw, Mapping) or not _is_zeroth(raw.get("optimizer")):
             return raw
         sync = raw.get("sync", {})
@@ -221,7 +221,7 @@ class TrainRecipe(Recipe):
     @model_validator(mode="after")
     def _fit(self) -> Self:
         if self.freeze.random_half and self.adapter.name != "none":
-            raise ValueError("expected freeze.random_half = false with an adapter, beside which nothing else moves")
+            raise ValueError("expected freeze.random_half = false with an adapter, under which the model is frozen")
         if self.ema and self.optimizer.averages:
             raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
         if isinstance(self.sync, LocalUpdateOptions) and (self.ema or self.optimizer.averages):

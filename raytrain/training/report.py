@@ -68,7 +68,7 @@ def _metrics(evaluations: MetricsRows) -> list[Panel | None]:
 
 
 def _throughput(steps: MetricsRows) -> Panel | None:
-    """Return samples per second between consecutive rows; where an attempt ends, the clock stands still."""
+    """Return samples per second between consecutive rows; time between attempts does not count."""
     speeds = [
         {
             "step": after["step"],

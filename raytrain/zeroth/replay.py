@@ -94,7 +94,7 @@ def replay_trajectory(path: Path, module: nn.Module, completed_steps: int = 0) -
 
     Args:
         path: the file.
-        module: built from the run's recipe by `raytrain.training.build.build`.
+        module: built from the run's recipe by `raytrain.training.build.build_replica`.
         completed_steps: steps that the module already contains, as one from a checkpoint; these are skipped.
 
     Raises:
@@ -121,7 +121,7 @@ def replay_trajectory(path: Path, module: nn.Module, completed_steps: int = 0) -
         what, theirs, ours = DIGESTS[odd[0]], about[odd[0]], digests[odd[0]]
         raise CheckpointError(
             f"{path}: expected {what} with digest {theirs[:12]}, from which this trajectory starts; got {ours[:12]}; "
-            "build the model by raytrain.training.build.build from the recipe.toml in the run's folder"
+            "build the model by raytrain.training.build.build_replica from the recipe.toml in the run's folder"
         )
     count = completed_steps
     with torch.no_grad():

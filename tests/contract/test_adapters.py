@@ -152,7 +152,9 @@ def test_a_resumed_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
 
 def test_another_model_beneath_an_adapter_is_noticed(tmp_path: Path) -> None:
     train_here(recipe("lora", task={"name": "test_adapters:another_base"}, steps=2), tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"this checkpoint is of an adapter beside another model: the weights at"):
+    with pytest.raises(
+        CheckpointError, match=r"this checkpoint is of an adapter on another base model: the weights at"
+    ):
         load_best(tmp_path / "run", {"task.width": 2}).evaluate()
 
 

@@ -215,7 +215,7 @@ def test_list_names_everything_with_a_line_each(raytrain: Callable[..., Any]) ->
     for word in ("recipes", "digits", "shakespeare-cpu", "stdlib-lm", "adamw", "cosine", "ddp", "tensorboard"):
         assert word in ended.out
     only = raytrain("list", "schedules")
-    assert "Stay at 1, then fall to 0 along a line" in only.out
+    assert "Constant, then linear decay" in only.out
     assert "adamw" not in only.out
 
 

@@ -503,9 +503,9 @@ def test_what_is_no_job_server_is_said_at_once(
         (["submit", "--", "train", "text.toml", "task.path={}/data.txt"], "it relative to it, as 'data.txt'"),
         (
             ["submit", "--", "train", "text.toml", "task.path=hidden/a.txt"],
-            "task.path: hidden/a.txt is not taken along ",
+            "task.path: hidden/a.txt is not uploaded ",
         ),
-        (["submit", "--", "train", "runs/x"], "runs/x is not taken along to the job: runs/, .venv/, .git/, what .giti"),
+        (["submit", "--", "train", "runs/x"], "runs/x is not uploaded with the job: runs/, .venv/, .git/, what .giti"),
         (
             ["submit", "--", "train", "../other.toml"],
             "../other.toml is outside the current folder, which is what a job",

@@ -161,7 +161,7 @@ def flip(path: Path) -> None:
             r"manifest.json: expected a checkpoint of format 3; this one has format 1, of another version of raytrain: "
             r"resume the run with that version, or start another$",
         ),
-        (lambda path: rewrite(path, format="2"), r"manifest.json: cannot be read: format: Input should be a valid int"),
+        (lambda path: rewrite(path, format="3"), r"manifest.json: cannot be read: format: Input should be a valid int"),
         (lambda path: rewrite(path, parts=[]), r"manifest.json: cannot be read: parts: List should have at least 1"),
         (lambda path: rewrite(path, progress={}), r"manifest.json: cannot be read: progress.step: Field required"),
         (lambda path: rewrite(path, more=1), r"manifest.json: cannot be read: more: Extra inputs are not permitted"),

@@ -77,7 +77,6 @@ def test_shipped_recipes_say_what_they_are(file: Path) -> None:
         ),
         ({"workers": 2}, "workers: no such field; a federated recipe says clients.actors"),
         ({"steps": 2}, "steps: no such field; a federated recipe says rounds and protocol.local_steps"),
-        ({"directions": {}}, "directions: no such field; a federated recipe says zo"),
         ({"round": 2}, "round: no such field; did you mean rounds? known: "),
         ({"protocol.alpha": 2}, "protocol.alpha: no such field; known: batch, down, "),
         ({"protocol.down": "one-byte"}, "protocol.down: expected 'float32' or 'float16'; got 'one-byte'"),

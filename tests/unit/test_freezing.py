@@ -154,6 +154,6 @@ def test_errors_say_what_does_not_fit() -> None:
     ):
         HalfFineTuning(nn.Linear(1, 1), 0, 0)
     with pytest.raises(
-        RecipeError, match=r"expected freeze.random_half = false with an adapter, beside which nothing else"
+        RecipeError, match=r"expected freeze.random_half = false with an adapter, under which the model is"
     ):
         recipe(**{"freeze.random_half": True, "adapter": "lora"})

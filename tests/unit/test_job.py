@@ -121,9 +121,9 @@ def test_the_largest_folders_are_named() -> None:
     with pytest.raises(RecipeError) as caught:
         check_upload({"data/a": 60 << 20, "data/b": 70 << 20, "x.bin": 5 << 20, "s/t/u": 1}, 100 << 20, Path("/me"))
     assert str(caught.value) == (
-        "a job takes the current folder along, and /me holds 135.0 MiB, where Ray takes at most 100.0 MiB; the largest "
+        "a job uploads the current folder, and /me holds 135.0 MiB, where Ray takes at most 100.0 MiB; the largest "
         "in it: data/ 130.0 MiB, x.bin 5.0 MiB, s/ 0.0 MiB. Name what the job does not need in .gitignore or "
-        ".rayignore, or call from another folder"
+        ".rayignore, or run the command from another folder"
     )
 
 
@@ -134,7 +134,7 @@ def test_what_a_recipe_names_must_be_taken_along(tmp_path: Path) -> None:
     files = {"mine.toml": 0, "data/a.txt": 0}
     for name in ("mine.toml", "data", "data/a.txt", "", "not/there"):
         check_uploaded({name: tmp_path / name}, files, tmp_path)
-    with pytest.raises(RecipeError, match=r"^runs/x is not taken along to the job: runs/, .venv/, .git/, what ."):
+    with pytest.raises(RecipeError, match=r"^runs/x is not uploaded with the job: runs/, .venv/, .git/, what ."):
         check_uploaded({"runs/x": tmp_path / "runs/x/recipe.toml"}, files, tmp_path)
     with pytest.raises(RecipeError, match=r"^../other.toml is outside the current folder, which is what a job takes"):
         check_uploaded({"../other.toml": tmp_path.parent / "other.toml"}, files, tmp_path)

@@ -150,6 +150,6 @@ def test_what_a_job_would_take_along_is_listed(workplace: Path, raytrain: Callab
     ended = raytrain("submit", "--dry-run", "--", "train", "digits")
     assert (ended.status, ended.out) == (0, "           2  mine.py\n")
     assert ended.err.splitlines() == [
-        "a job would take 1 file(s) along, 0.0 MiB",
-        "not taken along: .env (may hold secrets), link (a link out of the folder)",
+        "a job would upload 1 file(s), 0.0 MiB",
+        "not uploaded: .env (may hold secrets), link (a link out of the folder)",
     ]

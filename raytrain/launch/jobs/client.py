@@ -1,4 +1,4 @@
-"""Submits, follows, stops and fetches Ray jobs: one of the few files that know Ray."""
+"""Client of Ray's job server: submit, follow, stop and fetch."""
 
 import asyncio
 import ipaddress
@@ -75,7 +75,7 @@ class _Client(JobSubmissionClient):
         raise RuntimeError(answer)
 
     def listed(self) -> list[Any]:
-        """Return what the server says of each job; Ray's own stops at the first one that is odd."""
+        """Return the details of each job; Ray's own stops at the first one that is malformed."""
         response = self._do_request("GET", "/api/jobs/")
         if response.status_code != 200:
             self._raise_error(response)
@@ -143,7 +143,7 @@ class JobServer:
 
         Args:
             job: its name, words and place.
-            upload: what it takes along.
+            upload: files for the job.
 
         Raises:
             RecipeError: the server refuses it.
@@ -175,7 +175,7 @@ class JobServer:
             )
 
     def job(self, name: str) -> Job:
-        """Return what the server knows of a job.
+        """Return the details of a job.
 
         Raises:
             RecipeError: there is none of that name, or it is not one of ours.
@@ -207,12 +207,12 @@ class JobServer:
         return sorted(found, key=lambda job: job.started), odd
 
     def stop(self, name: str) -> None:
-        """Ask a job to save and end; whether it has ended is another question."""
+        """Ask a job to checkpoint and end, without waiting for it."""
         with self.explained(name):
             self.client.stop_job(name)
 
     def follow(self, name: str, log: JobLog, say: Callable[[str], None]) -> Job:
-        """Show the log of a job until it ends, over a lost connection too, and return how it ended.
+        """Stream the log of a job until it ends, over a lost connection too, and return the job.
 
         Where the server answers and the log cannot be read, as behind a proxy without WebSockets or when the machine
         that writes it is gone, this waits for the job's end all the same.
@@ -258,7 +258,7 @@ class JobServer:
             take(text)
 
     def _found_again(self, name: str, say: Callable[[str], None]) -> Job:
-        """Return what the server knows of a job, and wait for one that does not answer."""
+        """Return the details of a job, and wait for a server that does not answer."""
         give_up, told = time.monotonic() + RECONNECT_SECONDS, False
         while True:
             try:

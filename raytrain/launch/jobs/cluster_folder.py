@@ -1,4 +1,4 @@
-"""A run's folder on a cluster, as Ray's dashboard serves it: one of the few files that know Ray."""
+"""A run's folder on a cluster, served by Ray's dashboard."""
 
 import secrets
 import shlex
@@ -38,7 +38,7 @@ class ClusterFolder:
         self._place = self._serving = ""
 
     def listing(self) -> Listing:
-        """Return what there is, listed by the small job."""
+        """Return the files, as listed by the serving job."""
         self.close()
         name = f"fetch-{self._job.id}-{time.time_ns():x}"
         self._place = f"{SERVED}{self._job.id}-{secrets.token_hex(8)}"

@@ -57,7 +57,7 @@ class RunSource(Protocol):
     origin: str
 
     def listing(self) -> Listing:
-        """Return what there is.
+        """Return the files.
 
         Raises:
             OSError: it cannot be listed now.
@@ -73,7 +73,7 @@ class RunSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave nothing behind that was needed for reading."""
+        """Release what reading needed."""
         ...
 
 
@@ -93,7 +93,7 @@ class Folder:
         return pieces_of(self._path / name)
 
     def close(self) -> None:
-        """Do nothing: nothing was needed."""
+        """Do nothing."""
 
 
 class Store:
@@ -142,7 +142,7 @@ class Store:
             return bool(self._files.exists(self._place(LIST)))
 
     def listing(self) -> Listing:
-        """Return what was stored.
+        """Return the stored files.
 
         Raises:
             RecipeError: it is not complete.
@@ -162,7 +162,7 @@ class Store:
                 yield piece
 
     def close(self) -> None:
-        """Do nothing: nothing was needed."""
+        """Do nothing."""
 
     def _place(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

@@ -1,4 +1,4 @@
-"""What a job takes along from the current folder: one of the few files that know Ray, which packs it."""
+"""The upload of a job from the current folder, which Ray packs."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ SECRETS = (".env*", "*.pem", "id_*", ".ssh", ".aws", ".netrc", ".kaggle")
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What a job takes along, as Ray chooses it.
+    """The upload of a job, as Ray selects it.
 
     Attributes:
         folder: the current one.
@@ -32,12 +32,12 @@ class Upload:
     withheld: dict[str, str]
 
     def excludes(self) -> list[str]:
-        """Return what Ray is to leave out, as patterns of .gitignore."""
+        """Return the excluded paths, as patterns of .gitignore."""
         return [*EXCLUDED, *SECRETS, *_own_packages(self.folder), *(_pattern(name) for name in self.withheld)]
 
 
 def upload_of(folder: Path) -> Upload:
-    """Return what a job would take along from a folder."""
+    """Return the upload of a job from a folder."""
     files: dict[str, int] = {}
     withheld: dict[str, str] = {}
     secret = _get_excludes(folder, SECRETS)
@@ -68,7 +68,7 @@ def _pattern(name: str) -> str:
 
 
 def _stray_link(path: Path, folder: Path) -> str:
-    """Return what is wrong with a link; Ray would follow it, and take along what it leads to."""
+    """Return why a link is not uploaded; Ray would follow it, and upload its target."""
     if path == folder or not path.is_symlink():
         return ""
     try:
@@ -81,7 +81,7 @@ def _stray_link(path: Path, folder: Path) -> str:
 
 
 def upload_limit() -> int:
-    """Return how many bytes the job server takes."""
+    """Return the limit of the job server in bytes."""
     return int(DASHBOARD_CLIENT_MAX_SIZE)
 
 
