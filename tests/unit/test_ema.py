@@ -110,7 +110,7 @@ def test_workers_that_differ_have_no_average(changes: dict[str, Any], what: str)
     base = {"kind": "train", "task": "raytrain.testing:tiny", "sync": "diloco"}
     TrainRecipe.parse(base)
     with pytest.raises(
-        RecipeError, match=rf"^recipe: sync.name: expected gradients with an average .*\({what}\), .*; got"
+        RecipeError, match=rf"^recipe: sync.name: expected ddp or fsdp with an average .*\({what}\), .*; got"
     ):
         TrainRecipe.parse({**base, **changes})
 

@@ -72,9 +72,9 @@ def test_every_task_has_a_source(task: Any) -> None:
 
 
 def test_a_generator_can_have_options_of_its_own() -> None:
-    source = recipe("digits", task__source="mine:simulate", task__source__speed=2, task__source__ahead=9).task.source
+    source = recipe("digits", task__source="mine:simulate", task__source__speed=2, task__source__prefetch=9).task.source
     assert isinstance(source, Generators)
-    assert source.model_dump() == {"name": "mine:simulate", "actors": 0, "cpus": 1, "ahead": 9, "speed": 2}
+    assert source.model_dump() == {"name": "mine:simulate", "actors": 0, "cpus": 1, "prefetch": 9, "speed": 2}
 
 
 @pytest.mark.parametrize(
