@@ -43,7 +43,7 @@ class Kind:
         tables: title -> the table of what a recipe can choose by name.
         remarks: title -> () -> name -> what `raytrain list` adds about it on this machine.
         shorthand: the field that a mere "module:attribute" in place of a recipe stands for.
-        packages: whose code all machines of a run must share.
+        packages: whose code all machines of a run must share, and which `submit --with-code` takes along.
         requires: distributions whose versions a run records, beside Python, torch, Ray and NumPy.
     """
 
