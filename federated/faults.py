@@ -3,15 +3,17 @@
 Which fault happens to a client in a round follows from the seed, so a run with faults is repeated as one without.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
-from federated.sampling import Stream, fold_in
+from federated.channel import Answer, Channel, NoReport
+from federated.sampling import Stream
 from raytrain.recipe import Section
 from raytrain.registry import resolve
+from raytrain.seeds.prng import fold_in
 
 FAULTS: dict[str, str] = {
     "drop": "federated.faults:drop A client never answers.",
@@ -43,54 +45,35 @@ class Faults(Section):
     quorum: int = Field(1, ge=1)
 
 
-class ProcessLostError(Exception):
-    """The process that served a client is gone, with all that it remembered."""
+def drop(report: bytes, draw: int, faults: Faults) -> Answer:  # noqa: ARG001 - all faults take the same
+    """Return no report."""
+    return NoReport("no answer")
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a client answers.
-
-    Attributes:
-        data: its report.
-        seconds: how late.
-    """
-
-    data: bytes
-    seconds: float = 0.0
+def slow(report: bytes, draw: int, faults: Faults) -> Answer:  # noqa: ARG001
+    """Return the report, unless the round has ended before it comes."""
+    return (
+        NoReport(f"late by {faults.slow_seconds:g} s") if 0 < faults.timeout_seconds < faults.slow_seconds else report
+    )
 
 
-Call = Callable[[], bytes]
-"""Has a client answer."""
+def crash(report: bytes, draw: int, faults: Faults) -> Answer:  # noqa: ARG001
+    """Return no report; the channel has lost a process before it came."""
+    return NoReport("its process was lost")
 
 
-def drop(call: Call, draw: int, faults: Faults) -> Reply | None:  # noqa: ARG001 - all faults take the same
-    """Return no reply."""
-    return None
-
-
-def slow(call: Call, draw: int, faults: Faults) -> Reply | None:  # noqa: ARG001
-    """Return the reply, late."""
-    return Reply(call(), faults.slow_seconds)
-
-
-def crash(call: Call, draw: int, faults: Faults) -> Reply | None:  # noqa: ARG001
-    """Raise `ProcessLostError`."""
-    raise ProcessLostError("the process was ended on purpose, as faults.crash asks for")
-
-
-def garble(call: Call, draw: int, faults: Faults) -> Reply | None:  # noqa: ARG001
-    """Return the reply with one byte changed, or cut off there."""
-    data = bytearray(call())
+def garble(report: bytes, draw: int, faults: Faults) -> Answer:  # noqa: ARG001
+    """Return the report with one byte changed, or cut off there."""
+    data = bytearray(report)
     index = (draw >> 16) % len(data)
     if draw % 2:
-        return Reply(bytes(data[:index]))
+        return bytes(data[:index])
     data[index] ^= 1 + (draw >> 1) % 255
-    return Reply(bytes(data))
+    return bytes(data)
 
 
 @dataclass(frozen=True, slots=True)
-class FaultPlan:
+class ClientFaultPlan:
     """Which fault happens where.
 
     Attributes:
@@ -108,22 +91,39 @@ class FaultPlan:
                 return name
         return ""
 
-    def reply(self, round_number: int, client: int, call: Call) -> Reply | None:
-        """Have a client answer, with its fault if it has one.
-
-        Raises:
-            ProcessLostError: its fault is that.
-        """
+    def after(self, round_number: int, client: int, report: bytes) -> Answer:
+        """Return what arrives of a client's report, after its fault if it has one."""
         name = self.fault(round_number, client)
         if not name:
-            return Reply(call())
+            return report
         happen: Any = resolve(FAULTS, name, "faults")
-        reply: Reply | None = happen(call, self._draw(round_number, client, len(FAULTS)), self.faults)
-        return reply
-
-    def is_late(self, reply: Reply) -> bool:
-        """Return whether a round has ended before a reply."""
-        return 0 < self.faults.timeout_seconds < reply.seconds
+        answer: Answer = happen(report, self._draw(round_number, client, len(FAULTS)), self.faults)
+        return answer
 
     def _draw(self, round_number: int, client: int, index: int) -> int:
         return fold_in(fold_in(self.master, Stream.FAULTS), round_number, client, index)
+
+
+class FaultyChannel:
+    """A channel on which the faults of a plan happen, on the server's side of it.
+
+    Args:
+        channel: that reaches the clients.
+        plan: of the faults.
+    """
+
+    def __init__(self, channel: Channel, plan: ClientFaultPlan) -> None:
+        self._channel = channel
+        self._plan = plan
+
+    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterator[tuple[int, Answer]]:
+        """Yield what arrives of each client's answer."""
+        for client in payloads:
+            if self._plan.fault(round_number, client) == "crash":
+                self.lose_process(client)
+        for client, answer in self._channel.ask(round_number, payloads):
+            yield client, answer if isinstance(answer, NoReport) else self._plan.after(round_number, client, answer)
+
+    def lose_process(self, client: int) -> None:
+        """End a process that serves clients."""
+        self._channel.lose_process(client)

@@ -76,6 +76,8 @@ class CommunicationRound:
         refusals: why, of the first ones.
         bytes_down: of all payloads.
         bytes_up: of all reports.
+        payloads: how many were sent.
+        reports: how many came, whatever became of them.
     """
 
     number: int
@@ -88,11 +90,21 @@ class CommunicationRound:
     refusals: list[str] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0
+    payloads: int = 0
+    reports: int = 0
 
     def has(self, client: int) -> bool:
         """Return whether a client takes part."""
         index = bisect_left(self.clients, client)
         return index < len(self.clients) and self.clients[index] == client
+
+    def refuse(self, client: int, reason: str) -> Outcome:
+        """Note that a client's report is not used."""
+        self.refused += 1
+        if len(self.refusals) < REFUSALS_KEPT:
+            self.refusals.append(f"client {client}, round {self.number}: {reason}")
+            logger.warning("%s; the report is not used", self.refusals[-1])
+        return "refused"
 
     def miss(self, client: int, reason: str) -> Outcome:
         """Note that nothing of a client was heard in time."""
@@ -134,6 +146,10 @@ class Server:
         """The newest model; its version is the number of rounds that are done."""
         return self.history.model
 
+    def is_done(self) -> bool:
+        """Return whether all rounds of the schedule are done."""
+        return self.model.version == len(self.protocol.rates.lr)
+
     def check_origin(self, client: int, origin: str) -> None:
         """Refuse a client that begins with something else: it would add other directions to other weights.
 
@@ -150,7 +166,7 @@ class Server:
     def sample(self) -> CommunicationRound:
         """Begin the next round, with clients that follow from its number."""
         number = self.model.version
-        if number == len(self.protocol.rates.lr):
+        if self.is_done():
             raise RuntimeError(f"all {number} rounds are done")
         clients = participants(self.protocol.master, number, len(self.versions), self._participation.per_round)
         self.round = CommunicationRound(number, tuple(clients.tolist()))
@@ -169,6 +185,7 @@ class Server:
         payload = self.history.payload(int(self.versions[client]), directions)
         going.asked.add(client)
         going.bytes_down += len(payload)
+        going.payloads += 1
         return payload
 
     def hear(self, client: int, data: bytes) -> Outcome:
@@ -180,6 +197,7 @@ class Server:
         """
         going = self._going()
         going.bytes_up += len(data)
+        going.reports += 1
         expected = ReportHeader(self.model.version, going.number, self.protocol.options.local_steps, examples=1)
         if client in going.asked and client not in going.heard and is_lost(data, expected, client):
             self.versions[client] = 0
@@ -187,11 +205,7 @@ class Server:
         try:
             going.heard[client] = self._report(going, client, data, expected)
         except PayloadError as error:
-            going.refused += 1
-            if len(going.refusals) < REFUSALS_KEPT:
-                going.refusals.append(f"client {client}, round {going.number}: {error}")
-                logger.warning("%s; the report is not used", going.refusals[-1])
-            return "refused"
+            return going.refuse(client, str(error))
         return "heard"
 
     def aggregate(self) -> CommunicationRound:

@@ -52,7 +52,7 @@ class Resources(Section):
     labels: dict[str, Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w., -]+\))$")]] = {}
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
 
-    def beside_cpus(self) -> dict[str, float]:
+    def extra_resources(self) -> dict[str, float]:
         """Return what each worker takes beside processors, by Ray's names."""
         return {**({"GPU": self.gpus} if self.gpus else {}), **self.custom}
 
@@ -64,18 +64,18 @@ class Resources(Section):
         return custom
 
 
-class Log(Section):
-    """What to record.
+class Logging(Section):
+    """Metrics and loggers.
 
     Attributes:
         every: steps between lines of metrics.jsonl.
-        to: loggers beside it.
+        loggers: what else takes these lines.
     """
 
     every: int = Field(10, ge=1)
-    to: tuple[str, ...] = ("tensorboard",)
+    loggers: tuple[str, ...] = ("tensorboard",)
 
-    @field_validator("to")
+    @field_validator("loggers")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:

@@ -3,6 +3,7 @@
 import builtins
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -100,11 +101,44 @@ class Chooser:
 
     def _declared(self, name: str, domain: type[Domain], **options: Any) -> Any:
         try:
-            declared = domain(**options)
+            declared = _declared(domain, options)
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise RecipeError(f"{self._prefix}{name}: {message}") from None
         return self.decide(name, declared)
+
+
+def _declared(domain: type[Domain], options: Mapping[str, Any]) -> Domain:
+    try:
+        return _domain(domain, *_flat(options))
+    except TypeError:  # a value that cannot be hashed
+        return domain(**options)
+
+
+def _flat(options: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield names and values, one by one, so that the types of listed values count too."""
+    for name, value in options.items():
+        yield name
+        if isinstance(value, tuple):
+            yield len(value)
+            yield from value
+        else:
+            yield value
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _domain(domain: type[Domain], *flat: Any) -> Domain:
+    """Return a domain; a space declares the same ones in each of its runs, and to check them takes long."""
+    options: dict[str, Any] = {}
+    rest = list(flat)
+    while rest:
+        name = rest.pop(0)
+        if name == "values":
+            count = rest.pop(0)
+            options[name], rest = tuple(rest[:count]), rest[count:]
+        else:
+            options[name] = rest.pop(0)
+    return domain(**options)
 
 
 def sampling(rng: np.random.Generator) -> Policy:

@@ -36,6 +36,10 @@ class Domain(Section, ABC):
         """Draw a value, uniform on the domain's scale."""
 
     @abstractmethod
+    def at(self, fraction: float) -> Any:
+        """Return the value below which a share `fraction` of the domain lies, from 0 up to 1; listed ones in order."""
+
+    @abstractmethod
     def perturb(self, value: Any, rng: np.random.Generator, factor: float) -> Any:
         """Draw a value near `value`.
 
@@ -61,6 +65,10 @@ class Domain(Section, ABC):
         """Return the position of `value` on the scale, from 0 to 1; None without an order."""
         return None
 
+    def index(self, value: Any) -> int:  # noqa: ARG002 - for listed values
+        """Return where `value` is in the list; 0 for numbers."""
+        return 0
+
     def traps(self, value: Any) -> bool:  # noqa: ARG002 - for numbers
         """Return whether no perturbation leads away from `value`."""
         return False
@@ -84,8 +92,11 @@ class _Numeric(Domain):
         return self
 
     def sample(self, rng: np.random.Generator) -> Any:
+        return self.at(rng.random())
+
+    def at(self, fraction: float) -> Any:
         low, high = self._span()
-        return self.nearest(self._value(low + (high - low) * rng.random()))
+        return self.nearest(self._value(low + (high - low) * fraction))
 
     def unit(self, value: Any) -> float:
         low, high = self._axis(self.low), self._axis(self.high)
@@ -237,6 +248,12 @@ class _Listed(Domain):
 
     def sample(self, rng: np.random.Generator) -> Any:
         return self.values[rng.integers(len(self.values))]
+
+    def at(self, fraction: float) -> Any:
+        return self.values[int(fraction * len(self.values))]
+
+    def index(self, value: Any) -> int:
+        return _index(self.values, value) or 0
 
     def grid(self, points: int) -> list[Any]:  # noqa: ARG002 - takes the place of that of numbers
         return list(self.values)

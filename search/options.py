@@ -17,6 +17,7 @@ class SearchOptions(Options):
         first: hyperparameters to begin with, path -> value; those that a guess leaves out are drawn.
         timeout_seconds: how long a member may be silent before its attempt is given up.
         max_failures: how often a failed segment is handed out again.
+        seconds: wall-clock time of all attempts after which the search stops; 0: any.
     """
 
     space: str | dict[str, Any]
@@ -25,3 +26,4 @@ class SearchOptions(Options):
     first: tuple[dict[str, Any], ...] = ()
     timeout_seconds: float = Field(60.0, gt=0)
     max_failures: int = Field(3, ge=0)
+    seconds: float = Field(0.0, ge=0)

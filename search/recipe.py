@@ -4,19 +4,21 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
 from raytrain.errors import RecipeError
 from raytrain.kinds import load_kinds
-from raytrain.overrides import merged
-from raytrain.recipe import Recipe, chosen, declared_options, dotted_fields, read_toml
-from raytrain.registry import near, resolve
+from raytrain.overrides import apply_overrides
+from raytrain.recipe import Recipe, dotted_fields, options_by_name, options_parameter, read_toml
+from raytrain.registry import resolve, suggest
 from search.checks import check_factors, check_guesses, check_space, check_steps
 from search.options import SearchOptions
+from search.pbt.options import PBTOptions
 from search.scheduling.scheduler import SEARCHES, Problem, Scheduler
 from search.scheduling.segments import Objective
 from search.space import Space, make_space
+from search.sweep.options import GridOptions, PrunerOptions
 
 
 def _read_base(value: Any) -> Recipe:
@@ -38,9 +40,9 @@ def _read_base(value: Any) -> Recipe:
             raw, file = read_toml(source, [kind.recipes for kind in kinds.values() if kind.recipes])
             raw = {"name": file.stem, **raw}
         rest = {field: inner for field, inner in section.items() if field != "name"}
-        raw = merged({"kind": "train", **raw}, dict(dotted_fields(rest)))
+        raw = apply_overrides({"kind": "train", **raw}, dict(dotted_fields(rest)))
     if raw["kind"] not in kinds or raw["kind"] == "search":
-        raise RecipeError(f"base.kind: no such kind {raw['kind']!r}; {near(raw['kind'], kinds.keys() - {'search'})}")
+        raise RecipeError(f"base.kind: no such kind {raw['kind']!r}; {suggest(raw['kind'], kinds.keys() - {'search'})}")
     try:
         return kinds[raw["kind"]].recipe_class().model_validate(raw)
     except RecipeError as error:  # of what a name stands for; those of pydantic get their place by themselves
@@ -49,7 +51,8 @@ def _read_base(value: Any) -> Recipe:
 
 BaseField = Annotated[SerializeAsAny[Recipe], BeforeValidator(_read_base)]
 SearchField = Annotated[
-    SerializeAsAny[SearchOptions], chosen(SEARCHES, "search", partial(declared_options, base=SearchOptions), "pbt")
+    SerializeAsAny[SearchOptions],
+    options_by_name(SEARCHES, "search", partial(options_parameter, base=SearchOptions), "pbt"),
 ]
 
 
@@ -60,11 +63,13 @@ class SearchRecipe(Recipe):
         base: the recipe whose fields are searched: a name or a file, also as base.name with fields to lay over it, or a
             whole recipe with its kind.
         search: the method, its budget and the space.
+        slots: members that train side by side; 0: as many as the cluster has room for.
     """
 
     kind: Literal["search"] = "search"
     base: BaseField
     search: SearchField
+    slots: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -79,6 +84,18 @@ class SearchRecipe(Recipe):
     def steps(self) -> int:
         """Optimizer steps of a whole training; 1 for kinds without, whose runs are done at once."""
         return int(getattr(self.base, "steps", 1))
+
+    @property
+    def members(self) -> int:
+        """Members of the population, or trials of the sweep at most."""
+        return self.search.population if isinstance(self.search, PBTOptions) else getattr(self.search, "trials", 1)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all members together; 0 where the search decides on them as it goes."""
+        if isinstance(self.search, PrunerOptions | GridOptions):
+            return getattr(self.search, "total_steps", 0)
+        return getattr(self.search, "total_steps", 0) or self.members * self.steps
 
     def space(self) -> Space:
         """Return the space that is searched."""
@@ -97,7 +114,7 @@ class SearchRecipe(Recipe):
         """
         wanted = self.search.metric or metric
         if measured and wanted not in measured:
-            raise RecipeError(f"search.metric: the task does not measure {wanted!r}; {near(wanted, measured)}")
+            raise RecipeError(f"search.metric: the task does not measure {wanted!r}; {suggest(wanted, measured)}")
         if wanted != metric and not self.search.mode:
             raise RecipeError(
                 f"search.mode: required with the metric {wanted!r}, which is not the task's own ({metric}); min or max"

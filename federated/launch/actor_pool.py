@@ -130,6 +130,10 @@ class ActorPool:
         for thread in self._threads:
             thread.supervise()
 
+    def end_actor(self, number: int) -> None:
+        """End one of the actors, by a number of which the rest of a division by their count matters."""
+        self._threads[number % self.count].end_actor()
+
     def close(self) -> None:
         """End the actors."""
         self.outbox.close()

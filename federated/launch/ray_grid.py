@@ -72,6 +72,15 @@ class RayGrid(Grid):
         """End the actors."""
         self._pool.close()
 
+    @property
+    def actors(self) -> int:
+        """Return how many actors serve the clients."""
+        return self._pool.count
+
+    def end_actor(self, client: int) -> None:
+        """End an actor that may serve a client; another one takes its place when it has messages to serve."""
+        self._pool.end_actor(client)
+
     def set_run(self, run: Run) -> None:
         """Set the run, whose id the messages bear that this process constructs."""
         self._run = run

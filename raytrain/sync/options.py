@@ -4,37 +4,39 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raytrain.recipe import Options, declared_options
+from raytrain.recipe import Options, options_parameter
 from raytrain.registry import check_known
 
 SYNCHRONISERS: dict[str, str] = {
-    "gradients": "raytrain.sync.ddp:gradients",
-    "local-sgd": "raytrain.sync.methods:local_sgd",
-    "slowmo": "raytrain.sync.methods:slowmo",
-    "diloco": "raytrain.sync.methods:diloco",
-    "cocod": "raytrain.sync.methods:cocod",
-    "late": "raytrain.sync.methods:late",
-    "co2": "raytrain.sync.methods:co2",
+    "ddp": "raytrain.sync.ddp:ddp Gradient all-reduce in every step, overlapped with the backward pass (DDP).",
+    "fsdp": "raytrain.sync.fsdp:fsdp Sharded parameters, gradients and optimizer state (FSDP2, ZeRO stage 3).",
+    "local-sgd": "raytrain.sync.methods:local_sgd Local SGD: parameters are averaged every few steps (Stich 2019).",
+    "slowmo": "raytrain.sync.methods:slowmo SlowMo: outer momentum, scaled by the learning rate (Wang et al. 2020).",
+    "diloco": "raytrain.sync.methods:diloco DiLoCo: outer SGD with Nesterov momentum (Douillard et al. 2023).",
+    "cocod": "raytrain.sync.methods:cocod CoCoD-SGD: averaging one round late, local progress kept (Shen et al. 2019).",
+    "delayed-averaging": "raytrain.sync.methods:delayed_averaging Averaging some steps late, with global momentum.",
+    "co2": "raytrain.sync.methods:co2 CO2: outer momentum one round late, over a staleness penalty (Sun et al. 2024).",
 }
+"""For optimizers that take gradients."""
 
-NUMBERS: dict[str, str] = {
-    "numbers": "raytrain.sync.scalars:numbers",
-    "one-byte": "raytrain.sync.scalars:one_byte",
+SCALAR_EXCHANGES: dict[str, str] = {
+    "scalars": "raytrain.sync.scalars:scalars Projected gradients as float32, with seeds that every worker knows.",
+    "one-byte": "raytrain.sync.scalars:one_byte Projected gradients in one byte each (Zelikman et al. 2023).",
 }
-"""What zeroth-order optimizers take in their place."""
+"""For zeroth-order optimizers."""
 
-ALL_SYNCHRONISERS: dict[str, str] = SYNCHRONISERS | NUMBERS
+ALL_SYNCHRONISERS: dict[str, str] = SYNCHRONISERS | SCALAR_EXCHANGES
 
-CODECS: dict[str, str] = {
-    "bfloat16": "raytrain.sync.compression:BFloat16",
-    "int8": "raytrain.sync.compression:Int8",
+COMPRESSIONS: dict[str, str] = {
+    "bfloat16": "raytrain.sync.compression:BFloat16 Two bytes for each value.",
+    "int8": "raytrain.sync.compression:Int8 One byte for each value, and a scale for each block of 1,024.",
 }
 
 PENALTIES: dict[str, str] = {
-    "none": "raytrain.sync.outer:NoPenalty",
-    "constant": "raytrain.sync.outer:Constant",
-    "gap-aware": "raytrain.sync.outer:GapAware",
-    "secant": "raytrain.sync.outer:Secant",
+    "none": "raytrain.sync.outer:NoPenalty No penalty.",
+    "constant": "raytrain.sync.outer:ConstantPenalty 2 outer_lr / (1 - outer_momentum).",
+    "gap-aware": "raytrain.sync.outer:GapAwarePenalty 1 + |last outer step| / |pseudo-gradient|.",
+    "secant": "raytrain.sync.outer:SecantPenalty 3 outer_lr c / (1 - outer_momentum), with the curvature c measured.",
 }
 
 
@@ -42,91 +44,98 @@ class SyncOptions(Options):
     """Options of every synchroniser.
 
     Attributes:
-        timeout_seconds: how long a worker may show no progress, and an exchange may take, before the attempt ends.
+        timeout_seconds: how long a worker may show no progress, and a collective may take, before the attempt ends.
     """
 
     timeout_seconds: float = Field(300.0, gt=0)
 
 
-class GradientOptions(SyncOptions):
-    """Options of gradient averaging.
+class DdpOptions(SyncOptions):
+    """Options of `ddp`.
 
     Attributes:
-        bucket_bytes: gradients are sent in pieces of about this size, each as soon as the backward pass has filled it;
-            0: a sixteenth of the model, between 1 and 25 MiB. Between two workers at 1 Gbit/s, pieces of 1 MiB of a
-            model of 13 MB took 0.32 s a step where one piece took 0.37 s (alone: 0.25 s), and on one machine they cost
-            nothing.
-        shard: whether each worker keeps only its share of the parameters, of the gradients and of the optimizer's
-            state, and gathers the parameters block by block to compute (FSDP), in bfloat16 if that is the recipe's
-            precision: for models that are too large for one worker, at the price of sending one and a half times as
-            much, and that for each micro-batch. The task must call the model as a whole, and equally often on each
-            worker. Checkpoints are the same.
+        bucket_bytes: size of a gradient bucket, which is all-reduced as soon as the backward pass has filled it;
+            0: a sixteenth of the model, between 1 and 25 MiB. Between two workers at 1 Gbit/s, buckets of 1 MiB of a
+            model of 13 MB took 0.32 s a step where one bucket took 0.37 s (alone: 0.25 s), and on one machine they
+            cost nothing.
     """
 
-    name: str = "gradients"
+    name: str = "ddp"
     bucket_bytes: int = Field(0, ge=0)
-    shard: bool = False
 
 
-class LocalOptions(SyncOptions):
-    """Options of local SGD: every so many steps the replicas go on from their mean.
+class FsdpOptions(SyncOptions):
+    """Options of `fsdp`: each worker keeps a shard of the parameters, of the gradients and of the optimizer state.
+
+    Parameters are gathered block by block to compute, in bfloat16 if that is the recipe's precision. This is for models
+    that are too large for one worker, and sends one and a half times as much as `ddp`, in each micro-batch. The task
+    must call the model as a whole, and equally often on each worker. Checkpoints are the same.
+    """
+
+    name: str = "fsdp"
+
+
+class LocalUpdateOptions(SyncOptions):
+    """Options of local SGD, and of every method of local updates.
 
     Attributes:
-        every: steps in a round.
-        codec: how differences are sent: "bfloat16", "int8", or as they are; what rounding leaves out is sent later.
-        buffers: "mean": buffers such as the running means of BatchNorm are averaged too, without rounding; "local":
-            each worker keeps its own, and they are averaged at the end.
+        every: local steps in a round.
+        compression: of pseudo-gradients, with error feedback: "bfloat16" or "int8"; default: none.
+        buffers: "mean": buffers such as the running statistics of BatchNorm are averaged too, without compression;
+            "local": each worker keeps its own, and they are averaged at the end.
     """
 
     name: str = "local-sgd"
     every: int = Field(12, ge=1)
-    codec: str | None = None
+    compression: str | None = None
     buffers: Literal["mean", "local"] = "mean"
 
-    @field_validator("codec")
+    @field_validator("compression")
     @classmethod
-    def _known_codec(cls, name: str | None) -> str | None:
+    def _known_compression(cls, name: str | None) -> str | None:
         if name is not None:
-            check_known(CODECS, name, "sync.codec")
+            check_known(COMPRESSIONS, name, "sync.compression")
         return name
 
 
-class MomentumOptions(LocalOptions):
-    """Options of an outer step with momentum.
+class OuterMomentumOptions(LocalUpdateOptions):
+    """Options of an outer optimizer with momentum.
 
     Attributes:
-        rate: of the outer step.
-        momentum: of the outer step.
+        outer_lr: learning rate of the outer step.
+        outer_momentum: momentum of the outer step.
     """
 
-    rate: float = Field(1.0, gt=0)
-    momentum: float = Field(0.5, ge=0, lt=1)
+    outer_lr: float = Field(1.0, gt=0)
+    outer_momentum: float = Field(0.5, ge=0, lt=1)
 
 
-class NesterovOptions(MomentumOptions):
-    """Options of an outer step with Nesterov's momentum; the defaults are those of DiLoCo."""
+class NesterovOptions(OuterMomentumOptions):
+    """Options of an outer optimizer with Nesterov momentum; the defaults are those of DiLoCo."""
 
-    rate: float = Field(0.7, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    outer_lr: float = Field(0.7, gt=0)
+    outer_momentum: float = Field(0.9, ge=0, lt=1)
 
 
-class LateOptions(LocalOptions):
-    """Options of the mean that comes late, on top of what was done since.
+class DelayedAveragingOptions(LocalUpdateOptions):
+    """Options of `delayed-averaging`.
 
     Attributes:
-        every: steps in a round; "auto": as few as hide the exchange, and keep its processor time below 3 % of theirs.
-        delay: steps from sending to applying, at most `every`; "auto": as few as hide the exchange.
-        momentum: of the mean of the workers' last steps, the share that each of them adds to its own, in at least
-            twelve parts of a round; a movement that lasts is amplified by up to 1 / (1 - momentum). It takes less where
-            the optimizer's own momentum is above 0.9.
-        pull: how far a replica comes from where it was when it sent to the shared point; default: 1, all the way, at
-            once, down to 1/2 a round late.
+        every: local steps in a round; "auto": the shortest round that hides the all-reduce behind computation, and
+            keeps the all-reduce's processor time below 3 %.
+        delay: steps from sending a pseudo-gradient to applying the average, at most `every`; "auto": as few as hide the
+            all-reduce.
+        global_momentum: coefficient of the global momentum that each worker adds to its local steps, in at least twelve
+            slices of a round. A lasting direction is amplified by up to 1 / (1 - global_momentum). Lower it where the
+            optimizer's own momentum is above 0.9.
+        alpha: weight with which a worker is interpolated toward the anchor when the average arrives; default:
+            1 - (delay / every)^2 / 2.
     """
 
     every: Annotated[int, Field(ge=1)] | Literal["auto"] = 12  # type: ignore[assignment]
     delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    momentum: float = Field(0.7, ge=0, lt=1)
-    pull: float | None = Field(None, gt=0, le=1)
+    global_momentum: float = Field(0.7, ge=0, lt=1)
+    alpha: float | None = Field(None, gt=0, le=1)
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -135,15 +144,15 @@ class LateOptions(LocalOptions):
         return self
 
 
-class Co2Options(MomentumOptions):
+class Co2Options(OuterMomentumOptions):
     """Options of CO2 as published.
 
     Attributes:
-        penalty: what a difference is divided by, because it is late: "none", "constant", "gap-aware" or "secant".
-        clip: the largest element of the momentum; 0: any.
+        penalty: staleness penalty, which divides a pseudo-gradient: "none", "constant", "gap-aware" or "secant".
+        clip: largest absolute value in the outer momentum; 0: no clipping.
     """
 
-    momentum: float = Field(0.2, ge=0, lt=1)
+    outer_momentum: float = Field(0.2, ge=0, lt=1)
     penalty: str = "secant"
     clip: float = Field(1.0, ge=0)
 
@@ -154,13 +163,13 @@ class Co2Options(MomentumOptions):
         return name
 
 
-class NumberOptions(SyncOptions):
-    """Options of exchanging numbers.
+class ScalarOptions(SyncOptions):
+    """Options of exchanging projected gradients.
 
     Attributes:
-        check_every: steps after which workers compare a hash of their parameters, of 8 bytes; 0: never.
-        stop_every: steps after which they agree on whether to stop, with one byte each. Nothing else is sent beside the
-            slopes, but the weight of each worker's losses where losses have weights.
+        check_every: steps between comparisons of a hash of the workers' parameters, of 8 bytes; 0: never.
+        stop_every: steps between agreements on whether to stop, of one byte each. Nothing else is sent beside the
+            projected gradients, but the weight of each worker's losses where losses have weights.
     """
 
     check_every: int = Field(100, ge=0)
@@ -168,19 +177,20 @@ class NumberOptions(SyncOptions):
 
 
 def options_of_synchroniser(factory: Any) -> type[Options]:
-    """Return the options of a synchroniser of the user's: those that its function declares."""
-    return declared_options(factory, SyncOptions)
+    """Return the options class that a user's synchroniser factory declares."""
+    return options_parameter(factory, SyncOptions)
 
 
-OPTIONS: dict[str, type[SyncOptions]] = {
-    "gradients": GradientOptions,
-    "local-sgd": LocalOptions,
-    "slowmo": MomentumOptions,
+SYNC_OPTIONS: dict[str, type[SyncOptions]] = {
+    "ddp": DdpOptions,
+    "fsdp": FsdpOptions,
+    "local-sgd": LocalUpdateOptions,
+    "slowmo": OuterMomentumOptions,
     "diloco": NesterovOptions,
-    "cocod": LocalOptions,
-    "late": LateOptions,
+    "cocod": LocalUpdateOptions,
+    "delayed-averaging": DelayedAveragingOptions,
     "co2": Co2Options,
-    "numbers": NumberOptions,
-    "one-byte": NumberOptions,
+    "scalars": ScalarOptions,
+    "one-byte": ScalarOptions,
 }
 """Synchroniser -> its options."""

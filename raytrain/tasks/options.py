@@ -1,4 +1,4 @@
-"""Options of the tasks that come with raytrain. They load without torch and transformers: a recipe is read by them."""
+"""Options of the tasks in the table; it loads without torch and transformers."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -7,12 +7,12 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from raytrain.data.columns import Label
 from raytrain.data.readers import Unit
-from raytrain.data.records import CALLED, Location, absolute
-from raytrain.models.options import HOLE, PretrainedOptions
+from raytrain.data.records import SPLIT_ALIASES, Location, absolute_location
+from raytrain.models.options import PLACEHOLDER, PretrainedOptions
 from raytrain.recipe import AbsolutePath, Options
 from raytrain.tasks.task import TaskOptions
 
-Long = Literal["error", "cut", "split"]
+Overflow = Literal["error", "truncate", "split"]
 
 
 class DigitsOptions(TaskOptions):
@@ -76,7 +76,7 @@ class TextOptions(TaskOptions):
             raise ValueError("expected task.dropout = 0, because a Llama has no dropout; or task.model = 'gpt'")
         return self
 
-    def on_other_data(self, trained: TaskOptions) -> Mapping[str, Any]:
+    def for_evaluation(self, trained: TaskOptions) -> Mapping[str, Any]:
         """Return that all of it is held out, unless it is the text that was `trained` on."""
         return {} if self.path == getattr(trained, "path", self.path) else {"valid": 1.0}
 
@@ -97,10 +97,12 @@ class RecordOptions(TaskOptions):
 
     path: Location = ""
     valid: float = Field(0.1, gt=0, le=1)
-    held_out: Annotated[str, AfterValidator(lambda value: value if value in CALLED else absolute(value))] = ""
+    held_out: Annotated[
+        str, AfterValidator(lambda value: value if value in SPLIT_ALIASES else absolute_location(value))
+    ] = ""
     domain: str = ""
 
-    def on_other_data(self, trained: Options) -> Mapping[str, Any]:
+    def for_evaluation(self, trained: Options) -> Mapping[str, Any]:
         """Return that all of it is held out, unless it is the data that was `trained` on."""
         return {} if self.path == getattr(trained, "path", self.path) else {"valid": 1.0, "held_out": ""}
 
@@ -116,33 +118,33 @@ class ClassifyOptions(RecordOptions, PretrainedOptions):
         classes: the labels in their order; default: those of the training data, sorted. A run keeps them.
         length: tokens of a text that are looked at; 0: as many as the model can see, at most 512.
         head: "own", what transformers gives the model (a BERT's looks at the first token); "mean", a linear layer on
-            the mean of the model's vectors, as sentence encoders want it; or "words", nothing new: how likely a causal
-            model finds the class's word after a prompt.
-        start: of a new head: "random"; "prototypes", nearest to the mean features of a few training examples; or
-            "discriminant", their linear discriminant analysis, which is better with many.
-        shots: how many of each class; 0: all.
-        prompt: what stands around a text for "words", with {text} in its place.
-        words: what stands for the classes in their order, for "words"; default: " " and the label.
+            the mean of the model's vectors, as sentence encoders want it; or "verbalizer", no new head: how likely a
+            causal model finds the class's word after a prompt.
+        head_init: weights of a new head: "random"; "prototypes", class means of the features of a few training
+            examples; or "discriminant", their linear discriminant analysis, which is better with many.
+        shots: examples of each class for `head_init`; 0: all.
+        prompt: template for head = "verbalizer", with {text} in place of the text.
+        verbalizer: words for the classes in their order, for head = "verbalizer"; default: " " and the label.
     """
 
     text: str = ""
     label: str = ""
     classes: tuple[Label, ...] = ()
     length: int = Field(0, ge=0)
-    head: Literal["own", "mean", "words"] = "own"
-    start: Literal["random", "prototypes", "discriminant"] = "random"
+    head: Literal["own", "mean", "verbalizer"] = "own"
+    head_init: Literal["random", "prototypes", "discriminant"] = "random"
     shots: int = Field(16, ge=0)
     prompt: str = "{text}\nLabel:"
-    words: tuple[str, ...] = ()
+    verbalizer: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
         if self.classes and len(set(self.classes)) < max(2, len(self.classes)):
             raise ValueError(f"expected task.classes of two or more labels, all different; got {list(self.classes)}")
-        if self.prompt.count(HOLE) != 1:
-            raise ValueError(f"expected task.prompt with {HOLE} in it once; got {self.prompt!r}")
-        if self.head == "words" and self.start != "random":
-            raise ValueError("expected task.start = 'random' with task.head = 'words', which has no head to start")
+        if self.prompt.count(PLACEHOLDER) != 1:
+            raise ValueError(f"expected task.prompt with {PLACEHOLDER} in it once; got {self.prompt!r}")
+        if self.head == "verbalizer" and self.head_init != "random":
+            raise ValueError("expected task.head_init = 'random' with task.head = 'verbalizer', which adds no head")
         return self
 
 
@@ -155,8 +157,8 @@ class CausalLmOptions(RecordOptions, PretrainedOptions):
         length: tokens that the model sees at once; 0: as many as it can, at most 512.
         packed: join all documents, each with an end-of-text token after it, and cut them into pieces of `length`; or
             else each example is a document.
-        long: what becomes of a document that does not fit into `length` if they are not packed: an error, its beginning
-            ("cut"), or several examples ("split").
+        overflow: of a document that does not fit into `length`, without packing: "error", "truncate" to its beginning,
+            or "split" into several examples.
         new_tokens: how many tokens `predict` adds to a text, at most.
     """
 
@@ -164,7 +166,7 @@ class CausalLmOptions(RecordOptions, PretrainedOptions):
     document: Unit = "line"
     length: int = Field(0, ge=0)
     packed: bool = True
-    long: Long = "split"
+    overflow: Overflow = "split"
     new_tokens: int = Field(64, ge=1)
 
 
@@ -180,8 +182,7 @@ class InstructOptions(RecordOptions, PretrainedOptions):
         context: a column whose text follows the prompt, where there is any; default: one that is called so.
         turns: which messages of the assistant are answers to learn, each after all that came before: "all" or "last".
         length: tokens of prompt and answer together; 0: as many as the model can see, at most 1024.
-        long: what becomes of records that do not fit: an error, their answers are cut ("cut"), or they are left out
-            ("skip").
+        overflow: of a record that does not fit into `length`: "error", "truncate" its answer, or "skip" it.
         generate: of how many held-out records the answers are also written, greedily, and compared; 0: of none.
         new_tokens: how many tokens such an answer has at most, and one of `predict`.
     """
@@ -192,12 +193,12 @@ class InstructOptions(RecordOptions, PretrainedOptions):
     context: str = ""
     turns: Literal["all", "last"] = "all"
     length: int = Field(0, ge=0)
-    long: Literal["error", "cut", "skip"] = "error"
+    overflow: Literal["error", "truncate", "skip"] = "error"
     generate: int = Field(0, ge=0)
     new_tokens: int = Field(128, ge=1)
 
 
-OPTIONS: dict[str, type[TaskOptions]] = {
+TASK_OPTIONS: dict[str, type[TaskOptions]] = {
     "digits": DigitsOptions,
     "text": TextOptions,
     "classify": ClassifyOptions,

@@ -1,143 +1,160 @@
 """The recipe of a training run."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from raytrain.errors import RecipeError
 from raytrain.extensions import CALLBACK
 from raytrain.models import options as adapter
 from raytrain.models.options import ADAPTERS, AdapterOptions
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.options import ALL, OPTIMIZERS, ZEROTH, OptimizerOptions, is_elementwise
-from raytrain.optim.schedules import SCHEDULES, SHAPE
-from raytrain.recipe import Options, Recipe, Section, chosen
-from raytrain.registry import deferred, resolve
-from raytrain.sections import Checkpoint, Evaluation, Log, Resources
-from raytrain.seeds.options import MOST_DIRECTIONS
+from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, ZEROTH_ORDER, OptimizerOptions, is_elementwise
+from raytrain.optim.schedules import SCHEDULE, SCHEDULES
+from raytrain.recipe import Options, Recipe, Section, dotted_fields, options_by_name
+from raytrain.registry import lazy, resolve
+from raytrain.sections import Checkpoint, Evaluation, Logging, Resources
+from raytrain.seeds.options import MAX_DIRECTIONS
 from raytrain.sync import options as sync
 from raytrain.sync.options import (
-    NUMBERS,
-    SYNCHRONISERS,
-    LocalOptions,
-    NumberOptions,
+    ALL_SYNCHRONISERS,
+    FsdpOptions,
+    LocalUpdateOptions,
+    ScalarOptions,
     SyncOptions,
     options_of_synchroniser,
 )
 from raytrain.tasks import options as task
-from raytrain.tasks.task import TASKS, TaskOptions, options_of_task
+from raytrain.tasks.task import TASKS, TaskOptions, task_options
 
-options_of_adapter = deferred("raytrain.models.adapters:options_of_adapter")
-options_of_optimizer = deferred("raytrain.optim.optimizers:options_of_optimizer")
+options_of_adapter = lazy("raytrain.models.adapters:options_from_peft")
+options_of_optimizer = lazy("raytrain.optim.optimizers:options_from_constructor")
 """Those of the user's own import torch; all others are declared where that is not needed."""
 
-TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task, known=task.OPTIONS.get)]
+TaskField = Annotated[
+    SerializeAsAny[TaskOptions], options_by_name(TASKS, "task", task_options, known=task.TASK_OPTIONS.get)
+]
 AdapterField = Annotated[
     SerializeAsAny[AdapterOptions],
-    chosen(ADAPTERS, "adapter", options_of_adapter, "none", known=adapter.OPTIONS.get),
+    options_by_name(ADAPTERS, "adapter", options_of_adapter, "none", known=adapter.ADAPTER_OPTIONS.get),
 ]
 OptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions],
-    chosen(ALL, "optimizer", options_of_optimizer, "adamw", known=optimizer_options),
+    options_by_name(ALL_OPTIMIZERS, "optimizer", options_of_optimizer, "adamw", known=optimizer_options),
 ]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
-    chosen(SYNCHRONISERS | NUMBERS, "sync", options_of_synchroniser, "gradients", known=sync.OPTIONS.get),
+    options_by_name(ALL_SYNCHRONISERS, "sync", options_of_synchroniser, "ddp", known=sync.SYNC_OPTIONS.get),
 ]
 
 
 class Schedule(Section):
-    """How the learning rate goes.
+    """Learning-rate schedule.
 
     Attributes:
-        name: its shape after the warm-up.
-        warmup: steps in which it rises to optimizer.lr.
-        floor: share of optimizer.lr that it ends at.
-        decay: share of the steps in which "wsd" falls.
+        name: shape after the warm-up.
+        warmup: steps in which the learning rate rises to optimizer.lr.
+        min_lr_ratio: final learning rate over optimizer.lr.
+        decay_ratio: share of the steps in which "wsd" decays.
     """
 
     name: str = "cosine"
     warmup: int = Field(0, ge=0)
-    floor: float = Field(0.0, ge=0, le=1)
-    decay: float = Field(0.2, gt=0, le=1)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    decay_ratio: float = Field(0.2, gt=0, le=1)
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        SHAPE.check(SCHEDULES, name)
+        SCHEDULE.check(SCHEDULES, name)
         return name
 
 
 class Freeze(Section):
-    """What of the model does not move.
+    """Frozen parameters.
 
     Attributes:
-        match: patterns of names of parameters that stay as they are, as in "*embeddings*".
-        half: whether a random half of each block's layers stands still too (half fine-tuning).
-        every: steps after which another half does; 0: the same for the whole run.
+        match: patterns of names of parameters that are frozen, as in "*embeddings*".
+        random_half: whether a random half of each block's layers is frozen too (half fine-tuning, HFT).
+        every: steps after which another half is drawn; 0: the same half for the whole run.
     """
 
     match: tuple[str, ...] = ()
-    half: bool = False
+    random_half: bool = False
     every: int = Field(0, ge=0)
 
 
-class Directions(Section):
-    """How zeroth-order optimizers probe the loss; no others look at this.
+class Perturbation(Section):
+    """Gradient estimates of zeroth-order optimizers, by random perturbations; no others read this section.
 
     Attributes:
-        count: directions that each worker probes in each step.
-        eps: how far a probe goes along one.
-        sides: 2 takes central differences, 1 forward ones: half the forward passes for many directions.
-        mode: what directions consist of: "rademacher" or "gaussian" numbers.
-        sparsity: share of each matrix, its elements of largest magnitude at the start, that stands still.
-        blocks: whether a direction moves one of the model's repeated blocks, or all that is in none, and not all.
-        training: whether probes see the model in training mode, with dropout. They leave its buffers, as the means of a
-            BatchNorm, as they were.
-        objective: a value that the task measures, to be raised in place of lowering the loss: "accuracy", or of
-            `classify` "expected_accuracy", the mean probability of the right class, or "f1"; with a minus before it, to
-            be lowered. What is lowered is what the log calls loss.
-        outlier: slopes beyond so many standard deviations, as the median of recent ones has it, are left out; 0: none.
-        first_order: patterns of names of the parameters that zo-hybrid moves by their gradients, as those of the last
-            blocks; with one worker, and without a trajectory.
+        num_perturbations: directions for each worker in each step.
+        eps: step of the finite differences, in multiples of the direction.
+        estimator: finite differences: "central", two forward passes for each direction (MeZO), or "forward", one for
+            each direction and one more for all.
+        distribution: of a direction's elements: "rademacher" or "gaussian".
+        sparsity: share of each matrix that is not perturbed: its elements of largest magnitude in the first weights.
+        blockwise: whether a direction perturbs one of the model's repeated blocks, or all that is in none.
+        train_mode: whether forward passes see the model in training mode, with dropout. Buffers, such as the running
+            means of a BatchNorm, stay as they were.
+        objective: a value that the task measures, to be maximised in place of minimising the loss: "accuracy", or of
+            `classify` "expected_accuracy", the mean probability of the correct class, or "f1"; with a minus before it,
+            to be minimised. What is minimised is logged as the loss.
+        outlier_threshold: drop projected gradients larger than this many robust standard deviations (median absolute
+            value of the last 64, per block); 0 keeps all.
+        first_order: patterns of names of the parameters that zo-hybrid trains by their gradients, such as those of the
+            last blocks; with one worker, and without a trajectory.
         trajectory: whether the run keeps trajectory.bin, from which it can be replayed.
     """
 
-    count: int = Field(1, ge=1)
+    num_perturbations: int = Field(1, ge=1)
     eps: float = Field(1e-3, gt=0)
-    sides: Literal[1, 2] = 2
-    mode: Literal["rademacher", "gaussian"] = "rademacher"
+    estimator: Literal["forward", "central"] = "central"
+    distribution: Literal["rademacher", "gaussian"] = "rademacher"
     sparsity: float = Field(0.0, ge=0, lt=1)
-    blocks: bool = False
-    training: bool = False
+    blockwise: bool = False
+    train_mode: bool = False
     objective: str = ""
-    outlier: float = Field(10.0, ge=0)
+    outlier_threshold: float = Field(10.0, ge=0)
     first_order: tuple[str, ...] = ()
     trajectory: bool = True
+
+
+OF_THE_WHOLE = frozenset(
+    {"kind", "name", "workers", "steps", "max_failures", "sync", "resources", "log", "checkpoint", "phases"}
+)
+"""Fields that no phase can change."""
 
 
 class TrainRecipe(Recipe):
     """How to train a model.
 
     Attributes:
-        workers: replicas, one process each.
+        workers: data-parallel processes, the world size.
         steps: optimizer steps.
-        batch: examples of each worker in each step, so a step takes workers * batch.
-        accumulate: micro-batches that `batch` is cut into, for less memory, and where texts are filled up to
-            the longest one beside them, for less time; the step stays the same, unless the model takes statistics over
-            what it sees at once, as BatchNorm does.
+        batch: examples of each worker in each forward pass, the micro-batch size (per_device_train_batch_size).
+        accumulate: micro-batches of each worker in each step, as gradient_accumulation_steps of Hugging Face and
+            accumulate_grad_batches of Lightning: it multiplies the effective batch, workers * batch * accumulate. For
+            less memory and the same step, divide `batch` by it. Examples are drawn for the whole step and sorted by
+            length into micro-batches, so accumulation also saves padding.
         precision: "float32" computes in the type of the parameters, which is float32 unless the task makes others;
-            "bfloat16" computes in bfloat16 where that is safe, and leaves the parameters; "float64" makes all float64.
-        activation_checkpointing: whether each repeated block of the model forgets what it computed and computes it
-            again in the backward pass: less memory for about a third more time, and the same gradients.
+            "bfloat16" computes in bfloat16 where that is safe (autocast) and leaves the parameters; "float64" makes
+            all float64.
+        activation_checkpointing: whether activations in the model's repeated blocks are recomputed in the backward
+            pass: less memory for about a third more time, and the same gradients.
         compile: the backend of torch.compile for the model's repeated blocks, or for the whole model if it has none:
-            "inductor", which needs a C++ compiler on CPUs, or "aot_eager", which is for finding faults; "": none. The
-            first step compiles, and must end within sync.timeout_seconds as any other.
-        clip: the largest norm of the gradient; 0: any. Zeroth-order optimizers have none to clip: see
-            directions.outlier.
-        ema: decay of an average of the weights that is evaluated in their place; 0: none.
-        max_failures: how often workers that die or hang are started again.
+            "inductor", which needs a C++ compiler on CPUs, or "aot_eager", which is for debugging; "": none. The first
+            step compiles, and must end within sync.timeout_seconds as any other.
+        clip: maximal gradient norm (max_grad_norm); on by default; 0: no clipping. Zeroth-order optimizers have no
+            gradient to clip: see zo.outlier_threshold.
+        ema: decay of an exponential moving average of the weights that is evaluated in their place; 0: none.
+        max_failures: restarts after workers died or hung.
         callbacks: functions of the replica ("module:attribute") called on every worker after every step.
+        phases: later parts of the training, with changed fields: each a table of `from`, the steps done before it, and
+            fields, which keep their values from then on. Weights go on, and so does the state of an optimizer of the
+            same name.
     """
 
     kind: Literal["train"] = "train"
@@ -156,41 +173,43 @@ class TrainRecipe(Recipe):
     adapter: AdapterField = Field(default={}, validate_default=True)
     freeze: Freeze = Freeze()
     optimizer: OptimizerField = Field(default={}, validate_default=True)
-    directions: Directions = Directions()
+    zo: Perturbation = Perturbation()
     schedule: Schedule = Schedule()
     sync: SyncField = Field(default={}, validate_default=True)
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
-    log: Log = Log()
+    log: Logging = Logging()
+    phases: tuple[dict[str, Any], ...] = ()
 
     @model_validator(mode="before")
     @classmethod
-    def _share_numbers(cls, raw: Any) -> Any:
-        """Choose how to exchange what the optimizer has to exchange, where the recipe does not."""
+    def _default_synchroniser(cls, raw: Any) -> Any:
+        """Default to `scalars` for zeroth-order optimizers."""
         if not isinstance(raw, Mapping) or not _is_zeroth(raw.get("optimizer")):
             return raw
         sync = raw.get("sync", {})
         named = isinstance(sync, str) or (isinstance(sync, Mapping) and "name" in sync) or isinstance(sync, Options)
-        return raw if named else {**raw, "sync": {"name": "numbers", **sync}}
+        return raw if named else {**raw, "sync": {"name": "scalars", **sync}}
 
     @model_validator(mode="after")
     def _fit_trajectory(self) -> Self:
-        if self.workers * self.directions.count > MOST_DIRECTIONS and self.directions.trajectory:
+        if self.workers * self.zo.num_perturbations > MAX_DIRECTIONS and self.zo.trajectory:
             raise ValueError(
-                f"directions.count: expected at most {MOST_DIRECTIONS} of all workers with a trajectory; "
-                f"got {self.workers} times {self.directions.count}; set directions.trajectory = false"
+                f"zo.num_perturbations: expected at most {MAX_DIRECTIONS} of all workers with a trajectory; "
+                f"got {self.workers} times {self.zo.num_perturbations}; set zo.trajectory = false"
             )
         return self
 
-    @field_validator("directions")
+    @field_validator("zo")
     @classmethod
-    def _far_out(cls, directions: Directions) -> Directions:
-        if 0 < directions.outlier < 1:
+    def _far_out(cls, zo: Perturbation) -> Perturbation:
+        if 0 < zo.outlier_threshold < 1:
             raise ValueError(
-                f"outlier: expected 0 or at least 1, a standard deviation of slopes; got {directions.outlier:g}"
+                "outlier_threshold: expected 0 or at least 1, a standard deviation of projected gradients; got "
+                f"{zo.outlier_threshold:g}"
             )
-        return directions
+        return zo
 
     @field_validator("callbacks")
     @classmethod
@@ -201,63 +220,104 @@ class TrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
-        if self.accumulate > self.batch:
-            raise ValueError(f"expected accumulate of at most batch = {self.batch}; got {self.accumulate}")
-        if self.freeze.half and self.adapter.name != "none":
-            raise ValueError("expected freeze.half = false with an adapter, beside which nothing else moves")
+        if self.freeze.random_half and self.adapter.name != "none":
+            raise ValueError("expected freeze.random_half = false with an adapter, under which the model is frozen")
         if self.ema and self.optimizer.averages:
             raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
-        if isinstance(self.sync, LocalOptions) and (self.ema or self.optimizer.averages):
+        if isinstance(self.sync, LocalUpdateOptions) and (self.ema or self.optimizer.averages):
             raise ValueError(
-                f"sync.name: expected gradients with an average of the weights ({'ema' if self.ema else 'optimizer'}), "
+                f"sync.name: expected ddp or fsdp with an average of the weights "
+                f"({'ema' if self.ema else 'optimizer'}), "
                 f"which takes workers that are equal after every step; got {self.sync.name}"
             )
         self._fit_zeroth()
-        if self.workers > 1 and getattr(self.sync, "shard", False):
+        if self.workers > 1 and isinstance(self.sync, FsdpOptions):
             self._fit_shards()
         return self
+
+    @model_validator(mode="after")
+    def _fit_phases(self) -> Self:
+        recipes = [stage.recipe for stage in self.stages()]
+        if len(recipes) > 1 and any(recipe.optimizer.zeroth and recipe.zo.trajectory for recipe in recipes):
+            raise ValueError("phases: expected zo.trajectory = false, because a trajectory has one beginning")
+        return self
+
+    def stages(self) -> list["Stage"]:
+        """Return the parts of the training; without phases it is one.
+
+        Raises:
+            RecipeError: a phase begins before the one before it, or its changes do not fit.
+        """
+        if not self.phases:
+            return [Stage(0, self.steps, self)]
+        # Laid over the whole recipe, defaults included: as a run's folder has it, so that it repeats the run.
+        recipe, begin, stages = self.parse_with(self.to_dict(), {"phases": []}), 0, []
+        for place, phase in enumerate(self.phases):
+            changes = dict(dotted_fields(phase))
+            end = changes.pop("from", None)
+            if not isinstance(end, int) or not begin < end < self.steps:
+                raise RecipeError(
+                    f"phases.{place}.from: expected a step from {begin + 1} to {self.steps - 1}; got {end!r}"
+                )
+            if fixed := [name for name in changes if name.partition(".")[0] in OF_THE_WHOLE]:
+                raise RecipeError(f"phases.{place}.{fixed[0]}: the same for the whole run; set it outside of phases")
+            stages.append(Stage(begin, end, recipe))
+            try:
+                recipe, begin = recipe.with_overrides(changes), end
+            except RecipeError as error:
+                raise RecipeError(f"phases.{place}.{error}") from None
+        return [*stages, Stage(begin, self.steps, recipe)]
+
+    def stages_from(self, step: int) -> list["Stage"]:
+        """Return the parts of the training that are not done after some steps; of one that is done, the last."""
+        stages = self.stages()
+        return [stage for stage in stages if step < stage.end] or stages[-1:]
 
     def _fit_shards(self) -> None:
         name = self.optimizer.name
         if not is_elementwise(name):
             raise ValueError(
-                f"sync.shard: {name} is not known to step a part of a matrix as it steps the whole; expected "
-                f"optimizer.name to be one of {', '.join(filter(is_elementwise, OPTIMIZERS))}, or sync.shard = false"
+                f"sync.name: fsdp cannot shard {name}, whose step depends on whole matrices; expected "
+                f"optimizer.name to be one of {', '.join(filter(is_elementwise, OPTIMIZERS))}, or sync.name = ddp"
             )
         for option in ("max_grad_norm", "gradient_noise"):  # for which whole gradients are looked at
             if getattr(self.optimizer, option, 0):
                 raise ValueError(
-                    f"sync.shard: expected optimizer.{option} = 0, because each worker knows only its share"
+                    f"optimizer.{option}: expected 0 with sync.name = fsdp, because each worker holds only its shard"
                 )
-        if self.freeze.half:
-            raise ValueError("sync.shard: expected freeze.half = false, because what is frozen is cut once")
+        if self.freeze.random_half:
+            raise ValueError(
+                "freeze.random_half: expected false with sync.name = fsdp, which shards what is frozen once"
+            )
         if getattr(self.task, "generate", 0):
-            raise ValueError("sync.shard: expected task.generate = 0, because answers call the model unequally often")
+            raise ValueError(
+                "task.generate: expected 0 with sync.name = fsdp, because answers call the model unequally often"
+            )
 
     def _fit_zeroth(self) -> None:
         zeroth = self.optimizer.zeroth
-        if zeroth != isinstance(self.sync, NumberOptions):
-            wanted = "numbers or one-byte" if zeroth else "one of the others"
+        if zeroth != isinstance(self.sync, ScalarOptions):
+            wanted = "scalars or one-byte" if zeroth else "one of the others"
             raise ValueError(f"sync.name: expected {wanted} with {self.optimizer.name}; got {self.sync.name}")
         hybrid = self.optimizer.hybrid
-        if hybrid != bool(self.directions.first_order):
+        if hybrid != bool(self.zo.first_order):
             wanted = "patterns" if hybrid else "none"
-            raise ValueError(f"directions.first_order: expected {wanted} with {self.optimizer.name}")
-        if hybrid and (self.workers > 1 or self.directions.trajectory or self.directions.objective):
+            raise ValueError(f"zo.first_order: expected {wanted} with {self.optimizer.name}")
+        if hybrid and (self.workers > 1 or self.zo.trajectory or self.zo.objective):
             raise ValueError(
-                "optimizer.name: zo-hybrid takes workers = 1, directions.trajectory = false and no "
-                "directions.objective: its gradients are neither exchanged nor written down"
+                "optimizer.name: zo-hybrid takes workers = 1, zo.trajectory = false and no "
+                "zo.objective: its gradients are neither exchanged nor written down"
             )
-        if self.optimizer.decides and self.workers > 1:
+        if self.optimizer.selects and self.workers > 1:
             raise ValueError(
                 f"workers: expected 1 with zo-sgd-conservative, which decides by a loss; got {self.workers}"
             )
         if not zeroth:
             return
-        if self.directions.objective and self.optimizer.exact:
-            raise ValueError(f"directions.objective: expected none with {self.optimizer.name}, which differentiates it")
+        if self.zo.objective and self.optimizer.exact:
+            raise ValueError(f"zo.objective: expected none with {self.optimizer.name}, which differentiates it")
         without = {
-            "freeze.half": self.freeze.half,
+            "freeze.random_half": self.freeze.random_half,
             "compile": self.compile,
             "activation_checkpointing": self.activation_checkpointing,
             "optimizer.gradient_noise": self.optimizer.gradient_noise,
@@ -266,9 +326,24 @@ class TrainRecipe(Recipe):
             raise ValueError(f"{used[0]}: expected none with {self.optimizer.name}, which makes no backward pass")
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of a training with one recipe.
+
+    Attributes:
+        begin: steps done before it.
+        end: step that it trains to.
+        recipe: without phases.
+    """
+
+    begin: int
+    end: int
+    recipe: TrainRecipe
+
+
 def _is_zeroth(section: Any) -> bool:
     """Return whether a section of a raw recipe names a zeroth-order optimizer; what is wrong with it is said later."""
     name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", section)
-    if not isinstance(name, str) or name in ALL or ":" not in name:
-        return isinstance(name, str) and name in ZEROTH
+    if not isinstance(name, str) or name in ALL_OPTIMIZERS or ":" not in name:
+        return isinstance(name, str) and name in ZEROTH_ORDER
     return bool(options_of_optimizer(resolve({}, name, "optimizer.name")).zeroth)

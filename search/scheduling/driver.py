@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raytrain.errors import CheckpointError, TrainingError
+from raytrain.registry import error_location
 from search.scheduling.work import Done, Failed, Outcome, Paused, Snapshot, Work
 
 logger = logging.getLogger(__name__)
@@ -75,22 +76,41 @@ def drive(search: AsksAndTells, states: States, train: Train, stop: Callable[[],
 
 def run_attempt(work: Work, states: States, train: Train) -> Outcome:
     """Train a segment and return what became of it."""
+    state = read_state(work, states)
+    return outcome_of(work, states, state if isinstance(state, Failed) else attempt(work, state, train))
+
+
+def read_state(work: Work, states: States) -> bytes | None | Failed:
+    """Return the state that a segment starts from, or None if it starts anew; a failure if it cannot be read."""
     try:
-        state = states.get(work.snapshot.digest) if work.snapshot.digest else None
+        return states.get(work.snapshot.digest) if work.snapshot.digest else None
     except CheckpointError as error:
-        return _failed(Failed(work.attempt, "unreadable", str(error)), work)
+        return Failed(work.attempt, "unreadable", str(error))
+
+
+def attempt(work: Work, state: bytes | None, train: Train) -> SegmentEnd | Failed:
+    """Train a segment; what goes wrong ends this attempt and not the search."""
     try:
-        end = train(work, state)
-        snapshot = Snapshot(states.put(end.state), end.step)
+        return train(work, state)
     except TrainingError as error:
-        return _failed(Failed(work.attempt, "stopped", str(error)), work)
-    except Exception as error:  # the user's code, a full disk, no memory: it ends this attempt and not the search
-        return _failed(Failed(work.attempt, "error", f"{type(error).__name__}: {error}"), work)
+        return Failed(work.attempt, "stopped", str(error))
+    except Exception as error:  # the user's code, or no memory
+        return Failed(work.attempt, "error", f"{type(error).__name__}: {error}{error_location(error)}")
+
+
+def outcome_of(work: Work, states: States, end: SegmentEnd | Failed) -> Outcome:
+    """Store the state at the end of a segment, and return what the scheduler is told."""
+    if isinstance(end, Failed):
+        return _logged(end, work)
+    try:
+        snapshot = Snapshot(states.put(end.state), end.step)
+    except OSError as error:  # a full disk
+        return _logged(Failed(work.attempt, "error", f"its state cannot be stored: {error}"), work)
     if snapshot.step < work.until:
         return Paused(work.attempt, snapshot)
     return Done(work.attempt, snapshot, end.metrics)
 
 
-def _failed(failure: Failed, work: Work) -> Failed:
+def _logged(failure: Failed, work: Work) -> Failed:
     logger.warning("member %d, step %d: %s: %s", work.member, work.snapshot.step, failure.cause, failure.message)
     return failure

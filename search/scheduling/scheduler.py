@@ -29,6 +29,9 @@ SEARCHES: dict[str, str] = {
     "random": "search.sweep.searches:random",
     "asha": "search.sweep.searches:asha",
     "median": "search.sweep.searches:median",
+    "sobol": "search.sweep.searches:sobol",
+    "evolution": "search.sweep.searches:evolution",
+    "gp": "search.sweep.searches:gp",
     "tpe": "search.sweep.searches:tpe",
 }
 
@@ -117,6 +120,11 @@ class Scheduler(ABC):
     def under_way(self) -> Mapping[str, Work]:
         """The attempts that are handed out and not ended."""
         return self._queue.under_way
+
+    @property
+    def unfinished(self) -> set[int]:
+        """The rows of the segments that have not ended."""
+        return set(self._segments)
 
     def drain(self) -> list[LineageRow]:
         """Return the decisions since the last call."""

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+Cause = Literal["dead", "slow", "error", "stopped", "diverged", "unreadable"]
+"""Of a failure."""
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -82,7 +85,7 @@ class Failed:
     """
 
     attempt: str
-    cause: Literal["dead", "slow", "error", "stopped", "diverged", "unreadable"]
+    cause: Cause
     message: str
 
 

@@ -12,12 +12,10 @@ class SweepOptions(SearchOptions):
     Attributes:
         trials: configurations that are tried.
         total_steps: optimizer steps of all trials together; 0: any.
-        seconds: wall-clock time; 0: any.
     """
 
     trials: int = Field(32, ge=1)
     total_steps: int = Field(0, ge=0)
-    seconds: float = Field(0.0, ge=0)
 
 
 class GridOptions(SweepOptions):
@@ -36,7 +34,7 @@ class PrunerOptions(SweepOptions):
     """Options of sweeps that stop bad trials early.
 
     Attributes:
-        searcher: proposes the configurations: "random" or "tpe".
+        searcher: proposes the configurations: "random", "sobol", "evolution", "gp" or "tpe".
         interval: steps after which a trial is judged for the first time.
     """
 

@@ -23,6 +23,21 @@ def random(problem: Problem, options: SweepOptions) -> Sweep:
     return Sweep(problem, options, RandomSearcher(problem.space, problem.seed), NoPruner(problem.steps))
 
 
+def sobol(problem: Problem, options: SweepOptions) -> Sweep:
+    """Points of a Sobol sequence, each trained to the end."""
+    return Sweep(problem, options, _searcher("sobol", problem), NoPruner(problem.steps))
+
+
+def evolution(problem: Problem, options: SweepOptions) -> Sweep:
+    """Regularised evolution (Real et al. 2019), each child trained to the end."""
+    return Sweep(problem, options, _searcher("evolution", problem), NoPruner(problem.steps))
+
+
+def gp(problem: Problem, options: SweepOptions) -> Sweep:
+    """Bayesian optimisation with a Gaussian process, each proposal trained to the end."""
+    return Sweep(problem, options, _searcher("gp", problem), NoPruner(problem.steps))
+
+
 def tpe(problem: Problem, options: SweepOptions) -> Sweep:
     """Tree-structured Parzen estimator (Optuna), each proposal trained to the end."""
     return Sweep(problem, options, _searcher("tpe", problem), NoPruner(problem.steps))

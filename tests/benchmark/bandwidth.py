@@ -39,20 +39,20 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from raytrain.overrides import merged
-from raytrain.run.directory import rows
-from raytrain.sync.averaging import ExactExchange
-from raytrain.sync.interval import SHARE
+from raytrain.overrides import apply_overrides
+from raytrain.run.directory import read_jsonl
+from raytrain.sync.averaging import ExactAverager
+from raytrain.sync.interval import MAX_OVERHEAD
 from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.tasks.task import Task
 from raytrain.testing import train_each_with_gloo
-from raytrain.training.build import build, plan_of, task_of
+from raytrain.training.build import build_replica, build_task, loop_config
 from raytrain.training.evaluation import evaluate
-from raytrain.training.loader import local_feed
-from raytrain.training.loop import Plan, backward, train
+from raytrain.training.loader import local_loader
+from raytrain.training.loop import LoopConfig, backward, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
-from raytrain.training.worker import _walk
+from raytrain.training.worker import _step_range
 
 RATES = (10, 30, 100, 300, 1000)
 PORT = 29700
@@ -66,7 +66,7 @@ MODELS: dict[str, Fields] = {
         "task": {"name": "text", "tokens": "chars", "model": "gpt", "layers": 4, "heads": 4, "width": 128, "block": 64},
         "batch": 12,
         "optimizer": {"name": "adamw", "lr": 4e-3, "betas": [0.9, 0.99], "weight_decay": 0.1},
-        "schedule": {"name": "cosine", "warmup": 100, "floor": 0.1},
+        "schedule": {"name": "cosine", "warmup": 100, "min_lr_ratio": 0.1},
     },
     "mlp": {
         "task": {"name": "digits", "model": "mlp", "widths": [1024, 1024]},
@@ -74,20 +74,20 @@ MODELS: dict[str, Fields] = {
         "optimizer": {"name": "sgd", "lr": 0.02, "momentum": 0.9},
     },
 }
-ASYNC: Fields = {"name": "late", "every": "auto"}
+ASYNC: Fields = {"name": "delayed-averaging", "every": "auto"}
 METHODS: dict[str, Fields] = {
-    "none": {"name": "gradients"},
-    "ddp": {"name": "gradients"},
-    "ddp-powersgd": {"name": "gradients"},
+    "none": {"name": "ddp"},
+    "ddp": {"name": "ddp"},
+    "ddp-powersgd": {"name": "ddp"},
     "local-sgd": {"name": "local-sgd", "every": TAU},
     "diloco": {"name": "diloco", "every": TAU},
     "co2": {"name": "co2", "every": TAU},
-    "late": ASYNC,
-    "late-int8": {**ASYNC, "codec": "int8"},
+    "delayed-averaging": ASYNC,
+    "delayed-averaging-int8": {**ASYNC, "compression": "int8"},
 }
 ORDER = (
-    *("late", "ddp", "ddp-powersgd", "late", "late-int8", "local-sgd"),
-    *("late", "diloco", "late", "co2", "late-int8", "late"),
+    *("delayed-averaging", "ddp", "ddp-powersgd", "delayed-averaging", "delayed-averaging-int8", "local-sgd"),
+    *("delayed-averaging", "diloco", "delayed-averaging", "co2", "delayed-averaging-int8", "delayed-averaging"),
 )
 
 
@@ -111,7 +111,7 @@ class Meter:
         done = self._marks[self._warmup :]
         return len(done) > self._rounds and done[-1][1] - done[0][1] >= self._seconds
 
-    def stepped(self, replica: Replica, values: dict[str, float]) -> None:
+    def on_step(self, replica: Replica, values: dict[str, float]) -> None:
         """Note a step that ends with an exchange, or any step where there are none."""
         progress = replica.progress
         if progress.bytes_sent != self._bytes or not self._exchanges:
@@ -128,7 +128,7 @@ class Meter:
         """Write nothing, and wait for what is under way."""
         replica.sync.state_dict()
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
         """Write nothing."""
 
     def result(self) -> dict[str, float]:
@@ -148,7 +148,7 @@ class Meter:
 class Evaluating:
     """The loop's `Watch` that evaluates at the end."""
 
-    def __init__(self, task: Task, plan: Plan) -> None:
+    def __init__(self, task: Task, plan: LoopConfig) -> None:
         self._task, self._plan = task, plan
         self._result: dict[str, float] = {}
 
@@ -156,12 +156,12 @@ class Evaluating:
         """Return False: the plan says when."""
         return False
 
-    def stepped(self, replica: Replica, values: dict[str, float]) -> None:
+    def on_step(self, replica: Replica, values: dict[str, float]) -> None:
         """Note nothing."""
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Measure the held-out loss, each worker for itself."""
-        alone = ExactExchange(LocalTransport())
+        alone = ExactAverager(LocalTransport())
         examples, precision = self._task.data("valid"), self._plan.autocast
         metrics = evaluate(self._task, replica.module, examples, 64, alone, autocast=precision)
         self._result = {"seconds": replica.progress.seconds, "loss": metrics["loss"]}
@@ -170,7 +170,7 @@ class Evaluating:
     def save(self, replica: Replica) -> None:
         """Write nothing."""
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
         """Write nothing."""
 
     def result(self) -> dict[str, float]:
@@ -191,16 +191,16 @@ def measure(order: Fields) -> dict[str, float]:
     """Train as the order says, and return what was measured."""
     method, recipe = order["method"], TrainRecipe.parse(order["recipe"])
     transport = LocalTransport() if method == "none" else GroupTransport(torch.device("cpu"), 300.0)
-    replica = build(recipe, task := task_of(recipe), ExactExchange(transport))
-    plan = plan_of(recipe)
+    replica = build_replica(recipe, task := build_task(recipe), ExactAverager(transport))
+    plan = loop_config(recipe)
     if "pace" in order:
-        replica.sync._pace.go_on(*order["pace"])
+        replica.sync._interval.restore(*order["pace"])
     if "until" in order:
         plan = replace(plan, steps=order["until"])  # with the learning rates of the whole run
         meter: Meter | Evaluating = Evaluating(task, plan)
     else:
         meter = Meter(transport.rank == 0, method != "none", **order["window"])
-    with local_feed(task, recipe.task, _walk(replica, plan)) as feed:
+    with local_loader(task, recipe.task, _step_range(replica, plan)) as feed:
         if method == "ddp-powersgd":
             train_with_power_sgd(replica, task, feed, plan, meter)
         else:
@@ -219,7 +219,7 @@ class _Wrapped:
         pass
 
 
-def train_with_power_sgd(replica: Replica, task: Task, feed: Any, plan: Plan, meter: Meter) -> None:
+def train_with_power_sgd(replica: Replica, task: Task, feed: Any, plan: LoopConfig, meter: Meter) -> None:
     """Train with torch's data-parallel wrapper and its PowerSGD hook, of rank 1, from the third step on.
 
     In one bucket: the hook sends from callbacks, and on gloo those of several buckets meet in the wrong order.
@@ -234,9 +234,9 @@ def train_with_power_sgd(replica: Replica, task: Task, feed: Any, plan: Plan, me
         replica.optimizer.step()
         replica.optimizer.zero_grad()
         replica.progress.step += 1
-        replica.progress.position += plan.batch * replica.members
+        replica.progress.position += plan.local_batch * replica.world_size
         replica.progress.bytes_sent += 1  # each step ends an exchange
-        meter.stepped(replica, {})
+        meter.on_step(replica, {})
         stop.fill_(meter.stop_requested() if replica.rank == 0 else 0.0)
         dist.all_reduce(stop)
     dist.destroy_process_group(group)
@@ -352,11 +352,11 @@ class Pair:
 
 def recipe(model: str, sync: Mapping[str, Any], data: Path, **more: Any) -> Fields:
     """Return the recipe of a run of two workers, as plain data."""
-    fields = {"kind": "train", "workers": 2, "steps": ENDLESS, "log": {"to": []}, **MODELS[model], "sync": sync}
+    fields = {"kind": "train", "workers": 2, "steps": ENDLESS, "log": {"loggers": []}, **MODELS[model], "sync": sync}
     fields |= {"evaluation": {"every": 0}, "checkpoint": {"every": 0}, **more}
     if model == "gpt":
         fields["task.path"] = str(data / "tinyshakespeare" / "input.txt")
-    return TrainRecipe.parse(merged({}, fields)).plain()
+    return TrainRecipe.parse(apply_overrides({}, fields)).to_dict()
 
 
 def window(method: str, *, again: bool) -> Fields:
@@ -419,8 +419,8 @@ def table(pair: Pair, network: Network, options: Namespace) -> Iterator[dict[str
             alone, found = side_by_side(pair, model, options)
             for method, row in found.items():
                 every = int(row["every"]) or METHODS[method].get("every", 1)
-                least = row["exchange_cost_seconds"] / (SHARE * row["step_seconds"]) if row["every"] else 0.0
-                exchange = 8 * row["bytes_per_step"] * every / raw  # T, in seconds, at the raw rate
+                least = row["exchange_cost_seconds"] / (MAX_OVERHEAD * row["step_seconds"]) if row["every"] else 0.0
+                averager = 8 * row["bytes_per_step"] * every / raw  # T, in seconds, at the raw rate
                 line = {
                     "mbits": rate,
                     "raw_mbits": raw / 1e6,
@@ -428,12 +428,12 @@ def table(pair: Pair, network: Network, options: Namespace) -> Iterator[dict[str
                     "method": method,
                     "tau": every,
                     "delay": int(row["delay"]),
-                    "least_tau": math.ceil(max(least, exchange * alone, 1.0)),
+                    "least_tau": math.ceil(max(least, averager * alone, 1.0)),
                     "steps_per_second": row["steps_per_second"],
                     "steps_per_second_alone": alone,
                     "eta": row["eta"],
                     "etas": row["etas"],
-                    "ceiling": min(1.0, every / alone / exchange),
+                    "ceiling": min(1.0, every / alone / averager),
                     "megabytes_per_step": row["bytes_per_step"] / 1e6,
                     "waited_share": row["waited_seconds"] / row["seconds"],
                 }
@@ -448,10 +448,12 @@ def curves(tau: int, delay: int, options: Namespace) -> dict[str, list[tuple[int
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             "ddp": recipe("gpt", METHODS["ddp"], options.data, **more),
-            "late": recipe("gpt", {"name": "late", "every": tau, "delay": delay}, options.data, **more),
+            "delayed-averaging": recipe(
+                "gpt", {"name": "delayed-averaging", "every": tau, "delay": delay}, options.data, **more
+            ),
         }
         train_each_with_gloo([(TrainRecipe.parse(plain), Path(folder) / name) for name, plain in runs.items()])
-        logs = {name: rows(Path(folder) / name / "metrics.jsonl") for name in runs}
+        logs = {name: read_jsonl(Path(folder) / name / "metrics.jsonl") for name in runs}
     return {name: [(row["step"], row["valid"]["loss"]) for row in log if "valid" in row] for name, log in logs.items()}
 
 
@@ -469,22 +471,27 @@ def steps_to(target: float, curve: list[tuple[int, float]]) -> float:
 def time_to_loss(pair: Pair, network: Network, found: list[dict[str, Any]], options: Namespace) -> dict[str, float]:
     """Return how much sooner the default method comes to a loss at 100 Mbit/s, and one such time measured."""
     here = {row["method"]: row for row in found if (row["mbits"], row["model"]) == (100, "gpt")}
-    tau, delay = here["late"]["tau"], here["late"]["delay"]
+    tau, delay = here["delayed-averaging"]["tau"], here["delayed-averaging"]["delay"]
     curve = curves(tau, delay, options)
     target = 1.005 * max(points[-1][1] for points in curve.values())
     steps = {name: steps_to(target, points) for name, points in curve.items()}
     seconds = {name: steps[name] / here[name]["steps_per_second"] for name in steps}
     network.limit(100)
-    whole = recipe("gpt", {"name": "late", "every": tau, "delay": delay}, options.data, steps=curve["late"][-1][0])
-    answers = pair.ask({"method": "late", "recipe": whole, "until": round(steps["late"])})
+    whole = recipe(
+        "gpt",
+        {"name": "delayed-averaging", "every": tau, "delay": delay},
+        options.data,
+        steps=curve["delayed-averaging"][-1][0],
+    )
+    answers = pair.ask({"method": "delayed-averaging", "recipe": whole, "until": round(steps["delayed-averaging"])})
     return {
-        "time_to_loss_speedup_100mbit": seconds["ddp"] / seconds["late"],
+        "time_to_loss_speedup_100mbit": seconds["ddp"] / seconds["delayed-averaging"],
         "target_loss": target,
         "steps_to_loss_ddp": steps["ddp"],
-        "steps_to_loss_late": steps["late"],
+        "steps_to_loss_delayed_averaging": steps["delayed-averaging"],
         "seconds_to_loss_ddp": seconds["ddp"],
-        "seconds_to_loss_late": seconds["late"],
-        "seconds_to_loss_late_end_to_end": max(answer["seconds"] for answer in answers),
+        "seconds_to_loss_delayed_averaging": seconds["delayed-averaging"],
+        "seconds_to_loss_delayed_averaging_end_to_end": max(answer["seconds"] for answer in answers),
         "loss_end_to_end": answers[0]["loss"],
     }
 
@@ -503,8 +510,16 @@ def with_ray_train(network: Network, options: Namespace) -> dict[str, float]:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             stack.callback(_end, network.start(rank, node, env=environment, **quiet))
             time.sleep(10)
-        words = [sys.executable, "-m", "raytrain", "train", "shakespeare-co2", "--address", f"{address(0)}:{PORT + 2}"]
-        more = ["workers=2", "steps=400", "resources.placement=STRICT_SPREAD", "resources.cpus=1", "log.to=[]"]
+        words = [
+            sys.executable,
+            "-m",
+            "raytrain",
+            "train",
+            "shakespeare-delayed",
+            "--address",
+            f"{address(0)}:{PORT + 2}",
+        ]
+        more = ["workers=2", "steps=400", "resources.placement=STRICT_SPREAD", "resources.cpus=1", "log.loggers=[]"]
         more += [f"task.path={options.data / 'tinyshakespeare' / 'input.txt'}", "sync.every=auto", "evaluation.every=0"]
         command = network.start(0, [*words, *more, "--out", str(folder / "run")], env=environment, cwd=folder)
         if command.wait(timeout=400):
@@ -536,8 +551,13 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
         for method in METHODS:
             if method != "none":
                 etas = [row["eta"] for rate in rates for row in mine if (row["mbits"], row["method"]) == (rate, method)]
-                place.plot(rates, etas, marker="o", linewidth=3 if method == "late" else 1.2, label=method)
-        top = [row["ceiling"] for rate in rates for row in mine if (row["mbits"], row["method"]) == (rate, "late")]
+                place.plot(rates, etas, marker="o", linewidth=3 if method == "delayed-averaging" else 1.2, label=method)
+        top = [
+            row["ceiling"]
+            for rate in rates
+            for row in mine
+            if (row["mbits"], row["method"]) == (rate, "delayed-averaging")
+        ]
         place.plot(rates, top, color="black", linestyle=":", label="ceiling of late")
         place.set(xscale="log", xlabel="Mbit/s between the workers", title=titles[model], ylim=(0, 1.12))
         place.set_xticks(rates, [str(rate) for rate in rates])
@@ -550,11 +570,11 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
 
 def summary(found: list[dict[str, Any]], raw: Mapping[str, float]) -> dict[str, float]:
     """Return the headline."""
-    ours = [row for row in found if row["method"] == "late"]
+    ours = [row for row in found if row["method"] == "delayed-averaging"]
     at_100 = {row["method"]: row for row in found if (row["mbits"], row["model"]) == (100, "gpt")}
     return {
         "min_eta_over_ceiling": min(row["eta"] / row["ceiling"] for row in ours),
-        "eta_async_100mbit": at_100["late"]["eta"],
+        "eta_async_100mbit": at_100["delayed-averaging"]["eta"],
         "eta_ddp_100mbit": at_100["ddp"]["eta"],
         "tau_over_minimum": max(row["tau"] / row["least_tau"] for row in ours),
         **raw,

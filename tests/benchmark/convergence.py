@@ -3,8 +3,8 @@
     python tests/benchmark/convergence.py [--runs FILE] [--rows PATTERN ...]
 
 Four workers take equal samples, in 1,920 steps (40 rounds of 48): a GPT of 0.1M parameters on tinyshakespeare, with the
-optimizer, the schedule and, on each worker, the batch of `shakespeare-co2`, and the digits CNN with SGD and momentum,
-batches of 8. Rounds of tau = 4, 12 and 48 steps; averaged gradients and the default method have seeds 0 to 4, the
+optimizer, the schedule and, on each worker, the batch of `shakespeare-delayed`, and the digits CNN with SGD and
+momentum, batches of 8. Rounds of tau = 4, 12 and 48 steps; `ddp` and the default method have seeds 0 to 4, the
 others 0 and 1. Four more rows for the GPT are with half and twice the learning rate. Gaps are means over seeds of
 (method - gradients) with the same seed, with the half-width of the 95 % interval by Student's t. Workers are gloo
 processes; `--runs` keeps what was done already, and `--rows "digits * co2*"` measures rows of that again: patterns of
@@ -24,8 +24,8 @@ from typing import Any
 from bench import finish, parse, parser_of
 from scipy import stats
 
-from raytrain.overrides import merged
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.overrides import apply_overrides
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.testing import train_each_with_gloo
 from raytrain.training.recipe import TrainRecipe
 
@@ -44,7 +44,7 @@ TASKS: dict[str, tuple[str, Fields]] = {
             "task.block": 32,
             "batch": 12,
             "optimizer": {"name": "adamw", "lr": 4e-3, "betas": [0.9, 0.99], "weight_decay": 0.1},
-            "schedule": {"name": "cosine", "warmup": 100, "floor": 0.1},
+            "schedule": {"name": "cosine", "warmup": 100, "min_lr_ratio": 0.1},
         },
     ),
     "digits": (
@@ -53,7 +53,7 @@ TASKS: dict[str, tuple[str, Fields]] = {
             "task": {"name": "digits", "norm": "batch"},
             "batch": 8,
             "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
-            "schedule": {"name": "cosine", "warmup": 50, "floor": 0.02},
+            "schedule": {"name": "cosine", "warmup": 50, "min_lr_ratio": 0.02},
         },
     ),
 }
@@ -67,12 +67,12 @@ def methods(tau: int) -> Iterator[tuple[str, Fields, range]]:
     yield "cocod", {"name": "cocod"}, FEW
     for delay in sorted({1, tau // 4, tau // 2, tau}):
         headline = (tau, delay) in ((12, 3), (12, 12), (48, 12))
-        yield f"late d={delay}", {"name": "late", "delay": delay}, ALL if headline else FEW
+        yield f"delayed-averaging d={delay}", {"name": "delayed-averaging", "delay": delay}, ALL if headline else FEW
     if tau == 12:
-        for delay, name, value in (
-            (3, "momentum", 0.0), (3, "momentum", 0.5), (3, "momentum", 0.85), (12, "momentum", 0.0), (12, "pull", 1.0),
-        ):  # fmt: skip
-            yield f"late d={delay} {name}={value:g}", {"name": "late", "delay": delay, name: value}, FEW
+        for delay, momentum in ((3, 0.0), (3, 0.5), (3, 0.85), (12, 0.0)):
+            sync = {"name": "delayed-averaging", "delay": delay, "global_momentum": momentum}
+            yield f"delayed-averaging d={delay} global_momentum={momentum:g}", sync, FEW
+        yield "delayed-averaging d=12 alpha=1", {"name": "delayed-averaging", "delay": 12, "alpha": 1.0}, FEW
     yield "co2", {"name": "co2"}, FEW
     yield "co2 penalty=none", {"name": "co2", "penalty": "none"}, FEW
     yield "co2 penalty=constant", {"name": "co2", "penalty": "constant"}, FEW
@@ -84,14 +84,14 @@ def cases() -> Iterator[tuple[str, int, str, Fields, range]]:
     """Yield (task, tau, method, options, seeds) of every row of the table; options are fields of the recipe."""
     every: list[tuple[str, int, str, Fields, range]] = []
     for task in TASKS:
-        every.append((task, 1, "gradients", {"sync": {"name": "gradients"}}, ALL))
+        every.append((task, 1, "ddp", {"sync": {"name": "ddp"}}, ALL))
         for tau in ROUNDS:
             every += [(task, tau, name, {"sync": {**sync, "every": tau}}, seeds) for name, sync, seeds in methods(tau)]
     for lr in (2e-3, 8e-3):  # where learning is limited by the rate, and by noise
         rate = {"optimizer.lr": lr}
-        late = {"name": "late", "every": 12, "delay": 3}
-        every.append(("gpt", 1, f"gradients lr={lr:g}", {"sync": {"name": "gradients"}, **rate}, FEW))
-        every.append(("gpt", 12, f"late d=3 lr={lr:g}", {"sync": late, **rate}, FEW))
+        late = {"name": "delayed-averaging", "every": 12, "delay": 3}
+        every.append(("gpt", 1, f"ddp lr={lr:g}", {"sync": {"name": "ddp"}, **rate}, FEW))
+        every.append(("gpt", 12, f"delayed-averaging d=3 lr={lr:g}", {"sync": late, **rate}, FEW))
     yield from every
 
 
@@ -102,13 +102,13 @@ def recipe(task: str, changes: Fields, seed: int, options: Namespace) -> TrainRe
         "workers": WORKERS,
         "steps": 96 if options.quick else 1920,
         "seed": seed,
-        "log": {"every": 480, "to": []},
+        "log": {"every": 480, "loggers": []},
         **TASKS[task][1],
         **changes,
     }
     if task == "gpt":
         fields["task.path"] = str(options.data / "tinyshakespeare" / "input.txt")
-    return TrainRecipe.parse(merged({}, fields))
+    return TrainRecipe.parse(apply_overrides({}, fields))
 
 
 Runs = dict[tuple[str, int, str, int], float]
@@ -120,7 +120,7 @@ def measured(folder: Path, metric: str) -> float:
     run = RunDirectory(folder)
     if run.failure():
         return math.nan
-    return float(next(row["valid"][metric] for row in reversed(rows(run.metrics)) if "valid" in row))
+    return float(next(row["valid"][metric] for row in reversed(read_jsonl(run.metrics)) if "valid" in row))
 
 
 def wanted(options: Namespace) -> list[tuple[tuple[str, int, str, int], TrainRecipe]]:
@@ -153,7 +153,7 @@ def run_all(options: Namespace, runs: Runs) -> None:
 def against(runs: Runs, task: str, tau: int, method: str) -> dict[str, float]:
     """Return the mean of a method over its seeds, and how far it is from gradients at the same learning rate."""
     values = {seed: value for (*key, seed), value in runs.items() if key == [task, tau, method]}
-    plain = " ".join(["gradients", *(word for word in method.split() if word.startswith("lr="))])
+    plain = " ".join(["ddp", *(word for word in method.split() if word.startswith("lr="))])
     gaps = [value - runs[task, 1, plain, seed] for seed, value in values.items() if (task, 1, plain, seed) in runs]
     wide = (
         stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
@@ -174,11 +174,11 @@ def report(runs: Runs) -> tuple[list[dict[str, Any]], dict[str, float]]:
     found = {(row["task"], row["tau"], row["method"]): row for row in table}
     headline = {}
     for name, tau, delay in (("tau12", 12, 3), ("tau12_full_round", 12, 12), ("tau48", 48, 12)):
-        if row := found.get(("gpt", tau, f"late d={delay}")):
-            whole = found["gpt", 1, "gradients"]["mean"]
+        if row := found.get(("gpt", tau, f"delayed-averaging d={delay}")):
+            whole = found["gpt", 1, "ddp"]["mean"]
             headline[f"gpt_relative_gap_{name}"] = row["gap"] / whole
             headline[f"gpt_relative_gap_{name}_half_width"] = row["half_width"] / whole
-    if row := found.get(("digits", 12, "late d=3")):
+    if row := found.get(("digits", 12, "delayed-averaging d=3")):
         headline["digits_accuracy_gap_tau12"] = -row["gap"]
         headline["digits_accuracy_gap_tau12_half_width"] = row["half_width"]
     return table, headline

@@ -38,7 +38,7 @@ import torch
 from bench import finish, parse, parser_of
 from torch import nn
 
-from raytrain.overrides import merged, parse_overrides
+from raytrain.overrides import apply_overrides, parse_overrides
 from raytrain.recipe import read_toml
 from raytrain.tasks.classify import ClassifyOptions, classify
 from raytrain.tasks.task import Task
@@ -50,12 +50,12 @@ from raytrain.training.replica import Replica
 AT_ONCE = 14
 """Runs on a GPU at the same time: it is idle for most of each."""
 FIRST_ORDER = {"optimizer.name": "adamw", "schedule.name": "linear", "schedule.warmup": 150}
-PAIR = {"directions.count": 1, "directions.sides": 2}
-PAIR_BY_LOSS = {**PAIR, "directions.objective": "", "optimizer.lr": 1e-5}
+PAIR = {"zo.num_perturbations": 1, "zo.estimator": "central"}
+PAIR_BY_LOSS = {**PAIR, "zo.objective": "", "optimizer.lr": 1e-5}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("sst2-minilm", {}),
-    "half": ("sst2-minilm", {"freeze.half": True}),
-    "half-rotated": ("sst2-minilm", {"freeze.half": True, "freeze.every": 100}),
+    "half": ("sst2-minilm", {"freeze.random_half": True}),
+    "half-rotated": ("sst2-minilm", {"freeze.random_half": True, "freeze.every": 100}),
     "lora": ("sst2-minilm", {"adapter.name": "lora", "adapter.r": 8, "adapter.lora_alpha": 16, "optimizer.lr": 1e-3}),
     "randlora": (
         "sst2-minilm",
@@ -76,8 +76,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
             **PAIR_BY_LOSS,
             "optimizer.name": "zo-hybrid",
             "optimizer.first_order_lr": 5e-5,
-            "directions.first_order": ["encoder.encoder.layer.5.*", "classifier.*"],
-            "directions.trajectory": False,
+            "zo.first_order": ["encoder.encoder.layer.5.*", "classifier.*"],
+            "zo.trajectory": False,
         },
     ),
     "adamw": ("sst2-minilm-zo", {**FIRST_ORDER, "optimizer.lr": 5e-5}),
@@ -130,7 +130,7 @@ def run(data: Path, seed: int, recipe: str, changes: dict[str, Any], here: str) 
             "task.path": data / "sst2",
             "seed": seed,
             "callbacks": ["finetune:note_peak"],
-            "log.to": [],
+            "log.loggers": [],
             **changes,
         }
         words = [
@@ -165,7 +165,7 @@ def run(data: Path, seed: int, recipe: str, changes: dict[str, Any], here: str) 
 def changed(recipe: str, changes: Mapping[str, Any]) -> TrainRecipe:
     """Return a shipped recipe with other fields."""
     raw, _ = read_toml(recipe, [KIND.recipes])
-    return TrainRecipe.parse(merged(raw, changes))
+    return TrainRecipe.parse(apply_overrides(raw, changes))
 
 
 def one(device: str, out: str, recipe: str, *words: str) -> None:

@@ -1,6 +1,6 @@
 """Random kills: does a run that is killed end as one that nobody touched, and how soon does it train again?
 
-    python tests/benchmark/resume.py [--sync late]
+    python tests/benchmark/resume.py [--sync delayed-averaging]
 
 Each trial runs `raytrain train` and, at a random moment after training has begun, sends SIGKILL to a random worker or
 to the command itself. A killed worker is started again by the run itself; a killed command is run again with --resume.
@@ -8,9 +8,9 @@ The final weights are compared with those of an untouched run, bit by bit. The r
 kill to the first step after it; that of a command includes starting Python and Ray. The workers of a killed command go
 on until Ray ends them, so a run that is killed late may have nothing left to do: then it is the time to the end.
 
-With `--sync late` the workers take local steps and an exchange is under way at any time (`sync.delay = sync.every`),
-and only workers are killed, ten times: how long the others waited for the dead one is the time from the kill to the
-end of the attempt, which is to be less than `sync.timeout_seconds`.
+With `--sync delayed-averaging` the workers take local steps and an all-reduce is in flight at any time (`sync.delay =
+sync.every`), and only workers are killed, ten times: how long the others waited for the dead one is the time from the
+kill to the end of the attempt, which is to be less than `sync.timeout_seconds`.
 """
 
 import os
@@ -28,16 +28,16 @@ import psutil
 import torch
 from bench import finish, parse, parser_of
 
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import rows
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import read_jsonl
 
 WORDS = [
     "task.dropout=0.1", "task.norm=batch", "workers=2", "steps=800", "batch=16", "resources.cpus=1",
     "checkpoint.every=50", "evaluation.every=300", "log.every=1", "sync.timeout_seconds=30",
 ]  # fmt: skip
 SYNC = {
-    "gradients": ["ema=0.99"],
-    "late": ["sync.name=late", "sync.every=12", "sync.delay=12", "sync.codec=int8"],
+    "ddp": ["ema=0.99"],
+    "delayed-averaging": ["sync.name=delayed-averaging", "sync.every=12", "sync.delay=12", "sync.compression=int8"],
 }
 
 
@@ -49,7 +49,7 @@ def start(out: Path, sync: str, *more: str) -> subprocess.Popen[bytes]:
 
 def last_step(out: Path) -> int:
     """Return the last step in the log."""
-    return max((row["step"] for row in rows(out / "metrics.jsonl")), default=0)
+    return max((row["step"] for row in read_jsonl(out / "metrics.jsonl")), default=0)
 
 
 def wait_for(done: Callable[[], bool], command: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
@@ -64,24 +64,24 @@ def wait_for(done: Callable[[], bool], command: subprocess.Popen[bytes], seconds
 def trial(out: Path, sync: str, seed: int) -> dict[str, object]:
     """Kill something at a random step of a new run, let it recover, and tell how that went."""
     draw = random.Random(seed)
-    victims = ["worker 0", "worker 1", *(["command"] if sync == "gradients" else [])]
+    victims = ["worker 0", "worker 1", *(["command"] if sync == "ddp" else [])]
     at, victim = draw.randrange(20, 700), draw.choice(victims)
     command = start(out, sync)
     wait_for(lambda: last_step(out) >= at, command)
     killed_at = last_step(out)
-    attempts = len(rows(out / "attempts.jsonl"))
+    attempts = len(read_jsonl(out / "attempts.jsonl"))
     killed = time.monotonic()
     if victim == "command":
         os.kill(command.pid, signal.SIGKILL)
         command.wait()
         command = start(out, sync, "--resume")
     else:
-        workers = [psutil.Process(worker["pid"]) for worker in rows(out / "attempts.jsonl")[-1]["workers"]]
+        workers = [psutil.Process(worker["pid"]) for worker in read_jsonl(out / "attempts.jsonl")[-1]["workers"]]
         workers[int(victim[-1])].kill()
         psutil.wait_procs(workers, timeout=120)
     ended = time.monotonic() - killed
-    wait_for(lambda: len(rows(out / "attempts.jsonl")) > attempts, command)
-    resumed_from = rows(out / "attempts.jsonl")[-1]["from_step"]
+    wait_for(lambda: len(read_jsonl(out / "attempts.jsonl")) > attempts, command)
+    resumed_from = read_jsonl(out / "attempts.jsonl")[-1]["from_step"]
     wait_for(lambda: last_step(out) > resumed_from or command.poll() == 0, command)  # they may have come to the end
     recovery = time.monotonic() - killed
     status = command.wait(timeout=300)
@@ -98,7 +98,7 @@ def trial(out: Path, sync: str, seed: int) -> dict[str, object]:
 
 def final(out: Path) -> dict[str, torch.Tensor]:
     """Return the weights, their average and the optimizer's state at the end of a run."""
-    saved = load(listed(out / "checkpoints")[-1], 0)
+    saved = load_part(list_checkpoints(out / "checkpoints")[-1], 0)
     moments = {
         f"{name} {key}": value for name, state in saved["optimizer"]["state"].items() for key, value in state.items()
     }
@@ -109,9 +109,9 @@ def final(out: Path) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Measure and report."""
     parser = parser_of(__doc__.partition("\n")[0])
-    parser.add_argument("--sync", choices=SYNC, default="gradients")
+    parser.add_argument("--sync", choices=SYNC, default="ddp")
     options = parse(parser)
-    trials, table = {"gradients": 20, "late": 10}[options.sync], []
+    trials, table = {"ddp": 20, "delayed-averaging": 10}[options.sync], []
     with tempfile.TemporaryDirectory() as folder:
         untouched = Path(folder) / "untouched"
         if start(untouched, options.sync).wait(timeout=300):
@@ -141,7 +141,7 @@ def main() -> None:
             if values
         },
     }
-    finish("resume" if options.sync == "gradients" else f"resume-{options.sync}", table, headline, options)
+    finish("resume" if options.sync == "ddp" else f"resume-{options.sync}", table, headline, options)
 
 
 if __name__ == "__main__":

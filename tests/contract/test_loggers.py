@@ -15,8 +15,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from raytrain.errors import RecipeError
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.run.loggers import LOGGERS, TensorBoard, logger_class, scalars
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.loggers import LOGGERS, TensorBoard, flatten_row, logger_class
 from raytrain.testing import train_here, train_with_gloo
 from raytrain.training.recipe import TrainRecipe
 
@@ -106,12 +106,14 @@ READERS: dict[str, Callable[[Path], Iterator[Point]]] = {
 def recipe(*loggers: str, **changes: Any) -> TrainRecipe:
     base = {"kind": "train", "task": "raytrain.testing:tiny", "seed": 3, "steps": 6, "schedule": {"name": "constant"}}
     return TrainRecipe.parse(base).with_overrides(
-        {"log.to": list(loggers), "log.every": 1, "evaluation.every": 2, "checkpoint.every": 3, **changes}
+        {"log.loggers": list(loggers), "log.every": 1, "evaluation.every": 2, "checkpoint.every": 3, **changes}
     )
 
 
 def in_metrics(run: RunDirectory) -> Counter[Point]:
-    return Counter((row["step"], name, number) for row in rows(run.metrics) for name, number in scalars(row).items())
+    return Counter(
+        (row["step"], name, number) for row in read_jsonl(run.metrics) for name, number in flatten_row(row).items()
+    )
 
 
 def rounded(points: Iterator[Point] | Counter[Point]) -> Counter[tuple[int, str, str]]:
@@ -142,7 +144,7 @@ def test_a_resumed_run_goes_on_in_the_same_place_and_logs_nothing_twice(
     assert statuses == [-signal.SIGKILL]
     run = train_here(recipe(name, **seldom), folder)
     assert run.failure() is None
-    assert [row["from_step"] for row in rows(run.attempts)] == [0, 3]
+    assert [row["from_step"] for row in read_jsonl(run.attempts)] == [0, 3]
     points = rounded(READERS[name](folder))
     assert set(points.values()) == {1}
     assert set(points) == set(rounded(in_metrics(run)))
@@ -213,8 +215,8 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, cap
     run = train_here(recipe("tests_of_loggers:Breaking", "tensorboard"), tmp_path / "run")
     assert run.failure() is None
     assert capfd.readouterr().err.splitlines() == [
-        "raytrain: log.to: tests_of_loggers:Breaking failed, and gets no more of this attempt: ConnectionError: no "
-        f"route to host; all metrics are in {run.metrics}"
+        "raytrain: log.loggers: tests_of_loggers:Breaking failed, and gets no more of this attempt: ConnectionError: "
+        f"no route to host; all metrics are in {run.metrics}"
     ]
     assert rounded(in_tensorboard(run.path)) == rounded(in_metrics(run))
 
@@ -258,7 +260,7 @@ def test_a_logger_that_cannot_start_ends_the_run(tmp_path: Path) -> None:
     assert failure is not None
     assert failure.exit_status == 1
     assert failure.message == (
-        "log.to: tests_of_loggers:Refusing cannot start: PermissionError: the key is wrong; mend this, or train "
+        "log.loggers: tests_of_loggers:Refusing cannot start: PermissionError: the key is wrong; mend this, or train "
         "without tests_of_loggers:Refusing"
     )
 
@@ -268,9 +270,9 @@ def test_what_is_not_installed_is_told_before_anything_starts(
     name: str, package: str, raytrain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, workplace: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(RecipeError, match=rf"^log.to: {name} needs {package}: pip install raytrain\[{name}\]$"):
+    with pytest.raises(RecipeError, match=rf"^log.loggers: {name} needs {package}: pip install raytrain\[{name}\]$"):
         logger_class(name)
-    ended = raytrain("train", "digits", f"log.to=['{name}']")
+    ended = raytrain("train", "digits", f"log.loggers=['{name}']")
     assert ended.status == 2
-    assert ended.err == f"raytrain: log.to: {name} needs {package}: pip install raytrain[{name}]\n"
+    assert ended.err == f"raytrain: log.loggers: {name} needs {package}: pip install raytrain[{name}]\n"
     assert not (workplace / "runs").exists()

@@ -1,27 +1,19 @@
 """A population of digit classifiers, trained by the loop that `raytrain train` uses, one segment after the other."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from raytrain.serialization import dumps, join, savable, split
-from raytrain.sync.averaging import ExactExchange
-from raytrain.sync.transport import LocalTransport
-from raytrain.training.build import build, plan_of, task_of
-from raytrain.training.evaluation import evaluate
-from raytrain.training.loader import Walk, local_feed
-from raytrain.training.loop import train
+from raytrain.errors import TrainingError
+from raytrain.serialization import unpack
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import Progress, Replica, load_state, plain, state_of
 from search.journal.ancestry import schedule
 from search.journal.journal import Journal
+from search.launch.trial import Trial
 from search.recipe import SearchRecipe
 from search.scheduling.driver import SegmentEnd, drive
 from search.scheduling.work import Snapshot, Work
@@ -54,53 +46,8 @@ RAW: dict[str, Any] = {
 }
 
 
-class Metrics:
-    """The loop's surroundings inside a segment: evaluate at its end, and save nothing."""
-
-    def __init__(self, measure: Any) -> None:
-        self._measure = measure
-        self.values: Mapping[str, float] = {}
-
-    def stop_requested(self) -> bool:
-        return False
-
-    def stepped(self, replica: Replica, values: dict[str, float]) -> None: ...
-
-    def evaluate(self, replica: Replica) -> dict[str, float]:
-        self.values = self._measure(module=replica.module)
-        return dict(self.values)
-
-    def save(self, replica: Replica) -> None: ...
-
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None: ...
-
-
-def pack(state: Mapping[str, Any]) -> bytes:
-    skeleton, tensors = split(state)
-    return save(savable(tensors), {"state": dumps(skeleton).decode()})
-
-
-def unpack(packed: bytes) -> Any:
-    header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
-    return join(json.loads(header["__metadata__"]["state"]), load(packed))
-
-
-def train_segment(base: TrainRecipe, work: Work, packed: bytes | None) -> SegmentEnd:
-    recipe = base.with_overrides({"seed": work.seed, **work.changes})
-    task, exchange = task_of(recipe), ExactExchange(LocalTransport())
-    replica = build(recipe, task, exchange)
-    if packed is not None:
-        state = unpack(packed)
-        load_state(replica, state["replica"], state["replica"], "the state")
-        replica.progress = Progress(**{**state["progress"], "status": "running"})
-    plan = replace(plan_of(recipe), steps=work.until, evaluate_every=0, checkpoint_every=0, patience=0)
-    progress = replica.progress
-    walk = Walk(plan.seed, 0, progress.position, plan.batch, plan.steps - progress.step, plan.batch, plan.accumulate)
-    metrics = Metrics(partial(evaluate, task, examples=task.data("valid"), batch=512, exchange=exchange))
-    with local_feed(task, recipe.task, walk) as feed:
-        train(replica, task, feed, plan, metrics)
-    shared = {**plain(progress), "seconds": 0.0, "data_wait_seconds": 0.0}  # no state depends on the time that it took
-    return SegmentEnd(pack({"replica": state_of(replica), "progress": shared}), progress.step, metrics.values)
+def trial(base: TrainRecipe) -> Trial:
+    return Trial(base, torch.device("cpu"), lambda step: None)
 
 
 class Interrupted(BaseException):
@@ -113,13 +60,14 @@ def search(folder: Path, end_after: int | None = None) -> Journal:
     recipe = SearchRecipe.parse(RAW)
     journal = Journal(folder, recipe.scheduler(recipe.objective("accuracy", "higher", {"accuracy", "loss"})))
     journal.open()
-    trained = []
+    trained: list[Work] = []
+    train = trial(recipe.base).train
 
     def one(work: Work, packed: bytes | None) -> SegmentEnd:
         trained.append(work)
         if len(trained) == end_after:
             raise Interrupted
-        return train_segment(recipe.base, work, packed)
+        return train(work, packed)
 
     drive(journal, journal.store, one)
     return journal
@@ -152,10 +100,51 @@ def test_the_schedule_of_the_winner_trains_the_winner_again(whole: Journal) -> N
     phases = schedule(rows, best.segment.row)
     assert len(phases) > 2
     ends = [*(phase.from_step for phase in phases[1:]), best.snapshot.step]
-    base, end = SearchRecipe.parse(RAW).base, None
+    train, end = trial(SearchRecipe.parse(RAW).base).train, None
     for phase, until in zip(phases, ends, strict=True):
         work = Work("", 0, 0, Snapshot("", phase.from_step), until, phase.changes, phase.seed)
-        end = train_segment(base, work, end and end.state)
+        end = train(work, end and end.state)
     assert end.metrics["loss"] == best.score
     winner, again = (unpack(packed)["replica"] for packed in (whole.store.get(best.snapshot.digest), end.state))
     assert all(winner["model"][name].equal(tensor) for name, tensor in again["model"].items())
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}},
+    "adamw": {"optimizer": {"name": "adamw"}, "ema": 0.9},
+    "zo-sgd": {"optimizer": {"name": "zo-sgd", "lr": 1e-3}, "zo": {"sparsity": 0.5, "trajectory": False}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@settings(max_examples=5)
+@given(st.sets(st.integers(1, 11), max_size=3))
+def test_segments_are_the_training_that_they_are_parts_of(name: str, cuts: set[int]) -> None:
+    base = SearchRecipe.parse(RAW).base.with_overrides({"steps": 12, **OPTIMIZERS[name]})
+    whole = trial(base).train(Work("", 0, 0, Snapshot(), 12, {}, seed=3), None)
+    train, end = trial(base).train, None
+    for until in sorted({*cuts, 12}):
+        end = train(Work("", 0, 0, Snapshot("a", end.step if end else 0), until, {}, seed=3), end and end.state)
+    assert end is not None
+    assert end.metrics == whole.metrics
+    assert same_model(end, whole)
+
+
+def same_model(one: SegmentEnd, other: SegmentEnd) -> bool:
+    models = [unpack(end.state)["replica"]["model"] for end in (one, other)]
+    return models[0].keys() == models[1].keys() and all(models[0][name].equal(models[1][name]) for name in models[0])
+
+
+def test_a_trial_that_is_asked_to_stop_ends_after_its_step() -> None:
+    base = SearchRecipe.parse(RAW).base
+    steps: list[int] = []
+    one = Trial(base, torch.device("cpu"), lambda step: (steps.append(step), step == 3 and one.stop.set()))
+    end = one.train(Work("", 0, 0, Snapshot(), 30, {}, seed=0), None)
+    assert (end.step, end.metrics) == (4, {})
+    assert steps == sorted(steps)
+
+
+def test_a_model_that_is_no_longer_of_numbers_fails_its_segment() -> None:
+    base = SearchRecipe.parse(RAW).base.with_overrides({"optimizer.lr": 1e30, "clip": 0})
+    with pytest.raises(TrainingError, match="^(the loss is (nan|inf) in step|after step 1 the weights)"):
+        trial(base).train(Work("", 0, 0, Snapshot(), 30, {}, seed=0), None)

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.kinds import Order
-from raytrain.launch.dispatch import run
-from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.kinds import RunOptions
+from raytrain.launch.dispatch import run_training
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.testing import train_with_threads
 from raytrain.testing_command import Command, start_command
 from raytrain.training.recipe import TrainRecipe
@@ -33,7 +33,7 @@ TINY = {
     "workers": 2,
     "evaluation": {"every": 20},
     "checkpoint": {"every": 10},
-    "log": {"every": 1, "to": []},
+    "log": {"every": 1, "loggers": []},
     "resources": {"cpus": 1},
     "sync": {"timeout_seconds": 60},  # a busy machine may take many seconds for what happens before the first step
 }
@@ -46,7 +46,7 @@ def recipe(workplace: Path, *faults: str, **changes: Any) -> TrainRecipe:
         f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
     )
     fields = {name.replace("__", "."): value for name, value in changes.items()}
-    return TrainRecipe.parse(merged({**TINY, "callbacks": ["faults:plan"]}, fields))
+    return TrainRecipe.parse(apply_overrides({**TINY, "callbacks": ["faults:plan"]}, fields))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +69,7 @@ def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pyte
     before = [(each.level, list(each.handlers), each.propagate) for each in loggers]
     broken = recipe(workplace, "0, 15, 'kill'", "1, 25, 'kill'", max_failures=1)
     with pytest.raises(TrainingError) as caught:
-        run(broken, Order(workplace / "run"))
+        run_training(broken, RunOptions(workplace / "run"))
     assert str(caught.value) == (
         "the workers failed more often than max_failures allows; "
         "worker 1: its process died: killed, out of memory, or crashed (SIGKILL)\n"
@@ -80,17 +80,17 @@ def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pyte
     assert "elastic" not in shown, "what torch logs of it is not for the user"
     assert "WARNING" not in shown
     assert [(each.level, each.handlers, each.propagate) for each in loggers] == before
-    result = run(broken, Order(workplace / "run", resume=True))
+    result = run_training(broken, RunOptions(workplace / "run", resume=True))
     assert (result.status, result.figures["steps"], result.restarts) == ("done", 60, 2)
 
 
 def test_an_error_in_the_users_code_is_shown_and_not_tried_again(workplace: Path) -> None:
     with pytest.raises(TrainingError) as caught:
-        run(recipe(workplace, "1, 25, 'fail'"), Order(workplace / "run"))
+        run_training(recipe(workplace, "1, 25, 'fail'"), RunOptions(workplace / "run"))
     assert "RuntimeError: a fault on purpose at rank 1, step 25" in str(caught.value)
     assert "testing.py" in str(caught.value)
     assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")
-    assert len(rows(workplace / "run" / "attempts.jsonl")) == 1
+    assert len(read_jsonl(workplace / "run" / "attempts.jsonl")) == 1
     assert json.loads((workplace / "run" / "result.json").read_text())["status"] == "failed"
 
 
@@ -112,7 +112,7 @@ def test_workers_that_do_not_fit_are_refused(workplace: Path, changes: dict[str,
     if torch.cuda.is_available() and "resources__gpus" in changes:
         pytest.skip("this machine has a GPU")
     with pytest.raises(RecipeError, match=message):
-        run(recipe(workplace, **changes), Order(workplace / "run"))
+        run_training(recipe(workplace, **changes), RunOptions(workplace / "run"))
     assert not (workplace / "run").exists()
 
 
@@ -146,7 +146,7 @@ def test_nothing_listens_where_others_could_reach_it(
     before = set(listening([psutil.Process()]))
 
     def look() -> None:
-        while not (attempts := rows(workplace / "run" / "attempts.jsonl")):
+        while not (attempts := read_jsonl(workplace / "run" / "attempts.jsonl")):
             time.sleep(0.05)
         workers = [psutil.Process(worker["pid"]) for worker in attempts[0]["workers"]]
         heard.extend(listening(workers))
@@ -155,7 +155,7 @@ def test_nothing_listens_where_others_could_reach_it(
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
-    assert run(settings, Order(workplace / "run")).status == "done"
+    assert run_training(settings, RunOptions(workplace / "run")).status == "done"
     looking.join()
     assert heard, "workers exchange over sockets"
     assert all(ipaddress.ip_address(address).is_loopback for address in heard), heard
@@ -167,16 +167,16 @@ def test_workers_that_die_hang_stop_or_leave_are_started_again(
     settings, run, command = broken
     status, _, err = command.finish()
     assert status == 0, err
-    killed, hung, stopped, left = [row["workers"] for row in rows(run / "restarts.jsonl")]
+    killed, hung, stopped, left = [row["workers"] for row in read_jsonl(run / "restarts.jsonl")]
     assert killed == {"1": "its process died: killed, out of memory, or crashed (SIGKILL)"}
     (stack,) = run.glob("hang-worker-0-*.txt")
     assert hung == {"0": f"it hung, and was ended; its stack is in {stack}"}
     assert "testing.py" in stack.read_text()
     assert stopped["1"] == "it was stopped (SIGSTOP), and was ended"
     assert left == {"0": "its process ended with exit status 0 before the training did"}
-    assert [row["from_step"] for row in rows(run / "attempts.jsonl")] == [0, 10, 20, 30, 40]
+    assert [row["from_step"] for row in read_jsonl(run / "attempts.jsonl")] == [0, 10, 20, 30, 40]
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["restarts"]) == ("done", 4)
     whole = train_with_threads(settings.with_overrides({"callbacks": []}), tmp_path / "whole")
-    one, other = (load(listed(path.checkpoints)[-1], 0) for path in (whole, RunDirectory(run)))
+    one, other = (load_part(list_checkpoints(path.checkpoints)[-1], 0) for path in (whole, RunDirectory(run)))
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])

@@ -16,7 +16,7 @@ from raytrain.kinds import load_kinds
 from raytrain.launch.version import fingerprint
 from raytrain.models.options import ADAPTERS
 from raytrain.optim.options import OPTIMIZERS
-from raytrain.run.checkpoint import listed
+from raytrain.run.checkpoint import list_checkpoints
 from raytrain.run.directory import RunDirectory
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.testing import train_here
@@ -182,7 +182,7 @@ def test_a_full_disk_keeps_what_was_complete(small_disk: Path) -> None:
             "task": {"name": "digits", "widths": [64]},
             "steps": 40,
             "checkpoint": {"every": 2, "keep": 50},
-            "log": {"to": []},
+            "log": {"loggers": []},
         }
     )
     run = train_here(recipe, small_disk / "run")
@@ -202,14 +202,14 @@ def test_a_disk_that_fills_up_while_logging_leaves_word(small_disk: Path) -> Non
             "kind": "train",
             "task": {"name": "digits", "widths": [4]},
             "steps": 9000,
-            "log": {"every": 1, "to": []},
+            "log": {"every": 1, "loggers": []},
             "checkpoint": {"every": 100},
             "evaluation": {"every": 0},
         }
     )
     run = train_here(recipe, small_disk / "run")
     assert "No space left on device" in run.failure().message
-    assert len(listed(run.checkpoints)) == 2
+    assert len(list_checkpoints(run.checkpoints)) == 2
 
 
 def test_the_version_is_told(raytrain: Callable[..., Any]) -> None:
@@ -219,10 +219,10 @@ def test_the_version_is_told(raytrain: Callable[..., Any]) -> None:
 def test_list_names_everything_with_a_line_each(raytrain: Callable[..., Any]) -> None:
     ended = raytrain("list")
     assert ended.status == 0
-    for word in ("recipes", "digits", "shakespeare-cpu", "stdlib-lm", "adamw", "cosine", "gradients", "tensorboard"):
+    for word in ("recipes", "digits", "shakespeare-cpu", "stdlib-lm", "adamw", "cosine", "ddp", "tensorboard"):
         assert word in ended.out
     only = raytrain("list", "schedules")
-    assert "Stay at 1, then fall to 0 along a line" in only.out
+    assert "Constant, then linear decay" in only.out
     assert "adamw" not in only.out
 
 
@@ -259,7 +259,7 @@ def test_what_trains_nothing_imports_neither_torch_nor_ray(workplace: Path) -> N
         (["list"], 0),
         *((["check", file], 0) for file in load_kinds()["train"].shipped()),
         *((["check", "digits", f"optimizer={name}"], 0) for name in OPTIMIZERS),
-        (["check", "digits", "optimizer=zo-hybrid", "directions.first_order=['*']", "directions.trajectory=false"], 0),
+        (["check", "digits", "optimizer=zo-hybrid", "zo.first_order=['*']", "zo.trajectory=false"], 0),
         *((["check", "digits", f"sync={name}"], 0) for name in SYNCHRONISERS),
         *((["check", "digits", f"adapter={name}"], 0) for name in ADAPTERS),
         (["trian", "digits"], 2),
@@ -287,7 +287,7 @@ for words, expected in {ours!r}:
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    for word in ("train", "evaluate", "check", "list", "Return the task of telling handwritten digits apart."):
+    for word in ("train", "evaluate", "check", "list", "Classification of handwritten digits"):
         assert word in ended.stdout
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from raytrain.overrides import merged, parse_overrides
+from raytrain.overrides import apply_overrides, parse_overrides
 from raytrain.recipe import read_toml
-from raytrain.run.directory import rows
+from raytrain.run.directory import read_jsonl
 from raytrain.testing import train_here
 from raytrain.training.kind import KIND
 from raytrain.training.recipe import TrainRecipe
@@ -20,14 +20,14 @@ from raytrain.training.recipe import TrainRecipe
 pytestmark = pytest.mark.timeout(1800)  # on a busy machine; alone it takes a fraction
 
 ROOT = Path(__file__).parents[2]
-FEWER = ["steps=4", "evaluation.every=2", "log.every=1", "log.to=[]", "resources.cpus=1"]
+FEWER = ["steps=4", "evaluation.every=2", "log.every=1", "log.loggers=[]", "resources.cpus=1"]
 SMALLER = {
     "digits": ["task.widths=[4]"],
     "mine:circle": [],
-    "shakespeare-co2": ["task.width=16", "evaluation.batch=64"],
+    "shakespeare-delayed": ["task.width=16", "evaluation.batch=64"],
     "shakespeare-cpu": ["task.width=16", "evaluation.batch=64"],
     "sst2-minilm": ["evaluation.batch=8"],
-    "sst2-minilm-zo": ["directions.count=2"],
+    "sst2-minilm-zo": ["zo.num_perturbations=2"],
     "stdlib-lm": ["task.width=16", "task.valid=0.002", "task.block=32", "task.stride=32"],
 }
 
@@ -59,7 +59,7 @@ def fewer(words: list[str]) -> list[str]:
 
 def check_log(run: Path, name: str, last: int) -> None:
     """Check that a run trained and evaluated as it was told to."""
-    log = rows(run / "metrics.jsonl")
+    log = read_jsonl(run / "metrics.jsonl")
     assert [row["step"] for row in log] == [step for pair in range(1, last, 2) for step in (pair, pair + 1, pair + 1)]
     assert log[0]["loss"] * (-1 if name == "sst2-minilm-zo" else 1) > 0, "it lowers minus a probability"
     assert log[-1]["valid"]["loss"] > 0
@@ -98,7 +98,7 @@ def recipes_without_a_command() -> list[str]:
 def test_recipes_that_no_command_trains(name: str, shakespeare: Path, tmp_path: Path) -> None:
     raw, _ = read_toml(name, [KIND.recipes])
     changes = parse_overrides([f"task.path={shakespeare}", *FEWER, *SMALLER[name]])
-    run = train_here(TrainRecipe.parse(merged(raw, changes)), tmp_path / "run")
+    run = train_here(TrainRecipe.parse(apply_overrides(raw, changes)), tmp_path / "run")
     assert run.failure() is None
     check_log(run.path, name, 4)
 

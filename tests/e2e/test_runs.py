@@ -16,8 +16,8 @@ import psutil
 import pytest
 import torch
 
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import rows
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import read_jsonl
 from raytrain.testing_command import Command
 
 Start = Callable[..., Command]
@@ -38,14 +38,14 @@ QUICK = [
 def wait_for_step(run: Path, step: int) -> None:
     give_up = time.monotonic() + 300
     while time.monotonic() < give_up:
-        if any(row["step"] >= step for row in rows(run / "metrics.jsonl")):
+        if any(row["step"] >= step for row in read_jsonl(run / "metrics.jsonl")):
             return
         time.sleep(0.05)
     raise TimeoutError(f"{run} did not reach step {step}")
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
-    saved = load(listed(run / "checkpoints")[-1], 0)
+    saved = load_part(list_checkpoints(run / "checkpoints")[-1], 0)
     return {**saved["model"], **{f"average {name}": value for name, value in saved["ema"].items()}}
 
 
@@ -75,7 +75,7 @@ def test_a_run_leaves_what_is_promised(straight: Path) -> None:
     assert figures["bytes_sent"] > 0
     assert 0 <= figures["overlap_ratio"] <= 1
     assert figures["communication_seconds"] > 0
-    last = [row for row in rows(straight / "metrics.jsonl") if "loss" in row][-1]
+    last = [row for row in read_jsonl(straight / "metrics.jsonl") if "loss" in row][-1]
     assert figures.items() <= {**last, "steps": last["step"]}.items(), "a row and the result have the same names"
     assert {"recipe.toml", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "attempts.jsonl"} <= {
         path.name for path in straight.iterdir()
@@ -98,10 +98,10 @@ def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(start: Start, str
         assert result["status"] == "interrupted"
         reached = result["figures"]["steps"]
         words = re.search(r"continue with: raytrain (.*)", err).group(1).split()
-        assert len(rows(tmp_path / "run" / "attempts.jsonl")) == attempt + 1
+        assert len(read_jsonl(tmp_path / "run" / "attempts.jsonl")) == attempt + 1
     status, _, err = start(tmp_path, *words).finish()
     assert status == 0, err
-    assert rows(tmp_path / "run" / "attempts.jsonl")[2]["from_step"] == reached
+    assert read_jsonl(tmp_path / "run" / "attempts.jsonl")[2]["from_step"] == reached
     assert equal(straight, tmp_path / "run")
 
 
@@ -150,9 +150,9 @@ def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(30)\n")
     command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:sleep"]', "--out", "run")
     give_up = time.monotonic() + 300
-    while not rows(tmp_path / "run" / "attempts.jsonl") and time.monotonic() < give_up:
+    while not read_jsonl(tmp_path / "run" / "attempts.jsonl") and time.monotonic() < give_up:
         time.sleep(0.05)
-    workers = [worker["pid"] for worker in rows(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
+    workers = [worker["pid"] for worker in read_jsonl(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
     for _ in range(2):
         os.killpg(command.pid, signal.SIGINT)
         time.sleep(1)
@@ -170,7 +170,7 @@ def test_kill_9_of_the_command_leaves_nothing_running_and_resume_goes_on_to_the_
 ) -> None:
     command = start(tmp_path, "train", "digits", *QUICK, "--out", "run")
     wait_for_step(tmp_path / "run", 100)
-    workers = [worker["pid"] for worker in rows(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
+    workers = [worker["pid"] for worker in read_jsonl(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
     command.kill()
     command.finish()
     status, _, err = start(tmp_path, "train", "digits", *QUICK, "--out", "run", "--resume").finish()
@@ -193,8 +193,7 @@ def test_the_recipe_of_a_run_repeats_it_to_the_bit_on_a_ray_cluster_of_its_own(
 def test_memory_that_a_worker_frees_stays_with_it(start: Start, tmp_path: Path) -> None:
     """To have it again from the system takes a page fault for each 4 KiB: here 20,480 in a step."""
     (tmp_path / "blocks.py").write_text(
-        "import resource, torch\nfrom pathlib import Path\n\n"
-        "def take(replica):\n"
+        "import resource, torch\nfrom pathlib import Path\n\ndef take(replica):\n"
         "    [torch.empty(20 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]\n"
         "    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    Path(f'faults-{replica.progress.step}').write_text(str(faults))\n"

@@ -47,7 +47,7 @@ sums = Task(model=model, data=data, losses=losses, inputs=inputs, predict=predic
 @pytest.fixture
 def run(workplace: Path) -> Path:
     (workplace / "mine.py").write_text(MINE)
-    raw = {"kind": "train", "task": "mine:sums", "steps": 20, "workers": 2, "log": {"to": []}, "ema": 0.5}
+    raw = {"kind": "train", "task": "mine:sums", "steps": 20, "workers": 2, "log": {"loggers": []}, "ema": 0.5}
     recipe = TrainRecipe.parse(raw).with_overrides({"resources.cpus": 1, "evaluation.batch": 4})
     train_here(recipe.with_overrides({"workers": 1}), workplace / "run")
     (workplace / "run" / "recipe.toml").write_text(recipe.to_toml())
@@ -112,7 +112,14 @@ def test_an_exported_folder_gives_the_logits_of_the_best_checkpoint(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     (workplace / "films.tsv").write_text("a good film\tfine\na bad film\tdull\nthe plot is great\tfine\n" * 10)
-    raw = {"kind": "train", "steps": 12, "batch": 4, "log": {"to": []}, "adapter": adapter, "optimizer": {"lr": 0.01}}
+    raw = {
+        "kind": "train",
+        "steps": 12,
+        "batch": 4,
+        "log": {"loggers": []},
+        "adapter": adapter,
+        "optimizer": {"lr": 0.01},
+    }
     task = {"name": "classify", "model": str(models / "bert"), "path": "films.tsv"}
     run = train_here(TrainRecipe.parse({**raw, "task": task}).with_overrides({"ema": 0.9}), workplace / "run")
     assert run.failure() is None
@@ -134,9 +141,9 @@ FILMS = ["the film is good\tpos", "a good plot\tpos", "the film is bad\tneg", "b
 def films(models: Path, workplace: Path) -> RunDirectory:
     """A run that learned to tell "neg" from "pos"."""
     (workplace / "films.tsv").write_text("\n".join(FILMS * 5))
-    raw = {"kind": "train", "steps": 30, "batch": 8, "log": {"to": []}, "optimizer": {"lr": 0.01}}
+    raw = {"kind": "train", "steps": 30, "batch": 8, "log": {"loggers": []}, "optimizer": {"lr": 0.01}}
     task = {"name": "classify", "model": str(models / "bert"), "path": "films.tsv", "head": "mean"}
-    run = train_here(TrainRecipe.parse({**raw, "task": {**task, "start": "prototypes"}}), workplace / "run")
+    run = train_here(TrainRecipe.parse({**raw, "task": {**task, "head_init": "prototypes"}}), workplace / "run")
     assert run.failure() is None
     assert load_recipe(run.path, {}).task.classes == ("neg", "pos")
     assert load_best(run.path, {}).evaluate()["accuracy"] == 1
@@ -188,7 +195,7 @@ def test_an_alphabet_stays_with_the_run(workplace: Path) -> None:
     for name in ("abcd", "wxyz", "dabc"):
         (workplace / f"{name}.txt").write_text(name * 50)
     task = {"name": "text", "tokens": "chars", "path": "abcd.txt", "block": 16, "layers": 1, "heads": 1, "width": 16}
-    raw = {"kind": "train", "steps": 20, "batch": 8, "log": {"to": []}, "optimizer": {"lr": 0.02}, "task": task}
+    raw = {"kind": "train", "steps": 20, "batch": 8, "log": {"loggers": []}, "optimizer": {"lr": 0.02}, "task": task}
     run = train_here(TrainRecipe.parse(raw), workplace / "run")
     assert run.failure() is None
     assert load_recipe(run.path, {}).task.alphabet == "abcd"

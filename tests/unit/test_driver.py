@@ -15,6 +15,10 @@ def attempted(train: Any, states: MemoryStates | None = None) -> Any:
     return run_attempt(work, states or MemoryStates(), train)
 
 
+RAISED = " (test_driver.py, line 24)"
+"""Where `failing` raises."""
+
+
 def failing(error: BaseException) -> Any:
     def train(work: Work, state: bytes | None) -> SegmentEnd:
         raise error
@@ -27,9 +31,9 @@ def failing(error: BaseException) -> Any:
     [
         (TrainingError("the loss is nan in step 3"), "stopped", "the loss is nan in step 3"),
         (CheckpointError("another model"), "stopped", "another model"),
-        (MemoryError("no memory"), "error", "MemoryError: no memory"),
-        (OSError(28, "No space left on device"), "error", "OSError: [Errno 28] No space left on device"),
-        (ZeroDivisionError("mine"), "error", "ZeroDivisionError: mine"),
+        (MemoryError("no memory"), "error", f"MemoryError: no memory{RAISED}"),
+        (OSError(28, "No space left on device"), "error", f"OSError: [Errno 28] No space left on device{RAISED}"),
+        (ZeroDivisionError("mine"), "error", f"ZeroDivisionError: mine{RAISED}"),
     ],
 )
 def test_an_error_fails_the_attempt(error: Exception, cause: Any, message: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from raytrain.errors import RecipeError
 from raytrain.extensions import ExtensionPoint
 from raytrain.run.loggers import check_logger
-from raytrain.training.build import settled
+from raytrain.training.build import resolve_recipe
 from raytrain.training.recipe import TrainRecipe
 
 FUNCTION = ExtensionPoint("field", "a function", arguments=2)
@@ -42,13 +42,16 @@ def recipe(**changes: Any) -> TrainRecipe:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"log__to": ["shutil:rmtree"]}, "log.to: 'shutil' is a module of Python itself; name one of yours; got 'shut"),
+        ({"log__loggers": ["shutil:rmtree"]}, "log.loggers: 'shutil' is a module of Python itself; name one of yours; "
+         "got 'shut"),
         ({"schedule__name": "os:_exit"}, "schedule.name: 'os' is a module of Python itself; name one of yours; got "),
         ({"callbacks": ["builtins:exec"]}, "callbacks: 'builtins' is a module of Python itself; name one of yours; "),
         ({"task__source": "subprocess:call"}, "task.source.name: 'subprocess' is a module of Python itself; name one"),
-        ({"log__to": ["mine:function"]}, "log.to: expected a class that is made with (the run's folder, a step) and "
+        ({"log__loggers": ["mine:function"]}, "log.loggers: expected a class that is made with (the run's folder, a "
+         "step) and "
          "has write and close; got 'mine:function', which is not a class"),
-        ({"log__to": ["mine:Half"]}, "log.to: expected a class that is made with (the run's folder, a step) and has "
+        ({"log__loggers": ["mine:Half"]}, "log.loggers: expected a class that is made with (the run's folder, a step) "
+         "and has "
          "write and close; got 'mine:Half', which has no close"),
         ({"schedule__name": "mine:function"}, "schedule.name: expected a function (done, decay) -> height of the "
          "learning rate; got 'mine:function', which takes (path)"),
@@ -78,7 +81,10 @@ def test_a_recipe_is_checked_without_running_what_it_names(workplace: Path) -> N
         (workplace / name).write_text(PLANTED)
     for module in ("mine", "inside.deep"):
         recipe(
-            callbacks=[f"{module}:after_step"], schedule__name=f"{module}:shape", log__to=[f"{module}:Logger"], steps=1
+            callbacks=[f"{module}:after_step"],
+            schedule__name=f"{module}:shape",
+            log__loggers=[f"{module}:Logger"],
+            steps=1,
         )
     assert not (workplace / "planted").exists()
     assert not {"mine", "inside", "inside.deep"} & sys.modules.keys()
@@ -89,7 +95,7 @@ def test_what_the_source_does_not_tell_is_refused_before_it_is_called(workplace:
     wrong = {"after_step": "takes (one, other)", "after_steps": "cannot be called"}
     for name, asked in {name: recipe(callbacks=[f"mine:{name}"]) for name in wrong}.items():
         with pytest.raises(RecipeError, match=rf"^callbacks: expected .*; got 'mine:{name}', which ") as caught:
-            settled(asked, None)  # type: ignore[arg-type]  # which it does not come to
+            resolve_recipe(asked, None)  # type: ignore[arg-type]  # which it does not come to
         assert str(caught.value).endswith(wrong[name])
 
 

@@ -13,11 +13,11 @@ from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import OPTIMIZERS, is_elementwise
 from raytrain.registry import resolve
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
 from raytrain.testing import ThreadGroup, ThreadTransport
-from raytrain.training.build import build, task_of
+from raytrain.training.build import build_replica, build_task
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
 
@@ -58,7 +58,7 @@ def test_an_elementwise_optimizer_steps_parts_as_the_whole(
 
 
 def recipe(**changes: Any) -> TrainRecipe:
-    raw = {"kind": "train", "task": "raytrain.testing:tiny", "workers": 2, "sync": {"shard": True}}
+    raw = {"kind": "train", "task": "raytrain.testing:tiny", "workers": 2, "sync": "fsdp"}
     return TrainRecipe.parse(raw | changes)
 
 
@@ -66,11 +66,11 @@ def test_other_optimizers_are_refused() -> None:
     with pytest.raises(RecipeError) as caught:
         recipe(optimizer="lamb")
     assert str(caught.value) == (
-        "recipe: sync.shard: lamb is not known to step a part of a matrix as it steps the whole; expected "
-        f"optimizer.name to be one of {', '.join(filter(is_elementwise, OPTIMIZERS))}, or sync.shard = false"
+        "recipe: sync.name: fsdp cannot shard lamb, whose step depends on whole matrices; expected "
+        f"optimizer.name to be one of {', '.join(filter(is_elementwise, OPTIMIZERS))}, or sync.name = ddp"
     )
     with pytest.raises(
-        RecipeError, match=r"sync.shard: expected optimizer.max_grad_norm = 0, because each worker knows"
+        RecipeError, match=r"optimizer.max_grad_norm: expected 0 with sync.name = fsdp, because each worker holds"
     ):
         recipe(optimizer={"name": "adan", "max_grad_norm": 1.0})
     assert recipe(optimizer="lamb", workers=1).optimizer.name == "lamb"
@@ -78,9 +78,9 @@ def test_other_optimizers_are_refused() -> None:
 
 def test_a_worker_that_is_alone_keeps_everything() -> None:
     alone = recipe(workers=1)
-    replica = build(alone, task_of(alone), ExactExchange(LocalTransport()))
+    replica = build_replica(alone, build_task(alone), ExactAverager(LocalTransport()))
     assert replica.shards is None
-    assert replica.parts is replica.module
+    assert replica.local_parameters is replica.module
 
 
 def test_sharded_workers_write_no_answers() -> None:
@@ -88,20 +88,24 @@ def test_sharded_workers_write_no_answers() -> None:
     task = {"name": "instruct", "path": "x", "model": "y", "generate": 4}
     base = {"kind": "train", "task": task, "workers": 2, "optimizer": "adamw"}
     TrainRecipe.parse(base)
-    with pytest.raises(RecipeError, match=r"sync.shard: expected task.generate = 0, because answers call the model"):
-        TrainRecipe.parse({**base, "sync": {"shard": True}})
+    with pytest.raises(
+        RecipeError,
+        match=r"task.generate: expected 0 with sync.name = fsdp, because answers call the "
+        r"model",
+    ):
+        TrainRecipe.parse({**base, "sync": "fsdp"})
 
 
 def test_threads_cannot_shard() -> None:
     two = recipe()
 
     def replica(transport: ThreadTransport) -> None:
-        build(two, task_of(two), ExactExchange(transport))
+        build_replica(two, build_task(two), ExactAverager(transport))
 
     with pytest.raises(RecipeError) as caught:
         ThreadGroup(2).run(replica)
     assert str(caught.value) == (
-        "sync.shard: expected workers that are processes; got ThreadTransport; set sync.shard=false"
+        "sync.name: fsdp takes workers that are processes; got ThreadTransport; set sync.name=ddp"
     )
 
 
@@ -118,7 +122,7 @@ def test_an_evaluation_runs_the_model_equally_often_everywhere(count: int, membe
             data=lambda split: [],
             losses=lambda model, rows: model(rows.float()[:, None])[:, 0],
         )
-        evaluate(task, module, list(range(count)), batch, ExactExchange(transport))
+        evaluate(task, module, list(range(count)), batch, ExactAverager(transport))
         return len(calls)
 
     assert len(set(ThreadGroup(members).run(passes))) == 1

@@ -1,0 +1,75 @@
+"""What `raytrain check` says of a federated recipe: its clients, the bytes of a round, the memory of a process."""
+
+from collections.abc import Iterable
+
+from federated.broadcast import payload_bytes
+from federated.build import initial_module, partition_of, protocol_of, task_of
+from federated.flower.messages import envelope_bytes
+from federated.partition import Partition
+from federated.recipe import FederateRecipe
+
+SIZES_SHOWN = 10_000
+"""Clients whose examples are counted."""
+FLOAT_BYTES = 4
+COPIES = 3
+"""Of the model in a process: w0, the model of the round, and the working copy of a client."""
+
+
+def deployment_preview(recipe: FederateRecipe) -> list[str]:
+    """Return what follows from a recipe before anything is started.
+
+    Raises:
+        RecipeError: the recipe does not fit the data or the model.
+    """
+    task = task_of(recipe)
+    partition = partition_of(recipe, task)
+    parameters = [parameter for parameter in initial_module(recipe, task).parameters() if parameter.requires_grad]
+    size = sum(parameter.nbytes for parameter in parameters)
+    head = [summary(recipe, partition), ""]
+    if not recipe.seeded:
+        return [*head, f"{recipe.strategy.name} sends {size:,} bytes of parameters down and as many up."]
+    return [
+        *head,
+        *preview_table(traffic_rows(recipe, partition.clients)),
+        f"FedAvg of the same parameters sends {size:,} bytes down and as many up.",
+        f"Each process keeps {COPIES} copies of the parameters: {COPIES * size:,} bytes.",
+    ]
+
+
+def summary(recipe: FederateRecipe, partition: Partition) -> str:
+    """Return a line about a run: its clients, its rounds and its protocol."""
+    sizes = [partition.size(client) for client in range(min(partition.clients, SIZES_SHOWN))]
+    drawn = ", drawn with replacement" if partition.with_replacement else ""
+    return (
+        f"{recipe.name}: {partition.clients:,} clients ({recipe.partition.name}; {min(sizes)} to {max(sizes)} "
+        f"examples{drawn}), {recipe.clients.per_round:,} a round, {recipe.rounds:,} rounds of {recipe.protocol.name} "
+        f"with {recipe.protocol.local_steps} local steps"
+    )
+
+
+def traffic_rows(recipe: FederateRecipe, clients: int) -> list[list[str]]:
+    """Return the bytes of one client in a round: of payload and report, and with what Flower adds to each message.
+
+    Args:
+        recipe: of the run.
+        clients: how many there are, of which `clients.per_round` take part in a round.
+    """
+    protocol, heard = protocol_of(recipe), recipe.clients.per_round
+    period = max(1, round(clients / heard))
+    rows = [["bytes of a client in a round", "down", "up", "with Flower's envelopes"]]
+    for missed, when in {1: "took part in the last round", period: f"takes part every {period:,} rounds"}.items():
+        down, up = payload_bytes(protocol, heard, missed)
+        more_down, more_up = envelope_bytes(down, up)
+        shipped = f"{down + more_down:,} + {up + more_up:,} = {down + more_down + up + more_up:,}"
+        rows.append([when, f"{down:,}", f"{up:,}", shipped])
+    return rows
+
+
+def preview_table(rows: Iterable[list[str]]) -> list[str]:
+    """Return rows of cells as lines with columns."""
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
+        for first, *rest in cells
+    ]

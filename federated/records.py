@@ -1,0 +1,122 @@
+"""What a run leaves on the disk beside the server's state: rows of rounds and evaluations, and the model as seeds."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from federated.server import CommunicationRound
+from raytrain.files import AppendOnlyFile, write_atomic
+from raytrain.json_files import to_json
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.metrics import MetricsWriter
+
+ROUNDS, SEEDS, PARAMETERS = "rounds.jsonl", "seeds.safetensors", "parameters.safetensors"
+"""In a run's folder: who was heard in each round, and the newest model that was evaluated, in one of two forms."""
+
+
+class RecordedModel(Protocol):
+    """The model of a run that goes on."""
+
+    @property
+    def version(self) -> int:
+        """Return how many rounds made it."""
+        ...
+
+    def is_done(self) -> bool:
+        """Return whether these are all."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Return what the task measures of it."""
+        ...
+
+    def save_model(self, folder: Path) -> None:
+        """Write it to a folder."""
+        ...
+
+
+class RunRecords:
+    """Writes the rows of a run, after dropping those of rounds that its state does not know of.
+
+    A round is recorded before the state is saved, so a run that was killed in between records it again.
+
+    Args:
+        run: the folder.
+        model: of the run, at the round that it begins at or goes on from.
+        every: rounds between evaluations; 0: at the end only.
+        loggers: names of what else takes the rows.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        model: RecordedModel,
+        *,
+        every: int,
+        loggers: Iterable[str] = (),
+    ) -> None:
+        self._model, self._every = model, every
+        self._folder, version = run.path, model.version
+        done = [row for row in read_jsonl(run.metrics) if "valid" not in row and row["step"] <= version]
+        before = done[-1] if done else {}
+        self._total = {name: before.get(name, 0) for name in ("bytes_down", "bytes_up", "payloads", "reports")}
+        self._began = time.monotonic() - before.get("seconds", 0.0)
+        self._recorder = MetricsWriter(run, version, version, loggers)
+        self._rounds = _kept(run.path / ROUNDS, version)
+
+    def __enter__(self) -> Self:
+        """Evaluate w0, at the start of a run, and return this."""
+        if not self._model.version:
+            self._measure()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the files."""
+        self._recorder.close(failed=kind is not None)
+        self._rounds.close()
+
+    def add(self, done: CommunicationRound) -> None:
+        """Write the rows of a round that is aggregated and not yet saved."""
+        self._rounds.write(f"{to_json(row_of(done))}\n".encode())
+        for name in self._total:
+            self._total[name] += getattr(done, name)
+        self._recorder.write(
+            {
+                "step": done.number + 1,
+                "seconds": round(time.monotonic() - self._began, 3),
+                **self._total,
+                "heard": len(done.heard),
+                "missing": len(done.missing),
+                "refused": done.refused,
+            }
+        )
+        if self._model.is_done() or (self._every and (done.number + 1) % self._every == 0):
+            self._measure()
+        self._rounds.fsync()
+        self._recorder.keep()
+
+    def _measure(self) -> None:
+        self._recorder.write({"step": self._model.version, "valid": self._model.evaluate()})
+        self._model.save_model(self._folder)
+
+
+def row_of(done: CommunicationRound) -> dict[str, Any]:
+    """Return what `rounds.jsonl` says of a round."""
+    return {
+        "round": done.number,
+        "heard": sorted(done.heard),
+        "used": len(done.used),
+        "missing": {str(client): reason for client, reason in sorted(done.missing.items())},
+        "refused": done.refused,
+        "refusals": done.refusals,
+        "bytes_down": done.bytes_down,
+        "bytes_up": done.bytes_up,
+    }
+
+
+def _kept(path: Path, version: int) -> AppendOnlyFile:
+    """Return a file of rows, with those of the first rounds."""
+    kept = [row for row in read_jsonl(path) if row["round"] < version]
+    write_atomic(path, "".join(f"{to_json(row)}\n" for row in kept).encode())
+    return AppendOnlyFile(path)

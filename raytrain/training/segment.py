@@ -1,0 +1,50 @@
+"""A segment of a training: from where a replica stands to a step, without a run's folder."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+from raytrain.tasks.task import Task
+from raytrain.training.build import loop_config
+from raytrain.training.loader import LoaderFactory, StepRange, local_loader
+from raytrain.training.loop import LoopCallbacks, LoopConfig, train
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.replica import Replica
+
+
+def segment(
+    recipe: TrainRecipe,
+    task: Task,
+    replica: Replica,
+    until: int,
+    watch: LoopCallbacks,
+    *,
+    make_loader: LoaderFactory = local_loader,
+    recording: AbstractContextManager[None] | None = None,
+) -> None:
+    """Train a replica from where it stands; segments, one after the other, are the training that they are parts of.
+
+    Args:
+        recipe: how.
+        task: the recipe's.
+        replica: as `trainable` returns it, or with a state.
+        until: step to train to; the learning rate is that of the recipe's `steps`.
+        watch: what surrounds the loop.
+        make_loader: where the examples come from.
+        recording: entered once examples can be taken.
+    """
+    config = replace(loop_config(recipe), steps=until)
+    with make_loader(task, recipe.task, _walk(replica, config)) as loader, recording or nullcontext():
+        train(replica, task, loader, config, watch)
+
+
+def _walk(replica: Replica, config: LoopConfig) -> StepRange:
+    """Return the positions that the loop will take examples from."""
+    return StepRange(
+        seed=config.seed,
+        rank=replica.rank,
+        first_position=replica.progress.position + replica.rank * config.local_batch,
+        stride=replica.world_size * config.local_batch,
+        steps=max(0, config.steps - replica.progress.step),
+        local_batch=config.local_batch,
+        accumulate=config.accumulate,
+    )

@@ -1,0 +1,87 @@
+"""What has to be known of a base recipe before a search of its fields can start."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from raytrain.errors import RecipeError
+from raytrain.recipe import Recipe
+from raytrain.sync.averaging import ExactAverager
+from raytrain.sync.transport import LocalTransport
+from raytrain.tasks.task import Task
+from raytrain.training.build import build_replica, build_task
+from raytrain.training.evaluation import evaluate
+from raytrain.training.recipe import TrainRecipe
+from search.checks import check_shapes
+from search.recipe import SearchRecipe
+from search.scheduling.segments import Objective
+
+SOME = 8
+"""Examples that are evaluated to learn which metrics there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedSearch:
+    """A search that can start.
+
+    Attributes:
+        recipe: of the search, with the options of its base recipe that the training data decides.
+        base: its base recipe.
+        objective: what it improves.
+    """
+
+    recipe: SearchRecipe
+    base: TrainRecipe
+    objective: Objective
+
+
+def check_search(recipe: SearchRecipe) -> CheckedSearch:
+    """Check what takes the base recipe's task and model.
+
+    Raises:
+        RecipeError: the base recipe cannot be searched so.
+    """
+    base = recipe.base
+    if not isinstance(base, TrainRecipe):
+        raise RecipeError(f"base.kind: a search trains recipes of the kind train; got {base.kind}")
+    if base.workers > 1:
+        raise RecipeError(
+            f"base.workers: a search trains each member in one process; got {base.workers}; set base.workers=1"
+        )
+    base = base.with_overrides({"resources.cpus": base.resources.cpus or 1.0})  # threads, on which sums depend
+    task = build_task(base)
+    if found := task.infer_options():  # what an earlier attempt has decided is in the recipe already
+        known = {name: getattr(base.task, name, None) or value for name, value in found.items()}
+        base = base.with_overrides({f"task.{name}": value for name, value in known.items()})
+        task = build_task(base)
+    objective = recipe.objective(task.metric, task.better, _measured(recipe, base, task))
+    mode = "min" if objective.better == "lower" else "max"
+    search = recipe.search.model_copy(update={"metric": objective.metric, "mode": mode})  # for readers of the recipe
+    recipe = recipe.model_copy(update={"base": base, "search": search})
+    check_shapes(base, recipe.search, BaseShapes())
+    return CheckedSearch(recipe, base, objective)
+
+
+def _measured(recipe: SearchRecipe, base: TrainRecipe, task: Task) -> tuple[str, ...]:
+    """Return the names of all metrics, where the recipe asks for another one than the task's own."""
+    if recipe.search.metric in ("", task.metric):
+        return ()
+    exchange, valid = ExactAverager(LocalTransport()), task.data("valid")
+    some = [valid[index] for index in range(min(SOME, len(valid)))]
+    return tuple(evaluate(task, build_replica(base, task, exchange).module, some, SOME, exchange))
+
+
+class BaseShapes:
+    """Shapes of a model by parameter; recipes that differ in nothing that could change them build one model."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Mapping[str, tuple[int, ...]]] = {}
+
+    def __call__(self, recipe: Recipe) -> Mapping[str, tuple[int, ...]]:
+        """Return parameter -> shape."""
+        if not isinstance(recipe, TrainRecipe):
+            raise TypeError(type(recipe))
+        key = recipe.task.model_dump_json() + recipe.adapter.model_dump_json()
+        if key not in self._known:
+            module = build_replica(recipe, build_task(recipe), ExactAverager(LocalTransport()), init_head=False).module
+            self._known[key] = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        return self._known[key]

@@ -1,0 +1,147 @@
+"""Runs a search on Ray: the `run_search` of its kind."""
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from raytrain.errors import TrainingError
+from raytrain.kinds import RunOptions
+from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, ray_session
+from raytrain.recipe import read_toml
+from raytrain.run.directory import RunDirectory
+from raytrain.run.result import Result
+from search.checks import check_resume
+from search.journal.ancestry import Phase, schedule
+from search.journal.journal import Journal
+from search.journal.reports import Reports
+from search.launch.base import CheckedSearch, check_search
+from search.launch.loop import SearchLoop
+from search.launch.slots import SlotPool, SlotResources, slot_count
+from search.launch.winner import BEST, WINNER, winner_recipe, write_winner
+from search.progress import SearchDisplay
+from search.recipe import SearchRecipe
+from search.standings import Standings, standings_of
+
+SHOWN_PHASES = 3
+
+
+def run_search(recipe: SearchRecipe, order: RunOptions) -> Result:
+    """Search on the Ray cluster at `order.address`, or else on one of this machine, and return how it ended.
+
+    Ctrl-C pauses the members after the step that they are at; a second one ends them at once.
+
+    Raises:
+        RecipeError: the recipe, the folder or the cluster does not allow it.
+        TrainingError: the search failed; what was computed is in its folder.
+    """
+    directory = RunDirectory(order.out.absolute())
+    checked = check_search(recipe)
+    recipe, standings = checked.recipe, Standings(checked.objective)
+    display = SearchDisplay(directory.path, standings, recipe.steps, recipe.total_steps)
+    with directory.session(resume=order.resume), display:
+        if order.resume:
+            check_resume(SearchRecipe.parse(read_toml(str(directory.recipe), [])[0]).search, recipe.search)
+        display.say("starting Ray" if order.address in (None, OWN_CLUSTER) else f"connecting to Ray at {order.address}")
+        with ray_session(None if order.address == OWN_CLUSTER else order.address):
+            search = Search(directory, checked)
+            loop = search.follow(display)
+        result = search.result(loop)
+        directory.write_result(result)
+        display.finish(search.facts(result))
+    if loop.error:
+        raise TrainingError(f"{loop.error}\nwhat was found until then is in {directory.path}")
+    return result
+
+
+class Search:
+    """A search in its folder.
+
+    Args:
+        directory: the folder.
+        checked: the search.
+    """
+
+    def __init__(self, directory: RunDirectory, checked: CheckedSearch) -> None:
+        self._directory = directory
+        self._recipe, self._base, self._objective = checked.recipe, checked.base, checked.objective
+        self._journal = Journal(directory.path, checked.recipe.scheduler(checked.objective))
+        self._reports = Reports(directory.metrics)
+
+    def follow(self, display: SearchDisplay) -> SearchLoop:
+        """Search until the end, or until Ctrl-C, and return the loop that did.
+
+        Raises:
+            RecipeError: the slots do not fit on the cluster.
+            CheckpointError: what is in the folder is damaged.
+        """
+        resources = self._base.resources
+        each = SlotResources(resources.cpus, resources.extra_resources(), resources.labels)
+        count = slot_count(self._recipe.slots, self._recipe.members, each, cluster_nodes(1, resources))
+        display.say(f"starting {count} slot(s) with {each.cpus:g} CPU each")
+        self._begin()
+        pool = SlotPool(self._base, each, count, self._recipe.search.timeout_seconds)
+        with closing(SearchLoop(self._journal, self._reports, pool, self._recipe.search)) as loop:
+            display.follow(loop.ended, loop.request_stop, lambda: pool.steps)
+        return loop
+
+    def _begin(self) -> None:
+        """Make the folder ready, and go on from what is in it."""
+        self._directory.prepare(self._recipe.to_toml())
+        self._journal.open()
+        self._reports.open(self._journal.unfinished)
+        self._directory.write_recipe(self._recipe.to_toml())  # bounds and budgets may be others than before
+        self._directory.result.unlink(missing_ok=True)
+
+    def result(self, loop: SearchLoop) -> Result:
+        """Return the result of the search, and leave its best model in the folder."""
+        standings = standings_of(self._objective, self._journal.lineage.read(), self._reports.read())
+        figures = {"trials": len(standings.members), "failed": standings.failures, "steps": standings.steps}
+        result = Result(
+            loop.status,
+            figures=figures,
+            seconds=round(self._reports.seconds, 3),
+            restarts=loop.restarts,
+            error=loop.error,
+        )
+        best = self._journal.best
+        if best is None:
+            return result
+        metrics = self._reports.metrics(best.segment.row)
+        packed = self._journal.store.get(best.snapshot.digest)
+        recipe = winner_recipe(self._base, self._phases())
+        checkpoint = write_winner(self._directory.path, recipe, packed, best.snapshot.step, metrics)
+        score = {"metric": self._objective.metric, "value": best.score, "step": best.snapshot.step}
+        return replace(result, metrics=metrics, best={**score, "member": best.member}, checkpoint=str(checkpoint))
+
+    def facts(self, result: Result) -> dict[str, str]:
+        """Return what there is to say of the search that has ended: name -> value."""
+        path, best = self._directory.path, result.best
+        facts: dict[str, str] = {"status": result.status}
+        if best:
+            facts[f"best {best['metric']}"] = f"{best['value']:.4f}, member {best['member']}, step {best['step']}"
+            facts |= {name: f"{value:.4f}" for name, value in result.metrics.items() if name != best["metric"]}
+            phases = self._phases()
+            shown = [*phases[:1], *phases[max(1, len(phases) - SHOWN_PHASES + 1) :]]
+            facts |= {f"from step {phase.from_step}": _listed(phase.changes) for phase in shown}
+        facts |= {name: f"{figure:,}" for name, figure in {**result.figures, "seconds": result.seconds}.items()}
+        if result.restarts:
+            facts["restarts"] = str(result.restarts)
+        facts["run"] = str(path)
+        if best:
+            facts["model"] = f"{path / BEST}, as for raytrain evaluate {path}"
+            facts["train it again"] = f"raytrain train {path / WINNER}"
+        if result.status in ("interrupted", "stopped early"):
+            facts["go on"] = f"raytrain search {path} --resume"
+        return facts
+
+    def _phases(self) -> list[Phase]:
+        """Return what the best model was trained with."""
+        best = self._journal.best
+        return schedule(self._journal.lineage.read(), best.segment.row) if best else []
+
+
+def _listed(changes: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}" for name, value in changes.items()
+    )

@@ -1,0 +1,77 @@
+"""What a search leaves of its best model: the folder of a run that can be used, and the recipe that trains it again."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raytrain.errors import RecipeError
+from raytrain.files import write_atomic
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import CheckpointStore
+from raytrain.run.directory import RunDirectory
+from raytrain.serialization import unpack
+from raytrain.sync.averaging import ExactAverager
+from raytrain.sync.transport import LocalTransport
+from raytrain.training.build import build_task
+from raytrain.training.recipe import TrainRecipe
+from raytrain.training.results import load_best
+from raytrain.training.trained_model import TrainedModel
+from search.journal.ancestry import Phase
+
+WINNER = "winner.toml"
+BEST = "best"
+
+
+def winner_recipe(base: TrainRecipe, phases: Sequence[Phase]) -> TrainRecipe:
+    """Return the recipe that trains a model again.
+
+    Args:
+        base: the recipe whose fields were searched.
+        phases: what the model was trained with, the oldest first.
+    """
+    first, *later = phases
+    changes = [apply_overrides({"from": phase.from_step, "seed": phase.seed}, phase.changes) for phase in later]
+    return base.with_overrides({"seed": first.seed, **first.changes, "phases": changes})
+
+
+def write_winner(folder: Path, recipe: TrainRecipe, packed: bytes, step: int, metrics: Mapping[str, float]) -> Path:
+    """Write the winner's recipe, and the folder of a run that holds the winner alone; return its checkpoint.
+
+    Args:
+        folder: of the search.
+        recipe: that trains the winner.
+        packed: the winner's state.
+        step: optimizer steps that it was trained for.
+        metrics: as measured there.
+
+    Raises:
+        CheckpointError: there is no room.
+    """
+    state: Any = unpack(packed)
+    run = RunDirectory(folder / BEST)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    run.write_recipe(recipe.to_toml())
+    store = CheckpointStore(run.checkpoints, 1, ExactAverager(LocalTransport()))
+    store.clean()
+    progress = {**state["progress"], "best": metrics[build_task(recipe).metric], "best_step": step}
+    store.save(state["replica"], progress)
+    checkpoint = store.save_metrics(progress, metrics)
+    write_atomic(folder / WINNER, recipe.to_toml().encode())
+    return checkpoint
+
+
+def load_winner(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
+    """Load the best model of the search in `folder`.
+
+    Args:
+        folder: the search's.
+        overrides: changes to the winner's recipe, such as other data, all of which is then held out.
+
+    Raises:
+        RecipeError: the changes do not fit the recipe, or the search has left no model yet.
+        CheckpointError: it is damaged, or the changes make another model.
+    """
+    best = folder / BEST
+    if not RunDirectory(best).recipe.is_file():
+        raise RecipeError(f"{folder}: this search has left no model yet; it does when it ends, or is interrupted")
+    return load_best(best, overrides)

@@ -1,0 +1,229 @@
+"""Panels of a search's report page: the population, best so far, schedules, the winner's ancestry, sweeps, failures."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from raytrain.recipe import read_toml
+from raytrain.run.directory import RunDirectory
+from raytrain.run.report.panel import Panel, line_chart, table
+from search.journal.ancestry import ancestors
+from search.journal.rows import DecisionRow, ReportRow, read_decisions, read_reports
+from search.scheduling.segments import Objective
+from search.standings import Standings, standings_of
+
+MANY = 12
+"""Members beyond which a chart has no legend."""
+WIDE = 20.0
+"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
+FEW = 5
+"""Trials below which nothing is said about correlations."""
+
+LineageRows = Sequence[Mapping[str, Any]]
+"""Decisions, each of which continues the segment of the one before."""
+Scored = Sequence[tuple[ReportRow, float]]
+"""Ends of segments, each with its score."""
+Trials = Sequence[tuple[Mapping[str, Any], float]]
+"""Hyperparameters of a trial -> its last score."""
+
+
+def search_panels(run: RunDirectory) -> list[Panel]:
+    """Return what a search has recorded so far, as panels."""
+    objective, decisions, reports = _objective(run), read_decisions(run.path), read_reports(run.metrics)
+    began = [report for report in reports if _began(decisions, report)]
+    scored = _scored(objective, began)
+    winner, trials = _winner(objective, decisions, scored), _trials(decisions, scored)
+    charts = [
+        _scores(objective, decisions, scored),
+        _best_so_far(objective, scored),
+        *_schedules(decisions, scored, winner),
+        _parallel(objective, trials),
+        _correlations(trials),
+        _ancestry(objective, winner, scored),
+        _members(standings_of(objective, decisions, began)),
+        _failures(decisions),
+    ]
+    return [panel for panel in charts if panel is not None]
+
+
+def _objective(run: RunDirectory) -> Objective:
+    """Return what the search improves, which its recipe says once it has begun."""
+    section: Any = read_toml(str(run.recipe), [])[0].get("search")
+    known = section if isinstance(section, Mapping) else {}
+    return Objective(str(known.get("metric", "")), "higher" if known.get("mode") == "max" else "lower")
+
+
+def _scored(objective: Objective, reports: Iterable[ReportRow]) -> list[tuple[ReportRow, float]]:
+    """Return the reports that have a score, each with it."""
+    scores = ((report, report["valid"].get(objective.metric)) for report in reports)
+    return [(report, score) for report, score in scores if score is not None]
+
+
+def _winner(objective: Objective, decisions: Sequence[DecisionRow], scored: Scored) -> LineageRows:
+    """Return the decisions that led to the best score so far, the oldest first."""
+    known = [(objective.fitness(score), -report["row"]) for report, score in scored]
+    return ancestors(decisions, -max(known)[1]) if known else []
+
+
+def _began(decisions: Sequence[DecisionRow], report: ReportRow) -> bool:
+    """Return whether the segment that a report ends is in the lineage."""
+    return 0 <= report["row"] < len(decisions) and "new" in decisions[report["row"]]
+
+
+def _scores(objective: Objective, decisions: Sequence[DecisionRow], scored: Scored) -> Panel | None:
+    """Return the scores of all members over their steps, and who copied whom."""
+    lines: dict[str, tuple[list[int], list[float]]] = {}
+    for report, score in scored:
+        steps, scores = lines.setdefault(f"member {report['member']}", ([], []))
+        steps.append(report["step"])
+        scores.append(score)
+    panel = line_chart("Scores", lines, x="step", y=objective.metric, note="A dotted line joins a member to its donor.")
+    if panel is None:
+        return None
+    copies = [
+        row for row in decisions if {"score", "parent_score", "step"} <= row.keys() and row["action"] == "exploit"
+    ]
+    edge = {"type": "scatter", "mode": "lines", "name": "copied", "line": {"dash": "dot", "width": 1, "color": "c7"}}
+    xs = [x for row in copies for x in (row["step"], row["step"], None)]
+    ys = [y for row in copies for y in (row["score"], row["parent_score"], None)]
+    layout = {**panel.layout, "showlegend": len(lines) <= MANY}
+    return replace(panel, traces=[*panel.traces, {**edge, "x": xs, "y": ys}] if copies else panel.traces, layout=layout)
+
+
+def _best_so_far(objective: Objective, scored: Scored) -> Panel | None:
+    better = min if objective.better == "lower" else max
+    best = list(accumulate((score for _, score in scored), better))
+    seconds = [report["seconds"] for report, _ in scored]
+    return line_chart("Best so far", {"best": (seconds, best)}, x="seconds", y=objective.metric)
+
+
+def _schedules(decisions: Sequence[DecisionRow], scored: Scored, winner: LineageRows) -> list[Panel | None]:
+    """Return a chart for each number that differs: its values over the steps, those of the winner on top."""
+    ends = {report["row"]: report["step"] for report, _ in scored}
+    won = {row["row"] for row in winner}
+    stretches = [(row, ends[row["row"]]) for row in decisions if "new" in row and row["row"] in ends]
+    return [_schedule(name, stretches, won) for name in _numbers(decisions)]
+
+
+def _schedule(name: str, stretches: Sequence[tuple[DecisionRow, int]], won: Collection[int]) -> Panel | None:
+    known = [(row, end) for row, end in stretches if _is_number(row["new"].get(name))]
+    if not known:
+        return None
+    traces = []
+    for title, color, wanted in (("others", "c7", False), ("winner", "c1", True)):
+        chosen = [(row["step"], end, row["new"][name]) for row, end in known if (row["row"] in won) is wanted]
+        xs = [x for first, last, _ in chosen for x in (first, last, None)]
+        ys = [y for _, _, value in chosen for y in (value, value, None)]
+        line = {"color": color, "width": 3 if wanted else 1}
+        traces.append({"type": "scatter", "mode": "lines", "name": title, "x": xs, "y": ys, "line": line})
+    values = [abs(row["new"][name]) for row, _ in known]
+    wide = min(values) > 0 and max(values) / min(values) >= WIDE
+    axis = {"title": {"text": name}, "type": "log" if wide else "linear"}
+    return Panel(f"Schedule of {name}", traces, {"xaxis": {"title": {"text": "step"}}, "yaxis": axis})
+
+
+def _numbers(decisions: Iterable[DecisionRow]) -> list[str]:
+    """Return the fields with numbers that differ."""
+    values: dict[str, set[float]] = {}
+    for row in decisions:
+        for name, value in row.get("new", {}).items():
+            if _is_number(value):
+                values.setdefault(name, set()).add(value)
+    return [name for name, found in values.items() if len(found) > 1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _trials(decisions: Sequence[DecisionRow], scored: Scored) -> list[tuple[Mapping[str, Any], float]]:
+    """Return (hyperparameters, last score) of each trial of a sweep; of a population, whose values move, nothing."""
+    if any("old" in row for row in decisions):
+        return []
+    last = {report["member"]: (decisions[report["row"]]["new"], score) for report, score in scored}
+    return list(last.values())
+
+
+def _parallel(objective: Objective, trials: Trials) -> Panel | None:
+    """Return all trials as lines across an axis for each hyperparameter, coloured by their scores."""
+    if len(trials) < 2:
+        return None
+    scores = [score for _, score in trials]
+    axes = [_axis(name, [values.get(name) for values, _ in trials]) for name in trials[0][0]]
+    color = {"color": scores, "colorscale": "Viridis", "reversescale": objective.better == "lower", "showscale": True}
+    score = {"label": objective.metric, "values": scores}
+    return Panel("Trials", [{"type": "parcoords", "line": color, "dimensions": [*axes, score]}])
+
+
+def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Return an axis of parallel coordinates; what is no number has a place for each value."""
+    if all(_is_number(value) for value in values):
+        return {"label": name, "values": list(values)}
+    words = [_text(value) for value in values]
+    places = sorted(set(words))
+    return {
+        "label": name,
+        "values": [places.index(word) for word in words],
+        "tickvals": list(range(len(places))),
+        "ticktext": places,
+    }
+
+
+def _correlations(trials: Trials) -> Panel | None:
+    """Return how far scores go with each hyperparameter: the rank correlation over all trials."""
+    rows: list[tuple[str, float, int]] = []
+    for name in trials[0][0] if len(trials) >= FEW else ():
+        pairs = [(values[name], score) for values, score in trials if _is_number(values.get(name))]
+        if len({value for value, _ in pairs}) > 1 and len(pairs) >= FEW:
+            rows.append((name, _rank_correlation(*zip(*pairs, strict=True)), len(pairs)))
+    rows.sort(key=lambda row: -abs(row[1]))
+    note = "Spearman's coefficient of a hyperparameter and the score; near 0: it did not matter, or not on its own."
+    return table("Rank correlation with the score", ["hyperparameter", "correlation", "trials"], rows, note=note)
+
+
+def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return Spearman's coefficient; equal values share the mean of their ranks."""
+    ranks = []
+    for values in (np.asarray(one, float), np.asarray(other, float)):
+        below = (values[:, None] > values[None, :]).sum(1)
+        equal = (values[:, None] == values[None, :]).sum(1)
+        ranks.append(below + (equal + 1) / 2)
+    centred = [rank - rank.mean() for rank in ranks]
+    norm = float(np.linalg.norm(centred[0]) * np.linalg.norm(centred[1]))
+    return float(centred[0] @ centred[1]) / norm if norm else 0.0
+
+
+def _ancestry(objective: Objective, winner: LineageRows, scored: Scored) -> Panel | None:
+    scores = {report["row"]: score for report, score in scored}
+    rows = [[row["step"], row["member"], row["action"], scores.get(row["row"]), _listed(row["new"])] for row in winner]
+    columns = ["from step", "member", "decision", objective.metric, "hyperparameters"]
+    return table("The winner's ancestry", columns, rows)
+
+
+def _members(standings: Standings) -> Panel | None:
+    rows = [
+        [number, member.step, member.score, member.parent, member.state, _listed(member.values)]
+        for number, member in standings.ranked()
+    ]
+    columns = ["member", "step", standings.objective.metric, "last donor", "state", "hyperparameters"]
+    return table("Members", columns, rows)
+
+
+def _failures(decisions: Sequence[DecisionRow]) -> Panel | None:
+    rows = [
+        [row["member"], row.get("step"), row["action"], row["failure"].get("cause"), row["failure"].get("message")]
+        for row in decisions
+        if "failure" in row
+    ]
+    return table("Failures", ["member", "step", "decision", "cause", "message"], rows)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {_text(value)}" for name, value in values.items())
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,68 @@
+"""Regularised evolution."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from search.chooser import replaying, sampling
+from search.genome import Configuration
+from search.rng import keyed_generator
+from search.searcher import Candidate, CandidateResult, Searcher
+from search.space import Space
+
+POPULATION = 20
+TOURNAMENT = 5
+PROPOSAL_ATTEMPTS = 100
+"""Draws of a mutation before an equal child is accepted: of a space with one candidate."""
+
+
+class EvolutionSearcher(Searcher):
+    """Mutates the best of a few of the newest candidates; the oldest leave, however good they are.
+
+    A mutation draws one decision anew, and those that become active by it.
+
+    Source: Real et al. 2019, Algorithm 1.
+    """
+
+    def __init__(self, space: Space, seed: int) -> None:
+        super().__init__(space, seed)
+        self._results: dict[int, tuple[Configuration, float]] = {}
+
+    def ask(self, numbers: Sequence[int]) -> list[Candidate]:
+        """Return a child of the population for each number; the first ones are drawn."""
+        return [Candidate(number, self._child(keyed_generator(self.seed, "candidate", number))) for number in numbers]
+
+    def tell(self, results: Sequence[CandidateResult]) -> None:
+        """Learn from results; failures never become parents."""
+        for result in results:
+            number = result.candidate.number
+            self._results.pop(number, None)
+            if result.fitness is not None:
+                self._results[number] = (result.candidate.configuration, result.fitness)
+        self._results = dict(list(self._results.items())[-POPULATION:])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the population, the oldest first."""
+        rows = [[number, each.genome.values(), fitness] for number, (each, fitness) in self._results.items()]
+        return {"population": rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a population."""
+        self._results = {
+            number: (self.space.replay(values), fitness) for number, values, fitness in state["population"]
+        }
+
+    def _child(self, rng: np.random.Generator) -> Configuration:
+        if len(self._results) < TOURNAMENT:
+            return self.space.sample(rng)
+        members = list(self._results.values())
+        chosen = [members[place] for place in rng.choice(len(members), TOURNAMENT, replace=False)]
+        parent = max(chosen, key=lambda member: member[1])[0].genome.values()
+        for _ in range(PROPOSAL_ATTEMPTS):
+            mutated = str(rng.choice(list(parent)))
+            kept = {path: value for path, value in parent.items() if path != mutated}
+            child = self.space.run(replaying(kept, sampling(rng)))
+            if child.genome.values() != parent:
+                break
+        return child

@@ -1,0 +1,1 @@
+"""Models of what a configuration scores, from those that were evaluated."""

@@ -1,0 +1,141 @@
+"""A Gaussian process over the decisions of a space.
+
+The covariance of two configurations is the mean of an additive part, in which decisions count one by one, and of a
+product, in which they interact:
+
+    k(x, x') = w / d * sum_i m(r_i / l_i) + (1 - w) * prod_i m(r_i / l_i)
+    m(r) = (1 + sqrt(5) r + 5/3 r^2) exp(-sqrt(5) r)      (Matern, nu = 5/2)
+
+with r_i the distance in decision i. The length scales l_i, the weight w and the noise are drawn from their posterior by
+Metropolis steps; predictions are averages over some draws, as a maximum of the likelihood is too sure of itself with
+twenty results.
+
+Source: Rasmussen and Williams 2006, Algorithm 2.1; Snoek et al. 2012 (integrated acquisition); Duvenaud et al. 2011
+(additive kernels).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, solve_triangular
+from scipy.special import ndtr
+
+from search.surrogate.encoding import Encoded, FloatArray
+
+LENGTH = {True: 0.6, False: 1.0}
+"""Median of the prior of a length scale, with and without an order of the values; log-normal."""
+LENGTH_SPREAD = 0.7
+NOISE = 0.03
+KERNEL_JITTER = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """Hyperparameters of the covariance.
+
+    Attributes:
+        lengths: shape (d,), the length scale of each decision.
+        additive: weight w of the additive part.
+        noise: variance of the noise, in units of the signal's.
+    """
+
+    lengths: FloatArray
+    additive: float
+    noise: float
+
+    @classmethod
+    def prior(cls, ordered: NDArray[np.bool_]) -> Self:
+        """Return the medians of the prior."""
+        return cls(np.where(ordered, LENGTH[True], LENGTH[False]), 0.5, NOISE)
+
+    def log_prior(self, ordered: NDArray[np.bool_]) -> float:
+        """Return the logarithm of the prior density, up to a constant."""
+        medians = np.where(ordered, LENGTH[True], LENGTH[False])
+        lengths = np.log(self.lengths / medians) / LENGTH_SPREAD
+        return float(-0.5 * lengths @ lengths - 0.5 * np.log(self.noise / NOISE) ** 2)
+
+    def proposal(self, rng: np.random.Generator) -> "Hyperparameters":
+        """Return a random neighbour: some length scales, and sometimes the weight and the noise, change."""
+        changed = rng.random(len(self.lengths)) < 0.35
+        lengths = self.lengths * np.exp(0.6 * rng.normal(size=len(self.lengths)) * changed)
+        additive = self.additive + 0.2 * rng.normal() * (rng.random() < 0.4)
+        noise = self.noise * np.exp(0.6 * rng.normal() * (rng.random() < 0.4))
+        return Hyperparameters(lengths, float(np.clip(additive, 0, 1)), float(np.clip(noise, 1e-4, 1)))
+
+
+class GaussianProcess:
+    """The posterior of scores, given some of them.
+
+    Args:
+        encoded: configurations, the evaluated ones first.
+        targets: shape (n,), what those scored: mean about 0, deviation about 1; lower is better.
+        hyperparameters: of the covariance.
+    """
+
+    def __init__(self, encoded: Encoded, targets: FloatArray, hyperparameters: Hyperparameters) -> None:
+        self._encoded = encoded
+        self._targets = targets
+        self._known = slice(0, len(targets))
+        self.hyperparameters = hyperparameters
+        self._correlations = _matern(encoded.distances() / hyperparameters.lengths[:, None, None])
+        covariance = self._covariance(self._known)
+        covariance[np.diag_indices_from(covariance)] += hyperparameters.noise + KERNEL_JITTER
+        self._factor = np.linalg.cholesky(covariance)
+        self._weights = cho_solve((self._factor, True), targets)
+        self.scale = max(float(targets @ self._weights) / len(targets), 1e-9)
+
+    def log_posterior(self) -> float:
+        """Return the logarithm of the hyperparameters' density, the signal's variance at its most likely."""
+        likelihood = -0.5 * len(self._targets) * np.log(self.scale) - np.log(np.diag(self._factor)).sum()
+        return float(likelihood) + self.hyperparameters.log_prior(self._encoded.ordered)
+
+    def predict(self, rows: slice) -> tuple[FloatArray, FloatArray]:
+        """Return mean and standard deviation of the scores of configurations, shape (m,) each."""
+        cross = self._covariance(rows)
+        solved = solve_triangular(self._factor, cross.T, lower=True)
+        variance = np.maximum(1 - (solved * solved).sum(axis=0), 1e-12)
+        return cross @ self._weights, np.sqrt(self.scale * variance)
+
+    def expected_improvement(self, rows: slice) -> FloatArray:
+        """Return the expected improvement over the best predicted mean of the evaluated ones, shape (m,).
+
+        Source: Mockus 1978; the noisy incumbent of Wang and de Freitas 2014.
+        """
+        best = self.predict(self._known)[0].min()
+        mean, deviation = self.predict(rows)
+        z = (best - mean) / deviation
+        improvement: FloatArray = (best - mean) * ndtr(z) + deviation * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
+        return improvement
+
+    def _covariance(self, rows: slice) -> FloatArray:
+        codes, hyper = self._encoded.codes, self.hyperparameters
+        total: Any = 0.0
+        product: Any = 1.0
+        for column, table in enumerate(self._correlations):
+            correlation = table[codes[rows, column][:, None], codes[self._known, column]]
+            total = total + correlation
+            product = product * correlation
+        covariance: FloatArray = hyper.additive * total / len(hyper.lengths) + (1 - hyper.additive) * product
+        return covariance
+
+
+def _matern(distance: FloatArray) -> FloatArray:
+    scaled = np.sqrt(5) * distance
+    correlation: FloatArray = (1 + scaled + scaled * scaled / 3) * np.exp(-scaled)
+    return correlation
+
+
+def walk(
+    encoded: Encoded, targets: FloatArray, start: Hyperparameters, steps: int, rng: np.random.Generator
+) -> GaussianProcess:
+    """Return the process after some Metropolis steps of its hyperparameters."""
+    here = GaussianProcess(encoded, targets, start)
+    density = here.log_posterior()
+    for _ in range(steps):
+        there = GaussianProcess(encoded, targets, here.hyperparameters.proposal(rng))
+        proposed = there.log_posterior()
+        if np.log(rng.random()) < proposed - density:
+            here, density = there, proposed
+    return here

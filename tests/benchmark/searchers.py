@@ -1,0 +1,148 @@
+"""How many evaluations each searcher takes on the HPOLib tables: a joint search of architecture and training recipe.
+
+A search chooses by one stored training run of each configuration (the seed's remainder by 4), and is judged by the mean
+of the other three. Its figure is the number of evaluations until the chosen configuration is as good as the median of
+random search after 500 evaluations; the headline is the geometric mean over the four tables of the median over seeds.
+Peers are Optuna's samplers, as their users call them.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from bench import arguments, finish
+
+from raytrain.registry import resolve
+from search.chooser import Chooser
+from search.searcher import SEARCHERS, CandidateResult, Searcher
+from search.space import Space
+
+DIMENSIONS: dict[str, tuple[Any, ...]] = {
+    "activation_fn_1": ("relu", "tanh"),
+    "activation_fn_2": ("relu", "tanh"),
+    "batch_size": (8, 16, 32, 64),
+    "dropout_1": (0.0, 0.3, 0.6),
+    "dropout_2": (0.0, 0.3, 0.6),
+    "init_lr": (5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 1e-1),
+    "lr_schedule": ("cosine", "const"),
+    "n_units_1": (16, 32, 64, 128, 256, 512),
+    "n_units_2": (16, 32, 64, 128, 256, 512),
+}
+UNORDERED = {"activation_fn_1", "activation_fn_2", "lr_schedule"}
+STRIDES = np.array([31104, 15552, 3888, 1296, 432, 72, 36, 6, 1])
+TARGETS = {
+    "slice_localization": 2.99e-4,
+    "protein_structure": 0.235,
+    "naval_propulsion": 5.88e-5,
+    "parkinsons_telemonitoring": 0.0111,
+}
+"""The exact median of the best of 500 random configurations of each table."""
+BUDGET = 200
+OURS = ("gp", "tpe", "evolution", "sobol", "random")
+
+Ask = Callable[[int], tuple[int, Callable[[float], None]]]
+"""Number -> (row of the table, what to call with its loss)."""
+
+
+def space(choose: Chooser) -> dict[str, Any]:
+    """Return one of the 62,208 configurations."""
+    return {
+        name: (choose.one_of if name in UNORDERED else choose.ordered)(name, values)
+        for name, values in DIMENSIONS.items()
+    }
+
+
+def row_of(changes: dict[str, Any]) -> int:
+    """Return the row of the table that a configuration has."""
+    return int(STRIDES @ [values.index(changes[name]) for name, values in DIMENSIONS.items()])
+
+
+def ours(name: str, seed: int) -> Ask:
+    """Return one of our searchers."""
+    searcher: Searcher = resolve(SEARCHERS, name, "searcher")(Space(space), seed)
+
+    def ask(number: int) -> tuple[int, Callable[[float], None]]:
+        [candidate] = searcher.ask([number])
+        return row_of(dict(candidate.configuration.changes)), lambda loss: searcher.tell(
+            [CandidateResult(candidate, -loss)]
+        )
+
+    return ask
+
+
+def optunas(sampler: optuna.samplers.BaseSampler) -> Ask:
+    """Return a sampler of Optuna's."""
+    study = optuna.create_study(sampler=sampler)
+
+    def ask(_: int) -> tuple[int, Callable[[float], None]]:
+        trial = study.ask()
+        changes = {}
+        for name, values in DIMENSIONS.items():
+            if name in UNORDERED:
+                changes[name] = trial.suggest_categorical(name, values)
+            else:
+                changes[name] = values[trial.suggest_int(name, 0, len(values) - 1)]
+        return row_of(changes), lambda loss: study.tell(trial, float(np.log(loss)))
+
+    return ask
+
+
+SEARCHES: dict[str, Callable[[int], Ask]] = {
+    **{name: lambda seed, name=name: ours(name, seed) for name in OURS},
+    "Optuna TPE": lambda seed: optunas(optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)),
+    "Optuna GP": lambda seed: optunas(optuna.samplers.GPSampler(seed=seed)),
+}
+
+
+def evaluations(ask: Ask, losses: np.ndarray[Any, Any], target: float, seed: int) -> tuple[int, float]:
+    """Return the evaluations to the target, BUDGET + 1 if it was missed, and the seconds of an ask and a tell."""
+    column = seed % 4
+    others = [place for place in range(4) if place != column]
+    best, chosen, began = np.inf, 0, time.process_time()
+    for number in range(BUDGET):
+        row, tell = ask(number)
+        loss = float(losses[row, column])
+        tell(loss)
+        if loss < best:
+            best, chosen = loss, row
+        if losses[chosen, others].mean() <= target:
+            return number + 1, (time.process_time() - began) / (number + 1)
+    return BUDGET + 1, (time.process_time() - began) / BUDGET
+
+
+def measure(name: str, data: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return a row of the table."""
+    medians, seconds = {}, []
+    for table, target in TARGETS.items():
+        losses = np.load(data / "hpolib" / f"{table}.npz")["valid_mse"].astype(float)
+        counts = [evaluations(SEARCHES[name](seed), losses, target, seed) for seed in seeds]
+        medians[table.partition("_")[0]] = statistics.median(count for count, _ in counts)
+        seconds += [each for _, each in counts]
+    mean = statistics.geometric_mean(medians.values())
+    return {"searcher": name, **medians, "mean": round(mean, 1), "seconds": statistics.mean(seconds)}
+
+
+def main() -> None:
+    """Measure and report."""
+    options = arguments(__doc__.partition("\n")[0])
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if not (options.data / "hpolib").is_dir():
+        raise SystemExit(f"{options.data} has no folder hpolib, which holds the tables; name another with --data")
+    seeds = range(4 if options.quick else 20)
+    rows = []
+    for name in SEARCHES:
+        rows.append(measure(name, options.data, seeds))
+        print(rows[-1], flush=True)
+    means = {row["searcher"]: row["mean"] for row in rows}
+    best_peer = min(mean for name, mean in means.items() if name.startswith("Optuna"))
+    headline = {f"evaluations_{name}": rows[0][name] for name in ("slice", "protein", "naval", "parkinsons")}
+    headline |= {"evaluations_mean": rows[0]["mean"], "gp_over_best_peer": best_peer / rows[0]["mean"]}
+    finish("searchers", rows, {**headline, "seconds_per_ask": rows[0]["seconds"]}, options)
+
+
+if __name__ == "__main__":
+    main()
