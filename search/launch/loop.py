@@ -4,8 +4,6 @@ import threading
 import time
 from typing import Literal
 
-from ray.exceptions import RayError
-
 from raytrain.errors import RaytrainError
 from search.journal.journal import Journal
 from search.journal.reports import Reports
@@ -54,8 +52,10 @@ class SearchLoop(threading.Thread):
         """Search to the end, or until asked to stop; an error waits in `error`."""
         try:
             self.status = self._search()
-        except (RaytrainError, RayError, OSError) as error:
+        except RaytrainError as error:
             self.status, self.error = "failed", str(error)
+        except Exception as error:  # of Ray or the disk: whoever waits for the end has to hear of it
+            self.status, self.error = "failed", f"{type(error).__name__}: {error}"
         finally:
             self.ended.set()
 

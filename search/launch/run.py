@@ -47,7 +47,10 @@ def run(recipe: SearchRecipe, order: Order) -> Result:
             search = Search(directory, checked)
             loop = search.follow(display)
         result = search.result(loop)
-        directory.write_result(result)
+        try:
+            directory.write_result(result)
+        except OSError as error:
+            display.say(f"{directory.result} could not be written: {error.strerror}")
         display.finish(search.facts(result))
     if loop.error:
         raise TrainingError(f"{loop.error}\nwhat was found until then is in {directory.path}")
