@@ -47,6 +47,8 @@ def check_search(recipe: SearchRecipe) -> CheckedSearch:
         raise RecipeError(
             f"base.workers: a search trains each member in one process; got {base.workers}; set base.workers=1"
         )
+    if base.phases:
+        raise RecipeError("base.phases: expected none, because the search decides when fields change")
     base = base.with_overrides({"resources.cpus": base.resources.cpus or 1.0})  # threads, on which sums depend
     task = build_task(base)
     if found := task.infer_options():  # what an earlier attempt has decided is in the recipe already

@@ -4,8 +4,6 @@ import threading
 import time
 from typing import Literal
 
-from ray.exceptions import RayError
-
 from raytrain.errors import RaytrainError
 from search.journal.journal import Journal
 from search.journal.reports import Reports
@@ -54,8 +52,10 @@ class SearchLoop(threading.Thread):
         """Search to the end, or until asked to stop; an error waits in `error`."""
         try:
             self.status = self._search()
-        except (RaytrainError, RayError, OSError) as error:
+        except RaytrainError as error:
             self.status, self.error = "failed", str(error)
+        except Exception as error:  # of Ray or the disk: whoever waits for the end has to hear of it
+            self.status, self.error = "failed", f"{type(error).__name__}: {error}"
         finally:
             self.ended.set()
 
@@ -74,9 +74,9 @@ class SearchLoop(threading.Thread):
             stopping = self._why_to_stop()
             if stopping:
                 self._pool.stop()
-            elif self._pool.idle:
-                self._hand_out()
-            if not self._journal.under_way and (stopping or self._pool.idle):
+            idle = 0 if stopping else self._pool.idle
+            spent = idle > 0 and not self._hand_out(idle)
+            if not self._journal.under_way and (stopping or spent):
                 return stopping or "done"
             self._take_in()
         return "interrupted"
@@ -87,14 +87,16 @@ class SearchLoop(threading.Thread):
         seconds = self._options.seconds
         return "stopped early" if seconds and self._reports.seconds >= seconds else None
 
-    def _hand_out(self) -> None:
-        """Give work to slots that wait for some."""
-        for work in self._journal.ask(self._pool.idle):
+    def _hand_out(self, idle: int) -> bool:
+        """Give work to slots that wait for some; return whether there was any."""
+        works = self._journal.ask(idle)
+        for work in works:
             state = read_state(work, self._journal.store)
             if isinstance(state, Failed):
                 self._tell(work, outcome_of(work, self._journal.store, state))
             else:
                 self._pool.begin(work, state)
+        return bool(works)
 
     def _take_in(self) -> None:
         """Learn which segments have ended, and give up those that a quorum has waited for long enough."""

@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from raytrain.errors import TrainingError
+from raytrain.errors import CheckpointError, TrainingError
 from raytrain.kinds import RunOptions
 from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, ray_session
 from raytrain.recipe import read_toml
@@ -47,10 +47,13 @@ def run_search(recipe: SearchRecipe, order: RunOptions) -> Result:
             search = Search(directory, checked)
             loop = search.follow(display)
         result = search.result(loop)
-        directory.write_result(result)
+        try:
+            directory.write_result(result)
+        except OSError as error:
+            display.say(f"{directory.result} could not be written: {error.strerror}")
         display.finish(search.facts(result))
-    if loop.error:
-        raise TrainingError(f"{loop.error}\nwhat was found until then is in {directory.path}")
+    if result.error:
+        raise TrainingError(f"{result.error}\nwhat was found until then is in {directory.path}")
     return result
 
 
@@ -108,9 +111,12 @@ class Search:
         if best is None:
             return result
         metrics = self._reports.metrics(best.segment.row)
-        packed = self._journal.store.get(best.snapshot.digest)
         recipe = winner_recipe(self._base, self._phases())
-        checkpoint = write_winner(self._directory.path, recipe, packed, best.snapshot.step, metrics)
+        try:
+            packed = self._journal.store.get(best.snapshot.digest)
+            checkpoint = write_winner(self._directory.path, recipe, packed, best.snapshot.step, metrics)
+        except (CheckpointError, OSError) as error:
+            return replace(result, status="failed", error=result.error or f"the best model cannot be written: {error}")
         score = {"metric": self._objective.metric, "value": best.score, "step": best.snapshot.step}
         return replace(result, metrics=metrics, best={**score, "member": best.member}, checkpoint=str(checkpoint))
 

@@ -80,8 +80,8 @@ class Slot:
     """An actor, and the segment that it trains.
 
     Args:
-        base: the recipe whose fields are searched.
-        each: what the actor takes of the cluster.
+        options: of the trial that the actor is.
+        each: what it takes of the cluster.
 
     Attributes:
         pending: what is waited for: that the actor starts, or the end of its segment; None: it is idle.
@@ -89,10 +89,10 @@ class Slot:
         beat: the last sign of progress.
     """
 
-    def __init__(self, base: Recipe, each: SlotResources) -> None:
-        path = [os.getcwd(), *(os.path.abspath(folder) for folder in sys.path)]
+    def __init__(self, options: TrialOptions, each: SlotResources) -> None:
         self.work: Work | None = None
         self.beat = Beat()
+        self._stopping = False
         self._host = ""
         self._question: ray.ObjectRef | None = None
         self._heard = self._asked = time.monotonic()
@@ -106,7 +106,7 @@ class Slot:
                 label_selector=dict(each.labels) or None,
                 runtime_env={"env_vars": WORKER_ENVIRONMENT},
             )
-            .remote(TrialOptions(base.to_dict(), each.threads, path, fingerprint()))
+            .remote(options)
         )
         self.pending: ray.ObjectRef | None = self._actor.load.remote()
 
@@ -116,7 +116,10 @@ class Slot:
         self.pending = self._actor.train.remote(work, state)
 
     def stop(self) -> None:
-        """Ask for the end of the segment after the step that it is at."""
+        """Ask for the end of the segment after the step that it is at; there is no other segment after it."""
+        if self.work is None or self._stopping:
+            return
+        self._stopping = True
         self._actor.stop.options(concurrency_group="control").remote()
 
     def kill(self) -> None:
@@ -194,10 +197,11 @@ class SlotPool:
 
     def __init__(self, base: Recipe, each: SlotResources, count: int, timeout_seconds: float) -> None:
         self.restarts = 0
-        self._base, self._each = base, each
+        path = [os.getcwd(), *(os.path.abspath(folder) for folder in sys.path)]
+        self._options, self._each = TrialOptions(base.to_dict(), each.threads, path, fingerprint()), each
         self._timeout_seconds = timeout_seconds
         self._failed_starts = 0
-        self._slots = [Slot(base, each) for _ in range(count)]
+        self._slots = [Slot(self._options, each) for _ in range(count)]
 
     @property
     def idle(self) -> int:
@@ -263,4 +267,4 @@ class SlotPool:
         """Put a new actor in the place of one that has died or is to end."""
         slot.kill()
         self.restarts += 1
-        self._slots[self._slots.index(slot)] = Slot(self._base, self._each)
+        self._slots[self._slots.index(slot)] = Slot(self._options, self._each)
