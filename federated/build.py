@@ -8,24 +8,25 @@ from torch import Tensor, nn
 from federated.channel import Channel
 from federated.client import ClientData, LocalTrainer
 from federated.evaluation import OwnExamples, evaluate_on, over_clients
-from federated.faults import FaultPlan, FaultyChannel
+from federated.faults import ClientFaultPlan, FaultyChannel
 from federated.global_model import RoundRates
 from federated.partition import PARTITIONS, Partition
 from federated.protocols.protocol import PROTOCOLS, Protocol, ProtocolOptions
 from federated.recipe import FederateRecipe
 from federated.rounds import Rounds
-from federated.sampling import Stream, fold_in, participants
+from federated.sampling import Stream, participants
 from federated.server import Participation, Server
 from federated.simulation import InProcessChannel
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
-from raytrain.models.adapters import adapt
+from raytrain.models.adapters import inject_adapter
 from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.registry import resolve
+from raytrain.seeds.prng import fold_in
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import TASKS, Task, make_task
-from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, space_of
+from raytrain.zeroth.optimizers import ZOSGD, ZerothOrderOptimizer, directions_of
 
 
 def task_of(recipe: FederateRecipe) -> Task:
@@ -75,19 +76,21 @@ def working_model_of(
     """
     module = initial_module(recipe, task).to(device)
     optimizer = make_optimizer(ZOSGD, recipe.optimizer, module)
-    if not isinstance(optimizer, ZerothOrder):  # the recipe sees to that
+    if not isinstance(optimizer, ZerothOrderOptimizer):  # the recipe sees to that
         raise TypeError(type(optimizer))
-    space = space_of(module, optimizer, mode=recipe.zo.distribution, sparsity=recipe.zo.sparsity, blocks=False)
+    space = directions_of(
+        module, optimizer, distribution=recipe.zo.distribution, sparsity=recipe.zo.sparsity, blockwise=False
+    )
     return WorkingModel(module, space, initial, keep_round=keep_round)
 
 
 def initial_module(recipe: FederateRecipe, task: Task) -> nn.Module:
     """Return the model with its first weights, its adapter and what is frozen."""
     module = task.model(recipe.seed)
-    if task.start:
-        task.start(module, recipe.seed)
+    if task.init_head:
+        task.init_head(module, recipe.seed)
     freeze(module, recipe.freeze.match)
-    adapt(module, recipe.adapter, recipe.seed)
+    inject_adapter(module, recipe.adapter, recipe.seed)
     return module
 
 
@@ -145,7 +148,7 @@ class Federation:
 
     def parameter_bytes(self) -> int:
         """Return the size of the parameters that the run moves, which a gradient method would send."""
-        return sum(part.tensor.nbytes for part in self.model.space.parts)
+        return sum(part.tensor.nbytes for part in self.model.directions.slices)
 
     def seed_model(self, server: Server) -> SeedModel:
         """Return the server's model for others to read."""
@@ -168,4 +171,4 @@ class Federation:
 
     def rounds(self, server: Server, channel: Channel) -> Rounds:
         """Return the server's rounds over a channel, with the recipe's faults."""
-        return Rounds(server, FaultyChannel(channel, FaultPlan(self.recipe.faults, self.recipe.seed)))
+        return Rounds(server, FaultyChannel(channel, ClientFaultPlan(self.recipe.faults, self.recipe.seed)))

@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from federated.client import ClientData
 from federated.protocols.protocol import LocalOptions
-from federated.sampling import batches, fold_in
+from federated.sampling import batches
+from raytrain.seeds.prng import fold_in
 from raytrain.tasks.losses import loss_weights
-from raytrain.tensors import moved
-from raytrain.zeroth.step import loss_of
+from raytrain.tensors import to_device
+from raytrain.zeroth.step import make_closure
 
 Arrays = dict[str, NDArray[Any]]
 """The trainable parameters of a model, by name."""
@@ -103,9 +104,9 @@ class GradientTrainer:
         """Take a step, and return the loss before it, without the proximal term."""
         task, parameter = self._data.task, next(iter(self._parameters.values()))
         examples = [self._data.examples[index] for index in indices]
-        batch = moved(task.collate(examples), parameter.device, parameter.dtype)
+        batch = to_device(task.collate(examples), parameter.device, parameter.dtype)
         weights = loss_weights(task, batch, len(indices), parameter.device)
-        loss = loss_of(task, self._module, [(batch, weights)], place, None, "")()
+        loss = make_closure(task, self._module, [(batch, weights)], place, None, "")()
         distance = [
             (parameter - before).square().sum()
             for parameter, before in zip(self._parameters.values(), start, strict=False)

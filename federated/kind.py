@@ -6,11 +6,11 @@ from raytrain.kinds import Kind
 
 KIND = Kind(
     recipe="federated.recipe:FederateRecipe",
-    run="federated.launch.run:run",
+    run="federated.launch.run:run_federated",
     recipes=Path(__file__).parent / "recipes",
-    load="federated.results:load_model",
+    load="federated.results:load_federated_model",
     panels="federated.report:panels",
-    check="federated.flower.preview:preview",
+    check="federated.flower.preview:federated_preview",
     tables={
         "protocols": "federated.protocols.protocol:PROTOCOLS",
         "partitions": "federated.partition:PARTITIONS",

@@ -13,11 +13,11 @@ from federated.partition import PARTITIONS, PartitionOptions
 from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, PROTOCOLS, LocalOptions, ProtocolOptions
 from federated.server import ReportLimits
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.options import ALL, OPTIMIZERS, OptimizerOptions
-from raytrain.optim.schedules import SCHEDULES, rate
-from raytrain.recipe import Recipe, Section, chosen, declared_options
-from raytrain.registry import near, resolve
-from raytrain.seeds.prng import Mode
+from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, OptimizerOptions
+from raytrain.optim.schedules import SCHEDULES, lr_factor
+from raytrain.recipe import Recipe, Section, options_by_name, options_parameter
+from raytrain.registry import resolve, suggest
+from raytrain.seeds.prng import Distribution
 from raytrain.training.recipe import AdapterField, Freeze, Schedule, TaskField, options_of_optimizer
 
 STRATEGIES: dict[str, str] = {
@@ -42,32 +42,33 @@ ELSEWHERE = {
     "batch": "protocol.batch",
     "accumulate": "protocol.batch",
     "sync": "protocol",
-    "directions": "zo",
 }
 """Fields of a training recipe, and where a federated one says the same."""
 
 
 def options_of_protocol(protocol: Any) -> type[LocalOptions]:
     """Return the options of a protocol: the annotation of its constructor's parameter."""
-    options: Any = declared_options(protocol.__init__, LocalOptions)
+    options: Any = options_parameter(protocol.__init__, LocalOptions)
     found: type[LocalOptions] = options
     return found
 
 
 def options_of_partition(partition: Any) -> type[PartitionOptions]:
     """Return the options of a partition: the annotation of its parameter."""
-    options: Any = declared_options(partition, PartitionOptions)
+    options: Any = options_parameter(partition, PartitionOptions)
     found: type[PartitionOptions] = options
     return found
 
 
-ProtocolField = Annotated[SerializeAsAny[LocalOptions], chosen(PROTOCOLS, "protocol", options_of_protocol, "fedkseed")]
+ProtocolField = Annotated[
+    SerializeAsAny[LocalOptions], options_by_name(PROTOCOLS, "protocol", options_of_protocol, "fedkseed")
+]
 PartitionField = Annotated[
-    SerializeAsAny[PartitionOptions], chosen(PARTITIONS, "partition", options_of_partition, "iid")
+    SerializeAsAny[PartitionOptions], options_by_name(PARTITIONS, "partition", options_of_partition, "iid")
 ]
 OptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions],
-    chosen(ALL, "optimizer", options_of_optimizer, "zo-sgd", known=optimizer_options),
+    options_by_name(ALL_OPTIMIZERS, "optimizer", options_of_optimizer, "zo-sgd", known=optimizer_options),
 ]
 
 
@@ -97,7 +98,7 @@ class ZeroOrder(ProbeOptions):
         sparsity: share of each matrix, its elements of largest magnitude in w0, that stands still.
     """
 
-    distribution: Mode = "rademacher"
+    distribution: Distribution = "rademacher"
     sparsity: float = Field(0.0, ge=0, lt=1)
 
 
@@ -130,7 +131,7 @@ class Strategy(Section):
     @classmethod
     def _known(cls, name: str) -> str:
         if name and name not in STRATEGIES:
-            raise ValueError(f"no such strategy {name!r}; {near(name, STRATEGIES)}")
+            raise ValueError(f"no such strategy {name!r}; {suggest(name, STRATEGIES)}")
         return name
 
 
@@ -204,7 +205,7 @@ class FederateRecipe(Recipe):
     def _check_gradients(self) -> None:
         """Refuse what does not go with clients that send parameters."""
         if not self.strategy.name:
-            raise ValueError(f"strategy.name: required with protocol {self.protocol.name}; {near('', STRATEGIES)}")
+            raise ValueError(f"strategy.name: required with protocol {self.protocol.name}; {suggest('', STRATEGIES)}")
         if self.optimizer.name not in OPTIMIZERS:
             raise ValueError(
                 f"optimizer.name: expected one with gradients, as sgd, with protocol {self.protocol.name}; "
@@ -234,11 +235,11 @@ class FederateRecipe(Recipe):
         schedule = self.schedule
         shape = resolve(SCHEDULES, schedule.name, "schedule.name")
         factor = partial(
-            rate,
+            lr_factor,
             shape,
             steps=self.rounds,
             warmup=schedule.warmup,
-            floor=schedule.min_lr_ratio,
-            decay=schedule.decay_ratio,
+            min_lr_ratio=schedule.min_lr_ratio,
+            decay_ratio=schedule.decay_ratio,
         )
         return [self.optimizer.arguments()["lr"] * factor(number) for number in range(self.rounds)]

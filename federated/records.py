@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from federated.server import CommunicationRound
-from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import to_json
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.run.metrics import Recorder
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.metrics import MetricsWriter
 
 ROUNDS, SEEDS, PARAMETERS = "rounds.jsonl", "seeds.safetensors", "parameters.safetensors"
 """In a run's folder: who was heard in each round, and the newest model that was evaluated, in one of two forms."""
@@ -49,11 +49,11 @@ class RunRecords:
     def __init__(self, run: RunDirectory, model: RecordedModel, *, every: int) -> None:
         self._model, self._every = model, every
         self._folder, version = run.path, model.version
-        done = [row for row in rows(run.metrics) if "valid" not in row and row["step"] <= version]
+        done = [row for row in read_jsonl(run.metrics) if "valid" not in row and row["step"] <= version]
         before = done[-1] if done else {}
         self._total = {name: before.get(name, 0) for name in ("bytes_down", "bytes_up", "payloads", "reports")}
         self._began = time.monotonic() - before.get("seconds", 0.0)
-        self._recorder = Recorder(run, version, version, [])
+        self._recorder = MetricsWriter(run, version, version, [])
         self._rounds = _kept(run.path / ROUNDS, version)
 
     def __enter__(self) -> Self:
@@ -84,7 +84,7 @@ class RunRecords:
         )
         if self._model.is_done() or (self._every and (done.number + 1) % self._every == 0):
             self._measure()
-        self._rounds.keep()
+        self._rounds.fsync()
         self._recorder.keep()
 
     def _measure(self) -> None:
@@ -108,6 +108,6 @@ def row_of(done: CommunicationRound) -> dict[str, Any]:
 
 def _kept(path: Path, version: int) -> AppendOnlyFile:
     """Return a file of rows, with those of the first rounds."""
-    kept = [row for row in rows(path) if row["round"] < version]
-    write_whole(path, "".join(f"{to_json(row)}\n" for row in kept).encode())
+    kept = [row for row in read_jsonl(path) if row["round"] < version]
+    write_atomic(path, "".join(f"{to_json(row)}\n" for row in kept).encode())
     return AppendOnlyFile(path)

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from federated.records import ROUNDS
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.report.panel import Panel, Series, line_chart, table
 
 Rows = Sequence[Mapping[str, Any]]
@@ -19,7 +19,7 @@ TRAFFIC = ("bytes_down", "bytes_up")
 
 def panels(run: RunDirectory) -> list[Panel]:
     """Return what a federated run has recorded so far, as panels."""
-    recorded = rows(run.metrics)
+    recorded = read_jsonl(run.metrics)
     played = [row for row in recorded if "valid" not in row]
     bytes_at = {0: 0} | {row["step"]: row["bytes_down"] + row["bytes_up"] for row in played}
     evaluations = [
@@ -34,7 +34,7 @@ def panels(run: RunDirectory) -> list[Panel]:
         _chart("Clients of a round", played, ("heard", "missing", "refused"), "clients"),
         _chart("Bytes of a round", _differences(played, TRAFFIC), TRAFFIC, "bytes"),
         _chart("Time of a round", _differences(played, ["seconds"]), ["seconds"], "seconds"),
-        _left_out(rows(run.path / ROUNDS)),
+        _left_out(read_jsonl(run.path / ROUNDS)),
     ]
     return [panel for panel in charts if panel is not None]
 

@@ -16,7 +16,7 @@ from federated.records import PARAMETERS, SEEDS
 from federated.rounds import STATES
 from raytrain.errors import CheckpointError
 from raytrain.recipe import read_toml
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.result import Result
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import Task
@@ -33,7 +33,7 @@ def result_of(run: RunDirectory, task: Task, parameter_bytes: int, *, done: bool
         done: whether all rounds are.
         error: why it failed; "": it did not.
     """
-    recorded = rows(run.metrics)
+    recorded = read_jsonl(run.metrics)
     evaluations = [row for row in recorded if "valid" in row]
     rounds = [row for row in recorded if "valid" not in row]
     last: dict[str, Any] = rounds[-1] if rounds else {}
@@ -53,7 +53,7 @@ def result_of(run: RunDirectory, task: Task, parameter_bytes: int, *, done: bool
     )
 
 
-def load_model(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
+def load_federated_model(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
     """Load the newest model of the run in `folder` that was evaluated.
 
     Args:
@@ -64,8 +64,8 @@ def load_model(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
         RecipeError: the changes do not fit the recipe, or make another model.
         CheckpointError: there is no model yet, or it is damaged.
     """
-    changed = load_recipe(folder, overrides).task.on_other_data(load_recipe(folder, {}).task)
-    recipe = load_recipe(folder, {f"task.{name}": value for name, value in changed.items()} | dict(overrides))
+    changed = load_federated_recipe(folder, overrides).task.for_evaluation(load_federated_recipe(folder, {}).task)
+    recipe = load_federated_recipe(folder, {f"task.{name}": value for name, value in changed.items()} | dict(overrides))
     task = task_of(recipe)
     version, module = _seeded(folder, recipe, task) if recipe.seeded else _averaged(folder, recipe, task)
     return TrainedModel(
@@ -78,7 +78,7 @@ def load_model(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
     )
 
 
-def load_recipe(folder: Path, overrides: Mapping[str, Any]) -> FederateRecipe:
+def load_federated_recipe(folder: Path, overrides: Mapping[str, Any]) -> FederateRecipe:
     """Return the recipe of the run in `folder`, with changes.
 
     Raises:

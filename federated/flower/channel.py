@@ -9,10 +9,10 @@ from flwr.serverapp import Grid
 from federated.channel import Answer, NoReport
 from federated.encodings import PayloadError
 from federated.flower.messages import bytes_of, content_of
-from raytrain.terminal import plain
+from raytrain.terminal import printable
 
 MAX_REASON_CHARACTERS = 300
-ATTEMPTS = 3
+SEND_ATTEMPTS = 3
 """How often a client is asked whose process died: another client may have been the cause."""
 
 
@@ -46,10 +46,10 @@ class GridMessenger:
     def ask(self, round_number: int, contents: Mapping[int, RecordDict]) -> Iterator[tuple[int, RecordDict | NoReport]]:
         """Yield what each client replies; one that replies with an error has no report."""
         waiting = dict(contents)
-        for attempt in range(ATTEMPTS):
+        for attempt in range(SEND_ATTEMPTS):
             crashed = {}
             for client, reply in self._exchange(round_number, waiting).items():
-                if reply is not None and _is_crash(reply) and attempt + 1 < ATTEMPTS:
+                if reply is not None and _is_crash(reply) and attempt + 1 < SEND_ATTEMPTS:
                     crashed[client] = waiting[client]
                 else:
                     yield client, self._content(reply)
@@ -69,7 +69,7 @@ class GridMessenger:
         if reply is None:
             return NoReport(f"no answer within {self._timeout_seconds:g} s")
         if reply.has_error():
-            return NoReport(plain(reply.error.reason or "")[:MAX_REASON_CHARACTERS])
+            return NoReport(printable(reply.error.reason or "")[:MAX_REASON_CHARACTERS])
         return reply.content
 
 
@@ -99,7 +99,7 @@ def _report_of(content: RecordDict) -> Answer:
     try:
         return bytes_of(content)
     except PayloadError as error:
-        return NoReport(plain(str(error)))
+        return NoReport(printable(str(error)))
 
 
 def _is_crash(reply: Message) -> bool:

@@ -29,7 +29,7 @@ def train(message: Message, context: Context) -> Message:
     """Return what the client reports on a round."""
     recipe = recipe_of(context.node_config)
     if not recipe.seeded:
-        return load_clients(recipe.plain())(message, context)
+        return load_clients(recipe.to_dict())(message, context)
     trainer = _trainer(recipe)
     _remember(trainer, context)
     reply = TrainingClient(trainer)(message, context)

@@ -15,7 +15,7 @@ COPIES = 3
 """Of the model in a process: w0, the model of the round, and the working copy of a client."""
 
 
-def preview(recipe: FederateRecipe) -> list[str]:
+def federated_preview(recipe: FederateRecipe) -> list[str]:
     """Return what follows from a recipe before anything is started.
 
     Raises:
@@ -30,7 +30,7 @@ def preview(recipe: FederateRecipe) -> list[str]:
         return [*head, f"{recipe.strategy.name} sends {size:,} bytes of parameters down and as many up."]
     return [
         *head,
-        *table(traffic_rows(recipe, partition.clients)),
+        *preview_table(traffic_rows(recipe, partition.clients)),
         f"FedAvg of the same parameters sends {size:,} bytes down and as many up.",
         f"Each process keeps {COPIES} copies of the parameters: {COPIES * size:,} bytes.",
     ]
@@ -65,7 +65,7 @@ def traffic_rows(recipe: FederateRecipe, clients: int) -> list[list[str]]:
     return rows
 
 
-def table(rows: Iterable[list[str]]) -> list[str]:
+def preview_table(rows: Iterable[list[str]]) -> list[str]:
     """Return rows of cells as lines with columns."""
     cells = list(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -61,7 +61,7 @@ class SeedRun:
 
     def client_factory(self) -> Callable[[], Callable[[Message, Context], Message]]:
         """Return what makes the clients, in a process that serves any number of them."""
-        return partial(load_clients, self.federation.recipe.plain(), self.server.model)
+        return partial(load_clients, self.federation.recipe.to_dict(), self.server.model)
 
     def play(
         self,

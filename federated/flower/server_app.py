@@ -18,7 +18,7 @@ from federated.records import RunRecords
 from federated.results import result_of
 from raytrain.errors import RecipeError
 from raytrain.run.directory import RunDirectory
-from raytrain.terminal import plain_line
+from raytrain.terminal import printable_line
 from raytrain.training.build import options_from_data
 
 LOOK_SECONDS = 1.0
@@ -39,11 +39,11 @@ def main(grid: Grid, context: Context) -> None:
     recipe = recipe.with_overrides(options_from_data(task_of(recipe), directory))
     torch.set_num_threads(recipe.threads())
     run: SeedRun | StrategyRun = SeedRun(recipe) if recipe.seeded else StrategyRun(recipe)
-    with directory.opened(resume=directory.recipe.is_file()):
+    with directory.session(resume=directory.recipe.is_file()):
         run.resume(directory.path)
-        directory.begin(recipe.to_toml())
+        directory.prepare(recipe.to_toml())
         nodes = nodes_of(grid, run, float(str(config["wait-seconds"])))
-        directory.announce(recipe.to_toml(), run.version, [{"nodes": len(nodes)}])
+        directory.record_attempt(recipe.to_toml(), run.version, [{"nodes": len(nodes)}])
         with RunRecords(directory, run, every=recipe.evaluation.every) as records:
             for played in run.play(grid, nodes, directory.path, records.add):
                 heard = f"heard {len(played.heard)} of {len(played.clients)}"
@@ -82,7 +82,7 @@ def _problem(run: SeedRun | StrategyRun, client: int, origin: str, known: Mappin
         if isinstance(run, SeedRun):
             run.server.check_origin(client, origin)
     except RecipeError as error:
-        return plain_line(str(error))
+        return printable_line(str(error))
     return ""
 
 
@@ -96,4 +96,4 @@ def _ask_who(grid: Grid, nodes: Iterable[int]) -> Iterator[tuple[int, int, str]]
                 raise PayloadError(reply.error.reason or "no reason given")
             yield node, *introduced(reply.content)
         except PayloadError as error:
-            logger.warning("node %d does not say who it is: %s", node, plain_line(str(error)))
+            logger.warning("node %d does not say who it is: %s", node, printable_line(str(error)))

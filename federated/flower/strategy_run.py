@@ -19,7 +19,7 @@ from federated.build import evaluate_module, initial_module, partition_of, task_
 from federated.channel import NoReport
 from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
-from federated.faults import FaultPlan
+from federated.faults import ClientFaultPlan
 from federated.flower.channel import GridMessenger, nobody
 from federated.flower.gradient_client import ARRAYS, METRICS, load_clients
 from federated.flower.seeding import global_seed
@@ -28,11 +28,12 @@ from federated.protocols.protocol import Report
 from federated.recipe import STRATEGIES, FederateRecipe
 from federated.records import PARAMETERS
 from federated.rounds import STATES
-from federated.sampling import fold_in, participants
+from federated.sampling import participants
 from federated.server import CommunicationRound, ReportLimits
 from raytrain.errors import RecipeError
-from raytrain.files import write_whole
+from raytrain.files import write_atomic
 from raytrain.registry import resolve
+from raytrain.seeds.prng import fold_in
 
 MOMENTS = ("m_t", "v_t", "momentum_vector")
 """Attributes in which Flower's strategies keep what they learn from round to round."""
@@ -65,7 +66,7 @@ class StrategyRun:
         self.arrays = arrays_of(self._module)
         self._strategy = strategy_of(recipe)
         self._rates = recipe.learning_rates()
-        self._faults = FaultPlan(recipe.faults, recipe.seed)
+        self._faults = ClientFaultPlan(recipe.faults, recipe.seed)
         self.version = 0
 
     def is_done(self) -> bool:
@@ -98,7 +99,7 @@ class StrategyRun:
 
     def save_model(self, folder: Path) -> None:
         """Write the newest trainable parameters."""
-        write_whole(folder / PARAMETERS, save(self.arrays, {"version": str(self.version)}))
+        write_atomic(folder / PARAMETERS, save(self.arrays, {"version": str(self.version)}))
 
     def parameter_bytes(self) -> int:
         """Return the size of the parameters that the run moves."""
@@ -106,7 +107,7 @@ class StrategyRun:
 
     def client_factory(self) -> Callable[[], Callable[[Message, Context], Message]]:
         """Return what makes the clients, in a process that serves any number of them."""
-        return partial(load_clients, self._recipe.plain())
+        return partial(load_clients, self._recipe.to_dict())
 
     def play(
         self,
@@ -193,7 +194,7 @@ class StrategyRun:
 
     def _about(self) -> dict[str, str]:
         """Return what a run is known by."""
-        recipe, plain = self._recipe, self._recipe.plain()
+        recipe, plain = self._recipe, self._recipe.to_dict()
         fields = ("seed", "rounds", "protocol", "strategy", "optimizer", "schedule", "freeze", "adapter")
         clients = f"{self.partition.clients}, {recipe.clients.per_round} a round"
         return {"clients": clients, **{name: json.dumps(plain.get(name), sort_keys=True) for name in fields}}

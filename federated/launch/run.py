@@ -18,17 +18,17 @@ from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
 from federated.records import RunRecords
 from federated.results import result_of
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.resources import check_reachable
-from raytrain.launch.session import OWN, ray_session
+from raytrain.launch.session import OWN_CLUSTER, ray_session
 from raytrain.launch.supervise import supervise
 from raytrain.run.directory import Failure, RunDirectory
-from raytrain.run.progress import Display, Wording
+from raytrain.run.progress import ProgressDisplay, Wording
 from raytrain.run.result import Result
 from raytrain.training.build import options_from_data
 
 
-def columns(row: Mapping[str, Any]) -> list[str]:
+def federated_columns(row: Mapping[str, Any]) -> list[str]:
     """Return what is shown of a round, beside its evaluation."""
     if "heard" not in row:
         return []
@@ -37,10 +37,12 @@ def columns(row: Mapping[str, Any]) -> list[str]:
 
 Federation = SeedRun | StrategyRun
 
-WORDING = Wording("federate", "federating", "round", "the run ends after the round that is going on", columns)
+FEDERATED_WORDING = Wording(
+    "federate", "federating", "round", "the run ends after the round that is going on", federated_columns
+)
 
 
-def run(recipe: FederateRecipe, order: Order) -> Result:
+def run_federated(recipe: FederateRecipe, order: RunOptions) -> Result:
     """Play the rounds of a recipe on the Ray cluster at `order.address`, or on one of its own.
 
     Ctrl-C ends the run after the round that is going on; a second one ends it at once. Both can be resumed.
@@ -52,7 +54,7 @@ def run(recipe: FederateRecipe, order: Order) -> Result:
     torch.set_num_threads(recipe.threads())
     recipe = recipe.with_overrides(options_from_data(task_of(recipe), directory))
     federation: Federation = SeedRun(recipe) if recipe.seeded else StrategyRun(recipe)
-    address = None if order.address in (None, OWN) else order.address
+    address = None if order.address in (None, OWN_CLUSTER) else order.address
     if address:
         check_reachable(address)
 
@@ -64,7 +66,7 @@ def run(recipe: FederateRecipe, order: Order) -> Result:
         directory,
         recipe.to_toml(),
         partial(_in_cluster, recipe, federation, directory, address),
-        Display(directory, recipe.rounds, WORDING),
+        ProgressDisplay(directory, recipe.rounds, FEDERATED_WORDING),
         result,
         resume=order.resume,
     )
@@ -135,7 +137,7 @@ class Playing(threading.Thread):
         clients, count, stopped = recipe.clients, federation.partition.clients, self._stop_at_once.is_set
         options, factory = ActorOptions(clients.actors, clients.cpus, clients.gpus), federation.client_factory()
         with RayGrid(factory, count, options, stopped=stopped, say=self._say) as grid:
-            directory.announce(recipe.to_toml(), federation.version, [{"actors": grid.actors}])
+            directory.record_attempt(recipe.to_toml(), federation.version, [{"actors": grid.actors}])
             with (
                 RunRecords(directory, federation, every=recipe.evaluation.every) as records,
                 contextlib.closing(

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.report.panel import Panel, Series, line_chart, table
 
-Rows = Sequence[Mapping[str, Any]]
+MetricsRows = Sequence[Mapping[str, Any]]
 
 CHARTS = (
     ("Learning rate", ("lr",), "learning rate"),
@@ -23,9 +23,9 @@ CHARTS = (
 DECADES = 30
 
 
-def panels(run: RunDirectory) -> list[Panel]:
+def training_panels(run: RunDirectory) -> list[Panel]:
     """Return what a training run has recorded so far, as panels."""
-    recorded = rows(run.metrics)
+    recorded = read_jsonl(run.metrics)
     steps = [_without_zeros(row) for row in recorded if "valid" not in row]
     evaluations = [row for row in recorded if "valid" in row]
     charts = [
@@ -47,7 +47,7 @@ def _without_zeros(row: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in row.items() if field not in silent}
 
 
-def _loss(steps: Rows, evaluations: Rows) -> Panel | None:
+def _loss(steps: MetricsRows, evaluations: MetricsRows) -> Panel | None:
     held_out = [{"step": row["step"], **row["valid"]} for row in evaluations]
     lines = {"training": _line(steps, "loss"), "held-out": _line(held_out, "loss")}
     return line_chart("Loss", lines, x="step", y="loss", log_y=_spans_decades(lines.values()))
@@ -59,7 +59,7 @@ def _spans_decades(lines: Iterable[Series]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > DECADES * min(values)
 
 
-def _metrics(evaluations: Rows) -> list[Panel | None]:
+def _metrics(evaluations: MetricsRows) -> list[Panel | None]:
     names = dict.fromkeys(name for row in evaluations for name in row["valid"] if name != "loss")
     flat = [{"step": row["step"], **row["valid"]} for row in evaluations]
     return [
@@ -67,8 +67,8 @@ def _metrics(evaluations: Rows) -> list[Panel | None]:
     ]
 
 
-def _throughput(steps: Rows) -> Panel | None:
-    """Return samples per second between consecutive rows; where an attempt ends, the clock stands still."""
+def _throughput(steps: MetricsRows) -> Panel | None:
+    """Return samples per second between consecutive rows; time between attempts does not count."""
     speeds = [
         {
             "step": after["step"],
@@ -83,11 +83,11 @@ def _throughput(steps: Rows) -> Panel | None:
 def _events(run: RunDirectory) -> Panel | None:
     attempts = [
         (row["time"], f"attempt from step {row['from_step']}", f"{len(row['workers'])} worker(s)")
-        for row in rows(run.attempts)
+        for row in read_jsonl(run.attempts)
     ]
     restarts = [
         (row["time"], "restart", "; ".join(f"worker {rank}: {cause}" for rank, cause in sorted(row["workers"].items())))
-        for row in rows(run.restarts)
+        for row in read_jsonl(run.restarts)
     ]
     events = [[_clock(when), what, detail] for when, what, detail in sorted([*attempts, *restarts])]
     return table("Events", ["time", "event", "detail"], events)

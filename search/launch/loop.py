@@ -4,8 +4,6 @@ import threading
 import time
 from typing import Literal
 
-from ray.exceptions import RayError
-
 from raytrain.errors import RaytrainError
 from search.journal.journal import Journal
 from search.journal.reports import Reports
@@ -14,7 +12,7 @@ from search.options import SearchOptions
 from search.scheduling.driver import outcome_of, read_state
 from search.scheduling.work import Done, Failed, Outcome, Work
 
-Status = Literal["done", "stopped early", "interrupted", "failed"]
+SearchStatus = Literal["done", "stopped early", "interrupted", "failed"]
 CLOSE_SECONDS = 10.0
 """How long the loop may take to see that it is to end at once."""
 
@@ -37,7 +35,7 @@ class SearchLoop(threading.Thread):
     def __init__(self, journal: Journal, reports: Reports, pool: SlotPool, options: SearchOptions) -> None:
         super().__init__(daemon=True)
         self.ended = threading.Event()
-        self.status: Status = "interrupted"
+        self.status: SearchStatus = "interrupted"
         self.error = ""
         self._journal, self._reports, self._pool, self._options = journal, reports, pool, options
         self._asked_to_stop = threading.Event()
@@ -54,8 +52,10 @@ class SearchLoop(threading.Thread):
         """Search to the end, or until asked to stop; an error waits in `error`."""
         try:
             self.status = self._search()
-        except (RaytrainError, RayError, OSError) as error:
+        except RaytrainError as error:
             self.status, self.error = "failed", str(error)
+        except Exception as error:  # of Ray or the disk: whoever waits for the end has to hear of it
+            self.status, self.error = "failed", f"{type(error).__name__}: {error}"
         finally:
             self.ended.set()
 
@@ -69,32 +69,34 @@ class SearchLoop(threading.Thread):
         self.ended.wait(CLOSE_SECONDS)
         self._pool.close()
 
-    def _search(self) -> Status:
+    def _search(self) -> SearchStatus:
         while not self._abandoned.is_set():
             stopping = self._why_to_stop()
             if stopping:
                 self._pool.stop()
-            elif self._pool.idle:
-                self._hand_out()
-            if not self._journal.under_way and (stopping or self._pool.idle):
+            idle = 0 if stopping else self._pool.idle
+            spent = idle > 0 and not self._hand_out(idle)
+            if not self._journal.under_way and (stopping or spent):
                 return stopping or "done"
             self._take_in()
         return "interrupted"
 
-    def _why_to_stop(self) -> Status | None:
+    def _why_to_stop(self) -> SearchStatus | None:
         if self._asked_to_stop.is_set():
             return "interrupted"
         seconds = self._options.seconds
         return "stopped early" if seconds and self._reports.seconds >= seconds else None
 
-    def _hand_out(self) -> None:
-        """Give work to slots that wait for some."""
-        for work in self._journal.ask(self._pool.idle):
+    def _hand_out(self, idle: int) -> bool:
+        """Give work to slots that wait for some; return whether there was any."""
+        works = self._journal.ask(idle)
+        for work in works:
             state = read_state(work, self._journal.store)
             if isinstance(state, Failed):
                 self._tell(work, outcome_of(work, self._journal.store, state))
             else:
                 self._pool.begin(work, state)
+        return bool(works)
 
     def _take_in(self) -> None:
         """Learn which segments have ended, and give up those that a quorum has waited for long enough."""

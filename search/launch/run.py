@@ -1,12 +1,13 @@
-"""Runs a search on Ray: the `run` of its kind."""
+"""Runs a search on Ray: the `run_search` of its kind."""
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
-from raytrain.errors import TrainingError
-from raytrain.kinds import Order
-from raytrain.launch.session import OWN, machines, ray_session
+from raytrain.errors import CheckpointError, TrainingError
+from raytrain.kinds import RunOptions
+from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, ray_session
 from raytrain.recipe import read_toml
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
@@ -25,7 +26,7 @@ from search.standings import Standings, standings_of
 SHOWN_PHASES = 3
 
 
-def run(recipe: SearchRecipe, order: Order) -> Result:
+def run_search(recipe: SearchRecipe, order: RunOptions) -> Result:
     """Search on the Ray cluster at `order.address`, or else on one of this machine, and return how it ended.
 
     Ctrl-C pauses the members after the step that they are at; a second one ends them at once.
@@ -38,18 +39,21 @@ def run(recipe: SearchRecipe, order: Order) -> Result:
     checked = check_search(recipe)
     recipe, standings = checked.recipe, Standings(checked.objective)
     display = SearchDisplay(directory.path, standings, recipe.steps, recipe.total_steps)
-    with directory.opened(resume=order.resume), display:
+    with directory.session(resume=order.resume), display:
         if order.resume:
             check_resume(SearchRecipe.parse(read_toml(str(directory.recipe), [])[0]).search, recipe.search)
-        display.say("starting Ray" if order.address in (None, OWN) else f"connecting to Ray at {order.address}")
-        with ray_session(None if order.address == OWN else order.address):
+        display.say("starting Ray" if order.address in (None, OWN_CLUSTER) else f"connecting to Ray at {order.address}")
+        with ray_session(None if order.address == OWN_CLUSTER else order.address):
             search = Search(directory, checked)
             loop = search.follow(display)
         result = search.result(loop)
-        directory.write_result(result)
+        try:
+            directory.write_result(result)
+        except OSError as error:
+            display.say(f"{directory.result} could not be written: {error.strerror}")
         display.finish(search.facts(result))
-    if loop.error:
-        raise TrainingError(f"{loop.error}\nwhat was found until then is in {directory.path}")
+    if result.error:
+        raise TrainingError(f"{result.error}\nwhat was found until then is in {directory.path}")
     return result
 
 
@@ -75,8 +79,8 @@ class Search:
             CheckpointError: what is in the folder is damaged.
         """
         resources = self._base.resources
-        each = SlotResources(resources.cpus, resources.beside_cpus(), resources.labels)
-        count = slot_count(self._recipe.slots, self._recipe.members, each, machines(1, resources))
+        each = SlotResources(resources.cpus, resources.extra_resources(), resources.labels)
+        count = slot_count(self._recipe.slots, self._recipe.members, each, cluster_nodes(1, resources))
         display.say(f"starting {count} slot(s) with {each.cpus:g} CPU each")
         self._begin()
         pool = SlotPool(self._base, each, count, self._recipe.search.timeout_seconds)
@@ -86,7 +90,7 @@ class Search:
 
     def _begin(self) -> None:
         """Make the folder ready, and go on from what is in it."""
-        self._directory.begin(self._recipe.to_toml())
+        self._directory.prepare(self._recipe.to_toml())
         self._journal.open()
         self._reports.open(self._journal.unfinished)
         self._directory.write_recipe(self._recipe.to_toml())  # bounds and budgets may be others than before
@@ -94,24 +98,27 @@ class Search:
 
     def result(self, loop: SearchLoop) -> Result:
         """Return the result of the search, and leave its best model in the folder."""
-        best = self._journal.best
-        if best is None:
-            return Result(loop.status, error=loop.error)
-        metrics = self._reports.metrics(best.segment.row)
-        packed = self._journal.store.get(best.snapshot.digest)
-        recipe = winner_recipe(self._base, self._phases())
-        checkpoint = write_winner(self._directory.path, recipe, packed, best.snapshot.step, metrics)
-        step, member = best.snapshot.step, best.member
-        return Result(
+        standings = standings_of(self._objective, self._journal.lineage.read(), self._reports.read())
+        figures = {"trials": len(standings.members), "failed": standings.failures, "steps": standings.steps}
+        result = Result(
             loop.status,
-            metrics=metrics,
-            best={"metric": self._objective.metric, "value": best.score, "step": step, "member": member},
-            figures={"steps": standings_of(self._objective, self._journal.lineage.read(), self._reports.read()).steps},
+            figures=figures,
             seconds=round(self._reports.seconds, 3),
             restarts=loop.restarts,
-            checkpoint=str(checkpoint),
             error=loop.error,
         )
+        best = self._journal.best
+        if best is None:
+            return result
+        metrics = self._reports.metrics(best.segment.row)
+        recipe = winner_recipe(self._base, self._phases())
+        try:
+            packed = self._journal.store.get(best.snapshot.digest)
+            checkpoint = write_winner(self._directory.path, recipe, packed, best.snapshot.step, metrics)
+        except (CheckpointError, OSError) as error:
+            return replace(result, status="failed", error=result.error or f"the best model cannot be written: {error}")
+        score = {"metric": self._objective.metric, "value": best.score, "step": best.snapshot.step}
+        return replace(result, metrics=metrics, best={**score, "member": best.member}, checkpoint=str(checkpoint))
 
     def facts(self, result: Result) -> dict[str, str]:
         """Return what there is to say of the search that has ended: name -> value."""

@@ -75,6 +75,20 @@ class PopulationBasedTraining(Scheduler):
         self._decide_all()
         return True
 
+    def retire(self, member: int, why: str) -> None:
+        """Go on without a member that whoever trains it has ended.
+
+        Args:
+            member: one that has not reported in this generation.
+            why: for the lineage.
+        """
+        for segment in [segment for segment in self._segments.values() if segment.member == member]:
+            self._queue.withdraw([segment.row])
+            self._note(action="retire", ended=self._segments.pop(segment.row).row, member=member, why=why)
+        self._active.discard(member)
+        if self.options.synchronous and self._reports and not self._missing():
+            self._decide_all()
+
     def digests(self) -> set[str]:
         """Return the states that a later decision, or a resume, can need."""
         ends = {report.snapshot.digest for report in self._reports}

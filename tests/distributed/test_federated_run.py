@@ -19,7 +19,7 @@ from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import STRATEGIES, FederateRecipe
 from federated.server import CommunicationRound, Server
-from raytrain.tensors import digest_of as digest
+from raytrain.tensors import tensor_digest as digest
 
 FIELDS: dict[str, Any] = {
     "kind": "federate",

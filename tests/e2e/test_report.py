@@ -20,7 +20,13 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 @pytest.fixture
 def runs(workplace: Path) -> Path:
     """A folder with two runs of two workers."""
-    raw = {"kind": "train", "task": "raytrain.testing:tiny", "steps": 40, "workers": 2, "log": {"to": [], "every": 1}}
+    raw = {
+        "kind": "train",
+        "task": "raytrain.testing:tiny",
+        "steps": 40,
+        "workers": 2,
+        "log": {"loggers": [], "every": 1},
+    }
     recipe = TrainRecipe.parse(raw).with_overrides({"evaluation.every": 10})
     for name, changes in {"one": {}, HOSTILE: {"sync": {"name": "local-sgd", "every": 4}}}.items():
         run = train_with_threads(recipe.with_overrides({"name": "fit", **changes}), workplace / name)

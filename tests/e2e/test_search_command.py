@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.run.checkpoint import listed, load
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.testing_command import Command
 from search.journal.journal import Journal
 from search.launch.base import check_search
@@ -61,7 +61,7 @@ def plain_search(folder: Path) -> Journal:
 
 
 def model_of(run: Path) -> dict[str, Any]:
-    return load(listed(run / "checkpoints")[-1], 0)["model"]
+    return load_part(list_checkpoints(run / "checkpoints")[-1], 0)["model"]
 
 
 def test_an_interrupted_and_killed_search_ends_as_if_nothing_had_happened(
@@ -92,7 +92,7 @@ def test_an_interrupted_and_killed_search_ends_as_if_nothing_had_happened(
     plain = plain_search(workplace / "plain")
     assert (run / "lineage.jsonl").read_bytes() == plain.lineage.path.read_bytes()
     result = json.loads((run / "result.json").read_text())
-    assert (result["status"], result["steps"]) == ("done", 4 * 120)
+    assert (result["status"], result["figures"]) == ("done", {"trials": 4, "failed": 0, "steps": 4 * 120})
     assert result["best"]["value"] == plain.best.score
 
     evaluated = raytrain("evaluate", "run")
@@ -109,6 +109,7 @@ def test_an_interrupted_and_killed_search_ends_as_if_nothing_had_happened(
     ("words", "message"),
     [
         (["base.workers=2"], "base.workers: a search trains each member in one process; got 2; set base.workers=1"),
+        (["base.phases=[{from = 20}]"], "base.phases: expected none, because the search decides when fields change"),
         (["search.metric=loss2"], "search.metric: the task does not measure 'loss2'; did you mean loss?"),
         (
             ["search.space.task.widths={type = 'choice', values = [[8], [16]]}"],

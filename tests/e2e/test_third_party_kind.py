@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrain.run.directory import rows
+from raytrain.run.directory import read_jsonl
 
 INSTALLED = Path(__file__).parent / "data" / "lottery"
 EACH = """
@@ -38,7 +38,7 @@ def interrupted(tmp_path: Path, environment: dict[str, str]) -> Iterator[Path]:
     """A folder with a run that Ctrl-C interrupted."""
     words = [sys.executable, "-m", "raytrain", "lottery", "quick", "draws=1000000", "--out", "run"]
     command = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    while len(rows(tmp_path / "run" / "metrics.jsonl")) < 3 and command.poll() is None:
+    while len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) < 3 and command.poll() is None:
         time.sleep(0.01)
     command.send_signal(signal.SIGINT)
     _, err = command.communicate(timeout=300)
@@ -62,7 +62,7 @@ def test_it_is_listed_checked_interrupted_resumed_evaluated_and_reported(
     run = interrupted / "run"
     result = json.loads((run / "result.json").read_text())
     drawn = result["figures"]["draws"]
-    assert (result["status"], drawn) == ("interrupted", len(rows(run / "metrics.jsonl")))
+    assert (result["status"], drawn) == ("interrupted", len(read_jsonl(run / "metrics.jsonl")))
     listed, prizes, checked, resumed, evaluated, page = each(
         interrupted,
         environment,
@@ -81,11 +81,11 @@ def test_it_is_listed_checked_interrupted_resumed_evaluated_and_reported(
     assert resumed == ""
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["figures"]["draws"]) == ("done", drawn + 2)
-    seeds = [row["step"] for row in rows(run / "metrics.jsonl")]
+    seeds = [row["step"] for row in read_jsonl(run / "metrics.jsonl")]
     assert seeds == list(range(1, drawn + 3)), "none is drawn twice"
-    assert [row["from_step"] for row in rows(run / "attempts.jsonl")] == [0, drawn]
+    assert [row["from_step"] for row in read_jsonl(run / "attempts.jsonl")] == [0, drawn]
     assert (run / "recipe.toml").read_text().partition("\n")[0].split(", ")[-2] == "lottery 1.0"
-    best = min(rows(run / "metrics.jsonl"), key=lambda row: row["valid"]["loss"])
+    best = min(read_jsonl(run / "metrics.jsonl"), key=lambda row: row["valid"]["loss"])
     assert json.loads(evaluated) == {"step": best["step"], "loss": pytest.approx(best["valid"]["loss"])}
     assert page == "run/report.html\n"
     assert "<h2>Draws</h2>" in (run / "report.html").read_text()

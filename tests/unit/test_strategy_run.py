@@ -42,7 +42,7 @@ class InProcessGrid:
     """A grid whose clients are served at once; client i is node i + 2."""
 
     def __init__(self, recipe: FederateRecipe) -> None:
-        self.client, self.ended = load_clients(recipe.plain()), list[int]()
+        self.client, self.ended = load_clients(recipe.to_dict()), list[int]()
 
     def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> list[Message]:
         nodes = [message.metadata.dst_node_id for message in messages]
@@ -55,7 +55,7 @@ class InProcessGrid:
 
 def test_a_round_of_fedavg_is_the_mean_of_its_clients_by_examples(tmp_path: Path) -> None:
     recipe = recipe_of(**{"partition.sizes": "zipf"})
-    run, client = StrategyRun(recipe), load_clients(recipe.plain())
+    run, client = StrategyRun(recipe), load_clients(recipe.to_dict())
     before = {name: value.copy() for name, value in run.arrays.items()}
     done = run.play_round(GridMessenger(InProcessGrid(recipe), range(2, 8)))
     results = [client.trainer.fit(each, 0, before, lr_ratio=1.0, proximal_mu=0.0) for each in sorted(done.heard)]
@@ -74,8 +74,8 @@ def fitted(client: GradientClient, **options: float) -> np.ndarray:
 
 
 def test_a_client_leaves_nothing_behind_and_a_proximal_term_holds_it_near() -> None:
-    client = load_clients(recipe_of(**{"task.dropout": 0.5, "task.norm": True}).plain())
-    plain = load_clients(recipe_of().plain())
+    client = load_clients(recipe_of(**{"task.dropout": 0.5, "task.norm": True}).to_dict())
+    plain = load_clients(recipe_of().to_dict())
     first = fitted(plain)
     fitted(plain, lr_ratio=3.0)
     assert np.array_equal(fitted(plain), first)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.files import write_whole
+from raytrain.files import write_atomic
 from raytrain.json_files import read_json
 from raytrain.recipe import read_toml
 from raytrain.run.directory import RunDirectory
@@ -37,7 +37,7 @@ def report_on(runs: Mapping[str, Panels], page: Path) -> None:
     folders = ", ".join(str(Path(folder).absolute()) for folder in runs)
     html = render(" and ".join(found), _about(list(runs)), first, shown, folders)
     try:
-        write_whole(page, html.encode())
+        write_atomic(page, html.encode())
     except OSError as error:
         raise RecipeError(f"--output: cannot write {page}: {error.strerror or error}") from error
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lottery.recipe import PRIZES, LotteryRecipe
+
 from raytrain.errors import CheckpointError
 from raytrain.recipe import read_toml
 from raytrain.registry import resolve
-from raytrain.run.directory import Failure, RunDirectory, rows
+from raytrain.run.directory import Failure, RunDirectory, read_jsonl
 from raytrain.run.report.panel import Panel, line_chart
 from raytrain.run.result import Result
 from raytrain.testing import TinyOptions, tiny
@@ -35,7 +36,7 @@ def highest(drawn: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def winner(recipe: LotteryRecipe, run: RunDirectory) -> dict[str, Any]:
     """Return the row of the draw that wins; {} without one."""
-    drawn = rows(run.metrics)
+    drawn = read_jsonl(run.metrics)
     return resolve(PRIZES, recipe.prize, "prize")(drawn) if drawn else {}
 
 
@@ -50,7 +51,7 @@ def load_winner(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
 
 def result_of(recipe: LotteryRecipe, run: RunDirectory, failure: Failure | None) -> Result:
     """Return how a lottery ended."""
-    drawn, won = rows(run.metrics), winner(recipe, run)
+    drawn, won = read_jsonl(run.metrics), winner(recipe, run)
     status = "failed" if failure else "done" if len(drawn) >= recipe.draws else "interrupted"
     return Result(
         status,
@@ -63,7 +64,7 @@ def result_of(recipe: LotteryRecipe, run: RunDirectory, failure: Failure | None)
 
 def panels(run: RunDirectory) -> list[Panel]:
     """Return the losses of the draws."""
-    drawn = rows(run.metrics)
+    drawn = read_jsonl(run.metrics)
     losses = [row["step"] for row in drawn], [row["valid"]["loss"] for row in drawn]
     chart = line_chart("Draws", {"loss": losses}, x="draw", y="loss")
     return [chart] if chart else []

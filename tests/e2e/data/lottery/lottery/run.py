@@ -9,10 +9,11 @@ from typing import Any
 
 from lottery.recipe import LotteryRecipe
 from lottery.results import result_of, trained
-from raytrain.kinds import Order
+
+from raytrain.kinds import RunOptions
 from raytrain.launch.supervise import supervise
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.run.progress import Display, Wording
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.progress import ProgressDisplay, Wording
 from raytrain.run.result import Result
 
 
@@ -24,14 +25,14 @@ def columns(row: Mapping[str, Any]) -> list[str]:
 WORDING = Wording("lottery", "drawing", "draw", "it ends after the draw that it is at", columns)
 
 
-def run(recipe: LotteryRecipe, order: Order) -> Result:
+def run(recipe: LotteryRecipe, order: RunOptions) -> Result:
     """Draw, and return how it ended."""
     directory = RunDirectory(order.out.absolute())
     return supervise(
         directory,
         recipe.to_toml(),
         partial(joined, recipe, directory),
-        Display(directory, recipe.draws, WORDING),
+        ProgressDisplay(directory, recipe.draws, WORDING),
         partial(result_of, recipe, directory),
         resume=order.resume,
     )
@@ -58,8 +59,8 @@ class Drawing(threading.Thread):
     def run(self) -> None:
         """Draw."""
         try:
-            done = len(rows(self._directory.metrics))
-            self._directory.announce(self._recipe.to_toml(), done, [{"pid": os.getpid()}])
+            done = len(read_jsonl(self._directory.metrics))
+            self._directory.record_attempt(self._recipe.to_toml(), done, [{"pid": os.getpid()}])
             for seed in range(done + 1, self._recipe.draws + 1):
                 if self._closed.is_set() or self._directory.stop_requested():
                     break

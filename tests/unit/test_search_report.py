@@ -1,0 +1,207 @@
+"""What is shown of a search from its files: the report's panels, the standings, the lines at the terminal."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytrain.run.directory import RunDirectory
+from raytrain.run.report.page import render
+from raytrain.run.report.panel import Panel
+from search.journal.journal import Journal
+from search.journal.reports import Reports
+from search.journal.rows import read_decisions, read_reports
+from search.progress import SearchDisplay
+from search.report import panels
+from search.scheduling.driver import SegmentEnd, drive
+from search.scheduling.scheduler import Problem, Scheduler
+from search.scheduling.segments import Objective
+from search.scheduling.work import Done, Snapshot, Work
+from search.space import make_space
+from search.standings import Standings, standings_of
+from search.sweep.options import SweepOptions
+from search.sweep.searches import random
+from search.testing import toy_search, train_toy
+
+WORDS = ["<script>alert(1)</script>", "plain"]
+
+
+def searched(folder: Path, engine: Scheduler, metric: str, train: Any) -> Journal:
+    """Search in this process, with the files of a run."""
+    (folder / "recipe.toml").write_text(f'kind = "search"\n[search]\nmetric = "{metric}"\nmode = "max"\n')
+    journal, reports = Journal(folder, engine), Reports(folder / "metrics.jsonl")
+    journal.open()
+    reports.open(journal.unfinished)
+
+    def one(work: Work, state: bytes | None) -> SegmentEnd:
+        end: SegmentEnd = train(work, state)
+        reports.add(work, Done(work.attempt, Snapshot("", end.step), end.metrics))
+        return end
+
+    drive(journal, journal.store, one)
+    return journal
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory: pytest.TempPathFactory) -> Journal:
+    return searched(tmp_path_factory.mktemp("population"), toy_search(steps=40, population=4), "q", train_toy)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Journal:
+    space = {"x": {"type": "float", "low": 0, "high": 1}, "word": {"type": "choice", "values": WORDS}}
+    options = SweepOptions.model_validate({"name": "random", "space": space, "trials": 8})
+    engine = random(Problem(make_space(space), Objective("score", "higher"), 5), options)
+
+    def train(work: Work, state: bytes | None) -> SegmentEnd:
+        return SegmentEnd(b"", 5, {"score": -(work.changes["x"] ** 3)})
+
+    return searched(tmp_path_factory.mktemp("sweep"), engine, "score", train)
+
+
+def panels_of(journal: Journal) -> dict[str, Panel]:
+    return {panel.title: panel for panel in panels(RunDirectory(journal.lineage.path.parent))}
+
+
+def test_the_panels_of_a_population(population: Journal) -> None:
+    shown = panels_of(population)
+    rows = population.lineage.read()
+    exploits = [row for row in rows if row["action"] == "exploit"]
+    assert exploits
+    assert list(shown) == [
+        "Scores",
+        "Best so far",
+        "Schedule of h0",
+        "Schedule of h1",
+        "The winner's ancestry",
+        "Members",
+    ]
+    *members, copies = shown["Scores"].traces
+    assert [trace["name"] for trace in members] == [f"member {number}" for number in range(4)]
+    assert all(len(trace["x"]) == 40 // 5 for trace in members)
+    assert copies["y"][:2] == [exploits[0]["score"], exploits[0]["parent_score"]]
+    assert len(copies["x"]) == 3 * len(exploits)
+    best = population.best
+    assert shown["Best so far"].traces[0]["y"][-1] == best.score
+    last = shown["The winner's ancestry"].rows[-1]
+    assert (last[1], last[3]) == (best.member, best.score)
+    assert len(shown["Members"].rows) == 4
+
+
+def test_the_panels_of_a_sweep(sweep: Journal) -> None:
+    shown = panels_of(sweep)
+    assert list(shown) == [
+        "Scores",
+        "Best so far",
+        "Schedule of x",
+        "Trials",
+        "Rank correlation with the score",
+        "The winner's ancestry",
+        "Members",
+    ]
+    assert shown["Rank correlation with the score"].rows == [("x", -1.0, 8)]
+    words = next(axis for axis in shown["Trials"].traces[0]["dimensions"] if axis["label"] == "word")
+    assert set(words["ticktext"]) <= set(WORDS)
+    page = render("search", "", {}, list(shown.values()))
+    assert "<script>alert" not in page
+    assert "<script>alert" not in json.dumps(json.loads(page.split('id="panels">')[1].split("</script>")[0]))
+
+
+scalars = st.none() | st.booleans() | st.integers(-1, 99) | st.text(max_size=3) | st.floats(allow_nan=False)
+values = scalars | st.dictionaries(st.sampled_from(["h0", "h1", "q", ""]), scalars | st.lists(scalars, max_size=2))
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_whatever_is_in_the_files_is_reported_or_left_out(
+    data: st.DataObject, population: Journal, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """They may be of a fetched run."""
+    source, folder = population.lineage.path.parent, tmp_path_factory.mktemp("damaged")
+    for name in ("recipe.toml", "lineage.jsonl", "metrics.jsonl"):
+        lines = (source / name).read_text().splitlines()
+        places = st.lists(st.integers(0, len(lines) - 1), max_size=3, unique=True)
+        for place in data.draw(places) if name != "recipe.toml" else ():
+            row = json.loads(lines[place])
+            row[data.draw(st.sampled_from(sorted(row)))] = data.draw(values)
+            lines[place] = data.draw(st.sampled_from([json.dumps(row), json.dumps(row), "", "null", lines[place][:9]]))
+        (folder / name).write_text("\n".join(lines) + "\n")
+    render("search", "", {}, panels(RunDirectory(folder)))
+
+
+def test_a_search_without_a_report_has_no_panels(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('kind = "search"\nsearch = 3\n')
+    assert panels(RunDirectory(tmp_path)) == []
+
+
+def test_reports_of_segments_that_are_trained_again_are_dropped(tmp_path: Path) -> None:
+    reports = Reports(tmp_path / "metrics.jsonl")
+    reports.open(set())
+    for row, value in ((0, 0.5), (1, float("nan"))):
+        reports.add(Work("", row, row, Snapshot(), 5, {}, 0), Done("", Snapshot("", 5), {"loss": value, "odd": 1.0}))
+    assert reports.metrics(0) == {"loss": 0.5, "odd": 1.0}
+    assert reports.metrics(1) == {"odd": 1.0}
+    again = Reports(tmp_path / "metrics.jsonl")
+    again.open({1})
+    assert [row["row"] for row in again.read()] == [0]
+    assert again.seconds >= read_reports(tmp_path / "metrics.jsonl")[0]["seconds"]
+
+
+def test_standings_follow_the_rows(population: Journal) -> None:
+    folder = population.lineage.path.parent
+    standings = standings_of(Objective("q", "higher"), read_decisions(folder), read_reports(folder / "metrics.jsonl"))
+    best = population.best
+    assert (standings.best.score, standings.best.member, standings.best.step) == (
+        best.score,
+        best.member,
+        best.snapshot.step,
+    )
+    assert standings.steps == 4 * 40
+    assert standings.failures == 0
+    assert {member.state for member in standings.members.values()} == {"done"}
+    assert [member.score for _, member in standings.ranked()] == sorted(
+        (member.score for member in standings.members.values()), reverse=True
+    )
+
+
+def shown_at(population: Journal, capsys: pytest.CaptureFixture[str]) -> str:
+    display = SearchDisplay(population.lineage.path.parent, Standings(Objective("q", "higher")), 40, 160)
+    ended = threading.Event()
+    ended.set()
+    with display:
+        assert display.follow(ended, lambda: None, dict)
+    display.finish({"status": "done", "run": "here"})
+    return capsys.readouterr().err
+
+
+def test_lines_come_with_generations(population: Journal, capsys: pytest.CaptureFixture[str]) -> None:
+    best = population.best
+    shown = shown_at(population, capsys)
+    assert f"generation 7: 160/160 steps, best q {best.score:.4g} (member {best.member}), median " in shown
+    assert shown.endswith("status  done\nrun     here\n")
+
+
+def test_a_terminal_has_a_table(
+    population: Journal, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = shown_at(population, capsys)
+    assert all(title in shown for title in ("member", "step", "q", "h0", "h1", "from", "state"))
+    assert "40/40" in shown
+    assert "done" in shown
+
+
+def test_ctrl_c_asks_to_stop_and_the_second_one_leaves(population: Journal) -> None:
+    display = SearchDisplay(population.lineage.path.parent, Standings(Objective("q", "higher")), 40, 160)
+    asked: list[int] = []
+
+    def interrupted() -> dict[int, int]:
+        raise KeyboardInterrupt
+
+    assert not display.follow(threading.Event(), lambda: asked.append(1), interrupted)
+    assert asked == [1]
