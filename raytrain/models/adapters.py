@@ -137,7 +137,7 @@ def merge_adapter(module: nn.Module) -> None:
 
 
 def _matching(module: nn.Module, pattern: str) -> list[str]:
-    """Return the names of the parameters that match a pattern of `beside`.
+    """Return the names of the parameters that match a pattern of `modules_to_save`.
 
     Raises:
         RecipeError: there are none, and it is not one of the usual patterns.
