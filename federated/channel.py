@@ -16,14 +16,14 @@ class NoReport:
     reason: str
 
 
-Answer = bytes | NoReport
+ClientAnswer = bytes | NoReport
 """A client's report, still to be checked, or the reason why there is none."""
 
 
 class Channel(Protocol):
     """Reaches the clients of a run."""
 
-    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterable[tuple[int, Answer]]:
+    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterable[tuple[int, ClientAnswer]]:
         """Send clients their payloads, and yield (client, answer) once for each of them, in any order.
 
         Args:

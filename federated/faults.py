@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from federated.channel import Answer, Channel, NoReport
+from federated.channel import Channel, ClientAnswer, NoReport
 from federated.sampling import Stream
 from raytrain.recipe import Section
 from raytrain.registry import resolve
@@ -45,24 +45,24 @@ class Faults(Section):
     quorum: int = Field(1, ge=1)
 
 
-def drop(report: bytes, draw: int, faults: Faults) -> Answer:  # noqa: ARG001 - all faults take the same
+def drop(report: bytes, draw: int, faults: Faults) -> ClientAnswer:  # noqa: ARG001 - all faults take the same
     """Return no report."""
     return NoReport("no answer")
 
 
-def slow(report: bytes, draw: int, faults: Faults) -> Answer:  # noqa: ARG001
+def slow(report: bytes, draw: int, faults: Faults) -> ClientAnswer:  # noqa: ARG001
     """Return the report, unless the round has ended before it comes."""
     return (
         NoReport(f"late by {faults.slow_seconds:g} s") if 0 < faults.timeout_seconds < faults.slow_seconds else report
     )
 
 
-def crash(report: bytes, draw: int, faults: Faults) -> Answer:  # noqa: ARG001
+def crash(report: bytes, draw: int, faults: Faults) -> ClientAnswer:  # noqa: ARG001
     """Return no report; the channel has lost a process before it came."""
     return NoReport("its process was lost")
 
 
-def garble(report: bytes, draw: int, faults: Faults) -> Answer:  # noqa: ARG001
+def garble(report: bytes, draw: int, faults: Faults) -> ClientAnswer:  # noqa: ARG001
     """Return the report with one byte changed, or cut off there."""
     data = bytearray(report)
     index = (draw >> 16) % len(data)
@@ -91,13 +91,13 @@ class ClientFaultPlan:
                 return name
         return ""
 
-    def after(self, round_number: int, client: int, report: bytes) -> Answer:
+    def after(self, round_number: int, client: int, report: bytes) -> ClientAnswer:
         """Return what arrives of a client's report, after its fault if it has one."""
         name = self.fault(round_number, client)
         if not name:
             return report
         happen: Any = resolve(FAULTS, name, "faults")
-        answer: Answer = happen(report, self._draw(round_number, client, len(FAULTS)), self.faults)
+        answer: ClientAnswer = happen(report, self._draw(round_number, client, len(FAULTS)), self.faults)
         return answer
 
     def _draw(self, round_number: int, client: int, index: int) -> int:
@@ -116,7 +116,7 @@ class FaultyChannel:
         self._channel = channel
         self._plan = plan
 
-    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterator[tuple[int, Answer]]:
+    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterator[tuple[int, ClientAnswer]]:
         """Yield what arrives of each client's answer."""
         for client in payloads:
             if self._plan.fault(round_number, client) == "crash":

@@ -62,7 +62,7 @@ class GradientTrainer:
     ) -> None:
         self._options, self._module, self._data, self._master = options, module, data, master
         self._new_optimizer = new_optimizer
-        self._parameters = trainable(module)
+        self._parameters = trainable_parameters(module)
         self._buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
 
     def fit(
@@ -117,18 +117,18 @@ class GradientTrainer:
         return float(loss.detach())
 
 
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of a module by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def arrays_of(module: nn.Module) -> Arrays:
     """Return a copy of the trainable parameters of a module."""
-    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in trainable(module).items()}
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in trainable_parameters(module).items()}
 
 
 @torch.no_grad()
 def load_arrays(module: nn.Module, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Set the trainable parameters of a module."""
-    for name, parameter in trainable(module).items():
+    for name, parameter in trainable_parameters(module).items():
         parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-from federated.channel import Answer
+from federated.channel import ClientAnswer
 from federated.client import LocalTrainer
 
 
@@ -17,7 +17,7 @@ class InProcessChannel:
         self._make_trainer = make_trainer
         self._trainer = make_trainer()
 
-    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterator[tuple[int, Answer]]:  # noqa: ARG002
+    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterator[tuple[int, ClientAnswer]]:  # noqa: ARG002
         """Yield each client's report."""
         for client, payload in payloads.items():
             yield client, self._trainer.answer(client, payload)

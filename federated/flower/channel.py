@@ -6,12 +6,12 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from federated.channel import Answer, NoReport
+from federated.channel import ClientAnswer, NoReport
 from federated.encodings import PayloadError
 from federated.flower.messages import bytes_of, content_of
 from raytrain.terminal import printable
 
-MAX_REASON_CHARACTERS = 300
+SHOWN_REASON_CHARACTERS = 300
 SEND_ATTEMPTS = 3
 """How often a client is asked whose process died: another client may have been the cause."""
 
@@ -69,7 +69,7 @@ class GridMessenger:
         if reply is None:
             return NoReport(f"no answer within {self._timeout_seconds:g} s")
         if reply.has_error():
-            return NoReport(printable(reply.error.reason or "")[:MAX_REASON_CHARACTERS])
+            return NoReport(printable(reply.error.reason or "")[:SHOWN_REASON_CHARACTERS])
         return reply.content
 
 
@@ -83,7 +83,7 @@ class GridChannel:
     def __init__(self, messenger: GridMessenger) -> None:
         self._messenger = messenger
 
-    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterator[tuple[int, Answer]]:
+    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterator[tuple[int, ClientAnswer]]:
         """Yield what each client answers."""
         distinct: dict[bytes, RecordDict] = {}  # equal payloads are one content, which the grid then keeps once
         contents = {client: distinct.setdefault(payload, content_of(payload)) for client, payload in payloads.items()}
@@ -95,7 +95,7 @@ class GridChannel:
         self._messenger.end_process(client)
 
 
-def _report_of(content: RecordDict) -> Answer:
+def _report_of(content: RecordDict) -> ClientAnswer:
     try:
         return bytes_of(content)
     except PayloadError as error:

@@ -14,11 +14,11 @@ from federated.build import Federation
 from federated.client import LocalTrainer
 from federated.flower.client import TrainingClient
 from federated.flower.deployed import WHO, introduction, recipe_of
-from federated.flower.gradient_client import load_clients
+from federated.flower.gradient_client import load_gradient_clients
 from federated.global_model import GlobalModel
 from federated.recipe import FederateRecipe
 
-MODEL = "model"
+MODEL_RECORD = "model"
 """In a client's context: the newest model that it was sent."""
 
 app = ClientApp()
@@ -29,13 +29,13 @@ def train(message: Message, context: Context) -> Message:
     """Return what the client reports on a round."""
     recipe = recipe_of(context.node_config)
     if not recipe.seeded:
-        return load_clients(recipe.to_dict())(message, context)
+        return load_gradient_clients(recipe.to_dict())(message, context)
     trainer = _trainer(recipe)
     _remember(trainer, context)
     reply = TrainingClient(trainer)(message, context)
     newest = trainer.newest
     coefficients = newest.coefficients.astype("<f8").tobytes()
-    context.state[MODEL] = ConfigRecord({"version": newest.version, "coefficients": coefficients})
+    context.state[MODEL_RECORD] = ConfigRecord({"version": newest.version, "coefficients": coefficients})
     return reply
 
 
@@ -53,7 +53,7 @@ def _trainer(recipe: FederateRecipe) -> LocalTrainer:
 
 def _remember(trainer: LocalTrainer, context: Context) -> None:
     """Have the newest model that the client was sent: each message may start a new process."""
-    record = context.state.config_records.get(MODEL)
+    record = context.state.config_records.get(MODEL_RECORD)
     if record is None:
         return
     version, data = record["version"], record["coefficients"]

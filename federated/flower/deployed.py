@@ -12,7 +12,7 @@ from federated.recipe import FederateRecipe
 from raytrain.overrides import parse_overrides
 from raytrain.recipe import read_toml
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+SHIPPED_RECIPES = Path(__file__).parents[1] / "recipes"
 WHO = "who"
 """Name of the query by which the server learns who is there."""
 
@@ -26,7 +26,7 @@ def recipe_of(config: Mapping[str, Any]) -> FederateRecipe:
     Raises:
         RecipeError: there is no such recipe, or it is wrong.
     """
-    raw, file = read_toml(str(config["recipe"]), [RECIPES])
+    raw, file = read_toml(str(config["recipe"]), [SHIPPED_RECIPES])
     changes = parse_overrides(shlex.split(str(config.get("set", ""))))
     return FederateRecipe.parse_with({"kind": "federate", "name": file.stem, **raw}, changes)
 

@@ -52,7 +52,7 @@ def _number(config: ConfigRecord, key: str, kind: Callable[[Any], NumberT]) -> N
     return kind(config.get(key, 0))
 
 
-def load_clients(recipe: Mapping[str, Any]) -> GradientClient:
+def load_gradient_clients(recipe: Mapping[str, Any]) -> GradientClient:
     """Return the clients of a run, in a process that serves any number of them.
 
     Args:

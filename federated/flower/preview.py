@@ -25,7 +25,7 @@ def federated_preview(recipe: FederateRecipe) -> list[str]:
     partition = partition_of(recipe, task)
     parameters = [parameter for parameter in initial_module(recipe, task).parameters() if parameter.requires_grad]
     size = sum(parameter.nbytes for parameter in parameters)
-    head = [summary(recipe, partition), ""]
+    head = [run_summary(recipe, partition), ""]
     if not recipe.seeded:
         return [*head, f"{recipe.strategy.name} sends {size:,} bytes of parameters down and as many up."]
     return [
@@ -36,7 +36,7 @@ def federated_preview(recipe: FederateRecipe) -> list[str]:
     ]
 
 
-def summary(recipe: FederateRecipe, partition: Partition) -> str:
+def run_summary(recipe: FederateRecipe, partition: Partition) -> str:
     """Return a line about a run: its clients, its rounds and its protocol."""
     sizes = [partition.size(client) for client in range(min(partition.clients, SIZES_SHOWN))]
     drawn = ", drawn with replacement" if partition.with_replacement else ""

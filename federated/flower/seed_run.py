@@ -61,7 +61,7 @@ class SeedRun:
 
     def client_factory(self) -> Callable[[], Callable[[Message, Context], Message]]:
         """Return what makes the clients, in a process that serves any number of them."""
-        return partial(load_clients, self.federation.recipe.to_dict(), self.server.model)
+        return partial(load_seed_clients, self.federation.recipe.to_dict(), self.server.model)
 
     def play(
         self,
@@ -76,7 +76,7 @@ class SeedRun:
         return self.federation.rounds(self.server, GridChannel(messenger)).run(folder, record)
 
 
-def load_clients(recipe: Mapping[str, Any], model: GlobalModel) -> TrainingClient:
+def load_seed_clients(recipe: Mapping[str, Any], model: GlobalModel) -> TrainingClient:
     """Return the clients of a run, in a process that serves any number of them.
 
     Args:

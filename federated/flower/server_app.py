@@ -12,8 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 from federated.build import task_of
 from federated.encodings import PayloadError
 from federated.flower.deployed import WHO, introduced, recipe_of
+from federated.flower.runs import FederatedRun, run_of
 from federated.flower.seed_run import SeedRun
-from federated.flower.strategy_run import StrategyRun
 from federated.records import RunRecords
 from federated.results import result_of
 from raytrain.errors import RecipeError
@@ -21,8 +21,8 @@ from raytrain.run.directory import RunDirectory
 from raytrain.terminal import printable_line
 from raytrain.training.build import options_from_data
 
-LOOK_SECONDS = 1.0
-ANSWER_SECONDS = 120.0
+ARRIVAL_SECONDS = 1.0
+INTRODUCTION_SECONDS = 120.0
 """How long a client may take to say who it is: its process starts, and builds the model."""
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
     recipe = recipe_of(config)
     recipe = recipe.with_overrides(options_from_data(task_of(recipe), directory))
     torch.set_num_threads(recipe.threads())
-    run: SeedRun | StrategyRun = SeedRun(recipe) if recipe.seeded else StrategyRun(recipe)
+    run = run_of(recipe)
     with directory.session(resume=directory.recipe.is_file()):
         run.resume(directory.path)
         directory.prepare(recipe.to_toml())
@@ -52,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
         directory.write_result(result_of(directory, run.task, size, done=done, error=""))
 
 
-def nodes_of(grid: Grid, run: SeedRun | StrategyRun, wait_seconds: float) -> list[int]:
+def nodes_of(grid: Grid, run: FederatedRun, wait_seconds: float) -> list[int]:
     """Return the node of each client, as soon as all are there; client i is the one that says so.
 
     Raises:
@@ -70,11 +70,11 @@ def nodes_of(grid: Grid, run: SeedRun | StrategyRun, wait_seconds: float) -> lis
                 logger.warning("node %d is left out: %s", node, problem)
             else:
                 known[client] = node
-        time.sleep(LOOK_SECONDS)
+        time.sleep(ARRIVAL_SECONDS)
     return [known[client] for client in range(count)]
 
 
-def _problem(run: SeedRun | StrategyRun, client: int, origin: str, known: Mapping[int, int]) -> str:
+def _problem(run: FederatedRun, client: int, origin: str, known: Mapping[int, int]) -> str:
     """Return why a node cannot take part as the client that it says it is; "": it can."""
     if client >= run.partition.clients or client in known:
         return f"expected a client below {run.partition.clients} that is not there yet; got {client}"
@@ -89,7 +89,7 @@ def _problem(run: SeedRun | StrategyRun, client: int, origin: str, known: Mappin
 def _ask_who(grid: Grid, nodes: Iterable[int]) -> Iterator[tuple[int, int, str]]:
     """Yield (node, client, digest of what it begins with) of each node that answers."""
     sent = [Message(RecordDict(), dst_node_id=node, message_type=f"query.{WHO}") for node in sorted(nodes)]
-    for reply in grid.send_and_receive(sent, timeout=ANSWER_SECONDS) if sent else []:
+    for reply in grid.send_and_receive(sent, timeout=INTRODUCTION_SECONDS) if sent else []:
         node = reply.metadata.src_node_id
         try:
             if reply.has_error():

@@ -21,7 +21,7 @@ from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
 from federated.faults import ClientFaultPlan
 from federated.flower.channel import GridMessenger, nobody
-from federated.flower.gradient_client import ARRAYS, METRICS, load_clients
+from federated.flower.gradient_client import ARRAYS, METRICS, load_gradient_clients
 from federated.flower.seeding import global_seed
 from federated.gradients import Arrays, arrays_of, load_arrays
 from federated.protocols.protocol import Report
@@ -107,7 +107,7 @@ class StrategyRun:
 
     def client_factory(self) -> Callable[[], Callable[[Message, Context], Message]]:
         """Return what makes the clients, in a process that serves any number of them."""
-        return partial(load_clients, self._recipe.to_dict())
+        return partial(load_gradient_clients, self._recipe.to_dict())
 
     def play(
         self,

@@ -10,9 +10,8 @@ import torch
 from flwr.supercore.run import RunNotRunningException
 
 from federated.build import task_of
-from federated.flower.preview import summary
-from federated.flower.seed_run import SeedRun
-from federated.flower.strategy_run import StrategyRun
+from federated.flower.preview import run_summary
+from federated.flower.runs import FederatedRun, run_of
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
@@ -35,8 +34,6 @@ def federated_columns(row: Mapping[str, Any]) -> list[str]:
     return [f"heard {row['heard']}", f"{row['bytes_down']:,} B down  {row['bytes_up']:,} B up"]
 
 
-Federation = SeedRun | StrategyRun
-
 FEDERATED_WORDING = Wording(
     "federate", "federating", "round", "the run ends after the round that is going on", federated_columns
 )
@@ -53,7 +50,7 @@ def run_federated(recipe: FederateRecipe, order: RunOptions) -> Result:
     directory = RunDirectory(order.out.absolute())
     torch.set_num_threads(recipe.threads())
     recipe = recipe.with_overrides(options_from_data(task_of(recipe), directory))
-    federation: Federation = SeedRun(recipe) if recipe.seeded else StrategyRun(recipe)
+    federation = run_of(recipe)
     address = None if order.address in (None, OWN_CLUSTER) else order.address
     if address:
         check_reachable(address)
@@ -75,7 +72,7 @@ def run_federated(recipe: FederateRecipe, order: RunOptions) -> Result:
 @contextlib.contextmanager
 def _in_cluster(
     recipe: FederateRecipe,
-    federation: Federation,
+    federation: FederatedRun,
     directory: RunDirectory,
     address: str | None,
     say: Callable[[str], None],
@@ -86,7 +83,7 @@ def _in_cluster(
         RecipeError: it cannot be joined, or the folder holds another run.
     """
     federation.resume(directory.path)
-    say(summary(recipe, federation.partition))
+    say(run_summary(recipe, federation.partition))
     with ray_session(address):
         yield partial(Playing, recipe, federation, directory, say)
 
@@ -106,7 +103,7 @@ class Playing(threading.Thread):
     """
 
     def __init__(
-        self, recipe: FederateRecipe, federation: Federation, directory: RunDirectory, say: Callable[[str], None]
+        self, recipe: FederateRecipe, federation: FederatedRun, directory: RunDirectory, say: Callable[[str], None]
     ) -> None:
         super().__init__(daemon=True)
         self.error = ""
@@ -133,17 +130,19 @@ class Playing(threading.Thread):
         self.ended.wait()
 
     def _play(self) -> None:
-        recipe, federation, directory = self._recipe, self._federation, self._directory
-        clients, count, stopped = recipe.clients, federation.partition.clients, self._stop_at_once.is_set
-        options, factory = ActorOptions(clients.actors, clients.cpus, clients.gpus), federation.client_factory()
-        with RayGrid(factory, count, options, stopped=stopped, say=self._say) as grid:
-            directory.record_attempt(recipe.to_toml(), federation.version, [{"actors": grid.actors}])
-            with (
-                RunRecords(directory, federation, every=recipe.evaluation.every) as records,
-                contextlib.closing(
-                    federation.play(grid, grid.get_node_ids(), directory.path, records.add, grid.end_actor)
-                ) as rounds,
-            ):
-                for _ in rounds:
-                    if directory.stop_requested():
-                        break
+        """Start actors, and play rounds on them."""
+        clients, count = self._recipe.clients, self._federation.partition.clients
+        options, factory = ActorOptions(clients.actors, clients.cpus, clients.gpus), self._federation.client_factory()
+        with RayGrid(factory, count, options, stopped=self._stop_at_once.is_set, say=self._say) as grid:
+            self._directory.record_attempt(self._recipe.to_toml(), self._federation.version, [{"actors": grid.actors}])
+            with RunRecords(self._directory, self._federation, every=self._recipe.evaluation.every) as records:
+                self._play_on(grid, records)
+
+    def _play_on(self, grid: RayGrid, records: RunRecords) -> None:
+        rounds = self._federation.play(
+            grid, grid.get_node_ids(), self._directory.path, records.add, end_process=grid.end_actor
+        )
+        with contextlib.closing(rounds):
+            for _ in rounds:
+                if self._directory.stop_requested():
+                    break

@@ -172,7 +172,9 @@ class ProgressDisplay:
         parts += [f"valid {name} {_number(value)}" for name, value in self._valid.items()]
         if self._speed[0]:
             samples = f"  {self._speed[1]:.0f} samples/s" if self._speed[1] else ""
-            parts.append(f"{self._speed[0]:.1f} {self._wording.unit}s/s{samples}")
+            speed, unit = self._speed[0], self._wording.unit
+            pace = f"{speed:.1f} {unit}s/s" if speed >= 0.1 else f"{60 * speed:.1f} {unit}s/min"
+            parts.append(pace + samples)
         return "  ".join(parts)
 
 

@@ -9,10 +9,10 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from federated.flower.channel import GridMessenger
-from federated.flower.gradient_client import GradientClient, load_clients
+from federated.flower.gradient_client import GradientClient, load_gradient_clients
 from federated.flower.identity import assume_identity
 from federated.flower.strategy_run import StrategyRun
-from federated.gradients import load_arrays, trainable
+from federated.gradients import load_arrays, trainable_parameters
 from federated.recipe import FederateRecipe
 from federated.server import CommunicationRound
 from raytrain.errors import RecipeError
@@ -42,7 +42,7 @@ class InProcessGrid:
     """A grid whose clients are served at once; client i is node i + 2."""
 
     def __init__(self, recipe: FederateRecipe) -> None:
-        self.client, self.ended = load_clients(recipe.to_dict()), list[int]()
+        self.client, self.ended = load_gradient_clients(recipe.to_dict()), list[int]()
 
     def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> list[Message]:
         nodes = [message.metadata.dst_node_id for message in messages]
@@ -55,7 +55,7 @@ class InProcessGrid:
 
 def test_a_round_of_fedavg_is_the_mean_of_its_clients_by_examples(tmp_path: Path) -> None:
     recipe = recipe_of(**{"partition.sizes": "zipf"})
-    run, client = StrategyRun(recipe), load_clients(recipe.to_dict())
+    run, client = StrategyRun(recipe), load_gradient_clients(recipe.to_dict())
     before = {name: value.copy() for name, value in run.arrays.items()}
     done = run.play_round(GridMessenger(InProcessGrid(recipe), range(2, 8)))
     results = [client.trainer.fit(each, 0, before, lr_ratio=1.0, proximal_mu=0.0) for each in sorted(done.heard)]
@@ -74,14 +74,16 @@ def fitted(client: GradientClient, **options: float) -> np.ndarray:
 
 
 def test_a_client_leaves_nothing_behind_and_a_proximal_term_holds_it_near() -> None:
-    client = load_clients(recipe_of(**{"task.dropout": 0.5, "task.norm": True}).to_dict())
-    plain = load_clients(recipe_of().to_dict())
+    client = load_gradient_clients(recipe_of(**{"task.dropout": 0.5, "task.norm": True}).to_dict())
+    plain = load_gradient_clients(recipe_of().to_dict())
     first = fitted(plain)
     fitted(plain, lr_ratio=3.0)
     assert np.array_equal(fitted(plain), first)
     assert np.linalg.norm(fitted(plain, proximal_mu=5.0)) < 0.9 * np.linalg.norm(first)
     assert np.linalg.norm(fitted(plain, lr_ratio=0.1)) < 0.5 * np.linalg.norm(first)
-    arrays = {name: value.detach().numpy().copy() for name, value in trainable(client.trainer._module).items()}
+    arrays = {
+        name: value.detach().numpy().copy() for name, value in trainable_parameters(client.trainer._module).items()
+    }
     one, other = (client.trainer.fit(2, 0, arrays, lr_ratio=1.0, proximal_mu=0.0) for _ in range(2))
     assert all(np.array_equal(one.arrays[name], other.arrays[name]) for name in arrays), "dropout and buffers too"
 
