@@ -44,7 +44,7 @@ class ConfigurationOptions(AdapterOptions):
 
 def peft_config(options: AdapterOptions) -> Any:
     """Return peft's configuration of an adapter; None without one."""
-    given = options.model_dump(exclude={"name", "beside"}, exclude_unset=True)
+    given = options.model_dump(exclude={"name", "modules_to_save"}, exclude_unset=True)
     return resolve(ADAPTERS, options.name, "adapter.name")(**given)
 
 
@@ -137,7 +137,7 @@ def merge_adapter(module: nn.Module) -> None:
 
 
 def _matching(module: nn.Module, pattern: str) -> list[str]:
-    """Return the names of the parameters that match a pattern of `beside`.
+    """Return the names of the parameters that match a pattern of `modules_to_save`.
 
     Raises:
         RecipeError: there are none, and it is not one of the usual patterns.
