@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from raytrain.errors import CheckpointError
+from raytrain.errors import CheckpointError, RecipeError
 from raytrain.files import fsync_path, write_atomic
 
 FORMAT = "raytrain federated server 1"
@@ -63,6 +63,24 @@ def read_newest(folder: Path) -> tuple[dict[str, str], State] | None:
     if problems:
         raise CheckpointError("no state of this run can be read:\n" + "\n".join(problems))
     return None
+
+
+def check_same_run(folder: Path, expected: Mapping[str, str], got: Mapping[str, str]) -> None:
+    """Refuse the state of another run.
+
+    Args:
+        folder: that holds it.
+        expected: what the run is known by.
+        got: what the state says.
+
+    Raises:
+        RecipeError: it says something else.
+    """
+    if odd := [name for name, value in expected.items() if got.get(name) != value]:
+        raise RecipeError(
+            f"{folder}: expected a run with {odd[0]} = {expected[odd[0]]}; got {got.get(odd[0])}; "
+            "begin another run, or keep what this one began with"
+        )
 
 
 def newest_state(folder: Path) -> Path | None:

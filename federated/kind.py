@@ -10,7 +10,7 @@ KIND = Kind(
     recipes=Path(__file__).parent / "recipes",
     load="federated.results:load_federated_model",
     panels="federated.report:panels",
-    check="federated.flower.preview:deployment_preview",
+    check="federated.flower.preview:federated_preview",
     tables={
         "protocols": "federated.protocols.protocol:PROTOCOLS",
         "partitions": "federated.partition:PARTITIONS",

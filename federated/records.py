@@ -1,7 +1,6 @@
 """What a run leaves on the disk beside the server's state: rows of rounds and evaluations, and the model as seeds."""
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -45,24 +44,16 @@ class RunRecords:
         run: the folder.
         model: of the run, at the round that it begins at or goes on from.
         every: rounds between evaluations; 0: at the end only.
-        loggers: names of what else takes the rows.
     """
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        model: RecordedModel,
-        *,
-        every: int,
-        loggers: Iterable[str] = (),
-    ) -> None:
+    def __init__(self, run: RunDirectory, model: RecordedModel, *, every: int) -> None:
         self._model, self._every = model, every
         self._folder, version = run.path, model.version
         done = [row for row in read_jsonl(run.metrics) if "valid" not in row and row["step"] <= version]
         before = done[-1] if done else {}
         self._total = {name: before.get(name, 0) for name in ("bytes_down", "bytes_up", "payloads", "reports")}
         self._began = time.monotonic() - before.get("seconds", 0.0)
-        self._recorder = MetricsWriter(run, version, version, loggers)
+        self._recorder = MetricsWriter(run, version, version, [])
         self._rounds = _kept(run.path / ROUNDS, version)
 
     def __enter__(self) -> Self:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from federated.broadcast import ModelHistory
-from federated.checkpoint import read_newest, write_checkpoint
+from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
 from federated.global_model import GlobalModel
 from federated.protocols.protocol import Protocol, Report
@@ -244,11 +244,7 @@ class Server:
         if found is None:
             return False
         about, state = found
-        if odd := [name for name, value in self.about().items() if about.get(name) != value]:
-            raise RecipeError(
-                f"{folder}: expected a run with {odd[0]} = {self.about()[odd[0]]}; got {about.get(odd[0])}; "
-                "begin another run, or keep what this one began with"
-            )
+        check_same_run(folder, self.about(), about)
         self.round, self.versions = None, state.pop("versions")
         prefix = "protocol."
         self.protocol.load_state({k.removeprefix(prefix): state.pop(k) for k in list(state) if k.startswith(prefix)})

@@ -14,7 +14,7 @@ from federated.build import Federation
 from federated.client import LocalTrainer
 from federated.flower.client import TrainingClient
 from federated.flower.deployed import WHO, introduction, recipe_of
-from federated.flower.strategy_run import load_clients
+from federated.flower.gradient_client import load_clients
 from federated.global_model import GlobalModel
 from federated.recipe import FederateRecipe
 

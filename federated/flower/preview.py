@@ -15,7 +15,7 @@ COPIES = 3
 """Of the model in a process: w0, the model of the round, and the working copy of a client."""
 
 
-def deployment_preview(recipe: FederateRecipe) -> list[str]:
+def federated_preview(recipe: FederateRecipe) -> list[str]:
     """Return what follows from a recipe before anything is started.
 
     Raises:

@@ -1,16 +1,15 @@
 """A run whose clients send parameters, which a strategy of Flower's averages."""
 
+import json
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.common.constant import PARTITION_ID_KEY
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
@@ -18,13 +17,13 @@ from safetensors.numpy import save
 
 from federated.build import evaluate_module, initial_module, partition_of, task_of
 from federated.channel import NoReport
-from federated.checkpoint import read_newest, write_checkpoint
-from federated.client import ClientData
+from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
 from federated.faults import ClientFaultPlan
 from federated.flower.channel import GridMessenger, nobody
+from federated.flower.gradient_client import ARRAYS, METRICS, load_clients
 from federated.flower.seeding import global_seed
-from federated.gradients import Arrays, GradientOptions, GradientTrainer, arrays_of, load_arrays
+from federated.gradients import Arrays, arrays_of, load_arrays
 from federated.protocols.protocol import Report
 from federated.recipe import STRATEGIES, FederateRecipe
 from federated.records import PARAMETERS
@@ -33,18 +32,13 @@ from federated.sampling import participants
 from federated.server import CommunicationRound, ReportLimits
 from raytrain.errors import RecipeError
 from raytrain.files import write_atomic
-from raytrain.optim.optimizers import make_optimizer
-from raytrain.optim.options import OPTIMIZERS
 from raytrain.registry import resolve
 from raytrain.seeds.prng import fold_in
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
-"""Records of a message, as Flower's strategies name them."""
 MOMENTS = ("m_t", "v_t", "momentum_vector")
 """Attributes in which Flower's strategies keep what they learn from round to round."""
 HEAD_BYTES = 4096
 """Of an array in a message, beside its numbers."""
-NumberT = TypeVar("NumberT", int, float)
 NOTHING = np.zeros(0, np.float32)
 
 
@@ -89,8 +83,7 @@ class StrategyRun:
         if found is None:
             return
         about, state = found
-        if about != self._about():
-            raise RecipeError(f"{folder}: expected a run with {self._about()}; got {about}; begin another run")
+        check_same_run(folder, self._about(), about)
         self.version = int(state.pop("version")[0])
         for name in MOMENTS:
             kept = {key.removeprefix(f"{name}."): state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
@@ -201,10 +194,10 @@ class StrategyRun:
 
     def _about(self) -> dict[str, str]:
         """Return what a run is known by."""
-        recipe = self._recipe
-        fields = ("seed", "rounds", "clients", "protocol", "strategy", "optimizer", "schedule", "freeze", "adapter")
-        plain = recipe.to_dict()
-        return {name: str(plain.get(name)) for name in fields}
+        recipe, plain = self._recipe, self._recipe.to_dict()
+        fields = ("seed", "rounds", "protocol", "strategy", "optimizer", "schedule", "freeze", "adapter")
+        clients = f"{self.partition.clients}, {recipe.clients.per_round} a round"
+        return {"clients": clients, **{name: json.dumps(plain.get(name), sort_keys=True) for name in fields}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,54 +268,3 @@ def size_of(content: RecordDict) -> int:
 def _reply(content: RecordDict) -> Message:
     """Return a client's reply as a strategy reads it."""
     return Message(content, dst_node_id=1, message_type="train")
-
-
-@dataclass(frozen=True, slots=True)
-class GradientClient:
-    """Answers for whichever client a message is for; it has the signature of a `ClientApp`.
-
-    Attributes:
-        trainer: of all clients.
-    """
-
-    trainer: GradientTrainer
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        """Return a client's parameters after its local steps."""
-        arrays, config = message.content.array_records[ARRAYS], message.content.config_records[CONFIG]
-        result = self.trainer.fit(
-            int(context.node_config[PARTITION_ID_KEY]),
-            _number(config, "server-round", int) - 1,
-            {name: array.numpy() for name, array in arrays.items()},
-            lr_ratio=_number(config, "lr-ratio", float),
-            proximal_mu=_number(config, "proximal-mu", float),
-        )
-        trained = ArrayRecord({name: Array(value) for name, value in result.arrays.items()})
-        metrics = MetricRecord({"num-examples": result.examples, "train_loss": result.loss})
-        return Message(RecordDict({ARRAYS: trained, METRICS: metrics}), reply_to=message)
-
-
-def _number(config: ConfigRecord, key: str, kind: Callable[[Any], NumberT]) -> NumberT:
-    """Return a number of a message's configuration, 0 if it is not there."""
-    return kind(config.get(key, 0))
-
-
-def load_clients(recipe: Mapping[str, Any]) -> GradientClient:
-    """Return the clients of a run, in a process that serves any number of them.
-
-    Args:
-        recipe: as `Recipe.plain` returns it.
-
-    Raises:
-        RecipeError: the recipe does not fit the data or the model.
-    """
-    parsed = FederateRecipe.parse(recipe)
-    torch.set_num_threads(parsed.threads())
-    task = task_of(parsed)
-    module = initial_module(parsed, task).to(parsed.device())
-    data = ClientData(task, task.data("train"), partition_of(parsed, task).indices)
-    constructor = resolve(OPTIMIZERS, parsed.optimizer.name, "optimizer.name")
-    if not isinstance(parsed.protocol, GradientOptions):
-        raise TypeError(type(parsed.protocol))
-    new_optimizer = partial(make_optimizer, constructor, parsed.optimizer, module)
-    return GradientClient(GradientTrainer(parsed.protocol, module, data, new_optimizer, parsed.seed))

@@ -19,10 +19,10 @@ from bench import ROOT, arguments, finish
 
 from federated.broadcast import payload_bytes
 from federated.build import protocol_of
-from federated.launch.run import run
+from federated.launch.run import run_federated
 from federated.recipe import FederateRecipe
-from raytrain.kinds import Order
-from raytrain.launch.session import session
+from raytrain.kinds import RunOptions
+from raytrain.launch.session import cluster_session
 from raytrain.recipe import read_toml
 
 STEPS = 4_000
@@ -79,7 +79,7 @@ def recipe_of(method: str, partition: str, seed: int, steps: int) -> FederateRec
 def measure(recipe: FederateRecipe) -> dict[str, float]:
     """Return what a run ends with."""
     with tempfile.TemporaryDirectory() as folder:
-        result = run(recipe, Order(Path(folder) / "run"))
+        result = run_federated(recipe, RunOptions(Path(folder) / "run"))
     figures = result.figures
     return {
         "accuracy": result.metrics["accuracy"],
@@ -125,7 +125,7 @@ def main() -> None:
     """Measure and report."""
     options = arguments(__doc__.partition("\n")[0])
     table: list[dict[str, Any]] = []
-    with session(None, 2):
+    with cluster_session(None, 2):
         for row in rows(options.quick):
             table.append(row)
             print(row, flush=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.models import options as declared
-from raytrain.models.adapters import inject_adapter, mark_untrained, merge_adapter
+from raytrain.models.adapters import inject_adapter, mark_untrained, merge_adapter, peft_config
 from raytrain.models.options import ADAPTERS, AdapterOptions
 from raytrain.recipe import Options
 from raytrain.run.checkpoint import list_checkpoints, load_part
@@ -222,3 +222,10 @@ def test_patterns_of_what_is_trained_beside_an_adapter_must_fit() -> None:
         RecipeError, match=r"^adapter.modules_to_save: 'clasifier\*' matches no parameter of the model; did y"
     ):
         inject_adapter(model(0), options(name="lora", modules_to_save=("clasifier*",)), 0)
+
+
+@pytest.mark.parametrize("name", ["none", "lora"])
+def test_options_that_a_recipe_has_written_out_are_read_again(name: str) -> None:
+    written = AdapterOptions(name=name).model_dump()
+    config = peft_config(AdapterOptions.model_validate(written))
+    assert (config is None) == (name == "none")

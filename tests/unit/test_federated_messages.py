@@ -19,7 +19,7 @@ from federated.flower.channel import GridChannel, GridMessenger
 from federated.flower.deployed import WHO, introduced, introduction, recipe_of
 from federated.flower.identity import assume_identity
 from federated.flower.messages import bytes_of, content_of, envelope_bytes, shipped_bytes
-from federated.flower.preview import preview, traffic_rows
+from federated.flower.preview import federated_preview, traffic_rows
 from federated.flower.strategy_run import check_reply
 from federated.recipe import FederateRecipe
 from federated.server import ReportLimits
@@ -89,7 +89,7 @@ def test_check_shows_the_bytes_of_real_payloads(tmp_path: Path) -> None:
     assert row[1:3] == [f"{down:,}", f"{up:,}"]
     shipped = sum(envelope_bytes(down, up)) + down + up
     assert row[3].endswith(f" = {shipped:,}")
-    lines = preview(recipe)
+    lines = federated_preview(recipe)
     assert lines[0].startswith("recipe: 2 clients (iid; ")
     assert any(line.startswith("FedAvg of the same parameters sends ") for line in lines)
 

@@ -1,0 +1,133 @@
+"""Clients that send parameters, and the strategies that average them, in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+
+from federated.flower.channel import GridMessenger
+from federated.flower.gradient_client import GradientClient, load_clients
+from federated.flower.identity import assume_identity
+from federated.flower.strategy_run import StrategyRun
+from federated.gradients import load_arrays, trainable
+from federated.recipe import FederateRecipe
+from federated.server import CommunicationRound
+from raytrain.errors import RecipeError
+
+FIELDS: dict[str, Any] = {
+    "kind": "federate",
+    "task": "raytrain.testing:tiny",
+    "clients": {"count": 6, "per_round": 3},
+    "protocol": {"name": "flower", "local_steps": 5, "batch": 4},
+    "strategy": {"name": "FedAvg"},
+    "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+    "schedule": {"name": "linear"},
+    "rounds": 3,
+}
+
+
+def recipe_of(**more: Any) -> FederateRecipe:
+    return FederateRecipe.parse_with(FIELDS, more)
+
+
+@pytest.fixture(autouse=True)
+def identity() -> None:
+    assume_identity(run_id=1)
+
+
+class InProcessGrid:
+    """A grid whose clients are served at once; client i is node i + 2."""
+
+    def __init__(self, recipe: FederateRecipe) -> None:
+        self.client, self.ended = load_clients(recipe.to_dict()), list[int]()
+
+    def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> list[Message]:
+        nodes = [message.metadata.dst_node_id for message in messages]
+        contexts = [Context(1, node, {"partition-id": node - 2}, RecordDict(), {}) for node in nodes]
+        return [self.client(*pair) for pair in zip(messages, contexts, strict=True)]
+
+    def play(self, run: StrategyRun, folder: Path) -> list[CommunicationRound]:
+        return list(run.play(self, range(2, 8), folder, lambda done: None, self.ended.append))
+
+
+def test_a_round_of_fedavg_is_the_mean_of_its_clients_by_examples(tmp_path: Path) -> None:
+    recipe = recipe_of(**{"partition.sizes": "zipf"})
+    run, client = StrategyRun(recipe), load_clients(recipe.to_dict())
+    before = {name: value.copy() for name, value in run.arrays.items()}
+    done = run.play_round(GridMessenger(InProcessGrid(recipe), range(2, 8)))
+    results = [client.trainer.fit(each, 0, before, lr_ratio=1.0, proximal_mu=0.0) for each in sorted(done.heard)]
+    counts = np.array([result.examples for result in results])
+    assert len(set(counts.tolist())) > 1
+    for name, value in run.arrays.items():
+        mean = sum(count * result.arrays[name] for count, result in zip(counts, results, strict=True)) / counts.sum()
+        assert np.allclose(value, mean, rtol=1e-5, atol=1e-7)
+    assert any(not np.array_equal(value, before[name]) for name, value in run.arrays.items())
+
+
+def fitted(client: GradientClient, **options: float) -> np.ndarray:
+    run = StrategyRun(recipe_of())
+    result = client.trainer.fit(3, 1, run.arrays, **{"lr_ratio": 1.0, "proximal_mu": 0.0, **options})
+    return np.concatenate([(result.arrays[name] - value).ravel() for name, value in run.arrays.items()])
+
+
+def test_a_client_leaves_nothing_behind_and_a_proximal_term_holds_it_near() -> None:
+    client = load_clients(recipe_of(**{"task.dropout": 0.5, "task.norm": True}).to_dict())
+    plain = load_clients(recipe_of().to_dict())
+    first = fitted(plain)
+    fitted(plain, lr_ratio=3.0)
+    assert np.array_equal(fitted(plain), first)
+    assert np.linalg.norm(fitted(plain, proximal_mu=5.0)) < 0.9 * np.linalg.norm(first)
+    assert np.linalg.norm(fitted(plain, lr_ratio=0.1)) < 0.5 * np.linalg.norm(first)
+    arrays = {name: value.detach().numpy().copy() for name, value in trainable(client.trainer._module).items()}
+    one, other = (client.trainer.fit(2, 0, arrays, lr_ratio=1.0, proximal_mu=0.0) for _ in range(2))
+    assert all(np.array_equal(one.arrays[name], other.arrays[name]) for name in arrays), "dropout and buffers too"
+
+
+def test_only_trainable_parameters_travel() -> None:
+    whole, frozen = StrategyRun(recipe_of()), StrategyRun(recipe_of(**{"freeze.match": ["*weight"]}))
+    assert 0 < frozen.parameter_bytes() < whole.parameter_bytes()
+    assert set(frozen.arrays) < set(whole.arrays)
+    module = torch.nn.Linear(2, 1)
+    module.bias.requires_grad_(requires_grad=False)
+    load_arrays(module, {"weight": np.array([[1.0, 2.0]], np.float32)})
+    assert module.weight.tolist() == [[1.0, 2.0]]
+
+
+def test_faults_are_counted_and_a_round_without_a_quorum_moves_nothing(tmp_path: Path) -> None:
+    faults = {"faults.drop": 0.3, "faults.crash": 0.3, "rounds": 6, "faults.quorum": 2}
+    recipe = recipe_of(**faults)
+    grid, run = InProcessGrid(recipe), StrategyRun(recipe)
+    rounds = grid.play(run, tmp_path)
+    assert {reason for done in rounds for reason in done.missing.values()} == {"no answer", "its process was lost"}
+    crashed = [client for done in rounds for client, reason in done.missing.items() if "process" in reason]
+    assert sorted(grid.ended) == sorted(crashed)
+    assert all(len(done.used) == (len(done.heard) if len(done.heard) > 1 else 0) for done in rounds)
+    assert {len(done.used) for done in rounds} > {0}
+    without = recipe_of(**{"faults.drop": 1.0, "rounds": 1})
+    still = StrategyRun(without)
+    before = {name: value.copy() for name, value in still.arrays.items()}
+    InProcessGrid(without).play(still, tmp_path / "still")
+    assert all(np.array_equal(before[name], value) for name, value in still.arrays.items())
+
+
+def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_of()
+    InProcessGrid(recipe).play(StrategyRun(recipe), tmp_path)
+    other = StrategyRun(recipe_of(**{"strategy.name": "FedMedian"}))
+    with pytest.raises(
+        RecipeError, match=r'expected a run with strategy = {"arguments": {}, "name": "FedMedian"}; got {'
+    ):
+        other.resume(tmp_path)
+    again = StrategyRun(recipe_of(**{"clients.actors": 3}))
+    again.resume(tmp_path)
+    assert again.is_done()
+
+
+def test_arguments_that_a_strategy_does_not_take_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^strategy.arguments: FedProx: .*unexpected keyword argument 'mu'"):
+        StrategyRun(recipe_of(**{"strategy.name": "FedProx", "strategy.arguments": {"mu": 1}}))
+    with pytest.raises(RecipeError, match=r"^strategy.arguments: QFedAvg: .*missing 1 .*'client_learning_rate'"):
+        StrategyRun(recipe_of(**{"strategy.name": "QFedAvg"}))
