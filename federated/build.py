@@ -2,33 +2,31 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor, nn
 
 from federated.channel import Channel
 from federated.client import ClientData, LocalTrainer
 from federated.evaluation import OwnExamples, evaluate_on, over_clients
-from federated.faults import FaultPlan, FaultyChannel
+from federated.faults import ClientFaultPlan, FaultyChannel
 from federated.global_model import RoundRates
 from federated.partition import PARTITIONS, Partition
-from federated.protocols.protocol import PROTOCOLS, Protocol
+from federated.protocols.protocol import PROTOCOLS, Protocol, ProtocolOptions
 from federated.recipe import FederateRecipe
-from federated.records import RunRecords
 from federated.rounds import Rounds
-from federated.sampling import Stream, fold_in, participants
+from federated.sampling import Stream, participants
 from federated.server import Participation, Server
 from federated.simulation import InProcessChannel
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
-from raytrain.models.adapters import adapt
+from raytrain.models.adapters import inject_adapter
 from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.registry import resolve
-from raytrain.run.directory import RunDirectory
+from raytrain.seeds.prng import fold_in
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import TASKS, Task, make_task
-from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, space_of
+from raytrain.zeroth.optimizers import ZOSGD, ZerothOrderOptimizer, directions_of
 
 
 def task_of(recipe: FederateRecipe) -> Task:
@@ -54,7 +52,9 @@ def partition_of(recipe: FederateRecipe, task: Task) -> Partition:
 
 
 def protocol_of(recipe: FederateRecipe) -> Protocol:
-    """Return the recipe's protocol, as it begins."""
+    """Return the recipe's zeroth-order protocol, as it begins."""
+    if not isinstance(recipe.protocol, ProtocolOptions):
+        raise TypeError(f"protocol.name: {recipe.protocol.name} sends parameters")
     rates = RoundRates.of(recipe.learning_rates(), recipe.protocol.weight_decay)
     make = resolve(PROTOCOLS, recipe.protocol.name, "protocol.name")
     protocol: Protocol = make(recipe.protocol, rates, recipe.seed)
@@ -76,20 +76,43 @@ def working_model_of(
     """
     module = initial_module(recipe, task).to(device)
     optimizer = make_optimizer(ZOSGD, recipe.optimizer, module)
-    if not isinstance(optimizer, ZerothOrder):  # the recipe sees to that
+    if not isinstance(optimizer, ZerothOrderOptimizer):  # the recipe sees to that
         raise TypeError(type(optimizer))
-    space = space_of(module, optimizer, mode=recipe.zo.distribution, sparsity=recipe.zo.sparsity, blocks=False)
+    space = directions_of(
+        module, optimizer, distribution=recipe.zo.distribution, sparsity=recipe.zo.sparsity, blockwise=False
+    )
     return WorkingModel(module, space, initial, keep_round=keep_round)
 
 
 def initial_module(recipe: FederateRecipe, task: Task) -> nn.Module:
     """Return the model with its first weights, its adapter and what is frozen."""
     module = task.model(recipe.seed)
-    if task.start:
-        task.start(module, recipe.seed)
+    if task.init_head:
+        task.init_head(module, recipe.seed)
     freeze(module, recipe.freeze.match)
-    adapt(module, recipe.adapter, recipe.seed)
+    inject_adapter(module, recipe.adapter, recipe.seed)
     return module
+
+
+def evaluate_module(
+    recipe: FederateRecipe, task: Task, partition: Partition, module: nn.Module, version: int
+) -> dict[str, float]:
+    """Return what a task measures of a model: on held-out examples, and on some clients' own.
+
+    Args:
+        recipe: says on how many clients' examples.
+        task: of the recipe.
+        partition: of its training examples.
+        module: the model.
+        version: rounds that made it, from which the clients follow.
+    """
+    batch, held_out = recipe.evaluation.batch, task.data("valid")
+    metrics = evaluate_on(task, module, held_out, batch)
+    if count := round(recipe.evaluation.clients * partition.clients):
+        some = participants(fold_in(recipe.seed, Stream.EVALUATION), version, partition.clients, count).tolist()
+        own = [OwnExamples(task.data("train"), partition.indices(client)) for client in some]
+        metrics |= over_clients([evaluate_on(task, module, examples, batch) for examples in own], task)
+    return metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +143,12 @@ class Federation:
 
     def evaluate(self, server: Server) -> dict[str, float]:
         """Return what the task measures of the server's model: on held-out examples, and on some clients' own."""
-        batch, task = self.recipe.evaluation.batch, self.task
         self.model.set_to(server.model, protocol_of(self.recipe))
-        metrics = evaluate_on(task, self.model.module, task.data("valid"), batch)
-        if count := round(self.recipe.evaluation.clients * self.partition.clients):
-            seed = fold_in(self.recipe.seed, Stream.EVALUATION)
-            some = participants(seed, server.model.version, self.partition.clients, count).tolist()
-            own = [OwnExamples(task.data("train"), self.partition.indices(client)) for client in some]
-            rows = [evaluate_on(task, self.model.module, examples, batch) for examples in own]
-            metrics |= over_clients(rows, task)
-        return metrics
+        return evaluate_module(self.recipe, self.task, self.partition, self.model.module, server.model.version)
 
     def parameter_bytes(self) -> int:
         """Return the size of the parameters that the run moves, which a gradient method would send."""
-        return sum(part.tensor.nbytes for part in self.model.space.parts)
+        return sum(part.tensor.nbytes for part in self.model.directions.slices)
 
     def seed_model(self, server: Server) -> SeedModel:
         """Return the server's model for others to read."""
@@ -150,15 +165,10 @@ class Federation:
         data = ClientData(self.task, self.task.data("train"), self.partition.indices)
         return LocalTrainer(self.model, protocol_of(self.recipe), data, self.recipe.zo)
 
-    def records(self, run: RunDirectory, server: Server) -> RunRecords:
-        """Return what writes the rows of a run that begins, or goes on, at the server's round."""
-        every = self.recipe.evaluation.every
-        return RunRecords(run, server, partial(self.evaluate, server), partial(self.seed_model, server), every=every)
-
     def simulation(self, server: Server) -> Rounds:
         """Return the server's rounds, all in this process."""
         return self.rounds(server, InProcessChannel(self.trainer))
 
     def rounds(self, server: Server, channel: Channel) -> Rounds:
         """Return the server's rounds over a channel, with the recipe's faults."""
-        return Rounds(server, FaultyChannel(channel, FaultPlan(self.recipe.faults, self.recipe.seed)))
+        return Rounds(server, FaultyChannel(channel, ClientFaultPlan(self.recipe.faults, self.recipe.seed)))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from raytrain.errors import CheckpointError
-from raytrain.files import flush, write_whole
+from raytrain.files import fsync_path, write_atomic
 
 FORMAT = "raytrain federated server 1"
 DIGEST_BYTES = 32
@@ -38,8 +38,8 @@ def write_checkpoint(
     data = save({name: np.ascontiguousarray(value) for name, value in state.items()}, {"format": FORMAT, **about})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / f"round-{round_number:08d}.state", hashlib.sha256(data).digest() + data)
-        flush(folder)
+        write_atomic(folder / f"round-{round_number:08d}.state", hashlib.sha256(data).digest() + data)
+        fsync_path(folder)
         for old in _listed(folder)[:-KEPT]:
             old.unlink()
     except OSError as error:

@@ -13,17 +13,18 @@ from federated.broadcast import receive
 from federated.encodings import Floats, PayloadError
 from federated.global_model import GlobalModel
 from federated.protocols.protocol import Protocol
-from federated.sampling import Indices, batches, fold_in
+from federated.sampling import Indices, batches
 from federated.wire import ReportHeader, read_model, write_lost, write_report
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
 from raytrain.recipe import Section
+from raytrain.seeds.prng import fold_in
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Examples, Task
-from raytrain.tensors import moved
-from raytrain.zeroth.estimators import slope, without_outliers
-from raytrain.zeroth.perturbed import Loss
-from raytrain.zeroth.step import loss_of
+from raytrain.tensors import to_device
+from raytrain.zeroth.estimators import projected_gradient, reject_outliers
+from raytrain.zeroth.perturbed import Closure
+from raytrain.zeroth.step import make_closure
 
 logger = logging.getLogger(__name__)
 
@@ -119,28 +120,30 @@ class LocalTrainer:
     @torch.no_grad()
     def _local_steps(self, client: int, round_number: int, directions: Indices, own: Indices) -> Floats:
         """Return the projected gradient that is reported of each direction; a local step moves by what arrives."""
-        protocol, space = self._protocol, self._model.space
+        protocol, space = self._protocol, self._model.directions
         steps, rate = len(directions), protocol.rate(round_number)
         drawn = own[batches(protocol.master, round_number, client, len(own), steps, protocol.options.batch)]
         examples = {index: self._data.examples[index] for index in np.unique(drawn).tolist()}
         scalars = np.empty(steps, np.float32)
-        recent: list[list[float]] = [[] for _ in range(space.blocks)]
+        recent: list[list[float]] = [[] for _ in range(space.block_count)]
         for step, seed in enumerate(protocol.table.seeds(directions).tolist()):
             batch = [examples[index] for index in drawn[step].tolist()]
             loss = self._loss(batch, (round_number, client, step))
-            found = slope(loss, self._model.probe, seed, self._probing.eps).value
-            used, recent = without_outliers([(seed, found)], recent, self._probing.outlier_threshold)
+            found = projected_gradient(loss, self._model.perturbed, seed, self._probing.eps).value
+            used, recent = reject_outliers([(seed, found)], recent, self._probing.outlier_threshold)
             scalar = protocol.encoding.rounded(used[seed]) if seed in used else protocol.unusable(seed, client)
             scalars[step] = scalar
             if protocol.local and not np.isnan(scalar):
-                space.move(seed, -rate * scalar)
+                space.add_direction(seed, -rate * scalar)
         return scalars
 
-    def _loss(self, examples: Sequence[Any], at: tuple[int, int, int]) -> Loss:
+    def _loss(self, examples: Sequence[Any], at: tuple[int, int, int]) -> Closure:
         """Return the mean loss over some examples; in training mode all calls draw the same dropout."""
-        parameter = self._model.space.parts[0].tensor
-        batch = moved(self._data.task.collate(examples), parameter.device, parameter.dtype)
+        parameter = self._model.directions.slices[0].tensor
+        batch = to_device(self._data.task.collate(examples), parameter.device, parameter.dtype)
         weights = loss_weights(self._data.task, batch, len(examples), parameter.device)
         round_number, client, step = at
         drawn = (fold_in(self._protocol.master, round_number), client, step) if self._probing.train_mode else ()
-        return loss_of(self._data.task, self._model.module, [(batch, weights)], drawn, None, self._probing.objective)
+        return make_closure(
+            self._data.task, self._model.module, [(batch, weights)], drawn, None, self._probing.objective
+        )

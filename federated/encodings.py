@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytrain.errors import RaytrainError
-from raytrain.sync.scalars import decode, encode
+from raytrain.sync.scalars import decode_one_byte, encode_one_byte
 
 Floats = NDArray[np.float32]
 Coefficients = NDArray[np.float64]
@@ -57,7 +57,7 @@ def _write_floats(dtype: str) -> Callable[[Reals], bytes]:
 
 def _write_one_byte(values: Reals) -> bytes:
     with np.errstate(over="ignore"):
-        return encode(values.astype(np.float32), UNSCALED).tobytes()
+        return encode_one_byte(values.astype(np.float32), UNSCALED).tobytes()
 
 
 def _write_signs(values: Reals) -> bytes:
@@ -73,7 +73,7 @@ def _read_signs(data: bytes, count: int) -> Floats:
 ENCODINGS: dict[str, Encoding] = {
     "float32": Encoding(32, _write_floats("<f4"), lambda data, _: np.frombuffer(data, "<f4").astype(np.float32)),
     "float16": Encoding(16, _write_floats("<f2"), lambda data, _: np.frombuffer(data, "<f2").astype(np.float32)),
-    "one-byte": Encoding(8, _write_one_byte, lambda data, _: decode(np.frombuffer(data, np.uint8), UNSCALED)),
+    "one-byte": Encoding(8, _write_one_byte, lambda data, _: decode_one_byte(np.frombuffer(data, np.uint8), UNSCALED)),
     "sign": Encoding(1, _write_signs, _read_signs),
 }
 """Of a client's numbers: "one-byte" is a sign and a logarithm, "sign" is positive or not, and has no nan."""

@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 
 from federated.sampling import Indices
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Examples, Task
 from raytrain.training.evaluation import evaluate
@@ -43,7 +43,7 @@ def evaluate_on(task: Task, module: nn.Module, examples: Examples, batch: int) -
     Raises:
         TrainingError: the task's metric was not measured.
     """
-    return evaluate(task, module, examples, batch, ExactExchange(LocalTransport()))
+    return evaluate(task, module, examples, batch, ExactAverager(LocalTransport()))
 
 
 def over_clients(rows: Iterable[Mapping[str, float]], task: Task) -> dict[str, float]:

@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import Field
 
 from federated.channel import Answer, Channel, NoReport
-from federated.sampling import Stream, fold_in
+from federated.sampling import Stream
 from raytrain.recipe import Section
 from raytrain.registry import resolve
+from raytrain.seeds.prng import fold_in
 
 FAULTS: dict[str, str] = {
     "drop": "federated.faults:drop A client never answers.",
@@ -72,7 +73,7 @@ def garble(report: bytes, draw: int, faults: Faults) -> Answer:  # noqa: ARG001
 
 
 @dataclass(frozen=True, slots=True)
-class FaultPlan:
+class ClientFaultPlan:
     """Which fault happens where.
 
     Attributes:
@@ -111,7 +112,7 @@ class FaultyChannel:
         plan: of the faults.
     """
 
-    def __init__(self, channel: Channel, plan: FaultPlan) -> None:
+    def __init__(self, channel: Channel, plan: ClientFaultPlan) -> None:
         self._channel = channel
         self._plan = plan
 

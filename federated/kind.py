@@ -6,10 +6,11 @@ from raytrain.kinds import Kind
 
 KIND = Kind(
     recipe="federated.recipe:FederateRecipe",
-    run="federated.launch.run:run",
+    run="federated.launch.run:run_federated",
     recipes=Path(__file__).parent / "recipes",
-    load="federated.results:load_model",
-    check="federated.flower.preview:preview",
+    load="federated.results:load_federated_model",
+    panels="federated.report:panels",
+    check="federated.flower.preview:deployment_preview",
     tables={
         "protocols": "federated.protocols.protocol:PROTOCOLS",
         "partitions": "federated.partition:PARTITIONS",

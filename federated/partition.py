@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from federated.sampling import Indices, fold_in
+from federated.sampling import Indices
 from raytrain.data.sampler import Sampler
 from raytrain.errors import RecipeError
 from raytrain.recipe import Options
+from raytrain.seeds.prng import fold_in
 from raytrain.tasks.task import Examples
 
 PARTITIONS: dict[str, str] = {

@@ -10,14 +10,14 @@ from pydantic_core import PydanticCustomError
 from federated.client import ProbeOptions
 from federated.faults import Faults
 from federated.partition import PARTITIONS, PartitionOptions
-from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, PROTOCOLS, ProtocolOptions
+from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, PROTOCOLS, LocalOptions, ProtocolOptions
 from federated.server import ReportLimits
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.options import ALL, OptimizerOptions
-from raytrain.optim.schedules import SCHEDULES, rate
-from raytrain.recipe import Recipe, Section, chosen, declared_options
-from raytrain.registry import near, resolve
-from raytrain.seeds.prng import Mode
+from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, OptimizerOptions
+from raytrain.optim.schedules import SCHEDULES, lr_factor
+from raytrain.recipe import Recipe, Section, options_by_name, options_parameter
+from raytrain.registry import resolve, suggest
+from raytrain.seeds.prng import Distribution
 from raytrain.training.recipe import AdapterField, Freeze, Schedule, TaskField, options_of_optimizer
 
 STRATEGIES: dict[str, str] = {
@@ -42,34 +42,33 @@ ELSEWHERE = {
     "batch": "protocol.batch",
     "accumulate": "protocol.batch",
     "sync": "protocol",
-    "directions": "zo",
 }
 """Fields of a training recipe, and where a federated one says the same."""
 
 
-def options_of_protocol(protocol: Any) -> type[ProtocolOptions]:
+def options_of_protocol(protocol: Any) -> type[LocalOptions]:
     """Return the options of a protocol: the annotation of its constructor's parameter."""
-    options: Any = declared_options(protocol.__init__, ProtocolOptions)
-    found: type[ProtocolOptions] = options
+    options: Any = options_parameter(protocol.__init__, LocalOptions)
+    found: type[LocalOptions] = options
     return found
 
 
 def options_of_partition(partition: Any) -> type[PartitionOptions]:
     """Return the options of a partition: the annotation of its parameter."""
-    options: Any = declared_options(partition, PartitionOptions)
+    options: Any = options_parameter(partition, PartitionOptions)
     found: type[PartitionOptions] = options
     return found
 
 
 ProtocolField = Annotated[
-    SerializeAsAny[ProtocolOptions], chosen(PROTOCOLS, "protocol", options_of_protocol, "fedkseed")
+    SerializeAsAny[LocalOptions], options_by_name(PROTOCOLS, "protocol", options_of_protocol, "fedkseed")
 ]
 PartitionField = Annotated[
-    SerializeAsAny[PartitionOptions], chosen(PARTITIONS, "partition", options_of_partition, "iid")
+    SerializeAsAny[PartitionOptions], options_by_name(PARTITIONS, "partition", options_of_partition, "iid")
 ]
 OptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions],
-    chosen(ALL, "optimizer", options_of_optimizer, "zo-sgd", known=optimizer_options),
+    options_by_name(ALL_OPTIMIZERS, "optimizer", options_of_optimizer, "zo-sgd", known=optimizer_options),
 ]
 
 
@@ -99,7 +98,7 @@ class ZeroOrder(ProbeOptions):
         sparsity: share of each matrix, its elements of largest magnitude in w0, that stands still.
     """
 
-    distribution: Mode = "rademacher"
+    distribution: Distribution = "rademacher"
     sparsity: float = Field(0.0, ge=0, lt=1)
 
 
@@ -132,7 +131,7 @@ class Strategy(Section):
     @classmethod
     def _known(cls, name: str) -> str:
         if name and name not in STRATEGIES:
-            raise ValueError(f"no such strategy {name!r}; {near(name, STRATEGIES)}")
+            raise ValueError(f"no such strategy {name!r}; {suggest(name, STRATEGIES)}")
         return name
 
 
@@ -179,37 +178,68 @@ class FederateRecipe(Recipe):
             raise ValueError(f"faults.quorum: expected at most clients.per_round = {clients.per_round}; got {quorum}")
         if not clients.count and self.partition.name != "domain":
             raise ValueError(f"clients.count: expected 1 or more with partition {self.partition.name}; got 0")
+        if isinstance(self.protocol, ProtocolOptions):
+            self._check_seeds(self.protocol)
+        else:
+            self._check_gradients()
+        return self
+
+    def _check_seeds(self, protocol: ProtocolOptions) -> None:
+        """Refuse what does not go with clients that send numbers along seeds."""
         if self.strategy.name:
             raise ValueError(
                 f"strategy.name: {self.strategy.name} averages arrays of parameters, and clients of "
-                f"{self.protocol.name} send numbers; leave it out"
+                f"{protocol.name} send numbers; leave it out"
             )
         if self.optimizer.name != "zo-sgd":
             raise ValueError(
-                f"optimizer.name: expected zo-sgd with {self.protocol.name}, whose steps the server repeats as a sum; "
+                f"optimizer.name: expected zo-sgd with {protocol.name}, whose steps the server repeats as a sum; "
                 f"got {self.optimizer.name}"
             )
-        if not self.optimizer.arguments()["lr"] * self.protocol.weight_decay < 1:
+        lr = self.optimizer.arguments()["lr"]
+        if not lr * protocol.weight_decay < 1:
             raise ValueError(
-                f"protocol.weight_decay: expected below 1 / optimizer.lr = {1 / self.optimizer.arguments()['lr']:g}; "
-                f"got {self.protocol.weight_decay:g}"
+                f"protocol.weight_decay: expected below 1 / optimizer.lr = {1 / lr:g}; got {protocol.weight_decay:g}"
             )
-        return self
+
+    def _check_gradients(self) -> None:
+        """Refuse what does not go with clients that send parameters."""
+        if not self.strategy.name:
+            raise ValueError(f"strategy.name: required with protocol {self.protocol.name}; {suggest('', STRATEGIES)}")
+        if self.optimizer.name not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer.name: expected one with gradients, as sgd, with protocol {self.protocol.name}; "
+                f"got {self.optimizer.name}"
+            )
+        if self.faults.garble:
+            raise ValueError(
+                f"faults.garble: expected 0 with protocol {self.protocol.name}, whose arrays have no seal; "
+                f"got {self.faults.garble:g}"
+            )
+
+    @property
+    def seeded(self) -> bool:
+        """Whether clients send numbers along seeds, and not parameters."""
+        return isinstance(self.protocol, ProtocolOptions)
 
     def threads(self) -> int:
         """Return the threads of each process of a run, on which its sums depend to the bit."""
         return max(1, int(self.clients.cpus))
+
+    def device(self) -> str:
+        """Return where clients compute."""
+        return "cuda" if self.clients.gpus else "cpu"
 
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each round."""
         schedule = self.schedule
         shape = resolve(SCHEDULES, schedule.name, "schedule.name")
         factor = partial(
-            rate,
+            lr_factor,
             shape,
             steps=self.rounds,
             warmup=schedule.warmup,
-            floor=schedule.min_lr_ratio,
-            decay=schedule.decay_ratio,
+            min_lr_ratio=schedule.min_lr_ratio,
+            decay_ratio=schedule.decay_ratio,
         )
         return [self.optimizer.arguments()["lr"] * factor(number) for number in range(self.rounds)]

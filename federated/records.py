@@ -1,19 +1,39 @@
 """What a run leaves on the disk beside the server's state: rows of rounds and evaluations, and the model as seeds."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from federated.server import CommunicationRound, Server
-from raytrain.files import AppendOnlyFile, write_whole
+from federated.server import CommunicationRound
+from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import to_json
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.run.metrics import Recorder
-from raytrain.seeds.seed_model import SeedModel
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.metrics import MetricsWriter
 
-ROUNDS, SEEDS = "rounds.jsonl", "seeds.safetensors"
-"""In a run's folder: who was heard in each round, and the newest model that was evaluated."""
+ROUNDS, SEEDS, PARAMETERS = "rounds.jsonl", "seeds.safetensors", "parameters.safetensors"
+"""In a run's folder: who was heard in each round, and the newest model that was evaluated, in one of two forms."""
+
+
+class RecordedModel(Protocol):
+    """The model of a run that goes on."""
+
+    @property
+    def version(self) -> int:
+        """Return how many rounds made it."""
+        ...
+
+    def is_done(self) -> bool:
+        """Return whether these are all."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Return what the task measures of it."""
+        ...
+
+    def save_model(self, folder: Path) -> None:
+        """Write it to a folder."""
+        ...
 
 
 class RunRecords:
@@ -23,9 +43,7 @@ class RunRecords:
 
     Args:
         run: the folder.
-        server: at the round that the run begins at or goes on from.
-        evaluate: measures the server's model.
-        seeds: returns the server's model as seeds.
+        model: of the run, at the round that it begins at or goes on from.
         every: rounds between evaluations; 0: at the end only.
         loggers: names of what else takes the rows.
     """
@@ -33,25 +51,23 @@ class RunRecords:
     def __init__(
         self,
         run: RunDirectory,
-        server: Server,
-        evaluate: Callable[[], dict[str, float]],
-        seeds: Callable[[], SeedModel],
+        model: RecordedModel,
         *,
         every: int,
         loggers: Iterable[str] = (),
     ) -> None:
-        self._server, self._evaluate, self._seeds, self._every = server, evaluate, seeds, every
-        self._folder, version = run.path, server.model.version
-        done = [row for row in rows(run.metrics) if "valid" not in row and row["step"] <= version]
+        self._model, self._every = model, every
+        self._folder, version = run.path, model.version
+        done = [row for row in read_jsonl(run.metrics) if "valid" not in row and row["step"] <= version]
         before = done[-1] if done else {}
         self._total = {name: before.get(name, 0) for name in ("bytes_down", "bytes_up", "payloads", "reports")}
         self._began = time.monotonic() - before.get("seconds", 0.0)
-        self._recorder = Recorder(run, version, version, loggers)
+        self._recorder = MetricsWriter(run, version, version, loggers)
         self._rounds = _kept(run.path / ROUNDS, version)
 
     def __enter__(self) -> Self:
         """Evaluate w0, at the start of a run, and return this."""
-        if not self._server.model.version:
+        if not self._model.version:
             self._measure()
         return self
 
@@ -75,14 +91,14 @@ class RunRecords:
                 "refused": done.refused,
             }
         )
-        if self._server.is_done() or (self._every and (done.number + 1) % self._every == 0):
+        if self._model.is_done() or (self._every and (done.number + 1) % self._every == 0):
             self._measure()
-        self._rounds.keep()
+        self._rounds.fsync()
         self._recorder.keep()
 
     def _measure(self) -> None:
-        self._recorder.write({"step": self._server.model.version, "valid": self._evaluate()})
-        self._seeds().save(self._folder / SEEDS)
+        self._recorder.write({"step": self._model.version, "valid": self._model.evaluate()})
+        self._model.save_model(self._folder)
 
 
 def row_of(done: CommunicationRound) -> dict[str, Any]:
@@ -101,6 +117,6 @@ def row_of(done: CommunicationRound) -> dict[str, Any]:
 
 def _kept(path: Path, version: int) -> AppendOnlyFile:
     """Return a file of rows, with those of the first rounds."""
-    kept = [row for row in rows(path) if row["round"] < version]
-    write_whole(path, "".join(f"{to_json(row)}\n" for row in kept).encode())
+    kept = [row for row in read_jsonl(path) if row["round"] < version]
+    write_atomic(path, "".join(f"{to_json(row)}\n" for row in kept).encode())
     return AppendOnlyFile(path)

@@ -16,7 +16,7 @@ from federated.global_model import GlobalModel
 from federated.protocols.protocol import Protocol, Report
 from federated.wire import Cursor
 from raytrain.errors import CheckpointError
-from raytrain.files import write_whole
+from raytrain.files import write_atomic
 
 MAGIC = b"raytrain federated rounds 1\n"
 ROUND = struct.Struct("<IH")
@@ -40,7 +40,7 @@ class RoundLog:
         self._protocol = protocol
         head = MAGIC + json.dumps(about, sort_keys=True).encode() + b"\n"
         kept = _rounds(path, head, protocol, version) if version else b""
-        write_whole(path, head + kept)
+        write_atomic(path, head + kept)
         self._file: IO[bytes] = path.open("ab")
 
     def append(self, round_number: int, reports: list[Report]) -> None:

@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytrain.data.sampler import Sampler
-from raytrain.seeds.prng import derived, fold_in_all
+from raytrain.seeds.prng import fold_in, fold_in_all
 
 Seeds = NDArray[np.uint64]
 Indices = NDArray[np.int64]
-
-fold_in = derived
 
 
 class Stream(IntEnum):

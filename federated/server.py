@@ -98,6 +98,14 @@ class CommunicationRound:
         index = bisect_left(self.clients, client)
         return index < len(self.clients) and self.clients[index] == client
 
+    def refuse(self, client: int, reason: str) -> Outcome:
+        """Note that a client's report is not used."""
+        self.refused += 1
+        if len(self.refusals) < REFUSALS_KEPT:
+            self.refusals.append(f"client {client}, round {self.number}: {reason}")
+            logger.warning("%s; the report is not used", self.refusals[-1])
+        return "refused"
+
     def miss(self, client: int, reason: str) -> Outcome:
         """Note that nothing of a client was heard in time."""
         self.missing[client] = reason
@@ -197,11 +205,7 @@ class Server:
         try:
             going.heard[client] = self._report(going, client, data, expected)
         except PayloadError as error:
-            going.refused += 1
-            if len(going.refusals) < REFUSALS_KEPT:
-                going.refusals.append(f"client {client}, round {going.number}: {error}")
-                logger.warning("%s; the report is not used", going.refusals[-1])
-            return "refused"
+            return going.refuse(client, str(error))
         return "heard"
 
     def aggregate(self) -> CommunicationRound:

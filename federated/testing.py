@@ -11,7 +11,7 @@ from federated.global_model import GlobalModel, RoundRates
 from federated.protocols.protocol import PROTOCOLS, Protocol, ProtocolOptions
 from federated.server import CommunicationRound, Participation, ReportLimits, Server
 from federated.wire import ReportHeader, write_report
-from raytrain.recipe import declared_options
+from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
 
 BASE = "digest of w0"
@@ -35,7 +35,7 @@ def protocol_of(variant: Variant, rounds: int = ROUNDS, **more: Any) -> Protocol
     """Return a protocol with few steps, whose learning rate falls."""
     name, options = variant
     factory = resolve(PROTOCOLS, name, "protocol.name")
-    kind = declared_options(factory.__init__, ProtocolOptions)
+    kind = options_parameter(factory.__init__, ProtocolOptions)
     made = kind(name=name, **{"local_steps": STEPS, **options, **more})
     rates = RoundRates.of([0.01 / (1 + number) for number in range(rounds)], getattr(made, "weight_decay", 0.0))
     protocol: Protocol = factory(made, rates, 11)

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from federated.global_model import GlobalModel
 from federated.protocols.protocol import Protocol
-from raytrain.seeds.directions import Space
+from raytrain.seeds.directions import Directions
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.seeds.updates import materialise
-from raytrain.tensors import digest_of
-from raytrain.zeroth.perturbed import Probe
+from raytrain.tensors import tensor_digest
+from raytrain.zeroth.perturbed import PerturbedModel
 
 
 class WorkingModel:
@@ -20,7 +20,7 @@ class WorkingModel:
 
     Args:
         module: with w0; from now on its parameters are the working copy.
-        space: of its parameters that directions move.
+        directions: of its parameters that directions move.
         initial: w0 by names, as of a file that is mapped; None: a copy of the module's.
         keep_round: whether the round's model is kept beside the working copy, so that a client begins with a copy of
             it. Without, it is made anew for each client: slower, with one model less in memory.
@@ -30,20 +30,25 @@ class WorkingModel:
     """
 
     def __init__(
-        self, module: nn.Module, space: Space, initial: Mapping[str, Tensor] | None = None, *, keep_round: bool = True
+        self,
+        module: nn.Module,
+        directions: Directions,
+        initial: Mapping[str, Tensor] | None = None,
+        *,
+        keep_round: bool = True,
     ) -> None:
         self.module = module
-        self.space = space
-        self.probe = Probe(module, space)
-        device = space.parts[0].tensor.device
+        self.directions = directions
+        self.perturbed = PerturbedModel(module, directions)
+        device = directions.slices[0].tensor.device
         if initial is None:
-            w0 = {part.name: part.tensor.clone() for part in space.parts}
+            w0 = {part.name: part.tensor.clone() for part in directions.slices}
         else:
             w0 = {name: tensor.to(device) for name, tensor in initial.items()}  # on a CPU they stay in their file
-        self._initial = space.over(w0, read_only=True)
+        self._initial = directions.with_tensors(w0, read_only=True)
         self._space_digest = self._initial.digest()
-        self.base = hashlib.sha256((self._space_digest + _digest_beside(module, space)).encode()).hexdigest()
-        self._working = [part.tensor for part in space.parts]
+        self.base = hashlib.sha256((self._space_digest + _digest_beside(module, directions)).encode()).hexdigest()
+        self._working = [part.tensor for part in directions.slices]
         self._round = [tensor.clone() for tensor in self._working] if keep_round else None
         self._coefficients = torch.zeros(0, dtype=torch.float64)
         self._seeds: list[int] = []
@@ -74,10 +79,12 @@ class WorkingModel:
         """Return a model for others to read, from whom only w0 is asked."""
         seeds, coefficients = protocol.seeds_and_coefficients(model)
         numbers = torch.tensor(coefficients.tolist(), dtype=torch.float64)  # NumPy's, if empty, cannot be seen as bytes
-        return SeedModel(self._space_digest, tuple(seeds.tolist()), numbers, self.space.mode, model.version)
+        return SeedModel(
+            self._space_digest, tuple(seeds.tolist()), numbers, self.directions.distribution, model.version
+        )
 
 
-def _digest_beside(module: nn.Module, space: Space) -> str:
+def _digest_beside(module: nn.Module, space: Directions) -> str:
     """Return the digest of what directions leave alone: frozen parameters, as of an adapter's base, and buffers."""
-    moved = {part.tensor.data_ptr() for part in space.parts}
-    return digest_of((name, value) for name, value in module.state_dict().items() if value.data_ptr() not in moved)
+    moved = {part.tensor.data_ptr() for part in space.slices}
+    return tensor_digest((name, value) for name, value in module.state_dict().items() if value.data_ptr() not in moved)

@@ -1,4 +1,4 @@
-"""Environment variables that are set for a while, for libraries and processes that can be told in no other way."""
+"""Environment variables set temporarily, for libraries and processes without another interface."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """Set environment variables inside the `with` block; they are as before after it.
+    """Set environment variables inside the `with` block, and restore them after it.
 
     Args:
-        changes: name -> value; None: not set.
+        changes: name -> value; None: unset.
     """
     before = {name: os.environ.get(name) for name in changes}
     _set(changes)

@@ -1,4 +1,7 @@
-"""Every error that a user can cause, and what the command's exit status says of it."""
+"""Every error that a user can cause, and the exit status of the command."""
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C or SIGTERM."""
 
 
 class RaytrainError(Exception):

@@ -1,7 +1,7 @@
-"""Where a recipe names code of the user's that is called later, and what that code has to be.
+"""Extension points: a recipe's fields that name a user's function or class, and its signature.
 
-It is read from its source, so that a recipe is checked without running what it names; what is imported in the end is
-checked again, before it is called.
+The signature is first read from the source, so that a recipe is checked without running the code that it names. The
+imported object is checked again before it is called.
 """
 
 import ast
@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.modules import spec_of
-from raytrain.registry import near, place_named, resolve
+from raytrain.modules import find_spec
+from raytrain.registry import resolve, split_target, suggest
 
 
 @dataclass(frozen=True, slots=True)
 class ExtensionPoint:
-    """A field of a recipe whose values name something to call.
+    """A field of a recipe whose values name a callable.
 
     Attributes:
-        field: of the recipe; it begins the error messages.
-        expected: what it is, for the error messages.
-        arguments: how many it is called with, by place.
-        methods: of what it then returns; it is a class if there are any.
+        field: the recipe's field, with which error messages begin.
+        expected: description of the callable, for error messages.
+        arguments: number of its positional arguments.
+        methods: required methods, if it is a class.
     """
 
     field: str
@@ -34,19 +34,19 @@ class ExtensionPoint:
     methods: tuple[str, ...] = ()
 
     def check(self, table: Mapping[str, str], name: str) -> None:
-        """Check what `name` stands for as far as its source tells; nothing of a user's is imported.
+        """Check the object of a name by its source; no code of a user is imported.
 
         Args:
-            table: short name -> "module:attribute", of what is known to be right.
+            table: short name -> "module:attribute" of components that need no check.
             name: a name of the table, or "module:attribute".
 
         Raises:
-            RecipeError: there is no such name, module or attribute, or it is not what is expected.
+            RecipeError: there is no such name, module or attribute, or its signature differs.
         """
         if name in table or ":" not in name:
             resolve(table, name, self.field)
             return
-        module, attribute = place_named(name, self.field)
+        module, attribute = split_target(name, self.field)
         if module in sys.modules:
             self.load(table, name)
             return
@@ -54,11 +54,11 @@ class ExtensionPoint:
         defined = dict(_definitions(_source(module, self.field)))
         if first in defined:
             self._refuse(name, "" if rest else self._wrong_source(defined[first]))
-        elif defined and not defined.keys() & {"*", "__getattr__"}:  # by which it may have any others
-            raise RecipeError(f"{self.field}: {module!r} has no {attribute!r}; {near(first, defined)}")
+        elif defined and not defined.keys() & {"*", "__getattr__"}:  # either may define any other name
+            raise RecipeError(f"{self.field}: {module!r} has no {attribute!r}; {suggest(first, defined)}")
 
     def load(self, table: Mapping[str, str], name: str) -> Any:
-        """Import what `name` stands for, and return it.
+        """Import, check and return the object of a name.
 
         Raises:
             RecipeError: as `check`, or it cannot be imported.
@@ -72,7 +72,7 @@ class ExtensionPoint:
             raise RecipeError(f"{self.field}: expected {self.expected}; got {name!r}, which {wrong}")
 
     def _wrong(self, found: Any) -> str:
-        """Return what is wrong with something that was imported, or nothing."""
+        """Return how an imported object differs from the expectation, or ""."""
         if not callable(found):
             return "cannot be called"
         if self.methods and not inspect.isclass(found):
@@ -89,7 +89,7 @@ class ExtensionPoint:
         return ""
 
     def _wrong_source(self, defined: ast.stmt | None) -> str:
-        """Return what is wrong with a definition, or nothing if that is not known before it is imported."""
+        """Return how a definition differs from the expectation, or "" also where only an import could tell."""
         if isinstance(defined, ast.FunctionDef):
             return "is not a class" if self.methods else self._wrong_function(defined)
         if not isinstance(defined, ast.ClassDef) or defined.bases or defined.decorator_list:
@@ -100,7 +100,7 @@ class ExtensionPoint:
         return self._wrong_function(inside["__init__"], bound=1) if "__init__" in inside else ""
 
     def _wrong_function(self, function: ast.FunctionDef, bound: int = 0) -> str:
-        """Return what is wrong with a function whose first `bound` parameters are given already."""
+        """Return how a function with `bound` bound parameters differs from the expectation, or ""."""
         given = function.args
         places = [*given.posonlyargs, *given.args][bound:]
         most = sys.maxsize if given.vararg else len(places)
@@ -115,12 +115,12 @@ CALLBACK = ExtensionPoint("callbacks", "a function of the replica, called after 
 
 
 def _source(module: str, field: str) -> ast.Module:
-    """Return the source of a module, as a tree without statements if it is not Python's.
+    """Return the syntax tree of a module, empty if it is not written in Python.
 
     Raises:
-        RecipeError: there is no such module, or it is not right.
+        RecipeError: there is no such module, or its source has an error.
     """
-    spec = spec_of(module)
+    spec = find_spec(module)
     if spec is None:
         raise RecipeError(f"{field}: cannot import {module!r}: ModuleNotFoundError: No module named {module!r}")
     file = Path(spec.origin or "")
@@ -133,7 +133,7 @@ def _source(module: str, field: str) -> ast.Module:
 
 
 def _definitions(tree: ast.AST) -> Iterator[tuple[str, ast.stmt | None]]:
-    """Yield what the source of a module defines: (name, its `def` or `class`, or None for any other value)."""
+    """Yield (name, its `def` or `class`, or None for another value) of each definition in a module."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, node

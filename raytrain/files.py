@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and on the disk, whatever happens to the process."""
+"""Atomic and durable file writes: after a crash a file is complete or absent."""
 
 import errno
 import hashlib
@@ -12,9 +12,9 @@ from pathlib import Path
 from raytrain.errors import RaytrainError, TrainingError
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, flush it to the disk and rename it into place; flush the folder's entries too."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # workers on two machines may have one number
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file atomically and durably: write beside it, fsync, rename, fsync the folder."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other machines
     try:
         with aside.open("wb") as file:
             file.write(data)
@@ -24,14 +24,14 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    flush(path.parent)
+    fsync_path(path.parent)
 
 
 class AppendOnlyFile:
-    """A file that grows while a run goes on; what it holds already stays.
+    """A file that is only appended to.
 
     Args:
-        path: the file.
+        path: the file; existing contents stay.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,27 +39,27 @@ class AppendOnlyFile:
         self._file = path.open("ab")
 
     def write(self, data: bytes) -> None:
-        """Add bytes; they are out of this process when this returns.
+        """Append bytes and flush them to the operating system.
 
         Raises:
-            TrainingError: there is no room for all of them, or the disk fails; the file is closed then.
+            TrainingError: the disk is full or fails; the file is closed then.
         """
         with self._explained():
             self._file.write(data)
             self._file.flush()
 
-    def keep(self) -> None:
-        """Return when all that was added is on the disk, as a checkpoint that counts on it asks for.
+    def fsync(self) -> None:
+        """Flush all appended bytes to the disk, before a checkpoint that relies on them.
 
         Raises:
-            TrainingError: it cannot be.
+            TrainingError: the disk is full or fails; the file is closed then.
         """
         with self._explained():
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # of what could not be written, which has been said
+        with suppress(OSError):  # `write` raised it already
             self._file.close()
 
     @contextmanager
@@ -72,7 +72,7 @@ class AppendOnlyFile:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file and flush it to the disk; a line that a killed process left without its end is ended."""
+    """Append a line durably; a last line that a killed process left unterminated is terminated first."""
     new = not path.exists()
     with path.open("ab+") as file:
         if file.tell():
@@ -82,56 +82,56 @@ def append_line(path: Path, line: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     if new:
-        flush(path.parent)
+        fsync_path(path.parent)
 
 
 def make_folder(path: Path) -> list[Path]:
-    """Create a folder and its parents, each on the disk when this returns; return the new ones, the innermost first."""
+    """Create a folder and its parents durably; return the new ones, innermost first."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in new:
-        flush(folder.parent)
+        fsync_path(folder.parent)
     return new
 
 
-def flush(path: Path) -> None:
-    """Flush a file's contents, or a folder's entries, to the disk."""
+def fsync_path(path: Path) -> None:
+    """Flush a file's contents, or a folder's entries, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems have no such thing for folders
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems cannot sync folders
             raise
     finally:
         os.close(handle)
 
 
-def read_bytes(path: Path, error: type[RaytrainError], most: int) -> bytes:
-    """Return the contents of a regular file of at most `most` bytes.
+def read_bytes(path: Path, error: type[RaytrainError], max_bytes: int) -> bytes:
+    """Read a regular file of at most `max_bytes` bytes.
 
     Raises:
-        RaytrainError: an `error`: there is no such file, or it cannot be read.
+        RaytrainError: an `error`: there is no such file, it cannot be read, or it is too large.
     """
     try:
-        if path.exists() and not path.is_file():  # to open a pipe would wait for who writes to it
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
             raise OSError("it is not a regular file")
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            data = file.read(max_bytes + 1)
     except (OSError, ValueError) as problem:  # ValueError: NUL in the name
         raise error(f"{path}: cannot be read: {problem}") from problem
-    if len(data) > most:
-        raise error(f"{path}: cannot be read: expected at most {most} bytes; got more")
+    if len(data) > max_bytes:
+        raise error(f"{path}: cannot be read: expected at most {max_bytes} bytes; got more")
     return data
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, as hexadecimal digits."""
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_private(path: Path) -> bool:
-    """Return whether a file or folder, which is no link, belongs to this user, and no other one can write to it."""
+    """Return whether a path belongs to this user, is no symbolic link, and is writable by no other user."""
     status = path.lstat()
     open_to_others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return status.st_uid == os.geteuid() and not open_to_others and not stat.S_ISLNK(status.st_mode)

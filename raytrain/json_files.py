@@ -1,4 +1,4 @@
-"""JSON from the disk, a store or a server: checked before it is believed, whatever it holds."""
+"""JSON from untrusted sources (disk, store, server): parsed and validated against a type."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ ModelT = TypeVar("ModelT")
 
 
 def read_json(path: Path, model: type[ModelT], error: type[RaytrainError] = TrainingError) -> ModelT:
-    """Return what a JSON file says, as `parse_json` does.
+    """Read and validate a JSON file, as `parse_json` does.
 
     Raises:
-        RaytrainError: an `error`: the file cannot be read, is too large, or holds something else.
+        RaytrainError: an `error`: the file cannot be read, is too large, or is not valid.
     """
     return parse_json(read_bytes(path, error, MAX_JSON_BYTES), model, str(path), error)
 
@@ -34,22 +34,22 @@ def parse_json(
     model: type[ModelT],
     where: str,
     error: type[RaytrainError] = TrainingError,
-    most: int = MAX_JSON_BYTES,
+    max_bytes: int = MAX_JSON_BYTES,
 ) -> ModelT:
-    """Return what a JSON document says, checked against a type; one that nests deeper than 200 levels is refused.
+    """Parse a JSON document and validate it against a type; nesting beyond 200 levels is refused.
 
     Args:
         data: the document.
-        model: a type that pydantic knows. Numbers are not read from strings, nor the like.
-        where: what the document is, for the message.
-        error: what to raise.
-        most: bytes that it may have.
+        model: a type that pydantic supports, in strict mode: no numbers from strings, for example.
+        where: the document's name in error messages.
+        error: type of error to raise.
+        max_bytes: largest size of the document.
 
     Raises:
-        RaytrainError: an `error`: it is no JSON, or not of this type.
+        RaytrainError: an `error`: it is not JSON, or not of this type.
     """
-    if len(data) > most:
-        raise error(f"{where}: cannot be read: expected at most {most} bytes; got {len(data)}")
+    if len(data) > max_bytes:
+        raise error(f"{where}: cannot be read: expected at most {max_bytes} bytes; got {len(data)}")
     try:
         return TypeAdapter(model).validate_json(data, strict=True)
     except ValidationError as problem:
@@ -60,7 +60,7 @@ def parse_json(
 
 
 def read_rows(path: Path, model: type[ModelT]) -> tuple[list[ModelT], int]:
-    """Return the rows of a ``.jsonl`` file as `parse_rows` does; a last line without its end is left out.
+    """Read the rows of a ``.jsonl`` file as `parse_rows` does, without an unterminated last line.
 
     Raises:
         OSError: the file cannot be read.
@@ -70,7 +70,7 @@ def read_rows(path: Path, model: type[ModelT]) -> tuple[list[ModelT], int]:
 
 
 def parse_rows(lines: Iterable[bytes], model: type[ModelT]) -> tuple[list[ModelT], int]:
-    """Return the rows that lines hold, and the number of lines that hold none: torn, or of another type."""
+    """Return (valid rows, number of invalid lines)."""
     adapter, rows, damaged = TypeAdapter(model), [], 0
     for line in lines:
         try:
@@ -81,7 +81,7 @@ def parse_rows(lines: Iterable[bytes], model: type[ModelT]) -> tuple[list[ModelT
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield the lines that have their end; one that is longer than a row can be as an empty one."""
+    """Yield terminated lines; one beyond `MAX_ROW_BYTES` as an empty one, which is invalid."""
     whole = True
     while piece := file.readline(MAX_ROW_BYTES):
         ended = piece.endswith(b"\n")
@@ -91,15 +91,15 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def add_checksum(content: Mapping[str, Any]) -> bytes:
-    """Return `content` as JSON, the same bytes for the same content, with its SHA-256 as the last field."""
+    """Return `content` as canonical JSON with its SHA-256 as the last field."""
     return _with_digest(json.dumps(content, sort_keys=True).encode())
 
 
 def verify_checksum(data: bytes, where: str, error: type[RaytrainError]) -> bytes:
-    """Return the JSON that `add_checksum` was given.
+    """Check and remove the checksum that `add_checksum` appended.
 
     Raises:
-        RaytrainError: an `error`: a byte is another, or is missing.
+        RaytrainError: an `error`: the contents changed.
     """
     content = data[: -len(DIGEST_FIELD) - DIGEST_DIGITS - len(b'"}')] + b"}"
     if _with_digest(content) != data:
@@ -112,10 +112,12 @@ def _with_digest(content: bytes) -> bytes:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Return nested plain data as JSON for others to read.
+    """Return nested plain data as strict JSON.
 
-    What JSON lacks is replaced: numbers that are not finite by null, and halves of a character, as Python has them in
-    names of files, by "?".
+    What JSON lacks is replaced: non-finite numbers by null, lone surrogates (as in names of files) by "?".
+
+    >>> to_json({"loss": float("nan"), "steps": 3})
+    '{"loss": null, "steps": 3}'
     """
     return json.dumps(_portable(value), indent=indent, allow_nan=False)
 

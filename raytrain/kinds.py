@@ -1,4 +1,4 @@
-"""Kinds of runs: what the command can check, list, run and report, named by entry points."""
+"""Kinds of runs, from entry points: what the command checks, lists, runs and reports for each."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,20 +7,20 @@ from pathlib import Path
 
 from raytrain.errors import RecipeError
 from raytrain.recipe import Recipe
-from raytrain.registry import near, place_of, resolve
+from raytrain.registry import error_location, resolve, suggest
 
 GROUP = "raytrain.kinds"
-"""Of entry points, each of which is a kind."""
+"""Group of entry points; each is a `Kind`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """Where and how to run a recipe.
+class RunOptions:
+    """Options of one run of a recipe.
 
     Attributes:
         out: the run's folder.
-        resume: continue what is in `out`, instead of asking for a new folder.
-        address: "auto" or "HOST:PORT" of a Ray cluster that runs, "local" for one of its own; None: the kind chooses.
+        resume: continue the run in `out`, which otherwise has to be new.
+        address: "auto" or "HOST:PORT" of a running Ray cluster, "local" for a new one; None: the kind decides.
     """
 
     out: Path
@@ -30,21 +30,20 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of runs, as names of what it brings: "module:attribute", imported when it is used.
+    """A kind of runs; its functions and classes are "module:attribute", imported when used.
 
     Attributes:
-        recipe: the class of its recipes.
-        run: (recipe, Order) -> Result.
-        recipes: the folder of its shipped recipes.
-        load: (run's folder, overrides) -> TrainedModel, for `evaluate`, `predict` and `export`; "" without a
-            model.
-        panels: (RunDirectory) -> list[Panel], what `raytrain report` shows of a run.
-        check: (recipe) -> lines that `raytrain check` prints below the fields.
-        tables: title -> the table of what a recipe can choose by name.
-        remarks: title -> () -> name -> what `raytrain list` adds about it on this machine.
-        shorthand: the field that a mere "module:attribute" in place of a recipe stands for.
-        packages: whose code all machines of a run must share.
-        requires: distributions whose versions a run records, beside Python, torch, Ray and NumPy.
+        recipe: class of its recipes.
+        run: (recipe, RunOptions) -> Result.
+        recipes: folder of its shipped recipes.
+        load: (run's folder, overrides) -> TrainedModel, for `evaluate`, `predict` and `export`; "": no model.
+        panels: (RunDirectory) -> list[Panel], shown by `raytrain report`.
+        check: (recipe) -> lines that `raytrain check` prints after the fields.
+        tables: title -> registry of components that a recipe selects by name.
+        remarks: title -> () -> name -> remark about this machine in `raytrain list`.
+        shorthand: field that "module:attribute" in place of a recipe sets.
+        packages: packages whose code has to be equal on all machines of a run.
+        requires: distributions whose versions a run records, besides Python, torch, Ray and NumPy.
     """
 
     recipe: str
@@ -65,7 +64,7 @@ class Kind:
         return found
 
     def table(self, title: str) -> Mapping[str, str]:
-        """Return one of its tables, name -> "module:attribute"."""
+        """Return one of its registries, name -> "module:attribute"."""
         found: Mapping[str, str] = resolve({}, self.tables[title], title)
         return found
 
@@ -74,37 +73,38 @@ class Kind:
         return sorted(self.recipes.glob("*.toml")) if self.recipes else []
 
 
-def kind_points() -> dict[str, EntryPoint]:
-    """Return the installed kinds by name, as what they are loaded from."""
+def kind_entry_points() -> dict[str, EntryPoint]:
+    """Return the entry points of installed kinds by name."""
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
 
 
 def load_kind(name: str) -> Kind:
-    """Return an installed kind.
+    """Load an installed kind by name.
 
     Raises:
-        RecipeError: there is none of this name, or it cannot be imported.
+        RecipeError: it is not installed, or cannot be imported.
     """
-    points = kind_points()
+    points = kind_entry_points()
     if name not in points:
-        raise RecipeError(f"kind: no such kind {name!r}; {near(name, points)}")
+        raise RecipeError(f"kind: no such kind {name!r}; {suggest(name, points)}")
     try:
         kind: Kind = points[name].load()
     except (Exception, SystemExit) as error:
         raise RecipeError(
-            f"kind: {name} cannot be loaded from {points[name].value}: {type(error).__name__}: {error}{place_of(error)}"
+            f"kind: {name} cannot be loaded from {points[name].value}: {type(error).__name__}: {error}"
+            f"{error_location(error)}"
         ) from error
     return kind
 
 
 def load_kinds(complain: Callable[[RecipeError], None] = lambda error: None) -> dict[str, Kind]:  # noqa: ARG005
-    """Return the installed kinds that can be loaded, by name.
+    """Load all installed kinds, by name, without those that cannot be imported.
 
     Args:
-        complain: called with the error of each that cannot, which breaks none of the others.
+        complain: called with the error of each of these.
     """
     kinds = {}
-    for name in kind_points():
+    for name in kind_entry_points():
         try:
             kinds[name] = load_kind(name)
         except RecipeError as error:
@@ -114,5 +114,7 @@ def load_kinds(complain: Callable[[RecipeError], None] = lambda error: None) -> 
 
 def shared_packages() -> list[str]:
     """Return the packages whose code all machines of a run share: ours, and those of every installed kind."""
-    named = {point.module.partition(".")[0] for point in kind_points().values()}  # of one that cannot be loaded, too
+    named = {
+        point.module.partition(".")[0] for point in kind_entry_points().values()
+    }  # of one that cannot be loaded, too
     return sorted({"raytrain", *named, *(package for kind in load_kinds().values() for package in kind.packages)})

@@ -1,4 +1,4 @@
-"""Modules that are found, and read from their source, without importing them."""
+"""Modules found, and read from their source, without importing them."""
 
 import ast
 import sys
@@ -7,10 +7,10 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 
-def spec_of(module: str) -> ModuleSpec | None:
-    """Return where a module would be imported from; `importlib.util` would run the packages that it is in."""
+def find_spec(module: str) -> ModuleSpec | None:
+    """Return the spec of a module without importing its parents, unlike `importlib.util.find_spec`."""
     parent, _, _ = module.rpartition(".")
-    outer = spec_of(parent) if parent else None
+    outer = find_spec(parent) if parent else None
     if parent and (outer is None or outer.submodule_search_locations is None):
         return None
     path = outer.submodule_search_locations if outer else None
@@ -18,9 +18,9 @@ def spec_of(module: str) -> ModuleSpec | None:
     return next((spec for spec in found if spec), None)
 
 
-def sources_of(module: str) -> dict[str, Path]:
-    """Return the source files of a module and of all modules in it: path inside the module -> file, in order."""
-    spec = spec_of(module)
+def source_files(module: str) -> dict[str, Path]:
+    """Return path inside a module -> source file, of the module and all its submodules, sorted."""
+    spec = find_spec(module)
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
     files = {file.relative_to(folder).as_posix(): file for folder in folders for file in folder.rglob("*.py")}
     if spec and not folders and spec.origin and spec.origin.endswith(".py"):
@@ -28,8 +28,8 @@ def sources_of(module: str) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def documentation(module: str, attribute: str) -> str:
-    """Return the docstring of a class or function that the source of a module defines; nothing if it does not."""
+def source_docstring(module: str, attribute: str) -> str:
+    """Return the docstring of a class or function in a module's source, or ""."""
     inside: ast.AST | None = _tree(module)
     for name in attribute.split("."):
         named = [node for node in getattr(inside, "body", ()) if getattr(node, "name", None) == name]
@@ -41,8 +41,8 @@ def documentation(module: str, attribute: str) -> str:
 
 @cache
 def _tree(module: str) -> ast.AST | None:
-    """Return the source of a module as a tree; None if there is none that Python can read."""
-    spec = spec_of(module)
+    """Return the syntax tree of a module; None without a valid Python source."""
+    spec = find_spec(module)
     file = Path(spec.origin or "") if spec else Path()
     if file.suffix != ".py":
         return None

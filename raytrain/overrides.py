@@ -1,4 +1,4 @@
-"""Overrides: changes of a nested recipe as a mapping of dotted field to value, and the words that say them."""
+"""Overrides of a nested recipe: dotted field -> value, parsed from ``a.b=VALUE``."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,16 @@ from typing import Any
 from raytrain.errors import RecipeError
 
 
-def merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of the nested mapping `raw` with each dotted field of `changes` set; all others stay.
+def apply_overrides(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a nested mapping with each dotted field of `changes` set.
 
     Entries of lists are counted from 0: "optimizer.groups.0.lr_scale".
 
     Raises:
-        RecipeError: a field would be in something that is neither a section nor a list, or there is no such entry.
+        RecipeError: the parent of a field is neither a section nor a list, or the list has no such entry.
+
+    >>> apply_overrides({"task": "digits", "steps": 10}, {"task.valid": 0.1})
+    {'task': {'name': 'digits', 'valid': 0.1}, 'steps': 10}
     """
     result: dict[str, Any] = _copied(raw)
     for dotted, value in changes.items():
@@ -37,7 +40,7 @@ def merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _key(place: dict[str, Any] | list[Any], part: str, dotted: str, depth: int) -> str | int:
-    """Return where a part of a dotted field is in a section or a list."""
+    """Return the key of a part of a dotted field in a section or a list."""
     where = ".".join(dotted.split(".")[:depth])
     if isinstance(place, list):
         entries = {str(number): number for number in range(len(place))}
@@ -57,15 +60,15 @@ def _copied(value: Any) -> Any:
 
 
 def as_table(section: Any) -> Any:
-    """Return a section that is given as its name alone as a table."""
+    """Return a section as a table, also if only its name is given."""
     return {"name": section} if isinstance(section, str) else section
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``a.b=VALUE`` words, VALUE as TOML or else as a string; the last word for a field wins.
+    """Parse arguments ``a.b=VALUE``, VALUE as TOML or else as a string; the last one for a field wins.
 
     Raises:
-        RecipeError: a word is not of that form.
+        RecipeError: an argument has another form.
     """
     changes: dict[str, Any] = {}
     for word in words:
@@ -79,7 +82,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Read `text` as a TOML value, or else return it as it is."""
+    """Parse a TOML value, or return the text itself if it is none."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):

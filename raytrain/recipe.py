@@ -1,8 +1,8 @@
-"""Recipes: what a run is, as typed and frozen data.
+"""Recipes: the configuration of a run, as typed and frozen data.
 
-A recipe is read from TOML, laid over the defaults of its class and under the changes of ``--set``; all three ways of
-changing one (the command line, a search, a federated run) go through `Recipe.with_overrides`. Unknown fields are
-errors, and an error names the dotted field, what was expected, what came, and the fields there are.
+A recipe is read from TOML; its values replace the defaults of its class, and overrides replace its values. The command
+line, searches and federated runs all override by `Recipe.with_overrides`. Unknown fields are errors. An error names the
+dotted field, the expectation, the value, and the known fields.
 """
 
 import inspect
@@ -31,40 +31,40 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from raytrain.errors import RecipeError
 from raytrain.files import read_bytes
-from raytrain.overrides import as_table, merged
-from raytrain.registry import near, resolve
+from raytrain.overrides import apply_overrides, as_table
+from raytrain.registry import resolve, suggest
 
 logger = logging.getLogger(__name__)
 
-MAX_RECIPE_BYTES = 64 << 20  # that of a run has the classes and characters of its data
+MAX_RECIPE_BYTES = 64 << 20  # a run's recipe contains the classes or characters of its data
 SHOWN_CHARACTERS = 500
-"""Of a wrong value, in an error."""
+"""Length to which an error message cuts a wrong value."""
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(path.expanduser())))]
-"""A path made absolute on load, because workers do not share the current folder of the command."""
+"""A path that is made absolute on load, because workers run in another working directory."""
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, without unknown fields, and every number finite."""
+    """A section of a recipe: frozen, without unknown fields, all numbers finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _name_the_unknown(cls, value: Any) -> Any:
-        """Name the first unknown field beside the known ones, which pydantic's own message leaves out."""
+        """Name the first unknown field and the known ones, which pydantic's own message lacks."""
         unknown = [key for key in value if key not in cls.model_fields] if isinstance(value, Mapping) else []
         if unknown:
             raise PydanticCustomError(
                 "unknown_field",
                 "no such field; {known}",
-                {"field": unknown[0], "known": near(unknown[0], cls.model_fields)},
+                {"field": unknown[0], "known": suggest(unknown[0], cls.model_fields)},
             )
         return value
 
 
 class Options(Section):
-    """The options of one named thing (a task, an optimizer): its name, and the fields that the thing declares."""
+    """The options of a named component (task, optimizer, ...): its name, and the fields that it declares."""
 
     name: str
 
@@ -72,13 +72,13 @@ class Options(Section):
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-def declared_options(factory: Any, base: type[Options] = Options) -> type[Options]:
-    """Return the options that a factory takes: the annotation of its parameter that is a subclass of `Options`.
+def options_parameter(factory: Any, base: type[Options] = Options) -> type[Options]:
+    """Return the class of a function's options: the annotation of its parameter of type `Options`.
 
-    Returns `base` for a factory without such a parameter, and for anything that is not a function.
+    Returns `base` for a function without such a parameter, and for any other object.
 
     Raises:
-        RecipeError: its annotations name what is not there.
+        RecipeError: its annotations cannot be resolved.
     """
     try:
         hints = typing.get_type_hints(factory) if inspect.isfunction(factory) else {}
@@ -92,13 +92,13 @@ def declared_options(factory: Any, base: type[Options] = Options) -> type[Option
 
 
 @cache  # equal recipes need equal classes
-def combined(declared: type[Options], base: type[OptionsT], what: str) -> type[OptionsT]:
-    """Return the options that have the fields of both.
+def merge_options(declared: type[Options], base: type[OptionsT], what: str) -> type[OptionsT]:
+    """Return a class of options with the fields of both.
 
     Args:
-        declared: by a thing; it may be a subclass of `base` already.
-        base: what all such things have.
-        what: the field that names the thing, for the error message.
+        declared: by a component; may already be a subclass of `base`.
+        base: options of all components of this type.
+        what: the recipe's field that names the component, for error messages.
 
     Raises:
         RecipeError: both have a field of the same name.
@@ -118,14 +118,14 @@ def combined(declared: type[Options], base: type[OptionsT], what: str) -> type[O
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NamedSection:
-    """Reads a section by the options of whatever its `name` names.
+    """Validates a section by the options of the component that its `name` names.
 
     Attributes:
-        table: the names that can be chosen.
+        table: short names of components.
         what: the section's name in the recipe.
-        options_of: the object that the name stands for -> the class of its options.
-        default: the name of a section that gives none.
-        known: name -> the class of its options, where it is known without importing what the name stands for.
+        options_of: component -> class of its options.
+        default: name of a section that gives none.
+        known: name -> class of its options, or None if the component has to be imported for it.
     """
 
     table: Mapping[str, str]
@@ -135,19 +135,19 @@ class NamedSection:
     known: Callable[[str], type[Options] | None]
 
     def __call__(self, value: Any) -> Options:
-        """Return the section's options, checked."""
+        """Return the section's options, validated."""
         if isinstance(value, Options):
             return value
         section = as_table(value)
         if isinstance(section, Mapping) and self.default is not None:
             section = {"name": self.default, **section}
         if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
-            known = {"known": near("", self.table)}
+            known = {"known": suggest("", self.table)}
             raise PydanticCustomError("no_name", "expected a table with a name; {known}", known)
         return self.options(section["name"]).model_validate(section)
 
     def options(self, name: str) -> type[Options]:
-        """Return the class of the options of what a name stands for.
+        """Return the class of the options of a component by its name.
 
         Raises:
             RecipeError: there is no such name.
@@ -155,19 +155,19 @@ class NamedSection:
         return self.known(name) or self.options_of(resolve(self.table, name, f"{self.what}.name"))
 
 
-def chosen(
+def options_by_name(
     table: Mapping[str, str],
     what: str,
     options_of: Callable[[Any], type[Options]],
     default: str | None = None,
     known: Callable[[str], type[Options] | None] = lambda name: None,  # noqa: ARG005
 ) -> BeforeValidator:
-    """Return a validator that reads a section as `NamedSection` says."""
+    """Return a pydantic validator for a section whose `name` determines its options; see `NamedSection`."""
     return BeforeValidator(NamedSection(table, what, options_of, default, known))
 
 
 class Recipe(Section):
-    """What every kind of recipe has."""
+    """The fields that recipes of every kind have."""
 
     kind: str
     name: str = Field("run", pattern=r"^[\w.-]+$")
@@ -175,7 +175,7 @@ class Recipe(Section):
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
-        """Check `raw` (nested plain data) and return the recipe.
+        """Validate nested plain data and return the recipe.
 
         Raises:
             RecipeError: one line for each wrong field.
@@ -183,42 +183,42 @@ class Recipe(Section):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise RecipeError(explain(error)) from None
+            raise RecipeError(explain_errors(error)) from None
 
     def with_overrides(self, changes: Mapping[str, Any]) -> Self:
-        """Return this recipe with `changes`, a mapping of dotted field to value, laid over it; see `parse_with`."""
-        return self.parse_with(self.plain(only_set=True), changes)
+        """Return this recipe with dotted fields overridden; see `parse_with`."""
+        return self.parse_with(self.to_dict(only_set=True), changes)
 
     @classmethod
     def parse_with(cls, raw: Mapping[str, Any], changes: Mapping[str, Any]) -> Self:
-        """Check `raw` with `changes`, a mapping of dotted field to value, laid over it, and return the recipe.
+        """Validate nested plain data with dotted fields overridden, and return the recipe.
 
-        A section whose name changes loses the options that only the old name has, which a warning names.
+        A section whose name changes loses the options that only the old name has; a warning lists them.
 
         Raises:
-            RecipeError: as `parse`, or a change is of a field that cannot be there.
+            RecipeError: as `parse`, or the parent of an overridden field is not a section.
         """
-        return cls.parse(merged(_without_stale(raw, cls, changes), changes))
+        return cls.parse(apply_overrides(_without_stale(raw, cls, changes), changes))
 
-    def plain(self, *, only_set: bool = False) -> dict[str, Any]:
-        """Return the recipe as nested plain data; with `only_set`, without what was left to the defaults."""
+    def to_dict(self, *, only_set: bool = False) -> dict[str, Any]:
+        """Return the recipe as nested plain data; with `only_set`, without defaults."""
         return self.model_dump(mode="json", exclude_none=True, exclude_unset=only_set)
 
     def to_toml(self) -> str:
         """Return the whole recipe, defaults included, as TOML."""
-        return tomli_w.dumps(self.plain())
+        return tomli_w.dumps(self.to_dict())
 
 
 def _without_stale(
     raw: Mapping[str, Any], model: type[BaseModel], changes: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-    """Return `raw` without what `changes` makes stale: options of a name that another one takes the place of.
+    """Return `raw` without options that are stale because `changes` replaces their section's name.
 
     Args:
         raw: the recipe, or a section of it.
-        model: the class that will read it.
-        changes: dotted fields of the recipe -> new values.
-        prefix: of the section, as "task.".
+        model: the class that will validate it.
+        changes: dotted field of the recipe -> new value.
+        prefix: of the section, such as "task.".
     """
     result = dict(raw)
     for field, info in model.model_fields.items():
@@ -243,8 +243,8 @@ def _without_stale(
 
 
 def _fitting(section: Mapping[str, Any], options: type[BaseModel]) -> tuple[dict[str, Any], list[str]]:
-    """Return what of a section a class of options takes, and the dotted fields of the rest."""
-    kept, dropped = merged(section, {}), list[str]()
+    """Return the part of a section that a class of options accepts, and the dotted fields of the rest."""
+    kept, dropped = apply_overrides(section, {}), list[str]()
     while True:
         try:
             options.model_validate(kept)
@@ -257,7 +257,7 @@ def _fitting(section: Mapping[str, Any], options: type[BaseModel]) -> tuple[dict
 
 
 def _pop(section: dict[str, Any], path: list[str | int]) -> str:
-    """Remove the innermost field on the path of an error, and return it as a dotted field; "" if there is none."""
+    """Remove the innermost field on the path of an error; return it as a dotted field, or ""."""
     holders: list[tuple[Any, int]] = []
     place: Any = section
     for depth, part in enumerate(path):
@@ -274,10 +274,10 @@ def _pop(section: dict[str, Any], path: list[str | int]) -> str:
 
 
 def read_toml(source: str, shipped: Iterable[Path]) -> tuple[dict[str, Any], Path]:
-    """Read the recipe that `source` names: a file, a run's folder, or a file in one of the folders `shipped`.
+    """Read a recipe: a file, the one in a run's folder, or one in a folder of `shipped`, by its stem.
 
     Returns:
-        The nested data, and the file it came from.
+        The nested data, and the file.
 
     Raises:
         RecipeError: there is no such file, or it is not TOML.
@@ -288,12 +288,15 @@ def read_toml(source: str, shipped: Iterable[Path]) -> tuple[dict[str, Any], Pat
     if path is None:
         raise RecipeError(
             f"{source!r} is neither a file, nor a run's folder with a recipe.toml, nor a shipped recipe, nor a task as "
-            f"module:attribute; {near(source, files)}"
+            f"module:attribute; {suggest(source, files)}"
         )
     data = read_bytes(path, RecipeError, MAX_RECIPE_BYTES)
     try:
         return tomllib.loads(data.decode()), path
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of thousands of digits, too
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError includes invalid UTF-8 and numbers of thousands of digits
         raise RecipeError(f"{path}: not a TOML file: {error}") from None
 
 
@@ -306,25 +309,25 @@ def dotted_fields(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
-def explain(error: ValidationError, within: str = "") -> str:
-    """Return one line for each wrong field; with `within`, of the section of that name."""
+def explain_errors(error: ValidationError, within: str = "") -> str:
+    """Return an error message with a line for each wrong field; `within` is the name of the section."""
     return "\n".join(_explain(detail, within) for detail in error.errors())
 
 
 def _explain(detail: ErrorDetails, within: str) -> str:
-    """Return one line that names the dotted field, what was expected and what came."""
+    """Return one line with the dotted field, the expectation and the value."""
     field = ".".join([*filter(None, [within]), *(str(part) for part in _path(detail))]) or "recipe"
     if detail["type"] == "unknown_field":
         return f"{field}: {detail['msg']}"
     if detail["type"] == "missing":
         return f"{field}: required, and not given"
     message = detail["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
-    came = "" if detail["type"] == "value_error" else f"; got {_shown(detail['input'])}"  # ours say it themselves
+    came = "" if detail["type"] == "value_error" else f"; got {_shown(detail['input'])}"  # our own messages contain it
     return f"{field}: {message}{came}"
 
 
 def _path(detail: ErrorDetails) -> list[str | int]:
-    """Return where an error is: the parts of the dotted field."""
+    """Return the parts of the dotted field of an error."""
     unknown = [detail["ctx"]["field"]] if detail["type"] == "unknown_field" else []
     return [*detail["loc"], *unknown]
 

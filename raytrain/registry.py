@@ -1,10 +1,8 @@
-"""Short names for things: plain tables of ``short name -> "module:attribute"``.
+"""Registries: plain tables of ``short name -> "module:attribute"``, imported when a name is used.
 
-Where the docstring of what is named does not say it well, a line follows: ``"module:attribute what it is"``.
-
-A table is data: it is the same in every process, it loads nothing until a name is used, and it is the list that the
-contract tests run over. Any other value with a colon is imported as it stands, so what a user wrote needs no
-registration.
+A description may follow the target, ``"module:attribute Description."``, where the docstring of the object does not
+serve as one. Contract tests run over these tables. A name with a colon is imported as it stands, so a user's own
+classes and functions need no registration.
 """
 
 import difflib
@@ -17,38 +15,42 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.modules import documentation
+from raytrain.modules import source_docstring
 
-PLACE = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
-"""How "module:attribute" is written."""
+TARGET = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
+"""Pattern of "module:attribute"."""
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: the known names nearest to `name`, then all of them."""
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error message: the names most similar to `name`, then all known ones.
+
+    >>> suggest("adm", ["adam", "sgd"])
+    'did you mean adam? known: adam, sgd'
+    """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=2)
     guess = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{guess}known: {', '.join(names)}"
 
 
-def place_of(error: BaseException) -> str:
-    """Return where in a file an error arose, as " (mine.py, line 3)", for the end of a message that names the error."""
+def error_location(error: BaseException) -> str:
+    """Return where an error was raised, as " (mine.py, line 3)", or "" if that is not in code of the user."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     outside = isinstance(error, SyntaxError) or not frames or frames[-1].filename == importlib.__file__
     return "" if outside else f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
-def place_named(target: str, what: str) -> tuple[str, str]:
-    """Return the module and the attribute that "module:attribute" names.
+def split_target(target: str, what: str) -> tuple[str, str]:
+    """Split "module:attribute" into module and attribute.
 
     Args:
         target: the name.
         what: as in `resolve`.
 
     Raises:
-        RecipeError: it is not of that form, or the module is one of Python's own, of which nothing is meant for us.
+        RecipeError: it has another form, or the module is in Python's standard library.
     """
-    if not re.fullmatch(PLACE, target):
+    if not re.fullmatch(TARGET, target):
         raise RecipeError(f"{what}: expected module:attribute, as in mine:task; got {target!r}")
     module, _, attribute = target.partition(":")
     if (package := module.partition(".")[0]) in sys.stdlib_module_names:
@@ -57,36 +59,39 @@ def place_named(target: str, what: str) -> tuple[str, str]:
 
 
 def resolve(table: Mapping[str, str], name: str, what: str) -> Any:
-    """Return the object that `name` stands for.
+    """Import and return the object of a name.
 
     Args:
         table: short name -> "module:attribute".
         name: a short name of the table, or "module:attribute" itself.
-        what: what the name is for, as the user wrote it ("task.name"); it begins the error message.
+        what: the recipe's field ("task.name"), with which error messages begin.
 
     Raises:
-        RecipeError: the name is not in the table and not a place, or its module or attribute cannot be imported.
+        RecipeError: the name is neither in the table nor a target, or its module or attribute cannot be imported.
+
+    >>> resolve({"adamw": "torch.optim:AdamW"}, "adamw", "optimizer.name").__name__
+    'AdamW'
     """
     if table and ":" not in name and name not in table:
-        raise RecipeError(f"{what}: no such name {name!r}; {near(name, table)}, or your own as module:attribute")
-    module_name, attribute = place_named(table[name].partition(" ")[0] if name in table else name, what)
+        raise RecipeError(f"{what}: no such name {name!r}; {suggest(name, table)}, or your own as module:attribute")
+    module_name, attribute = split_target(table[name].partition(" ")[0] if name in table else name, what)
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise RecipeError(
-            f"{what}: cannot import {module_name!r}: {type(error).__name__}: {error}{place_of(error)}"
+            f"{what}: cannot import {module_name!r}: {type(error).__name__}: {error}{error_location(error)}"
         ) from error
     for part in attribute.split("."):
         try:
             found = getattr(found, part)
         except AttributeError:
             public = [key for key in dir(found) if not key.startswith("_")]
-            raise RecipeError(f"{what}: {module_name!r} has no {attribute!r}; {near(part, public)}") from None
+            raise RecipeError(f"{what}: {module_name!r} has no {attribute!r}; {suggest(part, public)}") from None
     return found
 
 
 def check_known(table: Mapping[str, str], name: str, what: str) -> None:
-    """Check that `name` stands for something; what the table names is not imported for that.
+    """Check that a name can be resolved, without importing what the table names.
 
     Args:
         table: as in `resolve`.
@@ -100,8 +105,8 @@ def check_known(table: Mapping[str, str], name: str, what: str) -> None:
         resolve(table, name, what)
 
 
-def deferred(target: str) -> Callable[..., Any]:
-    """Return a function that imports the one at "module:attribute" when it is called, and calls it."""
+def lazy(target: str) -> Callable[..., Any]:
+    """Return a function that imports and calls the one at "module:attribute"."""
 
     def call(*arguments: Any) -> Any:
         return resolve({}, target, target)(*arguments)
@@ -109,8 +114,8 @@ def deferred(target: str) -> Callable[..., Any]:
     return call
 
 
-def line_about(table: Mapping[str, str], name: str) -> str:
-    """Return in one line what a name of a table stands for; it is imported only if its source does not tell."""
+def summary(table: Mapping[str, str], name: str) -> str:
+    """Return a one-line description of a name, without importing the object if possible."""
     target, _, line = table[name].partition(" ")
-    document = line or documentation(*place_named(target, name)) or resolve(table, name, name).__doc__ or ""
+    document = line or source_docstring(*split_target(target, name)) or resolve(table, name, name).__doc__ or ""
     return document.strip().partition("\n")[0]

@@ -52,7 +52,7 @@ class Resources(Section):
     labels: dict[str, Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w., -]+\))$")]] = {}
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
 
-    def beside_cpus(self) -> dict[str, float]:
+    def extra_resources(self) -> dict[str, float]:
         """Return what each worker takes beside processors, by Ray's names."""
         return {**({"GPU": self.gpus} if self.gpus else {}), **self.custom}
 
@@ -64,7 +64,7 @@ class Resources(Section):
         return custom
 
 
-class Log(Section):
+class Logging(Section):
     """Metrics and loggers.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Small things done to tensors in more than one place."""
+"""Tensor functions shared by several packages: device moves, rounding, digests, seeding."""
 
 import hashlib
 import random
@@ -12,67 +12,70 @@ from torch import Tensor
 from raytrain.errors import TrainingError
 
 
-def moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return `batch` with its tensors on `device`, and those of floats as `dtype`; containers keep their shape."""
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move the tensors of a nested batch to a device, and floating-point ones to a type."""
     if isinstance(batch, Tensor):
         return batch.to(device, dtype if batch.is_floating_point() else batch.dtype, non_blocking=True)
     if isinstance(batch, dict):
-        return {key: moved(value, device, dtype) for key, value in batch.items()}
+        return {key: to_device(value, device, dtype) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        parts = [moved(value, device, dtype) for value in batch]
+        parts = [to_device(value, device, dtype) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 
 
-def weighed(losses: Tensor, weights: Tensor) -> Tensor:
-    """Return sum of weight * loss, at least in float32.
+def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    """Return sum over i of weights[i] * losses[i], in float32 at least.
 
     Raises:
-        TrainingError: there are not as many losses as weights.
+        TrainingError: the shapes differ.
     """
     if losses.shape != weights.shape:
         raise TrainingError(
             f"Task.losses returned shape {tuple(losses.shape)} where {tuple(weights.shape)} was expected: one loss for "
             "each weight of Task.weights, or one for each example of the batch if the task has no weights"
         )
-    losses = wide(losses)
+    losses = at_least_float32(losses)
     return torch.dot(losses, weights.to(losses.dtype))
 
 
-def wide_type(dtype: torch.dtype) -> torch.dtype:
-    """Return float32, or the type itself if it is wider."""
+def at_least_float32_type(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or the type itself if it has more bits."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32, or as it is if it is wider."""
-    return tensor.to(wide_type(tensor.dtype))
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or unchanged if its type has more bits."""
+    return tensor.to(at_least_float32_type(tensor.dtype))
 
 
-def seed_step(seed: int, *place: int) -> None:
-    """Seed the generators that dropout, augmentation and the like draw from.
+def seed_everything_at(seed: int, *place: int) -> None:
+    """Seed Python's, NumPy's and torch's generators for a position, such as (rank, step).
 
-    What a step draws depends on the seed and its place alone: (rank, step) for the model, (position, count, parts) for
-    its examples. So there is no random state to save, an evaluation in between changes nothing, and a resumed run draws
-    what the uninterrupted one would, wherever its examples are prepared.
+    The random numbers of a step depend on the seed and the position only: (rank, step) for the model, (position, count,
+    parts) for its examples. So no generator state is saved, an evaluation in between changes nothing, and a resumed run
+    draws the numbers of an uninterrupted one, wherever its examples are prepared.
     """
     mixed = np.random.SeedSequence([seed % 2**64, *place]).generate_state(1, np.uint64).item()
-    torch.default_generator.manual_seed(mixed)  # torch.manual_seed also asks after every accelerator: 100 times slower
+    torch.default_generator.manual_seed(mixed)  # torch.manual_seed queries every accelerator: 100 times slower
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(mixed)
     random.seed(mixed)
-    np.random.seed(mixed % 2**32)  # noqa: NPY002 - what a user's collate may draw from
+    np.random.seed(mixed % 2**32)  # noqa: NPY002 - a user's collate may use the global generator
 
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes."""
+INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Size in bytes -> integer type."""
 
 
-def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a float64 tensor in a narrower type, rounded once, to the nearest and then to even.
+def round_once(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a float64 tensor to a narrower type once, to nearest with ties to even.
 
-    Below 32 bits torch goes through float32, which would round twice; here that first step rounds to odd, which leaves
-    what the second one needs to know (Boldo and Melquiond 2008).
+    To 16-bit types torch converts by way of float32, which rounds twice. Here that first rounding is to odd, after
+    which the second one is right (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums").
+
+    >>> round_once(torch.tensor([1 + 2**-8 + 2**-40], dtype=torch.float64), torch.bfloat16).item()
+    1.0078125
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return tensor.to(dtype)
@@ -83,12 +86,12 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """Return the bits of a tensor's numbers as integers, in the same memory: also nan equals itself there."""
-    return tensor.view(INTEGERS[tensor.element_size()])
+    """Return a view of a tensor's bits as integers, in which nan equals itself."""
+    return tensor.view(INTEGER_TYPES[tensor.element_size()])
 
 
-def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hash of tensors and their names; "" without any."""
+def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 of named tensors, in the order of their names; "" for none."""
     total = hashlib.sha256()
     tensors = sorted(named, key=lambda pair: pair[0])
     for name, tensor in tensors:

@@ -1,23 +1,23 @@
-"""Text for the user's terminal, which obeys what is written to it: text of others could clear it, or hide lines."""
+"""Sanitized text for the terminal: control characters in foreign text could clear it or hide lines."""
 
 import re
 
-# All but line ends and tabs: C0 and C1 controls, invisible marks, overrides of the direction, and halves of characters.
+# C0 and C1 controls but line ends and tabs, zero-width characters, bidirectional overrides, and lone surrogates.
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
 
 
-def plain(text: str) -> str:
-    """Return text without what is no text; line ends and tabs stay."""
+def printable(text: str) -> str:
+    """Return text without control characters; line ends and tabs stay."""
     return _CONTROLS.sub("", text)
 
 
-def plain_line(text: str) -> str:
-    """Return text in one line, without what is no text."""
-    return " ".join(plain(text).split())
+def printable_line(text: str) -> str:
+    """Return text in one line, without control characters."""
+    return " ".join(printable(text).split())
 
 
-def mib(size: int) -> str:
-    """Return a number of bytes for people."""
+def format_mib(size: int) -> str:
+    """Format a number of bytes in MiB."""
     return f"{size / 2**20:.1f} MiB"

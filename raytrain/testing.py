@@ -1,4 +1,4 @@
-"""What tests import: replicas that are threads or processes, faults on purpose, and a tiny task that is awkward."""
+"""Test support: replicas as threads or processes, fault injection, and a tiny task."""
 
 import multiprocessing
 import os
@@ -15,20 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.watchdog import Watchdog
-from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, Pending
+from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, PendingWork
 from raytrain.tasks.task import Task, TaskOptions
-from raytrain.training.loader import Feeds, local_feed
+from raytrain.training.loader import LoaderFactory, local_loader
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Progress, Replica
-from raytrain.training.worker import work
+from raytrain.training.worker import run_worker
 
-Answer = TypeVar("Answer")
-WAIT_SECONDS = 60.0
+AnswerT = TypeVar("AnswerT")
+PEER_WAIT_SECONDS = 60.0
 ONE_AT_A_TIME = threading.Lock()
 """Held by a thread that draws from the generator that all threads share."""
-PEER_LOST = 3
+PEER_LOST_STATUS = 3
 """The exit status of a worker of `train_with_gloo` that lost another one."""
 
 
@@ -45,13 +45,13 @@ class ThreadGroup:
         self.given: dict[tuple[int, ...], dict[int, Tensor]] = {}
         self.left: set[int] = set()
 
-    def run(self, function: Callable[["ThreadTransport"], Answer]) -> list[Answer]:
+    def run(self, function: Callable[["ThreadTransport"], AnswerT]) -> list[AnswerT]:
         """Call `function` with the transport of each replica, at once, and return the answers in order.
 
         Raises:
             Exception: whatever one of them raised first.
         """
-        answers: dict[int, Answer] = {}
+        answers: dict[int, AnswerT] = {}
         errors: list[BaseException] = []
 
         def call(rank: int) -> None:
@@ -80,30 +80,30 @@ class ThreadTransport:
         self.rank = rank
         self.members = tuple(range(group.size))
         self.device = torch.device("cpu")
-        self.waiting = False
+        self.is_waiting = False
         self._group = group
         self._name = name
-        self._lanes = 0
+        self._channels = 0
         self._operations = 0
 
-    def lane(self) -> "ThreadTransport":
+    def new_channel(self) -> "ThreadTransport":
         """Return the same replicas, with operations of their own."""
-        self._lanes += 1
-        return ThreadTransport(self._group, self.rank, (*self._name, self._lanes))
+        self._channels += 1
+        return ThreadTransport(self._group, self.rank, (*self._name, self._channels))
 
-    def all_reduce(self, flat: Tensor) -> Pending:
+    def all_reduce(self, flat: Tensor) -> PendingWork:
         """Sum in place."""
         return self._start(flat, lambda parts: flat.copy_(sum(parts[1:], start=parts[0])))
 
-    def all_gather(self, flat: Tensor) -> Pending:
+    def all_gather(self, flat: Tensor) -> PendingWork:
         """Return all, stacked."""
         return self._start(flat, torch.stack)
 
-    def all_to_all(self, rows: Tensor) -> Pending:
+    def all_to_all(self, rows: Tensor) -> PendingWork:
         """Take the rows that are for this replica."""
         return self._start(rows, lambda parts: torch.stack([part[self.rank] for part in parts]))
 
-    def broadcast(self, flat: Tensor) -> Pending:
+    def broadcast(self, flat: Tensor) -> PendingWork:
         """Overwrite with the first replica's."""
         return self._start(flat, lambda parts: flat.copy_(parts[0]))
 
@@ -113,7 +113,7 @@ class ThreadTransport:
             self._group.left.add(self.rank)
             self._group.changed.notify_all()
 
-    def _start(self, flat: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Pending:
+    def _start(self, flat: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> PendingWork:
         self._operations += 1
         with self._group.changed:
             given = self._group.given.setdefault((*self._name, -self._operations), {})
@@ -133,14 +133,14 @@ class _Gathered:
         self._given = given
         self._combine = combine
 
-    def advance(self) -> bool:
+    def poll(self) -> bool:
         return len(self._given) == self._group.size
 
     def wait(self) -> Tensor:
         everyone = set(range(self._group.size))
         with self._group.changed:
             arrived = self._group.changed.wait_for(
-                lambda: self._given.keys() == everyone or self._group.left - self._given.keys(), WAIT_SECONDS
+                lambda: self._given.keys() == everyone or self._group.left - self._given.keys(), PEER_WAIT_SECONDS
             )
         if not arrived or self._given.keys() != everyone:
             raise PeerLostError(f"replicas {sorted(everyone - self._given.keys())} are lost")
@@ -213,7 +213,7 @@ class TinyOptions(TaskOptions):
 
 
 class TinyModel(nn.Module):
-    """A regression with a layer that nothing uses, one that is frozen, and a buffer of a type that gloo does not know.
+    """A regression model with an unused layer, a frozen one, and a buffer that gloo cannot send.
 
     Args:
         options: the task's.
@@ -254,22 +254,24 @@ def tiny(options: TinyOptions) -> Task:
     return Task(model=model, data=data, losses=losses, weights=lambda batch: batch["weight"])
 
 
-def train_here(recipe: TrainRecipe, folder: Path, feeds: Feeds = local_feed, device: str = "cpu") -> RunDirectory:
+def train_here(
+    recipe: TrainRecipe, folder: Path, make_loader: LoaderFactory = local_loader, device: str = "cpu"
+) -> RunDirectory:
     """Train in this process, as the only worker."""
     run = _begun(recipe, folder)
-    work(recipe, run, LocalTransport(torch.device(device)), beat=_nothing, feeds=feeds)
+    run_worker(recipe, run, LocalTransport(torch.device(device)), heartbeat=_nothing, make_loader=make_loader)
     return run
 
 
 def train_with_threads(recipe: TrainRecipe, folder: Path) -> RunDirectory:
     """Train with workers that are threads of this process."""
     run = _begun(recipe, folder)
-    ThreadGroup(recipe.workers).run(lambda transport: work(recipe, run, transport, beat=_nothing))
+    ThreadGroup(recipe.workers).run(lambda transport: run_worker(recipe, run, transport, heartbeat=_nothing))
     return run
 
 
 def train_with_gloo(recipe: TrainRecipe, folder: Path) -> list[int]:
-    """Train with workers that are processes of this machine; return their exit statuses, -9 for one that was killed."""
+    """Train with workers as local processes; return their exit statuses, -9 for a killed one."""
     return train_each_with_gloo([(recipe, folder)])
 
 
@@ -279,8 +281,8 @@ def train_each_with_gloo(runs: Sequence[tuple[TrainRecipe, Path]]) -> list[int]:
     for run in runs:
         _begun(*run)
     store = folder / f".store-{time.time_ns()}"
-    arguments = (size, [(recipe.plain(), str(folder)) for recipe, folder in runs], str(store), dict(os.environ))
-    workers = [forks().Process(target=_gloo_worker, args=(rank, *arguments)) for rank in range(size)]
+    arguments = (size, [(recipe.to_dict(), str(folder)) for recipe, folder in runs], str(store), dict(os.environ))
+    workers = [fork_server().Process(target=_gloo_worker, args=(rank, *arguments)) for rank in range(size)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -288,7 +290,7 @@ def train_each_with_gloo(runs: Sequence[tuple[TrainRecipe, Path]]) -> list[int]:
     return [worker.exitcode or 0 for worker in workers]
 
 
-def forks() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
     """Return what starts processes, forked from one that has imported all that they need and done nothing.
 
     To import it takes longer than a tiny run.
@@ -300,8 +302,8 @@ def forks() -> ForkServerContext:
 
 def _begun(recipe: TrainRecipe, folder: Path) -> RunDirectory:
     run = RunDirectory(folder)
-    with run.opened(resume=run.recipe.is_file()):
-        run.begin(recipe.to_toml())
+    with run.session(resume=run.recipe.is_file()):
+        run.prepare(recipe.to_toml())
     return run
 
 
@@ -316,20 +318,20 @@ def _gloo_worker(
         for plain, folder in runs:
             _gloo_run(rank, TrainRecipe.parse(plain), RunDirectory(Path(folder)))
     except PeerLostError:
-        sys.exit(PEER_LOST)
+        sys.exit(PEER_LOST_STATUS)
 
 
 def _gloo_run(rank: int, recipe: TrainRecipe, run: RunDirectory) -> None:
     seconds = recipe.sync.timeout_seconds
     transport = GroupTransport(torch.device("cpu"), seconds)
-    with Watchdog(run.path / f"hang-{rank}.txt", seconds, lambda: transport.waiting) as watchdog:
-        work(recipe, run, transport, watchdog.beat)
+    with Watchdog(run.path / f"hang-{rank}.txt", seconds, lambda: transport.is_waiting) as watchdog:
+        run_worker(recipe, run, transport, watchdog.heartbeat)
 
 
 def repeatable_rows(file: Path) -> list[dict[str, Any]]:
     """Return the rows of a `metrics.jsonl` without the times and the costs, in which equal runs differ."""
     costs = {"seconds", *Progress().costs()}
-    return [{name: value for name, value in row.items() if name not in costs} for row in rows(file)]
+    return [{name: value for name, value in row.items() if name not in costs} for row in read_jsonl(file)]
 
 
 def _nothing(*_: object) -> None:

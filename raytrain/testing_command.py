@@ -1,4 +1,4 @@
-"""The command for tests: a process of its own, forked from one that has imported what the command imports."""
+"""The command for tests, as a process forked from one that has imported its modules."""
 
 import atexit
 import os
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from raytrain.testing import forks
+from raytrain.testing import fork_server
 
-END_SECONDS = 600.0
+EXIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class Command:
         Raises:
             TimeoutError: it does not end.
         """
-        self.process.join(END_SECONDS)
+        self.process.join(EXIT_SECONDS)
         out, err = ((self.folder / name).read_text() for name in ("out", "err"))
         if self.process.exitcode is None:
-            raise TimeoutError(f"the command has not ended in {END_SECONDS:g} s; it said: {err}")
+            raise TimeoutError(f"the command has not ended in {EXIT_SECONDS:g} s; it said: {err}")
         shutil.rmtree(self.folder)
         return self.process.exitcode, out, err
 
@@ -55,7 +55,7 @@ def start_command(words: Sequence[str], folder: Path, environment: Mapping[str, 
     output = Path(tempfile.mkdtemp(prefix="raytrain-command-"))
     for name in ("out", "err"):
         (output / name).touch()
-    process = forks().Process(target=_command, args=(list(words), str(folder), dict(environment), str(output)))
+    process = fork_server().Process(target=_command, args=(list(words), str(folder), dict(environment), str(output)))
     process.start()
     return Command(process, output)
 
@@ -71,9 +71,9 @@ def _command(words: list[str], folder: str, environment: dict[str, str], output:
     sys.argv = ["raytrain", *words]
     # Who only starts it needs neither.
     from raytrain.cli.main import main  # noqa: PLC0415
-    from raytrain.launch.private_cluster import read_environment_anew  # noqa: PLC0415
+    from raytrain.launch.private_cluster import reload_ray_environment  # noqa: PLC0415
 
-    read_environment_anew()
+    reload_ray_environment()
     try:
         main()
     finally:

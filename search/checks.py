@@ -5,7 +5,7 @@ from typing import Any
 
 from raytrain.errors import RecipeError
 from raytrain.recipe import Recipe
-from raytrain.registry import near
+from raytrain.registry import suggest
 from search.domains import Float
 from search.options import SearchOptions
 from search.pbt.options import PBTOptions
@@ -82,7 +82,7 @@ def check_guesses(search: SearchOptions, space: Space) -> None:
         for path, value in guess.items():
             field, domain = f"search.first.{number}.{path}", space.domains.get(path)
             if domain is None:
-                raise RecipeError(f"{field}: not searched; {near(path, space.domains)}")
+                raise RecipeError(f"{field}: not searched; {suggest(path, space.domains)}")
             if not domain.contains(value):
                 raise RecipeError(f"{field}: expected {domain.summary()}; got {value!r}")
             if _multiplies(search) and domain.traps(value):

@@ -101,13 +101,18 @@ class Chooser:
 
     def _declared(self, name: str, domain: type[Domain], **options: Any) -> Any:
         try:
-            declared = _domain(domain, *_flat(options))
-        except TypeError:  # a value that cannot be hashed
-            declared = domain(**options)
+            declared = _declared(domain, options)
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise RecipeError(f"{self._prefix}{name}: {message}") from None
         return self.decide(name, declared)
+
+
+def _declared(domain: type[Domain], options: Mapping[str, Any]) -> Domain:
+    try:
+        return _domain(domain, *_flat(options))
+    except TypeError:  # a value that cannot be hashed
+        return domain(**options)
 
 
 def _flat(options: Mapping[str, Any]) -> Iterator[Any]:

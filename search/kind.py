@@ -6,11 +6,11 @@ from raytrain.kinds import Kind
 
 KIND = Kind(
     recipe="search.recipe:SearchRecipe",
-    run="search.launch.run:run",
+    run="search.launch.run:run_search",
     recipes=Path(__file__).parent / "recipes",
     load="search.launch.winner:load_winner",
-    panels="search.report:panels",
-    check="search.preview:preview",
+    panels="search.report:search_panels",
+    check="search.preview:search_preview",
     tables={
         "searches": "search.scheduling.scheduler:SEARCHES",
         "searchers": "search.searcher:SEARCHERS",

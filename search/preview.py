@@ -7,7 +7,7 @@ from search.space import parse_dimensions
 SHOWN = 8
 
 
-def preview(recipe: SearchRecipe) -> list[str]:
+def search_preview(recipe: SearchRecipe) -> list[str]:
     """Return the dimensions, the total of steps, and what the first members would train with."""
     search = recipe.search
     lines = [f"# {recipe.members} members or trials; of all {recipe.total_steps or 'as many steps as it takes'} steps"]

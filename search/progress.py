@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain.run.progress import Tail
-from raytrain.terminal import plain, plain_line
+from raytrain.terminal import printable, printable_line
 from search.standings import Standings
 
 LOOK_SECONDS = 0.25
-LINE_SECONDS = 10.0
+SEARCH_LINE_SECONDS = 10.0
 MOST_ROWS = 24
 """Members in the table; of more, those with the best scores."""
 
@@ -38,8 +38,8 @@ class SearchDisplay:
         self._decisions = Tail(folder / "lineage.jsonl")
         self._reports = Tail(folder / "metrics.jsonl")
         self._standings, self._steps, self._total_steps = standings, steps, total_steps
-        self._pace = Pace()
-        self._next_line = time.monotonic() + LINE_SECONDS
+        self._pace = SearchSpeed()
+        self._next_line = time.monotonic() + SEARCH_LINE_SECONDS
 
     def __enter__(self) -> Self:
         """Show the table, on a terminal."""
@@ -55,7 +55,7 @@ class SearchDisplay:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self._console.print(plain(text), markup=False)
+        self._console.print(printable(text), markup=False)
 
     def follow(
         self, ended: threading.Event, request_stop: Callable[[], None], steps: Callable[[], Mapping[int, int]]
@@ -86,7 +86,7 @@ class SearchDisplay:
         self._live.stop()
         width = max(map(len, facts))
         for name, value in facts.items():
-            self.say(f"{name:<{width}}  {plain_line(value)}")
+            self.say(f"{name:<{width}}  {printable_line(value)}")
 
     def _look(self, steps: Mapping[int, int]) -> None:
         """Take in what is new in the run's files."""
@@ -100,7 +100,7 @@ class SearchDisplay:
         if self._live.is_started:
             self._live.update(Group(self._table(steps), Text(self._summary(trained))), refresh=True)
         elif standings.generation > before or (steps and time.monotonic() > self._next_line):
-            self._next_line = time.monotonic() + LINE_SECONDS
+            self._next_line = time.monotonic() + SEARCH_LINE_SECONDS
             self.say(self._summary(trained))
 
     def _table(self, steps: Mapping[int, int]) -> Table:
@@ -135,7 +135,7 @@ class SearchDisplay:
         return head + ", ".join(parts)
 
 
-class Pace:
+class SearchSpeed:
     """How fast steps are done, on average since the first one of this process."""
 
     def __init__(self) -> None:
@@ -159,4 +159,4 @@ def _short(field: str) -> str:
 def _number(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else plain_line(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else printable_line(str(value))

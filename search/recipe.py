@@ -9,9 +9,9 @@ from pydantic_core import PydanticCustomError
 
 from raytrain.errors import RecipeError
 from raytrain.kinds import load_kinds
-from raytrain.overrides import merged
-from raytrain.recipe import Recipe, chosen, declared_options, dotted_fields, read_toml
-from raytrain.registry import near, resolve
+from raytrain.overrides import apply_overrides
+from raytrain.recipe import Recipe, dotted_fields, options_by_name, options_parameter, read_toml
+from raytrain.registry import resolve, suggest
 from search.checks import check_factors, check_guesses, check_space, check_steps
 from search.options import SearchOptions
 from search.pbt.options import PBTOptions
@@ -40,9 +40,9 @@ def _read_base(value: Any) -> Recipe:
             raw, file = read_toml(source, [kind.recipes for kind in kinds.values() if kind.recipes])
             raw = {"name": file.stem, **raw}
         rest = {field: inner for field, inner in section.items() if field != "name"}
-        raw = merged({"kind": "train", **raw}, dict(dotted_fields(rest)))
+        raw = apply_overrides({"kind": "train", **raw}, dict(dotted_fields(rest)))
     if raw["kind"] not in kinds or raw["kind"] == "search":
-        raise RecipeError(f"base.kind: no such kind {raw['kind']!r}; {near(raw['kind'], kinds.keys() - {'search'})}")
+        raise RecipeError(f"base.kind: no such kind {raw['kind']!r}; {suggest(raw['kind'], kinds.keys() - {'search'})}")
     try:
         return kinds[raw["kind"]].recipe_class().model_validate(raw)
     except RecipeError as error:  # of what a name stands for; those of pydantic get their place by themselves
@@ -51,7 +51,8 @@ def _read_base(value: Any) -> Recipe:
 
 BaseField = Annotated[SerializeAsAny[Recipe], BeforeValidator(_read_base)]
 SearchField = Annotated[
-    SerializeAsAny[SearchOptions], chosen(SEARCHES, "search", partial(declared_options, base=SearchOptions), "pbt")
+    SerializeAsAny[SearchOptions],
+    options_by_name(SEARCHES, "search", partial(options_parameter, base=SearchOptions), "pbt"),
 ]
 
 
@@ -113,7 +114,7 @@ class SearchRecipe(Recipe):
         """
         wanted = self.search.metric or metric
         if measured and wanted not in measured:
-            raise RecipeError(f"search.metric: the task does not measure {wanted!r}; {near(wanted, measured)}")
+            raise RecipeError(f"search.metric: the task does not measure {wanted!r}; {suggest(wanted, measured)}")
         if wanted != metric and not self.search.mode:
             raise RecipeError(
                 f"search.mode: required with the metric {wanted!r}, which is not the task's own ({metric}); min or max"

@@ -22,7 +22,7 @@ WIDE = 20.0
 FEW = 5
 """Trials below which nothing is said about correlations."""
 
-Lineage = Sequence[Mapping[str, Any]]
+LineageRows = Sequence[Mapping[str, Any]]
 """Decisions, each of which continues the segment of the one before."""
 Scored = Sequence[tuple[ReportRow, float]]
 """Ends of segments, each with its score."""
@@ -30,7 +30,7 @@ Trials = Sequence[tuple[Mapping[str, Any], float]]
 """Hyperparameters of a trial -> its last score."""
 
 
-def panels(run: RunDirectory) -> list[Panel]:
+def search_panels(run: RunDirectory) -> list[Panel]:
     """Return what a search has recorded so far, as panels."""
     objective, decisions, reports = _objective(run), read_decisions(run.path), read_reports(run.metrics)
     began = [report for report in reports if _began(decisions, report)]
@@ -62,7 +62,7 @@ def _scored(objective: Objective, reports: Iterable[ReportRow]) -> list[tuple[Re
     return [(report, score) for report, score in scores if score is not None]
 
 
-def _winner(objective: Objective, decisions: Sequence[DecisionRow], scored: Scored) -> Lineage:
+def _winner(objective: Objective, decisions: Sequence[DecisionRow], scored: Scored) -> LineageRows:
     """Return the decisions that led to the best score so far, the oldest first."""
     known = [(objective.fitness(score), -report["row"]) for report, score in scored]
     return ancestors(decisions, -max(known)[1]) if known else []
@@ -100,7 +100,7 @@ def _best_so_far(objective: Objective, scored: Scored) -> Panel | None:
     return line_chart("Best so far", {"best": (seconds, best)}, x="seconds", y=objective.metric)
 
 
-def _schedules(decisions: Sequence[DecisionRow], scored: Scored, winner: Lineage) -> list[Panel | None]:
+def _schedules(decisions: Sequence[DecisionRow], scored: Scored, winner: LineageRows) -> list[Panel | None]:
     """Return a chart for each number that differs: its values over the steps, those of the winner on top."""
     ends = {report["row"]: report["step"] for report, _ in scored}
     won = {row["row"] for row in winner}
@@ -196,7 +196,7 @@ def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     return float(centred[0] @ centred[1]) / norm if norm else 0.0
 
 
-def _ancestry(objective: Objective, winner: Lineage, scored: Scored) -> Panel | None:
+def _ancestry(objective: Objective, winner: LineageRows, scored: Scored) -> Panel | None:
     scores = {report["row"]: score for report, score in scored}
     rows = [[row["step"], row["member"], row["action"], scores.get(row["row"]), _listed(row["new"])] for row in winner]
     columns = ["from step", "member", "decision", objective.metric, "hyperparameters"]

@@ -24,8 +24,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from raytrain.errors import RecipeError
-from raytrain.recipe import dotted_fields, explain
-from raytrain.registry import near, place_of, resolve
+from raytrain.recipe import dotted_fields, explain_errors
+from raytrain.registry import error_location, resolve, suggest
 from search.chooser import Chooser, Policy, replaying, sampling
 from search.domains import DOMAINS, Domain
 from search.genome import Configuration
@@ -123,9 +123,9 @@ def make_space(source: str | Mapping[str, Any]) -> Space:
         try:
             changes = program(choose)
         except RecipeError as error:
-            raise RecipeError(f"{source}: {error}{place_of(error)}") from error
+            raise RecipeError(f"{source}: {error}{error_location(error)}") from error
         except Exception as error:
-            raise RecipeError(f"{source}: {type(error).__name__}: {error}{place_of(error)}") from error
+            raise RecipeError(f"{source}: {type(error).__name__}: {error}{error_location(error)}") from error
         if not isinstance(changes, Mapping):
             raise RecipeError(f"{source}: expected a mapping of recipe fields to values; got {changes!r}")
         return changes
@@ -176,11 +176,11 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Map
 
 def _domain(name: str, raw: Mapping[str, Any]) -> Domain:
     if raw["type"] not in DOMAINS:
-        raise RecipeError(f"{FIELD}.{name}.type: no such type {raw['type']!r}; {near(raw['type'], DOMAINS)}")
+        raise RecipeError(f"{FIELD}.{name}.type: no such type {raw['type']!r}; {suggest(raw['type'], DOMAINS)}")
     try:
         return DOMAINS[raw["type"]].model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(explain(error, f"{FIELD}.{name}")) from None
+        raise RecipeError(explain_errors(error, f"{FIELD}.{name}")) from None
 
 
 def _conditions(name: str, raw: Any, earlier: Mapping[str, Dimension]) -> dict[str, tuple[Any, ...]]:
@@ -190,7 +190,7 @@ def _conditions(name: str, raw: Any, earlier: Mapping[str, Dimension]) -> dict[s
     for other, wanted in dotted_fields(raw):
         if other not in earlier:
             raise RecipeError(
-                f"{FIELD}.{name}.when: expected an earlier dimension; got {other!r}; {near(other, earlier)}"
+                f"{FIELD}.{name}.when: expected an earlier dimension; got {other!r}; {suggest(other, earlier)}"
             )
         domain = earlier[other].domain
         when[other] = tuple(wanted) if isinstance(wanted, list) else (wanted,)

@@ -127,9 +127,9 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process, which `launch.run` uses as it finds it."""
-    from raytrain.launch.session import session
+    from raytrain.launch.session import cluster_session
 
-    with session(None, cpus=4):
+    with cluster_session(None, cpus=4):
         yield
 
 

@@ -1,4 +1,4 @@
-"""A channel over a Flower `Grid`: actors on Ray, or machines of a deployment."""
+"""Messages to clients over a Flower `Grid`: actors on Ray, or machines of a deployment."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -9,15 +9,19 @@ from flwr.serverapp import Grid
 from federated.channel import Answer, NoReport
 from federated.encodings import PayloadError
 from federated.flower.messages import bytes_of, content_of
-from raytrain.terminal import plain
+from raytrain.terminal import printable
 
 MAX_REASON_CHARACTERS = 300
-ATTEMPTS = 3
+SEND_ATTEMPTS = 3
 """How often a client is asked whose process died: another client may have been the cause."""
 
 
-class GridChannel:
-    """Sends payloads as Flower's messages.
+def nobody(client: int) -> None:
+    """End no process that serves a client: those of a deployment are not ours to end."""
+
+
+class GridMessenger:
+    """Sends contents to clients, and returns what they reply.
 
     A process that dies takes with it what it held for all of its clients, so these are asked again: who is heard does
     not depend on the moment of its death.
@@ -34,53 +38,68 @@ class GridChannel:
         grid: Grid,
         nodes: Sequence[int],
         timeout_seconds: float = 0.0,
-        end_process: Callable[[int], None] = lambda client: None,  # noqa: ARG005
+        end_process: Callable[[int], None] = nobody,
     ) -> None:
-        self._grid, self._nodes = grid, nodes
+        self.grid, self.nodes, self.end_process = grid, nodes, end_process
         self._timeout_seconds = timeout_seconds
-        self._end_process = end_process
 
-    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterator[tuple[int, Answer]]:
-        """Yield what each client answers; one that answers with an error has no report."""
-        waiting = dict(payloads)
-        for attempt in range(ATTEMPTS):
+    def ask(self, round_number: int, contents: Mapping[int, RecordDict]) -> Iterator[tuple[int, RecordDict | NoReport]]:
+        """Yield what each client replies; one that replies with an error has no report."""
+        waiting = dict(contents)
+        for attempt in range(SEND_ATTEMPTS):
             crashed = {}
             for client, reply in self._exchange(round_number, waiting).items():
-                if reply is not None and _is_crash(reply) and attempt + 1 < ATTEMPTS:
+                if reply is not None and _is_crash(reply) and attempt + 1 < SEND_ATTEMPTS:
                     crashed[client] = waiting[client]
                 else:
-                    yield client, self._answer(reply)
+                    yield client, self._content(reply)
             waiting = crashed
 
-    def lose_process(self, client: int) -> None:
-        """End a process that may serve a client."""
-        self._end_process(client)
-
-    def _exchange(self, round_number: int, payloads: Mapping[int, bytes]) -> dict[int, Message | None]:
-        """Send payloads, and return each client's reply, or None if it did not come in time."""
-        contents: dict[bytes, RecordDict] = {}  # equal payloads are one content, which the grid then keeps once
+    def _exchange(self, round_number: int, contents: Mapping[int, RecordDict]) -> dict[int, Message | None]:
+        """Send contents, and return each client's reply, or None if it did not come in time."""
         sent = [
-            Message(
-                contents.setdefault(payload, content_of(payload)),
-                dst_node_id=self._nodes[client],
-                message_type=MessageType.TRAIN,
-                group_id=str(round_number),
-            )
-            for client, payload in payloads.items()
+            Message(content, dst_node_id=self.nodes[client], message_type=MessageType.TRAIN, group_id=str(round_number))
+            for client, content in contents.items()
         ]
-        replies = self._grid.send_and_receive(sent, timeout=self._timeout_seconds or None) if sent else []
+        replies = self.grid.send_and_receive(sent, timeout=self._timeout_seconds or None) if sent else []
         of_node = {reply.metadata.src_node_id: reply for reply in replies}
-        return {client: of_node.get(self._nodes[client]) for client in payloads}
+        return {client: of_node.get(self.nodes[client]) for client in contents}
 
-    def _answer(self, reply: Message | None) -> Answer:
+    def _content(self, reply: Message | None) -> RecordDict | NoReport:
         if reply is None:
             return NoReport(f"no answer within {self._timeout_seconds:g} s")
         if reply.has_error():
-            return NoReport(plain(reply.error.reason or "")[:MAX_REASON_CHARACTERS])
-        try:
-            return bytes_of(reply.content)
-        except PayloadError as error:
-            return NoReport(plain(str(error)))
+            return NoReport(printable(reply.error.reason or "")[:MAX_REASON_CHARACTERS])
+        return reply.content
+
+
+class GridChannel:
+    """A channel for payloads over a grid.
+
+    Args:
+        messenger: over the grid.
+    """
+
+    def __init__(self, messenger: GridMessenger) -> None:
+        self._messenger = messenger
+
+    def ask(self, round_number: int, payloads: Mapping[int, bytes]) -> Iterator[tuple[int, Answer]]:
+        """Yield what each client answers."""
+        distinct: dict[bytes, RecordDict] = {}  # equal payloads are one content, which the grid then keeps once
+        contents = {client: distinct.setdefault(payload, content_of(payload)) for client, payload in payloads.items()}
+        for client, content in self._messenger.ask(round_number, contents):
+            yield client, content if isinstance(content, NoReport) else _report_of(content)
+
+    def lose_process(self, client: int) -> None:
+        """End a process that may serve a client."""
+        self._messenger.end_process(client)
+
+
+def _report_of(content: RecordDict) -> Answer:
+    try:
+        return bytes_of(content)
+    except PayloadError as error:
+        return NoReport(printable(str(error)))
 
 
 def _is_crash(reply: Message) -> bool:

@@ -7,13 +7,13 @@ from federated.encodings import PayloadError
 from federated.flower.envelope import stamp
 from federated.flower.identity import assume_identity
 
-NAME = "p"
+MESSAGE_NAME = "p"
 """Of the record and of its key: every letter travels."""
 
 
 def content_of(data: bytes) -> RecordDict:
     """Return the content of a message around a payload or a report."""
-    return RecordDict({NAME: ConfigRecord({NAME: data})})
+    return RecordDict({MESSAGE_NAME: ConfigRecord({MESSAGE_NAME: data})})
 
 
 def bytes_of(content: RecordDict) -> bytes:
@@ -22,10 +22,10 @@ def bytes_of(content: RecordDict) -> bytes:
     Raises:
         PayloadError: there is something else.
     """
-    record = content.get(NAME)
-    data = record.get(NAME) if isinstance(record, ConfigRecord) and len(content) == len(record) == 1 else None
+    record = content.get(MESSAGE_NAME)
+    data = record.get(MESSAGE_NAME) if isinstance(record, ConfigRecord) and len(content) == len(record) == 1 else None
     if not isinstance(data, bytes):
-        raise PayloadError(f"expected one record {NAME!r} with bytes; got records {sorted(content)}"[:200])
+        raise PayloadError(f"expected one record {MESSAGE_NAME!r} with bytes; got records {sorted(content)}"[:200])
     return data
 
 

@@ -15,7 +15,7 @@ COPIES = 3
 """Of the model in a process: w0, the model of the round, and the working copy of a client."""
 
 
-def preview(recipe: FederateRecipe) -> list[str]:
+def deployment_preview(recipe: FederateRecipe) -> list[str]:
     """Return what follows from a recipe before anything is started.
 
     Raises:
@@ -25,10 +25,12 @@ def preview(recipe: FederateRecipe) -> list[str]:
     partition = partition_of(recipe, task)
     parameters = [parameter for parameter in initial_module(recipe, task).parameters() if parameter.requires_grad]
     size = sum(parameter.nbytes for parameter in parameters)
+    head = [summary(recipe, partition), ""]
+    if not recipe.seeded:
+        return [*head, f"{recipe.strategy.name} sends {size:,} bytes of parameters down and as many up."]
     return [
-        summary(recipe, partition),
-        "",
-        *table(traffic_rows(recipe, partition.clients)),
+        *head,
+        *preview_table(traffic_rows(recipe, partition.clients)),
         f"FedAvg of the same parameters sends {size:,} bytes down and as many up.",
         f"Each process keeps {COPIES} copies of the parameters: {COPIES * size:,} bytes.",
     ]
@@ -63,7 +65,7 @@ def traffic_rows(recipe: FederateRecipe, clients: int) -> list[list[str]]:
     return rows
 
 
-def table(rows: Iterable[list[str]]) -> list[str]:
+def preview_table(rows: Iterable[list[str]]) -> list[str]:
     """Return rows of cells as lines with columns."""
     cells = list(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from flwr.app import Context, Message
 
-from raytrain.seeds.prng import derived
+from raytrain.seeds.prng import fold_in
 
 
 def seed_globals(seed: int) -> None:
@@ -50,5 +50,5 @@ class SeededClient:
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Seed the global streams by the number of the message in the run, and call the client."""
-        seed_globals(derived(self.seed, int(message.metadata.message_id)))
+        seed_globals(fold_in(self.seed, int(message.metadata.message_id)))
         return self.client(message, context)

@@ -20,7 +20,7 @@ from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from raytrain.errors import RecipeError
 from raytrain.launch.session import ray_session
-from raytrain.registry import near, resolve
+from raytrain.registry import resolve, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def read_app(folder: Path, changes: Mapping[str, UserConfigValue] | None = None)
     changes = changes or {}
     for key in changes:
         if key not in run_config:
-            raise RecipeError(f"--app: [tool.flwr.app.config] has no key {key!r}; {near(key, run_config)}")
+            raise RecipeError(f"--app: [tool.flwr.app.config] has no key {key!r}; {suggest(key, run_config)}")
     return FlowerApp(folder.absolute(), components["serverapp"], components["clientapp"], {**run_config, **changes})
 
 

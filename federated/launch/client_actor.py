@@ -17,7 +17,7 @@ from federated.flower.identity import assume_identity
 from federated.flower.records import FlatContent, flatten_all, restore
 from federated.launch.contents import Content, Unpacker
 from raytrain.errors import RecipeError
-from raytrain.registry import place_of, resolve
+from raytrain.registry import error_location, resolve
 
 FIRST_NODE = SUPERLINK_NODE_ID + 1
 MIN_BATCH_SECONDS, MAX_BATCH_SECONDS = 0.02, 0.25
@@ -140,7 +140,7 @@ class ClientActor:
 def client_error(node: int, error: BaseException) -> Error:
     """Return the error of a client whose app raised an exception."""
     text = f"{type(error).__name__}: {error}"[:MAX_REASON_CHARACTERS]
-    reason = f"client {node - FIRST_NODE}: {text}{place_of(error)}"
+    reason = f"client {node - FIRST_NODE}: {text}{error_location(error)}"
     return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
 
 
@@ -160,4 +160,6 @@ def _load(factory: ClientFactory) -> Client:
     except RecipeError:
         raise
     except (Exception, SystemExit) as error:
-        raise RecipeError(f"client: cannot be loaded: {type(error).__name__}: {error}{place_of(error)}") from error
+        raise RecipeError(
+            f"client: cannot be loaded: {type(error).__name__}: {error}{error_location(error)}"
+        ) from error

@@ -2,127 +2,148 @@
 
 import contextlib
 import threading
-import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from flwr.supercore.run import RunNotRunningException
 
-from federated.build import Federation, task_of
-from federated.flower.channel import GridChannel
-from federated.flower.client import load_clients
+from federated.build import task_of
 from federated.flower.preview import summary
+from federated.flower.seed_run import SeedRun
+from federated.flower.strategy_run import StrategyRun
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
+from federated.records import RunRecords
 from federated.results import result_of
-from federated.rounds import STATES
-from federated.server import CommunicationRound, Server
-from raytrain.errors import RaytrainError, TrainingError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.resources import check_reachable
-from raytrain.launch.session import OWN, ray_session
-from raytrain.run.directory import RunDirectory
-from raytrain.run.progress import Display, Wording
+from raytrain.launch.session import OWN_CLUSTER, ray_session
+from raytrain.launch.supervise import supervise
+from raytrain.run.directory import Failure, RunDirectory
+from raytrain.run.progress import ProgressDisplay, Wording
 from raytrain.run.result import Result
 from raytrain.training.build import options_from_data
 
 
-def columns(row: Mapping[str, Any]) -> list[str]:
+def federated_columns(row: Mapping[str, Any]) -> list[str]:
     """Return what is shown of a round, beside its evaluation."""
     if "heard" not in row:
         return []
     return [f"heard {row['heard']}", f"{row['bytes_down']:,} B down  {row['bytes_up']:,} B up"]
 
 
-WORDING = Wording("federate", "federating", "round", "the run ends after the round that is going on", columns)
+Federation = SeedRun | StrategyRun
+
+FEDERATED_WORDING = Wording(
+    "federate", "federating", "round", "the run ends after the round that is going on", federated_columns
+)
 
 
-def run(recipe: FederateRecipe, order: Order) -> Result:
+def run_federated(recipe: FederateRecipe, order: RunOptions) -> Result:
     """Play the rounds of a recipe on the Ray cluster at `order.address`, or on one of its own.
 
     Ctrl-C ends the run after the round that is going on; a second one ends it at once. Both can be resumed.
 
     Raises:
-        RecipeError: the recipe, the folder or the cluster does not allow it.
-        TrainingError: the run failed; what was saved is in its folder.
+        RaytrainError: as `supervise`.
     """
     directory = RunDirectory(order.out.absolute())
     torch.set_num_threads(recipe.threads())
     recipe = recipe.with_overrides(options_from_data(task_of(recipe), directory))
-    federation = Federation.of(recipe)
-    address = None if order.address in (None, OWN) else order.address
+    federation: Federation = SeedRun(recipe) if recipe.seeded else StrategyRun(recipe)
+    address = None if order.address in (None, OWN_CLUSTER) else order.address
     if address:
         check_reachable(address)
-    with directory.opened(resume=order.resume), Display(directory, recipe.rounds, WORDING) as display:
-        server = federation.server()
-        server.resume(directory.path / STATES)
-        display.say(summary(recipe, federation.partition))
-        with ray_session(address):
-            directory.begin(recipe.to_toml())
-            error = _play(federation, server, directory, display)
-        result = result_of(federation, server, directory, error)
-        directory.write_result(result)
-        display.finish(result)
-    if error:
-        raise TrainingError(f"{error}\n{server.model.version} rounds are saved in {directory.path}")
-    return result
+
+    def result(failure: Failure | None) -> Result:
+        size, done = federation.parameter_bytes(), federation.is_done()
+        return result_of(directory, federation.task, size, done=done, error=failure.message if failure else "")
+
+    return supervise(
+        directory,
+        recipe.to_toml(),
+        partial(_in_cluster, recipe, federation, directory, address),
+        ProgressDisplay(directory, recipe.rounds, FEDERATED_WORDING),
+        result,
+        resume=order.resume,
+    )
 
 
-def _play(federation: Federation, server: Server, directory: RunDirectory, display: Display) -> str:
-    """Play rounds while the display follows them, until the end or until the user stops them; return what failed."""
-    recipe, at_once = federation.recipe, threading.Event()
-    clients, faults = recipe.clients, recipe.faults
-    factory = partial(load_clients, recipe.plain(), server.model)
-    options = ActorOptions(clients.actors, clients.cpus, clients.gpus)
-    with (
-        RayGrid(factory, len(server.versions), options, stopped=at_once.is_set, say=display.say) as grid,
-        federation.records(directory, server) as records,
-    ):
-        channel = GridChannel(grid, grid.get_node_ids(), faults.timeout_seconds, grid.end_actor)
-        rounds = federation.rounds(server, channel).run(directory.path, records.add)
-        directory.announce(recipe.to_toml(), server.model.version, [{"actors": grid.actors}])
-        playing = Playing(rounds, directory.stop_requested)
-        if not display.follow(playing.ended):
-            at_once.set()
-            playing.ended.wait()
-    return playing.error
+@contextlib.contextmanager
+def _in_cluster(
+    recipe: FederateRecipe,
+    federation: Federation,
+    directory: RunDirectory,
+    address: str | None,
+    say: Callable[[str], None],
+) -> Iterator[Callable[[], "Playing"]]:
+    """Be in a Ray cluster inside the `with` block, whose value starts the rounds.
+
+    Raises:
+        RecipeError: it cannot be joined, or the folder holds another run.
+    """
+    federation.resume(directory.path)
+    say(summary(recipe, federation.partition))
+    with ray_session(address):
+        yield partial(Playing, recipe, federation, directory, say)
 
 
 class Playing(threading.Thread):
     """Plays rounds beside the main thread, which keeps Ctrl-C for itself.
 
     Args:
-        rounds: plays one for each item.
-        stop_requested: returns whether to end after the round that is going on.
+        recipe: of the run.
+        federation: at the round that the run begins at or goes on from.
+        directory: the run's folder.
+        say: shows the user a line.
 
     Attributes:
         ended: set at the end.
-        error: why it ended, if it was not well.
+        error: nothing; what fails is left in the run's folder.
     """
 
-    def __init__(self, rounds: Generator[CommunicationRound], stop_requested: Callable[[], bool]) -> None:
+    def __init__(
+        self, recipe: FederateRecipe, federation: Federation, directory: RunDirectory, say: Callable[[str], None]
+    ) -> None:
         super().__init__(daemon=True)
         self.error = ""
         self.ended = threading.Event()
-        self._rounds = rounds
-        self._stop_requested = stop_requested
+        self._stop_at_once = threading.Event()
+        self._recipe, self._federation, self._directory, self._say = recipe, federation, directory, say
         self.start()
 
     def run(self) -> None:
         """Play until the last round, or the first after which a stop was requested."""
         try:
-            with contextlib.closing(self._rounds) as rounds:
-                for _ in rounds:
-                    if self._stop_requested():
-                        break
+            if not self._federation.is_done():
+                self._play()
         except RunNotRunningException:
-            pass  # a second Ctrl-C ended the round that was going on
-        except RaytrainError as error:
-            self.error = str(error)
-        except Exception:
-            self.error = traceback.format_exc()
+            pass  # it was closed
+        except Exception as error:
+            self._directory.record_failure(error, 0)
         finally:
             self.ended.set()
+
+    def close(self) -> None:
+        """End the round that is going on, if there is one."""
+        self._stop_at_once.set()
+        self.ended.wait()
+
+    def _play(self) -> None:
+        recipe, federation, directory = self._recipe, self._federation, self._directory
+        clients, count, stopped = recipe.clients, federation.partition.clients, self._stop_at_once.is_set
+        options, factory = ActorOptions(clients.actors, clients.cpus, clients.gpus), federation.client_factory()
+        with RayGrid(factory, count, options, stopped=stopped, say=self._say) as grid:
+            directory.record_attempt(recipe.to_toml(), federation.version, [{"actors": grid.actors}])
+            with (
+                RunRecords(directory, federation, every=recipe.evaluation.every) as records,
+                contextlib.closing(
+                    federation.play(grid, grid.get_node_ids(), directory.path, records.add, grid.end_actor)
+                ) as rounds,
+            ):
+                for _ in rounds:
+                    if directory.stop_requested():
+                        break

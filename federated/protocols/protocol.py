@@ -35,6 +35,7 @@ PROTOCOLS: dict[str, str] = {
     "fedkseed-pro": "federated.protocols.fedkseed_pro:FedKSeedPro The same, important seeds first (Qin et al. 2024).",
     "common-seeds": "federated.protocols.common_seeds:CommonSeeds Equal seeds for all (Li et al. 2025, DeComFL).",
     "sign": "federated.protocols.sign:Sign Votes of one bit on equal seeds (Cai et al. 2025, FeedSign).",
+    "flower": "federated.gradients:GradientTrainer Steps with gradients, averaged by a strategy of Flower's.",
 }
 
 HEARD = struct.Struct("<H")
@@ -47,19 +48,27 @@ MOST_ROUNDS = 2**16 - 1
 """Of a run: two bytes say which one."""
 
 
-class ProtocolOptions(Options):
-    """Options of every protocol.
+class LocalOptions(Options):
+    """Options of whatever clients do.
 
     Attributes:
-        local_steps: directions that a client probes in a round (tau).
+        local_steps: of a client in a round (tau): the directions that it probes, or its steps with gradients.
         batch: examples of a client in each step; one that has fewer takes them again.
+    """
+
+    local_steps: int = Field(200, ge=1, le=2**16 - 1)
+    batch: int = Field(8, ge=1)
+
+
+class ProtocolOptions(LocalOptions):
+    """Options of every zeroth-order protocol.
+
+    Attributes:
         weighting: what a client's report counts: the number of its "examples", or "equal".
         weight_decay: towards w0, as a share of the learning rate.
         form: in which clients are sent the model: "whole", "changed" or "summaries", where it can be so, or "smallest".
     """
 
-    local_steps: int = Field(200, ge=1, le=2**16 - 1)
-    batch: int = Field(8, ge=1)
     weighting: Literal["examples", "equal"] = "examples"
     weight_decay: float = Field(0.0, ge=0)
     form: Literal["smallest", "whole", "changed", "summaries"] = "smallest"

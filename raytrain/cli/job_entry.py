@@ -1,4 +1,4 @@
-"""What a Ray job runs: ``python -m raytrain.cli.job_entry run|serve``, in words that `client.py` and others write."""
+"""Entry point of a Ray job: ``python -m raytrain.cli.job_entry run|serve``."""
 
 import argparse
 import os
@@ -12,17 +12,17 @@ from pathlib import Path
 
 import raytrain
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.files import write_whole
+from raytrain.files import write_atomic
 from raytrain.launch.jobs.storage import LIST, Store, dump, list_files
 from raytrain.launch.version import fingerprint
-from raytrain.terminal import mib
+from raytrain.terminal import format_mib
 
 JOB_LOG = "job-driver-"
 SERVE_SECONDS = 6 * 3600.0  # for who does not end it
 
 
-def main() -> None:
-    """Run or serve, and exit as the command `raytrain` does."""
+def run_entry() -> None:
+    """Run or serve, and exit with the status of the command `raytrain`."""
     parser = argparse.ArgumentParser(prog="raytrain.cli.job_entry")
     verbs = parser.add_subparsers(dest="verb", required=True)
     run_parser = verbs.add_parser("run", help="run the command in the run's folder, and store what it left there")
@@ -37,18 +37,18 @@ def main() -> None:
     out = Path(options.out).expanduser()
     try:
         if options.verb == "run":
-            status = run(options.words, out, options.store, options.code)
+            status = run_job(options.words, out, options.store, options.code)
         else:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-            status = serve(out, _log_folder() / options.place, SERVE_SECONDS)
+            status = serve_run(out, _log_folder() / options.place, SERVE_SECONDS)
     except RaytrainError as error:
         print(f"raytrain: {error}", file=sys.stderr)
         status = error.exit_status
     sys.exit(status)
 
 
-def run(words: list[str], out: Path, store_url: str | None, code: str) -> int:
-    """Run the command, then copy the run's folder to the store, however the run ended; return the exit status.
+def run_job(words: list[str], out: Path, store_url: str | None, code: str) -> int:
+    """Run the command, then copy the run's folder to the store, whatever the result; return the exit status.
 
     Raises:
         RecipeError: this is another raytrain than the one that checked the recipe, or the store cannot be written.
@@ -94,12 +94,12 @@ def _stored(store: Store, url: str, out: Path) -> bool:
             file=sys.stderr,
         )
         return False
-    print(f"stored at {url}: {mib(count)}")
+    print(f"stored at {url}: {format_mib(count)}")
     return True
 
 
-def serve(out: Path, place: Path, seconds: float) -> int:
-    """Let Ray's dashboard, which serves the files among its logs, serve a run's files for a while.
+def serve_run(out: Path, place: Path, seconds: float) -> int:
+    """Serve a run's files by Ray's dashboard, which serves the folder of logs, for a while.
 
     Args:
         out: the run's folder.
@@ -118,7 +118,7 @@ def serve(out: Path, place: Path, seconds: float) -> int:
             link = place / "run" / name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(out.absolute() / name)
-        write_whole(place / LIST, dump(listing))
+        write_atomic(place / LIST, dump(listing))
         time.sleep(seconds)
     finally:
         shutil.rmtree(place)
@@ -141,4 +141,4 @@ def _log_folder() -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry()

@@ -1,4 +1,4 @@
-"""The command's verbs for jobs on a Ray cluster: submit, jobs, fetch."""
+"""Subcommands for jobs on a Ray cluster: submit, jobs, fetch."""
 
 import shlex
 import sys
@@ -10,35 +10,34 @@ import click
 import typer
 from rich.console import Console
 
-from raytrain.cli.request import Commands, Request, checked, words_of
-from raytrain.errors import RecipeError, TrainingError
+from raytrain.cli.request import Commands, Request, check_request, request_fields
+from raytrain.errors import INTERRUPTED, RecipeError, TrainingError
 from raytrain.launch.jobs.job import (
-    INTERRUPTED,
     Job,
-    Log,
+    JobLog,
+    describe_outcome,
     new_id,
-    place,
-    taken_files,
-    trouble,
+    run_location,
+    uploaded_files,
 )
 from raytrain.provenance import refuse_code
 from raytrain.recipe import read_toml
-from raytrain.terminal import mib, plain, plain_line
+from raytrain.terminal import format_mib, printable, printable_line
 
 if TYPE_CHECKING:
     from raytrain.launch.jobs.client import JobServer
-    from raytrain.launch.jobs.storage import Source
+    from raytrain.launch.jobs.storage import RunSource
     from raytrain.launch.jobs.upload import Upload
 
-Address = Annotated[
+DashboardAddress = Annotated[
     str | None,
     typer.Option(metavar="URL", help="The cluster's dashboard [default: $RAY_API_SERVER_ADDRESS, or on this machine]."),
 ]
 JobName = Annotated[str, typer.Argument(metavar="JOB")]
-Detach = Annotated[bool, typer.Option("--detach", "--no-follow", help="Leave the job alone once it is submitted.")]
-WithCode = Annotated[bool, typer.Option("--with-code", help="Take this machine's raytrain along, and use it there.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="List what the job would take along; submit nothing.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the job's words name.")]
+Detach = Annotated[bool, typer.Option("--detach", "--no-follow", help="Return once the job is submitted.")]
+WithCode = Annotated[bool, typer.Option("--with-code", help="Upload this machine's raytrain, and use it there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the files that the job would upload; submit nothing.")]
+TrustJob = Annotated[bool, typer.Option("--trust", help="Run the code that the job's arguments name.")]
 Storage = Annotated[
     str | None,
     typer.Option(
@@ -58,10 +57,10 @@ jobs_app = typer.Typer(
 )
 
 
-def add_verbs(commands: Commands) -> None:
-    """Add the verbs to the command."""
+def add_job_commands(commands: Commands) -> None:
+    """Add the subcommands to the command."""
     commands.app.add_typer(jobs_app, name="jobs")
-    commands.app.command()(fetch)
+    commands.app.command(name="fetch")(fetch_job)
     _add_submit(commands)
     _add_resume(commands)
 
@@ -70,7 +69,7 @@ def _add_submit(commands: Commands) -> None:
     @commands.app.command(context_settings={"allow_interspersed_args": False})
     def submit(
         words: Annotated[list[str], typer.Argument(metavar="-- train RECIPE [FIELD=VALUE]...")],
-        address: Address = None,
+        address: DashboardAddress = None,
         storage: Storage = None,
         name: Annotated[str | None, typer.Option(help="Begins the job's name [default: that of the recipe].")] = None,
         detach: Detach = False,
@@ -78,16 +77,16 @@ def _add_submit(commands: Commands) -> None:
         *,
         dry_run: DryRun = False,
     ) -> int:
-        """Run a recipe as a job on a Ray cluster, show its log, and return its exit status.
+        """Run a recipe as a Ray job, stream its log, and return its exit status.
 
-        The job takes the current folder along, without runs/, .venv/, .git/, what .gitignore names, links out of it,
+        The current folder is uploaded, without runs/, .venv/, .git/, what .gitignore names, links out of it,
         and what may hold secrets: .env, .ssh, *.pem and the like.
         """
-        request = checked(commands, words)
+        request = check_request(commands, words)
         if request.resume and request.out is None:
             raise RecipeError("--resume: raytrain jobs resume JOB goes on with a run that is on the cluster")
         job = new_id(name or request.name)
-        run, store = place(job, request.out, storage)
+        run, store = run_location(job, request.out, storage)
         if dry_run:
             return _show_upload(request.upload)
         words_there = (*request.words, "--resume") if request.resume else request.words
@@ -99,18 +98,18 @@ def _add_resume(commands: Commands) -> None:
     def resume(
         job: JobName,
         more: Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")] = None,
-        address: Address = None,
+        address: DashboardAddress = None,
         detach: Detach = False,
         with_code: WithCode = False,
-        trust: Trust = False,
+        trust: TrustJob = False,
     ) -> int:
-        """Go on with a job's run where it is on the cluster, as a new job, from the newest complete checkpoint."""
+        """Resume a job's run on the cluster from its newest complete checkpoint, as a new job."""
         server = _server(address)
         old = server.job(job)
         words = [word for word in old.words if word not in ("--resume", "--trust")]
         if not trust:
-            refuse_code(words_of(commands, words), f"{job} may be anybody's job")
-        request = checked(commands, [*words, *(more or []), *(["--trust"] if trust else [])])
+            refuse_code(request_fields(commands, words), f"{job} may be anybody's job")
+        request = check_request(commands, [*words, *(more or []), *(["--trust"] if trust else [])])
         name = new_id(old.id.rpartition("-")[0])
         store = f"{old.store.rpartition('/')[0]}/{name}" if old.store else ""
         new = Job(name, (*request.words, "--resume"), old.run, store, with_code or old.with_code)
@@ -118,8 +117,8 @@ def _add_resume(commands: Commands) -> None:
 
 
 @jobs_app.callback()
-def list_jobs(context: typer.Context, address: Address = None) -> None:
-    """List the jobs of a cluster; or follow, stop or resume one."""
+def list_jobs(context: typer.Context, address: DashboardAddress = None) -> None:
+    """List the jobs of a cluster and their status; or follow, stop or resume one."""
     if context.invoked_subcommand is not None:
         if address is not None:
             raise click.UsageError(f"--address goes behind {context.invoked_subcommand}")
@@ -133,19 +132,19 @@ def list_jobs(context: typer.Context, address: Address = None) -> None:
     for job in jobs:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started))
         took = f"{(job.ended or time.time()) - job.started:.0f} s"
-        print(f"{job.id:<{width}}  {job.status:<9}  {began}  {took:>8}  {plain_line(shlex.join(job.words))}")
+        print(f"{job.id:<{width}}  {job.status:<9}  {began}  {took:>8}  {printable_line(shlex.join(job.words))}")
 
 
-@jobs_app.command()
-def follow(job: JobName, address: Address = None) -> int:
-    """Show a job's log until it ends, and return its exit status."""
+@jobs_app.command(name="follow")
+def follow_job(job: JobName, address: DashboardAddress = None) -> int:
+    """Stream a job's log until it ends, and return its exit status."""
     server = _server(address)
     server.job(job)
     return _follow(server, job)
 
 
-@jobs_app.command()
-def stop(job: JobName, address: Address = None) -> int:
+@jobs_app.command(name="stop")
+def stop_job(job: JobName, address: DashboardAddress = None) -> int:
     """Stop a job: it saves a checkpoint and ends."""
     server = _server(address)
     found = server.job(job)
@@ -161,10 +160,10 @@ def stop(job: JobName, address: Address = None) -> int:
     return 0
 
 
-def fetch(
+def fetch_job(
     job: Annotated[str, typer.Argument(metavar="JOB")],
     folder: Annotated[Path | None, typer.Argument(metavar="[DIR]")] = None,
-    address: Address = None,
+    address: DashboardAddress = None,
 ) -> None:
     """Bring a job's run to the folder DIR, by default runs/JOB, and verify it.
 
@@ -174,16 +173,16 @@ def fetch(
 
     name = job.rstrip("/").rpartition("/")[2]
     target = folder or Path("runs") / name
-    transfer.fetch(_stored(job) if "/" in job else _left_by(_server(address), job), target, _say)
+    transfer.fetch_run(_stored(job) if "/" in job else _left_by(_server(address), job), target, _say)
     _say(f"the run of {name} is in {target}; each of its files is as it was there")
     raw = read_toml(str(target), [])[0] if (target / "recipe.toml").is_file() else {}
-    if there := taken_files(raw):
+    if there := uploaded_files(raw):
         here = " ".join(f"{field}={file}" for field, file in there.items())
         _say(f"its recipe names files as the job found them; here, add: {here}")
 
 
-def _stored(place_of_run: str) -> "Source":
-    """Return where to read a run from, by the folder or URL where it was left."""
+def _stored(place_of_run: str) -> "RunSource":
+    """Return the source of a run, by the folder or URL where it is stored."""
     from raytrain.launch.jobs.storage import Folder, Store, check_storage  # noqa: PLC0415 - slow to import
 
     where = check_storage(place_of_run if "://" in place_of_run else str(Path(place_of_run).absolute()))
@@ -194,8 +193,8 @@ def _stored(place_of_run: str) -> "Source":
     return Folder(Path(where))
 
 
-def _left_by(server: "JobServer", name: str) -> "Source":
-    """Return where to read a job's run from: a store, a folder that this machine shares, or the cluster."""
+def _left_by(server: "JobServer", name: str) -> "RunSource":
+    """Return the source of a job's run: a store, a shared folder, or the cluster."""
     from raytrain.launch.jobs.cluster_folder import ClusterFolder  # noqa: PLC0415 - slow to import
     from raytrain.launch.jobs.storage import Folder, Store, check_storage  # noqa: PLC0415
 
@@ -222,24 +221,24 @@ def _start(server: "JobServer", job: Job, request: Request, *, detach: bool) -> 
 
 
 def _show_upload(upload: "Upload") -> int:
-    """Print what a job would take along."""
+    """Print the files that a job would upload."""
     for name, size in sorted(upload.files.items()):
-        print(f"{size:>12}  {plain_line(name)}")
-    _say(f"a job would take {len(upload.files)} file(s) along, {mib(sum(upload.files.values()))}")
+        print(f"{size:>12}  {printable_line(name)}")
+    _say(f"a job would upload {len(upload.files)} file(s), {format_mib(sum(upload.files.values()))}")
     _say_withheld(upload)
     return 0
 
 
 def _say_withheld(upload: "Upload") -> None:
-    """Name what stays here, so that nobody looks for it there."""
+    """Print the files that are not uploaded."""
     named = [f"{name} ({why})" for name, why in sorted(upload.withheld.items())]
     more = f", and {len(named) - SHOWN_NAMES} more" if len(named) > SHOWN_NAMES else ""
     if named:
-        _say(f"not taken along: {', '.join(named[:SHOWN_NAMES])}{more}")
+        _say(f"not uploaded: {', '.join(named[:SHOWN_NAMES])}{more}")
 
 
 def _follow(server: "JobServer", name: str) -> int:
-    """Show a job's log until it ends, say how to get its run, and return its exit status.
+    """Stream a job's log until it ends, print how to fetch its run, and return its exit status.
 
     Raises:
         TrainingError: the server is gone, or refuses to tell; either way the job was started.
@@ -248,7 +247,7 @@ def _follow(server: "JobServer", name: str) -> int:
         job = _looked_on(server, name)
     except RecipeError as error:
         raise TrainingError(str(error)) from error
-    _say(f"{name}: {trouble(job) or 'succeeded'}")
+    _say(f"{name}: {describe_outcome(job) or 'succeeded'}")
     if job.began and job.exit_status != RecipeError.exit_status:  # else there is no run
         if job.exit_status:
             _say(f"go on from its newest checkpoint with: {_line(server, 'jobs resume', name)}")
@@ -259,8 +258,8 @@ def _follow(server: "JobServer", name: str) -> int:
 
 
 def _looked_on(server: "JobServer", name: str) -> Job:
-    """Show a job's log until it ends, or until Ctrl-C."""
-    log, stopping = Log(_show), False
+    """Stream a job's log until it ends, or until Ctrl-C."""
+    log, stopping = JobLog(_show), False
     while True:
         try:
             return server.follow(name, log, _say)
@@ -305,9 +304,9 @@ def _server(address: str | None) -> "JobServer":
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(plain(text))
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(plain(text), markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(printable(text), markup=False)

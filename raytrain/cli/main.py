@@ -20,17 +20,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from raytrain.cli.jobs import add_verbs
+from raytrain.cli.jobs import add_job_commands
 from raytrain.cli.request import Commands
-from raytrain.errors import RaytrainError, RecipeError
-from raytrain.kinds import Order, kind_points, load_kind, load_kinds
+from raytrain.errors import INTERRUPTED, RaytrainError, RecipeError
+from raytrain.kinds import RunOptions, kind_entry_points, load_kind, load_kinds
 from raytrain.overrides import parse_overrides
 from raytrain.provenance import check_trusted
 from raytrain.recipe import Recipe, dotted_fields, read_toml
-from raytrain.registry import line_about, near, resolve
-from raytrain.terminal import plain
+from raytrain.registry import resolve, suggest, summary
+from raytrain.terminal import printable
 
-INTERRUPTED = 130
 RECIPES = "recipes"
 
 app = typer.Typer(
@@ -48,14 +47,14 @@ RECIPE_HELP = (
     "RECIPE is a file, a shipped recipe (raytrain list recipes), a run's folder, or a task as module:attribute. "
     "FIELD=VALUE is short for --set FIELD=VALUE."
 )
-Source = Annotated[str, typer.Argument(metavar="RECIPE")]
-More = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")]
-Changes = Annotated[
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE")]
+FieldArguments = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")]
+SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in --set optimizer.lr=1e-3."),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN")]
-Address = Annotated[
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN")]
+RayAddress = Annotated[
     str | None,
     typer.Option(
         envvar="RAY_ADDRESS",
@@ -63,7 +62,7 @@ Address = Annotated[
         "command [default: this machine, without Ray where that does].",
     ),
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the recipe of a fetched run names.")]
+TrustOption = Annotated[bool, typer.Option("--trust", help="Run the code that the recipe of a fetched run names.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -100,9 +99,11 @@ def about(
     """Train neural networks on a Ray cluster."""
 
 
-@app.command()
-def check(recipe: Source, more: More = None, changes: Changes = None, trust: Trust = False) -> None:
-    """Print a recipe as it would run, and where each value comes from; start nothing.
+@app.command(name="check")
+def check_recipe(
+    recipe: RecipeArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
+) -> None:
+    """Print the resolved recipe, and where each value comes from; start nothing.
 
     Modules that the recipe names as task, source, optimizer, adapter or synchroniser are imported.
     """
@@ -110,7 +111,7 @@ def check(recipe: Source, more: More = None, changes: Changes = None, trust: Tru
     overrides = parse_overrides([*(changes or []), *(more or [])])
     resolved = _parse(raw, overrides)
     given = dict(dotted_fields(raw))
-    for field, value in dotted_fields(resolved.plain()):
+    for field, value in dotted_fields(resolved.to_dict()):
         spellings = {field, field.removesuffix(".name")}  # `optimizer=lion` is short for `optimizer.name=lion`
         changed = any(name in spellings or name.startswith(f"{field}.") for name in overrides)  # an entry of a list
         source = "--set" if changed else origin.name if spellings & given.keys() else "default"
@@ -121,8 +122,8 @@ def check(recipe: Source, more: More = None, changes: Changes = None, trust: Tru
 
 
 @app.command(name="list")
-def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
-    """List what a recipe can name, with a line each; TABLE is recipes, or tasks, optimizers, and so on of any kind."""
+def list_tables(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = None) -> None:
+    """List the names that a recipe can use, with a line each; TABLE is recipes, tasks, optimizers, and so on."""
     broken: list[RecipeError] = []
     shown: dict[str, dict[str, str]] = {}
     for name, kind in load_kinds(broken.append).items():
@@ -134,7 +135,7 @@ def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = 
             shown[heading.format(title)] = _lines(kind.table(title), remarks)
     if not shown:
         known = [RECIPES, *(title for kind in load_kinds().values() for title in kind.tables)]
-        raise RecipeError(f"{what!r} is not a table; {near(what or '', known)}")
+        raise RecipeError(f"{what!r} is not a table; {suggest(what or '', known)}")
     for heading, lines in shown.items():
         grid = Table(title=heading, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, line in lines.items():
@@ -146,28 +147,30 @@ def list_names(what: Annotated[str | None, typer.Argument(metavar="[TABLE]")] = 
 
 def _lines(table: Mapping[str, str], remarks: Mapping[str, str]) -> dict[str, str]:
     """Return a line for each name of a table."""
-    return {name: " ".join(filter(None, [line_about(table, name), remarks.get(name, "")])) for name in table}
+    return {name: " ".join(filter(None, [summary(table, name), remarks.get(name, "")])) for name in table}
 
 
-@app.command()
-def evaluate(run: Run, more: More = None, changes: Changes = None, trust: Trust = False) -> None:
-    """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the values as JSON."""
+@app.command(name="evaluate")
+def evaluate_run(
+    run: RunArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
+) -> None:
+    """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the metrics as JSON."""
     trained = resolve({}, _loader(run, trust=trust), "kind")(run, parse_overrides([*(changes or []), *(more or [])]))
     print(json.dumps(trained.evaluate(), indent=2))
 
 
-@app.command()
-def predict(
-    run: Run,
+@app.command(name="predict")
+def predict_run(
+    run: RunArgument,
     source: Annotated[Path, typer.Option("--input", help="What to predict on.")],
     target: Annotated[Path, typer.Option("--output", help="Where a line of JSON goes for each example.")],
-    more: More = None,
-    changes: Changes = None,
-    address: Address = None,
+    more: FieldArguments = None,
+    changes: SetOptions = None,
+    address: RayAddress = None,
     *,
-    trust: Trust = False,
+    trust: TrustOption = False,
 ) -> None:
-    """Predict for each example of a file with the best checkpoint of the run in the folder RUN."""
+    """Predict each example of a file with the best checkpoint of the run in the folder RUN."""
     overrides = parse_overrides([*(changes or []), *(more or [])])
     load = _loader(run, trust=trust)
     from raytrain.launch.predict import predict_file  # noqa: PLC0415 - slow to import
@@ -176,27 +179,27 @@ def predict(
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"{count} predictions in {target}", markup=False)
 
 
-@app.command()
-def export(
-    run: Run,
+@app.command(name="export")
+def export_run(
+    run: RunArgument,
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
-    more: More = None,
-    changes: Changes = None,
-    trust: Trust = False,
+    more: FieldArguments = None,
+    changes: SetOptions = None,
+    trust: TrustOption = False,
 ) -> None:
     """Write the best model of the run in the folder RUN to DIR, as Hugging Face's `from_pretrained` reads it."""
     load = resolve({}, _loader(run, trust=trust), "kind")
     load(run, parse_overrides([*(changes or []), *(more or [])])).export(folder)
 
 
-@app.command()
-def report(
+@app.command(name="report")
+def report_runs(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
     output: Annotated[
         Path | None, typer.Option(help="The page to write [default: report.html in the first RUN].")
     ] = None,
 ) -> None:
-    """Write what runs have recorded so far as one HTML page, which needs no network; several are compared."""
+    """Write the metrics of runs so far as one HTML page that works offline; several runs are compared."""
     from raytrain.run.report.runs import report_on  # noqa: PLC0415 - slow to import
 
     page = output or runs[0] / "report.html"
@@ -206,7 +209,7 @@ def report(
 
 
 def _recipe_of(run: Path) -> dict[str, Any]:
-    """Return the data of the recipe of the run in a folder; the code that it names is not run.
+    """Return the data of the recipe of a run; the code that it names is not run.
 
     Raises:
         RecipeError: there is no run.
@@ -234,24 +237,24 @@ def _loader(run: Path, *, trust: bool) -> str:
 
 @cache
 def _add_kinds() -> None:
-    """Give each installed kind a command of its name; the kind itself is loaded when it is used."""
-    for name in kind_points():
+    """Add a subcommand for each installed kind, which is loaded when it is used."""
+    for name in kind_entry_points():
         app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name))
-    add_verbs(Commands(app, _read, _parse))
+    add_job_commands(Commands(app, _read, _parse))
 
 
 def _runner(verb: str) -> Callable[..., int]:
-    """Return the command that runs recipes of the kind `verb`."""
+    """Return the subcommand that runs recipes of a kind."""
 
     def command(
-        recipe: Source,
-        more: More = None,
-        changes: Changes = None,
+        recipe: RecipeArgument,
+        more: FieldArguments = None,
+        changes: SetOptions = None,
         out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/NAME-TIME].")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RECIPE's folder or --out.")] = False,
-        address: Address = None,
+        address: RayAddress = None,
         *,
-        trust: Trust = False,
+        trust: TrustOption = False,
     ) -> int:
         raw, _ = _read(recipe, verb, trust)
         kind = load_kind(verb)
@@ -260,7 +263,7 @@ def _runner(verb: str) -> Callable[..., int]:
             raise RecipeError(f"--resume: say which run, as in raytrain {verb} runs/NAME-TIME --resume")
         new = Path("runs") / f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = out or (Path(recipe) if resume else new)
-        result = resolve({}, kind.run, "kind")(resolved, Order(folder, resume, address or None))
+        result = resolve({}, kind.run, "kind")(resolved, RunOptions(folder, resume, address or None))
         return {"interrupted": INTERRUPTED, "failed": 1}.get(result.status, 0)
 
     return command
@@ -292,7 +295,7 @@ def _read(source: str, verb: str | None, trust: bool) -> tuple[dict[str, Any], P
 
 
 def _shorthand(place: str, verb: str) -> dict[str, Any]:
-    """Return the recipe that a mere "module:attribute" is short for.
+    """Return the recipe that "module:attribute" is short for.
 
     Raises:
         RecipeError: recipes of this kind have no short form.
@@ -313,10 +316,10 @@ def _first_comment(file: Path) -> str:
 
 
 def _complain(message: str, status: int) -> int:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"raytrain: {plain(message)}", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"raytrain: {printable(message)}", markup=False)
     return status
 
 
 def _as_interrupt(*_: object) -> NoReturn:
-    """Treat a request to end (from a job server, or Kubernetes) as Ctrl-C."""
+    """Handle SIGTERM (of a job server, or Kubernetes) as Ctrl-C."""
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The words of a job, checked on the user's machine as the command would read them on the cluster."""
+"""Arguments of a job, checked on the user's machine as the command will read them on the cluster."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +10,11 @@ import click
 import typer
 
 from raytrain.errors import RecipeError
-from raytrain.kinds import kind_points, load_kinds
-from raytrain.launch.jobs.job import check_taken, check_upload
-from raytrain.overrides import merged, parse_overrides
+from raytrain.kinds import kind_entry_points, load_kinds
+from raytrain.launch.jobs.job import check_upload, check_uploaded
+from raytrain.overrides import apply_overrides, parse_overrides
 from raytrain.recipe import Recipe, dotted_fields
-from raytrain.registry import near
+from raytrain.registry import suggest
 
 if TYPE_CHECKING:
     from raytrain.launch.jobs.upload import Upload
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """What the verbs need to know of the command that they are part of.
+    """The command, for subcommands about jobs.
 
     Attributes:
-        app: it has the verbs that run recipes.
-        read: (RECIPE, verb, whether a fetched recipe may name code) -> the recipe's data, and its file.
+        app: with the subcommands that run recipes.
+        read: (RECIPE, kind, whether a fetched recipe may name code) -> the recipe's data, and its file.
         parse: (data, overrides) -> the recipe.
     """
 
@@ -37,14 +37,14 @@ class Commands:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The words of a job, checked.
+    """Checked arguments of a job.
 
     Attributes:
-        words: the verb, the recipe and its changes.
-        name: the recipe's.
-        resume: whether they say so.
-        out: --out, if they name one.
-        upload: what the job takes along.
+        words: subcommand, recipe and overrides.
+        name: of the recipe.
+        resume: whether --resume is given.
+        out: --out, if it is given.
+        upload: files for the job.
     """
 
     words: tuple[str, ...]
@@ -54,12 +54,12 @@ class Request:
     upload: "Upload"
 
 
-def checked(commands: Commands, words: list[str]) -> Request:
-    """Check the words of a job as the command would that they are for, and start nothing.
+def check_request(commands: Commands, words: list[str]) -> Request:
+    """Check the arguments of a job as the command will, and start nothing.
 
     Raises:
-        RecipeError: they are wrong, or of no use in a job, which takes the current folder along.
-        click.UsageError: they are not what the verb takes.
+        RecipeError: they are wrong, or name files that are not uploaded.
+        click.UsageError: they do not fit the subcommand.
     """
     verb, given = _read_words(commands, words)
     raw, file = commands.read(given["recipe"], verb, given["trust"])
@@ -68,7 +68,7 @@ def checked(commands: Commands, words: list[str]) -> Request:
     from raytrain.launch.jobs.upload import upload_limit, upload_of  # noqa: PLC0415 - slow to import
 
     folder = Path.cwd()
-    _check_relative(merged(raw, parse_overrides(changes)), folder)
+    _check_relative(apply_overrides(raw, parse_overrides(changes)), folder)
     source, needed = given["recipe"], dict(_named_files(recipe, folder))
     if file.is_file() and not any(file in kind.shipped() for kind in load_kinds().values()):
         needed[source] = Path(os.path.abspath(file))
@@ -76,42 +76,44 @@ def checked(commands: Commands, words: list[str]) -> Request:
         source = str(inside.relative_to(folder)) if inside.is_relative_to(folder) else source
     upload = upload_of(folder)
     check_upload(upload.files, upload_limit(), folder)
-    check_taken(needed, upload.files, folder)
+    check_uploaded(needed, upload.files, folder)
     out = Path(given["out"]) if given["out"] is not None else None
     trusted = ("--trust",) if given["trust"] else ()
     return Request((verb, source, *changes, *trusted), recipe.name, given["resume"], out, upload)
 
 
 def _read_words(commands: Commands, words: list[str]) -> tuple[str, dict[str, Any]]:
-    """Return the verb of a job's words, and what it is given, as the command would read them.
+    """Return the subcommand of a job and its parameters, as the command will read them.
 
     Raises:
-        RecipeError: there is no such verb, or it is given an address.
-        click.UsageError: they are not what the verb takes.
+        RecipeError: there is no such subcommand, or it is given an address.
+        click.UsageError: the arguments do not fit it.
     """
-    kinds = kind_points()
+    kinds = kind_entry_points()
     verb, *rest = words or [""]
     group = typer.main.get_command(commands.app)
     if verb not in kinds or not isinstance(group, click.Group):
-        raise RecipeError(f"{verb!r} does not run a recipe, as in raytrain submit -- train digits; {near(verb, kinds)}")
+        raise RecipeError(
+            f"{verb!r} does not run a recipe, as in raytrain submit -- train digits; {suggest(verb, kinds)}"
+        )
     context = group.commands[verb].make_context(f"raytrain {verb}", rest)
     if context.get_parameter_source("address") is click.core.ParameterSource.COMMANDLINE:
         raise RecipeError("--address: it goes before the words of the job, which runs where it is submitted to")
     return verb, context.params
 
 
-def words_of(commands: Commands, words: list[str]) -> dict[str, Any]:
-    """Return what the words of a job say of its recipe, but for what its file says, which is on this machine."""
+def request_fields(commands: Commands, words: list[str]) -> dict[str, Any]:
+    """Return the recipe fields in the arguments of a job, without those of a recipe file on this machine."""
     _, given = _read_words(commands, words)
     changes = parse_overrides([*(given["changes"] or []), *(given["more"] or [])])
-    return merged({} if Path(given["recipe"]).is_file() else {"RECIPE": given["recipe"]}, changes)
+    return apply_overrides({} if Path(given["recipe"]).is_file() else {"RECIPE": given["recipe"]}, changes)
 
 
 def _check_relative(raw: Mapping[str, Any], folder: Path) -> None:
-    """Check that what is taken along is not named by a path of this machine.
+    """Check that uploaded files are named by relative paths.
 
     Raises:
-        RecipeError: it is.
+        RecipeError: one is not.
     """
     for field, value in dotted_fields(raw):
         if isinstance(value, str) and value.startswith("/") and Path(value).is_relative_to(folder):
@@ -122,7 +124,7 @@ def _check_relative(raw: Mapping[str, Any], folder: Path) -> None:
 
 
 def _named_files(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files and folders in the current one that a recipe names, with the field."""
+    """Yield (field, path) for each path of a recipe in the current folder."""
     for field, value in dotted_fields(recipe.model_dump()):
         if isinstance(value, Path) and value.is_relative_to(folder):
             yield f"{field}: {value.relative_to(folder)}", value

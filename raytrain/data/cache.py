@@ -1,7 +1,7 @@
-"""Examples that were made of records once, and lie on the disk from then on.
+"""On-disk cache of tokenized examples.
 
-They are Arrow tables in the cache of the `datasets` library, mapped into memory: workers of one machine share them, and
-the first that needs one makes it while the others wait for its lock.
+They are Arrow tables in the cache of the `datasets` library, mapped into memory. Workers of one machine share them: the
+first that needs a table writes it while the others wait for its lock.
 """
 
 import hashlib
@@ -20,22 +20,22 @@ from raytrain.errors import RecipeError
 Example = dict[str, Any]
 
 
-def length(example: Example) -> int:
-    """Return how many tokens an example has."""
+def token_count(example: Example) -> int:
+    """Return the number of tokens of an example."""
     return len(example["tokens"])
 
 
 class StoredExamples:
-    """Examples on the disk.
+    """Examples in the on-disk cache.
 
     Args:
-        make: yields the examples; called only if they are not there yet.
-        columns: column -> its type: "tokens" (a list of integers), "int64" or "string". There is a column "domain"; a
-            column "label" holds classes, and without one a class is the place of an example's domain among all.
-        key: what the examples depend on, as plain data.
+        make: yields the examples; called if they are not cached yet.
+        columns: column -> type: "tokens" (a list of integers), "int64" or "string". One is "domain". "label" holds
+            classes; without it, a class is the index of an example's domain in the sorted domains.
+        key: everything that the examples depend on, as plain data.
 
     Raises:
-        RecipeError: `make` did.
+        RecipeError: `make` raised it.
     """
 
     def __init__(self, make: Callable[[], Iterator[Example]], columns: Mapping[str, str], key: Any) -> None:
@@ -58,16 +58,16 @@ class StoredExamples:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Example:
-        """Return example `index`, with lists of tokens."""
+        """Return example `index`, its tokens as lists."""
         example: Example = self._table[index]
         return example
 
     def domain(self, index: int) -> str:
-        """Return where the example comes from."""
+        """Return the domain of an example, such as its file."""
         return self._domains[index]
 
     def label(self, index: int) -> int:
-        """Return its class."""
+        """Return the class of an example."""
         return int(self.labels[index])
 
     @cached_property
@@ -85,7 +85,7 @@ class StoredExamples:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Show no progress bar, which workers would draw over each other."""
+    """Disable progress bars, which workers would draw over each other."""
     from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled  # noqa: PLC0415
 
     shown = is_progress_bar_enabled()
@@ -98,7 +98,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _code() -> str:
-    """Return a hash of the source that makes examples, so that another version does not take what an older one left."""
+    """Return the SHA-256 of the source that makes examples, so that another version makes them anew."""
     total = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         total.update(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Batches of texts of different lengths, and what a causal model loses on their tokens."""
+"""Padded batches of token sequences, and the token losses of a causal language model."""
 
 from collections.abc import Sequence
 
@@ -7,69 +7,75 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from raytrain.tensors import wide
+from raytrain.tensors import at_least_float32
 
-UNSCORED = -100
-"""The target of a prediction that does not count."""
+IGNORE_INDEX = -100
+"""Target of positions without a loss, as in torch's cross_entropy."""
 
 Tokens = Sequence[int]
 
 
-def padded(rows: Sequence[Tokens], filler: int, *, left: bool = False) -> Tensor:
-    """Return the rows filled up to the longest, shape (rows, longest)."""
+def pad(rows: Sequence[Tokens], pad_id: int, *, left: bool = False) -> Tensor:
+    """Pad rows to the longest, shape (rows, longest).
+
+    >>> pad([[5, 6], [7]], 0).tolist()
+    [[5, 6], [7, 0]]
+    """
     longest = max(len(row) for row in rows)
-    table = np.full((len(rows), longest), filler, np.int64)
+    table = np.full((len(rows), longest), pad_id, np.int64)
     for place, row in enumerate(rows):
         table[place, slice(longest - len(row), None) if left else slice(len(row))] = row
     return torch.from_numpy(table)
 
 
-def inputs(rows: Sequence[Tokens], filler: int, *, left: bool = False) -> dict[str, Tensor]:
-    """Return {"input_ids", "attention_mask"}, each of shape (rows, longest); the mask is 0 on what fills up."""
+def model_inputs(rows: Sequence[Tokens], pad_id: int, *, left: bool = False) -> dict[str, Tensor]:
+    """Return {"input_ids", "attention_mask"}, each of shape (rows, longest); the mask is 0 at padding."""
     ones = [[1] * len(row) for row in rows]
-    return {"input_ids": padded(rows, filler, left=left), "attention_mask": padded(ones, 0, left=left)}
+    return {"input_ids": pad(rows, pad_id, left=left), "attention_mask": pad(ones, 0, left=left)}
 
 
-def scored(rows: Sequence[Tokens], targets: Sequence[Tokens], filler: int) -> dict[str, Tensor]:
-    """Return a batch for `token_losses`.
+def lm_batch(rows: Sequence[Tokens], targets: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
+    """Return a batch of a causal language model, for `token_losses`.
 
     Args:
-        rows: what the model sees.
-        targets: for each token of a row the one that is to follow it, or `UNSCORED`.
-        filler: the token that fills short rows up.
+        rows: input tokens.
+        targets: for each input token the next token, or `IGNORE_INDEX`.
+        pad_id: padding token.
 
     Returns:
-        What `inputs` returns; "keep", the places at which any row is scored, shape (kept,); and "targets" at these,
-        shape (rows, kept).
+        What `model_inputs` returns; "keep", the positions with a target in any row, shape (kept,); and "targets" at
+        these, shape (rows, kept).
     """
-    table = padded(targets, UNSCORED)
-    keep = (table != UNSCORED).any(dim=0).nonzero()[:, 0]
-    return {**inputs(rows, filler), "keep": keep, "targets": table[:, keep]}
+    table = pad(targets, IGNORE_INDEX)
+    keep = (table != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
+    return {**model_inputs(rows, pad_id), "keep": keep, "targets": table[:, keep]}
 
 
-def kept_logits(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the logits of a causal model at the kept places, shape (rows, kept, tokens), at least in float32."""
+def target_logits(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits at the kept positions, (rows, kept, vocabulary), in float32 at least."""
     keep = batch["keep"]
-    seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    logits = module(**seen, use_cache=False, logits_to_keep=keep).logits
-    return wide(logits if logits.shape[1] == len(keep) else logits[:, keep])  # some models ignore logits_to_keep
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    logits = module(**given, use_cache=False, logits_to_keep=keep).logits
+    return at_least_float32(
+        logits if logits.shape[1] == len(keep) else logits[:, keep]
+    )  # some models ignore logits_to_keep
 
 
 def token_losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the loss of each kept place, shape (rows * kept,), 0 where it is not scored."""
-    return losses_of(kept_logits(module, batch), batch["targets"])
+    """Return the loss at each kept position, shape (rows * kept,), 0 without a target."""
+    return token_cross_entropy(target_logits(module, batch), batch["targets"])
 
 
-def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of each prediction, shape (rows * predictions,), 0 where it is not scored.
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each prediction, shape (rows * predictions,), 0 without a target.
 
     Args:
-        logits: shape (rows, predictions, tokens).
+        logits: shape (rows, predictions, vocabulary).
         targets: shape (rows, predictions).
     """
-    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=UNSCORED)
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
 
 
 def token_weights(batch: dict[str, Tensor]) -> Tensor:
-    """Return 1 for each kept place that is scored and 0 for the others, shape (rows * kept,)."""
-    return (batch["targets"].flatten() != UNSCORED).float()
+    """Return 1 for each kept position with a target and 0 for others, shape (rows * kept,)."""
+    return (batch["targets"].flatten() != IGNORE_INDEX).float()

@@ -1,4 +1,4 @@
-"""Text to learn from: the standard library's source, a file or a folder, in documents with domains."""
+"""Text corpora (a file, a folder, Python's standard library), and byte and character tokenizers."""
 
 import hashlib
 import re
@@ -14,22 +14,22 @@ from numpy.typing import NDArray
 
 from raytrain.errors import RecipeError
 
-LEFT_OUT = {"site-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
-"""Folders of the standard library that are not its source: what others installed, tests, which many machines lack, and
-the manual's text as one generated string, which would be half of whatever split it falls into."""
+EXCLUDED_STDLIB_FOLDERS = {"site-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
+"""Folders of the standard library that are left out: installed packages, tests (which many machines lack), and the
+manual's text in one generated string, which would be half of its split."""
 
 SPEAKER = re.compile(rb"(?:\A|\n\n)([^\n:]{1,40}):\n")
-"""A line of a play that says who speaks next."""
+"""A speaker line of a play."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that belongs together.
+    """A document of a corpus.
 
     Attributes:
-        name: its path inside the corpus.
-        text: its bytes.
-        domains: (offset in bytes, domain) of each part, the first at 0.
+        name: path inside the corpus.
+        text: contents in bytes.
+        domains: (offset in bytes, domain) of each part; the first offset is 0.
     """
 
     name: str
@@ -38,17 +38,19 @@ class Document:
 
 
 def standard_library() -> list[Document]:
-    """Return the source files of the Python standard library that runs this, with its top-level packages as domains."""
+    """Return the source files of Python's standard library; domains are its top-level packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in root.rglob("*.py") if not LEFT_OUT.intersection(path.relative_to(root).parts)]
+    files = [
+        path for path in root.rglob("*.py") if not EXCLUDED_STDLIB_FOLDERS.intersection(path.relative_to(root).parts)
+    ]
     return _read(root, files)
 
 
-def check(path: Path, pattern: str) -> None:
-    """Check without reading any text that there is some.
+def check_corpus(path: Path, pattern: str) -> None:
+    """Check that there is text at a path, without reading it.
 
     Raises:
-        RecipeError: there is no such file or folder, or nothing in it.
+        RecipeError: there is no such file or folder, or it is empty.
     """
     if not path.exists():
         raise RecipeError(f"task.path: no such file or folder: {path}")
@@ -57,10 +59,10 @@ def check(path: Path, pattern: str) -> None:
         raise RecipeError(f"task.path: there is no text at {path}{matching}")
 
 
-def read(path: Path, pattern: str) -> list[Document]:
-    """Return the text at `path`: one document for a file, one for each matching file of a folder.
+def read_corpus(path: Path, pattern: str) -> list[Document]:
+    """Read a corpus: one document for a file, or for each file of a folder that matches a pattern.
 
-    The domains of a play in a single file are its speakers; those of a folder are its top-level folders and files.
+    Domains are the speakers of a play in a single file, or the top-level folders and files of a folder.
     """
     files = _files(path, pattern)
     if len(files) > 1:
@@ -73,17 +75,21 @@ def read(path: Path, pattern: str) -> list[Document]:
     return [Document(files[0].name, text, tuple(domains))]
 
 
-def held_out(documents: list[Document], share: float) -> dict[Literal["train", "valid"], list[Document]]:
-    """Split a corpus: by document, or a single document by offset, its end being held out; a share of 1 is all of it.
+def split_corpus(documents: list[Document], share: float) -> dict[Literal["train", "valid"], list[Document]]:
+    """Split a corpus into training and held-out documents; of a single document, the end is held out.
 
-    Which documents are held out depends on the hashes of their names, so it looks random and is the same everywhere.
+    Documents are chosen by hashes of their names: pseudo-random, and the same everywhere.
+
+    Args:
+        documents: of the corpus.
+        share: fraction that is held out; 1: everything.
     """
     if share == 1:
         return {"train": [], "valid": documents}
     if len(documents) == 1:
         whole = documents[0]
         at = round(len(whole.text) * (1 - share))
-        while at < len(whole.text) and whole.text[at] & 0xC0 == 0x80:  # never inside a character
+        while at < len(whole.text) and whole.text[at] & 0xC0 == 0x80:  # not inside a UTF-8 sequence
             at += 1
         return {"train": [_part(whole, 0, at)], "valid": [_part(whole, at, len(whole.text))]}
     ordered = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
@@ -93,7 +99,7 @@ def held_out(documents: list[Document], share: float) -> dict[Literal["train", "
 
 
 def alphabet_of(documents: Iterable[Document]) -> str:
-    """Return the characters that there are, in order of their code points.
+    """Return the distinct characters of documents, sorted by code point.
 
     Raises:
         RecipeError: a document is not UTF-8.
@@ -101,29 +107,29 @@ def alphabet_of(documents: Iterable[Document]) -> str:
     return "".join(sorted(set().union(*(_decoded(document) for document in documents))))
 
 
-class Bytes:
-    """Tokens that are bytes; 256 begins a document."""
+class ByteTokenizer:
+    """Byte tokens; 256 is the beginning of a document."""
 
-    begin = 256
-    size = 257
+    bos_id = 256
+    vocab_size = 257
 
     def encode(self, document: Document) -> NDArray[np.uint16]:
-        """Return the document's tokens, the first of which begins it, shape (bytes + 1,)."""
+        """Return the beginning-of-document token and the document's tokens, shape (bytes + 1,)."""
         return np.concatenate(
-            [np.array([self.begin], np.uint16), np.frombuffer(document.text, np.uint8).astype(np.uint16)]
+            [np.array([self.bos_id], np.uint16), np.frombuffer(document.text, np.uint8).astype(np.uint16)]
         )
 
     def count(self, text: bytes) -> int:
-        """Return how many tokens the text has, without the one that begins a document."""
+        """Return the number of tokens of a text, without a beginning-of-document token."""
         return len(text)
 
-    def widths(self) -> NDArray[np.int64]:
-        """Return how many bytes of text each token stands for, shape (size,)."""
-        return np.append(np.ones(self.begin, np.int64), 0)
+    def bytes_per_token(self) -> NDArray[np.int64]:
+        """Return the number of bytes of each token, shape (vocab_size,)."""
+        return np.append(np.ones(self.bos_id, np.int64), 0)
 
 
-class Characters:
-    """Tokens that are the characters of an alphabet, in their order; the last one begins a document.
+class CharacterTokenizer:
+    """Character tokens, in the order of an alphabet; the last token is the beginning of a document.
 
     Args:
         alphabet: the characters.
@@ -131,32 +137,32 @@ class Characters:
 
     def __init__(self, alphabet: str) -> None:
         self._alphabet = alphabet
-        self.begin = len(alphabet)
-        self.size = self.begin + 1
-        self._table = np.full(sys.maxunicode + 1, self.begin, np.uint16)
+        self.bos_id = len(alphabet)
+        self.vocab_size = self.bos_id + 1
+        self._table = np.full(sys.maxunicode + 1, self.bos_id, np.uint16)
         self._table[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
 
     def encode(self, document: Document) -> NDArray[np.uint16]:
-        """Return the document's tokens, the first of which begins it, shape (characters + 1,).
+        """Return the beginning-of-document token and the document's tokens, shape (characters + 1,).
 
         Raises:
-            RecipeError: it is not UTF-8, or has a character that the alphabet has not.
+            RecipeError: it is not UTF-8, or has a character outside the alphabet.
         """
         text = _decoded(document)
         tokens = self._table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
-        if (strange := tokens == self.begin).any():
+        if (strange := tokens == self.bos_id).any():
             raise RecipeError(
                 f"task.path: {document.name} has the character {text[int(strange.argmax())]!r}, which is not one of "
                 f"task.alphabet, the {len(self._alphabet)} of the text that was learned from"
             )
-        return np.concatenate([np.array([self.begin], np.uint16), tokens])
+        return np.concatenate([np.array([self.bos_id], np.uint16), tokens])
 
     def count(self, text: bytes) -> int:
-        """Return how many tokens the text has, without the one that begins a document."""
+        """Return the number of tokens of a text, without a beginning-of-document token."""
         return len(text.decode())
 
-    def widths(self) -> NDArray[np.int64]:
-        """Return how many bytes of text each token stands for, shape (size,)."""
+    def bytes_per_token(self) -> NDArray[np.int64]:
+        """Return the number of bytes of each token, shape (vocab_size,)."""
         return np.array([len(character.encode()) for character in self._alphabet] + [0], np.int64)
 
 
@@ -178,7 +184,7 @@ def _read(root: Path, files: Iterable[Path]) -> list[Document]:
 
 
 def _part(document: Document, start: int, end: int) -> Document:
-    """Return document.text[start:end] with the domains that hold there."""
+    """Return the document text[start:end], with its domains."""
     here = [domain for offset, domain in document.domains if offset <= start][-1]
     later = [(offset - start, domain) for offset, domain in document.domains if start < offset < end]
     return Document(document.name, document.text[start:end], ((0, here), *later))

@@ -1,7 +1,7 @@
-"""File formats of records: each is read row by row, so that an error names the row, and no type is guessed.
+"""Readers of records by file format, row by row: errors name the row, and types are not guessed.
 
-A reader takes a file, the columns that the recipe names, and what a record of a .txt file is. It yields (place, fields)
-of each record, the place as "line 3".
+A reader takes a file, the columns that the recipe names, and the unit of a record in a .txt file. It yields (location,
+fields) of each record, such as ("line 3", {"text": ...}).
 """
 
 import csv
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 Unit = Literal["line", "paragraph", "file"]
-Rows = Iterator[tuple[str, Mapping[str, Any]]]
+RecordRows = Iterator[tuple[str, Mapping[str, Any]]]
 
-USUAL: dict[str, tuple[str, ...]] = {
+USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "content", "document", "review", "comment", "title"),
     "label": ("label", "labels", "class", "target", "category", "sentiment"),
     "messages": ("messages", "conversation"),
@@ -23,17 +23,17 @@ USUAL: dict[str, tuple[str, ...]] = {
     "context": ("context", "input"),
     "answer": ("answer", "response", "output", "completion", "target"),
 }
-"""What columns are usually called, by what they are for."""
+"""Role -> usual names of its column."""
 
-HEADERS = {name for names in USUAL.values() for name in names}
+HEADERS = {name for names in USUAL_COLUMNS.values() for name in names}
 
 
 class BadRowError(Exception):
-    """What is wrong with a row, beginning with its place."""
+    """An error in a row; its message begins with the location."""
 
 
-def _tsv(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001 - one shape for all readers
-    """Read tab-separated values without quoting, with or without a line that names the columns."""
+def _tsv(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001 - one signature for all readers
+    """Read tab-separated values without quoting, with or without a header."""
     header: list[str] = []
     for number, line in _lines(path):
         values = line.rstrip("\r\n").split("\t")
@@ -46,9 +46,9 @@ def _tsv(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG00
             yield f"line {number}", _row(header, values, number)
 
 
-def _csv(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001
-    """Read comma-separated values with quoting, whose first line names the columns."""
-    csv.field_size_limit(sys.maxsize)  # of the process: a document is longer than what is usual
+def _csv(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
+    """Read comma-separated values with quoting and a header."""
+    csv.field_size_limit(sys.maxsize)  # process-wide: documents exceed the default
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         header = next(reader, [])
@@ -59,7 +59,7 @@ def _csv(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG00
         raise BadRowError(f"line {reader.line_num}: not CSV: {error}") from None
 
 
-def _jsonl(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001
+def _jsonl(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
     """Read one JSON object from each line."""
     for number, line in _lines(path):
         if line.strip():
@@ -72,7 +72,7 @@ def _jsonl(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG
             yield f"line {number}", _object(value, f"line {number}")
 
 
-def _json(path: Path, columns: Sequence[str], unit: Unit) -> Rows:
+def _json(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:
     """Read a JSON array of objects, or one object from each line."""
     content = path.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")
     if not content.startswith(b"["):
@@ -90,8 +90,8 @@ def _json(path: Path, columns: Sequence[str], unit: Unit) -> Rows:
         yield f"row {number}", _object(row, f"row {number}")
 
 
-def _txt(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001
-    """Read texts: the lines, the paragraphs between blank lines, or the whole."""
+def _txt(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
+    """Read lines, paragraphs between blank lines, or the whole file as texts."""
     if unit == "line":
         yield from ((f"line {number}", {"text": line.rstrip("\r\n")}) for number, line in _lines(path) if line.strip())
         return
@@ -102,8 +102,8 @@ def _txt(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG00
             yield f"line {part[0][0]}", {"text": text.rstrip("\r\n") if unit == "paragraph" else text}
 
 
-def _parquet(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: ARG001
-    """Read the rows of a Parquet file, a batch of them at a time."""
+def _parquet(path: Path, columns: Sequence[str], unit: Unit) -> RecordRows:  # noqa: ARG001
+    """Read the rows of a Parquet file in batches."""
     import pyarrow  # noqa: PLC0415 - slow to import
     from pyarrow.parquet import ParquetFile  # noqa: PLC0415
 
@@ -117,7 +117,7 @@ def _parquet(path: Path, columns: Sequence[str], unit: Unit) -> Rows:  # noqa: A
         raise BadRowError(f"row {number + 1}: not Parquet: {error}") from None
 
 
-READERS: dict[str, Callable[[Path, Sequence[str], Unit], Rows]] = {
+READERS: dict[str, Callable[[Path, Sequence[str], Unit], RecordRows]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
@@ -128,7 +128,7 @@ READERS: dict[str, Callable[[Path, Sequence[str], Unit], Rows]] = {
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number, line with its end); only a line feed ends a line."""
+    """Yield (number, line with its terminator); only a line feed terminates a line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -138,7 +138,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _names_columns(values: Sequence[str], columns: Sequence[str]) -> bool:
-    """Return whether the first values of a table are the names of its columns."""
+    """Return whether the first row of a table is a header."""
     usual = any(value.strip().lower() in HEADERS for value in values)
     numbers = any(value.strip().lstrip("-").isdigit() for value in values)
     return (usual and not numbers) or any(name in values for name in columns)

@@ -1,4 +1,4 @@
-"""Where records come from: files, folders and globs of them, or data sets of the Hugging Face hub."""
+"""Sources of records: files, folders, globs, or datasets of the Hugging Face hub."""
 
 import glob
 import hashlib
@@ -15,29 +15,29 @@ from pydantic import AfterValidator
 from raytrain.data.readers import READERS, BadRowError, Unit
 from raytrain.errors import RecipeError
 
-CALLED = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
+SPLIT_ALIASES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
     ("valid", "validation", "dev", "val"), "valid"
 )
-"""What splits are called -> their names here."""
+"""Usual name of a split -> its name here."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-MAGIC = re.compile(r"[*?\[]")
+GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
 def is_local(source: str) -> bool:
-    """Return whether `source` names something on this machine, rather than on the hub."""
+    """Return whether a source is a path on this machine rather than a name on the hub."""
     path = os.path.expanduser(source)
-    looks = source.startswith(("/", "~", ".")) or MAGIC.search(source) or Path(source).suffix in READERS
+    looks = source.startswith(("/", "~", ".")) or GLOB_CHARACTERS.search(source) or Path(source).suffix in READERS
     return bool(looks) or os.path.exists(path) or not HUB_NAME.fullmatch(source)
 
 
-def absolute(source: str) -> str:
-    """Return `source` as an absolute path if it is local, or as it is."""
+def absolute_location(source: str) -> str:
+    """Return a local source as an absolute path, another one unchanged."""
     return os.path.abspath(os.path.expanduser(source)) if source and is_local(source) else source
 
 
-Location = Annotated[str, AfterValidator(absolute)]
-"""Files, or a name on the hub; a path is made absolute, because workers do not share the current folder."""
+Location = Annotated[str, AfterValidator(absolute_location)]
+"""A path, made absolute because workers run in another working directory, or a name on the hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Record:
     """One row of a table.
 
     Attributes:
-        fields: column -> value. The columns of a table that does not name them are called "1", "2", ...
-        where: its place, as "dev.tsv, line 3".
-        source: the name of its file without the ending, or of its split.
+        fields: column -> value. Columns of a table without a header are "1", "2", ...
+        where: location, such as "dev.tsv, line 3".
+        source: stem of its file, or name of its split.
     """
 
     fields: Mapping[str, Any]
@@ -55,11 +55,11 @@ class Record:
     source: str
 
 
-class Data(Protocol):
+class RecordSource(Protocol):
     """Records by split.
 
     Attributes:
-        splits: those there are, of "train", "valid" and "test"; a hub's may have more.
+        splits: names of splits, among "train", "valid" and "test"; datasets of the hub may have others.
     """
 
     @property
@@ -68,22 +68,22 @@ class Data(Protocol):
         ...
 
     def records(self, split: str) -> Iterator[Record]:
-        """Yield the records of a split, always in the same order."""
+        """Yield the records of a split in a fixed order."""
         ...
 
-    def stamp(self, split: str) -> str:
-        """Return what changes when the records of the split do."""
+    def fingerprint(self, split: str) -> str:
+        """Return a string that changes when the records of a split do."""
         ...
 
 
-class Files:
-    """Records in files.
+class LocalRecords:
+    """Records in local files.
 
     Args:
         source: a file, a folder or a glob.
-        columns: names that the recipe gives to columns.
-        unit: what a record of a .txt file is.
-        prefix: what error messages begin with.
+        columns: names of columns in the recipe.
+        unit: of a record in a .txt file.
+        prefix: beginning of error messages.
 
     Raises:
         RecipeError: there are no such files.
@@ -96,9 +96,9 @@ class Files:
         if path.exists():
             names = [path] if path.is_file() else [*path.rglob("*")]
             root = path.parent if path.is_file() else path
-        elif MAGIC.search(source):
+        elif GLOB_CHARACTERS.search(source):
             names = [Path(name) for name in glob.glob(source, recursive=True)]
-            root = Path(os.path.dirname(MAGIC.split(source)[0]))
+            root = Path(os.path.dirname(GLOB_CHARACTERS.split(source)[0]))
         else:
             raise RecipeError(f"{prefix}no such file or folder: {source}")
         files = sorted(file for file in names if file.is_file() and file.suffix in READERS)
@@ -113,7 +113,7 @@ class Files:
         self.splits = tuple(self._files)
 
     def records(self, split: str) -> Iterator[Record]:
-        """Yield the records of the split's files, in the order of their names.
+        """Yield the records of a split's files, sorted by name.
 
         Raises:
             RecipeError: a row cannot be read.
@@ -126,20 +126,20 @@ class Files:
             except BadRowError as error:
                 raise RecipeError(f"{self._prefix}{name}, {error}") from None
 
-    def stamp(self, split: str) -> str:
-        """Return a hash of the names, sizes and times of the split's files, and of how they are read."""
+    def fingerprint(self, split: str) -> str:
+        """Return the SHA-256 of the files' names, sizes and times, and of the options of reading."""
         facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self._files[split]]
         return hashlib.sha256(json.dumps([facts, self._columns, self._unit]).encode()).hexdigest()
 
 
-class Hub:
-    """Records of a data set of the Hugging Face hub, or of its cache on this machine.
+class HubRecords:
+    """Records of a dataset of the Hugging Face hub, or of its local cache.
 
     Args:
         source: "org/name", or "org/name:config".
 
     Raises:
-        RecipeError: it cannot be had.
+        RecipeError: it cannot be loaded.
     """
 
     def __init__(self, source: str) -> None:
@@ -155,7 +155,7 @@ class Hub:
                 f"dataset {name} --local-dir DIR` where there is a network, and set task.path=DIR"
             ) from error
         self._name = source
-        self._tables = {CALLED.get(split, split): table for split, table in found.items()}
+        self._tables = {SPLIT_ALIASES.get(split, split): table for split, table in found.items()}
         self.splits = tuple(self._tables)
 
     def records(self, split: str) -> Iterator[Record]:
@@ -163,19 +163,19 @@ class Hub:
         for place, fields in enumerate(self._tables[split], start=1):
             yield Record(fields, f"{self._name} {split}, row {place}", split)
 
-    def stamp(self, split: str) -> str:
-        """Return the fingerprint that the library gives the table."""
+    def fingerprint(self, split: str) -> str:
+        """Return the fingerprint of the table by the `datasets` library."""
         return str(self._tables[split]._fingerprint)
 
 
-def of_file(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
-    """Yield the records of one file, to predict on.
+def read_records(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
+    """Yield the records of one file, for predictions.
 
     Raises:
         RecipeError: there is no such file, a row cannot be read, or there are none.
     """
     empty = True
-    for record in Files(str(path), columns, prefix="").records("train"):
+    for record in LocalRecords(str(path), columns, prefix="").records("train"):
         empty = False
         yield record
     if empty:
@@ -183,16 +183,16 @@ def of_file(path: Path, columns: Sequence[str] = ()) -> Iterator[Record]:
 
 
 def _by_split(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return the files of each split, by the names of the files and of their folders."""
+    """Return split -> files, by the names of files and folders."""
     found: dict[str, list[Path]] = {}
     for file in files:
         parts = (file.stem, *file.relative_to(root).parts[:-1])
-        splits = [split for part in parts for name, split in CALLED.items() if _is_called(part.lower(), name)]
+        splits = [split for part in parts for name, split in SPLIT_ALIASES.items() if _is_called(part.lower(), name)]
         if splits:
             found.setdefault(splits[0], []).append(file)
     return found or {"train": list(files)}
 
 
 def _is_called(part: str, name: str) -> bool:
-    """Return whether a file is called by the name, or is a numbered piece of it, as train-00001-of-00002."""
+    """Return whether a file has a split's name, or is a shard of it, such as train-00001-of-00002."""
     return part == name or re.match(rf"{name}[-_.]\d", part) is not None

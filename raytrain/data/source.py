@@ -1,7 +1,7 @@
-"""Where training examples come from: the options `task.source` of every task.
+"""Input pipelines: the options `task.source` of every task.
 
-"local" and "ray" are two ways to the same batches, equal to the bit and in the same order. Any other source is a live
-one: a user's function from a seed to an iterator of examples, such as a simulator, that actors run beside the training.
+"local" and "ray" prepare the same batches, equal to the bit and in the same order. Any other source is a user's
+function, seed -> iterator of examples, such as a simulator, which runs in actors beside the training.
 """
 
 import inspect
@@ -10,23 +10,23 @@ from typing import Annotated, Any
 from pydantic import Field, SerializeAsAny
 
 from raytrain.errors import RecipeError
-from raytrain.recipe import Options, chosen, combined, declared_options
+from raytrain.recipe import Options, merge_options, options_by_name, options_parameter
 
 SOURCES: dict[str, str] = {
-    "local": "raytrain.data.source:Local",
-    "ray": "raytrain.data.source:RayData",
+    "local": "raytrain.data.source:LocalSource Examples are read and collated in each worker, between its steps.",
+    "ray": "raytrain.data.source:RayDataSource Ray Data prepares the same batches beside the training.",
 }
 
 
-class Source(Options):
+class SourceOptions(Options):
     """The options of a source."""
 
 
-class Local(Source):
+class LocalSource(SourceOptions):
     """Each worker reads and collates its examples itself, between its steps."""
 
 
-class ActorSource(Source):
+class ActorSource(SourceOptions):
     """What every source takes that works in actors beside the training.
 
     Attributes:
@@ -38,7 +38,7 @@ class ActorSource(Source):
     cpus: float = Field(1, gt=0)
 
 
-class RayData(ActorSource):
+class RayDataSource(ActorSource):
     """A Ray Data pipeline prepares the batches of "local" beside the training, in the same order.
 
     Its actors read the task's examples by index, as the workers would; data sets of Hugging Face are mapped into memory
@@ -51,8 +51,8 @@ class RayData(ActorSource):
     prefetch_bytes: int = Field(8 << 20, ge=1)
 
 
-class Generators(ActorSource):
-    """Actors run a function of the user's, seed -> iterator of examples, and the training takes what they make.
+class GeneratorSource(ActorSource):
+    """Actors run a user's function, seed -> iterator of examples, beside the training.
 
     Each batch is made by one actor, and batches are taken from the actors in turn. An iterator that ends is followed by
     one of another seed. It may as well read a stream of files that are too large to be indexed.
@@ -64,7 +64,7 @@ class Generators(ActorSource):
     prefetch: int = Field(4, ge=1)
 
 
-def options_of_source(found: Any) -> type[Source]:
+def source_options(found: Any) -> type[SourceOptions]:
     """Return the options of a source: a class of this module, or those of a function that makes examples.
 
     Such a function takes a seed, and may take options of its own: a parameter annotated with a subclass of `Options`.
@@ -72,9 +72,9 @@ def options_of_source(found: Any) -> type[Source]:
     Raises:
         RecipeError: `found` is no such function.
     """
-    if isinstance(found, type) and issubclass(found, Source):
+    if isinstance(found, type) and issubclass(found, SourceOptions):
         return found
-    own = declared_options(found)
+    own = options_parameter(found)
     given = (0,) if own is Options else (0, own)
     try:
         inspect.signature(found).bind(*given)
@@ -83,7 +83,7 @@ def options_of_source(found: Any) -> type[Source]:
             f"task.source.name: expected {', '.join(SOURCES)}, or a function seed -> iterator of examples, which may "
             f"also take options annotated with a subclass of raytrain.Options; got {found!r}"
         ) from None
-    return combined(own, Generators, "task.source.name")
+    return merge_options(own, GeneratorSource, "task.source.name")
 
 
-SourceField = Annotated[SerializeAsAny[Source], chosen(SOURCES, "task.source", options_of_source, "local")]
+SourceField = Annotated[SerializeAsAny[SourceOptions], options_by_name(SOURCES, "task.source", source_options, "local")]

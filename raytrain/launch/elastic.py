@@ -1,4 +1,4 @@
-"""Trains on this machine without Ray: worker processes under the agent of torch's elastic launcher.
+"""Training on this machine without Ray: processes under the agent of torch's elastic launcher.
 
 The agent is what `torchrun` runs. It starts the workers and looks after them; when one dies it ends the others and
 starts all again, up to `max_failures` times. `elastic_launch` would hide it: here a run notes why workers had to be
@@ -32,37 +32,37 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.utils.process_state import read_proc_state
 
 from raytrain.errors import RaytrainError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.place import train_at
-from raytrain.launch.resources import Node, cpus_per_worker, machines_for, own_cpus
+from raytrain.launch.resources import NodeResources, available_cpus, cpus_per_worker, eligible_nodes
 from raytrain.loggers import restored_loggers
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
 from raytrain.run.watchdog import kept_stack
 from raytrain.sync.transport import LOOPBACK, GroupTransport, LocalTransport, PeerLostError, Transport
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.worker import work_watched
+from raytrain.training.worker import run_watched_worker
 
-POLL_SECONDS = 0.1
+AGENT_POLL_SECONDS = 0.1
 GONE_SECONDS = 1.0
-"""How long the agent may take to hear of a process that has ended."""
-END_SECONDS = 60.0
-"""How long the command waits for workers that are ended; one that the kernel does not let go is left behind."""
+"""Time for the agent to notice a process that has ended."""
+KILL_WAIT_SECONDS = 60.0
+"""Time to wait for killed workers; one in an uninterruptible system call is left behind."""
 STOPPED = "it was stopped (SIGSTOP), and was ended"
 GONE = "its process ended with exit status 0 before the training did"
 
 
-def run(recipe: TrainRecipe, order: Order) -> Result:
-    """Train on this machine, and return how it ended.
+def run_elastic(recipe: TrainRecipe, order: RunOptions) -> Result:
+    """Train on this machine, and return the result.
 
     Raises:
         RaytrainError: as `supervise`.
     """
-    return train_at(ThisMachine(), recipe, order)
+    return train_at(LocalMachine(), recipe, order)
 
 
-class ThisMachine:
-    """Where to train: here."""
+class LocalMachine:
+    """The backend of this machine."""
 
     def check(self, recipe: TrainRecipe) -> None:
         """Check that the workers fit on this machine.
@@ -73,7 +73,7 @@ class ThisMachine:
         _cpus(recipe)
 
     @contextlib.contextmanager
-    def joined(
+    def session(
         self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]
     ) -> Iterator[Callable[[], "LocalWorkers"]]:
         """Yield what starts the workers; there is nothing to join."""
@@ -84,16 +84,16 @@ class ThisMachine:
 
 
 def _cpus(recipe: TrainRecipe) -> float:
-    """Return how many processors each worker gets.
+    """Return the CPUs of each worker.
 
     Raises:
         RecipeError: the workers do not fit on this machine.
     """
     resources = recipe.resources
     gpus = {"GPU": float(torch.cuda.device_count())} if resources.gpus else {}
-    here: Node = ({"CPU": own_cpus(), **gpus}, {})
-    machines = machines_for([here], recipe.workers, resources.beside_cpus(), resources.labels, resources.placement)
-    return cpus_per_worker(machines, recipe.workers, resources.cpus)
+    here: NodeResources = ({"CPU": available_cpus(), **gpus}, {})
+    nodes = eligible_nodes([here], recipe.workers, resources.extra_resources(), resources.labels, resources.placement)
+    return cpus_per_worker(nodes, recipe.workers, resources.cpus)
 
 
 @contextlib.contextmanager
@@ -108,16 +108,16 @@ def _silent_agent() -> Iterator[None]:
 
 
 class LocalWorkers(threading.Thread):
-    """Worker processes, and the agent that looks after them beside the main thread, which keeps Ctrl-C for itself.
+    """Worker processes and their agent, in a thread, because Ctrl-C is for the main thread.
 
     Args:
-        recipe: what they train.
-        run: where.
-        threads: of each.
+        recipe: to train.
+        run: folder of the run.
+        threads: of each worker.
 
     Attributes:
         ended: set when they have ended; an interrupted `join` takes a thread for ended (Python 3.11).
-        error: why they ended, if it was not well.
+        error: why they failed, if they did.
     """
 
     def __init__(self, recipe: TrainRecipe, run: RunDirectory, threads: int) -> None:
@@ -126,7 +126,7 @@ class LocalWorkers(threading.Thread):
         self.error = ""
         self._folder = Path(tempfile.mkdtemp(prefix="raytrain-"))  # nobody else may read it
         config = {
-            "recipe": recipe.plain(),
+            "recipe": recipe.to_dict(),
             "run": str(run.path),
             "threads": threads,
             "folder": str(self._folder),
@@ -136,7 +136,7 @@ class LocalWorkers(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Train; an error waits in `error`."""
+        """Train; keep an error in `error`."""
         try:
             failed = self._agent.run().state is not WorkerState.SUCCEEDED
             if failed:
@@ -151,20 +151,20 @@ class LocalWorkers(threading.Thread):
             self.ended.set()
 
     def close(self) -> None:
-        """End the workers at once, if they have not ended; those that have not started yet end by themselves."""
+        """Kill the workers, if they have not ended; those that have not started end by themselves."""
         self._agent.asked_to_end.set()
         if self._agent.watching:
-            self.ended.wait(END_SECONDS)
+            self.ended.wait(KILL_WAIT_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class _Agent(LocalElasticAgent):
-    """torch's agent, which also notes why workers failed, sees those that stand still, and ends them when asked to.
+    """torch's agent, extended to log causes of failures, to detect stopped workers, and to kill workers on request.
 
     Attributes:
-        asked_to_end: set it to end the workers at once.
+        asked_to_end: set to kill the workers.
         watching: whether there are workers.
-        causes: worker -> why it failed the last time.
+        causes: rank -> cause of the last failure.
     """
 
     def __init__(self, recipe: TrainRecipe, run: RunDirectory, config: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ class _Agent(LocalElasticAgent):
             args=(config,),
             rdzv_handler=_Alone(),
             max_restarts=recipe.max_failures,
-            monitor_interval=POLL_SECONDS,
+            monitor_interval=AGENT_POLL_SECONDS,
         )
         logs = DefaultLogsSpecs(log_dir=config["folder"])  # where a worker's last error goes
         super().__init__(spec, logs, start_method="forkserver")
@@ -186,10 +186,10 @@ class _Agent(LocalElasticAgent):
         self._run_directory = run
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """Look at the workers, as the agent does every `POLL_SECONDS`.
+        """Check the workers, as the agent does every `AGENT_POLL_SECONDS`.
 
         Raises:
-            SignalException: they are to be ended.
+            SignalException: they are to be killed.
         """
         self.watching = True
         if self.asked_to_end.is_set():
@@ -216,7 +216,7 @@ class _Agent(LocalElasticAgent):
         run.append(run.restarts, {"time": time.time(), "workers": {str(rank): why for rank, why in causes.items()}})
 
     def _cause(self, rank: int, failure: ProcessFailure) -> str:
-        """Return in a few words what happened to a worker."""
+        """Return a short description of a worker's failure."""
         if stack := kept_stack(self._run_directory.path, rank):
             return f"it hung, and was ended; its stack is in {stack}"
         if failure.exitcode < 0:
@@ -229,10 +229,10 @@ class _Agent(LocalElasticAgent):
 
 
 class _Silence:
-    """Workers that do not go on although the agent takes them for healthy: stopped, or gone with exit status 0.
+    """Workers that make no progress although the agent takes them for healthy: stopped, or exited with status 0.
 
     Args:
-        timeout_seconds: how long a stopped one may be so.
+        timeout_seconds: for a stopped worker.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -240,18 +240,18 @@ class _Silence:
         self._since: dict[tuple[int, int, str], float] = {}
 
     def look(self, pids: Mapping[int, int]) -> None:
-        """Note which processes are silent, of worker -> process."""
+        """Record which processes are silent, of rank -> pid."""
         now = time.monotonic()
         silent = {(rank, pid, what) for rank, pid in pids.items() if (what := _silent(pid))}
         self._since = {each: self._since.get(each, now) for each in silent}
 
     def too_long(self) -> dict[int, str]:
-        """Return worker -> what is the matter, of those that have been silent for too long."""
+        """Return rank -> cause for those that have been silent for too long."""
         now = time.monotonic()
         return {rank: what for (rank, _, what), since in self._since.items() if now - since > self._patience[what]}
 
     def end(self) -> dict[int, str]:
-        """End those that are stopped, which do not see the agent's SIGTERM, and return worker -> what is the matter."""
+        """Kill stopped workers, which ignore the agent's SIGTERM, and return rank -> cause."""
         stopped = {rank: pid for rank, pid, what in self._since if what == STOPPED}
         for pid in stopped.values():
             with contextlib.suppress(ProcessLookupError):
@@ -260,7 +260,7 @@ class _Silence:
 
 
 def _silent(pid: int) -> str:
-    """Return what keeps a process from going on, if it can be seen from outside."""
+    """Return why a process makes no progress, if it can be seen from outside."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, PermissionError):  # the second: the number is another user's by now
@@ -269,14 +269,14 @@ def _silent(pid: int) -> str:
 
 
 class _Alone(RendezvousHandler):
-    """The rendezvous of an agent that is alone: all that it says stays in this process."""
+    """The rendezvous of a single agent, inside this process."""
 
     def get_backend(self) -> str:
         """Return its name."""
         return "alone"
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Return the store of the one agent; workers have their own."""
+        """Return the store of the agent; workers have their own."""
         return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("localhost", 0))
 
     def is_closed(self) -> bool:
@@ -316,17 +316,17 @@ def _work(config: dict[str, Any]) -> None:
     except RaytrainError as error:
         run.record_failure(error, rank)
         return
-    work_watched(recipe, run, transport)
+    run_watched_worker(recipe, run, transport)
     dist.destroy_process_group()
 
 
 def device_of(rank: int, gpus: float) -> torch.device:
-    """Return where a worker computes, if each has so many GPUs, or shares of one, in the order of the ranks."""
+    """Return the device of a worker, where each has `gpus` GPUs or shares of one, in rank order."""
     return torch.device("cuda", int(rank * gpus)) if gpus else torch.device("cpu")
 
 
 def _end_with_command() -> None:
-    """End this process when the command dies, whose child it is not: a server forked it."""
+    """End this process when the command dies, which is not its parent: a fork server is."""
     if command := multiprocessing.parent_process():
         command.join()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The process that workers of this machine are forked from. It imports what they need and computes nothing.
+"""The fork server of workers on this machine. It imports what they need, and computes nothing.
 
 Forked from the command they would save an import, and could hang: neither OpenMP's threads nor CUDA survive a fork, and
 the command may have used either, if only because a module of the user's has when it was imported.
@@ -15,11 +15,11 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
-"""What workers must have in their environment when their process starts, which is that of the server for its forks."""
+"""Environment variables that must be set when a worker's process starts, that is, in the fork server."""
 
 
-def start() -> None:
-    """Start the server, unless it runs, and do not wait for it: it imports torch while this process does."""
+def start_forkserver() -> None:
+    """Start the fork server in the background, unless it runs: it imports torch while this process does."""
     multiprocessing.set_forkserver_preload(["raytrain.launch.elastic"])
     with environment(WORKER_ENVIRONMENT):
         forkserver.ensure_running()

@@ -1,7 +1,7 @@
-"""Batches that are prepared beside the training, in actors of Ray: a Ray Data pipeline, or a user's generators.
+"""Data loading in Ray actors beside the training: a Ray Data pipeline, or a user's generators.
 
-Either way an actor makes whole batches for the steps of a `Walk` and sends them as bytes, and the worker pulls them in
-the order of its steps. The actors belong to the worker: they end with it, however it ends.
+Either way an actor prepares whole batches for the steps of a `StepRange` and sends them as bytes, and the worker pulls
+them in the order of its steps. The actors belong to the worker: they end with it, however it ends.
 """
 
 import logging
@@ -24,146 +24,152 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrain.data.packing import decode, encode
-from raytrain.data.source import Generators, RayData
+from raytrain.data.packing import pack_batch, unpack_batch
+from raytrain.data.source import GeneratorSource, RayDataSource
 from raytrain.errors import TrainingError
 from raytrain.registry import resolve
-from raytrain.tasks.task import TASKS, Task, TaskOptions, make_task, options_of_task
-from raytrain.training.loader import Batches, Feed, Generated, Indexed, Walk, indexed
+from raytrain.tasks.task import TASKS, Task, TaskOptions, make_task, task_options
+from raytrain.training.loader import BatchLoader, GeneratorLoader, IndexedLoader, MicroBatches, StepRange, train_loader
 
-MOST_STEPS = 64  # that are sent together; more would spare nothing
+MAX_STEPS_SENT = 64  # that are sent together; more would spare nothing
 SEND_SECONDS = 0.05
-PULLED_BLOCKS = 2
-HELD_BLOCKS = PULLED_BLOCKS + 1  # that the worker may hold: the calls that wait, and the rows it is taking
+QUEUED_BLOCKS = 2
+HELD_BLOCKS = QUEUED_BLOCKS + 1  # that the worker may hold: the calls that wait, and the rows it is taking
 DEALING = "dealing"  # the threads that answer the actors of a pipeline
 
-Row = tuple[int, str, bytes]
+PackedStep = tuple[int, str, bytes]
 """A position, and the packet of its batches; with "" for the containers, the trace of an error."""
 
-ROWS = pa.list_(pa.struct([("position", pa.int64()), ("shape", pa.string()), ("content", pa.large_binary())]))
+ROW_TYPE = pa.list_(pa.struct([("position", pa.int64()), ("shape", pa.string()), ("content", pa.large_binary())]))
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Brief:
-    """What an actor has to know, as plain data.
+class LoaderSpec:
+    """Arguments of a data actor, as plain data.
 
     Attributes:
-        task: the options of the task.
-        paths: where modules are imported from.
-        walk: what to prepare.
-        life: how many actors have died in this one's place.
+        task: options of the task.
+        paths: of modules to import.
+        step_range: steps to prepare.
+        generation: number of actors that died before this one.
     """
 
     task: dict[str, Any]
     paths: list[str]
-    walk: Walk
-    life: int
+    step_range: StepRange
+    generation: int
 
-    def made(self) -> tuple[Task, TaskOptions]:
-        """Return the task and its options, in the process of the actor."""
+    def build_task(self) -> tuple[Task, TaskOptions]:
+        """Return the task and its options, in the actor's process."""
         sys.path.extend(path for path in self.paths if path not in sys.path)
         torch.set_num_threads(1)
         factory = resolve(TASKS, self.task["name"], "task.name")
-        options = options_of_task(factory).model_validate(self.task)
+        options = task_options(factory).model_validate(self.task)
         return make_task(factory, options), options
 
-    def row(self, feed: Callable[[], Feed], step: int) -> Row:
-        """Return the batches of a step of the walk, or the trace of the error that making them or the feed raised."""
-        position = self.walk.position(step)
+    def pack_step(self, loader: Callable[[], BatchLoader], step: int) -> PackedStep:
+        """Return the packed batches of a step, or the traceback of an error."""
+        position = self.step_range.position(step)
         try:
-            return position, *encode(feed().take(position, self.walk.count, self.walk.parts))
-        except Exception:  # in the user's code: the worker that takes this row raises it, in the place of the batches
+            return position, *pack_batch(
+                loader().load(position, self.step_range.local_batch, self.step_range.accumulate)
+            )
+        except Exception:  # in the user's code: the worker raises it when it loads this step
             return position, "", traceback.format_exc().encode()
 
 
 @contextmanager
-def ray_feed(
+def ray_loader(
     task: Task,  # noqa: ARG001 - the actors make their own
     options: TaskOptions,
-    walk: Walk,
+    step_range: StepRange,
     *,
     actors: int,
     cpus: float,
-    lives: int,
-) -> Iterator[Feed]:
-    """Yield the feed of a worker on a Ray cluster whose source is not local, when its first batches are there.
+    restarts: int,
+) -> Iterator[BatchLoader]:
+    """Yield the loader of a worker on a Ray cluster whose source is not local, when its first batches are there.
 
     Args:
-        task: what is trained.
-        options: its options.
-        walk: what the worker will take.
-        actors: how many prepare its batches.
-        cpus: processors of each.
-        lives: how often an actor that dies is replaced.
+        task: to train.
+        options: of the task.
+        step_range: steps that the worker will load.
+        actors: that prepare its batches.
+        cpus: of each actor.
+        restarts: of actors that die, at most.
 
     Raises:
         TrainingError: more of them died.
     """
     source, plain = options.source, options.model_dump(mode="json")
 
-    def start(part: Walk, life: int) -> ActorHandle:
-        brief = Brief(plain, list(sys.path), part, life)
-        if isinstance(source, RayData):
+    def start(part: StepRange, generation: int) -> ActorHandle:
+        spec = LoaderSpec(plain, list(sys.path), part, generation)
+        if isinstance(source, RayDataSource):
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             remote = ray.remote(num_cpus=0, scheduling_strategy=here, concurrency_groups={DEALING: actors})
-            return remote(Pipeline).remote(brief, actors, cpus, source.prefetch_bytes)
-        return ray.remote(Generator).options(num_cpus=cpus).remote(brief)
+            return remote(PipelineActor).remote(spec, actors, cpus, source.prefetch_bytes)
+        return ray.remote(GeneratorActor).options(num_cpus=cpus).remote(spec)
 
     what, count, prefetch = (
-        ("actor", actors, source.prefetch) if isinstance(source, Generators) else ("pipeline", 1, PULLED_BLOCKS)
+        ("actor", actors, source.prefetch) if isinstance(source, GeneratorSource) else ("pipeline", 1, QUEUED_BLOCKS)
     )
-    count = min(count, walk.steps)
-    lanes = [
-        Lane(f"{what} {place} of task.source = {source.name!r}", start, walk.lane(place, count), prefetch)
+    count = min(count, step_range.steps)
+    streams = [
+        ActorStream(
+            f"{what} {place} of task.source = {source.name!r}", start, step_range.every_nth(place, count), prefetch
+        )
         for place in range(count)
     ]
     try:
-        yield Pulled(lanes, lives)
+        yield ActorLoader(streams, restarts)
     finally:
-        for lane in lanes:
-            lane.end()
+        for stream in streams:
+            stream.end()
 
 
-class Lane:
-    """An actor that prepares a part of a walk, and the calls that wait at it.
+class ActorStream:
+    """An actor that prepares some of the steps, and pending calls to it.
 
     Args:
         name: of the actor, for messages.
-        start: (part of a walk, how many actors have died in its place) -> an actor whose `more` returns its next rows.
-        walk: what to prepare, a step at least.
-        prefetch: how many calls wait, which bounds how far the actor runs ahead.
+        start: (steps, generation) -> an actor whose `next_rows` returns its next rows.
+        step_range: steps to prepare, at least one.
+        prefetch: pending calls, which bound how far the actor runs ahead.
     """
 
-    def __init__(self, name: str, start: Callable[[Walk, int], ActorHandle], walk: Walk, prefetch: int) -> None:
+    def __init__(
+        self, name: str, start: Callable[[StepRange, int], ActorHandle], step_range: StepRange, prefetch: int
+    ) -> None:
         self.name = name
         self._start = start
-        self._walk = walk
+        self._step_range = step_range
         self._prefetch = prefetch
-        self._life = 0
+        self._generation = 0
         self._begin()
 
     def _begin(self) -> None:
-        self._actor = self._start(self._walk, self._life)
+        self._actor = self._start(self._step_range, self._generation)
         self._calls = deque(self._actor.more.remote() for _ in range(self._prefetch))
 
     def wait(self) -> None:
-        """Wait until the first rows are there, or an error."""
+        """Wait for the first rows, or an error."""
         ray.wait([self._calls[0]])
 
-    def pull(self) -> list[Row]:
-        """Return the next rows, one at least.
+    def next_rows(self) -> list[PackedStep]:
+        """Return the next rows, at least one.
 
         Raises:
             RayError: the actor died.
         """
-        rows: list[Row] = ray.get(self._calls[0])
+        rows: list[PackedStep] = ray.get(self._calls[0])
         if not rows:
             raise RuntimeError(f"{self.name} has nothing left, and the training takes more than it said")
         self._calls.popleft()
         self._calls.append(self._actor.more.remote())
-        self._walk = self._walk.after(rows[-1][0])
+        self._step_range = self._step_range.after(rows[-1][0])
         return rows
 
     def end(self) -> None:
@@ -171,114 +177,118 @@ class Lane:
         ray.kill(self._actor)
 
     def replace(self) -> None:
-        """Start another actor in place of one that died."""
+        """Replace an actor that died."""
         self.end()
-        self._life += 1
+        self._generation += 1
         self._begin()
 
 
-class Pulled:
-    """Batches that are pulled from actors, from each of them in turn, some time before they are needed: a `Feed`.
+class ActorLoader:
+    """Loads batches that actors have prepared, from each of them in turn: a `BatchLoader`.
 
     Args:
-        lanes: the actors; if there are several, each of them returns one row at a time.
-        lives: how often one that dies is replaced.
+        streams: of the actors; each of several returns one row at a time.
+        restarts: of actors that die, at most.
     """
 
-    def __init__(self, lanes: Sequence[Lane], lives: int) -> None:
-        self._lanes = deque(lanes)
-        self._lives = lives
-        self._rows: deque[Row] = deque()
-        for lane in lanes:
-            lane.wait()
+    def __init__(self, streams: Sequence[ActorStream], restarts: int) -> None:
+        self._streams = deque(streams)
+        self._restarts_left = restarts
+        self._rows: deque[PackedStep] = deque()
+        for stream in streams:
+            stream.wait()
 
-    def take(self, position: int, count: int, parts: int) -> Batches:  # noqa: ARG002 - it is part of the walk
-        """Return the next batches.
+    def load(self, position: int, count: int, accumulate: int) -> MicroBatches:  # noqa: ARG002 - in the step range
+        """Return the batches of the next step.
 
         Raises:
-            TrainingError: making them failed.
+            TrainingError: preparing them failed.
         """
         if not self._rows:
-            self._rows.extend(self._pull())
+            self._rows.extend(self._next_rows())
         found, shape, content = self._rows.popleft()
         if found != position:
             raise RuntimeError(f"the source is at position {found} and the loop at {position}")
         if not shape:
-            raise TrainingError(f"{content.decode()}{self._lanes[-1].name} failed on {self.named(position, count)}")
-        batches: Batches = decode((shape, content))
+            raise TrainingError(
+                f"{content.decode()}{self._streams[-1].name} failed on {self.describe(position, count)}"
+            )
+        batches: MicroBatches = unpack_batch((shape, content))
         return batches
 
-    def named(self, position: int, count: int) -> str:
+    def describe(self, position: int, count: int) -> str:
         """Return the positions."""
         return f"the examples at positions {position} to {position + count - 1}"
 
-    def _pull(self) -> list[Row]:
-        """Return the next rows of the actor whose turn it is."""
-        lane = self._lanes[0]
-        self._lanes.rotate(-1)
+    def _next_rows(self) -> list[PackedStep]:
+        """Return the next rows of the next actor in turn."""
+        stream = self._streams[0]
+        self._streams.rotate(-1)
         while True:
             try:
-                return lane.pull()
+                return stream.next_rows()
             except RayError as error:
-                if self._lives == 0:
-                    raise TrainingError(f"{lane.name} died more often than max_failures allows: {error}") from error
-                self._lives -= 1
-                logger.warning("%s died; starting another in its place", lane.name)
-                lane.replace()
+                if self._restarts_left == 0:
+                    raise TrainingError(f"{stream.name} died more often than max_failures allows: {error}") from error
+                self._restarts_left -= 1
+                logger.warning("%s died; starting another in its place", stream.name)
+                stream.replace()
 
 
-class Generator:
-    """Makes batches of the examples of a user's function."""
+class GeneratorActor:
+    """Prepares batches of a user's generator."""
 
-    def __init__(self, brief: Brief) -> None:
-        self._brief = brief
+    def __init__(self, spec: LoaderSpec) -> None:
+        self._spec = spec
         self._step = 0
 
-    def more(self) -> list[Row]:
+    def next_rows(self) -> list[PackedStep]:
         """Return the batches of the next step."""
-        if self._step == self._brief.walk.steps:
+        if self._step == self._spec.step_range.steps:
             return []
         self._step += 1
-        return [self._brief.row(lambda: self._feed, self._step - 1)]
+        return [self._spec.pack_step(lambda: self._loader, self._step - 1)]
 
     @cached_property
-    def _feed(self) -> Generated:
-        task, options = self._brief.made()
+    def _loader(self) -> GeneratorLoader:
+        task, options = self._spec.build_task()
         make = resolve({}, options.source.name, "task.source.name")
-        walk = self._brief.walk
-        return Generated(task, options.source, make, [walk.seed, walk.first, self._brief.life])
+        step_range = self._spec.step_range
+        return GeneratorLoader(
+            task, options.source, make, [step_range.seed, step_range.first_position, self._spec.generation]
+        )
 
 
-class Pipeline:
+class PipelineActor:
     """Runs a Ray Data pipeline, in a process of its own so that it does not hold up the training.
 
     Each actor of the pipeline asks for steps, prepares them and asks for more, so the quick ones do more of the work.
     What is dealt out and not yet taken is bounded here, and put in order here.
 
     Args:
-        brief: what to prepare.
+        spec: what to prepare.
         actors: how many prepare it.
         cpus: processors of each.
         prefetch_bytes: how much they may prepare ahead.
     """
 
-    def __init__(self, brief: Brief, actors: int, cpus: float, prefetch_bytes: int) -> None:
-        self._walk = brief.walk
+    def __init__(self, spec: LoaderSpec, actors: int, cpus: float, prefetch_bytes: int) -> None:
+        self._step_range = spec.step_range
         self._actors = actors
         self._prefetch_bytes = prefetch_bytes
         self._step_bytes = prefetch_bytes  # of the largest step so far; as long as there is none, few are dealt out
         self._dealt = 0
         self._taken = 0
         self._room = threading.Condition()
-        self._early: dict[int, Row] = {}
+        self._early: dict[int, PackedStep] = {}
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # so that what an actor yields is sent at once
         # A row for each actor, from here: `ray.data.range` has tasks of its own, for which no processor may be left.
         rows = ray.data.from_blocks([pa.table({"actor": [place]}) for place in range(actors)]).map_batches(
-            Preparer,
-            fn_constructor_args=(brief, ray.get_runtime_context().current_actor),
+            BatchPreparer,
+            fn_constructor_args=(spec, ray.get_runtime_context().current_actor),
             batch_format="pyarrow",
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
@@ -288,26 +298,26 @@ class Pipeline:
         # Nothing prefetched: the iterator would keep back a row until there is another, which may wait for this one.
         self._blocks = iter(rows.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0))
 
-    def deal(self) -> range:
+    def next_steps(self) -> range:
         """Return the next steps to prepare, when there is room for them; none at the end."""
         with self._room:
-            self._room.wait_for(lambda: self._dealt < min(self._taken + self._window(), self._walk.steps + 1))
-            steps = max(1, min(MOST_STEPS, self._window() // (2 * self._actors)))
-            dealt = range(self._dealt, min(self._dealt + steps, self._walk.steps))
+            self._room.wait_for(lambda: self._dealt < min(self._taken + self._window(), self._step_range.steps + 1))
+            steps = max(1, min(MAX_STEPS_SENT, self._window() // (2 * self._actors)))
+            dealt = range(self._dealt, min(self._dealt + steps, self._step_range.steps))
             self._dealt = dealt.stop
         return dealt
 
-    def more(self) -> list[Row]:
+    def next_rows(self) -> list[PackedStep]:
         """Return the rows of the next steps that are there, not too many; none at the end."""
-        while self._walk.position(self._taken) not in self._early:
+        while self._step_range.position(self._taken) not in self._early:
             block = next(self._blocks, None)
             if block is None:
                 return []
             (rows,) = block["rows"].to_pylist()
             self._early.update((row["position"], tuple(row.values())) for row in rows)
-        ready: list[Row] = []
+        ready: list[PackedStep] = []
         while len(ready) < self._most() and (
-            row := self._early.pop(self._walk.position(self._taken + len(ready)), None)
+            row := self._early.pop(self._step_range.position(self._taken + len(ready)), None)
         ):
             ready.append(row)
         with self._room:
@@ -326,16 +336,16 @@ class Pipeline:
         return max(1, self._prefetch_bytes // self._step_bytes // (2 * HELD_BLOCKS))
 
 
-class Preparer:
+class BatchPreparer:
     """Prepares batches of the task's own examples, in an actor of Ray Data.
 
     Args:
-        brief: what to prepare.
+        spec: what to prepare.
         pipeline: the actor that deals out the steps.
     """
 
-    def __init__(self, brief: Brief, pipeline: ActorHandle) -> None:
-        self._brief = brief
+    def __init__(self, spec: LoaderSpec, pipeline: ActorHandle) -> None:
+        self._spec = spec
         self._pipeline = pipeline
 
     def __call__(self, _: pa.Table) -> Iterator[pa.Table]:
@@ -343,12 +353,12 @@ class Preparer:
         while steps := ray.get(self._pipeline.deal.options(concurrency_group=DEALING).remote()):
             rows, began = [], time.monotonic()
             for step in steps:
-                rows.append(self._brief.row(lambda: self._feed, step))
+                rows.append(self._spec.pack_step(lambda: self._loader, step))
                 if step == steps[-1] or time.monotonic() > began + SEND_SECONDS:
-                    yield pa.table({"rows": pa.array([rows], ROWS)})
+                    yield pa.table({"rows": pa.array([rows], ROW_TYPE)})
                     rows, began = [], time.monotonic()
 
     @cached_property
-    def _feed(self) -> Indexed:
-        task, options = self._brief.made()
-        return indexed(task, options, self._brief.walk.seed)
+    def _loader(self) -> IndexedLoader:
+        task, options = self._spec.build_task()
+        return train_loader(task, options, self._spec.step_range.seed)

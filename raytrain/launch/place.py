@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.supervise import Joined, supervise
 from raytrain.run.directory import RunDirectory
-from raytrain.run.progress import Display, Wording
+from raytrain.run.progress import ProgressDisplay, Wording
 from raytrain.run.result import Result
-from raytrain.training.build import settled
+from raytrain.training.build import resolve_recipe
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.results import result_of
+from raytrain.training.results import collect_result
 
 
 def columns(row: Mapping[str, Any]) -> list[str]:
@@ -33,7 +33,7 @@ class Place(Protocol):
         """
         ...
 
-    def joined(self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]) -> Joined:
+    def session(self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]) -> Joined:
         """Be there inside the `with` block, whose value starts the workers.
 
         Args:
@@ -47,20 +47,20 @@ class Place(Protocol):
         ...
 
 
-def train_at(place: Place, recipe: TrainRecipe, order: Order) -> Result:
+def train_at(place: Place, recipe: TrainRecipe, order: RunOptions) -> Result:
     """Train, and return how it ended.
 
     Raises:
         RaytrainError: as `supervise`.
     """
     run = RunDirectory(order.out.absolute())
-    recipe, _ = settled(recipe, run)  # its errors are better here than in a worker
+    recipe, _ = resolve_recipe(recipe, run)  # its errors are better here than in a worker
     place.check(recipe)
     return supervise(
         run,
         recipe.to_toml(),
-        partial(place.joined, recipe, run),
-        Display(run, recipe.steps, WORDING),
-        partial(result_of, recipe, run),
+        partial(place.session, recipe, run),
+        ProgressDisplay(run, recipe.steps, WORDING),
+        partial(collect_result, recipe, run),
         resume=order.resume,
     )

@@ -1,4 +1,4 @@
-"""Predicts for the examples of a file with a trained model, on Ray: one of the few files that know it."""
+"""Parallel prediction for the examples of a file, on Ray."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from ray.util import ActorPool
 
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.launch.resources import check_reachable, cpus_per_worker
-from raytrain.launch.session import OWN, machines, machines_here, ray_session
-from raytrain.registry import place_of, resolve
+from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, nodes_here, ray_session
+from raytrain.registry import error_location, resolve
 from raytrain.tasks.task import Examples
 from raytrain.training.trained_model import TrainedModel
 
@@ -24,14 +24,14 @@ from raytrain.training.trained_model import TrainedModel
 def predict_file(
     load: str, folder: Path, overrides: Mapping[str, Any], source: Path, target: Path, address: str | None
 ) -> int:
-    """Predict for each example of a file with the best model of a run, on as many workers as the run has.
+    """Predict each example of a file with the best model of a run, on as many workers as the run has.
 
     Args:
         load: `Kind.load` of the run's kind.
         folder: the run's; workers on all machines must see it, and `source`.
         overrides: changes to its recipe.
-        source: what the task reads examples without labels from.
-        target: where one line of JSON goes for each example, in their order; it is complete afterwards, or as it was.
+        source: file of examples without labels.
+        target: file with one line of JSON for each example, in order; written atomically.
         address: of a running Ray cluster; None or "local": start Ray on this machine.
 
     Returns:
@@ -43,16 +43,16 @@ def predict_file(
     """
     trained = _load(load, folder, overrides)
     count = len(_inputs(trained, source))
-    address = None if address == OWN else address
+    address = None if address == OWN_CLUSTER else address
     workers, resources = trained.workers, trained.resources
     if address is not None:
         check_reachable(address)
     elif not ray.is_initialized():
-        cpus_per_worker(machines_here(workers, resources), workers, resources.cpus)
+        cpus_per_worker(nodes_here(workers, resources), workers, resources.cpus)
     aside = target.absolute().with_name(f".{target.name}.partial")
     try:
         with aside.open("w", encoding="utf-8") as lines, ray_session(address):
-            cpus = cpus_per_worker(machines(workers, resources), workers, resources.cpus)
+            cpus = cpus_per_worker(cluster_nodes(workers, resources), workers, resources.cpus)
             for line in _lines(trained, cpus, count, (load, folder.absolute(), dict(overrides), source.absolute())):
                 lines.write(line + "\n")
         aside.replace(target)
@@ -79,13 +79,13 @@ def _inputs(trained: TrainedModel, source: Path) -> Examples:
     except RecipeError:
         raise
     except Exception as error:
-        raise RecipeError(f"--input: {source}: {type(error).__name__}: {error}{place_of(error)}") from error
+        raise RecipeError(f"--input: {source}: {type(error).__name__}: {error}{error_location(error)}") from error
 
 
 def _lines(
     trained: TrainedModel, cpus: float, count: int, model: tuple[str, Path, dict[str, Any], Path]
 ) -> Iterator[str]:
-    """Yield what is predicted, in order, as JSON."""
+    """Yield predictions in order, as JSON."""
     batch, resources = trained.batch, trained.resources
     workers = min(trained.workers, math.ceil(count / batch))
     where = {"resources": resources.custom, "label_selector": resources.labels or None}
@@ -103,7 +103,7 @@ def _lines(
 
 
 class _Predictor:
-    """The model, on one of the workers."""
+    """An actor with the model."""
 
     def __init__(
         self, load: str, folder: Path, overrides: dict[str, Any], source: Path, threads: int, import_from: str

@@ -1,4 +1,4 @@
-"""A Ray cluster of one machine that nobody else can use: one of the few files that know Ray."""
+"""A private Ray cluster on this machine."""
 
 import secrets
 import tempfile
@@ -17,7 +17,7 @@ from raytrain.sync.transport import LOOPBACK
 
 @contextmanager
 def private_cluster() -> Iterator[dict[str, Any]]:
-    """Let `ray.init` start a cluster that only this user can use, inside the `with` block, which also has to end it.
+    """Configure `ray.init` to start a cluster for this user only, inside the `with` block, which has to end it.
 
     Its processes, and the process groups of torch in them, listen on this machine's loopback address alone. All of
     Ray's ask for a token, which is new each time. The token, Ray's sockets and its logs lie in a folder that no other
@@ -42,15 +42,15 @@ def private_cluster() -> Iterator[dict[str, Any]]:
         }
         try:
             with environment(closed), _on_loopback():
-                read_environment_anew()
+                reload_ray_environment()
                 yield {"_temp_dir": str(Path(folder) / "ray"), "include_dashboard": False}
         finally:
-            read_environment_anew()
+            reload_ray_environment()
 
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let the nodes that Ray starts here have the loopback address, on which alone their processes then listen.
+    """Give nodes that Ray starts here the loopback address, on which alone their processes then listen.
 
     `ray.init(_node_ip_address="127.0.0.1")` takes another address of the machine instead, unless Ray was told not to
     build clusters of several machines, which it reads from the environment when it is imported.
@@ -62,7 +62,7 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def read_environment_anew() -> None:
-    """Let Ray forget what it read from the environment when it was imported: whether there is a token, and which."""
+def reload_ray_environment() -> None:
+    """Make Ray read the authentication mode and token from the environment again."""
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")

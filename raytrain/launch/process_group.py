@@ -1,4 +1,4 @@
-"""How the workers of Ray Train make their process group: one of the few files that know Ray."""
+"""The process group of Ray Train's workers."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from raytrain.sync.transport import join_group
 
 @dataclass
 class GroupConfig(TorchConfig):
-    """Ray Train's own, but for a store that has a secret and listens on the cluster's network alone.
+    """Ray Train's configuration, with a store that needs a secret and listens on the cluster's network alone.
 
     Attributes:
         secret: of the run; see `join_group`.
@@ -22,7 +22,7 @@ class GroupConfig(TorchConfig):
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
-        """Return what makes the group."""
+        """Return the class that creates the group."""
         return _GroupBackend
 
 

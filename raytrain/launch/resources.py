@@ -1,4 +1,4 @@
-"""Fitting workers onto machines, and asking early whether a cluster can be reached and runs the same code."""
+"""Placement of workers on the nodes of a cluster."""
 
 import math
 import os
@@ -6,7 +6,6 @@ import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from raytrain.errors import RecipeError
 
@@ -15,13 +14,34 @@ MOST_ACTORS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What each worker gets of the processors.
+class Node:
+    """A node of a cluster that workers can be placed on.
 
     Attributes:
-        cpus: for itself.
-        actors: how many actors prepare its data.
-        actor_cpus: for each of them; 0: they share its own.
+        cpus: CPUs of the node.
+        slots: workers that fit by the other resources they take.
+    """
+
+    cpus: float
+    slots: float = math.inf
+
+    def fits(self, cpus: float) -> int:
+        """Return how many workers of `cpus` CPUs fit."""
+        return int(min(_count(self.cpus, cpus), self.slots))
+
+
+NodeResources = tuple[Mapping[str, float], Mapping[str, str]]
+"""Amounts of a node by resource, and its labels, as Ray reports them."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuShare:
+    """CPUs of a worker and of its data actors.
+
+    Attributes:
+        cpus: of the worker.
+        actors: data actors of the worker.
+        actor_cpus: of each actor; 0: they share those of the worker.
     """
 
     cpus: float
@@ -30,86 +50,70 @@ class Share:
 
     @property
     def total(self) -> float:
-        """Return all that the worker and its actors get."""
+        """Return the CPUs of the worker and its actors."""
         return self.cpus + self.actors * self.actor_cpus
 
 
-def own_cpus() -> int:
-    """Return how many processors this process may use."""
+def available_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def share_cpus(machines: Sequence[float], workers: int, cpus: float, actors: int, actor_cpus: float) -> Share:
-    """Return what each worker gets, and the actors that prepare its data.
+def allocate_cpus(nodes: Sequence[Node], workers: int, cpus: float, actors: int, actor_cpus: float) -> CpuShare:
+    """Return the CPUs of each worker and of its data actors.
 
-    Actors for which nothing is left share the processors of their worker, because a worker whose actors cannot start
-    would wait for ever.
+    Actors for which no CPU is left share those of their worker, which would otherwise wait for them for ever.
 
     Args:
-        machines: processors of each machine.
-        workers: how many there are to place.
-        cpus: what the recipe asks for each worker; 0: as many whole ones as leave room for its actors.
-        actors: how many each worker has; 0: as many as there is room for beside the workers, at least one.
-        actor_cpus: what each actor takes.
+        nodes: eligible nodes.
+        workers: to be placed.
+        cpus: of each worker, as the recipe says; 0: as many whole ones as leave room for its actors.
+        actors: of each worker; 0: as many as fit beside the workers, at least one.
+        actor_cpus: of each actor.
 
     Raises:
         RecipeError: the workers do not fit.
     """
-    for each in _choices(machines, cpus):
-        room = _room(machines, workers, each, actor_cpus) // workers
+    for per_worker in _choices(nodes, cpus):
+        room = _actor_room(nodes, workers, per_worker, actor_cpus) // workers
         if room >= max(1, actors):
-            return Share(each, actors or min(room, MOST_ACTORS), actor_cpus)
-    return Share(cpus_per_worker(machines, workers, cpus), max(1, actors))
+            return CpuShare(per_worker, actors or min(room, MOST_ACTORS), actor_cpus)
+    return CpuShare(cpus_per_worker(nodes, workers, cpus), max(1, actors))
 
 
-def _room(machines: Sequence[float], workers: int, cpus: float, actor_cpus: float) -> int:
-    """Return how many actors fit beside workers that fill one machine after the other; 0 if these do not fit."""
+def _actor_room(nodes: Sequence[Node], workers: int, cpus: float, actor_cpus: float) -> int:
+    """Return how many actors fit beside workers that fill one node after the other; 0 if the workers do not fit."""
     room = 0
-    for machine in machines:
-        here = min(workers, _fitting(machine, cpus))
+    for node in nodes:
+        here = min(workers, node.fits(cpus))
         workers -= here
-        room += _fitting(machine - here * cpus, actor_cpus)
+        room += _count(node.cpus - here * cpus, actor_cpus)
     return 0 if workers else room
 
 
-def _choices(machines: Sequence[float], cpus: float) -> Sequence[float]:
-    return [cpus] if cpus else range(int(max(machines, default=0)), 0, -1)
+def _choices(nodes: Sequence[Node], cpus: float) -> Sequence[float]:
+    return [cpus] if cpus else range(int(max((node.cpus for node in nodes), default=0)), 0, -1)
 
 
-class Machine(float):
-    """The processors of a machine.
-
-    Attributes:
-        places: how many workers it has room for by what else they take.
-    """
-
-    places: float
-
-    def __new__(cls, cpus: float, places: float = math.inf) -> Self:
-        """Return the machine."""
-        machine = super().__new__(cls, cpus)
-        machine.places = places
-        return machine
+def _count(available: float, amount: float) -> int:
+    """Return how many times an amount fits, counted as Ray does: in ten-thousandths."""
+    return round(available * 10_000) // max(1, round(amount * 10_000))
 
 
-Node = tuple[Mapping[str, float], Mapping[str, str]]
-"""What a machine of a Ray cluster has: amounts by name, and labels."""
-
-
-def machines_for(
-    nodes: Sequence[Node],
+def eligible_nodes(
+    nodes: Sequence[NodeResources],
     workers: int,
-    each: Mapping[str, float],
+    per_worker: Mapping[str, float],
     labels: Mapping[str, str],
     placement: str = "PACK",
-) -> list[Machine]:
-    """Return the machines that workers can be placed on.
+) -> list[Node]:
+    """Return the nodes that workers can be placed on.
 
     Args:
-        nodes: all machines.
-        workers: how many workers there are to place.
-        each: what a worker takes beside processors, by the cluster's names.
-        labels: what the labels of a machine must be: "value", "!value", "in(one, other)" or "!in(one, other)".
+        nodes: all nodes of the cluster.
+        workers: to be placed.
+        per_worker: resources of each worker beside CPUs, by Ray's names.
+        labels: label -> "value", "!value", "in(one, other)" or "!in(one, other)", which all nodes must match.
         placement: "STRICT_SPREAD": one worker on each; "STRICT_PACK": all on one, which is the one returned.
 
     Raises:
@@ -122,46 +126,45 @@ def machines_for(
             f"resources.labels: no machine has {', '.join(f'{key}={value}' for key, value in labels.items())}; there "
             f"are {', '.join(known) or 'none'}; a machine gets labels by `ray start --labels`"
         )
-    for name, amount in each.items():
-        if sum(_fitting(resources.get(name, 0.0), amount) for resources in fit) < workers:
+    for name, amount in per_worker.items():
+        if sum(_count(resources.get(name, 0.0), amount) for resources in fit) < workers:
             raise _lacking(name, amount, workers, sum(resources.get(name, 0.0) for resources in fit), fit)
-    machines = [Machine(resources.get("CPU", 0.0), _places(resources, each)) for resources in fit]
-    if sum(machine.places for machine in machines) < workers:
+    found = [Node(resources.get("CPU", 0.0), _slots(resources, per_worker)) for resources in fit]
+    if sum(node.slots for node in found) < workers:
         raise RecipeError(
-            f"workers: {workers} workers of {', '.join(f'{each[name]:g} {name}' for name in each)} each do not fit on "
-            f"{len(fit)} machine(s); set workers={max(1, sum(int(machine.places) for machine in machines))}"
+            f"workers: {workers} workers of {', '.join(f'{per_worker[name]:g} {name}' for name in per_worker)} each do "
+            f"not fit on {len(fit)} machine(s); set workers={max(1, sum(int(node.slots) for node in found))}"
         )
-    return _strict(machines, workers, placement)
+    return _strict(found, workers, placement)
 
 
-def _strict(machines: Sequence[Machine], workers: int, placement: str) -> list[Machine]:
-    """Return the machines as a strict placement sees them."""
+def _strict(nodes: Sequence[Node], workers: int, placement: str) -> list[Node]:
+    """Return the nodes as a strict placement sees them."""
     if placement == "STRICT_SPREAD":
-        if len(machines) < workers:
+        if len(nodes) < workers:
             raise RecipeError(
                 f"resources.placement: STRICT_SPREAD takes a machine for each of {workers} workers, and there are "
-                f"{len(machines)} that have what a worker takes; set resources.placement=SPREAD, or workers to fewer"
+                f"{len(nodes)} that have what a worker takes; set resources.placement=SPREAD, or workers to fewer"
             )
-        return [Machine(machine, min(machine.places, 1)) for machine in machines]
+        return [Node(node.cpus, min(node.slots, 1)) for node in nodes]
     if placement == "STRICT_PACK":
-        roomy = [machine for machine in machines if machine.places >= workers]
+        roomy = [node for node in nodes if node.slots >= workers]
         if not roomy:
             raise RecipeError(
                 f"resources.placement: STRICT_PACK takes one machine for {workers} workers, and the largest has room "
-                f"for {max(int(machine.places) for machine in machines)}; set resources.placement=PACK, or workers to "
-                "fewer"
+                f"for {max(int(node.slots) for node in nodes)}; set resources.placement=PACK, or workers to fewer"
             )
-        return [max(roomy)]
-    return list(machines)
+        return [max(roomy, key=lambda node: node.cpus)]
+    return list(nodes)
 
 
-def _places(resources: Mapping[str, float], each: Mapping[str, float]) -> float:
-    """Return how many workers a machine has room for by what they take beside processors."""
-    return min((_fitting(resources.get(name, 0.0), amount) for name, amount in each.items()), default=math.inf)
+def _slots(resources: Mapping[str, float], per_worker: Mapping[str, float]) -> float:
+    """Return how many workers fit on a node by the resources that they take beside CPUs."""
+    return min((_count(resources.get(name, 0.0), amount) for name, amount in per_worker.items()), default=math.inf)
 
 
 def _lacking(name: str, amount: float, workers: int, there: float, fit: Sequence[Mapping[str, float]]) -> RecipeError:
-    """Return the error of workers that do not fit by what they take of `name`."""
+    """Return the error of workers that do not fit by their amount of the resource `name`."""
     if name == "GPU":
         return RecipeError(
             f"resources.gpus: {workers} workers of {amount:g} GPU each do not fit on {there:g} GPU(s); set "
@@ -180,45 +183,38 @@ def _lacking(name: str, amount: float, workers: int, there: float, fit: Sequence
 
 
 def _matches(have: str | None, wanted: str) -> bool:
-    """Return whether a label is what Ray's selector `wanted` asks for; one that is not there is not any value."""
+    """Return whether a label matches Ray's selector `wanted`; a missing label equals no value."""
     inside = re.fullmatch(r"in\((.*)\)", wanted.removeprefix("!"))
     values = [value.strip() for value in inside[1].split(",")] if inside else [wanted.removeprefix("!")]
     return (have in values) is not wanted.startswith("!")
 
 
-def cpus_per_worker(machines: Sequence[float], workers: int, cpus: float) -> float:
-    """Return how many processors each worker gets.
+def cpus_per_worker(nodes: Sequence[Node], workers: int, cpus: float) -> float:
+    """Return the CPUs of each worker.
 
     Args:
-        machines: processors of each machine.
-        workers: how many there are to place.
-        cpus: what the recipe asks for; 0: as many whole ones as fit.
+        nodes: eligible nodes.
+        workers: to be placed.
+        cpus: of each worker, as the recipe says; 0: as many whole ones as fit.
 
     Raises:
         RecipeError: the workers do not fit.
     """
-    for each in _choices(machines, cpus):
-        if sum(_fitting(machine, each) for machine in machines) >= workers:
-            return each
-    each = cpus or 1
-    fit = sum(_fitting(machine, each) for machine in machines)
+    for per_worker in _choices(nodes, cpus):
+        if sum(node.fits(per_worker) for node in nodes) >= workers:
+            return per_worker
+    per_worker = cpus or 1
+    fit = sum(node.fits(per_worker) for node in nodes)
+    there = " + ".join(f"{node.cpus:g}" for node in nodes) or "no"
     if cpus and not fit:
         raise RecipeError(
-            f"resources.cpus: a worker of {each:g} CPU does not fit on any machine: they have "
-            f"{' + '.join(f'{machine:g}' for machine in machines) or 'no'} CPUs"
+            f"resources.cpus: a worker of {per_worker:g} CPU does not fit on any machine: they have {there} CPUs"
         )
-    shared = math.floor(100 * max(1, sum(machines)) / workers) / 100
+    shared = math.floor(100 * max(1, sum(node.cpus for node in nodes)) / workers) / 100
     raise RecipeError(
-        f"workers: {workers} workers of {each:g} CPU each do not fit on {len(machines)} machine(s) with "
-        f"{' + '.join(f'{machine:g}' for machine in machines) or 'no'} CPUs; set workers={max(1, fit)}, or "
-        f"resources.cpus={shared:g} to share CPUs"
+        f"workers: {workers} workers of {per_worker:g} CPU each do not fit on {len(nodes)} machine(s) with {there} "
+        f"CPUs; set workers={max(1, fit)}, or resources.cpus={shared:g} to share CPUs"
     )
-
-
-def _fitting(machine: float, each: float) -> int:
-    """Return how many shares of `each` a machine has, counted as Ray does: in ten-thousandths."""
-    shares = round(machine * 10_000) // max(1, round(each * 10_000))
-    return int(min(shares, machine.places)) if isinstance(machine, Machine) else shares
 
 
 def check_reachable(address: str) -> None:

@@ -15,12 +15,12 @@ from ray.job_config import JobConfig
 from raytrain.environment import environment
 from raytrain.errors import RecipeError
 from raytrain.launch.private_cluster import private_cluster
-from raytrain.launch.resources import Machine, Node, machines_for, own_cpus
+from raytrain.launch.resources import Node, NodeResources, available_cpus, eligible_nodes
 from raytrain.loggers import restored_loggers
 from raytrain.sections import Resources
 
 # Ray Train reads these when it starts; what the user has set stays. Without the first, a report takes 2 s.
-SETTINGS = {
+RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -31,41 +31,42 @@ SETTINGS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 SET_BY_RAY = {"PYTHONBREAKPOINT": None, "RAY_USAGE_STATS_ENABLED": None}
+"""What Ray sets in this process, and leaves; None: not set."""
 OBJECT_STORE_BYTES = 200 << 20
-OWN = "local"
+OWN_CLUSTER = "local"
 """The address of a cluster that starts and ends with this process."""
 
 
 @contextlib.contextmanager
 def ray_session(address: str | None) -> Iterator[None]:
-    """Join a Ray cluster, or start one on this machine, unless this process is in one already.
+    """Connect to a Ray cluster, or start one on this machine, unless this process is connected already.
 
     Args:
         address: "auto" or "HOST:PORT" of a cluster; None: start one.
 
     Raises:
-        RecipeError: it does not work.
+        RecipeError: Ray cannot be reached or started.
     """
     if ray.is_initialized():
         yield
         return
-    with session(address, own_cpus()):
+    with cluster_session(address, available_cpus()):
         yield
 
 
 @contextlib.contextmanager
-def session(address: str | None, cpus: int) -> Iterator[None]:
-    """Use the Ray cluster at `address` inside the `with` block, or one of `cpus` processors that nobody else can use.
+def cluster_session(address: str | None, cpus: int) -> Iterator[None]:
+    """Connect to the Ray cluster at `address` inside the `with` block, or to a private one of `cpus` CPUs.
 
     The environment and the loggers of this process are afterwards as they were.
 
     Raises:
-        RecipeError: it does not work.
+        RecipeError: Ray cannot be reached or started.
     """
     with (
-        environment({name: os.environ.get(name, value) for name, value in {**SETTINGS, **SET_BY_RAY}.items()}),
+        environment({name: os.environ.get(name, value) for name, value in {**RAY_SETTINGS, **SET_BY_RAY}.items()}),
         restored_loggers("ray"),
-        contextlib.nullcontext(_joining(address)) if address else private_cluster() as how,
+        contextlib.nullcontext(_init_args(address)) if address else private_cluster() as how,
     ):
         # "local" and not None: Ray would join any cluster that was once started on this machine.
         own = {} if address else {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
@@ -77,10 +78,10 @@ def session(address: str | None, cpus: int) -> Iterator[None]:
 
 
 def _start_ray(address: str | None, **how: Any) -> None:
-    """Join or start a Ray cluster; if Ray's own processes take too long to start, try it once more.
+    """Connect to or start a Ray cluster; retry once if Ray's own processes take too long to start.
 
     Raises:
-        RecipeError: it does not work.
+        RecipeError: it fails.
     """
     workers = JobConfig()  # `ray.init(logging_config=...)` would change the root logger of this process too
     workers.set_py_logging_config(ray.LoggingConfig(log_level="ERROR"))
@@ -102,26 +103,26 @@ def _start_ray(address: str | None, **how: Any) -> None:
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
 
 
-def _joining(address: str) -> dict[str, Any]:
-    """Return how to join a cluster: Ray Train's own helpers look for it anew, and may see another on their machine."""
+def _init_args(address: str) -> dict[str, Any]:
+    """Return arguments of `ray.init` to join a cluster; Ray Train's helpers look for it again by RAY_ADDRESS."""
     return {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}} if address != "auto" else {}
 
 
-def machines_here(workers: int, resources: Resources) -> list[Machine]:
-    """Return this machine, as it will be in a cluster of its own.
+def nodes_here(workers: int, resources: Resources) -> list[Node]:
+    """Return this machine as the only node of a private cluster.
 
     Raises:
-        RecipeError: it has not what a worker takes.
+        RecipeError: it lacks a resource of a worker.
     """
-    here: Node = ({"CPU": own_cpus()}, {})
-    return machines_for([here], workers, resources.custom, resources.labels, resources.placement)
+    here: NodeResources = ({"CPU": available_cpus()}, {})
+    return eligible_nodes([here], workers, resources.custom, resources.labels, resources.placement)
 
 
-def machines(workers: int, resources: Resources) -> list[Machine]:
-    """Return the machines of the cluster that have what a worker takes.
+def cluster_nodes(workers: int, resources: Resources) -> list[Node]:
+    """Return the nodes of the cluster that have the resources of a worker.
 
     Raises:
         RecipeError: there are too few.
     """
     nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
-    return machines_for(nodes, workers, resources.beside_cpus(), resources.labels, resources.placement)
+    return eligible_nodes(nodes, workers, resources.extra_resources(), resources.labels, resources.placement)

@@ -6,24 +6,26 @@ from contextlib import AbstractContextManager, closing
 from typing import Protocol
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.run.directory import Failure, RunDirectory, Trace
-from raytrain.run.progress import Display
+from raytrain.run.directory import Failure, RunDirectory, RunSnapshot
+from raytrain.run.progress import ProgressDisplay
 from raytrain.run.result import Result
 
 
 class Workers(Protocol):
     """What computes a run, while it does: a thread or processes.
 
+    They call `RunDirectory.announce` when they begin. Until then, Ctrl-C ends a new run as if it had not begun.
+
     Attributes:
         ended: set when they have ended.
-        error: why they did, if it was not well and they have not left word of it in the run's folder.
+        error: why they failed, if they have not recorded a failure in the run's folder.
     """
 
     ended: threading.Event
     error: str
 
     def close(self) -> None:
-        """End them at once, if they have not ended."""
+        """Kill them, if they have not ended."""
         ...
 
 
@@ -35,7 +37,7 @@ def supervise(
     run: RunDirectory,
     recipe: str,
     join: Callable[[Callable[[str], None]], Joined],
-    display: Display,
+    display: ProgressDisplay,
     result_of: Callable[[Failure | None], Result],
     *,
     resume: bool,
@@ -56,10 +58,10 @@ def supervise(
         RecipeError: the recipe, the folder or what is joined does not allow it.
         TrainingError: the run failed; what was computed is in its folder.
     """
-    with run.opened(resume=resume), display:
-        with join(display.say) as start:
-            before = run.trace()
-            run.begin(recipe)
+    with run.session(resume=resume), display:
+        with join(display.print) as start:
+            before = run.snapshot()
+            run.prepare(recipe)
             with closing(start()) as workers:
                 ended = display.follow(workers.ended)
         failure = _failure(run, before, workers.error if ended else "")
@@ -67,7 +69,7 @@ def supervise(
         try:
             run.write_result(result)
         except OSError as error:
-            display.say(f"{run.result} could not be written: {error.strerror}")
+            display.print(f"{run.result} could not be written: {error.strerror}")
         display.finish(result)
     if failure:
         kept = f"the last complete checkpoint is {result.checkpoint}" if result.checkpoint else "there is no checkpoint"
@@ -75,7 +77,7 @@ def supervise(
     return result
 
 
-def _failure(run: RunDirectory, before: Trace, error: str) -> Failure | None:
+def _failure(run: RunDirectory, before: RunSnapshot, error: str) -> Failure | None:
     """Return what failed, if anything did.
 
     Args:
@@ -89,8 +91,8 @@ def _failure(run: RunDirectory, before: Trace, error: str) -> Failure | None:
     """
     if not run.recipe.is_file():
         raise TrainingError(f"{run.path} was removed or emptied while the run went on")
-    failure, after = run.failure() or (Failure(error) if error else None), run.trace()
-    if failure and failure.exit_status == RecipeError.exit_status and not after.trained(before):
+    failure, after = run.failure() or (Failure(error) if error else None), run.snapshot()
+    if failure and failure.exit_status == RecipeError.exit_status and not after.has_trained_since(before):
         raise RecipeError(failure.message)
     if failure and before.checkpoints and after == before:
         raise TrainingError(failure.trace + failure.message)

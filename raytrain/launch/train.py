@@ -1,4 +1,4 @@
-"""Runs a training recipe on Ray: one of the few files that know it."""
+"""Training on Ray Train."""
 
 import contextlib
 import logging
@@ -23,60 +23,60 @@ import raytrain
 from raytrain.data.source import ActorSource
 from raytrain.environment import environment
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from raytrain.launch.place import train_at
 from raytrain.launch.process_group import GroupConfig
 from raytrain.launch.resources import (
-    Machine,
-    Share,
+    CpuShare,
+    Node,
+    allocate_cpus,
     check_reachable,
     cpus_per_worker,
-    share_cpus,
 )
-from raytrain.launch.session import OWN, machines, machines_here, ray_session
+from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, nodes_here, ray_session
 from raytrain.launch.version import fingerprint
-from raytrain.run.directory import RunDirectory, elsewhere
+from raytrain.run.directory import RunDirectory, host_suffix
 from raytrain.run.result import Result
 from raytrain.run.watchdog import kept_stack
 from raytrain.sync.transport import GroupTransport, LocalTransport
-from raytrain.training.loader import Feeds, local_feed
+from raytrain.training.loader import LoaderFactory, local_loader
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.worker import work_watched
+from raytrain.training.worker import run_watched_worker
 
 
-def run(recipe: TrainRecipe, order: Order) -> Result:
-    """Train on the Ray cluster at `order.address`, or else on one of its own, and return how it ended.
+def run_on_ray(recipe: TrainRecipe, order: RunOptions) -> Result:
+    """Train on the Ray cluster at `order.address`, or on a private one, and return the result.
 
     Raises:
         RaytrainError: as `supervise`.
     """
-    return train_at(Cluster(order.address or OWN), recipe, order)
+    return train_at(RayCluster(order.address or OWN_CLUSTER), recipe, order)
 
 
-class Cluster:
-    """Where to train: a Ray cluster.
+class RayCluster:
+    """The backend of a Ray cluster.
 
     Args:
         address: "auto", "HOST:PORT", or "local" for one that starts and ends with this process.
     """
 
     def __init__(self, address: str) -> None:
-        self._address = None if address == OWN else address
+        self._address = None if address == OWN_CLUSTER else address
 
     def check(self, recipe: TrainRecipe) -> None:
-        """Check that something answers, or that the workers fit on this machine.
+        """Check that the cluster answers, or that the workers fit on this machine.
 
         Raises:
-            RecipeError: nothing does, or they do not.
+            RecipeError: it does not, or they do not.
         """
         if self._address is not None:
             check_reachable(self._address)
         elif not ray.is_initialized():
-            _share(machines_here(recipe.workers, recipe.resources), recipe)
+            _allocate(nodes_here(recipe.workers, recipe.resources), recipe)
 
     @contextlib.contextmanager
-    def joined(
+    def session(
         self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]
     ) -> Iterator[Callable[[], "RayWorkers"]]:
         """Be in the cluster inside the `with` block, and yield what starts the workers.
@@ -89,26 +89,28 @@ class Cluster:
         with ray_session(self._address), environment(timeout):
             if self._address == "auto":
                 say(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
-            share = _share(machines(recipe.workers, recipe.resources), recipe)
-            _say_room(recipe, share, say)
+            share = _allocate(cluster_nodes(recipe.workers, recipe.resources), recipe)
+            _report_allocation(recipe, share, say)
             kind = TorchTrainer if self._address else _OwnClusterTrainer
             yield lambda: RayWorkers(_trainer(recipe, run, share, kind))
 
 
 def _summary(error: Exception) -> str:
-    """Return what ended Ray Train's attempts, without Ray's traces."""
+    """Return the error of Ray Train without its stack traces."""
     if isinstance(error, ray.train.WorkerGroupError):
-        causes = "; ".join(f"worker {rank}: {cause(each)}" for rank, each in sorted(error.worker_failures.items()))
+        causes = "; ".join(
+            f"worker {rank}: {describe_failure(each)}" for rank, each in sorted(error.worker_failures.items())
+        )
         return f"the workers failed more often than max_failures allows; {causes}"
     return f"Ray Train stopped: {error}"
 
 
 class RayWorkers(threading.Thread):
-    """Workers that Ray Train looks after, beside the main thread, which keeps Ctrl-C for itself.
+    """Workers of Ray Train, supervised in a thread, because Ctrl-C is for the main thread.
 
     Attributes:
         ended: set when they have ended; an interrupted `join` takes a thread for ended (Python 3.11).
-        error: why they ended, if it was not well.
+        error: why they failed, if they did.
     """
 
     def __init__(self, trainer: TorchTrainer) -> None:
@@ -119,7 +121,7 @@ class RayWorkers(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Train; an error waits in `error`."""
+        """Train; keep an error in `error`."""
         try:
             self._trainer.fit()
         except Exception as error:
@@ -128,33 +130,33 @@ class RayWorkers(threading.Thread):
             self.ended.set()
 
     def close(self) -> None:
-        """Do nothing: they end with what is joined."""
+        """Do nothing: they end with the session."""
 
 
-def _share(there: list[Machine], recipe: TrainRecipe) -> Share:
-    """Return what each worker gets of the processors.
+def _allocate(there: list[Node], recipe: TrainRecipe) -> CpuShare:
+    """Return the CPU share of each worker.
 
     Raises:
         RecipeError: the workers do not fit.
     """
     cpus, source = recipe.resources.cpus, recipe.task.source
     if isinstance(source, ActorSource):
-        return share_cpus(there, recipe.workers, cpus, source.actors, source.cpus)
-    return Share(cpus_per_worker(there, recipe.workers, cpus))
+        return allocate_cpus(there, recipe.workers, cpus, source.actors, source.cpus)
+    return CpuShare(cpus_per_worker(there, recipe.workers, cpus))
 
 
-def _say_room(recipe: TrainRecipe, share: Share, say: Callable[[str], None]) -> None:
-    """Say what the workers get, and whether they have to wait for it."""
+def _report_allocation(recipe: TrainRecipe, share: CpuShare, say: Callable[[str], None]) -> None:
+    """Print the allocation of the workers, and whether they have to wait for it."""
     say(f"starting {recipe.workers} worker(s) with {share.cpus:g} CPU each{_actors(recipe.workers, share)}")
     there = ray.available_resources()
-    for name, amount in {"CPU": share.total, **recipe.resources.beside_cpus()}.items():
+    for name, amount in {"CPU": share.total, **recipe.resources.extra_resources()}.items():
         free, wanted = there.get(name, 0.0), recipe.workers * amount
         if wanted > free:
             say(f"the cluster is busy: waiting for {wanted:g} {name}, of which {free:g} is free")
 
 
-def _actors(workers: int, share: Share) -> str:
-    """Return what there is to say of the actors that prepare data."""
+def _actors(workers: int, share: CpuShare) -> str:
+    """Return the allocation of data actors, for a message."""
     if not share.actors:
         return ""
     theirs = f" with {share.actor_cpus:g} CPU each" if share.actor_cpus else ", which share them"
@@ -162,9 +164,9 @@ def _actors(workers: int, share: Share) -> str:
 
 
 class _OwnClusterTrainer(TorchTrainer):
-    """Trains on a cluster that ends with this process, and so needs no process that cleans up after it.
+    """A trainer without Ray's placement-group cleaner, for a cluster that ends with this process.
 
-    Ray's cleaner would ask the dashboard, which is not there, and at the end of a short run it shows a stack trace.
+    The cleaner would ask the dashboard, which does not run, and prints a stack trace at the end of a short run.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -172,14 +174,16 @@ class _OwnClusterTrainer(TorchTrainer):
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
-def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kind: type[TorchTrainer]) -> TorchTrainer:
+def _trainer(
+    recipe: TrainRecipe, run_directory: RunDirectory, share: CpuShare, kind: type[TorchTrainer]
+) -> TorchTrainer:
     resources, timeout_seconds = recipe.resources, recipe.sync.timeout_seconds
     # What an earlier command left would make Ray believe in checkpoints that are gone; ours are found on the disk.
     (run_directory.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     return kind(
         _worker,
         train_loop_config={
-            "recipe": recipe.plain(),
+            "recipe": recipe.to_dict(),
             "run": str(run_directory.path),
             "threads": max(1, int(share.cpus)),
             "actors": share.actors,
@@ -195,7 +199,7 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kin
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers,
             use_gpu=bool(resources.gpus),
-            resources_per_worker={"CPU": share.cpus, **recipe.resources.beside_cpus()},
+            resources_per_worker={"CPU": share.cpus, **recipe.resources.extra_resources()},
             label_selector=resources.labels or None,
             placement_strategy=resources.placement,
         ),
@@ -204,7 +208,7 @@ def _trainer(recipe: TrainRecipe, run_directory: RunDirectory, share: Share, kin
             storage_path=str(run_directory.path),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
             failure_config=ray.train.FailureConfig(max_failures=recipe.max_failures),
-            callbacks=[RestartNotes(str(run_directory.path))],
+            callbacks=[RestartLog(str(run_directory.path))],
         ),
     )
 
@@ -230,9 +234,9 @@ def _worker(config: dict[str, Any]) -> None:
         if not run_directory.record_failure(error, rank):
             raise
         return
-    feeds = _feeds(config["actors"], config["actor_cpus"], recipe.max_failures)
-    last = work_watched(recipe, run_directory, transport, feeds)
-    if last:  # only the last one: Ray takes one report in each of its polls, which is slower than we write them
+    make_loader = _loader_factory(config["actors"], config["actor_cpus"], recipe.max_failures)
+    last = run_watched_worker(recipe, run_directory, transport, make_loader)
+    if last:  # only the last one: Ray takes one report in each poll, which is slower than checkpoints are written
         path, metrics = last
         ray.train.report(
             dict(metrics),
@@ -242,33 +246,33 @@ def _worker(config: dict[str, Any]) -> None:
         )
 
 
-def _feeds(actors: int, cpus: float, lives: int) -> Feeds:
+def _loader_factory(actors: int, cpus: float, restarts: int) -> LoaderFactory:
     if not actors:
-        return local_feed
-    from raytrain.launch.ingest import ray_feed  # noqa: PLC0415 - slow to import
+        return local_loader
+    from raytrain.launch.ingest import ray_loader  # noqa: PLC0415 - slow to import
 
-    return partial(ray_feed, actors=actors, cpus=cpus, lives=lives)
+    return partial(ray_loader, actors=actors, cpus=cpus, restarts=restarts)
 
 
-class RestartNotes(ray.train.UserCallback):
-    """Notes why workers had to be started again, in the process that supervises them."""
+class RestartLog(ray.train.UserCallback):
+    """Logs the causes of restarts, in the supervising process."""
 
     def __init__(self, path: str) -> None:
         self._run = RunDirectory(Path(path))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Write a line to `restarts.jsonl`."""
+        """Add a line to `restarts.jsonl`."""
         causes = {}
         for rank, error in worker_exceptions.items():
             if stack := kept_stack(self._run.path, rank):
-                causes[str(rank)] = f"it hung, and was ended{elsewhere(_host(error))}; its stack is in {stack}"
+                causes[str(rank)] = f"it hung, and was ended{host_suffix(_host(error))}; its stack is in {stack}"
             else:
-                causes[str(rank)] = cause(error)
+                causes[str(rank)] = describe_failure(error)
         self._run.append(self._run.restarts, {"time": time.time(), "workers": causes})
 
 
-def cause(error: Exception) -> str:
-    """Return in a few words what happened to a worker, and where, unless on this machine."""
+def describe_failure(error: Exception) -> str:
+    """Return a short description of a worker's failure, with its host unless it is this machine."""
     text = str(error).strip()
     what = text.splitlines()[-1] if text else type(error).__name__
     if "PeerLostError" in text:
@@ -277,10 +281,10 @@ def cause(error: Exception) -> str:
         what = f"it did not answer for {silent[1]} s: stopped (SIGSTOP) or swapped out, or its machine is too busy"
     elif "has died" in text or "died unexpectedly" in text:
         what = "its process died: killed, out of memory, or crashed"
-    return what + elsewhere(_host(error))
+    return what + host_suffix(_host(error))
 
 
 def _host(error: Exception) -> str:
-    """Return the machine of the worker that an error of Ray Train is about, which only the error's text tells."""
+    """Return the host of a failed worker, which only the text of Ray Train's error tells."""
     found = re.search(r"hostname='([^']+)'", str(error))
     return found[1] if found else ""

@@ -1,15 +1,15 @@
-"""The version of the code, which all machines of a run have to share."""
+"""Fingerprint of the code, which all nodes of a run must share."""
 
 import hashlib
 
 from raytrain.kinds import shared_packages
-from raytrain.modules import sources_of
+from raytrain.modules import source_files
 
 
 def fingerprint() -> str:
-    """Return a hash of the source of raytrain and of all installed kinds, to tell whether two machines run the same."""
+    """Return a hash of the source of raytrain and of all installed kinds."""
     total = hashlib.sha256()
     for package in shared_packages():
-        for name, file in sources_of(package).items():
+        for name, file in source_files(package).items():
             total.update(f"{package}/{name}".encode() + b"\0" + file.read_bytes())
     return total.hexdigest()

@@ -1,1 +1,1 @@
-"""Models: pretrained ones, adapters, frozen parts, heads."""
+"""Models: pretrained models, adapters, freezing, repeated blocks, heads and generation."""

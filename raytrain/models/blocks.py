@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: found in any model, recomputed in the backward pass, compiled."""
+"""Repeated blocks of a model: detection, activation checkpointing and compilation."""
 
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,14 @@ from raytrain.errors import RecipeError
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of a model, each once, in the order of the model; none lies inside another.
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a model, in order and without duplicates; none contains another.
 
-    A block is an entry of an nn.ModuleList, or of an nn.Sequential of two or more entries that are all of one class, if
-    it holds parameters. An entry that is a list itself, and so is never called, gives its own entries.
+    A block is an entry with parameters of an nn.ModuleList, or of an nn.Sequential of two or more entries of one class.
+    Entries that are lists themselves, which are never called, are replaced by their own entries.
+
+    >>> len(repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+    2
     """
     return list(dict.fromkeys(_blocks(module)))
 
@@ -36,44 +39,44 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(entry)
 
 
-def recompute(module: nn.Module) -> None:
-    """Let each block forget what its forward pass computed, and compute it again in the backward pass.
+def checkpoint_activations(module: nn.Module) -> None:
+    """Recompute the activations of each block in the backward pass instead of storing them.
 
-    The gradients stay equal to the bit, dropout included; running means of a BatchNorm move once. Names of parameters
-    stay as they are.
+    Gradients are equal to the bit, dropout included; statistics of a BatchNorm are updated once. Names of parameters do
+    not change.
 
     Raises:
         RecipeError: the model has no repeated blocks.
     """
-    found = blocks(module)
+    found = repeated_blocks(module)
     if not found:
         raise RecipeError(
             f"activation_checkpointing: {type(module).__name__} has no repeated blocks, as an nn.ModuleList of layers "
-            "is, and to recompute a whole model at once saves nothing; set activation_checkpointing=false"
+            "is, and recomputing a whole model at once saves nothing; set activation_checkpointing=false"
         )
     for block in found:
         _replace_forward(block, partial(_recomputed, block, block.forward))
 
 
 def compile_blocks(module: nn.Module, backend: str, device: torch.device) -> None:
-    """Compile each block, or the whole model if it has none; names of parameters stay as they are.
+    """Compile each block, or the whole model without blocks; names of parameters do not change.
 
     Args:
         module: the model.
         backend: of torch.compile.
-        device: where it will run.
+        device: that the model will run on.
 
     Raises:
-        RecipeError: the backend needs a compiler that is not there.
+        RecipeError: the backend needs a compiler that is missing.
     """
     if backend == "inductor" and device.type == "cpu":
         _check_compiler()
-    for block in blocks(module) or [module]:
+    for block in repeated_blocks(module) or [module]:
         _replace_forward(block, torch.compile(block.forward, backend=backend))
 
 
 def _replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let `block` compute with `forward`, which looks as the one it had: hooks and names know no difference."""
+    """Replace the forward method of a block by one with the same metadata; hooks still run."""
     vars(block)["forward"] = update_wrapper(forward, block.forward)
 
 
@@ -82,27 +85,27 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwa
         return forward(*args, **kwargs)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _unmoved(list(block.buffers()))
+        return nullcontext(), _restored(list(block.buffers()))
 
     return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
-def _unmoved(buffers: Sequence[Tensor]) -> Iterator[None]:
-    """Put buffers back at the end, so that computing a block a second time does not move them a second time."""
+def _restored(buffers: Sequence[Tensor]) -> Iterator[None]:
+    """Restore buffers at the end of the `with` block, so that recomputation does not update them again."""
     before = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
         for buffer, kept in zip(buffers, before, strict=True):
-            buffer.data.copy_(kept)  # `data`: the graph of the first time must not take this for a change
+            buffer.data.copy_(kept)  # `data`, without a new version for autograd
 
 
 def _check_compiler() -> None:
-    """Check that what torch.compile makes for CPUs can be built here.
+    """Check that a C++ compiler and Python's headers are installed, as 'inductor' needs on CPUs.
 
     Raises:
-        RecipeError: it cannot.
+        RecipeError: one is missing.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - slow to import
     from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415 - slow to import

@@ -1,4 +1,4 @@
-"""A head that starts as what is most likely if the features of each class are normal around their mean."""
+"""Initialization of a classification head by linear discriminant analysis, or by class means."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,89 +9,92 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
-from raytrain.tensors import moved
+from raytrain.tensors import to_device
 
 TINY = 1e-12
-"""Of what is between classes, the share within them that is taken for none."""
+"""Ratio of within-class to between-class variance below which the former counts as 0."""
 
 
-def chosen(labels: NDArray[np.int64], shots: int, seed: int) -> list[int]:
-    """Return the places of `shots` examples of each class, or of all it has (0: of all): a function of `seed`."""
+def sample_per_class(labels: NDArray[np.int64], shots: int, seed: int) -> list[int]:
+    """Return the indices of at most `shots` random examples of each class (0: all)."""
     random = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
     return [int(place) for each in classes for place in random.permutation(each)[: shots or None]]
 
 
-def head_of(module: nn.Module, classes: int) -> nn.Linear:
-    """Return the last linear layer of one output per class."""
+def find_head(module: nn.Module, classes: int) -> nn.Linear:
+    """Return the head: the last linear layer with one output per class."""
     return [layer for layer in module.modules() if isinstance(layer, nn.Linear) and layer.out_features == classes][-1]
 
 
-def start(
+def init_discriminant(
     module: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Module, Any], Tensor], *, whole: bool
 ) -> None:
-    """Set the head of a classifier to the posterior of normal classes, measured on some examples.
+    """Initialize the head of a classifier by linear discriminant analysis of features.
 
-    With the mean mu_c of each class, their mean m, d_c = mu_c - m and the covariance S that the classes share, the head
-    of x is d_c S^-1 (x - m) - d_c S^-1 d_c / 2: linear discriminant analysis (Fisher 1936), with equal priors.
+    With the mean mu_c of each class, their mean m, d_c = mu_c - m and the shared covariance S, the logit of class c is
+    d_c^T S^-1 (x - m) - d_c^T S^-1 d_c / 2: the log-posterior of Gaussian classes with equal priors.
 
     Args:
         module: a classifier whose last linear layer of one output per class is its head.
-        batches: with "labels" among them, every class at least once.
-        forward: (module, batch) -> the logits, shape (examples, classes).
-        whole: whether S is a whole matrix, shrunk towards a multiple of the identity as Ledoit and Wolf (2004) do. If
-            not, it is such a multiple, so that the nearest centroid is the likeliest class: the variance along the
-            directions in which the centroids lie, which is where it decides how sure the head is.
+        batches: with "labels", of every class at least once.
+        forward: (module, batch) -> logits, shape (examples, classes).
+        whole: whether S is a full matrix, with the shrinkage of Ledoit and Wolf (2004). Otherwise it is a multiple of
+            the identity, the variance along the d_c, so that the nearest class mean has the largest logit.
 
     Raises:
-        RecipeError: the head has no bias, or does not see one vector for each example.
+        RecipeError: the head has no bias, or its input is not one vector for each example.
+
+    Source: Fisher 1936; Ledoit and Wolf 2004.
     """
     labels = torch.cat([batch["labels"] for batch in batches])
     classes = int(labels.max()) + 1
-    head = head_of(module, classes)
-    seen: list[Tensor] = []
+    head = find_head(module, classes)
+    inputs_of_head: list[Tensor] = []
 
-    def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if head.bias is None or inputs[0].dim() != 2:
             raise RecipeError(
                 f"task.head_init: a {type(module).__name__} has no linear layer with a bias on one vector for each "
                 f"text, "
                 'which class means can be put into; use task.head = "mean", or task.head_init = "random"'
             )
-        seen.append(inputs[0].double().cpu())
+        inputs_of_head.append(inputs[0].double().cpu())
 
     training = module.training
     module.eval()
-    watch = head.register_forward_pre_hook(look)
+    hook = head.register_forward_pre_hook(record)
     try:
         with torch.no_grad():
             for batch in batches:
-                forward(module, moved(batch, head.weight.device, head.weight.dtype))
+                forward(module, to_device(batch, head.weight.device, head.weight.dtype))
     finally:
-        watch.remove()
+        hook.remove()
         module.train(training)
-    features = torch.cat(seen)
+    features = torch.cat(inputs_of_head)
     means = torch.stack([features[labels == label].mean(dim=0) for label in range(classes)])
-    apart = means - means.mean(dim=0)
-    around = features - means[labels]
-    along = _over_covariance(apart, around) if whole else apart / _variance(apart, around)
+    between = means - means.mean(dim=0)
+    within = features - means[labels]
+    weight = _over_covariance(between, within) if whole else between / _variance(between, within)
     with torch.no_grad():
-        head.weight.copy_(along)
-        along = head.weight.double().cpu()  # as it was rounded
-        head.bias.copy_(-(along @ means.mean(dim=0) + (along * apart).sum(dim=1) / 2))
+        head.weight.copy_(weight)
+        weight = head.weight.double().cpu()  # rounded to its type
+        head.bias.copy_(-(weight @ means.mean(dim=0) + (weight * between).sum(dim=1) / 2))
 
 
-def _variance(apart: Tensor, around: Tensor) -> float:
-    lengths = apart.square().sum(dim=1)
-    along = (around @ apart.T).square().mean(dim=0) / lengths
-    return float(along.mean()) or float(lengths.mean())
+def _variance(between: Tensor, within: Tensor) -> float:
+    """Return the mean variance within classes along the directions between their means."""
+    lengths = between.square().sum(dim=1)
+    variances = (within @ between.T).square().mean(dim=0) / lengths
+    return float(variances.mean()) or float(lengths.mean())
 
 
-def _over_covariance(apart: Tensor, around: Tensor) -> Tensor:
+def _over_covariance(between: Tensor, within: Tensor) -> Tensor:
+    """Return between @ S^-1 for the shrunk covariance S within classes."""
     from sklearn.covariance import ledoit_wolf  # noqa: PLC0415 - slow to import
 
-    if around.square().mean() <= TINY * apart.square().mean():  # a text for each class, or always the same one
-        return apart / _variance(apart, around)
-    covariance, _ = ledoit_wolf(around.numpy(), assume_centered=True)
-    along: Tensor = torch.linalg.solve(torch.from_numpy(covariance), apart.T).T
-    return along
+    if within.square().mean() <= TINY * between.square().mean():  # one text per class, or equal ones
+        return between / _variance(between, within)
+    covariance, _ = ledoit_wolf(within.numpy(), assume_centered=True)
+    weight: Tensor = torch.linalg.solve(torch.from_numpy(covariance), between.T).T
+    return weight

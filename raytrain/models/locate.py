@@ -1,4 +1,4 @@
-"""Where a Hugging Face model lies: in a folder, in a Python package, or on the hub."""
+"""Location of a Hugging Face model: a folder, a Python package, or the hub."""
 
 import importlib
 from pathlib import Path
@@ -9,11 +9,11 @@ from raytrain.errors import RecipeError
 PACKAGE = "package:"
 
 
-def folder_of(model: str, fresh: bool) -> str:
-    """Return the folder that `task.model` means, or the name on the hub.
+def locate_model(model: str, fresh: bool) -> str:
+    """Return the folder of `task.model`, or its name on the hub.
 
     Raises:
-        RecipeError: there is no such folder, or it lacks files.
+        RecipeError: there is no such folder, or a file is missing in it.
     """
     if not model.startswith(PACKAGE) and not is_local(model):
         return model

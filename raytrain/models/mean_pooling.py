@@ -1,7 +1,7 @@
-"""A classifier on the mean of an encoder's vectors, as sentence encoders are trained to be read.
+"""Sequence classification with mean pooling, for sentence encoders.
 
-It imports nothing of this package: an exported folder holds a copy of this file, and where raytrain is not installed,
-`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)` loads it too.
+This file imports nothing of raytrain: an exported folder has a copy of it, so that
+`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)` works without raytrain.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class MeanPoolingForSequenceClassification(PreTrainedModel):
-    """An encoder and a linear layer on the mean of its vectors, padding left out.
+    """An encoder and a linear layer on the mean of its token vectors without padding.
 
     Args:
         config: the encoder's, with `num_labels`.
@@ -46,9 +46,9 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
 
 
 def with_mean_pooling(encoder: PreTrainedModel) -> MeanPoolingForSequenceClassification:
-    """Return a classifier around an encoder, with a random linear layer."""
+    """Return a classifier of an encoder and a randomly initialized linear layer."""
     MeanPoolingForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-    with torch.device("meta"):  # a second encoder would only be thrown away
+    with torch.device("meta"):  # without allocating a second encoder
         module = MeanPoolingForSequenceClassification(encoder.config)
     if hasattr(encoder, "pooler"):
         encoder.pooler = None

@@ -1,4 +1,4 @@
-"""Adapters by name, and the options of each. They load without peft and torch: a recipe is read by them.
+"""Adapters by name, and the options of each; it loads without peft and torch.
 
 The options of an adapter are the fields of its configuration in peft that a recipe can hold, with the same defaults;
 what they mean is said there. Those of an adapter that is named in full, as in "peft:C3AConfig", are read from it.
@@ -12,7 +12,7 @@ from raytrain.data.records import Location
 from raytrain.recipe import Options
 
 ADAPTERS: dict[str, str] = {
-    "none": "raytrain.models.adapters:none",
+    "none": "raytrain.models.adapters:no_adapter",
     "lora": "peft:LoraConfig Add the product of two matrices of low rank (Hu et al. 2022).",
     "randlora": "peft:RandLoraConfig Add a full rank from random bases with trained scales (Albert et al. 2025).",
     "loha": "peft:LoHaConfig Add the product by element of two updates of low rank (Hyeon-Woo et al. 2022).",
@@ -31,12 +31,12 @@ Others are named in full, as in "peft:C3AConfig", which starts elsewhere. Left o
 models of their own kind; VeRA and its like, which keep shared parameters outside of the model; and BOFT, which wants to
 compile CUDA code."""
 
-HEADS = ("classifier*", "score*")
+HEAD_PATTERNS = ("classifier*", "score*")
 """What heads are usually called."""
 
-Names = str | list[str] | None
+LayerNames = str | list[str] | None
 """Layers: a regular expression, or ends of their names."""
-Numbers = list[int] | int | None
+LayerIndices = list[int] | int | None
 
 
 class AdapterOptions(Options):
@@ -48,7 +48,7 @@ class AdapterOptions(Options):
     """
 
     name: str = "none"
-    modules_to_save: tuple[str, ...] = HEADS
+    modules_to_save: tuple[str, ...] = HEAD_PATTERNS
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Self:
@@ -58,9 +58,9 @@ class AdapterOptions(Options):
 
 
 class LayerOptions(AdapterOptions):
-    """Options of an adapter that goes into some of the layers; without `target_modules`, into the linear ones."""
+    """Options of an adapter of some layers: `target_modules`, or else all linear layers in blocks."""
 
-    target_modules: Names = None
+    target_modules: LayerNames = None
 
     @model_validator(mode="after")
     def _layers_fit(self) -> Self:
@@ -79,15 +79,15 @@ class LoraOptions(LayerOptions):
     """Options of lora."""
 
     r: int = 8
-    exclude_modules: Names = None
+    exclude_modules: LayerNames = None
     lora_alpha: int = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     init_lora_weights: bool | Literal["gaussian", "eva", "olora", "pissa", "corda", "orthogonal", "mica"] = True
-    layers_to_transform: Numbers = None
-    layers_pattern: Names = None
+    layers_to_transform: LayerIndices = None
+    layers_pattern: LayerNames = None
     rank_pattern: dict[str, Any] | None = {}
     alpha_pattern: dict[str, Any] | None = {}
     megatron_config: dict[str, Any] | None = None
@@ -126,7 +126,7 @@ class RandLoraOptions(LayerOptions):
     randlora_alpha: int = 640
     bias: str = "none"
     init_weights: bool = True
-    layers_to_transform: Numbers = None
+    layers_to_transform: LayerIndices = None
     layers_pattern: str | None = None
 
 
@@ -140,10 +140,10 @@ class LoHaOptions(LayerOptions):
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
-    exclude_modules: Names = None
+    exclude_modules: LayerNames = None
     init_weights: bool = True
-    layers_to_transform: Numbers = None
-    layers_pattern: Names = None
+    layers_to_transform: LayerIndices = None
+    layers_pattern: LayerNames = None
 
 
 class LoKrOptions(LayerOptions):
@@ -159,10 +159,10 @@ class LoKrOptions(LayerOptions):
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
-    exclude_modules: Names = None
+    exclude_modules: LayerNames = None
     init_weights: bool | Literal["lycoris"] = True
-    layers_to_transform: Numbers = None
-    layers_pattern: Names = None
+    layers_to_transform: LayerIndices = None
+    layers_pattern: LayerNames = None
 
 
 class HiraOptions(LayerOptions):
@@ -172,10 +172,10 @@ class HiraOptions(LayerOptions):
     hira_dropout: float = 0.0
     rank_pattern: dict[str, Any] | None = {}
     fan_in_fan_out: bool = False
-    exclude_modules: Names = None
+    exclude_modules: LayerNames = None
     init_weights: bool | Literal["gaussian"] | None = True
-    layers_to_transform: Numbers = None
-    layers_pattern: Names = None
+    layers_to_transform: LayerIndices = None
+    layers_pattern: LayerNames = None
 
 
 class GraloraOptions(LayerOptions):
@@ -189,7 +189,7 @@ class GraloraOptions(LayerOptions):
     fan_in_fan_out: bool = False
     bias: str = "none"
     init_weights: bool = True
-    layers_to_transform: Numbers = None
+    layers_to_transform: LayerIndices = None
     layers_pattern: str | None = None
 
     @model_validator(mode="after")
@@ -209,11 +209,11 @@ class DeloraOptions(LayerOptions):
     rank_pattern: dict[str, Any] | None = {}
     lambda_pattern: dict[str, Any] | None = {}
     module_dropout: float = 0.0
-    exclude_modules: Names = None
+    exclude_modules: LayerNames = None
     bias: Literal["none", "all", "delora_only"] = "none"
     init_weights: bool = True
-    layers_to_transform: Numbers = None
-    layers_pattern: Names = None
+    layers_to_transform: LayerIndices = None
+    layers_pattern: LayerNames = None
 
 
 class MissOptions(LayerOptions):
@@ -222,10 +222,10 @@ class MissOptions(LayerOptions):
     r: int = 64
     mini_r: int = 1
     miss_dropout: float = 0.0
-    exclude_modules: Names = None
+    exclude_modules: LayerNames = None
     bias: str = "none"
     init_weights: bool | Literal["bat", "mini"] = True
-    layers_to_transform: Numbers = None
+    layers_to_transform: LayerIndices = None
     layers_pattern: str | None = None
 
 
@@ -246,11 +246,11 @@ class OftOptions(LayerOptions):
     oft_block_size: int = 32
     module_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    exclude_modules: Names = None
+    exclude_modules: LayerNames = None
     bias: Literal["none", "all", "oft_only"] = "none"
     init_weights: bool = True
-    layers_to_transform: Numbers = None
-    layers_pattern: Names = None
+    layers_to_transform: LayerIndices = None
+    layers_pattern: LayerNames = None
     coft: bool = False
     eps: float = 6e-5
     block_share: bool = False
@@ -272,14 +272,14 @@ class HraOptions(LayerOptions):
 
     r: int = 8
     apply_GS: bool = False  # noqa: N815 - peft's
-    exclude_modules: Names = None
+    exclude_modules: LayerNames = None
     bias: str = "none"
     init_weights: bool = True
-    layers_to_transform: Numbers = None
-    layers_pattern: Names = None
+    layers_to_transform: LayerIndices = None
+    layers_pattern: LayerNames = None
 
 
-OPTIONS: dict[str, type[AdapterOptions]] = {
+ADAPTER_OPTIONS: dict[str, type[AdapterOptions]] = {
     "none": AdapterOptions,
     "lora": LoraOptions,
     "randlora": RandLoraOptions,
@@ -296,7 +296,7 @@ OPTIONS: dict[str, type[AdapterOptions]] = {
 """Adapter -> its options."""
 
 
-HOLE = "{text}"
+PLACEHOLDER = "{text}"
 
 
 class PretrainedOptions(Options):

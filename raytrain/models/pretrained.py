@@ -1,4 +1,4 @@
-"""Models and tokenizers of Hugging Face folders: found, checked, loaded, and written."""
+"""Pretrained models and tokenizers of Hugging Face folders: checks, loading, tokenization and export."""
 
 import hashlib
 import json
@@ -14,29 +14,29 @@ from safetensors import SafetensorError, safe_open
 
 from raytrain.data.records import is_local
 from raytrain.errors import RecipeError
-from raytrain.models.adapters import mark_new
-from raytrain.models.locate import folder_of
+from raytrain.models.adapters import mark_untrained
+from raytrain.models.locate import locate_model
 from raytrain.models.options import PretrainedOptions
 
-Loader = Literal["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"]
-"""What of transformers loads a folder."""
+AutoClass = Literal["AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"]
+"""Class of transformers that loads a folder."""
 
 
 class Pretrained:
-    """A Hugging Face folder.
+    """A pretrained model and its tokenizer, in a Hugging Face folder or on the hub.
 
     Args:
-        options: which, and how it computes.
-        loader: as what it is loaded.
+        options: location, type and attention implementation.
+        loader: class of transformers that loads it.
 
     Raises:
-        RecipeError: there is no such folder, or no weights in it, or it is not of that kind.
+        RecipeError: there is no such folder, it has no weights, or the class does not load this architecture.
     """
 
-    def __init__(self, options: PretrainedOptions, loader: Loader) -> None:
+    def __init__(self, options: PretrainedOptions, loader: AutoClass) -> None:
         self._options = options
         self._loader = loader
-        self.source = folder_of(options.model, options.fresh)
+        self.source = locate_model(options.model, options.fresh)
         self._check_kind()
 
     @cached_property
@@ -77,66 +77,66 @@ class Pretrained:
         return tokenizer
 
     @cached_property
-    def stamp(self) -> str:
-        """What changes when the tokenizer does."""
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         more = [self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
         return hashlib.sha256((words + json.dumps(more, default=str)).encode()).hexdigest()
 
-    def context(self, wanted: int, default: int) -> int:
-        """Return how many tokens the model is to see at once.
+    def context_length(self, wanted: int, default: int) -> int:
+        """Return the context length to use, in tokens.
 
         Args:
-            wanted: what `task.length` asks for; 0: `default`, or what the model can see if that is less.
-            default: the usual number.
+            wanted: `task.length`; 0: the smaller of `default` and the model's limit.
+            default: default length.
 
         Raises:
-            RecipeError: the model cannot see so many.
+            RecipeError: `wanted` exceeds the model's limit.
         """
-        if wanted > self.limit:
-            raise RecipeError(f"task.length: {self.source} sees {self.limit} tokens at most; got {wanted}")
-        return wanted or min(default, self.limit)
+        if wanted > self.max_context_length:
+            raise RecipeError(f"task.length: {self.source} sees {self.max_context_length} tokens at most; got {wanted}")
+        return wanted or min(default, self.max_context_length)
 
     @property
-    def limit(self) -> int:
-        """How many tokens the model can see at once."""
+    def max_context_length(self) -> int:
+        """Largest context length of model and tokenizer, in tokens."""
         positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         return int(min(positions, self.tokenizer.model_max_length))
 
-    def tokens(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the tokens of a text; if `special`, with what the tokenizer puts before it, and nothing after it."""
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the tokens of a text; with `special`, after the tokenizer's prefix, but without an end token."""
         tokens: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return tokens[:-1] if special and tokens and tokens[-1] == self.tokenizer.eos_token_id else tokens
 
-    def tokens_and_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Return `tokens`, and the characters of the text at which they end; none if the tokenizer cannot tell them."""
+    def tokenize_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return (tokens, end of each in characters of the text); no ends if the tokenizer is not a fast one."""
         if not self.tokenizer.is_fast:
-            return self.tokens(text), []
+            return self.tokenize(text), []
         found = self.tokenizer(text, verbose=False, return_offsets_mapping=True)
         tokens, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
         ended = bool(tokens) and tokens[-1] == self.tokenizer.eos_token_id
         return (tokens[:-1], ends[:-1]) if ended else (tokens, ends)
 
-    def pad(self) -> int:
-        """Return the token that fills short texts up.
+    def pad_id(self) -> int:
+        """Return the padding token, or for causal models without one the end-of-text token.
 
         Raises:
-            RecipeError: there is none, and none can take its place.
+            RecipeError: there is neither.
         """
         tokenizer = self.tokenizer
         if tokenizer.pad_token_id is not None:
             return int(tokenizer.pad_token_id)
         if self.causal and tokenizer.eos_token_id is not None:
-            return int(tokenizer.eos_token_id)  # a causal model never sees what follows a text
+            return int(tokenizer.eos_token_id)  # a causal model does not attend to what follows
         raise RecipeError(
             f"task.model: the tokenizer in {self.source} has no padding token"
             f"{' and no end-of-text token' if self.causal else ''}, and texts differ in length; set one with "
             "tokenizer.pad_token = ..., and save the tokenizer there"
         )
 
-    def end(self) -> int:
-        """Return the token that ends a text.
+    def eos_id(self) -> int:
+        """Return the end-of-text token.
 
         Raises:
             RecipeError: there is none.
@@ -150,7 +150,7 @@ class Pretrained:
 
     @property
     def causal(self) -> bool:
-        """Whether no token sees what comes after it."""
+        """Whether attention is causal."""
         from transformers.models.auto import modeling_auto as auto  # noqa: PLC0415
 
         kind, config = self.config.model_type, self.config
@@ -158,17 +158,17 @@ class Pretrained:
         masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
         return generates and (not masked or getattr(config, "is_decoder", False))
 
-    def module(self, seed: int, **changes: Any) -> Any:
-        """Return the model in training mode; what the folder has no weights for is random, and a function of `seed`.
+    def load_module(self, seed: int, **changes: Any) -> Any:
+        """Load the model in training mode; parameters without pretrained weights are random.
 
-        These parameters are marked as new, so that they are trained beside any adapter.
+        These are marked as untrained, so that they are trained beside any adapter.
 
         Args:
             seed: of random weights.
-            **changes: to the model's configuration.
+            **changes: of the model's configuration.
 
         Raises:
-            RecipeError: the weights are missing, or those of another architecture.
+            RecipeError: weights are missing, damaged, or of another architecture.
         """
         import transformers  # noqa: PLC0415
 
@@ -186,7 +186,7 @@ class Pretrained:
                     )  # fmt: skip
                     lacking = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
                     self._check_weights(module, lacking)
-                    mark_new(parameter for name, parameter in module.named_parameters() if name in lacking)
+                    mark_untrained(parameter for name, parameter in module.named_parameters() if name in lacking)
             except SafetensorError as error:
                 raise RecipeError(
                     f"task.model: {self._unreadable()} is no file of weights that can be read: {_first(error)}; it may "
@@ -197,7 +197,7 @@ class Pretrained:
         return module.train()
 
     def prepare(self, module: Any) -> Any:
-        """Return the module as it is trained: without a cache of what it saw."""
+        """Return the module in training mode, without a key-value cache."""
         if hasattr(module.config, "use_cache"):
             module.config.use_cache = False
         return module.train()
@@ -206,8 +206,8 @@ class Pretrained:
         """Write model and tokenizer to a folder that `from_pretrained` loads.
 
         Args:
-            module: what `module` returned, trained; without adapters, or with them merged.
-            folder: made if it is not there.
+            module: from `load_module`, trained; without adapters, or with them merged.
+            folder: created if missing.
         """
         trained = module.config.use_cache if hasattr(module.config, "use_cache") else None
         with _quiet():
@@ -223,7 +223,7 @@ class Pretrained:
         return {"dtype": getattr(torch, self._options.dtype), **attention}
 
     def _unreadable(self) -> str:
-        """Return the file of weights that cannot be read, or the source if it is not a folder."""
+        """Return the file of weights that cannot be read, or the source if that is not a folder."""
         for file in sorted(Path(self.source).glob("*.safetensors")):
             try:
                 with safe_open(file, "pt"):
@@ -250,7 +250,7 @@ class Pretrained:
             )
 
     def _check_weights(self, module: Any, lacking: set[str]) -> None:
-        """Check that what was not in the folder is no more than a new head."""
+        """Check that missing weights are those of a head only."""
         if self._loader == "AutoModelForSequenceClassification":
             lacking = {key for key in lacking if key.startswith(f"{module.base_model_prefix}.")}
         if self._loader != "AutoModelForCausalLM":
@@ -265,7 +265,7 @@ class Pretrained:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from telling what was random or unused, which is checked here, and from drawing bars."""
+    """Silence transformers' warnings about missing weights, which are checked here, and its progress bars."""
     from transformers.utils import logging  # noqa: PLC0415
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

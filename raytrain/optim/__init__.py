@@ -1,1 +1,1 @@
-"""Optimizers, learning rates, and averages of the weights."""
+"""Optimizers, parameter groups, learning-rate schedules, weight averages and gradient noise."""

@@ -1,7 +1,7 @@
-"""The arguments of the optimizers that come with raytrain: names, defaults and values that their constructors take.
+"""Constructor arguments of the optimizers in the table, as options: names, types, defaults.
 
-Those of an optimizer of the user's are read from its constructor (`raytrain.optim.optimizers`). These are written down,
-so that a recipe is read without torch; a test holds them against the constructors.
+They are declared here so that a recipe is parsed without torch; a test compares them with the constructors. Options of
+a user's optimizer are read from its constructor, in `raytrain.optim.optimizers`.
 """
 
 from typing import Annotated, Literal, Self
@@ -11,22 +11,22 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from raytrain.optim.options import OptimizerOptions, with_rules
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-"""What is left of a running mean after a step."""
+"""Decay of an exponential moving average, per step."""
 Betas = tuple[Decay, Decay]
 
 
 class ForeachOptions(OptimizerOptions):
-    """Options of an optimizer that can step on many parameters at once.
+    """Options of an optimizer with a multi-tensor (foreach) implementation.
 
     Attributes:
-        foreach: whether it does; default: where that is faster.
+        foreach: whether to use it; default: where it is faster.
     """
 
     foreach: bool | None = None
 
 
 class FusedOptions(ForeachOptions):
-    """Options of an optimizer that has one kernel for a whole step on CPUs and GPUs.
+    """Options of an optimizer with a fused implementation on CPUs and GPUs.
 
     Attributes:
         fused: whether to use it; default: yes, unless `foreach`.
@@ -238,7 +238,7 @@ class ZerothOptions(OptimizerOptions):
     """Options of zo-sgd and zo-sgd-sign.
 
     Attributes:
-        lr: above 0, because directions are scaled by it.
+        lr: above 0, because ratios of learning rates scale the directions.
     """
 
     zeroth = True
@@ -254,7 +254,7 @@ class ForwardGradientOptions(ZerothOptions):
 class ConservativeOptions(ZerothOptions):
     """Options of zo-sgd-conservative."""
 
-    decides = True
+    selects = True
 
 
 class ZerothMomentumOptions(ZerothOptions):
@@ -280,7 +280,7 @@ class HybridOptions(ZerothOptions):
     weight_decay: NonNegativeFloat = 0.01
 
 
-OPTIONS: dict[str, type[OptimizerOptions]] = {
+OPTIMIZER_OPTIONS: dict[str, type[OptimizerOptions]] = {
     "sgd": SgdOptions,
     "adam": AdamOptions,
     "adamw": AdamWOptions,
@@ -307,9 +307,9 @@ OPTIONS: dict[str, type[OptimizerOptions]] = {
     "zo-hybrid": HybridOptions,
     "forward-gradient": ForwardGradientOptions,
 }
-"""Optimizer -> its options, but for the options that rules for groups take: see `optimizer_options`."""
+"""Optimizer -> its options, without those of parameter groups; see `optimizer_options`."""
 
 
 def optimizer_options(name: str) -> type[OptimizerOptions] | None:
-    """Return the options of an optimizer that comes with raytrain; None: it does not."""
-    return with_rules(OPTIONS[name]) if name in OPTIONS else None
+    """Return the options of an optimizer in the table; None: it is not in the table."""
+    return with_rules(OPTIMIZER_OPTIONS[name]) if name in OPTIMIZER_OPTIONS else None

@@ -1,4 +1,4 @@
-"""Optimizers that leave torch's compiler alone: importing it takes as long as importing torch."""
+"""Optimizers that never import torch's compiler, which takes as long as importing torch itself."""
 
 import inspect
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch.optim import Optimizer
 
-Kind = TypeVar("Kind", bound=Optimizer)
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 
 class _Eager(Optimizer):
-    """The methods of `Optimizer` without the wrappers that keep torch's compiler out, and import it for that."""
+    """Methods of `Optimizer` without the wrappers that disable torch's compiler, and import it to do so."""
 
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
@@ -20,33 +20,33 @@ class _Eager(Optimizer):
     load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
 
 
-def eager(constructor: type[Kind]) -> type[Kind]:
-    """Return an optimizer class that takes the same steps and never imports torch's compiler.
+def without_compiler(constructor: type[OptimizerT]) -> type[OptimizerT]:
+    """Return a subclass of an optimizer that computes the same steps and never imports torch's compiler.
 
-    Blocks of a model can be compiled all the same: an optimizer steps outside of them.
+    The blocks of a model can be compiled nevertheless, as optimizers step outside of them.
     """
-    step = _plain_step(constructor)
-    own = {"__module__": constructor.__module__, **({} if step is None else {"step": _with_its_mode(step)})}
+    step = _unwrapped_step(constructor)
+    own = {"__module__": constructor.__module__, **({} if step is None else {"step": _with_grad_mode(step)})}
     # `_Eager` comes right before `Optimizer`, so that a method that the class overrides finds it through `super()`.
     return new_class(constructor.__name__, (constructor, _Eager), exec_body=lambda body: body.update(own))
 
 
-def _plain_step(constructor: type[Optimizer]) -> Callable[..., Any] | None:
-    """Return the step of one of torch's optimizers inside `_use_grad`, which imports the compiler; None for others."""
+def _unwrapped_step(constructor: type[Optimizer]) -> Callable[..., Any] | None:
+    """Return the `step` that torch wraps in `_use_grad`, which imports the compiler; None: no such."""
     step: Any = constructor.step
     while getattr(step, "__globals__", {}).get("__name__") == Optimizer.__module__ and hasattr(step, "__wrapped__"):
         inner: Callable[..., Any] = step.__wrapped__
         if step.__code__.co_name == "_use_grad":
             return inner
-        step = inner  # `profile_hook_step`, which every class gets anew
+        step = inner  # `profile_hook_step`, which each class adds again
     return None
 
 
-def _with_its_mode(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a step that records gradients if the optimizer is differentiable, as `_use_grad` has it."""
+def _with_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a step that records gradients only if the optimizer is differentiable, as `_use_grad` does."""
 
-    def stepped(self: Optimizer, closure: Callable[[], float] | None = None) -> Any:
+    def step_in_mode(self: Optimizer, closure: Callable[[], float] | None = None) -> Any:
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             return step(self, closure)
 
-    return stepped
+    return step_in_mode

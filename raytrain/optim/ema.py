@@ -1,4 +1,4 @@
-"""Averages of the weights, which are evaluated in their place."""
+"""Averages of the weights over steps, for evaluation."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 
 
 class Average(Protocol):
-    """An average of the weights of a module."""
+    """An average of a module's weights over steps."""
 
     def update(self, step: int) -> None:
-        """Learn that step `step`, counted from 1, is done."""
+        """Update the average after step `step`, counted from 1."""
         ...
 
-    def applied(self) -> AbstractContextManager[None]:
-        """Let the module hold the average inside the `with` block, and its own parameters, to the bit, after it."""
+    def average_parameters(self) -> AbstractContextManager[None]:
+        """Swap the averages into the module inside the `with` block; restore its parameters after it."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -25,31 +25,31 @@ class Average(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         ...
 
 
-def average_of(module: nn.Module, optimizer: Optimizer, decay: float) -> Average | None:
-    """Return the average that is evaluated: an `Ema` if `decay` is above 0, else the optimizer's own if it has one."""
+def make_average(module: nn.Module, optimizer: Optimizer, decay: float) -> Average | None:
+    """Return the average to evaluate: an `Ema` if `decay` > 0, else the optimizer's own, else None."""
     if decay:
         return Ema(module, decay)
-    return OptimizerAverage(module, optimizer) if averages(optimizer) else None
+    return OptimizerAverage(module, optimizer) if averages_weights(optimizer) else None
 
 
-def averages(optimizer: Optimizer | type[Optimizer]) -> bool:
-    """Return whether an optimizer averages the weights itself: it then has a mode to train and one to evaluate in."""
+def averages_weights(optimizer: Optimizer | type[Optimizer]) -> bool:
+    """Return whether an optimizer averages the weights itself, and so has `train()` and `eval()`."""
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
 class OptimizerAverage:
-    """The average that an optimizer without a schedule keeps, seen through its `eval()` and `train()`.
+    """The average of a schedule-free optimizer, by its `eval()` and `train()` (Defazio et al. 2024).
 
-    It follows from the parameters and the optimizer's state, so there is nothing to load. The parameters that training
-    goes on from are kept aside meanwhile, because the way there and back rounds.
+    It follows from the parameters and the optimizer's state, so there is nothing to load. The parameters are copied
+    before `eval()`, because `eval()` and `train()` together round.
 
     Args:
-        module: whose parameters.
-        optimizer: of these parameters; it is put into its mode for training.
+        module: the model.
+        optimizer: of its parameters; put into its training mode.
     """
 
     def __init__(self, module: nn.Module, optimizer: Any) -> None:
@@ -58,11 +58,11 @@ class OptimizerAverage:
         self._optimizer.train()
 
     def update(self, step: int) -> None:
-        """Do nothing: the optimizer did."""
+        """Do nothing: the optimizer updates its average."""
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Let the module hold the average inside the `with` block, and its own parameters after it."""
+    def average_parameters(self) -> Iterator[None]:
+        """Swap the averages into the module inside the `with` block; restore its parameters after it."""
         aside = {name: parameter.detach().clone() for name, parameter in self._live.items()}
         self._optimizer.eval()
         try:
@@ -74,7 +74,7 @@ class OptimizerAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return name -> averaged parameter."""
-        with self.applied():
+        with self.average_parameters():
             return {name: parameter.detach().clone() for name, parameter in self._live.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -82,14 +82,14 @@ class OptimizerAverage:
 
 
 class Ema:
-    """Averages the trained parameters of a module over steps; all others, and buffers, are the module's own.
+    """Exponential moving average of the trainable parameters of a module.
 
-    After step t (from 1) the average moves by 1 - min(decay, t / (t + 9)) towards the parameters: a short memory at
-    first, so that the random start is soon forgotten.
+    After step t, from 1: mean <- d * mean + (1 - d) * parameter with d = min(decay, t / (t + 9)). The smaller decay of
+    the first steps forgets the random initialization soon.
 
     Args:
-        module: whose parameters; the average starts as a copy of them.
-        decay: in (0, 1); the average reaches back about 1 / (1 - decay) steps.
+        module: the model; the average starts as a copy of its parameters.
+        decay: in (0, 1); the average covers about 1 / (1 - decay) steps.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -98,13 +98,13 @@ class Ema:
         self._mean = {name: parameter.detach().clone() for name, parameter in self._live.items()}
 
     def update(self, step: int) -> None:
-        """Move the average towards the parameters after step `step`, counted from 1."""
-        share = 1.0 - min(self._decay, step / (step + 9))
-        torch._foreach_lerp_(list(self._mean.values()), [value.detach() for value in self._live.values()], share)
+        """Update the average after step `step`, counted from 1."""
+        weight = 1.0 - min(self._decay, step / (step + 9))
+        torch._foreach_lerp_(list(self._mean.values()), [value.detach() for value in self._live.values()], weight)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Let the module hold the average inside the `with` block, and its own parameters after it."""
+    def average_parameters(self) -> Iterator[None]:
+        """Swap the averages into the module inside the `with` block; restore its parameters after it."""
         self._swap()
         try:
             yield
@@ -116,7 +116,7 @@ class Ema:
         return dict(self._mean)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned; what was frozen then begins as the parameter, which did not move."""
+        """Load what `state_dict` returned; the average of a parameter that was frozen then is the parameter."""
         for name, value in self._mean.items():
             value.copy_(state.get(name, self._live[name].detach()))
 
@@ -124,5 +124,5 @@ class Ema:
     def _swap(self) -> None:
         for name, parameter in self._live.items():
             kept = parameter.clone()
-            parameter.copy_(self._mean[name])  # in place: whoever computes with the parameter knows its memory
+            parameter.copy_(self._mean[name])  # in place, as others hold references to the parameter's memory
             self._mean[name].copy_(kept)

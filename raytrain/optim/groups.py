@@ -1,4 +1,4 @@
-"""Which parameters an optimizer treats alike: matrices and vectors, hidden matrices, and what a recipe's rules say."""
+"""Parameter groups: by a recipe's rules, and by shape (hidden matrices, other matrices, vectors)."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,23 +23,23 @@ def parameter_groups(
     decay_1d: bool,
     splits_hidden: bool,
 ) -> list[dict[str, Any]]:
-    """Return the groups of the trainable parameters: first those that no rule fits, then those of each rule.
+    """Return the groups of the trainable parameters: first those without a rule, then those of each rule.
 
-    Within each, matrices (two dimensions and more) come before vectors, which weight decay leaves alone.
+    Within each, matrices (two dimensions and more) come before vectors, which have no weight decay by default.
 
     Args:
-        module: whose parameters.
-        rules: the first that fits holds.
-        arguments: the options of the optimizer where no rule says otherwise.
-        decay_1d: whether weight decay shrinks parameters of fewer than two dimensions, where no rule says otherwise.
-        splits_hidden: whether hidden matrices are to be groups of their own, marked `hidden`.
+        module: the model.
+        rules: a parameter follows the first rule that matches it.
+        arguments: options of the optimizer, which rules override.
+        decay_1d: whether weight decay shrinks vectors too, where no rule says otherwise.
+        splits_hidden: whether hidden matrices get groups of their own, with `hidden` = True.
 
     Raises:
-        RecipeError: a rule fits no parameter.
+        RecipeError: a rule matches no parameter.
     """
     names = _names(module)
-    outer = outer_parameters(module)
-    every = (GroupRule(match="*"), *rules)  # at place 0, for what no rule fits
+    outer = embedding_and_head_parameters(module)
+    every = (GroupRule(match="*"), *rules)  # index 0: parameters without a rule
     parts: dict[tuple[int, int], list[Parameter]] = {}
     for parameter, its_names in names.items():
         place = next((place for place, rule in enumerate(every[1:], start=1) if _fits(rule, its_names)), 0)
@@ -58,11 +58,11 @@ def parameter_groups(
     return groups
 
 
-def outer_parameters(module: nn.Module) -> set[Parameter]:
+def embedding_and_head_parameters(module: nn.Module) -> set[Parameter]:
     """Return the parameters of embeddings and of the output head.
 
-    The head is what a `get_output_embeddings` in the module returns (models of transformers have one), else the last
-    linear layer that was defined.
+    The head is what `get_output_embeddings` of the module or a submodule returns, as in transformers, else the linear
+    layer that was defined last.
     """
     parts = list(module.modules())
     ask: list[Any] = [getattr(part, "get_output_embeddings", None) for part in parts]
@@ -73,7 +73,7 @@ def outer_parameters(module: nn.Module) -> set[Parameter]:
 
 
 def _names(module: nn.Module) -> dict[Parameter, list[str]]:
-    """Return each trainable parameter with its names; a tied one has several."""
+    """Return trainable parameter -> its names; a tied one has several."""
     names: dict[Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
@@ -93,7 +93,7 @@ def _options(rule: GroupRule, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_all_used(rules: Sequence[GroupRule], used: set[int], names: Iterable[Sequence[str]]) -> None:
-    """Check that every rule treats something.
+    """Check that every rule applies to a parameter.
 
     Raises:
         RecipeError: one does not.
@@ -104,8 +104,11 @@ def _check_all_used(rules: Sequence[GroupRule], used: set[int], names: Iterable[
             continue
         field = f"optimizer.groups.{place}: match = {rule.match!r}"
         if _fits(rule, every):
-            raise RecipeError(f"{field} fits only what earlier rules fit, and the first that fits holds; reorder them")
-        near = difflib.get_close_matches(rule.match.replace("*", ""), every, n=NEAREST, cutoff=0.0)
+            raise RecipeError(
+                f"{field} matches only parameters of earlier rules, and the first match holds; reorder them"
+            )
+        nearest = difflib.get_close_matches(rule.match.replace("*", ""), every, n=NEAREST, cutoff=0.0)
         raise RecipeError(
-            f"{field} fits none of the {len(every)} trainable parameters; the nearest: {', '.join(near) or 'none'}"
+            f"{field} matches none of the {len(every)} trainable parameters; the nearest: "
+            f"{', '.join(nearest) or 'none'}"
         )

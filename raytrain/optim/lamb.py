@@ -1,4 +1,4 @@
-"""LAMB."""
+"""LAMB: Adam with layer-wise trust ratios."""
 
 import math
 from typing import Any
@@ -6,20 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrain.optim.per_parameter import OneByOne
+from raytrain.optim.per_parameter import PerParameterOptimizer
 
 
-class Lamb(OneByOne):
-    """Adam whose step on each parameter is as long as lr times the parameter itself (You et al. 2020, algorithm 2).
+class Lamb(PerParameterOptimizer):
+    """Adam with a step of length lr * norm(w) on each parameter (You et al. 2020, Algorithm 2, LAMB).
 
-    A parameter of zeros takes Adam's step. Ours and not that of pytorch_optimizer, which divides the finished step by
-    1 - beta1^t, so that the first ones are up to ten times too long, and keeps weight decay out of the ratio.
+    u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w;  w <- w - lr * norm(w) / norm(u) * u.
+    The ratio is 1 where a norm is 0. It replaces pytorch_optimizer's Lamb, which divides the final step by 1 - beta1^t,
+    so that first steps are up to ten times too long, and excludes weight decay from the ratio.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
         betas, eps: of Adam.
-        weight_decay: added to Adam's step before its length is taken.
+        weight_decay: added to Adam's step before its norm is computed.
     """
 
     def __init__(
@@ -38,8 +39,8 @@ class Lamb(OneByOne):
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Step on one parameter of a group."""
+    def step_parameter(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter of a group."""
         state, (first, second) = self.state[parameter], group["betas"]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))

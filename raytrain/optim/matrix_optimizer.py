@@ -1,4 +1,4 @@
-"""Optimizers that treat hidden matrices as matrices, and leave embeddings, heads and vectors to AdamW."""
+"""Base class of optimizers for hidden matrices, with AdamW for embeddings, heads and vectors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from raytrain.optim.eager import eager
+from raytrain.optim.eager import without_compiler
 
 
 class MatrixOptimizer(ABC, Optimizer):
-    """Takes its own step on the matrices of groups marked `hidden`, and AdamW's on all other parameters.
+    """Updates matrices of groups with `hidden` = True by a step of its own, and other parameters by AdamW.
 
     Args:
         params: parameters, or groups of them.
@@ -21,46 +21,46 @@ class MatrixOptimizer(ABC, Optimizer):
     """
 
     splits_hidden: ClassVar[bool] = True
-    mark: ClassVar[str]
-    """An entry that the state of a matrix has, and that AdamW's has not."""
+    state_key: ClassVar[str]
+    """A key in the state of a matrix that AdamW's state does not have."""
 
     def __init__(self, params: Any, adamw: dict[str, Any], own: dict[str, Any]) -> None:
-        self._adamw = eager(AdamW)([torch.zeros(1)], fused=True, **adamw)
+        self._adamw = without_compiler(AdamW)([torch.zeros(1)], fused=True, **adamw)
         super().__init__(params, {**self._adamw.defaults, "hidden": False, **own})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a step."""
+        """Update all parameters that have a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         others = []
         for group in self.param_groups:
-            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            mine = [parameter for parameter in moved if self.takes(parameter, group)]
-            rest = [parameter for parameter in moved if not self.takes(parameter, group)]
+            updated = [parameter for parameter in group["params"] if parameter.grad is not None]
+            mine = [parameter for parameter in updated if self.handles(parameter, group)]
+            rest = [parameter for parameter in updated if not self.handles(parameter, group)]
             self._forget(mine, rest)
             for matrix in mine:
-                self.move(matrix, matrix.grad, group)
+                self.step_matrix(matrix, matrix.grad, group)
             others.append({**group, "params": rest})
         self._adamw.param_groups, self._adamw.state = others, self.state
         self._adamw.step()
         return loss
 
-    def takes(self, parameter: Tensor, group: dict[str, Any]) -> bool:
-        """Return whether a parameter is a matrix for `move`."""
+    def handles(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Return whether `step_matrix` updates a parameter."""
         return bool(group["hidden"]) and parameter.dim() == 2
 
     @abstractmethod
-    def move(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Step on a matrix of a group."""
+    def step_matrix(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update one matrix of a group."""
 
     def _forget(self, mine: list[Tensor], rest: list[Tensor]) -> None:
-        """Drop the state of parameters that the other part stepped on, in a run that was resumed with other options."""
+        """Drop state of the other part, in a run that was resumed with other options."""
         for parameters, ours in ((mine, True), (rest, False)):
             for parameter in parameters:
-                if parameter in self.state and (self.mark in self.state[parameter]) != ours:
+                if parameter in self.state and (self.state_key in self.state[parameter]) != ours:
                     del self.state[parameter]
 
 
 def orient(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a matrix turned so that its long side is its second, or turned back; `like` is the matrix unturned."""
+    """Transpose a matrix if `like`, the original matrix, is not wide; also the inverse of itself."""
     return tensor.T if like.shape[0] >= like.shape[1] else tensor

@@ -1,4 +1,4 @@
-"""Makes optimizers, finds the options of the user's own, and keeps their state under the names of the parameters."""
+"""Construct optimizers, derive options from constructors, and save state by parameter name."""
 
 import inspect
 import math
@@ -12,39 +12,39 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytrain.errors import RecipeError
-from raytrain.optim.eager import eager
-from raytrain.optim.ema import averages
+from raytrain.optim.eager import without_compiler
+from raytrain.optim.ema import averages_weights
 from raytrain.optim.groups import parameter_groups
 from raytrain.optim.options import OptimizerOptions, with_rules
 
 FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
-"""Optimizers with one kernel for a whole step on CPUs and GPUs, which is used unless optimizer.fused says otherwise."""
+"""Optimizers with a fused implementation on CPUs and GPUs, used unless optimizer.fused = false."""
 
-TRAITS = ("splits_hidden", "zeroth", "exact", "decides", "hybrid")
-"""What a class of optimizers may say of itself, as `OptimizerOptions` describes it."""
+TRAITS = ("splits_hidden", "zeroth", "exact", "selects", "hybrid")
+"""Class attributes of an optimizer that are copied to its options; see `OptimizerOptions`."""
 
-NOT_OPTIONS = {"self", "params", "maximize", "capturable", "differentiable", "kwargs"}
+EXCLUDED_ARGUMENTS = {"self", "params", "maximize", "capturable", "differentiable", "kwargs"}
 
 
 class ConstructorOptions(OptimizerOptions):
-    """The options of an optimizer of the user's, whose constructor is asked whether it takes them."""
+    """The options of a user's optimizer, validated by its constructor."""
 
     constructor: ClassVar[type[Optimizer]]
 
     @model_validator(mode="after")
     def _accepted(self) -> Self:
-        self._tried(self.name, {})
+        self._try_construct(self.name, {})
         return self
 
     def _shared_options(self) -> Set[str]:
         own = type(self).model_fields.keys() - OptimizerOptions.model_fields.keys()
-        return own - self._tried(self.name, {}).defaults.keys()
+        return own - self._try_construct(self.name, {}).defaults.keys()
 
     def _check_rule(self, where: str, own: Mapping[str, Any]) -> None:
-        self._tried(f"{where}: {self.name}", own)
+        self._try_construct(f"{where}: {self.name}", own)
 
-    def _tried(self, what: str, changes: Mapping[str, Any]) -> Optimizer:
-        """Return an optimizer of a small parameter with some options changed, to see whether it takes them."""
+    def _try_construct(self, what: str, changes: Mapping[str, Any]) -> Optimizer:
+        """Construct the optimizer on a small parameter with some options changed, to validate them."""
         parameters = [nn.Parameter(torch.zeros(2, 2))]
         try:
             return _construct(self.constructor, what, parameters, {**self.arguments(), **changes})
@@ -53,32 +53,32 @@ class ConstructorOptions(OptimizerOptions):
 
 
 @cache  # equal recipes need equal classes
-def options_of_optimizer(constructor: Any) -> type[OptimizerOptions]:
-    """Return the options of an optimizer: the keyword arguments of its constructor, with their defaults.
+def options_from_constructor(constructor: Any) -> type[OptimizerOptions]:
+    """Return a class of options from the keyword arguments of an optimizer's constructor.
 
     Raises:
-        RecipeError: `constructor` is not an optimizer class.
+        RecipeError: `constructor` is not a class of `torch.optim.Optimizer`.
     """
     if not (isinstance(constructor, type) and issubclass(constructor, Optimizer)):
         raise RecipeError(f"optimizer.name: expected a class of torch.optim.Optimizer; got {constructor!r}")
     fields: dict[str, Any] = {}
     for argument in inspect.signature(constructor).parameters.values():
-        if argument.name not in NOT_OPTIONS:
+        if argument.name not in EXCLUDED_ARGUMENTS:
             fields[argument.name] = (_type_of(argument), argument.default)
     options = create_model(f"{constructor.__name__}Options", __base__=ConstructorOptions, **fields)
     options.constructor = constructor
     options.fuses = constructor in FUSED
-    options.averages = averages(constructor)
+    options.averages = averages_weights(constructor)
     for trait in TRAITS:
         setattr(options, trait, bool(getattr(constructor, trait, False)))
     return with_rules(options)
 
 
 def make_optimizer(constructor: type[Optimizer], options: OptimizerOptions, module: nn.Module) -> Optimizer:
-    """Return the optimizer of the trainable parameters of `module`, in the groups of `parameter_groups`.
+    """Construct an optimizer of the trainable parameters of a module, in the groups of `parameter_groups`.
 
     Raises:
-        RecipeError: the constructor refuses its arguments, or a rule of `options.groups` fits no parameter.
+        RecipeError: the constructor refuses its arguments, or a rule of `options.groups` matches no parameter.
     """
     arguments = options.arguments()
     groups = parameter_groups(
@@ -90,12 +90,12 @@ def make_optimizer(constructor: type[Optimizer], options: OptimizerOptions, modu
     )
     optimizer = _construct(constructor, options.name, groups, arguments)
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # what a schedule multiplies
+        group["initial_lr"] = group["lr"]  # which a schedule multiplies
     return optimizer
 
 
 def state_by_name(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """Return the optimizer's state with each parameter's entries under the parameter's name."""
+    """Return an optimizer's state and groups with names in place of parameters."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     return {
         "state": {names[parameter]: dict(entries) for parameter, entries in optimizer.state.items()},
@@ -108,11 +108,10 @@ def state_by_name(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
 def load_state_by_name(
     optimizer: Optimizer, module: nn.Module, saved: Mapping[str, Any], options: OptimizerOptions
 ) -> None:
-    """Put what `state_by_name` returned back.
+    """Load what `state_by_name` returned.
 
-    Hyper-parameters that the recipe sets keep the recipe's values, so a run can be resumed with others, and in other
-    groups; whatever else the optimizer keeps in its groups (an estimated distance, a count) comes from `saved`: from
-    the group that a group's first parameter was in.
+    Hyperparameters keep the recipe's values, so a run can be resumed with others and in other groups. Other entries of
+    a group (an estimated distance, a count) come from the saved group of its first parameter.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
     standard = optimizer.state_dict()
@@ -128,7 +127,7 @@ def load_state_by_name(
 
 
 def state_bytes(optimizer: Optimizer, module: nn.Module) -> dict[str, int]:
-    """Return how many bytes of the optimizer's state each parameter has, by its name; none before the first step."""
+    """Return name -> bytes of optimizer state of each parameter; 0 before the first step."""
     return {
         name: sum(entry.nbytes for entry in optimizer.state.get(parameter, {}).values() if isinstance(entry, Tensor))
         for name, parameter in module.named_parameters()
@@ -137,13 +136,13 @@ def state_bytes(optimizer: Optimizer, module: nn.Module) -> dict[str, int]:
 
 def _construct(constructor: type[Optimizer], name: str, params: Any, arguments: dict[str, Any]) -> Optimizer:
     try:
-        return eager(constructor)(params, **arguments)
+        return without_compiler(constructor)(params, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{name} refuses its options: {error}") from error
 
 
 def _type_of(argument: inspect.Parameter) -> Any:
-    """Return the type to check an option against: that of its default; a number is a float unless it says int."""
+    """Return the type of an option: that of its default; numbers are floats unless annotated as int."""
     default = argument.default
     if default is inspect.Parameter.empty or default is None:
         return Any

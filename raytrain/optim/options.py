@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationError, create_model, model_validator
 
-from raytrain.recipe import Options, Section, explain
+from raytrain.recipe import Options, Section, explain_errors
 
 OPTIMIZERS: dict[str, str] = {
     "sgd": "torch.optim:SGD Stochastic gradient descent, with momentum or Nesterov's (Sutskever et al. 2013).",
@@ -32,7 +32,7 @@ OPTIMIZERS: dict[str, str] = {
     "fira": "raytrain.optim.galore:Fira",
 }
 
-ZEROTH: dict[str, str] = {
+ZEROTH_ORDER: dict[str, str] = {
     "zo-sgd": "raytrain.zeroth.optimizers:ZOSGD",
     "zo-sgd-sign": "raytrain.zeroth.optimizers:ZOSign",
     "zo-sgd-conservative": "raytrain.zeroth.optimizers:ZOConservative",
@@ -43,17 +43,17 @@ ZEROTH: dict[str, str] = {
 }
 """Optimizers that take slopes along directions, and no gradients."""
 
-ALL = OPTIMIZERS | ZEROTH
+ALL_OPTIMIZERS = OPTIMIZERS | ZEROTH_ORDER
 
-WHOLE = frozenset({"lamb", "prodigy", "sgdsai", "muon", "galore", "fira"})
+NOT_ELEMENTWISE = frozenset({"lamb", "prodigy", "sgdsai", "muon", "galore", "fira"})
 """Optimizers that look at a parameter as a whole: on shards of it they take other steps. All others go by elements."""
 
-ONE_RATE = frozenset({"prodigy"})
+SINGLE_LR = frozenset({"prodigy"})
 """Optimizers that find one learning rate for all parameters, which no group can have apart."""
 
 
 class GroupRule(Section):
-    """How to treat some parameters. Each field beyond these is an option of the optimizer, set for them alone.
+    """A rule for some parameters; fields beyond these are options of the optimizer for them.
 
     Attributes:
         match: which parameters, as a pattern of their names ("*.embed*", "layers.[01].*"); a parameter follows the
@@ -93,7 +93,7 @@ class OptimizerOptions(Options):
     """Whether it takes slopes along directions, and no gradients."""
     exact: ClassVar[bool] = False
     """Whether these slopes are derivatives, and not differences."""
-    decides: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
     """Whether it decides by a loss which way to go."""
     hybrid: ClassVar[bool] = False
     """Whether it takes slopes for some of the parameters, and gradients for others."""
@@ -113,7 +113,7 @@ class OptimizerOptions(Options):
     def _rules_fit(self) -> Self:
         for place, rule in enumerate(self.groups):
             where, own = f"groups.{place} (match = {rule.match!r})", rule.options()
-            if self.name in ONE_RATE and (rule.lr_scale != 1 or "lr" in own):
+            if self.name in SINGLE_LR and (rule.lr_scale != 1 or "lr" in own):
                 raise ValueError(f"{where}: {self.name} finds one learning rate for all parameters; leave lr_scale out")
             if fixed := sorted(own.keys() & self._shared_options()):
                 raise ValueError(
@@ -131,12 +131,12 @@ class OptimizerOptions(Options):
         try:
             type(self).model_validate({**self.model_dump(exclude={"groups"}), **own})
         except ValidationError as error:
-            raise ValueError(f"{where}: {explain(error)}") from None
+            raise ValueError(f"{where}: {explain_errors(error)}") from None
 
 
 @cache  # equal recipes need equal classes
 def with_rules(options: type[OptimizerOptions]) -> type[OptimizerOptions]:
-    """Return options whose `groups` are rules that take, each for its parameters, any option of the optimizer."""
+    """Return options whose `groups` are rules with any option of the optimizer."""
     own = {name: field for name, field in options.model_fields.items() if name not in OptimizerOptions.model_fields}
     fields: dict[str, Any] = {name: (field.rebuild_annotation() | None, None) for name, field in own.items()}
     if options.splits_hidden:
@@ -146,5 +146,5 @@ def with_rules(options: type[OptimizerOptions]) -> type[OptimizerOptions]:
 
 
 def is_elementwise(name: str) -> bool:
-    """Return whether an optimizer steps on each number of a parameter by itself, and so on shards as on the whole."""
-    return name in OPTIMIZERS and name not in WHOLE
+    """Return whether an optimizer updates elements independently, and so shards like whole tensors."""
+    return name in OPTIMIZERS and name not in NOT_ELEMENTWISE

@@ -1,4 +1,4 @@
-"""Optimizers that step one parameter after the other."""
+"""Base class of optimizers that update one parameter at a time."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -9,19 +9,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class OneByOne(ABC, Optimizer):
-    """An optimizer that steps on one parameter after the other."""
+class PerParameterOptimizer(ABC, Optimizer):
+    """An optimizer that updates each parameter independently of the others."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a step."""
+        """Update all parameters that have a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.move(parameter, parameter.grad, group)
+                    self.step_parameter(parameter, parameter.grad, group)
         return loss
 
     @abstractmethod
-    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Step on one parameter of a group."""
+    def step_parameter(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter of a group."""

@@ -1,24 +1,24 @@
-"""SGD-SaI."""
+"""SGD-SaI: SGD with a learning rate for each parameter from its first gradient."""
 
 from typing import Any
 
 from torch import Tensor
 
-from raytrain.optim.per_parameter import OneByOne
+from raytrain.optim.per_parameter import PerParameterOptimizer
 
 
-class SGDSaI(OneByOne):
-    """SGD with momentum and a rate for each parameter from its first gradient's signal-to-noise ratio (Xu et al. 2024).
+class SGDSaI(PerParameterOptimizer):
+    """SGD with momentum and lr scaled by the gradient's signal-to-noise ratio (Xu et al. 2024).
 
-    The ratio is the norm of the gradient over the standard deviation of its entries, which is about the square root of
-    their number. It is taken from the first gradient that is not zero; a parameter of one entry has the ratio 1. Ours
-    and not that of pytorch_optimizer, which takes the mere norm for vectors: their rate then depends on the scale of
-    the loss, and a clipped gradient all but freezes them.
+    m <- momentum * m + (1 - momentum) * g;  w <- w - lr * r * m, with r = norm(g_1) / (std(g_1) + eps).
+    g_1 is the first non-zero gradient; r is about the square root of the number of elements, and 1 for one element. It
+    replaces pytorch_optimizer's SGDSaI, which uses norm(g_1) for vectors: their rate then depends on the scale of the
+    loss, and a clipped gradient nearly freezes them.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
-        momentum: share of the old momentum, which starts as the first gradient.
+        momentum: decay of the momentum, which starts as g_1.
         weight_decay: decoupled, in units of lr.
         eps: added to the standard deviation.
     """
@@ -33,8 +33,8 @@ class SGDSaI(OneByOne):
             )
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps})
 
-    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Step on one parameter of a group."""
+    def step_parameter(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter of a group."""
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         state = self.state[parameter]
         if not state:

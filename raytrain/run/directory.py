@@ -1,4 +1,4 @@
-"""A run's folder: who may write there, and what is in it beside the checkpoints."""
+"""The folder of a run: locks, and all files but the checkpoints."""
 
 import fcntl
 import logging
@@ -20,9 +20,9 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.files import append_line, make_folder, write_whole
+from raytrain.files import append_line, make_folder, write_atomic
 from raytrain.json_files import read_json, read_rows, to_json
-from raytrain.kinds import kind_points, load_kind
+from raytrain.kinds import kind_entry_points, load_kind
 from raytrain.run.result import Result
 
 logger = logging.getLogger(__name__)
@@ -58,20 +58,20 @@ class RestartRow(TypedDict):
     workers: dict[str, str]
 
 
-ROWS: dict[str, Any] = {"metrics.jsonl": MetricsRow, "attempts.jsonl": AttemptRow, "restarts.jsonl": RestartRow}
-"""What a file's rows must have; those of other files are any JSON objects."""
+ROW_TYPES: dict[str, Any] = {"metrics.jsonl": MetricsRow, "attempts.jsonl": AttemptRow, "restarts.jsonl": RestartRow}
+"""Types of rows by file; rows of other files are any JSON objects."""
 
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a run ended where starting its workers again would not help.
+    """A failure of a run that a restart would repeat.
 
     Attributes:
         message: for the user.
         exit_status: of the command.
-        trace: where in the code, if it is code that failed.
-        host: the machine that it failed on.
+        trace: traceback, if code failed.
+        host: on which it failed.
     """
 
     message: str
@@ -81,20 +81,20 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
-    """What training leaves in a run's folder.
+class RunSnapshot:
+    """Traces of training in a run's folder.
 
     Attributes:
-        attempts: how often workers found that the recipe fits and began.
-        restarts: how often they had to be started again.
-        checkpoints: their names.
+        attempts: number of attempts that started to train.
+        restarts: number of restarts.
+        checkpoints: names.
     """
 
     attempts: int
     restarts: int
     checkpoints: frozenset[str]
 
-    def trained(self, before: "Trace") -> bool:
+    def has_trained_since(self, before: "RunSnapshot") -> bool:
         """Return whether there was training since `before`."""
         return self.restarts > before.restarts or self.checkpoints != before.checkpoints
 
@@ -103,7 +103,7 @@ class RunDirectory:
     """The files of a run.
 
     Args:
-        path: the folder, absolute; workers on all machines must see it.
+        path: absolute path of the folder, which workers on all machines must see.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,8 +120,8 @@ class RunDirectory:
         self._stop = path / "stop"
 
     @contextmanager
-    def opened(self, *, resume: bool) -> Iterator[None]:
-        """Hold the folder as the only command that uses it.
+    def session(self, *, resume: bool) -> Iterator[None]:
+        """Lock the folder for this command.
 
         A new run that is refused or interrupted leaves nothing behind, as long as there is nothing in its folder but
         what every run begins with. With one file more, of whatever kind of run, all of it stays.
@@ -145,11 +145,11 @@ class RunDirectory:
                     self._discard(new)
                 raise
 
-    def begin(self, recipe: str) -> None:
-        """Make the folder ready for the workers: what an earlier attempt asked for or ended with is forgotten.
+    def prepare(self, recipe: str) -> None:
+        """Prepare the folder for the workers: remove stop requests and failures of earlier attempts.
 
         Args:
-            recipe: TOML to leave beside a new run; that of a resumed run stays until it is known to fit.
+            recipe: TOML of a new run; that of a resumed run stays until the new one is known to fit.
 
         Raises:
             RecipeError: the folder cannot be written.
@@ -160,30 +160,30 @@ class RunDirectory:
                 leftover.unlink(missing_ok=True)
             if not self.recipe.is_file():
                 self.write_recipe(recipe)
-            write_whole(self._reserve, bytes(RESERVE_BYTES))
+            write_atomic(self._reserve, bytes(RESERVE_BYTES))
 
     def write_recipe(self, recipe: str) -> None:
         """Write `recipe.toml`, headed by the versions that run it: ours, and what its kind requires."""
         kind = tomllib.loads(recipe).get("kind")
-        requires = load_kind(kind).requires if kind in kind_points() else ()
-        write_whole(self.recipe, f"# {versions(requires)}\n{recipe}".encode())
+        requires = load_kind(kind).requires if kind in kind_entry_points() else ()
+        write_atomic(self.recipe, f"# {package_versions(requires)}\n{recipe}".encode())
 
-    def announce(self, recipe: str, step: int, workers: list[dict[str, Any]]) -> None:
-        """Note who trains from which step, by a recipe that fits the run: what there was of another can go.
+    def record_attempt(self, recipe: str, step: int, workers: list[dict[str, Any]]) -> None:
+        """Record an attempt whose recipe fits the run: its recipe replaces the old one, and an old result is removed.
 
         Args:
             recipe: TOML.
-            step: where they begin.
-            workers: what there is to say of each.
+            step: first step.
+            workers: process and host of each.
         """
         self.write_recipe(recipe)
         self.result.unlink(missing_ok=True)
         self.append(self.attempts, {"time": time.time(), "from_step": step, "workers": workers})
 
-    def trace(self) -> "Trace":
-        """Return what tells whether there was training."""
+    def snapshot(self) -> "RunSnapshot":
+        """Return a snapshot, to tell later whether there was training."""
         checkpoints = [path.name for path in self.checkpoints.glob("step-*")]
-        return Trace(len(rows(self.attempts)), len(rows(self.restarts)), frozenset(checkpoints))
+        return RunSnapshot(len(read_jsonl(self.attempts)), len(read_jsonl(self.restarts)), frozenset(checkpoints))
 
     def _check(self, resume: bool) -> None:
         if resume and not self.recipe.is_file():
@@ -208,10 +208,10 @@ class RunDirectory:
             raise RecipeError(f"--out: cannot write to {self.path}: {error.strerror}") from error
 
     def _discard(self, new: Iterable[Path]) -> None:
-        """Remove a run that has not begun: files by name, and folders that are empty then.
+        """Remove a run that has not started: its files by name, and then empty folders.
 
         Args:
-            new: folders that were made for it, the inner ones first.
+            new: folders that were created for it, the inner ones first.
         """
         files = [self.recipe, self.attempts, self._failure, self._reserve, self._stop, self.checkpoints / RAY_MARK]
         files += [self._lock(who) for who in ("command", "worker")]
@@ -225,7 +225,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self, who: str, wait_seconds: float) -> Iterator[None]:
-        """Hold the run as its only `who` ("command" or "worker"); the lock ends with the process.
+        """Lock the run for its `who` ("command" or "worker"); the lock ends with the process.
 
         Raises:
             RecipeError: another process holds it and does not let go within `wait_seconds`.
@@ -234,7 +234,7 @@ class RunDirectory:
             file = self._lock(who).open("a+")
         with file:
             give_up = time.monotonic() + wait_seconds
-            while not _take(file):
+            while not _try_lock(file):
                 if time.monotonic() > give_up:
                     file.seek(0)
                     holder = file.read() or "?"
@@ -246,20 +246,20 @@ class RunDirectory:
             yield
 
     def request_stop(self) -> None:
-        """Ask the workers to save and end after the step they are at."""
+        """Request the workers to checkpoint and end after the current step."""
         self._stop.touch()
 
     def stop_requested(self) -> bool:
-        """Return whether they were asked to."""
+        """Return whether a stop was requested."""
         return self._stop.exists()
 
     def record_failure(self, error: BaseException, worker: int) -> bool:
-        """Leave word of why the run ends here, for the other workers and for the command; the first word stays.
+        """Record a failure for the other workers and the command; the first one stays.
 
-        On a full disk there is room for it, because some was kept.
+        On a full disk, a reserve of space is freed for it.
 
         Returns:
-            Whether there is word; a machine that does not see the folder cannot leave any.
+            Whether a failure is recorded; a machine that does not see the folder cannot record one.
         """
         if not self.path.is_dir():
             return False
@@ -271,11 +271,11 @@ class RunDirectory:
             lines = "".join(traceback.format_exception(error))
             failure = Failure(f"worker {worker}: {type(error).__name__}: {error}", trace=lines, host=host)
         if not self._failure.exists():
-            write_whole(self._failure, to_json(asdict(failure)).encode())
+            write_atomic(self._failure, to_json(asdict(failure)).encode())
         return True
 
     def failure(self, wait_seconds: float = 0.0) -> Failure | None:
-        """Return what `record_failure` left, waiting for it a little; it says where, unless on this machine.
+        """Return the recorded failure, after waiting for up to `wait_seconds`; its message names another host.
 
         Raises:
             TrainingError: the file is damaged.
@@ -286,19 +286,19 @@ class RunDirectory:
                 return None
             time.sleep(0.05)
         failure = read_json(self._failure, Failure)
-        return replace(failure, message=failure.message + elsewhere(failure.host))
+        return replace(failure, message=failure.message + host_suffix(failure.host))
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`."""
-        write_whole(self.result, to_json(asdict(result), indent=2).encode() + b"\n")
+        write_atomic(self.result, to_json(asdict(result), indent=2).encode() + b"\n")
 
     def append(self, file: Path, row: dict[str, Any]) -> None:
-        """Add a line to one of the ``.jsonl`` files; it is on the disk when this returns."""
+        """Append a row to one of the ``.jsonl`` files, and flush it to disk."""
         append_line(file, to_json(row))
 
 
-def _take(file: IO[str]) -> bool:
-    """Lock a file if nobody else holds it."""
+def _try_lock(file: IO[str]) -> bool:
+    """Lock a file, unless another process holds it; return whether it worked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -306,12 +306,12 @@ def _take(file: IO[str]) -> bool:
     return True
 
 
-def elsewhere(host: str) -> str:
-    """Return " (on HOST)", for the end of a message, unless that is this machine or not known."""
+def host_suffix(host: str) -> str:
+    """Return " (on HOST)" for the end of a message; "" for this machine or an unknown host."""
     return f" (on {host})" if host not in ("", socket.gethostname()) else ""
 
 
-def versions(requires: Iterable[str] = ()) -> str:
+def package_versions(requires: Iterable[str] = ()) -> str:
     """Return what a run was made with, as "raytrain 0.1.0, ray 2.55.1, ...".
 
     Args:
@@ -328,14 +328,14 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def rows(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``.jsonl`` file; lines that are none are left out, and said once.
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a ``.jsonl`` file; damaged lines are skipped with a warning.
 
-    A last line that has no end is being written, or was when its process was killed.
+    A last line without an end is being written, or was when its process was killed.
     """
     if not file.is_file():
         return []
-    found, damaged = read_rows(file, ROWS.get(file.name, dict[str, Any]))
+    found, damaged = read_rows(file, ROW_TYPES.get(file.name, dict[str, Any]))
     if damaged:
         _warn_of_damage(file, damaged)
     return found

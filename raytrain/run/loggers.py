@@ -1,4 +1,4 @@
-"""Loggers by name: what takes the rows of ``metrics.jsonl`` too, to show them."""
+"""Loggers by name, which get the rows of ``metrics.jsonl``."""
 
 import importlib.util
 import os
@@ -13,15 +13,15 @@ from typing import Any, ClassVar, Protocol
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.extensions import ExtensionPoint
-from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import read_json, to_json
 from raytrain.recipe import dotted_fields, read_toml
-from raytrain.run.directory import rows
+from raytrain.run.directory import read_jsonl
 
 LOGGERS: dict[str, str] = {
-    "tensorboard": "raytrain.run.loggers:TensorBoard",
-    "mlflow": "raytrain.run.loggers:Mlflow",
-    "wandb": "raytrain.run.loggers:WandB",
+    "tensorboard": "raytrain.run.loggers:TensorBoard TensorBoard event files, in tensorboard/ of the run.",
+    "mlflow": "raytrain.run.loggers:Mlflow MLflow: mlflow.db of the run, or the server of MLFLOW_TRACKING_URI.",
+    "wandb": "raytrain.run.loggers:WandB Weights & Biases: its server, or offline in wandb/ of the run.",
 }
 
 LOGGER = ExtensionPoint(
@@ -32,26 +32,26 @@ LOGGER = ExtensionPoint(
 )
 PROJECT = "raytrain"
 PARAMETER_CHARACTERS = 6000
-"""The longest value of a parameter that MLflow takes."""
+"""MLflow's limit on the value of a parameter."""
 
 
 class Logger(Protocol):
-    """Something that takes the rows of ``metrics.jsonl`` too.
+    """Receives the rows of ``metrics.jsonl``.
 
     It is made with (the run's folder, the step it resumes at), when that file ends where training resumes.
     """
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row: "step" and other numbers, or dicts of numbers."""
+        """Log a row: "step" and other numbers, or dicts of numbers."""
         ...
 
     def close(self, failed: bool) -> None:
-        """Write what is left of an attempt that failed, or came to its end, or was asked to stop."""
+        """Flush, and mark the attempt as failed or finished."""
         ...
 
 
 def check_logger(name: str) -> None:
-    """Check that there is a logger of this name; one of the user's is not imported.
+    """Check that a logger exists; one of the user's is not imported.
 
     Raises:
         RecipeError: there is none, or a package that it needs is not installed.
@@ -63,7 +63,7 @@ def check_logger(name: str) -> None:
 
 
 def logger_class(name: str) -> Callable[[Path, int], Logger]:
-    """Return the logger that `name` stands for.
+    """Return the class of a logger.
 
     Raises:
         RecipeError: there is none, or a package that it needs is not installed.
@@ -75,13 +75,13 @@ def logger_class(name: str) -> Callable[[Path, int], Logger]:
     return found
 
 
-def started(names: Iterable[str], folder: Path, step: int) -> dict[str, Logger]:
-    """Return new loggers by name.
+def start_loggers(names: Iterable[str], folder: Path, step: int) -> dict[str, Logger]:
+    """Start loggers, and return them by name.
 
     Args:
         names: in the table, or "module:attribute".
-        folder: the run's.
-        step: the step that training resumes at; 0: from the start.
+        folder: of the run.
+        step: at which training resumes; 0: from the start.
 
     Raises:
         TrainingError: one cannot start.
@@ -99,8 +99,8 @@ def started(names: Iterable[str], folder: Path, step: int) -> dict[str, Logger]:
     return loggers
 
 
-def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a row of training as "train/loss", or of one of an evaluation as "valid/loss"."""
+def flatten_row(row: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a row under flat names: "train/loss" of training, "valid/loss" of an evaluation."""
     parts = {name: value for name, value in row.items() if isinstance(value, dict)}
     if not parts:
         parts = {"train": {name: value for name, value in row.items() if name != "step"}}
@@ -136,9 +136,9 @@ class TensorBoard:
         self._append(Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row."""
+        """Log a row."""
         event = self._event(step=row["step"], wall_time=time.time())
-        for name, number in scalars(row).items():
+        for name, number in flatten_row(row).items():
             event.summary.value.add(tag=name, simple_value=number)
         self._append(event)
 
@@ -180,19 +180,19 @@ class Mlflow:
             self._client.update_run(self._run, status="RUNNING")
         else:
             self._run = self._created(folder, (folder / "mlflow-artifacts").as_uri() if uri == local else None)
-            write_whole(note, to_json({"uri": uri, "run": self._run}).encode())
+            write_atomic(note, to_json({"uri": uri, "run": self._run}).encode())
         self._last = {
             name: max(metric.step for metric in self._client.get_metric_history(self._run, name))
             for name in self._client.get_run(self._run).data.metrics
         }
-        for row in rows(folder / "metrics.jsonl"):  # what an attempt that lost its connection could not log
+        for row in read_jsonl(folder / "metrics.jsonl"):  # what an attempt that lost its connection could not log
             self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row."""
+        """Log a row."""
         from mlflow.entities import Metric  # noqa: PLC0415
 
-        new = {name: number for name, number in scalars(row).items() if row["step"] > self._last.get(name, -1)}
+        new = {name: number for name, number in flatten_row(row).items() if row["step"] > self._last.get(name, -1)}
         if new:
             now = int(time.time() * 1000)
             self._client.log_batch(self._run, [Metric(name, number, now, row["step"]) for name, number in new.items()])
@@ -234,7 +234,7 @@ class WandB:
 
         note = folder / "wandb.json"
         if not note.is_file():
-            write_whole(note, to_json({"id": uuid.uuid4().hex[:12]}).encode())
+            write_atomic(note, to_json({"id": uuid.uuid4().hex[:12]}).encode())
         name = read_json(note, dict[str, str])["id"]
         for earlier in (folder / "wandb").glob(f"offline-run-*-{name}"):
             shutil.rmtree(earlier)
@@ -254,16 +254,16 @@ class WandB:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")  # its own count of steps could not go back on a resume
         self._last = int(self._run.summary.get("step", -1))  # what the server has of a run that is resumed
-        for row in rows(folder / "metrics.jsonl"):
+        for row in read_jsonl(folder / "metrics.jsonl"):
             self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row."""
+        """Log a row."""
         if row["step"] > self._last:
-            self._run.log({"step": row["step"], **scalars(row)})
+            self._run.log({"step": row["step"], **flatten_row(row)})
 
     def close(self, failed: bool) -> None:
-        """Send what is left."""
+        """Flush, and finish the run."""
         self._run.finish(exit_code=int(failed))
 
 

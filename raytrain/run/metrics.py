@@ -1,27 +1,27 @@
-"""What the first worker writes while it trains: ``metrics.jsonl``, and the same to loggers."""
+"""Writing of metrics by the first worker: ``metrics.jsonl``, and loggers."""
 
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import to_json
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.run.loggers import started
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.loggers import start_loggers
 
 
-class Recorder:
-    """Writes rows, after dropping those that an interrupted attempt wrote beyond the checkpoint it resumes from.
+class MetricsWriter:
+    """Writes rows of metrics, after dropping those of an interrupted attempt that are newer than its checkpoint.
 
-    So an interrupted and resumed run leaves the rows that an uninterrupted one would. A logger that fails is left out
-    from there on, with a word on stderr: a lost connection must not end the training, and the rows are on the disk.
+    So an interrupted and resumed run has the rows of an uninterrupted one. A logger that fails gets no more rows, with
+    a message on stderr: a lost connection must not end the training, and all rows are in the file.
 
     Args:
-        run: the run.
-        step: the step that training resumes at; 0: from the start.
-        evaluated: the last step whose evaluation the checkpoint knows of.
-        loggers: names of what else takes the rows.
+        run: folder of the run.
+        step: at which training resumes; 0: from the start.
+        evaluated: step of the last evaluation in the checkpoint.
+        loggers: names of the loggers.
 
     Raises:
         RecipeError: there is no such logger, or it is not installed.
@@ -29,9 +29,9 @@ class Recorder:
     """
 
     def __init__(self, run: RunDirectory, step: int, evaluated: int, loggers: Iterable[str]) -> None:
-        kept = [row for row in rows(run.metrics) if row["step"] <= (evaluated if "valid" in row else step)]
-        write_whole(run.metrics, "".join(to_json(row) + "\n" for row in kept).encode())
-        self._loggers = started(loggers, run.path, step)
+        kept = [row for row in read_jsonl(run.metrics) if row["step"] <= (evaluated if "valid" in row else step)]
+        write_atomic(run.metrics, "".join(to_json(row) + "\n" for row in kept).encode())
+        self._loggers = start_loggers(loggers, run.path, step)
         self._path = run.metrics
         self._file = AppendOnlyFile(run.metrics)
 
@@ -46,15 +46,15 @@ class Recorder:
             self._try(name, partial(logger.write, row))
 
     def keep(self) -> None:
-        """Return when all rows so far are on the disk, as a checkpoint that counts on them asks for.
+        """Flush all rows to disk, before a checkpoint that relies on them.
 
         Raises:
-            TrainingError: they cannot be.
+            TrainingError: it fails.
         """
-        self._file.keep()
+        self._file.fsync()
 
     def close(self, failed: bool = False) -> None:
-        """Write what is left, and tell the loggers how the attempt ended."""
+        """Close the file, and the loggers with the outcome of the attempt."""
         self._file.close()
         for name, logger in list(self._loggers.items()):
             self._try(name, partial(logger.close, failed))

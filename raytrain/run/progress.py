@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: a progress bar there, plain lines elsewhere. It reads the run's files."""
+"""Progress of a run for the user, read from its files: a bar on a terminal, plain lines elsewhere."""
 
 import threading
 import time
@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain.json_files import parse_rows
-from raytrain.run.directory import ROWS, RunDirectory
+from raytrain.run.directory import ROW_TYPES, RunDirectory
 from raytrain.run.result import Result
 
-LOOK_SECONDS = 0.25
+REFRESH_SECONDS = 0.25
 LINE_SECONDS = 10.0
 
 
@@ -40,8 +40,8 @@ class Wording:
     columns: Callable[[Mapping[str, Any]], list[str]]
 
 
-class Display:
-    """Shows how a run goes.
+class ProgressDisplay:
+    """Shows the progress of a run.
 
     Args:
         run: the run's folder.
@@ -59,7 +59,7 @@ class Display:
         self._attempts = Tail(run.attempts, from_end=True)
         self._working = False
         self._step = 0
-        self._pace: tuple[float, float] = (0.0, 0.0)  # (steps, samples) per second
+        self._speed: tuple[float, float] = (0.0, 0.0)  # (steps, samples) per second
         self._last: dict[str, Any] = {}
         self._valid: Mapping[str, float] = {}
         self._next_line = 0.0
@@ -83,17 +83,17 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.stop()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line."""
         self._console.print(text, markup=False)
 
     def follow(self, ended: threading.Event) -> bool:
-        """Show progress until the run has ended; return False if it was interrupted twice and still goes on.
+        """Show progress until the run has ended; return False after a second Ctrl-C, while it still runs.
 
-        The first Ctrl-C asks the workers to save and end.
+        The first Ctrl-C asks the workers to checkpoint and end.
 
         Raises:
             KeyboardInterrupt: there are no workers yet, which may have to wait long for a place on a busy cluster.
@@ -101,10 +101,10 @@ class Display:
         asked = False
         while True:
             try:
-                if ended.wait(LOOK_SECONDS):
-                    self._look()
+                if ended.wait(REFRESH_SECONDS):
+                    self._poll()
                     return True
-                self._look()
+                self._poll()
             except KeyboardInterrupt:
                 self._working = self._working or bool(self._attempts.new())
                 if not self._working:
@@ -113,10 +113,10 @@ class Display:
                     return False
                 asked = True
                 self._run.request_stop()
-                self.say(f"stopping: {self._wording.on_stop}; Ctrl-C again ends them at once")
+                self.print(f"stopping: {self._wording.on_stop}; Ctrl-C again ends them at once")
 
     def finish(self, result: Result) -> None:
-        """Print how the run ended."""
+        """Print the result of the run."""
         self._bar.stop()
         table = Table.grid(padding=(0, 2))
         numbers = {**result.metrics, **result.references}
@@ -129,15 +129,15 @@ class Display:
             if figure:
                 table.add_row(name.replace("_", " "), f"{figure:,}")
         self._console.print(table)
-        self.say(f"run: {self._run.path}")  # not in the table, which cuts what is longer than the terminal is wide
+        self.print(f"run: {self._run.path}")  # not in the table, which cuts what is longer than the terminal is wide
         if result.status in ("interrupted", "failed") and result.checkpoint:
-            self.say(f"continue with: raytrain {self._wording.verb} {self._run.path} --resume")
+            self.print(f"continue with: raytrain {self._wording.verb} {self._run.path} --resume")
 
-    def _look(self) -> None:
-        """Take in what is new in the run's files."""
+    def _poll(self) -> None:
+        """Read new rows of the run's files."""
         for note in self._restarts.new():
             causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in sorted(note["workers"].items()))
-            self.say(f"{causes}; starting all workers again from the last checkpoint")
+            self.print(f"{causes}; starting all workers again from the last checkpoint")
         for row in self._metrics.new():
             if row["step"] < self._step:
                 continue  # done before, in an attempt that was interrupted
@@ -146,7 +146,7 @@ class Display:
                 self._valid = row["valid"]
                 self._line(row)
             else:
-                self._set_pace(row)
+                self._update_speed(row)
                 self._last = row
         if self._last:
             self._bar.start_task(self._task)
@@ -154,25 +154,25 @@ class Display:
         if not self._console.is_terminal and self._last and time.monotonic() > self._next_line:
             self._line(self._last)
 
-    def _set_pace(self, row: Mapping[str, Any]) -> None:
+    def _update_speed(self, row: Mapping[str, Any]) -> None:
         before = {**row, **self._last}
         steps, samples, seconds = (row.get(key, 0) - before.get(key, 0) for key in ("step", "samples", "seconds"))
         if seconds > 0:
             fresh = (steps / seconds, samples / seconds)
-            old = self._pace if self._pace[0] else fresh
-            self._pace = (0.9 * old[0] + 0.1 * fresh[0], 0.9 * old[1] + 0.1 * fresh[1])
+            old = self._speed if self._speed[0] else fresh
+            self._speed = (0.9 * old[0] + 0.1 * fresh[0], 0.9 * old[1] + 0.1 * fresh[1])
 
     def _line(self, row: Mapping[str, Any]) -> None:
         self._next_line = time.monotonic() + LINE_SECONDS
-        left = f"  {max(0, self._steps - row['step']) / self._pace[0]:.0f} s left" if self._pace[0] else ""
-        self.say(f"{self._wording.unit} {row['step']}/{self._steps}  {self._numbers()}{left}")
+        left = f"  {max(0, self._steps - row['step']) / self._speed[0]:.0f} s left" if self._speed[0] else ""
+        self.print(f"{self._wording.unit} {row['step']}/{self._steps}  {self._numbers()}{left}")
 
     def _numbers(self) -> str:
         parts = self._wording.columns(self._last)
         parts += [f"valid {name} {_number(value)}" for name, value in self._valid.items()]
-        if self._pace[0]:
-            samples = f"  {self._pace[1]:.0f} samples/s" if self._pace[1] else ""
-            parts.append(f"{self._pace[0]:.1f} {self._wording.unit}s/s{samples}")
+        if self._speed[0]:
+            samples = f"  {self._speed[1]:.0f} samples/s" if self._speed[1] else ""
+            parts.append(f"{self._speed[0]:.1f} {self._wording.unit}s/s{samples}")
         return "  ".join(parts)
 
 
@@ -181,11 +181,11 @@ def _number(value: float | None) -> str:
 
 
 class Tail:
-    """Reads the rows that are added to a ``.jsonl`` file, from the start again when the file is replaced.
+    """Reads rows as they are added to a ``.jsonl`` file, from the start again when the file is replaced.
 
     Args:
-        file: the file, which may not exist yet.
-        from_end: leave out what is in it already.
+        file: which may not exist yet.
+        from_end: skip the rows that are in it already.
     """
 
     def __init__(self, file: Path, *, from_end: bool = False) -> None:
@@ -194,7 +194,7 @@ class Tail:
         self._inode = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """Return the complete rows since the last call; lines that are none are left out, as by `RunDirectory.rows`."""
+        """Return the complete rows since the last call; damaged lines are skipped, as by `read_jsonl`."""
         try:
             with self._file.open("rb") as lines:
                 state = self._file.stat()
@@ -206,5 +206,5 @@ class Tail:
         except FileNotFoundError:
             return []
         self._place += len(complete) + len(newline)
-        found, _ = parse_rows(complete.splitlines(), ROWS.get(self._file.name, dict[str, Any]))
+        found, _ = parse_rows(complete.splitlines(), ROW_TYPES.get(self._file.name, dict[str, Any]))
         return found

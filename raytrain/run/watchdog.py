@@ -1,4 +1,4 @@
-"""Ending a process that hangs: Ray notices a worker that dies, and never one that stands still."""
+"""Watchdog of a worker process: launchers notice a process that dies, but not one that hangs."""
 
 import faulthandler
 import threading
@@ -10,28 +10,27 @@ from typing import Self
 
 
 class Watchdog:
-    """Ends this process if it shows no sign of progress for too long, and leaves its stack in a file.
+    """Kills this process if there is no heartbeat for `timeout_seconds`, and dumps its stack to a file.
 
-    A thread winds a clock at every sign of progress. The clock itself runs in C, so a process that holds the
-    interpreter's lock is ended too.
+    A thread resets a timer after heartbeats. The timer runs in C, so a process that holds the GIL is killed too.
 
     Args:
-        file: where the stack goes; gone afterwards if there was no need for it.
-        timeout_seconds: how long is too long.
-        waiting: returns whether the process stands still because it waits for others, who have their own watchdogs.
+        file: for the stack; removed afterwards if it is empty.
+        timeout_seconds: without a heartbeat.
+        is_waiting: returns whether the process is blocked in a collective; its peers have their own watchdogs.
     """
 
-    def __init__(self, file: Path, timeout_seconds: float, waiting: Callable[[], bool]) -> None:
+    def __init__(self, file: Path, timeout_seconds: float, is_waiting: Callable[[], bool]) -> None:
         self._path = file
         self._tick_seconds = min(1.0, timeout_seconds / 8)
         self._clock_seconds = timeout_seconds - 2 * self._tick_seconds  # so that the end comes within timeout_seconds
-        self._waiting = waiting
-        self._moved = False
+        self._is_waiting = is_waiting
+        self._alive = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        """Start to watch."""
+        """Start the watchdog."""
         self._file = self._path.open("a")
         self._wind()
         self._thread.start()
@@ -40,7 +39,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Watch no longer."""
+        """Stop the watchdog."""
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -48,14 +47,14 @@ class Watchdog:
         if self._path.stat().st_size == 0:
             self._path.unlink()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Show a sign of progress."""
-        self._moved = True
+        self._alive = True
 
     def _watch(self) -> None:
         while not self._ended.wait(self._tick_seconds):
-            if self._moved or self._waiting():
-                self._moved = False
+            if self._alive or self._is_waiting():
+                self._alive = False
                 self._wind()
 
     def _wind(self) -> None:
@@ -63,12 +62,12 @@ class Watchdog:
 
 
 def hang_file(path: Path, rank: int) -> Path:
-    """Return where in a run's folder the stack of a hanging worker goes."""
+    """Return the file in a run's folder for the stack of a hanging worker."""
     return path / f"hang-worker-{rank}.txt"
 
 
 def kept_stack(path: Path, rank: int) -> Path | None:
-    """Return where the stack is that a worker left when it hung, from now on; None if it left none."""
+    """Rename and return the stack file of a worker that hung; None without one."""
     hang = hang_file(path, rank)
     if not hang.exists() or hang.stat().st_size == 0:
         return None

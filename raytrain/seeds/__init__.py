@@ -1,1 +1,1 @@
-"""Directions named by a number: streams of signs or normal numbers, and all that is built from sums of them."""
+"""Random directions named by seeds: noise generators, sums over seeds, models as such sums."""

@@ -1,4 +1,4 @@
-"""The space that directions lie in: which parameters they move, how far, and which of their elements."""
+"""Random directions in parameter space, each named by a 64-bit seed: z(seed) over some parameters."""
 
 import hashlib
 import json
@@ -11,25 +11,26 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import RecipeError
-from raytrain.seeds.kernels.kernel import Drawn, Kernel, fastest
-from raytrain.seeds.prng import Mode, identity
-from raytrain.tensors import digest_of
+from raytrain.seeds.kernels.kernel import Kernel, ScaledDirection, fastest_kernel
+from raytrain.seeds.prng import Distribution, parameter_id
+from raytrain.tensors import tensor_digest
 
-PIECE = 1 << 16
-"""Elements at a time where numbers are kept for more than the kernel itself: these stay in a processor's cache."""
+TILE_ELEMENTS = 1 << 16
+"""Elements per tile where noise is materialised outside of a kernel: a tile stays in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One parameter.
+class ParameterSlice:
+    """A parameter, or a contiguous shard of one, and the scale of directions in it.
 
     Attributes:
-        name: by which its numbers are drawn.
-        tensor: its values, contiguous; or those of a shard of it that is contiguous in the whole.
-        scale: how much longer directions are here than elsewhere.
-        mask: which elements they move, bool, of the same shape; None: all.
-        block: which of the space's blocks it is in.
-        start: the flat position in the whole parameter of the first element that is here.
+        name: the parameter's name; its noise depends on it.
+        tensor: its values, contiguous; for a shard, contiguous in the whole parameter too.
+        scale: factor of the noise in this parameter.
+        mask: bool, like `tensor`; True where directions are non-zero. None: everywhere.
+        block: index of its block, in [0, block_count).
+        offset: flat index of `tensor`'s first element in the whole parameter.
+        parameter_id: 64-bit hash of the name.
     """
 
     name: str
@@ -37,217 +38,233 @@ class Part:
     scale: float = 1.0
     mask: Tensor | None = None
     block: int = 0
-    start: int = 0
-    identity: int = field(init=False)
+    offset: int = 0
+    parameter_id: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Find the number that stands for the name."""
-        object.__setattr__(self, "identity", identity(self.name))
+        """Hash the name."""
+        object.__setattr__(self, "parameter_id", parameter_id(self.name))
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
-    """Some parameters, and what a seed stands for in them.
+class Directions:
+    """Maps a seed to a random direction z(seed) over a set of parameters.
+
+    In parameter p, z(seed) = scale_p * mask_p * noise(seed, name of p) if block_p = seed mod block_count, and 0 else.
 
     Attributes:
-        parts: of one device.
-        mode: of the numbers.
-        kernel: draws them.
-        blocks: into how many the parts are put; a seed moves the block seed % blocks, and nothing else.
-        read_only: whether the parameters are never written to, as those of a file that is mapped to memory.
+        slices: the parameters, all on one device.
+        distribution: of the noise.
+        kernel: generates the noise.
+        block_count: number of blocks of parameters; a direction is non-zero in one block only.
+        read_only: whether writing to the parameters is refused, for weights that are mapped from a file.
     """
 
-    parts: tuple[Part, ...]
-    mode: Mode
+    slices: tuple[ParameterSlice, ...]
+    distribution: Distribution
     kernel: Kernel
-    blocks: int = 1
+    block_count: int = 1
     read_only: bool = False
 
     @classmethod
     def of(
         cls,
         named: Mapping[str, Tensor],
-        mode: Mode = "rademacher",
+        distribution: Distribution = "rademacher",
         *,
         scales: Mapping[str, float] | None = None,
         sparsity: float = 0.0,
         blocks: Mapping[str, int] | None = None,
-        starts: Mapping[str, int] | None = None,
+        offsets: Mapping[str, int] | None = None,
         kernel: Kernel | None = None,
     ) -> Self:
-        """Return the space of some tensors.
+        """Return the directions over named tensors.
 
         Args:
-            named: name -> tensor; one that comes again under another name (tied weights) is taken once, by the first.
-            mode: "rademacher" or "gaussian".
-            scales: name -> how much longer directions are there; default: 1.
-            sparsity: the share of each tensor of two or more dimensions, the elements of largest magnitude now, that
-                stands still (Liu et al. 2025, Sparse-MeZO). The mask follows from the initial weights alone, so who
-                has these has the mask.
-            blocks: name -> its block, counted from 0; default: all are in one.
-            starts: name -> where in the whole parameter the tensor starts, if it is a shard of it; default: 0.
+            named: name -> tensor. A tensor under a second name (tied weights) counts once, under its first name.
+            distribution: "rademacher" or "gaussian".
+            scales: name -> factor of the noise; default: 1.
+            sparsity: fraction of each matrix that is masked, in [0, 1): the elements of largest magnitude at this time.
+                Only the initial weights are needed to compute the mask again.
+            blocks: name -> index of its block; default: one block.
+            offsets: name -> flat index of the tensor's first element, for a shard of a parameter; default: 0.
             kernel: default: the fastest for the device.
 
         Raises:
-            RecipeError: there is no tensor, they are on different devices, or one is not contiguous; two share some
-                memory and are not one tensor; or there are shards and sparsity, for which the whole parameter would
-                have to be looked at.
+            RecipeError: there is no tensor; tensors are on different devices, not contiguous, or overlap in memory; or
+                shards come with sparsity, whose mask needs the whole parameter.
+
+        Source: Liu et al. 2025, Sparse-MeZO (the mask).
         """
-        if sparsity and starts:
-            raise RecipeError("zo.sparsity: expected 0 with shards of parameters, which do not know the largest")
+        if sparsity and offsets:
+            raise RecipeError(
+                "zo.sparsity: expected 0 with shards of parameters: the mask of the largest elements needs "
+                "whole parameters"
+            )
         once: dict[tuple[int, ...], tuple[str, Tensor]] = {}
         for name, tensor in named.items():
-            once.setdefault(place_of(tensor, tensor), (name, tensor))
+            once.setdefault(memory_key(tensor, tensor), (name, tensor))
         tensors = {name: tensor.detach() for name, tensor in once.values()}
-        device = _device_of(tensors)
-        parts = tuple(
-            Part(
+        device = _common_device(tensors)
+        slices = tuple(
+            ParameterSlice(
                 name,
                 tensor,
                 (scales or {}).get(name, 1.0),
-                small_elements(tensor, sparsity),
+                sparse_mask(tensor, sparsity),
                 (blocks or {}).get(name, 0),
-                (starts or {}).get(name, 0),
+                (offsets or {}).get(name, 0),
             )
             for name, tensor in tensors.items()
         )
-        return cls(parts, mode, kernel or fastest(device.type), 1 + max(part.block for part in parts))
+        block_count = 1 + max(part.block for part in slices)
+        return cls(slices, distribution, kernel or fastest_kernel(device.type), block_count)
 
-    def over(self, tensors: Mapping[str, Tensor], *, read_only: bool = False) -> Self:
-        """Return the same directions over other tensors, as over first weights that a file holds.
+    def with_tensors(self, tensors: Mapping[str, Tensor], *, read_only: bool = False) -> Self:
+        """Return the same directions over other tensors, such as the initial weights in a file.
 
         Args:
-            tensors: name -> tensor, contiguous, of the shape and type of the part; others are ignored. What
-                `safetensors.torch.load_file` returns is mapped: it takes no memory of the process that reads it.
-            read_only: whether to refuse to write to them.
+            tensors: name -> contiguous tensor of the shape and type of the slice; other names are ignored. What
+                `safetensors.torch.load_file` returns is mapped and takes no memory of the process.
+            read_only: whether to refuse writing to them.
 
         Raises:
             RecipeError: one is missing, or of another shape or type.
         """
-        for part in self.parts:
+        for part in self.slices:
             other, wanted = tensors.get(part.name), (part.tensor.dtype, tuple(part.tensor.shape))
             came = None if other is None else (other.dtype, tuple(other.shape))
             if other is None or came != wanted or not other.is_contiguous():
                 raise RecipeError(f"parameters: expected {part.name} of {wanted}, contiguous; got {came}")
-        parts = tuple(replace(part, tensor=tensors[part.name].detach()) for part in self.parts)
-        return replace(self, parts=parts, read_only=read_only)
+        slices = tuple(replace(part, tensor=tensors[part.name].detach()) for part in self.slices)
+        return replace(self, slices=slices, read_only=read_only)
 
-    def meaning(self) -> str:
-        """Return a hash of what seeds stand for here: of all but the values of the parameters."""
+    def direction_digest(self) -> str:
+        """Return the SHA-256 of the mapping from seeds to directions, without the parameters' values."""
         about = [
-            [part.name, [*part.tensor.shape], str(part.tensor.dtype), part.scale, part.block, part.start]
-            for part in self.parts
+            [part.name, [*part.tensor.shape], str(part.tensor.dtype), part.scale, part.block, part.offset]
+            for part in self.slices
         ]
-        masks = digest_of((part.name, part.mask) for part in self.parts if part.mask is not None)
-        return hashlib.sha256(json.dumps([self.mode, self.blocks, sorted(about), masks]).encode()).hexdigest()
+        masks = tensor_digest((part.name, part.mask) for part in self.slices if part.mask is not None)
+        return hashlib.sha256(
+            json.dumps([self.distribution, self.block_count, sorted(about), masks]).encode()
+        ).hexdigest()
 
     def digest(self) -> str:
-        """Return what the parameters, as they are now, and their directions are known by."""
-        values = digest_of((part.name, part.tensor) for part in self.parts)
-        return hashlib.sha256((values + self.meaning()).encode()).hexdigest()
+        """Return the SHA-256 of the parameters' current values and of the mapping from seeds to directions."""
+        values = tensor_digest((part.name, part.tensor) for part in self.slices)
+        return hashlib.sha256((values + self.direction_digest()).encode()).hexdigest()
 
-    def reaches(self, part: Part, seed: int) -> bool:
-        """Return whether a direction moves a part."""
-        return part.scale != 0 and seed % self.blocks == part.block
+    def perturbs(self, part: ParameterSlice, seed: int) -> bool:
+        """Return whether direction `seed` has non-zero entries in this parameter."""
+        return part.scale != 0 and seed % self.block_count == part.block
 
-    def move(self, seed: int, scale: float) -> None:
-        """Add scale * direction to the parameters in place."""
-        for part in self.parts:
-            self.add(part, part.tensor, seed, scale)
+    def add_direction(self, seed: int, scale: float) -> None:
+        """Add scale * z(seed) to all parameters in place."""
+        for part in self.slices:
+            self.add_to(part, part.tensor, seed, scale)
 
-    def add(self, part: Part, tensor: Tensor, seed: int, scale: float) -> None:
-        """Add scale * direction to a tensor like the part in place."""
-        if self.reaches(part, seed):
-            self._write(part, tensor, seed, scale, tensor, None)
+    def add_to(self, part: ParameterSlice, tensor: Tensor, seed: int, scale: float) -> None:
+        """Add scale * z(seed), restricted to one parameter, to a tensor of its shape in place."""
+        if self.perturbs(part, seed):
+            self._axpy(part, tensor, seed, scale, tensor, None)
 
-    def moved(self, part: Part, seed: int, scale: float, out: Tensor, rows: Tensor | None = None) -> None:
-        """Write one parameter plus scale * direction, which reaches it, to another tensor.
+    def write_perturbed(
+        self, part: ParameterSlice, seed: int, scale: float, out: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """Write theta + scale * z(seed) for one parameter, which the direction perturbs, to another tensor.
 
-        The product is rounded to float32; so is the sum, and then to the parameter's type, unless that is float64.
+        The product is rounded to float32, the sum to float32 and then to the parameter's type. Only float64 parameters
+        are added to in float64.
 
         Args:
-            part: of this space.
-            seed: which direction.
-            scale: how far; with the part's own scale it is rounded to float32.
+            part: of `slices`.
+            seed: of the direction.
+            scale: factor; its product with the slice's scale is rounded to float32.
             out: contiguous, of the parameter's type.
             rows: int64; only these rows of the parameter.
         """
-        self._write(part, part.tensor, seed, scale, out, rows)
+        self._axpy(part, part.tensor, seed, scale, out, rows)
 
-    def _write(self, part: Part, base: Tensor, seed: int, scale: float, out: Tensor, rows: Tensor | None) -> None:
+    def _axpy(
+        self, part: ParameterSlice, base: Tensor, seed: int, scale: float, out: Tensor, rows: Tensor | None
+    ) -> None:
         if out.dtype != base.dtype or not (out.is_contiguous() and base.is_contiguous()):
             raise ValueError(f"out: expected a contiguous tensor of {base.dtype}; got {out.dtype}, {out.stride()}")
         self.check_writable(part, out)
-        drawn = Drawn(self.mode, seed, scale * part.scale, part.identity, part.start)
-        if part.mask is None and base.dtype in self.kernel.types:
-            self.kernel.move(drawn, base, out, rows)
+        direction = ScaledDirection(self.distribution, seed, scale * part.scale, part.parameter_id, part.offset)
+        if part.mask is None and base.dtype in self.kernel.dtypes:
+            self.kernel.axpy(direction, base, out, rows)
             return
         if rows is not None:
             for to, row in enumerate(rows.tolist()):
                 mask = None if part.mask is None else part.mask[row]
-                self._write_piece(drawn._replace(start=part.start + row * base[0].numel()), base[row], mask, out[to])
+                offset = part.offset + row * base[0].numel()
+                self._axpy_tile(direction._replace(offset=offset), base[row], mask, out[to])
             return
         flat, target = base.view(-1), out.view(-1)
         mask = None if part.mask is None else part.mask.view(-1)
-        for piece in pieces(len(flat)):
-            some = None if mask is None else mask[piece]
-            self._write_piece(drawn._replace(start=part.start + piece.start), flat[piece], some, target[piece])
+        for tile in tiles(len(flat)):
+            tile_mask = None if mask is None else mask[tile]
+            tile_direction = direction._replace(offset=part.offset + tile.start)
+            self._axpy_tile(tile_direction, flat[tile], tile_mask, target[tile])
 
-    def check_writable(self, part: Part, out: Tensor) -> None:
-        """Refuse to write to a parameter that is only read.
+    def check_writable(self, part: ParameterSlice, out: Tensor) -> None:
+        """Refuse to write to a read-only parameter.
 
         Raises:
-            ValueError: `out` is the parameter, and the space is read-only.
+            ValueError: `out` is the parameter itself, and the directions are read-only.
         """
         if self.read_only and out.data_ptr() == part.tensor.data_ptr():
             raise ValueError(f"out: expected another tensor than {part.name}, which is read-only")
 
-    def _write_piece(self, drawn: Drawn, base: Tensor, mask: Tensor | None, out: Tensor) -> None:
-        by = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-        self.kernel.move(drawn, torch.zeros_like(by), by)
+    def _axpy_tile(self, direction: ScaledDirection, base: Tensor, mask: Tensor | None, out: Tensor) -> None:
+        """Write base + mask * direction to `out` where the kernel itself has no mask, or not this type."""
+        increment = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+        self.kernel.axpy(direction, torch.zeros_like(increment), increment)
         if mask is not None:
-            by *= mask
-        out.copy_(base + by if base.dtype == torch.float64 else base.float() + by)
+            increment *= mask
+        out.copy_(base + increment if base.dtype == torch.float64 else base.float() + increment)
 
 
-def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
-    """Return where tensors are, of which each can be moved.
+def _common_device(tensors: Mapping[str, Tensor]) -> torch.device:
+    """Return the device of tensors that directions can be added to.
 
     Raises:
-        RecipeError: see `Space.of`.
+        RecipeError: see `Directions.of`.
     """
     if not tensors:
-        raise RecipeError("directions: expected parameters to move; got none: look at freeze.match and the others")
+        raise RecipeError("directions: expected trainable parameters; got none: see freeze.match")
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) != 1:
         raise RecipeError(f"directions: expected parameters on one device; got them on {sorted(map(str, devices))}")
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise RecipeError(f"directions: expected contiguous parameters; {name} is not: make it so in the task")
-    placed = sorted((extent_of(tensor).start, extent_of(tensor).stop, name) for name, tensor in tensors.items())
-    for (_, stop, name), (start, _, other) in pairwise(one for one in placed if 0 < one[0] < one[1]):
+    ranges = sorted((address_range(tensor).start, address_range(tensor).stop, name) for name, tensor in tensors.items())
+    for (_, stop, name), (start, _, other) in pairwise(one for one in ranges if 0 < one[0] < one[1]):
         if start < stop:
             raise RecipeError(
-                f"directions: {name} and {other} lie in the same memory, though not as one tensor, and would be moved "
+                f"directions: {name} and {other} overlap in memory without being one tensor, and would be updated "
                 "twice; make them one parameter, or freeze one with freeze.match"
             )
     return devices.pop()
 
 
-def place_of(tensor: Tensor, owner: Tensor) -> tuple[int, ...]:
-    """Return by what a tensor is known to be another one: where it lies, or if it is nowhere, whose it is."""
+def memory_key(tensor: Tensor, owner: Tensor) -> tuple[int, ...]:
+    """Return a key, equal for tensors of the same memory and shape (if empty, of the same owner)."""
     return (tensor.data_ptr(), *tensor.shape) if tensor.data_ptr() else (id(owner),)
 
 
-def extent_of(tensor: Tensor) -> range:
+def address_range(tensor: Tensor) -> range:
     """Return the addresses from the first byte of a tensor to the last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return range(start, start + (last + 1) * tensor.itemsize if tensor.numel() else start)
 
 
-def small_elements(tensor: Tensor, sparsity: float) -> Tensor | None:
-    """Return which elements of a matrix are not among the share `sparsity` of largest magnitude; None: all count."""
+def sparse_mask(tensor: Tensor, sparsity: float) -> Tensor | None:
+    """Return the mask without the fraction `sparsity` of largest magnitude of a matrix; None: no mask."""
     if not sparsity or tensor.dim() < 2 or not tensor.numel():
         return None
     magnitudes = tensor.detach().abs().flatten()
@@ -255,7 +272,7 @@ def small_elements(tensor: Tensor, sparsity: float) -> Tensor | None:
     return (magnitudes <= magnitudes.kthvalue(kept).values).view_as(tensor)
 
 
-def pieces(count: int, size: int = PIECE) -> Iterator[slice]:
-    """Yield slices of at most `size` that make up `count` elements."""
+def tiles(count: int, size: int = TILE_ELEMENTS) -> Iterator[slice]:
+    """Yield slices of at most `size` elements that cover `count` elements."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

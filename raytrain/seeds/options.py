@@ -1,11 +1,11 @@
-"""What a recipe and the command name of seeds. It loads without torch and NumPy."""
+"""Names of the noise kernels, and limits that recipes check. It loads without torch and NumPy."""
 
 KERNELS: dict[str, str] = {
     "native": "raytrain.seeds.kernels.native:NativeKernel",
-    "numba": "raytrain.seeds.kernels.numba_cpu:PortableKernel",
+    "numba": "raytrain.seeds.kernels.numba_cpu:NumbaKernel",
     "triton": "raytrain.seeds.kernels.triton_gpu:TritonKernel",
     "reference": "raytrain.seeds.kernels.reference:ReferenceKernel",
 }
 
-MOST_DIRECTIONS = 2**16 - 1
-"""Of one step, in a trajectory."""
+MAX_DIRECTIONS = 2**16 - 1
+"""Directions per step that a trajectory can store."""

@@ -1,30 +1,30 @@
-"""What a direction is: the numbers that a seed stands for, in NumPy, as every faster kernel has to give them.
+"""The counter-based random number generator of directions, specified in NumPy for all kernels.
 
-A direction has a number for each element of each parameter of a model. It depends on the seed, on the parameter's name,
-and on the element's flat position in the whole parameter, and on nothing else: not on the order, the shard, the device
-or the number of threads in which it is drawn.
+The noise of a direction has one value for each element of each parameter. A value depends on the seed, the parameter's
+name and the element's flat index in the whole parameter. It does not depend on the order, the sharding, the device or
+the number of threads in which values are generated.
 
-Words come from Philox 4x32-10 (Salmon et al. 2011), a hash of a counter under a key:
+Random bits come from Philox 4x32-10 (Salmon et al. 2011), a keyed hash of a counter:
 
-* key: the low and the high 32 bits of the seed, a 64-bit number without sign;
-* counter: the low and the high 32 bits of the block's number, then those of the parameter's identity, which is the
-  first 8 bytes of the BLAKE2b hash of its name in UTF-8, as a little-endian number.
+* key: the low and the high 32 bits of the seed, an unsigned 64-bit integer;
+* counter: the low and the high 32 bits of the block index, then those of the parameter id: the first 8 bytes of the
+  BLAKE2b hash of the parameter's name in UTF-8, little-endian.
 
-A block's four words of 32 bits are made into numbers in one of two modes:
+A block of four 32-bit words is transformed to one of two distributions:
 
-* "rademacher": 128 signs. Element 128 b + 32 w + j has bit j of word w of block b: +1 where it is set, -1 where not.
-* "gaussian": 4 normal numbers by Box and Muller. Words 0 and 1 of block b make elements 4 b and 4 b + 1, words 2 and 3
-  make 4 b + 2 and 4 b + 3: with u = (first // 2^9 + 1/2) / 2^23 and t = second / 2^32 these are
-  sqrt(-2 ln u) cos(2 pi t) and sqrt(-2 ln u) sin(2 pi t), to 1e-6. They are multiples of 2^-20, and every operation
-  that makes them is rounded as IEEE 754 says, without fused multiply-adds: so all kernels give the same bits here too.
+* "rademacher": 128 signs. Element 128 b + 32 w + j is +1 if bit j of word w of block b is set, and -1 if not.
+* "gaussian": 4 normal variates (Box and Muller 1958). Words 0 and 1 of block b give elements 4 b and 4 b + 1, words 2
+  and 3 give 4 b + 2 and 4 b + 3: with u = (first // 2^9 + 1/2) / 2^23 and t = second / 2^32 they are
+  sqrt(-2 ln u) cos(2 pi t) and sqrt(-2 ln u) sin(2 pi t), to 1e-6. They are multiples of 2^-20. Every operation is
+  rounded by IEEE 754, without fused multiply-adds, so all kernels return the same bits.
 
-Seeds that follow from another one, as those of a pool, or of a run's steps and workers, are words 0 and 1 of a block,
-the low and the high half, under that one as the key; the counter is their place, up to four numbers of 32 bits.
+Derived seeds, of a pool or of a run's steps and workers, are words 0 (low) and 1 (high) of a block whose key is the
+parent seed and whose counter holds up to four 32-bit integers; see `fold_in`.
 
-Either way a number is a small integer times the unit of its mode, and sums over seeds can be taken in integers, where
+A value is a small integer times the unit of its distribution. So sums over seeds can be accumulated in integers, whose
 order does not matter.
 
-Changing anything of this makes every seed mean something else: tests/golden holds it.
+Any change here changes what every seed means; tests/golden holds the values.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Mode = Literal["rademacher", "gaussian"]
-UNITS: dict[Mode, float] = {"rademacher": 1.0, "gaussian": 2.0**-20}
-PER_BLOCK: dict[Mode, int] = {"rademacher": 128, "gaussian": 4}
+Distribution = Literal["rademacher", "gaussian"]
+UNITS: dict[Distribution, float] = {"rademacher": 1.0, "gaussian": 2.0**-20}
+PER_BLOCK: dict[Distribution, int] = {"rademacher": 128, "gaussian": 4}
 
-ROUNDS = 10
+PHILOX_ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
@@ -58,22 +58,25 @@ SIN = (-0.16666650772094727, 0.00833197869360447, -0.00019495624292176217)
 COS = (0.04166664555668831, -0.001388736767694354, 2.4438440959784202e-05)
 ROOT_HALF_BITS = 0x3F3504F3
 
-Words = NDArray[np.uint32]
-Units = NDArray[np.int32]
-Seeds = NDArray[np.uint64]
+PhiloxWords = NDArray[np.uint32]
+QuantisedNoise = NDArray[np.int32]
+SeedArray = NDArray[np.uint64]
 
 
-def identity(name: str) -> int:
-    """Return the number that stands for a parameter's name, 64 bits."""
+def parameter_id(name: str) -> int:
+    """Return the 64-bit hash of a parameter's name, which keys its noise."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def philox(counters: Words, keys: Words) -> Words:
-    """Return Philox 4x32-10 of counters, shape (..., 4), under keys, shape (..., 2); they are broadcast."""
-    counter = [counters[..., place].astype(np.uint64) for place in range(4)]
-    key = [keys[..., place].astype(np.uint64) for place in range(2)]
+def philox(counters: PhiloxWords, keys: PhiloxWords) -> PhiloxWords:
+    """Return Philox 4x32-10 of counters, shape (..., 4), under keys, shape (..., 2), broadcast.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    counter = [counters[..., word].astype(np.uint64) for word in range(4)]
+    key = [keys[..., word].astype(np.uint64) for word in range(2)]
     shift = np.uint64(32)
-    for _ in range(ROUNDS):
+    for _ in range(PHILOX_ROUNDS):
         first, second = counter[0] * np.uint64(MULTIPLIERS[0]), counter[2] * np.uint64(MULTIPLIERS[1])
         counter = [
             (second >> shift) ^ counter[1] ^ key[0],
@@ -85,74 +88,76 @@ def philox(counters: Words, keys: Words) -> Words:
     return np.stack(np.broadcast_arrays(*counter), axis=-1).astype(np.uint32)
 
 
-def blocks(seed: int, parameter: int, start: int, stop: int) -> Words:
-    """Return the words of blocks `start` to `stop`, shape (stop - start, 4), of the parameter with this identity."""
+def philox_blocks(seed: int, parameter: int, start: int, stop: int) -> PhiloxWords:
+    """Return the words of blocks `start` to `stop` of a parameter, by its id, shape (stop - start, 4)."""
     counters = np.empty((stop - start, 4), np.uint32)
-    places = np.arange(start, stop, dtype=np.uint64)
-    counters[:, 0], counters[:, 1] = places & np.uint64(LOW), places >> np.uint64(32)
+    indices = np.arange(start, stop, dtype=np.uint64)
+    counters[:, 0], counters[:, 1] = indices & np.uint64(LOW), indices >> np.uint64(32)
     counters[:, 2], counters[:, 3] = parameter & LOW, parameter >> 32
     return philox(counters, np.array([seed & LOW, seed >> 32], np.uint32))
 
 
-def checked(seed: int) -> int:
-    """Return the seed.
+def validate_seed(seed: int) -> int:
+    """Return the seed if it is an unsigned 64-bit integer.
 
     Raises:
-        ValueError: it is no number of 64 bits without sign.
+        ValueError: it is not.
     """
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected a number from 0 to 2^64 - 1; got {seed}; take it % 2**64")
+        raise ValueError(f"seed: expected an integer from 0 to 2^64 - 1; got {seed}; take it % 2**64")
     return seed
 
 
-def derived(master: int, *place: int) -> int:
-    """Return the seed that follows from another one at a place: up to four numbers of 32 bits, the rest being 0.
+def fold_in(master: int, *position: int) -> int:
+    """Derive a seed from a master seed and up to four 32-bit integers, as `jax.random.fold_in` does.
 
     Raises:
-        ValueError: the place has more numbers, or larger ones.
+        ValueError: there are more integers, or larger ones.
     """
-    return int(fold_in_all(checked(master), *place))
+    return int(fold_in_all(validate_seed(master), *position))
 
 
-def fold_in_all(masters: int | Seeds, *place: int | NDArray[np.integer]) -> Seeds:
-    """Return the seeds that follow from others at many places: `derived` of each, shapes being broadcast.
+def fold_in_all(masters: int | SeedArray, *position: int | NDArray[np.integer]) -> SeedArray:
+    """Derive many seeds: `fold_in` of each master and position, shapes broadcast against each other.
 
     Raises:
-        ValueError: as `derived`.
+        ValueError: as `fold_in`.
     """
-    numbers = [np.asarray(number) for number in place]
+    numbers = [np.asarray(number) for number in position]
     if len(numbers) > 4 or not all(((number >= 0) & (number <= LOW)).all() for number in numbers):
-        raise ValueError(f"place: expected up to four numbers from 0 to 2^32 - 1; got {place}")
+        raise ValueError(f"position: expected up to four integers from 0 to 2^32 - 1; got {position}")
     keys = np.asarray(masters, np.uint64)
-    counters = [number.astype(np.uint32) for number in (*numbers, *[np.zeros((), np.uint32)] * (4 - len(place)))]
+    counters = [number.astype(np.uint32) for number in (*numbers, *[np.zeros((), np.uint32)] * (4 - len(position)))]
     words = philox(
         np.stack(np.broadcast_arrays(*counters), axis=-1),
         np.stack([keys & np.uint64(LOW), keys >> np.uint64(32)], axis=-1).astype(np.uint32),
     ).astype(np.uint64)
-    seeds: Seeds = words[..., 0] | words[..., 1] << np.uint64(32)
+    seeds: SeedArray = words[..., 0] | words[..., 1] << np.uint64(32)
     return seeds
 
 
-def units(mode: Mode, seed: int, parameter: int, start: int, stop: int) -> Units:
-    """Return the numbers of elements `start` to `stop` in units of the mode, shape (stop - start,)."""
-    size = PER_BLOCK[mode]
+def quantised_noise(distribution: Distribution, seed: int, parameter: int, start: int, stop: int) -> QuantisedNoise:
+    """Return the noise of elements `start` to `stop` in units of the distribution, shape (stop - start,)."""
+    size = PER_BLOCK[distribution]
     first = start // size
-    drawn = MADE_OF[mode](blocks(seed, parameter, first, -(-stop // size)))
+    values = TRANSFORMS[distribution](philox_blocks(seed, parameter, first, -(-stop // size)))
     skip = start - first * size
-    return drawn[skip : skip + stop - start]
+    return values[skip : skip + stop - start]
 
 
-def direction(mode: Mode, seed: int, parameter: int, start: int, stop: int) -> NDArray[np.float32]:
-    """Return the numbers of elements `start` to `stop`, shape (stop - start,)."""
-    return units(mode, seed, parameter, start, stop).astype(np.float32) * np.float32(UNITS[mode])
+def noise(distribution: Distribution, seed: int, parameter: int, start: int, stop: int) -> NDArray[np.float32]:
+    """Return the noise of elements `start` to `stop`, shape (stop - start,)."""
+    return quantised_noise(distribution, seed, parameter, start, stop).astype(np.float32) * np.float32(
+        UNITS[distribution]
+    )
 
 
-def _signs(words: Words) -> Units:
+def _signs(words: PhiloxWords) -> QuantisedNoise:
     bits = np.unpackbits(words.astype("<u4").view(np.uint8), bitorder="little")
     return bits.astype(np.int32) * 2 - 1
 
 
-def _normals(words: Words) -> Units:
+def _normals(words: PhiloxWords) -> QuantisedNoise:
     first, second = words.reshape(-1, 2).T
     u = ((first >> 9 << 1) + 1).astype(np.float32) * np.float32(2.0**-24)
     exponent = (u.view(np.int32) - ROOT_HALF_BITS) >> 23
@@ -170,8 +175,8 @@ def _normals(words: Words) -> Units:
     turned = quarter % 2 == 1
     one = length * np.where(turned, sine, cosine) * np.where((quarter + 1) // 2 % 2, np.float32(-1), np.float32(1))
     other = length * np.where(turned, cosine, sine) * np.where(quarter // 2 % 2, np.float32(-1), np.float32(1))
-    drawn: Units = np.rint(np.stack([one, other], axis=-1).reshape(-1)).astype(np.int32)
-    return drawn
+    values: QuantisedNoise = np.rint(np.stack([one, other], axis=-1).reshape(-1)).astype(np.int32)
+    return values
 
 
 def _polynomial(x: NDArray[np.float32], coefficients: tuple[float, ...]) -> NDArray[np.float32]:
@@ -181,4 +186,4 @@ def _polynomial(x: NDArray[np.float32], coefficients: tuple[float, ...]) -> NDAr
     return total
 
 
-MADE_OF: dict[Mode, Callable[[Words], Units]] = {"rademacher": _signs, "gaussian": _normals}
+TRANSFORMS: dict[Distribution, Callable[[PhiloxWords], QuantisedNoise]] = {"rademacher": _signs, "gaussian": _normals}

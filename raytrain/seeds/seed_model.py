@@ -1,4 +1,4 @@
-"""A model as what it started from and how far it went along each of some directions: kilobytes, whatever its size."""
+"""A model as the digest of its initial weights, seeds and coefficients: kilobytes at any size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,58 +12,61 @@ from safetensors.torch import save
 from torch import Tensor
 
 from raytrain.errors import CheckpointError, RecipeError
-from raytrain.files import write_whole
+from raytrain.files import write_atomic
 from raytrain.json_files import add_checksum, parse_json, verify_checksum
-from raytrain.seeds.directions import Space
+from raytrain.seeds.directions import Directions
 from raytrain.seeds.kernels.kernel import seeds_tensor
-from raytrain.seeds.prng import UNITS, Mode, checked, derived
-from raytrain.seeds.updates import FARTHEST, Nudge, materialise
-from raytrain.tensors import digest_of
+from raytrain.seeds.prng import UNITS, Distribution, fold_in, validate_seed
+from raytrain.seeds.updates import FLOAT32_MAX, SeedUpdate, materialise
+from raytrain.tensors import tensor_digest
 
-NAME = "raytrain seed model "
-FORMAT = 3
+SEED_MODEL_NAME = "raytrain seed model "
+SEED_MODEL_FORMAT = 4
 
 
 class _About(BaseModel, frozen=True, extra="forbid"):
-    """What the file of a `SeedModel` says beside its tensors, whose hash it has."""
+    """The metadata in the file of a `SeedModel`; `tensors` is the digest of its tensors."""
 
     base: str
-    mode: Mode
+    distribution: Distribution
     version: Annotated[int, Field(ge=0)]
     tensors: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeedModel:
-    """w0 + sum over k of coefficients[k] * direction(seeds[k]).
+    """A model as w = w0 + sum over k of coefficients[k] * z(seeds[k]).
 
-    Models of the same w0 are a vector space: sums, means, averages over time and crossovers are arithmetic on the
+    Models with the same w0 form a vector space: sums, means, moving averages and crossovers are arithmetic on the
     coefficients.
 
     Attributes:
-        base: what w0 and its directions are known by, from `Space.digest`.
-        seeds: of the directions, all different.
-        coefficients: float64, shape (k,).
-        mode: what directions consist of.
-        version: how often it was advanced.
+        base: digest of w0 and its directions, from `Directions.digest`.
+        seeds: of the k directions, distinct.
+        coefficients: float64, shape (k,), finite in float32.
+        distribution: of the noise.
+        version: number of calls of `updated`.
 
     Raises:
-        ValueError: its seeds are not one for each coefficient and all different, or a coefficient is not finite in
-            float32.
+        ValueError: seeds are not distinct or not one for each coefficient, or a coefficient is not finite in float32.
+
+    >>> model = SeedModel.from_pool("", master=0, size=0).updated([SeedUpdate(7, 0.5), SeedUpdate(7, 0.25)])
+    >>> model.seeds, model.coefficients.tolist(), model.version
+    ((7,), [0.75], 1)
     """
 
     base: str
     seeds: tuple[int, ...]
     coefficients: Tensor
-    mode: Mode = "rademacher"
+    distribution: Distribution = "rademacher"
     version: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what would mean something else, or could be saved and never read again."""
-        if self.mode not in UNITS or self.coefficients.dtype != torch.float64:
+        """Refuse values that could be saved but not loaded."""
+        if self.distribution not in UNITS or self.coefficients.dtype != torch.float64:
             raise ValueError(
-                f"expected a mode of {', '.join(UNITS)} and float64 coefficients; "
-                f"got {self.mode!r} and {self.coefficients.dtype}"
+                f"expected a distribution of {', '.join(UNITS)} and float64 coefficients; "
+                f"got {self.distribution!r} and {self.coefficients.dtype}"
             )
         if self.coefficients.shape != (len(self.seeds),) or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(
@@ -71,88 +74,105 @@ class SeedModel:
                 f"{len(self.seeds)}, and coefficients of shape {tuple(self.coefficients.shape)}"
             )
         for seed in self.seeds:
-            checked(seed)
+            validate_seed(seed)
         largest = self.coefficients.abs().max().item() if self.seeds else 0.0
-        if not largest <= FARTHEST:  # nor if it is nan
+        if not largest <= FLOAT32_MAX:  # also refuses nan
             raise ValueError(f"expected coefficients that are finite in float32; the largest is {largest:g}")
 
     @classmethod
-    def of_pool(cls, base: str, master: int, size: int, mode: Mode = "rademacher") -> Self:
-        """Return w0 with a pool of directions that one seed names."""
+    def from_pool(cls, base: str, master: int, size: int, distribution: Distribution = "rademacher") -> Self:
+        """Return w0 with a pool of directions whose seeds derive from a master seed, and coefficients of 0."""
         return cls(
-            base, tuple(derived(master, place) for place in range(size)), torch.zeros(size, dtype=torch.float64), mode
+            base,
+            tuple(fold_in(master, place) for place in range(size)),
+            torch.zeros(size, dtype=torch.float64),
+            distribution,
         )
 
-    def advanced(self, moves: Sequence[Nudge]) -> Self:
-        """Return the model after some moves; a seed that it does not have is added to those that it has."""
-        places = {seed: place for place, seed in enumerate(self.seeds)}
-        for move in moves:
-            places.setdefault(move.seed, len(places))
-        coefficients = torch.zeros(len(places), dtype=torch.float64)
+    def updated(self, updates: Sequence[SeedUpdate]) -> Self:
+        """Return the model after some updates; new seeds are appended."""
+        index = {seed: place for place, seed in enumerate(self.seeds)}
+        for update in updates:
+            index.setdefault(update.seed, len(index))
+        coefficients = torch.zeros(len(index), dtype=torch.float64)
         coefficients[: len(self.seeds)] = self.coefficients
-        for move in moves:
-            coefficients[places[move.seed]] += move.scale
-        return replace(self, seeds=tuple(places), coefficients=coefficients, version=self.version + 1)
+        for update in updates:
+            coefficients[index[update.seed]] += update.coefficient
+        return replace(self, seeds=tuple(index), coefficients=coefficients, version=self.version + 1)
 
     def weights(
-        self, space: Space, out: Sequence[Tensor] | None = None, *, digest: str | None = None
+        self, directions: Directions, out: Sequence[Tensor] | None = None, *, digest: str | None = None
     ) -> Sequence[Tensor]:
-        """Return its parameters, in the order of the parts of a space that holds w0; see `materialise`.
+        """Return its parameters, in the order of the directions' slices; see `materialise`.
 
         Args:
-            space: holds w0.
-            out: where to.
-            digest: what `space.digest()` returned, for a caller who asks often: it reads all of w0.
+            directions: over w0.
+            out: as in `materialise`.
+            digest: a cached `directions.digest()`, which reads all of w0.
 
         Raises:
-            RecipeError: the space holds something else.
+            RecipeError: the directions are others, or over other initial weights.
         """
-        return weights_of_all([self], space, out, many=False, digest=digest)
+        return materialise_all([self], directions, out, stacked=False, digest=digest)
 
     def save(self, path: Path) -> None:
-        """Write it to a file."""
+        """Write the model to a file."""
         tensors = {"coefficients": self.coefficients, "seeds": seeds_tensor(self.seeds)}
-        about = {"base": self.base, "mode": self.mode, "version": self.version, "tensors": digest_of(tensors.items())}
-        write_whole(path, save(tensors, {"format": f"{NAME}{FORMAT}", "about": add_checksum(about).decode()}))
+        about = {
+            "base": self.base,
+            "distribution": self.distribution,
+            "version": self.version,
+            "tensors": tensor_digest(tensors.items()),
+        }
+        write_atomic(
+            path,
+            save(tensors, {"format": f"{SEED_MODEL_NAME}{SEED_MODEL_FORMAT}", "about": add_checksum(about).decode()}),
+        )
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Return what `save` wrote.
+        """Read a model that `save` wrote.
 
         Raises:
-            CheckpointError: the file is something else, or damaged.
+            CheckpointError: the file is of another kind or format, or damaged.
         """
         try:
             with safe_open(path, "pt") as file:
                 named = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in ("coefficients", "seeds")}
                 about = _about(path, named)
-            if digest_of(tensors.items()) != about.tensors or tensors["seeds"].dtype != torch.int64:
+            if tensor_digest(tensors.items()) != about.tensors or tensors["seeds"].dtype != torch.int64:
                 raise CheckpointError(f"{path}: its seeds or coefficients changed since it was written")
             seeds = tuple(seed % 2**64 for seed in tensors["seeds"].tolist())
-            return cls(about.base, seeds, tensors["coefficients"], about.mode, about.version)
+            return cls(about.base, seeds, tensors["coefficients"], about.distribution, about.version)
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote: {error}") from error
 
 
 def _about(path: Path, named: Mapping[str, str]) -> _About:
-    """Return what is said of a `SeedModel` in its file's metadata."""
+    """Return the metadata in the file of a `SeedModel`, checked."""
     form = named.get("format", "")
-    if form != f"{NAME}{FORMAT}":
-        found = f"one of format {form.removeprefix(NAME)!r}" if form.startswith(NAME) else "another one"
-        raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote, of format {FORMAT}; this is {found}")
+    if form != f"{SEED_MODEL_NAME}{SEED_MODEL_FORMAT}":
+        found = (
+            f"one of format {form.removeprefix(SEED_MODEL_NAME)!r}"
+            if form.startswith(SEED_MODEL_NAME)
+            else "another one"
+        )
+        raise CheckpointError(
+            f"{path}: expected a file that SeedModel.save wrote, of format {SEED_MODEL_FORMAT}; this is {found}"
+        )
     data = verify_checksum(named["about"].encode(), str(path), CheckpointError)
     return parse_json(data, _About, str(path), CheckpointError)
 
 
-def combined(models: Sequence[SeedModel], weights: Sequence[float]) -> SeedModel:
-    """Return the sum of weight * (model - w0), added to w0.
+def linear_combination(models: Sequence[SeedModel], weights: Sequence[float]) -> SeedModel:
+    """Return w0 + sum over i of weights[i] * (models[i] - w0).
 
-    With weights that add up to 1 this is a mean or, of two models, an interpolation; (decay, 1 - decay) of an average
-    and a model is the next average; (1 + m, -m) of a model and the one before it is a step with momentum m.
+    Weights that sum to 1 give a mean or, of two models, an interpolation. (decay, 1 - decay) of a moving average and a
+    model give the next average. (1 + m, -m) of a model and its predecessor give a step with momentum m.
 
     Raises:
-        RecipeError: they do not start from the same w0, or draw other numbers, or have not a weight each.
+        RecipeError: the models differ in w0 or distribution, or there is not one weight for each.
     """
     if not models or len(models) != len(weights):
         raise RecipeError(
@@ -160,10 +180,10 @@ def combined(models: Sequence[SeedModel], weights: Sequence[float]) -> SeedModel
         )
     first = models[0]
     for model in models:
-        if (model.base, model.mode) != (first.base, first.mode):
+        if (model.base, model.distribution) != (first.base, first.distribution):
             raise RecipeError(
-                f"models: expected all with base {first.base[:12]} and {first.mode} directions; "
-                f"got one with base {model.base[:12]} and {model.mode} directions"
+                f"models: expected all with base {first.base[:12]} and {first.distribution} directions; "
+                f"got one with base {model.base[:12]} and {model.distribution} directions"
             )
     table = dict.fromkeys((seed for model in models for seed in model.seeds), 0.0)
     for model, weight in zip(models, weights, strict=True):
@@ -173,32 +193,39 @@ def combined(models: Sequence[SeedModel], weights: Sequence[float]) -> SeedModel
     return replace(first, seeds=tuple(table), coefficients=values, version=max(model.version for model in models))
 
 
-def weights_of_all(
+def materialise_all(
     models: Sequence[SeedModel],
-    space: Space,
+    directions: Directions,
     out: Sequence[Tensor] | None = None,
     *,
-    many: bool = True,
+    stacked: bool = True,
     digest: str | None = None,
 ) -> Sequence[Tensor]:
-    """Return the parameters of several models, shape (models, *shape) for each part: each direction is drawn once.
+    """Return the parameters of several models, (models, *shape) for each slice, generating noise once.
 
     See `SeedModel.weights`.
 
+    Args:
+        models: of the same w0 and directions.
+        directions: over w0.
+        out: as in `materialise`.
+        stacked: False for one model, whose parameters then lack the dimension of models.
+        digest: a cached `directions.digest()`.
+
     Raises:
-        RecipeError: the space holds another w0 than theirs, or other directions.
+        RecipeError: the directions are others, or over other initial weights.
     """
     if not models:
         raise RecipeError("models: expected one or more; got none")
-    here = space.digest() if digest is None else digest
+    here = directions.digest() if digest is None else digest
     for model in models:
-        if (model.base, model.mode) != (here, space.mode):
+        if (model.base, model.distribution) != (here, directions.distribution):
             raise RecipeError(
-                f"space: expected the parameters and directions with digest {model.base[:12]}, {model.mode} ones; "
-                f"got {here[:12]} and {space.mode} directions"
+                f"directions: expected the parameters and directions with digest {model.base[:12]}, "
+                f"{model.distribution} ones; got {here[:12]} and {directions.distribution} directions"
             )
     table = {seed: place for place, seed in enumerate(dict.fromkeys(seed for model in models for seed in model.seeds))}
     coefficients = torch.zeros(len(models), len(table), dtype=torch.float64)
     for row, model in zip(coefficients, models, strict=True):
         row[[table[seed] for seed in model.seeds]] = model.coefficients
-    return materialise(space, coefficients if many else coefficients[0], list(table), out)
+    return materialise(directions, coefficients if stacked else coefficients[0], list(table), out)

@@ -1,4 +1,4 @@
-"""Averages over replicas, and small messages between them."""
+"""Weighted averages over replicas, and small messages between them."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -6,60 +6,60 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from raytrain.sync.transport import Pending, Transport
+from raytrain.sync.transport import PendingWork, Transport
 
 
-class Exchange(Protocol):
-    """A way to average over the replicas of a transport."""
+class Averager(Protocol):
+    """Averages over the replicas of a transport."""
 
     transport: Transport
 
-    def mean(self, flat: Tensor, weight: float, exact: int = 0) -> Pending:
+    def average(self, flat: Tensor, weight: float, exact: int = 0) -> PendingWork:
         """Start the weighted mean of `flat` over the replicas, in place.
 
         Args:
             flat: shape (n + 1,); the last element is room for the weight.
-            weight: what this replica's values count; the mean is over those who contributed, so 0 leaves one out.
-            exact: how many of the values, those at the end, are not to be rounded.
+            weight: of this replica; 0 leaves it out.
+            exact: number of values at the end that must not be compressed.
 
         Returns:
-            When it has arrived: flat, with the mean in flat[:n] and the sum of the weights in flat[n].
+            Work whose result is flat, with the mean in flat[:n] and the sum of the weights in flat[n].
         """
         ...
 
-    def gather(self, payload: bytes) -> list[bytes]:
+    def all_gather_bytes(self, payload: bytes) -> list[bytes]:
         """Return the payload of each replica, in order."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what this replica has still to send, when nothing is under way."""
+        """Return the residuals of this replica, when nothing is in flight."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         ...
 
 
-class ExactExchange:
-    """Plain sums in the precision of the values.
+class ExactAverager:
+    """Averages in the precision of the values.
 
     Args:
-        transport: the replicas.
+        transport: of the replicas.
     """
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
 
-    def mean(self, flat: Tensor, weight: float, exact: int = 0) -> Pending:  # noqa: ARG002 - all are
-        """Sum weight * value and weight together, and divide on arrival: one message carries both."""
+    def average(self, flat: Tensor, weight: float, exact: int = 0) -> PendingWork:  # noqa: ARG002 - all are
+        """All-reduce weight * value and weight in one message, and divide on arrival."""
         if weight:
             flat[:-1].mul_(weight)
         else:
             flat.zero_()  # also where a value is not finite
         flat[-1] = weight
-        return _Mean(self.transport.all_reduce(flat))
+        return _PendingMean(self.transport.all_reduce(flat))
 
-    def gather(self, payload: bytes) -> list[bytes]:
+    def all_gather_bytes(self, payload: bytes) -> list[bytes]:
         """Gather the lengths, then the payloads padded to the longest."""
         if len(self.transport.members) == 1:
             return [payload]
@@ -73,15 +73,15 @@ class ExactExchange:
         return [row[:size].numpy().tobytes() for row, size in zip(rows, lengths, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: all is sent at once."""
+        """Return nothing: there is no residual."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take nothing."""
+        """Do nothing."""
 
 
-class _Mean:
-    def __init__(self, pending: Pending) -> None:
+class _PendingMean:
+    def __init__(self, pending: PendingWork) -> None:
         self.bytes_sent = pending.bytes_sent
         self._pending = pending
 
@@ -89,8 +89,8 @@ class _Mean:
     def seconds(self) -> float:
         return self._pending.seconds
 
-    def advance(self) -> bool:
-        return self._pending.advance()
+    def poll(self) -> bool:
+        return self._pending.poll()
 
     def wait(self) -> Tensor:
         flat = self._pending.wait()

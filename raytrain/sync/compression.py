@@ -1,13 +1,13 @@
-"""Compressed exchanges: fewer bytes on the wire, and what rounding leaves out is sent next time.
+"""Compressed averaging with error feedback.
 
-In two phases, as in 1-bit Adam (Tang et al. 2021): each replica sends each other one a part of its weighted values,
-compressed, sums the parts that it gets, and sends the sum to all, compressed again, who divide it by the sum of the
-weights. So all replicas hold the same bits, whatever the codec.
+Two phases, as in 1-bit Adam (Tang et al. 2021). Reduce-scatter: each replica sends each other one its part of the
+weighted values, compressed, and sums the parts it receives. All-gather: it sends the sum to all, compressed again, and
+all divide by the sum of the weights. So all replicas hold the same bits, whatever the compressor.
 
-What is lost in compressing is added to what is compressed the next time (error feedback, Seide et al. 2014, Karimireddy
-et al. 2019), by who sends as by who sums. With weights w_i and values v_i of the replicas, W = sum_i w_i and the mean m
-of a round, over all rounds sum W m + residuals = sum (sum_i w_i v_i), whatever the weights: so the sums are exact over
-time, and the means where W is the same in all rounds.
+The compression error of a round, the residual, is added to the values of the next one (error feedback, Seide et al.
+2014, Karimireddy et al. 2019), on the sending and on the summing side. With weights w_i and values v_i of the replicas,
+W = sum_i w_i and the mean m of a round, over all rounds sum W m + residuals = sum (sum_i w_i v_i): the sums are exact
+over time, and so are the means where W is the same in all rounds.
 """
 
 from collections.abc import Mapping
@@ -16,152 +16,155 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from raytrain.serialization import state_to
-from raytrain.sync.averaging import ExactExchange
-from raytrain.sync.transport import Pending, Transport
+from raytrain.serialization import state_to_device
+from raytrain.sync.averaging import ExactAverager
+from raytrain.sync.transport import PendingWork, Transport
 
 
-class Codec(Protocol):
-    """Numbers as fewer bytes.
+class Compressor(Protocol):
+    """Compresses values block by block.
 
     Attributes:
-        block: values are compressed so many at a time.
-        block_bytes: what they take.
+        block: values in a block.
+        block_bytes: size of a compressed block.
     """
 
     block: int
     block_bytes: int
 
-    def encode(self, values: Tensor) -> Tensor:
-        """Return blocks of values, float32, shape (k, block), as bytes, uint8, shape (k, block_bytes)."""
+    def compress(self, values: Tensor) -> Tensor:
+        """Return values, float32, shape (k, block), as bytes, uint8, shape (k, block_bytes)."""
         ...
 
-    def decode(self, payload: Tensor) -> Tensor:
-        """Return the values that bytes stand for, float32, shape (k, block)."""
+    def decompress(self, payload: Tensor) -> Tensor:
+        """Return the values, float32, shape (k, block), of bytes, uint8, shape (k, block_bytes)."""
         ...
 
 
 class BFloat16:
-    """Two bytes each: eight bits of a number."""
+    """Two bytes for each value: bfloat16."""
 
     block = 1024
     block_bytes = 2048
 
-    def encode(self, values: Tensor) -> Tensor:
+    def compress(self, values: Tensor) -> Tensor:
         """Round."""
         return values.to(torch.bfloat16).view(torch.uint8)
 
-    def decode(self, payload: Tensor) -> Tensor:
+    def decompress(self, payload: Tensor) -> Tensor:
         """Widen."""
         return payload.view(torch.bfloat16).float()
 
 
 class Int8:
-    """One byte each, and for each block a scale: its largest value over 127."""
+    """One byte for each value, and a scale for each block: its largest absolute value over 127."""
 
     block = 1024
     block_bytes = 1028
 
-    def encode(self, values: Tensor) -> Tensor:
+    def compress(self, values: Tensor) -> Tensor:
         """Scale and round."""
         scale = values.abs().amax(dim=1, keepdim=True).div_(127.0)
         whole = (values / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-127, 127)
         return torch.cat([whole.to(torch.int8).view(torch.uint8), scale.view(torch.uint8)], dim=1)
 
-    def decode(self, payload: Tensor) -> Tensor:
+    def decompress(self, payload: Tensor) -> Tensor:
         """Scale back."""
         scale = payload[:, self.block :].flatten().clone().view(torch.float32).view(-1, 1)
         return payload[:, : self.block].view(torch.int8).float().mul_(scale)
 
 
-class CompressedExchange(ExactExchange):
-    """Averages through a codec, with error feedback on both sides; one mean at a time.
+class CompressedAverager(ExactAverager):
+    """Averages compressed values, with error feedback on both sides; one average at a time.
 
-    A replica without weight sends zeros, and keeps its residual for when it has some.
+    A replica of weight 0 sends zeros, and keeps its residual.
 
     Args:
-        transport: the replicas.
-        codec: how values are sent.
+        transport: of the replicas.
+        compressor: of the values.
     """
 
-    def __init__(self, transport: Transport, codec: Codec) -> None:
+    def __init__(self, transport: Transport, compressor: Compressor) -> None:
         super().__init__(transport)
-        self.codec = codec
-        self.second = transport.lane()  # a replica starts the second phase when it has what came in the first
-        self.left: Tensor | None = None  # the residual of its own weighted values, shape (members * k, block)
-        self.left_of_sum: Tensor | None = None  # that of the sums that it makes, shape (k, block)
+        self.compressor = compressor
+        # Replicas start the second phase at different times, when their first one is complete.
+        self.second_channel = transport.new_channel()
+        self.residual: Tensor | None = None  # of its own weighted values, shape (members * k, block)
+        self.sum_residual: Tensor | None = None  # of the sums that it computes, shape (k, block)
 
-    def mean(self, flat: Tensor, weight: float, exact: int = 0) -> Pending:
-        """Start the weighted mean; weights and `exact` values travel as float64 beside the coded ones."""
+    def average(self, flat: Tensor, weight: float, exact: int = 0) -> PendingWork:
+        """Start the weighted mean; weights and `exact` values are sent as float64 beside the compressed ones."""
         return _TwoPhases(self, flat, weight, exact)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was lost and is still to be sent."""
-        return {"left": self.left, "left_of_sum": self.left_of_sum}
+        """Return the residuals."""
+        return {"residual": self.residual, "sum_residual": self.sum_residual}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
-        self.left, self.left_of_sum = state_to([state["left"], state["left_of_sum"]], self.transport.device)
+        """Restore what `state_dict` returned."""
+        self.residual, self.sum_residual = state_to_device(
+            [state["residual"], state["sum_residual"]], self.transport.device
+        )
 
 
 class _TwoPhases:
-    def __init__(self, exchange: CompressedExchange, flat: Tensor, weight: float, exact: int) -> None:
-        codec, members = exchange.codec, len(exchange.transport.members)
-        self._exchange = exchange
+    def __init__(self, averager: CompressedAverager, flat: Tensor, weight: float, exact: int) -> None:
+        compressor, members = averager.compressor, len(averager.transport.members)
+        self._averager = averager
         self._flat = flat
         self._count = count = flat.numel() - 1 - exact
-        blocks = -(-count // (codec.block * members))
-        values = torch.zeros(members * blocks * codec.block, device=flat.device).view(-1, codec.block)
+        blocks = -(-count // (compressor.block * members))
+        values = torch.zeros(members * blocks * compressor.block, device=flat.device).view(-1, compressor.block)
         if weight:
             values.view(-1)[:count] = flat[:count] * weight
-            coded, exchange.left = _with_feedback(codec, values, exchange.left)
+            coded, averager.residual = _with_feedback(compressor, values, averager.residual)
         else:
-            coded = codec.encode(values)
+            coded = compressor.compress(values)
         head = torch.cat([flat.new_tensor([weight], dtype=torch.float64), flat[count:-1].double()])
         self._head_bytes = 8 * head.numel()
         rows = torch.cat([head.view(torch.uint8).expand(members, -1), coded.view(members, -1)], dim=1)
-        self._first = exchange.transport.all_to_all(rows)
-        self._second: Pending | None = None
+        self._first = averager.transport.all_to_all(rows)
+        self._second: PendingWork | None = None
         self.bytes_sent = self._first.bytes_sent
         self.seconds = 0.0
 
-    def advance(self) -> bool:
-        if self._second is None and self._first.advance():
+    def poll(self) -> bool:
+        if self._second is None and self._first.poll():
             self._second = self._forward()
-        return self._second is not None and self._second.advance()
+        return self._second is not None and self._second.poll()
 
     def wait(self) -> Tensor:
         self._second = self._second or self._forward()
-        parts, codec = self._second.wait(), self._exchange.codec
-        sums = codec.decode(parts.reshape(-1, codec.block_bytes)).flatten()[: self._count]
+        parts, compressor = self._second.wait(), self._averager.compressor
+        sums = compressor.decompress(parts.reshape(-1, compressor.block_bytes)).flatten()[: self._count]
         self._flat[: self._count] = sums / (float(self._flat[-1]) or 1.0)
         self.bytes_sent = self._first.bytes_sent + self._second.bytes_sent
         self.seconds = self._first.seconds + self._second.seconds
         return self._flat
 
-    def _forward(self) -> Pending:
-        """Sum this replica's part, and send it; what is exact has arrived."""
-        exchange, codec = self._exchange, self._exchange.codec
+    def _forward(self) -> PendingWork:
+        """Sum this replica's part, and send it; `exact` values are averaged already."""
+        averager, compressor = self._averager, self._averager.compressor
         parts = self._first.wait()
         heads = parts[:, : self._head_bytes].flatten().clone().view(torch.float64).view(len(parts), -1)
         total, exact = float(heads[:, 0].sum()), torch.zeros_like(heads[0, 1:])
-        for head in heads[heads[:, 0] > 0]:  # without weight nothing counts, finite or not
+        for head in heads[heads[:, 0] > 0]:  # of weight 0 nothing counts, finite or not
             exact += head[0] * head[1:]
         self._flat[self._count : -1] = exact / (total or 1.0)
         self._flat[-1] = total
-        coded = parts[:, self._head_bytes :].reshape(len(parts), -1, codec.block_bytes)
-        sums = torch.zeros(coded.shape[1], codec.block, device=parts.device)
+        coded = parts[:, self._head_bytes :].reshape(len(parts), -1, compressor.block_bytes)
+        sums = torch.zeros(coded.shape[1], compressor.block, device=parts.device)
         if not total:
-            return exchange.second.all_gather(codec.encode(sums))
+            return averager.second_channel.all_gather(compressor.compress(sums))
         for part in coded:
-            sums += codec.decode(part)
-        coded, exchange.left_of_sum = _with_feedback(codec, sums, exchange.left_of_sum)
-        return exchange.second.all_gather(coded)
+            sums += compressor.decompress(part)
+        coded, averager.sum_residual = _with_feedback(compressor, sums, averager.sum_residual)
+        return averager.second_channel.all_gather(coded)
 
 
-def _with_feedback(codec: Codec, values: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the bytes of values + residual, and the residual that these leave; `values` is used up."""
+def _with_feedback(compressor: Compressor, values: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return compressed (values + residual), and the new residual; `values` is overwritten."""
     if residual is not None:
         values += residual
-    coded = codec.encode(values)
-    return coded, values.sub_(codec.decode(coded))
+    coded = compressor.compress(values)
+    return coded, values.sub_(compressor.decompress(coded))

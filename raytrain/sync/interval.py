@@ -1,4 +1,4 @@
-"""How long a round is, and how late its mean is applied: as given, or found from what is measured."""
+"""Synchronisation interval and delay: fixed, or adapted to measured step and all-reduce times."""
 
 import math
 import os
@@ -6,74 +6,74 @@ import time
 from pathlib import Path
 from typing import Literal
 
-SLACK = 1.1
-"""How much longer than the exchange took last time the steps that hide it are to take."""
+HIDING_MARGIN = 1.1
+"""Time of the steps that hide an all-reduce, over the time that the last one took."""
 
-SHARE = 0.03
-"""The largest share of a round's processor time that the exchange itself may take."""
+MAX_OVERHEAD = 0.03
+"""Upper bound on the all-reduce's share of a round's processor time."""
 
-FIRST = 4
-"""Steps in a round before anything is measured."""
+INITIAL_STEPS = 4
+"""Steps in a round before the first measurement."""
 
-PARTS = 12
-"""Parts of a round, at least, over which a movement is spread."""
+MIN_SLICES = 12
+"""Lower bound on the slices of a round in which global momentum is applied."""
 
-LONGEST = 4096
-"""Steps in a round, at most: a link that is slower still is not hidden."""
+MAX_STEPS = 4096
+"""Upper bound on the steps in a round: a slower link is not hidden."""
 
-Steps = int | Literal["auto"]
+StepsOrAuto = int | Literal["auto"]
 
 
-class Pace:
-    """Steps in a round (tau), and from sending to applying (d).
+class SyncInterval:
+    """Local steps in a round (tau), and delay from sending to applying (d).
 
-    With C seconds for a step and T for an exchange, an exchange hides behind d = ceil(T / C) steps; a round is at least
-    that long, and so long that the exchange's own processor time is a small part of it. Every replica measures, and all
-    take the mean of what they measured, which they learn from the exchange itself: so all decide alike.
+    An all-reduce of T seconds hides behind d = ceil(T / C) steps of C seconds. A round has at least d steps, and so
+    many that the processor time of the all-reduce is at most `MAX_OVERHEAD` of it. Replicas average their measurements
+    in the all-reduce itself, so all choose the same values.
 
     Args:
-        every: tau, or "auto": the smallest there can be.
-        delay: d, at most tau, or "auto": the smallest there can be.
+        every: tau, or "auto": as small as possible.
+        delay: d, at most tau, or "auto": as small as possible.
     """
 
-    def __init__(self, every: Steps, delay: Steps) -> None:
+    def __init__(self, every: StepsOrAuto, delay: StepsOrAuto) -> None:
         self._fixed = (every, delay)
         self._least = 0 if delay == "auto" else delay  # steps in a round
-        self.every = max(FIRST, self._least) if every == "auto" else every
+        self.every = max(INITIAL_STEPS, self._least) if every == "auto" else every
         self.delay = self.every if delay == "auto" else delay
         self._measured: dict[str, float] = {}
 
     @property
     def is_fixed(self) -> bool:
-        """Whether nothing that is measured changes anything."""
+        """Whether both are given, so that measurements change nothing."""
         return "auto" not in self._fixed
 
     @property
-    def stride(self) -> int:
-        """For how many steps at a time to add what is spread over a round: each time costs an optimizer's step."""
-        return max(1, self.every // PARTS)
+    def momentum_stride(self) -> int:
+        """Steps between applications of global momentum, each of which costs as much as an optimizer step."""
+        return max(1, self.every // MIN_SLICES)
 
-    def pull(self, delay: int) -> float:
-        """Return how far to pull a replica so that of any distance at most a half is left after a round.
+    def alpha(self, delay: int) -> float:
+        """Return the interpolation weight 1 - (delay / every)^2 / 2, with which distances at least halve in a round.
 
         Args:
-            delay: steps from sending to applying, as it was when this was sent.
+            delay: at the time of sending.
         """
         return 1.0 - min(delay / self.every, 1.0) ** 2 / 2
 
-    def go_on(self, every: int, delay: int) -> None:
-        """Go on from where a run was, unless it is given."""
+    def restore(self, every: int, delay: int) -> None:
+        """Restore the values of an interrupted run, unless they are given."""
         if self._fixed[0] == "auto":
             self.every = max(every, self._least)
         self.delay = min(delay, self.every) if self._fixed[1] == "auto" else self.delay
 
-    def learn(self, step_seconds: float, exchange_seconds: float, cost_seconds: float) -> None:
-        """Choose anew from the means over the replicas.
+    def update(self, step_seconds: float, exchange_seconds: float, cost_seconds: float) -> None:
+        """Adapt to means over the replicas.
 
         Args:
             step_seconds: of a step, without waiting for others.
-            exchange_seconds: from sending to the arrival of the mean; 0 if there was none yet.
-            cost_seconds: processor time that a replica spent on an exchange, and on moving beside its own steps.
+            exchange_seconds: of an all-reduce; 0 if there was none yet.
+            cost_seconds: processor time of a replica for an all-reduce and for global momentum.
         """
         if self.is_fixed or not step_seconds or not exchange_seconds:
             return
@@ -83,19 +83,19 @@ class Pace:
             "exchange_cost_seconds": cost_seconds,
         }
         every, delay = self._fixed
-        hidden = max(1, math.ceil(SLACK * exchange_seconds / step_seconds))
+        hidden = max(1, math.ceil(HIDING_MARGIN * exchange_seconds / step_seconds))
         if every == "auto":
-            cheap = math.ceil(cost_seconds / (SHARE * step_seconds))
-            self.every = max(self._least, min(LONGEST, max(hidden, cheap)))
+            cheap = math.ceil(cost_seconds / (MAX_OVERHEAD * step_seconds))
+            self.every = max(self._least, min(MAX_STEPS, max(hidden, cheap)))
         self.delay = min(self.every, hidden) if delay == "auto" else delay
 
-    def figures(self) -> dict[str, float]:
-        """Return the choice and what it was made from, as the newest means over the replicas; {} if all is given."""
+    def metrics(self) -> dict[str, float]:
+        """Return interval, delay and the newest measurements; {} if nothing was measured."""
         return {"every": self.every, "delay": self.delay, **self._measured} if self._measured else {}
 
 
-class Clock:
-    """Measures the rounds of one replica."""
+class RoundTimer:
+    """Measures the rounds of a replica."""
 
     def __init__(self) -> None:
         self.exchange_seconds = 0.0  # of the last one
@@ -104,16 +104,16 @@ class Clock:
         self._worked = _worked()
         self._packed = 0.0
 
-    def pack(self, seconds: float) -> None:
-        """Count time of the loop as the exchange's."""
+    def add_overhead(self, seconds: float) -> None:
+        """Count seconds of the loop as overhead of synchronisation."""
         self._packed += seconds
 
-    def lap(self, steps: int, waited: float) -> list[float]:
-        """End a round of `steps` steps, and return what `Pace.learn` takes.
+    def end_round(self, steps: int, waited: float) -> list[float]:
+        """End a round, and return the arguments of `SyncInterval.update`.
 
         Args:
-            steps: how many there were.
-            waited: seconds that the loop has waited for others, in all rounds.
+            steps: in this round.
+            waited: seconds blocked in collectives, in all rounds.
         """
         now, worked = time.perf_counter(), _worked()
         cost = worked - self._worked + self._packed
@@ -123,9 +123,9 @@ class Clock:
 
 
 def _worked() -> float:
-    """Return the processor time of gloo's threads in this process, which work beside those that compute.
+    """Return the processor time of gloo's threads in this process, in seconds.
 
-    Where the system does not tell, 0: then the cost of exchanges is what packing takes.
+    It is 0 where the system does not tell; then the cost of an all-reduce is that of packing.
     """
     ticks = 0
     for task in Path("/proc/self/task").glob("*"):

@@ -4,27 +4,24 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raytrain.recipe import Options, declared_options
+from raytrain.recipe import Options, options_parameter
 from raytrain.registry import check_known
 
 SYNCHRONISERS: dict[str, str] = {
     "ddp": "raytrain.sync.ddp:ddp Gradient all-reduce in every step, overlapped with the backward pass (DDP).",
     "fsdp": "raytrain.sync.fsdp:fsdp Sharded parameters, gradients and optimizer state (FSDP2, ZeRO stage 3).",
     "local-sgd": "raytrain.sync.methods:local_sgd Local SGD: parameters are averaged every few steps (Stich 2019).",
-    "slowmo": "raytrain.sync.methods:slowmo SlowMo: outer momentum that scales with the learning rate (Wang et al. "
-    "2020).",
+    "slowmo": "raytrain.sync.methods:slowmo SlowMo: outer momentum, scaled by the learning rate (Wang et al. 2020).",
     "diloco": "raytrain.sync.methods:diloco DiLoCo: outer SGD with Nesterov momentum (Douillard et al. 2023).",
     "cocod": "raytrain.sync.methods:cocod CoCoD-SGD: averaging one round late, local progress kept (Shen et al. 2019).",
-    "delayed-averaging": "raytrain.sync.methods:delayed_averaging Averaging a few steps late, with global momentum at "
-    "each local step.",
+    "delayed-averaging": "raytrain.sync.methods:delayed_averaging Averaging some steps late, with global momentum.",
     "co2": "raytrain.sync.methods:co2 CO2: outer momentum one round late, over a staleness penalty (Sun et al. 2024).",
 }
 """For optimizers that take gradients."""
 
 SCALAR_EXCHANGES: dict[str, str] = {
     "scalars": "raytrain.sync.scalars:scalars Projected gradients as float32, with seeds that every worker knows.",
-    "one-byte": "raytrain.sync.scalars:one_byte Projected gradients in one byte each (Just One Byte, Zelikman et al. "
-    "2023).",
+    "one-byte": "raytrain.sync.scalars:one_byte Projected gradients in one byte each (Zelikman et al. 2023).",
 }
 """For zeroth-order optimizers."""
 
@@ -38,8 +35,7 @@ COMPRESSIONS: dict[str, str] = {
 PENALTIES: dict[str, str] = {
     "none": "raytrain.sync.outer:NoPenalty No penalty.",
     "constant": "raytrain.sync.outer:ConstantPenalty 2 outer_lr / (1 - outer_momentum).",
-    "gap-aware": "raytrain.sync.outer:GapAwarePenalty 1 + the last outer step over the pseudo-gradient (Barkai et al. "
-    "2020).",
+    "gap-aware": "raytrain.sync.outer:GapAwarePenalty 1 + |last outer step| / |pseudo-gradient|.",
     "secant": "raytrain.sync.outer:SecantPenalty 3 outer_lr c / (1 - outer_momentum), with the curvature c measured.",
 }
 
@@ -79,7 +75,7 @@ class FsdpOptions(SyncOptions):
     name: str = "fsdp"
 
 
-class LocalOptions(SyncOptions):
+class LocalUpdateOptions(SyncOptions):
     """Options of local SGD, and of every method of local updates.
 
     Attributes:
@@ -102,7 +98,7 @@ class LocalOptions(SyncOptions):
         return name
 
 
-class OuterMomentumOptions(LocalOptions):
+class OuterMomentumOptions(LocalUpdateOptions):
     """Options of an outer optimizer with momentum.
 
     Attributes:
@@ -121,7 +117,7 @@ class NesterovOptions(OuterMomentumOptions):
     outer_momentum: float = Field(0.9, ge=0, lt=1)
 
 
-class DelayedAveragingOptions(LocalOptions):
+class DelayedAveragingOptions(LocalUpdateOptions):
     """Options of `delayed-averaging`.
 
     Attributes:
@@ -182,16 +178,16 @@ class ScalarOptions(SyncOptions):
 
 def options_of_synchroniser(factory: Any) -> type[Options]:
     """Return the options class that a user's synchroniser factory declares."""
-    return declared_options(factory, SyncOptions)
+    return options_parameter(factory, SyncOptions)
 
 
 SYNC_OPTIONS: dict[str, type[SyncOptions]] = {
     "ddp": DdpOptions,
     "fsdp": FsdpOptions,
-    "local-sgd": LocalOptions,
+    "local-sgd": LocalUpdateOptions,
     "slowmo": OuterMomentumOptions,
     "diloco": NesterovOptions,
-    "cocod": LocalOptions,
+    "cocod": LocalUpdateOptions,
     "delayed-averaging": DelayedAveragingOptions,
     "co2": Co2Options,
     "scalars": ScalarOptions,

@@ -1,159 +1,161 @@
-"""The outer step: how the point that all replicas share moves by the mean of what each of them did on its own."""
+"""Outer optimizer: updates the anchor, which all replicas share, by the averaged pseudo-gradient."""
 
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from raytrain.serialization import state_to
+from raytrain.serialization import state_to_device
 
 KAPPA = 3.0
-MEMORY = 0.7
+CURVATURE_DECAY = 0.7
 
 
-class OuterStep:
-    """SGD with momentum on differences: shape (n,), the start of a round minus its end, averaged over the replicas.
+class OuterOptimizer:
+    """SGD with momentum on pseudo-gradients, which are averaged over the replicas.
 
-    With difference d and penalty L, momentum v <- beta v + d / L, clipped by element, and the point X <- X - rate v, or
-    by Nesterov X <- X - rate (d / L + beta v). With rate 1 and no momentum that is the mean of the replicas (local
-    SGD), with Nesterov's it is DiLoCo (Douillard et al. 2023).
+    With the pseudo-gradient d (round start minus round end, shape (n,)), staleness penalty L and momentum factor beta:
 
-    SlowMo (Wang et al. 2020, algorithm 1) divides d by the learning rate gamma of the replicas' own steps, as it is at
-    the round's end: u <- beta u + d / gamma, X <- X - rate gamma u. Here v is gamma u, so v <- beta (gamma / gamma') v
-    + d with the gamma' of the round before: while gamma stays the same, that is the plain momentum.
+        v <- clip(beta v + d / L)
+        X <- X - lr v                    or with Nesterov momentum  X <- X - lr (d / L + beta v)
+
+    lr = 1 without momentum is local SGD, Nesterov momentum is DiLoCo (Douillard et al. 2023). SlowMo (Wang et al. 2020,
+    Alg. 1) divides d by the inner learning rate gamma at the end of the round: u <- beta u + d / gamma,
+    X <- X - lr gamma u. Here v is gamma u, so v <- beta (gamma / gamma') v + d, with the gamma' of the previous round;
+    while gamma is constant, that is plain momentum.
 
     Args:
-        rate: of the step.
-        beta: how much of the momentum stays.
-        nesterov: which of the two.
-        scaled: whether the momentum scales with the learning rate of the replicas' own steps, as SlowMo's.
-        clip: the largest element of the momentum; 0: any.
-        penalty: finds L from what every replica holds, so that they do not part; None: 1.
+        lr: outer learning rate.
+        momentum_factor: beta.
+        nesterov: whether momentum is Nesterov's.
+        lr_scaled: whether momentum scales with the inner learning rate, as SlowMo's.
+        clip: largest absolute value in v; 0: no clipping.
+        penalty: L, equal on all replicas; None: 1.
 
     Attributes:
-        point: X, equal on all replicas.
-        momentum: v, or None where there is none.
+        anchor: X, equal on all replicas.
+        momentum_buffer: v, or None without momentum.
     """
 
     def __init__(
         self,
         *,
-        rate: float = 1.0,
-        beta: float = 0.0,
+        lr: float = 1.0,
+        momentum_factor: float = 0.0,
         nesterov: bool = False,
-        scaled: bool = False,
+        lr_scaled: bool = False,
         clip: float = 0.0,
         penalty: "Penalty | None" = None,
     ) -> None:
-        self.rate = rate
+        self.lr = lr
         self.nesterov = nesterov
-        self.scaled = scaled
+        self.lr_scaled = lr_scaled
         self.clip = clip
-        self.beta = beta
+        self.momentum_factor = momentum_factor
         self.penalty: Penalty = penalty or NoPenalty()
-        self.point = torch.zeros(0)
-        self.momentum: Tensor | None = None
-        self._lr = 0.0  # of the round before; 0: there was none
+        self.anchor = torch.zeros(0)
+        self.momentum_buffer: Tensor | None = None
+        self._lr = 0.0  # inner learning rate of the previous round; 0: there was none
 
     @property
-    def last(self) -> Tensor:
-        """The last step over the rate, if a penalty looks back at it."""
-        return torch.zeros_like(self.point) if self.momentum is None else self.momentum
+    def last_step(self) -> Tensor:
+        """The last outer step over lr, for penalties that need it."""
+        return torch.zeros_like(self.anchor) if self.momentum_buffer is None else self.momentum_buffer
 
-    def begin(self, point: Tensor, state: Any) -> None:
-        """Take the point that all replicas begin with, and what `state_dict` returned if a run goes on."""
-        self.point = point
-        if self.beta or self.penalty.looks_back:
-            self.momentum = torch.zeros_like(point)
+    def reset(self, anchor: Tensor, state: Any) -> None:
+        """Set the anchor, and restore what `state_dict` returned if a run resumes."""
+        self.anchor = anchor
+        if self.momentum_factor or self.penalty.needs_last_step:
+            self.momentum_buffer = torch.zeros_like(anchor)
         if state is not None:
-            if self.momentum is not None and state["momentum"] is not None:
-                self.momentum.copy_(state["momentum"])
-            self.penalty.load_state_dict(state_to(state["penalty"], point.device))
+            if self.momentum_buffer is not None and state["momentum"] is not None:
+                self.momentum_buffer.copy_(state["momentum"])
+            self.penalty.load_state_dict(state_to_device(state["penalty"], anchor.device))
             self._lr = state["lr"]
 
     def __call__(self, difference: Tensor, lr: float) -> None:
-        """Move the point.
+        """Update the anchor.
 
         Args:
-            difference: used up.
-            lr: the learning rate of the replicas' last step, or anything in proportion to it.
+            difference: the pseudo-gradient, overwritten.
+            lr: inner learning rate of the last local step, or anything proportional to it.
         """
         divisor = self.penalty(self, difference)
         if divisor != 1.0:
             difference.div_(divisor)
         step = difference
-        if self.momentum is not None:
-            self.momentum.mul_(self.beta * self._growth(lr)).add_(difference)
-            step = self.momentum
+        if self.momentum_buffer is not None:
+            self.momentum_buffer.mul_(self.momentum_factor * self._growth(lr)).add_(difference)
+            step = self.momentum_buffer
         if self.clip:
             step.clamp_(-self.clip, self.clip)
-        if self.nesterov and self.momentum is not None:
-            step = difference.add_(self.momentum, alpha=self.beta)
-        self.point.add_(step, alpha=-self.rate)
+        if self.nesterov and self.momentum_buffer is not None:
+            step = difference.add_(self.momentum_buffer, alpha=self.momentum_factor)
+        self.anchor.add_(step, alpha=-self.lr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all but the point."""
-        return {"momentum": self.momentum, "penalty": self.penalty.state_dict(), "lr": self._lr}
+        """Return all state but the anchor."""
+        return {"momentum": self.momentum_buffer, "penalty": self.penalty.state_dict(), "lr": self._lr}
 
     def _growth(self, lr: float) -> float:
-        """Return the learning rate over that of the round before; one of 0, which cannot divide, changes nothing."""
+        """Return the inner learning rate over that of the previous round; 0 changes nothing."""
         before, self._lr = self._lr, lr or self._lr
-        return self._lr / before if self.scaled and before else 1.0
+        return self._lr / before if self.lr_scaled and before else 1.0
 
 
-def stable_below(outer: OuterStep, *, late: bool) -> float:
-    """Return what rate / L must stay below on a quadratic where local steps go all the way to the minimum in a round.
+def max_stable_lr(outer: OuterOptimizer, *, late: bool) -> float:
+    """Return the upper bound of lr / L for a stable outer step on a quadratic that a round of local steps solves.
 
-    Where they go a share c of it, rate * c / L must. The characteristic polynomials are z^2 - (1 + beta) z + beta +
-    rate c / L a round late, z^2 - (1 + beta - rate c / L) z + beta at once, and by Nesterov
-    z^2 - (1 + beta - (1 + beta) rate c / L) z + beta (1 - rate c / L).
+    Where a round goes a share c of the way to the minimum, the bound holds for lr c / L. The characteristic polynomials
+    are z^2 - (1 + beta) z + beta + lr c / L with a delay of one round, z^2 - (1 + beta - lr c / L) z + beta without,
+    and with Nesterov momentum z^2 - (1 + beta - (1 + beta) lr c / L) z + beta (1 - lr c / L).
 
     Args:
-        outer: the outer step.
-        late: whether differences come a round late.
+        outer: the outer optimizer.
+        late: whether pseudo-gradients arrive a round late.
     """
-    beta = outer.beta
+    beta = outer.momentum_factor
     if late:
         return 1.0 - beta
     return 2.0 * (1.0 + beta) / (1.0 + 2.0 * beta if outer.nesterov else 1.0)
 
 
 class Penalty(Protocol):
-    """What a late difference is divided by: it was made from a point that has moved since.
+    """Staleness penalty: divides a pseudo-gradient that was computed at an older anchor.
 
     Attributes:
-        looks_back: whether it needs the last outer step, which is the momentum even if beta is 0.
+        needs_last_step: whether it uses the last outer step, which then is kept even without momentum.
     """
 
-    looks_back: bool
+    needs_last_step: bool
 
-    def __call__(self, outer: OuterStep, difference: Tensor) -> float:
-        """Return the divisor for the difference that has just arrived."""
+    def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:
+        """Return the divisor for a pseudo-gradient."""
         ...
 
-    def least(self, outer: OuterStep) -> float:
-        """Return the smallest divisor where local steps go all the way to the minimum in a round."""
+    def minimum(self, outer: OuterOptimizer) -> float:
+        """Return the smallest divisor where a round of local steps reaches the minimum."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it remembers."""
+        """Return its state."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         ...
 
 
 class NoPenalty:
     """Divide by 1."""
 
-    looks_back = False
+    needs_last_step = False
 
-    def __call__(self, outer: OuterStep, difference: Tensor) -> float:  # noqa: ARG002
+    def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:  # noqa: ARG002
         """Return 1."""
         return 1.0
 
-    def least(self, outer: OuterStep) -> float:  # noqa: ARG002
+    def minimum(self, outer: OuterOptimizer) -> float:  # noqa: ARG002
         """Return 1."""
         return 1.0
 
@@ -162,69 +164,73 @@ class NoPenalty:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing."""
+        """Do nothing."""
 
 
 class ConstantPenalty(NoPenalty):
-    """Divide by 2 * rate / (1 - beta), whatever is measured: twice what is stable for the fastest local steps."""
+    """Divide by 2 lr / (1 - beta), twice what is stable where a round of local steps reaches the minimum."""
 
-    def __call__(self, outer: OuterStep, difference: Tensor) -> float:  # noqa: ARG002
-        """Return it."""
-        return self.least(outer)
+    def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:  # noqa: ARG002
+        """Return the divisor."""
+        return self.minimum(outer)
 
-    def least(self, outer: OuterStep) -> float:
-        """Return it."""
-        return 2.0 * outer.rate / (1 - outer.beta)
+    def minimum(self, outer: OuterOptimizer) -> float:
+        """Return the divisor."""
+        return 2.0 * outer.lr / (1 - outer.momentum_factor)
 
 
 class GapAwarePenalty(NoPenalty):
-    """Divide by 1 + the length of the last outer step over that of the difference (after Barkai et al. 2020)."""
+    """Divide by 1 + |last outer step| / |pseudo-gradient| (after Barkai et al. 2020)."""
 
-    looks_back = True
+    needs_last_step = True
 
-    def __call__(self, outer: OuterStep, difference: Tensor) -> float:
+    def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:
         """Return the divisor."""
         length = float(difference.norm())
-        return 1.0 + outer.rate * float(outer.last.norm()) / length if length else 1.0
+        return 1.0 + outer.lr * float(outer.last_step.norm()) / length if length else 1.0
 
 
 class SecantPenalty:
-    """Divide by kappa * rate * c / (1 - beta), at least 1, where c is how fast differences shrink along the path.
+    """Divide by kappa lr c / (1 - beta), at least 1, with the measured curvature c of the pseudo-gradient.
 
-    A difference that is a round late makes outer steps with momentum unstable where rate * c / L reaches 1 - beta
-    (z^2 - (1 + beta) z + beta + rate c / L has a root outside the unit circle). With x the point that a difference d
-    was made from, c = <x' - x, d' - d> / |x' - x|^2, between 0 and 1, averaged over rounds; before there is any, 1. The
-    step before the last one takes a buffer as large as the model.
+    With a delay of one round and momentum, outer steps are unstable where lr c / L reaches 1 - beta (then
+    z^2 - (1 + beta) z + beta + lr c / L has a root outside the unit circle). With the anchor x at which a
+    pseudo-gradient d was computed, c = <x' - x, d' - d> / |x' - x|^2, clipped to [0, 1] and averaged over rounds; 1
+    before the first estimate. It keeps the outer step before the last one, a buffer as large as the model.
     """
 
-    looks_back = True
+    needs_last_step = True
 
     def __init__(self) -> None:
         self.curvature: float | None = None
         self._older: Tensor | None = None  # the step before the last one
         self._along = 0.0  # the difference before this one, along it
 
-    def __call__(self, outer: OuterStep, difference: Tensor) -> float:
+    def __call__(self, outer: OuterOptimizer, difference: Tensor) -> float:
         """Return the divisor."""
         if self._older is None:
             self._older = torch.zeros_like(difference)
         length = float(self._older.dot(self._older))
         if length:
-            turn = -(float(self._older.dot(difference)) - self._along) / (outer.rate * length)
+            turn = -(float(self._older.dot(difference)) - self._along) / (outer.lr * length)
             found = min(max(turn, 0.0), 1.0)
-            self.curvature = found if self.curvature is None else MEMORY * self.curvature + (1 - MEMORY) * found
-        self._older.copy_(outer.last)
+            self.curvature = (
+                found if self.curvature is None else CURVATURE_DECAY * self.curvature + (1 - CURVATURE_DECAY) * found
+            )
+        self._older.copy_(outer.last_step)
         self._along = float(self._older.dot(difference))
-        return max(1.0, KAPPA * outer.rate * (1.0 if self.curvature is None else self.curvature) / (1 - outer.beta))
+        return max(
+            1.0, KAPPA * outer.lr * (1.0 if self.curvature is None else self.curvature) / (1 - outer.momentum_factor)
+        )
 
-    def least(self, outer: OuterStep) -> float:
-        """Return what it divides by where it measures c = 1."""
-        return max(1.0, KAPPA * outer.rate / (1 - outer.beta))
+    def minimum(self, outer: OuterOptimizer) -> float:
+        """Return the divisor for c = 1."""
+        return max(1.0, KAPPA * outer.lr / (1 - outer.momentum_factor))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it remembers."""
+        """Return its state."""
         return {"curvature": self.curvature, "older": self._older, "along": self._along}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.curvature, self._older, self._along = state["curvature"], state["older"], state["along"]

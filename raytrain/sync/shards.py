@@ -1,4 +1,4 @@
-"""The parts that one replica keeps of a model that is sharded over several."""
+"""A replica's shards of a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,42 +11,41 @@ from raytrain.sync.transport import GroupTransport
 
 
 class Shards:
-    """This replica's parts of a sharded model.
+    """This replica's shards of a model.
 
-    A parameter is cut along its first dimension into as many equal parts as there are replicas; the last parts may be
-    short or empty. One without dimensions stays whole on every replica.
+    A parameter is sharded along its first dimension into equal parts, of which the last may be short or empty. A scalar
+    is replicated.
 
     Attributes:
-        parts: holds this replica's parts under the names that the parameters have in the model.
+        local: module with this replica's shards under the names of the parameters.
 
     Args:
         module: the model, sharded by torch's `fully_shard`.
-        transport: the replicas.
+        transport: of the replicas.
     """
 
     def __init__(self, module: nn.Module, transport: GroupTransport) -> None:
         self._transport = transport
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        self.parts = _mirror(module, {parameter: _part(parameter) for parameter in module.parameters()}, {})
-        self._parts = dict(self.parts.named_parameters())
+        self.local = _mirror(module, {parameter: _part(parameter) for parameter in module.parameters()}, {})
+        self._local = dict(self.local.named_parameters())
 
     def norm(self) -> Tensor:
-        """Return the norm of the whole gradient; all replicas call this together."""
+        """Return the norm of the full gradient; a collective."""
         first = self._transport.rank == 0
-        counted = [part for name, part in self._parts.items() if self._shapes[name] or first]
+        counted = [part for name, part in self._local.items() if self._shapes[name] or first]
         own = get_total_norm([part.grad for part in counted if part.grad is not None])
         squares = own.to(self._transport.device, torch.float64).square().reshape(1)
         return self._transport.all_reduce(squares).wait()[0].sqrt()
 
-    def whole(self, name: str, value: Any) -> Any:
-        """Return what this replica has a part of, on the CPU of the first replica; all replicas call this together.
+    def gather(self, name: str, value: Any) -> Any:
+        """Gather a full tensor on the CPU of the first replica; a collective.
 
         Args:
             name: of a parameter.
-            value: its part, or what an optimizer or an average keeps for it; unless it has the shape of the part, it is
-                returned as it is.
+            value: its shard, or that of its optimizer state or average; a value of another shape is returned unchanged.
         """
-        part = self._parts.get(name)
+        part = self._local.get(name)
         if part is None or not self._shapes[name] or not isinstance(value, Tensor) or value.shape != part.shape:
             return value
         padded = value.new_zeros(self._rows(name), *value.shape[1:])
@@ -55,8 +54,8 @@ class Shards:
         self._transport.gather_into(flat, padded.flatten())
         return flat[: self._shapes[name].numel()].view(self._shapes[name]).cpu() if self._transport.rank == 0 else value
 
-    def cut(self, name: str, value: Any) -> Any:
-        """Return this replica's part of `value`, if that has the shape of the whole parameter, or else `value`."""
+    def scatter(self, name: str, value: Any) -> Any:
+        """Return this replica's shard of a full tensor; a value of another shape is returned unchanged."""
         if not isinstance(value, Tensor) or not value.shape or value.shape != self._shapes.get(name):
             return value
         rows = self._rows(name)
@@ -67,14 +66,14 @@ class Shards:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return this replica's part of a tensor that torch knows to be distributed, in the same memory."""
+    """Return this replica's shard of a DTensor, in the same memory."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - slow to import
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _part(parameter: nn.Parameter) -> nn.Parameter:
-    """Return this replica's part as a parameter of its own, in the same memory; what is whole stays as it is."""
+    """Return this replica's shard as a parameter, in the same memory; a replicated one is returned unchanged."""
     local = local_part(parameter.detach())
     return nn.Parameter(local, parameter.requires_grad) if parameter.dim() else parameter
 
@@ -82,7 +81,7 @@ def _part(parameter: nn.Parameter) -> nn.Parameter:
 def _mirror(
     module: nn.Module, parts: Mapping[nn.Parameter, nn.Parameter], made: dict[nn.Module, nn.Module]
 ) -> nn.Module:
-    """Return a module like `module`, shared parts of it included, that holds nothing but `parts` of its parameters."""
+    """Return a module of the structure of `module`, shared submodules included, that holds `parts`."""
     if module not in made:
         made[module] = nn.Module()
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

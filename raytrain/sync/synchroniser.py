@@ -1,4 +1,4 @@
-"""What the training loop calls to keep replicas together."""
+"""The protocol of synchronisers, which the training loop calls to keep replicas together."""
 
 import time
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from raytrain.sync.transport import Pending
+from raytrain.sync.transport import PendingWork
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
-    """What one step came to, over the replicas that it was exchanged with.
+class StepTotals:
+    """Totals of a step, over the replicas that all-reduced it.
 
     Attributes:
-        weight: sum of the weights of the losses.
+        weight: sum of loss weights.
         loss: sum of weight * loss.
-        stop: whether any replica asked to stop after this step; equal on all of them.
+        stop: whether any replica requested to stop after this step; equal on all of them.
     """
 
     weight: float
@@ -27,83 +27,83 @@ class Totals:
 
 
 class Synchroniser(Protocol):
-    """Keeps replicas together through visible calls in the loop.
+    """Keeps replicas together, by explicit calls in the training loop.
 
     Attributes:
-        apart: whether replicas differ between exchanges, so that each has a state of its own to save.
-        bytes_sent: what this replica has put on the wire since `start`.
-        exchange_seconds: how long its exchanges were under way since `start`, one after the other.
-        waited_seconds: how long the loop has stood still for others since `start`.
+        has_local_state: whether replicas differ between averages, so that each saves a state of its own.
+        bytes_sent: by this replica since `attach`.
+        exchange_seconds: sum of the durations of its collectives since `attach`.
+        waited_seconds: time the loop was blocked in collectives since `attach`.
     """
 
-    apart: bool
+    has_local_state: bool
     bytes_sent: int
     exchange_seconds: float
     waited_seconds: float
 
-    def start(self, module: nn.Module) -> None:
-        """Take the replica's parameters and buffers in hand; afterwards they equal those of the first replica."""
+    def attach(self, module: nn.Module) -> None:
+        """Attach to a replica's model, and broadcast parameters and buffers of the first replica."""
         ...
 
-    def begin(self, weight: float) -> float:
-        """Learn the weight of this replica's losses in a step, before its first backward pass.
+    def set_weight(self, weight: float) -> float:
+        """Set the weight of this replica's losses in a step, before its first backward pass.
 
         Returns:
-            What the sum of weight * loss is to be divided by before each backward pass.
+            Divisor of the sum of weight * loss before each backward pass.
         """
         ...
 
     def before_backward(self) -> None:
-        """Learn that the last backward pass of the step comes next."""
+        """Prepare for the last backward pass of the step."""
         ...
 
-    def before_step(self, loss: float, stop: bool) -> Totals:
-        """Make the gradients ready for the optimizer.
+    def before_step(self, loss: float, stop: bool) -> StepTotals:
+        """Synchronise gradients before the optimizer step.
 
         Args:
-            loss: sum of weight * loss of this replica's share.
-            stop: whether this replica asks all to stop after this step.
+            loss: sum of weight * loss on this replica.
+            stop: whether this replica requests all to stop after this step.
         """
         ...
 
     def after_step(self, lr: float) -> None:
-        """Learn that the parameters moved.
+        """Synchronise parameters after the optimizer step.
 
         Args:
-            lr: the learning rate that they moved by, or anything in proportion to it: what counts is how it changes.
+            lr: learning rate of the step, or anything proportional to it: only its changes count.
         """
         ...
 
     def finish(self) -> None:
-        """Complete what is under way; afterwards the replicas are equal."""
+        """Complete what is in flight; afterwards the replicas are equal."""
         ...
 
-    def shared(self) -> AbstractContextManager[None]:
-        """Let the module hold what is equal on all replicas inside the `with` block, to measure and to save it."""
+    def synced_parameters(self) -> AbstractContextManager[None]:
+        """Put the synchronised parameters into the module inside the `with` block, to evaluate and save them."""
         ...
 
-    def figures(self) -> dict[str, float]:
-        """Return what was decided along the way and belongs into the log."""
+    def metrics(self) -> dict[str, float]:
+        """Return values for the log."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what this replica needs to resume beside what is shared, as nested plain data and tensors."""
+        """Return this replica's state beside the model, as nested plain data and tensors."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any] | None, first: Mapping[str, Any]) -> None:
-        """Take what `state_dict` returned, before `start`.
+        """Restore what `state_dict` returned, before `attach`.
 
         Args:
-            state: on this replica; None if there were more or fewer replicas then.
-            first: on the first one.
+            state: of this replica; None if the number of replicas changed.
+            first: of the first replica.
         """
         ...
 
 
-class EveryStep:
-    """The part of a synchroniser that has replicas equal after every step: nothing is under way, nothing is kept."""
+class StepSynchroniser:
+    """Base of synchronisers whose replicas are equal after every step: nothing in flight, no state."""
 
-    apart = False
+    has_local_state = False
 
     def __init__(self) -> None:
         self.bytes_sent = 0
@@ -116,12 +116,12 @@ class EveryStep:
     def finish(self) -> None:
         """Do nothing."""
 
-    def shared(self) -> AbstractContextManager[None]:
-        """Change nothing: all is equal."""
+    def synced_parameters(self) -> AbstractContextManager[None]:
+        """Change nothing: replicas are equal."""
         return nullcontext()
 
-    def figures(self) -> dict[str, float]:
-        """Return nothing: nothing is decided."""
+    def metrics(self) -> dict[str, float]:
+        """Return nothing."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,9 +129,9 @@ class EveryStep:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, first: Mapping[str, Any]) -> None:
-        """Take nothing."""
+        """Do nothing."""
 
-    def _await(self, pending: Pending) -> None:
+    def _await(self, pending: PendingWork) -> None:
         started = time.perf_counter()
         pending.wait()
         self.waited_seconds += time.perf_counter() - started

@@ -1,6 +1,6 @@
-"""Moving tensors between replicas: one process group of one's own, never the default one.
+"""Collectives between replicas, in a process group of our own and never in the default one.
 
-Every operation starts at once and returns a `Pending`; a tensor given to one must not be touched until `wait` returns.
+Every collective starts at once and returns `PendingWork`; its tensors must not be touched until `wait` returns.
 """
 
 import datetime
@@ -18,55 +18,55 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 
-OWN_FAULTS = ("Invalid scalar type", "out of memory", "must be contiguous", "nsupported")
-"""Parts of the messages of errors that this replica makes by itself, and would make again."""
+LOCAL_FAULTS = ("Invalid scalar type", "out of memory", "must be contiguous", "nsupported")
+"""Parts of the messages of errors that this replica caused itself, and would cause again."""
 
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-"""The network interface that leads nowhere but to this machine."""
+"""The loopback network interface."""
 
-MOST_MEMBERS = 1024
-"""How many may ask for a connection to the store at once."""
+MAX_MEMBERS = 1024
+"""Simultaneous connection requests to the store."""
 
 
 class PeerLostError(RuntimeError):
-    """An operation failed because another replica died, hung or left; this replica itself did nothing wrong."""
+    """A collective failed because another replica died, hung or left."""
 
 
-class Pending(Protocol):
-    """An operation under way.
+class PendingWork(Protocol):
+    """A collective in flight, as `torch.distributed.Work`.
 
     Attributes:
-        bytes_sent: what this replica puts on the wire for it.
+        bytes_sent: by this replica.
     """
 
     bytes_sent: int
 
     @property
     def seconds(self) -> float:
-        """From its start to its arrival; known after `wait`."""
+        """Seconds from start to completion; known after `wait`."""
         ...
 
-    def advance(self) -> bool:
-        """Do what can be done without waiting, and return whether the result has arrived."""
+    def poll(self) -> bool:
+        """Make progress without blocking, and return whether the result is there."""
         ...
 
     def wait(self) -> Tensor:
-        """Return the result once it has arrived.
+        """Block until the result is there, and return it.
 
         Raises:
-            PeerLostError: it will not arrive.
+            PeerLostError: another replica is lost.
         """
         ...
 
 
 class Transport(Protocol):
-    """A group of replicas.
+    """Collectives of a group of replicas.
 
     Attributes:
-        rank: this replica's place in `members`.
-        members: the replicas of the group, in order.
-        device: where tensors must be.
+        rank: of this replica in `members`.
+        members: ranks of the group, in order.
+        device: of all tensors.
     """
 
     rank: int
@@ -74,40 +74,40 @@ class Transport(Protocol):
     device: torch.device
 
     @property
-    def waiting(self) -> bool:
-        """Whether this replica stands still for others just now."""
+    def is_waiting(self) -> bool:
+        """Whether this replica is blocked in a collective."""
         ...
 
-    def all_reduce(self, flat: Tensor) -> Pending:
-        """Sum `flat` over the replicas, in place; the result is equal to the bit on all of them."""
+    def all_reduce(self, flat: Tensor) -> PendingWork:
+        """Sum `flat` over the replicas, in place; the result is bit-identical on all of them."""
         ...
 
-    def all_gather(self, flat: Tensor) -> Pending:
+    def all_gather(self, flat: Tensor) -> PendingWork:
         """Return the `flat` of each replica, all of one shape, as shape (members, *flat.shape)."""
         ...
 
-    def all_to_all(self, rows: Tensor) -> Pending:
+    def all_to_all(self, rows: Tensor) -> PendingWork:
         """Send row i of `rows`, shape (members, n), to replica i; return the rows that came, in the replicas' order."""
         ...
 
-    def broadcast(self, flat: Tensor) -> Pending:
+    def broadcast(self, flat: Tensor) -> PendingWork:
         """Overwrite `flat` with that of the first replica."""
         ...
 
-    def lane(self) -> "Transport":
-        """Return the same replicas, for operations that each of them may start before or after others' on this one.
+    def new_channel(self) -> "Transport":
+        """Return an independent channel to the same replicas, whose collectives are not ordered with this one's.
 
-        Every replica asks for its lanes in the same order; they close with this one.
+        Every replica creates its channels in the same order; they close with this one.
         """
         ...
 
     def close(self) -> None:
-        """Leave the group; replicas that still wait for this one learn that it is lost."""
+        """Leave the group; replicas that wait for this one get a `PeerLostError`."""
         ...
 
 
-class Arrived:
-    """A `Pending` that has nothing to wait for."""
+class CompletedWork:
+    """A collective that is complete."""
 
     bytes_sent = 0
     seconds = 0.0
@@ -115,8 +115,8 @@ class Arrived:
     def __init__(self, result: Tensor) -> None:
         self._result = result
 
-    def advance(self) -> bool:
-        """Return that it has arrived."""
+    def poll(self) -> bool:
+        """Return True."""
         return True
 
     def wait(self) -> Tensor:
@@ -125,33 +125,33 @@ class Arrived:
 
 
 class LocalTransport:
-    """The group of a replica that is alone."""
+    """The group of a single replica."""
 
     rank: int = 0
     members: tuple[int, ...] = (0,)
-    waiting = False
+    is_waiting = False
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
 
-    def all_reduce(self, flat: Tensor) -> Pending:
+    def all_reduce(self, flat: Tensor) -> PendingWork:
         """Return `flat`: the sum over one replica."""
-        return Arrived(flat)
+        return CompletedWork(flat)
 
-    def all_gather(self, flat: Tensor) -> Pending:
+    def all_gather(self, flat: Tensor) -> PendingWork:
         """Return `flat` with a dimension for the one replica."""
-        return Arrived(flat.unsqueeze(0))
+        return CompletedWork(flat.unsqueeze(0))
 
-    def all_to_all(self, rows: Tensor) -> Pending:
+    def all_to_all(self, rows: Tensor) -> PendingWork:
         """Return `rows`: the one replica's own."""
-        return Arrived(rows)
+        return CompletedWork(rows)
 
-    def broadcast(self, flat: Tensor) -> Pending:
+    def broadcast(self, flat: Tensor) -> PendingWork:
         """Return `flat`."""
-        return Arrived(flat)
+        return CompletedWork(flat)
 
-    def lane(self) -> "LocalTransport":
-        """Return itself: nothing is ever under way."""
+    def new_channel(self) -> "LocalTransport":
+        """Return itself: nothing is ever in flight."""
         return self
 
     def close(self) -> None:
@@ -161,18 +161,18 @@ class LocalTransport:
 def join_group(
     backend: str, rank: int, members: int, address: tuple[str, int], timeout_seconds: float, secret: str
 ) -> None:
-    """Make the default process group of torch.distributed, which has to be there for there to be others.
+    """Create the default process group of torch.distributed, which other groups require.
 
-    Its members find each other through a store in the process of rank 0, which listens on `address` and not, as torch's
+    Its members meet through a store in the process of rank 0, which listens on `address` and not, as torch's
     own would, on all of the machine's. All keys of the run begin with its secret, so that neither a stranger nor
     another run, which do not know it, can be taken for a member.
 
     Args:
         backend: of torch.distributed.
-        rank: this process's place among the members.
-        members: how many there are.
-        address: host and port, which are free at rank 0.
-        timeout_seconds: how long the others may take to come.
+        rank: of this process.
+        members: world size.
+        address: host and free port of rank 0.
+        timeout_seconds: until all members have to be there.
         secret: the same for all members, and known to them alone.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -185,47 +185,47 @@ def join_group(
 
 
 def _listening(host: str, port: int) -> int:
-    """Return the file descriptor of a socket that takes connections at one address, for a store to own."""
+    """Return the file descriptor of a socket that listens on one address, for a store to own."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=MOST_MEMBERS).detach()
+    return socket.create_server((host, port), family=family, backlog=MAX_MEMBERS).detach()
 
 
 class GroupTransport:
-    """A process group over all ranks of torch.distributed, made for this purpose (gloo on CPUs, NCCL on GPUs).
+    """A process group over all ranks of torch.distributed (gloo on CPUs, NCCL on GPUs).
 
     Args:
-        device: where tensors are.
-        timeout_seconds: how long an operation may take before its peers count as lost.
+        device: of all tensors.
+        timeout_seconds: of a collective, after which its peers count as lost.
     """
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
         self.rank = dist.get_rank()
         self.members = tuple(range(dist.get_world_size()))
         self.device = device
-        self._waits = False
-        self._lanes: list[GroupTransport] = []
+        self._is_waiting = False
+        self._channels: list[GroupTransport] = []
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         self._group: dist.ProcessGroup | None = dist.new_group(timeout=self._timeout)
-        self._apart: dist.ProcessGroup | None = None
+        self._mesh_group: dist.ProcessGroup | None = None
 
     @property
-    def waiting(self) -> bool:
-        """Whether this replica stands still, here or in a lane."""
-        return self._waits or any(lane.waiting for lane in self._lanes)
+    def is_waiting(self) -> bool:
+        """Whether this replica is blocked, here or in a channel."""
+        return self._is_waiting or any(channel.is_waiting for channel in self._channels)
 
-    def lane(self) -> "GroupTransport":
-        """Return another process group."""
-        self._lanes.append(GroupTransport(self.device, self._timeout.total_seconds()))
-        return self._lanes[-1]
+    def new_channel(self) -> "GroupTransport":
+        """Return a channel with a process group of its own."""
+        self._channels.append(GroupTransport(self.device, self._timeout.total_seconds()))
+        return self._channels[-1]
 
-    def all_reduce(self, flat: Tensor) -> Pending:
-        """Sum `flat` in place (a ring moves each byte 2 (n - 1) / n times)."""
+    def all_reduce(self, flat: Tensor) -> PendingWork:
+        """Sum `flat` in place (a ring sends each byte 2 (n - 1) / n times)."""
         size = len(self.members)
         return self._start(
             lambda: dist.all_reduce(flat, group=self._group, async_op=True), flat, 2 * (size - 1) / size * _bytes(flat)
         )
 
-    def all_gather(self, flat: Tensor) -> Pending:
+    def all_gather(self, flat: Tensor) -> PendingWork:
         """Return all `flat`, stacked."""
         size = len(self.members)
         all_flat = flat.new_empty((size, *flat.shape))
@@ -234,7 +234,7 @@ class GroupTransport:
             lambda: dist.all_gather(parts, flat, group=self._group, async_op=True), all_flat, (size - 1) * _bytes(flat)
         )
 
-    def all_to_all(self, rows: Tensor) -> Pending:
+    def all_to_all(self, rows: Tensor) -> PendingWork:
         """Send each row to its replica."""
         size, received = len(self.members), torch.empty_like(rows)
         return self._start(
@@ -243,7 +243,7 @@ class GroupTransport:
             (size - 1) / size * _bytes(rows),
         )
 
-    def broadcast(self, flat: Tensor) -> Pending:
+    def broadcast(self, flat: Tensor) -> PendingWork:
         """Overwrite `flat` with rank 0's."""
         sent = _bytes(flat) if self.rank == 0 else 0
         # As bytes, because gloo knows few types; what is not contiguous is of a type that it knows, or gloo will say.
@@ -251,19 +251,19 @@ class GroupTransport:
         return self._start(lambda: dist.broadcast(raw, 0, group=self._group, async_op=True), flat, sent)
 
     def gather_into(self, whole: Tensor, part: Tensor) -> int:
-        """Put the `part` of each replica into `whole`, one after the other, before anything else can read it.
+        """All-gather `part` into `whole`, for FSDP.
 
         Returns:
-            The bytes sent. On a GPU the call returns at once, and what comes after it on the GPU waits.
+            Bytes sent. On a GPU the call returns at once, and later work of the stream waits.
         """
-        with self.waits(time.monotonic()):
+        with self.waiting_since(time.monotonic()):
             # As bytes, because gloo knows few types.
             dist.all_gather_single(whole.view(torch.uint8), part.view(torch.uint8), group=self._group)
         return (len(self.members) - 1) * _bytes(part)
 
     def reduce_scatter(self, part: Tensor, whole: Tensor) -> int:
-        """Put this replica's part of the sum of all `whole` into `part`; otherwise like `gather_into`."""
-        with self.waits(time.monotonic()):
+        """Reduce-scatter `whole` into `part`; otherwise like `gather_into`."""
+        with self.waiting_since(time.monotonic()):
             if self.device.type == "cpu":  # gloo's own sums everything everywhere: twice the bytes
                 received = torch.empty_like(whole)
                 dist.all_to_all_single(received, whole, group=self._group)
@@ -273,44 +273,44 @@ class GroupTransport:
         return (len(self.members) - 1) * _bytes(part)
 
     def mesh(self) -> DeviceMesh:
-        """Return the replicas as torch's FSDP wants them described.
+        """Return the device mesh for torch's FSDP.
 
-        A group that FSDP keeps would not close when this replica leaves, so the description is of a group apart: what
-        is sent goes through the transport.
+        It has a process group of its own, because one that FSDP keeps would not close when this replica leaves. What
+        FSDP sends goes through this transport.
         """
-        if self._apart is None:
-            with self.waits(time.monotonic()):
-                self._apart = dist.new_group(timeout=self._timeout)
-        return DeviceMesh.from_group(self._apart, self.device.type)
+        if self._mesh_group is None:
+            with self.waiting_since(time.monotonic()):
+                self._mesh_group = dist.new_group(timeout=self._timeout)
+        return DeviceMesh.from_group(self._mesh_group, self.device.type)
 
     def close(self) -> None:
-        """Close the connections, which gloo does when nothing refers to the group any more."""
-        for lane in self._lanes:
-            lane.close()
+        """Close the connections, which gloo does when nothing refers to the group."""
+        for channel in self._channels:
+            channel.close()
         group, self._group = self._group, None
         dist.destroy_process_group(group)
         del group
-        if self._apart is not None:
-            dist.destroy_process_group(self._apart)
+        if self._mesh_group is not None:
+            dist.destroy_process_group(self._mesh_group)
         gc.collect()  # the hooks on parameters refer to exchanges under way, and these to the group
 
-    def _start(self, launch: Callable[[], dist.Work], result: Tensor, bytes_sent: float) -> Pending:
+    def _start(self, launch: Callable[[], dist.Work], result: Tensor, bytes_sent: float) -> PendingWork:
         started = time.monotonic()
         with _lost(started):
-            return _Work(self, launch(), result, int(bytes_sent), started)
+            return _GroupWork(self, launch(), result, int(bytes_sent), started)
 
     @contextmanager
-    def waits(self, started: float) -> Iterator[None]:
-        """Say inside the `with` block that this replica waits, and what it means if that fails."""
-        self._waits = True
+    def waiting_since(self, started: float) -> Iterator[None]:
+        """Mark this replica as blocked inside the `with` block, and attribute failures."""
+        self._is_waiting = True
         try:
             with _lost(started):
                 yield
         finally:
-            self._waits = False
+            self._is_waiting = False
 
 
-class _Work:
+class _GroupWork:
     def __init__(
         self, transport: GroupTransport, work: dist.Work, result: Tensor, bytes_sent: int, started: float
     ) -> None:
@@ -326,12 +326,12 @@ class _Work:
     def _arrive(self, _: object) -> None:
         self.seconds = time.monotonic() - self._started
 
-    def advance(self) -> bool:
+    def poll(self) -> bool:
         return self._work is None or self._work.is_completed()
 
     def wait(self) -> Tensor:
         work, self._work = self._work, None  # a finished operation must not keep the connections open
-        with self._transport.waits(self._started):
+        with self._transport.waiting_since(self._started):
             if work is not None:
                 work.wait()
             # NCCL's wait only holds the GPU; a hang of another must be seen to be no hang of ours.
@@ -343,11 +343,11 @@ class _Work:
 
 @contextmanager
 def _lost(started: float) -> Iterator[None]:
-    """Tell an operation that failed because of another replica from one that failed because of this one."""
+    """Raise `PeerLostError` for a failure that another replica caused."""
     try:
         yield
     except RuntimeError as error:
-        if any(sign in str(error) for sign in OWN_FAULTS):
+        if any(sign in str(error) for sign in LOCAL_FAULTS):
             raise
         waited = time.monotonic() - started
         raise PeerLostError(

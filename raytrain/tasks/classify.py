@@ -1,4 +1,4 @@
-"""Classification of texts with a Hugging Face model: an encoder with a head, or the words of a causal model."""
+"""Text classification: an encoder with a head, or a causal model with a verbalizer."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,50 +11,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from raytrain.data.cache import Example, StoredExamples, length
-from raytrain.data.collate import inputs
+from raytrain.data.cache import Example, StoredExamples, token_count
+from raytrain.data.collate import model_inputs
 from raytrain.data.columns import Label, domain_of, label_of, text_of
-from raytrain.data.records import Record, of_file
+from raytrain.data.records import Record, read_records
 from raytrain.errors import RecipeError
 from raytrain.models import discriminant
-from raytrain.models.adapters import mark_new
-from raytrain.models.pretrained import Loader, Pretrained
-from raytrain.models.verbalizer import Words
+from raytrain.models.adapters import mark_untrained
+from raytrain.models.pretrained import AutoClass, Pretrained
+from raytrain.models.verbalizer import Verbalizer
 from raytrain.tasks.options import ClassifyOptions
-from raytrain.tasks.splits import Part, Splits
+from raytrain.tasks.splits import SplitName, Splits
 from raytrain.tasks.task import Task
-from raytrain.tensors import moved, wide
+from raytrain.tensors import at_least_float32, to_device
 
-LENGTH = 512
-AT_ONCE = 32
-"""Texts that a start looks at, at a time."""
-LOADERS: dict[str, Loader] = {
+_DEFAULT_LENGTH = 512
+INIT_BATCH = 32
+"""Batch size of the forward passes that initialize the head."""
+LOADERS: dict[str, AutoClass] = {
     "own": "AutoModelForSequenceClassification",
     "mean": "AutoModel",
     "verbalizer": "AutoModelForCausalLM",
 }
-MANY = 20
-"""Different labels from which on they must not be as many as half of the texts."""
+MANY_LABELS = 20
+"""Up to this many different labels are accepted; beyond it, at most half as many as texts."""
 
 
 def classify(options: ClassifyOptions) -> Task:
-    """Return the task of telling texts of some classes apart."""
-    made = _Classifier(options)
+    """Text classification with an encoder or a causal language model."""
+    methods = _Classifier(options)
     return Task(
-        model=made.model,
-        data=made.data,
-        losses=made.losses,
-        collate=made.collate,
-        size=length,
-        measure=made.measure,
-        settle=made.settle,
-        start=made.start if options.head_init != "random" else None,
+        model=methods.model,
+        data=methods.data,
+        losses=methods.losses,
+        collate=methods.collate,
+        length=token_count,
+        measure=methods.measure,
+        infer_options=methods.infer_options,
+        init_head=methods.init_head if options.head_init != "random" else None,
         metric="accuracy",
         better="higher",
-        references=made.references,
-        inputs=made.inputs,
-        predict=made.predict,
-        export=made.export,
+        references=methods.references,
+        inputs=methods.inputs,
+        predict=methods.predict,
+        export=methods.export,
     )
 
 
@@ -64,12 +64,12 @@ class _Classifier:
         self._pretrained = Pretrained(options, LOADERS[options.head])
         self._columns = (options.text, options.label)
         self._splits = Splits(options, self._columns)
-        self._length = self._pretrained.context(options.length, LENGTH)
-        self._filler = self._pretrained.pad()
+        self._length = self._pretrained.context_length(options.length, _DEFAULT_LENGTH)
+        self._filler = self._pretrained.pad_id()
         self.data = cache(self._data)  # the examples go when the task does
 
-    def settle(self) -> dict[str, Any]:
-        for record in self._splits.first():
+    def infer_options(self) -> dict[str, Any]:
+        for record in self._splits.first_records():
             text_of(record, "text", self._options.text)
             label_of(record, self._options.label)
         return {} if self._options.classes else {"classes": self._classes}
@@ -80,24 +80,24 @@ class _Classifier:
         module.config.label2id = {str(label): place for place, label in enumerate(self._classes)}
         module.config.pad_token_id = self._filler
         if self._options.head_init != "random":
-            mark_new(discriminant.head_of(module, len(self._classes)).parameters())
+            mark_untrained(discriminant.find_head(module, len(self._classes)).parameters())
         prepared: nn.Module = self._pretrained.prepare(module)
         return prepared
 
-    def start(self, module: nn.Module, seed: int) -> None:
+    def init_head(self, module: nn.Module, seed: int) -> None:
         train = self.data("train")
         for place in set(range(len(self._classes))).difference(train.labels.tolist()):
             raise RecipeError(
                 f"task.head_init: no training text is of the class {self._classes[place]!r}, to start from"
             )
-        some = [train[place] for place in discriminant.chosen(train.labels, self._options.shots, seed)]
-        some.sort(key=length)  # less is filled up
-        batches = [self.collate(some[at : at + AT_ONCE]) for at in range(0, len(some), AT_ONCE)]
-        discriminant.start(module, batches, self._scores, whole=self._options.head_init == "discriminant")
+        some = [train[place] for place in discriminant.sample_per_class(train.labels, self._options.shots, seed)]
+        some.sort(key=token_count)  # less padding
+        batches = [self.collate(some[at : at + INIT_BATCH]) for at in range(0, len(some), INIT_BATCH)]
+        discriminant.init_discriminant(module, batches, self._scores, whole=self._options.head_init == "discriminant")
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         rows = [example["tokens"] for example in examples]
-        batch = self._words.collate(rows) if self._words else inputs(rows, self._filler)
+        batch = self._words.collate(rows) if self._words else model_inputs(rows, self._filler)
         labels = [example["label"] for example in examples if "label" in example]
         return {**batch, "labels": torch.tensor(labels)} if labels else batch
 
@@ -111,8 +111,8 @@ class _Classifier:
         sums = {"loss": losses.sum(), "accuracy": right, "expected_accuracy": (-losses).exp().sum()}
         found = {name: (float(value), float(len(labels))) for name, value in sums.items()}
         if len(self._classes) == 2:
-            said, so = scores.argmax(dim=1) == 1, labels == 1
-            found["f1"] = (2.0 * int((said & so).sum()), float(said.sum() + so.sum()))
+            predicted, actual = scores.argmax(dim=1) == 1, labels == 1
+            found["f1"] = (2.0 * int((predicted & actual).sum()), float(predicted.sum() + actual.sum()))
         return found
 
     def references(self) -> dict[str, float]:
@@ -120,12 +120,12 @@ class _Classifier:
         return {"accuracy_of_commonest_class": float(np.bincount(labels).max() / len(labels))}
 
     def inputs(self, path: Path) -> list[Example]:
-        return [self._encoded(record) for record in of_file(path, self._columns)]
+        return [self._encoded(record) for record in read_records(path, self._columns)]
 
     def predict(self, module: nn.Module, examples: Sequence[Example]) -> list[dict[str, Any]]:
         parameter = next(module.parameters())
         with torch.no_grad():
-            scores = self._scores(module, moved(self.collate(examples), parameter.device, parameter.dtype))
+            scores = self._scores(module, to_device(self.collate(examples), parameter.device, parameter.dtype))
         return [
             {
                 "label": self._classes[int(row.argmax())],
@@ -140,29 +140,35 @@ class _Classifier:
     def _module(self, seed: int) -> Any:
         classes = len(self._classes)
         if self._options.head == "verbalizer":
-            return self._pretrained.module(seed)
+            return self._pretrained.load_module(seed)
         if self._options.head == "own":
-            return self._pretrained.module(seed, num_labels=classes)
+            return self._pretrained.load_module(seed, num_labels=classes)
         from raytrain.models.mean_pooling import with_mean_pooling  # noqa: PLC0415 - it imports transformers
 
-        module = with_mean_pooling(self._pretrained.module(seed, num_labels=classes))
-        mark_new(module.classifier.parameters())
+        module = with_mean_pooling(self._pretrained.load_module(seed, num_labels=classes))
+        mark_untrained(module.classifier.parameters())
         return module
 
     def _scores(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Return the logits of the classes, shape (texts, classes), at least in float32."""
+        """Return the logits of the classes, shape (texts, classes), in float32 at least."""
         if self._words:
             return self._words.scores(module, batch)
-        return wide(module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+        return at_least_float32(module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
 
-    def _data(self, part: Part) -> StoredExamples:
+    def _data(self, part: SplitName) -> StoredExamples:
         options = self._options
         asked = [options.text, options.label, options.domain, options.head, options.prompt, options.verbalizer]
-        key = [self._splits.stamp(part), self._pretrained.stamp, self._length, [str(c) for c in self._classes], asked]
+        key = [
+            self._splits.fingerprint(part),
+            self._pretrained.fingerprint,
+            self._length,
+            [str(c) for c in self._classes],
+            asked,
+        ]
         columns = {"tokens": "tokens", "label": "int64", "domain": "string"}
         return StoredExamples(lambda: self._labelled(part), columns, key)
 
-    def _labelled(self, part: Part) -> Iterator[Example]:
+    def _labelled(self, part: SplitName) -> Iterator[Example]:
         places = {label: place for place, label in enumerate(self._classes)}
         for record in self._splits.records(part):
             label = label_of(record, self._options.label)
@@ -180,10 +186,10 @@ class _Classifier:
             tokens = self._words.encode(text)
         else:
             tokens = self._pretrained.tokenizer(text, truncation=True, max_length=self._length)["input_ids"]
-        return {"tokens": tokens or [self._filler]}  # some tokenizers put nothing around a text
+        return {"tokens": tokens or [self._filler]}  # some tokenizers return no tokens for an empty text
 
     @cached_property
-    def _words(self) -> Words | None:
+    def _words(self) -> Verbalizer | None:
         options = self._options
         if options.head != "verbalizer":
             return None
@@ -193,19 +199,19 @@ class _Classifier:
                 f"task.verbalizer: expected a word for each of the {len(self._classes)} classes "
                 f"({', '.join(map(str, self._classes))}); got {len(words)}"
             )
-        return Words(self._pretrained, options.prompt, words, self._length)
+        return Verbalizer(self._pretrained, options.prompt, words, self._length)
 
     @cached_property
     def _classes(self) -> list[Label]:
-        """The labels, by which class is which."""
-        return list(self._options.classes) or classes(self._splits.records("train"), self._options.label)
+        """Labels in the order of the classes."""
+        return list(self._options.classes) or collect_classes(self._splits.records("train"), self._options.label)
 
 
-def classes(records: Iterator[Record], column: str) -> list[Label]:
-    """Return the labels there are, sorted.
+def collect_classes(records: Iterator[Record], column: str) -> list[Label]:
+    """Return the distinct labels of records, sorted.
 
     Raises:
-        RecipeError: there are too few or too many for labels, or some are integers and others are not.
+        RecipeError: there are fewer than two or too many, or only some are integers.
     """
     first: dict[Label, Record] = {}
     counts: Counter[bool] = Counter()
@@ -224,7 +230,7 @@ def classes(records: Iterator[Record], column: str) -> list[Label]:
         raise RecipeError(
             f"task.label: all {counts.total()} training texts have the label {min(first)!r}; expected two or more"
         )
-    if len(first) > max(MANY, counts.total() // 2):
+    if len(first) > max(MANY_LABELS, counts.total() // 2):
         raise RecipeError(
             f"task.label: {counts.total()} training texts have {len(first)} different labels, as {min(first)!r}; name "
             "the column of their classes"

@@ -1,4 +1,4 @@
-"""Handwritten digits: the 1,797 images of 8 x 8 pixels that come with scikit-learn."""
+"""Classification of handwritten digits: the 1,797 images of 8 x 8 pixels of scikit-learn."""
 
 import math
 from functools import cache
@@ -15,14 +15,14 @@ from torch.nn.functional import cross_entropy
 from raytrain.errors import RecipeError
 from raytrain.tasks.options import DigitsOptions
 from raytrain.tasks.task import Task
-from raytrain.tensors import wide
+from raytrain.tensors import at_least_float32
 
 SIDE = 8
 CLASSES = 10
 
 
 class DigitExamples:
-    """Some of the images.
+    """A split of the images.
 
     Args:
         images: shape (n, 1, 8, 8), from 0 to 1.
@@ -46,12 +46,12 @@ class DigitExamples:
         return int(self._labels[index])
 
     def domain(self, index: int) -> str:  # noqa: ARG002 - the writers of these digits were not recorded
-        """Return the one source there is."""
+        """Return the only domain."""
         return "digits"
 
 
 def digits(options: DigitsOptions) -> Task:
-    """Return the task of telling handwritten digits apart."""
+    """Classification of handwritten digits (8 x 8 pixels, from scikit-learn)."""
 
     def model(seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def digits(options: DigitsOptions) -> Task:
 
 def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     images, labels = batch
-    return cross_entropy(wide(model(images)), labels, reduction="none")
+    return cross_entropy(at_least_float32(model(images)), labels, reduction="none")
 
 
 def _measure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[float, float]]:
@@ -103,9 +103,9 @@ def _splits(valid: float) -> dict[str, DigitExamples]:
 
 
 def _read() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return (pixels from 0 to 16, shape (n, 64); labels, shape (n,)) as scikit-learn's `load_digits` does.
+    """Return (pixels from 0 to 16, shape (n, 64); labels, shape (n,)), as `load_digits` does.
 
-    Its file is read without it: to import scikit-learn takes longer than a short training.
+    The file is read directly, because importing scikit-learn takes longer than a short training.
     """
     package = find_spec("sklearn")
     if package is None or package.origin is None:
@@ -115,14 +115,14 @@ def _read() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 
 def _stratified(labels: NDArray[np.int64], valid: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the places (to learn from, held out) that scikit-learn's `train_test_split` draws with `random_state=0`.
+    """Return the indices (training, held out) of scikit-learn's `train_test_split`, stratified.
 
     Args:
-        labels: of all examples, from 0 to 9; each keeps its share in both parts.
-        valid: share that is held out.
+        labels: of all examples, from 0 to 9.
+        valid: fraction that is held out.
 
     Raises:
-        RecipeError: one of the parts is too small to hold each label.
+        RecipeError: a split is too small to contain each label.
     """
     counts, held_out = np.bincount(labels), math.ceil(valid * len(labels))
     if min(held_out, len(labels) - held_out) < len(counts):
@@ -142,7 +142,7 @@ def _stratified(labels: NDArray[np.int64], valid: float) -> tuple[NDArray[np.int
 
 
 def _shares(counts: NDArray[np.int64], total: int, draw: np.random.RandomState) -> NDArray[np.int64]:
-    """Return how many of each label make up `total`: in proportion to `counts`, the largest remainders rounded up."""
+    """Divide `total` in proportion to `counts`, rounding up the largest remainders."""
     exact = counts / counts.sum() * total
     shares = np.floor(exact)
     remainders, missing = exact - shares, int(total - shares.sum())

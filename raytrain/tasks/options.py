@@ -1,4 +1,4 @@
-"""Options of the tasks that come with raytrain. They load without torch and transformers: a recipe is read by them."""
+"""Options of the tasks in the table; it loads without torch and transformers."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -7,8 +7,8 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from raytrain.data.columns import Label
 from raytrain.data.readers import Unit
-from raytrain.data.records import CALLED, Location, absolute
-from raytrain.models.options import HOLE, PretrainedOptions
+from raytrain.data.records import SPLIT_ALIASES, Location, absolute_location
+from raytrain.models.options import PLACEHOLDER, PretrainedOptions
 from raytrain.recipe import AbsolutePath, Options
 from raytrain.tasks.task import TaskOptions
 
@@ -76,7 +76,7 @@ class TextOptions(TaskOptions):
             raise ValueError("expected task.dropout = 0, because a Llama has no dropout; or task.model = 'gpt'")
         return self
 
-    def on_other_data(self, trained: TaskOptions) -> Mapping[str, Any]:
+    def for_evaluation(self, trained: TaskOptions) -> Mapping[str, Any]:
         """Return that all of it is held out, unless it is the text that was `trained` on."""
         return {} if self.path == getattr(trained, "path", self.path) else {"valid": 1.0}
 
@@ -97,10 +97,12 @@ class RecordOptions(TaskOptions):
 
     path: Location = ""
     valid: float = Field(0.1, gt=0, le=1)
-    held_out: Annotated[str, AfterValidator(lambda value: value if value in CALLED else absolute(value))] = ""
+    held_out: Annotated[
+        str, AfterValidator(lambda value: value if value in SPLIT_ALIASES else absolute_location(value))
+    ] = ""
     domain: str = ""
 
-    def on_other_data(self, trained: Options) -> Mapping[str, Any]:
+    def for_evaluation(self, trained: Options) -> Mapping[str, Any]:
         """Return that all of it is held out, unless it is the data that was `trained` on."""
         return {} if self.path == getattr(trained, "path", self.path) else {"valid": 1.0, "held_out": ""}
 
@@ -139,8 +141,8 @@ class ClassifyOptions(RecordOptions, PretrainedOptions):
     def _fit(self) -> Self:
         if self.classes and len(set(self.classes)) < max(2, len(self.classes)):
             raise ValueError(f"expected task.classes of two or more labels, all different; got {list(self.classes)}")
-        if self.prompt.count(HOLE) != 1:
-            raise ValueError(f"expected task.prompt with {HOLE} in it once; got {self.prompt!r}")
+        if self.prompt.count(PLACEHOLDER) != 1:
+            raise ValueError(f"expected task.prompt with {PLACEHOLDER} in it once; got {self.prompt!r}")
         if self.head == "verbalizer" and self.head_init != "random":
             raise ValueError("expected task.head_init = 'random' with task.head = 'verbalizer', which adds no head")
         return self
@@ -196,7 +198,7 @@ class InstructOptions(RecordOptions, PretrainedOptions):
     new_tokens: int = Field(128, ge=1)
 
 
-OPTIONS: dict[str, type[TaskOptions]] = {
+TASK_OPTIONS: dict[str, type[TaskOptions]] = {
     "digits": DigitsOptions,
     "text": TextOptions,
     "classify": ClassifyOptions,

@@ -1,4 +1,4 @@
-"""Records to learn from, and records that are held out to measure on."""
+"""Training and held-out records of a task."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -8,22 +8,22 @@ from typing import Literal
 import numpy as np
 
 from raytrain.data.readers import Unit
-from raytrain.data.records import CALLED, Data, Files, Hub, Record, is_local
+from raytrain.data.records import SPLIT_ALIASES, HubRecords, LocalRecords, Record, RecordSource, is_local
 from raytrain.errors import RecipeError
-from raytrain.registry import near
+from raytrain.registry import suggest
 from raytrain.tasks.options import RecordOptions
 
-Part = Literal["train", "valid"]
-"""What is learned from, and what is held out to measure on."""
+SplitName = Literal["train", "valid"]
+"""Training and held-out split."""
 
 
 class Splits:
-    """What is learned from, and what is held out; nothing is looked at before it is asked for.
+    """The training and held-out records of a task, read lazily.
 
     Args:
-        options: where records come from.
-        columns: names that the recipe gives to columns; a .tsv whose first line has one of them has a header.
-        unit: what a record of a .txt file is.
+        options: source of the records and how to split them.
+        columns: names of columns in the recipe; a .tsv file whose first line has one of them has a header.
+        unit: of a record in a .txt file.
     """
 
     def __init__(self, options: RecordOptions, columns: Sequence[str] = (), unit: Unit = "line") -> None:
@@ -31,24 +31,23 @@ class Splits:
         self._columns = [name for name in (*columns, options.domain) if name]
         self._unit: Unit = unit
 
-    def records(self, part: Part) -> Iterator[Record]:
-        """Yield the records of a part.
+    def records(self, part: SplitName) -> Iterator[Record]:
+        """Yield the records of a split.
 
         Raises:
-            RecipeError: there are no such files, the hub gives nothing, there is no such split, a row cannot be read,
-                or there are no records.
+            RecipeError: files or dataset cannot be read, there is no such split, or it has no records.
         """
         data, split = self._of(part)
         empty = True
         for place, record in enumerate(data.records(split)):
-            if not self._share or (place in self._held) == (part == "valid"):
+            if not self._held_out_ratio or (place in self._held_out_indices) == (part == "valid"):
                 empty = False
                 yield record
         if empty:
             raise self._empty(split)
 
-    def first(self) -> Iterator[Record]:
-        """Yield the first record of each part, by which to see early that columns are missing.
+    def first_records(self) -> Iterator[Record]:
+        """Yield the first record of each split, for early checks of columns.
 
         Raises:
             RecipeError: as `records`.
@@ -59,17 +58,17 @@ class Splits:
                 raise self._empty(split)
             yield record
 
-    def stamp(self, part: Part) -> str:
-        """Return what changes when the records of a part do."""
+    def fingerprint(self, part: SplitName) -> str:
+        """Return a string that changes when the records of a split do."""
         data, split = self._of(part)
-        return f"{data.stamp(split)} {part if self._share else ''} {self._share}"
+        return f"{data.fingerprint(split)} {part if self._held_out_ratio else ''} {self._held_out_ratio}"
 
-    def _of(self, part: Part) -> tuple[Data, str]:
-        """Return where the records of a part are, and as which split."""
+    def _of(self, part: SplitName) -> tuple[RecordSource, str]:
+        """Return the source of the records of a split, and the split's name in it."""
         if part == "valid" and self._options.held_out:
             return self._held_out
         splits = self._data.splits
-        if part == "valid" and not self._share:
+        if part == "valid" and not self._held_out_ratio:
             return self._data, next(split for split in ("valid", "test", *splits) if split in splits)
         if "train" not in splits:
             raise RecipeError(
@@ -81,31 +80,31 @@ class Splits:
         return self._data, "train"
 
     @cached_property
-    def _data(self) -> Data:
+    def _data(self) -> RecordSource:
         path = self._options.path
         if not path:
             raise RecipeError(
                 "task.path: required, and not given; expected a file, a folder with train.tsv and dev.tsv (or .csv, "
                 ".jsonl, .json, .txt, .parquet), or a data set of the Hugging Face hub as org/name"
             )
-        return Files(path, self._columns, self._unit) if is_local(path) else Hub(path)
+        return LocalRecords(path, self._columns, self._unit) if is_local(path) else HubRecords(path)
 
     @cached_property
-    def _held_out(self) -> tuple[Data, str]:
+    def _held_out(self) -> tuple[RecordSource, str]:
         held_out = self._options.held_out
         if Path(held_out).is_absolute() and Path(held_out).exists():
-            other = Files(held_out, self._columns, self._unit, "task.held_out: ")
+            other = LocalRecords(held_out, self._columns, self._unit, "task.held_out: ")
             if len(other.splits) > 1:
                 raise RecipeError(
                     f"task.held_out: {held_out} has the splits {', '.join(other.splits)}; name one file of it"
                 )
             return other, other.splits[0]
-        split = CALLED.get(held_out, held_out)
+        split = SPLIT_ALIASES.get(held_out, held_out)
         if split in self._data.splits:
             return self._data, split
         raise RecipeError(
             f"task.held_out: {held_out!r} is neither a file nor a split of {self._options.path}; "
-            f"{near(held_out, self._data.splits)}"
+            f"{suggest(held_out, self._data.splits)}"
         )
 
     @property
@@ -113,8 +112,8 @@ class Splits:
         return self._options.valid == 1 and not self._options.held_out and "valid" not in self._data.splits
 
     @cached_property
-    def _share(self) -> float:
-        """Which share of the training records is held out; 0 if others are, or if none are learned from."""
+    def _held_out_ratio(self) -> float:
+        """Fraction of the training records that is held out; 0 with a held-out split, or without training."""
         options = self._options
         others = options.held_out or options.valid == 1 or "valid" in self._data.splits
         return 0.0 if others else options.valid
@@ -123,8 +122,8 @@ class Splits:
         return RecipeError(f"task.path: the {split} part of {self._options.path} has no records")
 
     @cached_property
-    def _held(self) -> frozenset[int]:
-        """Which training records are held out."""
+    def _held_out_indices(self) -> frozenset[int]:
+        """Indices of the training records that are held out."""
         data, split = self._of("train")
         count = sum(1 for _ in data.records(split))
         if count < 2:
@@ -132,5 +131,5 @@ class Splits:
                 f"task.path: {self._options.path} has {count} record(s), too few to hold some out; give it a "
                 "validation split, or set task.held_out"
             )
-        held = min(count - 1, max(1, round(count * self._share)))
+        held = min(count - 1, max(1, round(count * self._held_out_ratio)))
         return frozenset(np.random.default_rng(0).permutation(count)[:held].tolist())

@@ -1,8 +1,7 @@
-"""What is trained: a task is a record of functions, and a user's own is one too.
+"""The interface of tasks: a record of functions for model, data, loss and metrics.
 
-A task says how to make the model, where examples come from, and what a batch of them costs. It knows nothing of
-workers, optimizers or Ray. Weights make every average exact: a loss counts as much as its weight on any sharding, and a
-measured value is a (sum, count), never a mean.
+A task does not depend on workers, optimizers or Ray. Losses have weights and metrics are (sum, count) instead of means,
+so that averages over any sharding are exact.
 """
 
 from __future__ import annotations
@@ -14,48 +13,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from raytrain.data.source import Local, SourceField
+from raytrain.data.source import LocalSource, SourceField
 from raytrain.errors import RecipeError
-from raytrain.recipe import Options, combined, declared_options
-from raytrain.registry import place_of
+from raytrain.recipe import Options, merge_options, options_parameter
+from raytrain.registry import error_location
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Batch = Any
-"""Tensors, or dicts, lists and tuples of them: what `Task.collate` makes of some examples."""
+"""Tensors, or dicts, lists and tuples of them, as `Task.collate` returns."""
 
 TASKS: dict[str, str] = {
-    "digits": "raytrain.tasks.digits:digits",
-    "text": "raytrain.tasks.text:text",
-    "classify": "raytrain.tasks.classify:classify",
-    "causal-lm": "raytrain.tasks.causal_lm:causal_lm",
-    "instruct": "raytrain.tasks.instruct:instruct",
+    "digits": "raytrain.tasks.digits:digits Classification of handwritten digits, 8 x 8 pixels.",
+    "text": "raytrain.tasks.text:text Language modelling from scratch, on bytes or characters of files.",
+    "classify": "raytrain.tasks.classify:classify Text classification with an encoder or a causal LM.",
+    "causal-lm": "raytrain.tasks.causal_lm:causal_lm Language modelling with a pretrained causal LM.",
+    "instruct": "raytrain.tasks.instruct:instruct Supervised fine-tuning (SFT) on conversations, by the chat template.",
 }
 
 
 class TaskOptions(Options):
-    """What every task takes beside the options that it declares.
+    """Options of every task.
 
     Attributes:
-        source: where the training examples come from: "local", "ray", or a function of the user's that makes them.
+        source: input pipeline of training examples: "local", "ray", or a user's generator function.
     """
 
-    source: SourceField = Local(name="local")
+    source: SourceField = LocalSource(name="local")
 
-    def on_other_data(self, trained: TaskOptions) -> Mapping[str, Any]:  # noqa: ARG002 - those that have data look
-        """Return which options change to measure with these what was `trained` with others: none.
+    def for_evaluation(self, trained: TaskOptions) -> Mapping[str, Any]:  # noqa: ARG002 - options with a path compare it
+        """Return the changes of these options to evaluate a model that was trained with other ones: none.
 
-        Options of data that has another place hold all of it out, because nothing of it was learned from.
+        Options of other data than the training data hold out all of it, as none was trained on.
         """
         return {}
 
 
 class Examples(Protocol):
-    """A split of the data: anything with a length and items, a list or a torch Dataset included."""
+    """A split of the data: any object with a length and items, such as a list or a torch Dataset."""
 
     def __len__(self) -> int:
-        """Return how many examples there are."""
+        """Return the number of examples."""
         ...
 
     def __getitem__(self, index: int, /) -> Any:
@@ -75,15 +74,15 @@ class Labelled(Examples, Protocol):
         ...
 
 
-def collate_default(examples: Sequence[Any]) -> Batch:
-    """Stack examples as torch's DataLoader does."""
+def stack_examples(examples: Sequence[Any]) -> Batch:
+    """Stack examples as the default of torch's DataLoader does."""
     from torch.utils.data import default_collate  # noqa: PLC0415 - this module loads without torch
 
     return default_collate(list(examples))
 
 
-def nothing() -> dict[str, Any]:
-    """Return no figures to compare with, or no options to settle."""
+def empty_mapping() -> dict[str, Any]:
+    """Return no references, or no inferred options."""
     return {}
 
 
@@ -92,52 +91,51 @@ class Task:
     """A model, its data and its loss.
 
     Attributes:
-        model: seed -> the model, with equal parameters for equal seeds. It looks at no data, so that it can be made
-            anew where there is none.
-        data: "train" or "valid" -> the examples of that split; a source of the user's takes the place of "train".
-        losses: (model, batch) -> the loss of each example or token, float, shape (n,), with its graph.
-        weights: batch -> what each of those losses counts, shape (n,), not negative; None: each counts 1.
-        collate: examples -> a batch; the default stacks them as torch's DataLoader does.
-        size: an example -> how large it is, where a batch is filled up to its largest; micro-batches of a step are then
-            cut from its examples in this order, so that less is filled up.
-        measure: (model, batch) -> name -> (sum, count), added up over batches and workers and then divided; None: the
-            weighted mean of the losses under the name "loss". Called without gradients and in evaluation mode.
-        settle: () -> options of the task that its training data decides and that must stay with the run, as the classes
-            there are; not those that are given. Called before anything starts: what is wrong with the data is best
-            said here.
-        start: (a new model, on the device of its worker, seed) -> puts into it what the training data says, in place;
-            None: nothing.
-        metric: the name in `measure` that decides which checkpoint is best.
-        better: whether a lower or a higher metric is better.
-        references: () -> figures to stand beside the metrics in the result, found from the data without a model.
-        inputs: a file to predict on -> its examples, without labels.
-        predict: (model in evaluation mode, examples) -> for each of them what is predicted, as plain data.
-        export: (model, folder) -> writes the model as others load it, a folder of Hugging Face's form.
+        model: seed -> model, with equal parameters for equal seeds; it does not read data.
+        data: "train" or "valid" -> examples of that split; a user's `task.source` replaces "train".
+        losses: (model, batch) -> loss of each example or token, float, shape (n,), differentiable.
+        weights: batch -> weight of each loss, shape (n,), >= 0; None: 1.
+        collate: examples -> batch; default: that of torch's DataLoader.
+        length: example -> its number of tokens. The examples of a step are sorted by it before they are divided into
+            micro-batches, so that less is padding.
+        measure: (model, batch) -> metric -> (sum, count); sums over batches and workers are divided by counts. None:
+            "loss", the weighted mean of the losses. Called without gradients, in evaluation mode.
+        infer_options: () -> options of the task that follow from its training data and are stored with the run, such
+            as the class names; without those that the recipe sets. Called before anything starts, so errors in the data
+            are best raised here.
+        init_head: (new model on the worker's device, seed) -> None; initializes its head from the training data in
+            place. None: the head keeps the values that `model` gave it.
+        metric: metric of `measure` that selects the best checkpoint.
+        better: whether lower or higher values of it are better.
+        references: () -> baselines from the data without a model, reported beside the metrics.
+        inputs: file -> its examples, without labels, for `predict`.
+        predict: (model in evaluation mode, examples) -> prediction for each, as plain data.
+        export: (model, folder) -> None; writes the model to a Hugging Face folder.
     """
 
     model: Callable[[int], nn.Module]
     data: Callable[[Literal["train", "valid"]], Examples]
     losses: Callable[[nn.Module, Batch], Tensor]
     weights: Callable[[Batch], Tensor] | None = None
-    collate: Callable[[Sequence[Any]], Batch] = collate_default
-    size: Callable[[Any], int] | None = None
+    collate: Callable[[Sequence[Any]], Batch] = stack_examples
+    length: Callable[[Any], int] | None = None
     measure: Callable[[nn.Module, Batch], Mapping[str, tuple[float, float]]] | None = None
-    settle: Callable[[], Mapping[str, Any]] = nothing
-    start: Callable[[nn.Module, int], None] | None = None
+    infer_options: Callable[[], Mapping[str, Any]] = empty_mapping
+    init_head: Callable[[nn.Module, int], None] | None = None
     metric: str = "loss"
     better: Literal["lower", "higher"] = "lower"
-    references: Callable[[], Mapping[str, float]] = nothing
+    references: Callable[[], Mapping[str, float]] = empty_mapping
     inputs: Callable[[Path], Examples] | None = None
     predict: Callable[[nn.Module, Sequence[Any]], Sequence[Mapping[str, Any]]] | None = None
     export: Callable[[nn.Module, Path], None] | None = None
 
     def improves(self, value: float, best: float | None) -> bool:
-        """Return whether `value` of the metric is better than `best`; any number is better than None, NaN is never."""
+        """Return whether a value of the metric is better than the best so far, if it is finite."""
         return math.isfinite(value) and (best is None or (value < best if self.better == "lower" else value > best))
 
 
-def options_of_task(factory: Any) -> type[TaskOptions]:
-    """Return the options of a task: those of every task for a `Task` or a function that takes nothing.
+def task_options(factory: Any) -> type[TaskOptions]:
+    """Return the class of a task's options: from the parameter of its function, or of every task.
 
     Raises:
         RecipeError: `factory` is neither, nor a function of one parameter annotated with a subclass of `Options`.
@@ -146,20 +144,20 @@ def options_of_task(factory: Any) -> type[TaskOptions]:
         return TaskOptions
     if not callable(factory):
         raise RecipeError(f"task.name: expected a raytrain.Task or a function that returns one; got {factory!r}")
-    options = declared_options(factory)
+    options = options_parameter(factory)
     if len(inspect.signature(factory).parameters) != int(options is not Options):
         raise RecipeError(
             f"task.name: {factory.__module__}:{factory.__name__} must take nothing, or one parameter annotated with a "
             "subclass of raytrain.Options"
         )
-    return combined(options, TaskOptions, "task.name")
+    return merge_options(options, TaskOptions, "task.name")
 
 
 def make_task(factory: Any, options: Options) -> Task:
-    """Return the task that `factory` makes of `options`.
+    """Return the task of a factory and options.
 
     Raises:
-        RecipeError: it raises an error, or what it returns is not a `Task`.
+        RecipeError: the factory raises an error, or returns something other than a `Task`.
     """
     if isinstance(factory, Task):
         return factory
@@ -169,7 +167,7 @@ def make_task(factory: Any, options: Options) -> Task:
         raise
     except Exception as error:
         raise RecipeError(
-            f"task.name: {options.name} raised {type(error).__name__}: {error}{place_of(error)}"
+            f"task.name: {options.name} raised {type(error).__name__}: {error}{error_location(error)}"
         ) from error
     if not isinstance(task, Task):
         raise RecipeError(f"task.name: {options.name} returned {task!r}; expected a raytrain.Task")

@@ -1,4 +1,4 @@
-"""Causal language modelling of bytes or characters, with a GPT or a Llama that transformers builds from a config."""
+"""Causal language modelling of bytes or characters, with a small GPT-2 or Llama."""
 
 import lzma
 import math
@@ -14,36 +14,38 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raytrain.data import corpus
-from raytrain.data.collate import UNSCORED, losses_of, token_weights
-from raytrain.data.corpus import Bytes, Characters, Document
+from raytrain.data.collate import IGNORE_INDEX, token_cross_entropy, token_weights
+from raytrain.data.corpus import ByteTokenizer, CharacterTokenizer, Document
 from raytrain.errors import RecipeError
 from raytrain.tasks.options import TextOptions
 from raytrain.tasks.task import Task
-from raytrain.tensors import wide
+from raytrain.tensors import at_least_float32
 
 XZ_LIMIT_BYTES = 64 << 20
 
 Window = tuple[NDArray[np.uint16], int]
-"""Tokens, one more than the model sees, and how many of its predictions are not scored."""
+"""(tokens, one more than the input; number of leading predictions without a target)."""
 
 
 class TextExamples:
-    """Windows of a stream of documents.
+    """Windows of concatenated documents.
 
-    Training windows start at every token, so an epoch has as many examples as tokens. Held-out windows lie inside one
-    document and score each of its tokens exactly once, the first one included.
+    Training windows start at every token, so an epoch has as many examples as tokens. Held-out windows are inside one
+    document and predict each of its tokens exactly once, the first one included.
 
     Args:
-        documents: the texts.
-        tokens: their alphabet.
-        block: tokens that the model sees at a time.
+        documents: the documents.
+        tokens: the tokenizer.
+        block: context length in tokens.
         stride: distance between held-out windows; 0: training windows.
     """
 
-    def __init__(self, documents: Sequence[Document], tokens: Bytes | Characters, block: int, stride: int) -> None:
+    def __init__(
+        self, documents: Sequence[Document], tokens: ByteTokenizer | CharacterTokenizer, block: int, stride: int
+    ) -> None:
         encoded = [tokens.encode(document) for document in documents]
         begins = np.cumsum([0, *(len(part) for part in encoded)])
-        self._stream = np.concatenate([*encoded, np.array([tokens.begin], np.uint16)])
+        self._stream = np.concatenate([*encoded, np.array([tokens.bos_id], np.uint16)])
         self._block = block
         self._windows = _held_out_windows(begins, block, stride) if stride else None
         self._starts = np.concatenate(
@@ -64,30 +66,34 @@ class TextExamples:
         return self._stream[start:end], int(unscored)
 
     def domain(self, index: int) -> str:
-        """Return the domain of the window's first token: a package, a file, a speaker."""
+        """Return the domain of the window's first token: a package, file or speaker."""
         start = index if self._windows is None else self._windows[index][0]
         return self._domains[int(np.searchsorted(self._starts, start, side="right")) - 1]
 
     def label(self, index: int) -> int:
-        """Return the domain's place among all domains."""
+        """Return the index of the domain in the sorted domains."""
         return self._classes[self.domain(index)]
 
 
 def text(options: TextOptions) -> Task:
-    """Return the task of predicting the next token of a text."""
+    """Language modelling of bytes or characters, with a small GPT-2 or Llama."""
 
     @cache
-    def tokens() -> Bytes | Characters:
-        return Bytes() if options.tokens == "bytes" else Characters(options.alphabet or _corpus(options)[1])
+    def tokens() -> ByteTokenizer | CharacterTokenizer:
+        return (
+            ByteTokenizer()
+            if options.tokens == "bytes"
+            else CharacterTokenizer(options.alphabet or _corpus(options)[1])
+        )
 
-    def settle() -> dict[str, str]:
+    def infer_options() -> dict[str, str]:
         if options.path is not None:
-            corpus.check(options.path, options.pattern)
+            corpus.check_corpus(options.path, options.pattern)
         learns = options.tokens == "chars" and not options.alphabet
         return {"alphabet": _corpus(options)[1]} if learns else {}
 
     def model(seed: int) -> nn.Module:
-        return _model(options, tokens().size, seed)
+        return _model(options, tokens().vocab_size, seed)
 
     def data(split: Literal["train", "valid"]) -> TextExamples:
         stride = (options.stride or options.block) if split == "valid" else 0
@@ -99,8 +105,8 @@ def text(options: TextOptions) -> Task:
     def measure(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
         loss = float(_losses(module, batch).double().sum())
         targets = batch["targets"].flatten()
-        scored = targets[targets != UNSCORED].cpu().numpy()
-        text_bytes = int(tokens().widths()[scored].sum())
+        scored = targets[targets != IGNORE_INDEX].cpu().numpy()
+        text_bytes = int(tokens().bytes_per_token()[scored].sum())
         return {"loss": (loss, len(scored)), "bits_per_byte": (loss / math.log(2), text_bytes)}
 
     return Task(
@@ -110,55 +116,57 @@ def text(options: TextOptions) -> Task:
         weights=token_weights,
         collate=_collate,
         measure=measure,
-        settle=settle,
+        infer_options=infer_options,
         references=lambda: _xz(_corpus(options)[0]["valid"]),
     )
 
 
 def _losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return losses_of(wide(module(input_ids=batch["inputs"]).logits), batch["targets"])
+    return token_cross_entropy(at_least_float32(module(input_ids=batch["inputs"]).logits), batch["targets"])
 
 
 def _collate(windows: Sequence[Window]) -> dict[str, Tensor]:
-    """Return {"inputs", "targets"}, each of shape (windows, longest - 1); what is not scored has the target -100."""
+    """Return {"inputs", "targets"}, each of shape (windows, longest - 1); IGNORE_INDEX without a target."""
     longest = max(len(tokens) for tokens, _ in windows)
     inputs = np.zeros((len(windows), longest - 1), np.int64)
-    targets = np.full((len(windows), longest - 1), UNSCORED, np.int64)
+    targets = np.full((len(windows), longest - 1), IGNORE_INDEX, np.int64)
     for row, (tokens, unscored) in enumerate(windows):
         inputs[row, : len(tokens) - 1] = tokens[:-1]
         targets[row, unscored : len(tokens) - 1] = tokens[unscored + 1 :]
     return {"inputs": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
 
 
-def _starts(document: Document, tokens: Bytes | Characters) -> NDArray[np.int64]:
-    """Return at which of the document's tokens each of its domains starts, shape (domains,)."""
+def _starts(document: Document, tokens: ByteTokenizer | CharacterTokenizer) -> NDArray[np.int64]:
+    """Return the index of the first token of each domain of a document, shape (domains,)."""
     offsets = [offset for offset, _ in document.domains]
     counts = [tokens.count(document.text[start:end]) for start, end in pairwise(offsets)]
-    return np.cumsum([0, *counts]) + (np.array(offsets) > 0)  # the token that begins the document belongs to the first
+    return np.cumsum([0, *counts]) + (
+        np.array(offsets) > 0
+    )  # the beginning-of-document token belongs to the first domain
 
 
 def _held_out_windows(begins: NDArray[np.int64], block: int, stride: int) -> NDArray[np.int64]:
-    """Return (start, end, unscored predictions) of each window, shape (windows, 3).
+    """Return (start, end, leading predictions without a target) of each window, shape (windows, 3).
 
     Args:
-        begins: where each document begins in the stream, and where the last one ends, shape (documents + 1,).
+        begins: start of each document in the stream, and the end of the last, shape (documents + 1,).
         block: predictions of a full window.
-        stride: predictions that each window after a document's first one scores.
+        stride: predictions with a target of each window after a document's first.
     """
     rows = []
     for begin, end in zip(begins[:-1], begins[1:], strict=True):
-        scored = begin  # the last token that was scored; what begins a document needs no score
+        scored = begin  # the last predicted token; the beginning-of-document token is not
         while scored < end - 1:
             start = begin if scored == begin else scored - (block - stride)
             stop = min(end, start + block + 1)
-            start = max(begin, stop - block - 1)  # the last window reaches back instead of being short
+            start = max(begin, stop - block - 1)  # the last window is extended to the left to full length
             rows.append((start, stop, scored - start))
             scored = stop - 1
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
 Corpus = tuple[Mapping[Literal["train", "valid"], Sequence[Document]], str]
-"""Documents by split, and the characters of all, where these are tokens and not given."""
+"""(split -> documents, alphabet), the latter only if characters are tokens and no alphabet is given."""
 
 
 def _corpus(options: TextOptions) -> Corpus:
@@ -167,8 +175,8 @@ def _corpus(options: TextOptions) -> Corpus:
 
 @cache
 def _corpus_at(path: Path | None, pattern: str, valid: float, learns: bool) -> Corpus:
-    documents = corpus.standard_library() if path is None else corpus.read(path, pattern)
-    return corpus.held_out(documents, valid), corpus.alphabet_of(documents) if learns else ""
+    documents = corpus.standard_library() if path is None else corpus.read_corpus(path, pattern)
+    return corpus.split_corpus(documents, valid), corpus.alphabet_of(documents) if learns else ""
 
 
 def _model(options: TextOptions, size: int, seed: int) -> nn.Module:
@@ -199,7 +207,7 @@ def _model(options: TextOptions, size: int, seed: int) -> nn.Module:
 
 
 def _xz(documents: Sequence[Document]) -> dict[str, float]:
-    """Return bits per byte of ``xz -9e`` on held-out text, each file alone and all together, unless it is large."""
+    """Return bits per byte of ``xz -9e`` on held-out text, by file and concatenated; {}: too large."""
     total = sum(len(document.text) for document in documents)
     if total > XZ_LIMIT_BYTES:
         return {}

@@ -1,4 +1,4 @@
-"""Evaluation over a whole split, exact on any number of replicas."""
+"""Evaluation over a whole split, exact for any number of replicas."""
 
 import json
 from collections.abc import Callable
@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from raytrain.errors import TrainingError
-from raytrain.sync.averaging import Exchange
+from raytrain.sync.averaging import Averager
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Batch, Examples, Task
-from raytrain.tensors import moved, weighed
+from raytrain.tensors import to_device, weighted_sum
 
 Sums = dict[str, tuple[float, float]]
 
 
-def share(count: int, rank: int, members: int) -> range:
-    """Return the part of `count` things that replica `rank` of `members` takes; the parts differ by one at most."""
+def evaluation_shard(count: int, rank: int, members: int) -> range:
+    """Return the indices of `count` examples that replica `rank` evaluates; shards differ in size by one at most."""
     return range(count * rank // members, count * (rank + 1) // members)
 
 
@@ -25,32 +25,32 @@ def evaluate(
     module: nn.Module,
     examples: Examples,
     batch: int,
-    exchange: Exchange,
+    averager: Averager,
     *,
     autocast: torch.dtype | None = None,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Return the measured values over all the examples.
+    """Return metrics over all examples.
 
-    Each replica measures a part of them, which may be empty; sums and counts are added in the order of the replicas, so
-    no value is a mean of means and all replicas return the same. All run the model equally often, as a sharded one asks
-    for: whoever has fewer batches runs an example for nothing, while the others are still at work.
+    Each replica evaluates a shard of the examples, which may be empty. Sums and counts are added in rank order, so no
+    metric is a mean of means, and all replicas return the same. All run the model equally often, which a sharded model
+    requires: a replica with fewer batches repeats an example that does not count.
 
     Args:
-        task: what to measure.
-        module: the model; it is left in the mode it was in.
-        examples: the split.
-        batch: examples at a time.
-        exchange: the replicas.
-        autocast: the type to compute in, or None for that of the parameters.
-        beat: called after each batch, to show that the evaluation is alive.
+        task: with its metrics.
+        module: the model, whose mode is restored.
+        examples: of the split.
+        batch: examples in a forward pass.
+        averager: over the replicas.
+        autocast: type of the forward pass, or None for that of the parameters.
+        heartbeat: called after each batch.
 
     Raises:
         TrainingError: the task's metric was not measured.
     """
-    transport = exchange.transport
+    transport = averager.transport
     parameter = next(module.parameters())
-    mine = share(len(examples), transport.rank, len(transport.members))
+    mine = evaluation_shard(len(examples), transport.rank, len(transport.members))
     longest = -(-len(examples) // len(transport.members))
     starts = range(mine.start, mine.start + longest, batch)
     was_training = module.training
@@ -61,12 +61,14 @@ def evaluate(
         for start in starts:
             indices = range(start, min(start + batch, mine.stop))
             part = [examples[index] for index in indices or [0]]
-            found = measure(task, module, moved(task.collate(part), parameter.device, parameter.dtype), len(part))
+            found = measure_batch(
+                task, module, to_device(task.collate(part), parameter.device, parameter.dtype), len(part)
+            )
             _add(sums, found if indices else {})
-            beat()
+            heartbeat()
     module.train(was_training)
     total: Sums = {}
-    for sums_of_one in exchange.gather(json.dumps(sums).encode()):
+    for sums_of_one in averager.all_gather_bytes(json.dumps(sums).encode()):
         _add(total, json.loads(sums_of_one))
     values = {name: value / count for name, (value, count) in total.items() if count > 0}
     if task.metric not in values:
@@ -77,13 +79,13 @@ def evaluate(
     return values
 
 
-def measure(task: Task, module: nn.Module, batch: Batch, examples: int) -> Sums:
-    """Return (sum, count) of each measured value of one batch of `examples`."""
+def measure_batch(task: Task, module: nn.Module, batch: Batch, examples: int) -> Sums:
+    """Return (sum, count) of each metric over a batch of `examples` examples."""
     if task.measure is not None:
         return {name: (float(value), float(count)) for name, (value, count) in task.measure(module, batch).items()}
     losses = task.losses(module, batch).double()
     weights = loss_weights(task, batch, examples, losses.device).double()
-    return {"loss": (float(weighed(losses, weights)), float(weights.sum()))}
+    return {"loss": (float(weighted_sum(losses, weights)), float(weights.sum()))}
 
 
 def _add(total: Sums, more: Sums) -> None:

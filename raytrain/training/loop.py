@@ -11,32 +11,32 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from raytrain.errors import TrainingError
-from raytrain.optim.gradient_noise import add_noise
-from raytrain.sync.synchroniser import Totals
+from raytrain.optim.gradient_noise import add_gradient_noise
+from raytrain.sync.synchroniser import StepTotals
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Batch, Task
-from raytrain.tensors import moved, seed_step, weighed
-from raytrain.training.loader import Feed
+from raytrain.tensors import seed_everything_at, to_device, weighted_sum
+from raytrain.training.loader import BatchLoader
 from raytrain.training.replica import Progress, Replica, Status
-from raytrain.zeroth.step import Zeroth, loss_of
+from raytrain.zeroth.step import ZeroOrderStep, make_closure
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How to train; all counts are in optimizer steps.
+class LoopConfig:
+    """Configuration of the training loop; counts are in optimizer steps.
 
     Attributes:
-        steps: where training ends.
-        seed: of everything that a step draws.
+        steps: total.
+        seed: of all random draws in a step.
         batch: examples in a micro-batch.
         accumulate: micro-batches of each replica in a step.
-        clip: the largest norm of the gradient; 0: any.
-        autocast: the type that the forward pass computes in, or None for that of the parameters.
-        rate: step, counted from 0 -> factor of the learning rate.
+        clip: maximal gradient norm; 0: no clipping.
+        autocast: type of the forward pass, or None for that of the parameters.
+        lr_factor: step, counted from 0 -> learning-rate factor.
         evaluate_every: 0: at the end only.
         checkpoint_every: 0: at the end only.
         patience: evaluations without a better metric after which training stops early; 0: never.
-        noise, noise_decay: variance of what is added to the gradient, and how it falls; see `add_noise`.
+        gradient_noise, gradient_noise_decay: variance of Gaussian gradient noise, and its decay.
     """
 
     steps: int
@@ -45,12 +45,12 @@ class Plan:
     accumulate: int
     clip: float
     autocast: torch.dtype | None
-    rate: Callable[[int], float]
+    lr_factor: Callable[[int], float]
     evaluate_every: int
     checkpoint_every: int
     patience: int
-    noise: float = 0.0
-    noise_decay: float = 0.55
+    gradient_noise: float = 0.0
+    gradient_noise_decay: float = 0.55
 
     @property
     def local_batch(self) -> int:
@@ -58,145 +58,150 @@ class Plan:
         return self.batch * self.accumulate
 
 
-class Watch(Protocol):
-    """What surrounds the loop. Every replica calls the same methods in the same order."""
+class LoopCallbacks(Protocol):
+    """Callbacks of the loop. Every replica calls the same methods in the same order."""
 
     def stop_requested(self) -> bool:
-        """Return whether this replica was asked to stop after the current step."""
+        """Return whether this replica should stop after the current step."""
         ...
 
-    def stepped(self, replica: Replica, values: dict[str, float]) -> None:
-        """Learn that a step is done, and what there is to log of it."""
+    def on_step(self, replica: Replica, values: dict[str, float]) -> None:
+        """Handle a completed step and its values for the log."""
         ...
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
-        """Return the measured values over the whole held-out split, equal on every replica."""
+        """Return metrics over the whole held-out split, equal on every replica."""
         ...
 
     def save(self, replica: Replica) -> None:
         """Write a checkpoint."""
         ...
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
-        """Add to the checkpoint of this step what was measured since it was written."""
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
+        """Add metrics to the checkpoint of this step."""
         ...
 
 
-def train(replica: Replica, task: Task, feed: Feed, plan: Plan, watch: Watch) -> None:
-    """Train to the end of the plan, to an early stop, or until asked to stop; a checkpoint is always there at the end.
+def train(replica: Replica, task: Task, loader: BatchLoader, config: LoopConfig, callbacks: LoopCallbacks) -> None:
+    """Train to the last step, an early stop, or a request to stop; the last state is always checkpointed.
 
     Raises:
         TrainingError: the loss or the gradient is not a finite number.
     """
     progress, optimizer, sync = replica.progress, replica.optimizer, replica.sync
     began, before = time.perf_counter(), replace(progress)
-    was, progress.status = progress.status, status(progress, plan, stop=False)
-    sync.start(replica.module)
-    if progress.step and (progress.status != was or unmeasured(progress, plan)):
-        settle(replica, task, plan, watch)  # the plan is another than it was, or the process died in an evaluation
+    was, progress.status = progress.status, run_status(progress, config, stop=False)
+    sync.attach(replica.module)
+    if progress.step and (progress.status != was or evaluation_due(progress, config)):
+        # The configuration has changed, or the process died in an evaluation.
+        checkpoint_and_evaluate(replica, task, config, callbacks)
     while progress.status == "running":
-        if replica.half:
-            replica.half.choose(progress.step, optimizer)
+        if replica.half_freezing:
+            replica.half_freezing.select(progress.step, optimizer)
 
-        stop = watch.stop_requested()
-        if replica.zeroth:
-            totals, figures = zeroth_step(replica, replica.zeroth, task, feed, plan, stop)
+        stop = callbacks.stop_requested()
+        if replica.zero_order:
+            totals, figures = zero_order_step(replica, replica.zero_order, task, loader, config, stop)
         else:
-            totals, figures = gradient_step(replica, task, feed, plan, stop)
-        sync.after_step(plan.rate(progress.step))
+            totals, figures = gradient_step(replica, task, loader, config, stop)
+        sync.after_step(config.lr_factor(progress.step))
 
         progress.step += 1
-        progress.position += plan.local_batch * replica.members
+        progress.position += config.local_batch * replica.world_size
         progress.seconds = before.seconds + time.perf_counter() - began
         progress.bytes_sent = before.bytes_sent + sync.bytes_sent
         progress.communication_seconds = before.communication_seconds + sync.exchange_seconds
         progress.waited_seconds = before.waited_seconds + sync.waited_seconds
-        progress.status = status(progress, plan, totals.stop)
+        progress.status = run_status(progress, config, totals.stop)
         if replica.ema:
             replica.ema.update(progress.step)
         loss, lr = totals.loss / (totals.weight or 1.0), optimizer.param_groups[0]["lr"]
-        watch.stepped(replica, {"loss": loss, "lr": lr, **figures, **sync.figures()})
-        settle(replica, task, plan, watch)
+        callbacks.on_step(replica, {"loss": loss, "lr": lr, **figures, **sync.metrics()})
+        checkpoint_and_evaluate(replica, task, config, callbacks)
 
 
-def gradient_step(replica: Replica, task: Task, feed: Feed, plan: Plan, stop: bool) -> tuple[Totals, dict[str, float]]:
-    """Go forward and backward over this replica's share of the step, and step by the mean gradient of the replicas."""
-    own_loss = backward(replica, task, feed, plan)
+def gradient_step(
+    replica: Replica, task: Task, loader: BatchLoader, config: LoopConfig, stop: bool
+) -> tuple[StepTotals, dict[str, float]]:
+    """Run forward and backward passes over this replica's batch, and step with the averaged gradient."""
+    own_loss = backward(replica, task, loader, config)
     totals = replica.sync.before_step(own_loss, stop)
-    norm = clip(replica, plan.clip)
-    if plan.noise:
-        add_noise(replica.module, plan.seed, replica.progress.step, plan.noise, plan.noise_decay)
-    _set_rate(replica, plan)
+    norm = clip_gradients(replica, config.clip)
+    if config.gradient_noise:
+        add_gradient_noise(
+            replica.module, config.seed, replica.progress.step, config.gradient_noise, config.gradient_noise_decay
+        )
+    _set_lr(replica, config)
     replica.optimizer.step()
     replica.optimizer.zero_grad()
-    return totals, {"gradient_norm": norm} if plan.clip else {}
+    return totals, {"gradient_norm": norm} if config.clip else {}
 
 
-def zeroth_step(
-    replica: Replica, zeroth: Zeroth, task: Task, feed: Feed, plan: Plan, stop: bool
-) -> tuple[Totals, dict[str, float]]:
-    """Probe the loss of this replica's share of the step, and move by what all replicas found."""
+def zero_order_step(
+    replica: Replica, zeroth: ZeroOrderStep, task: Task, loader: BatchLoader, config: LoopConfig, stop: bool
+) -> tuple[StepTotals, dict[str, float]]:
+    """Estimate projected gradients on this replica's batch, and step with those of all replicas."""
     progress = replica.progress
-    batches = _take(replica, task, feed, progress.position + replica.rank * plan.local_batch, plan)
-    weight = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
-    loss = loss_of(
-        task, replica.module, batches, (plan.seed, replica.rank, progress.step), plan.autocast, zeroth.objective
+    batches = _load_batches(replica, task, loader, progress.position + replica.rank * config.local_batch, config)
+    weight = replica.sync.set_weight(sum(weights.sum().item() for _, weights in batches))
+    loss = make_closure(
+        task, replica.module, batches, (config.seed, replica.rank, progress.step), config.autocast, zeroth.objective
     )
-    _set_rate(replica, plan)
+    _set_lr(replica, config)
     place = (progress.step, replica.rank)
-    figures = zeroth.step(loss, replica.module, plan.seed, place, plan.rate(progress.step))
+    figures = zeroth.step(loss, replica.module, config.seed, place, config.lr_factor(progress.step))
     return replica.sync.before_step(weight * figures.pop("loss"), stop), figures
 
 
-def _set_rate(replica: Replica, plan: Plan) -> None:
-    rate = plan.rate(replica.progress.step)
+def _set_lr(replica: Replica, config: LoopConfig) -> None:
+    rate = config.lr_factor(replica.progress.step)
     for group in replica.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate
 
 
-def settle(replica: Replica, task: Task, plan: Plan, watch: Watch) -> None:
-    """Save and evaluate, where this is due after a step; first save, so that an evaluation that fails costs nothing."""
+def checkpoint_and_evaluate(replica: Replica, task: Task, config: LoopConfig, callbacks: LoopCallbacks) -> None:
+    """Checkpoint and evaluate if due; checkpoint first, so that a failing evaluation loses no training."""
     progress = replica.progress
-    saved = progress.status != "running" or due(progress.step, plan.checkpoint_every)
-    if progress.status not in ("running", "interrupted"):  # an interrupted run goes on as if it had not been
+    saved = progress.status != "running" or every_n(progress.step, config.checkpoint_every)
+    if progress.status not in ("running", "interrupted"):  # an interrupted run resumes in the middle of a round
         replica.sync.finish()
     if saved:
-        watch.save(replica)
-    if not unmeasured(progress, plan):
+        callbacks.save(replica)
+    if not evaluation_due(progress, config):
         return
-    metrics = watch.evaluate(replica)
-    judge(progress, task, metrics)
+    metrics = callbacks.evaluate(replica)
+    update_best(progress, task, metrics)
     if progress.status == "running":
-        progress.status = status(progress, plan, stop=False)
+        progress.status = run_status(progress, config, stop=False)
         if progress.status != "running":
             replica.sync.finish()
             saved = False
     if not saved and (progress.status != "running" or progress.best_step == progress.step):
-        watch.save(replica)
+        callbacks.save(replica)
         saved = True
     if saved:
-        watch.note(replica, metrics)
+        callbacks.save_metrics(replica, metrics)
 
 
-def backward(replica: Replica, task: Task, feed: Feed, plan: Plan) -> float:
-    """Add the gradient of the weighted mean loss over this replica's share of the step; return sum of weight * loss."""
+def backward(replica: Replica, task: Task, loader: BatchLoader, config: LoopConfig) -> float:
+    """Accumulate gradients over this replica's micro-batches; return the sum of weight * loss."""
     progress = replica.progress
-    position = progress.position + replica.rank * plan.local_batch
-    batches = _take(replica, task, feed, position, plan)
-    seed_step(plan.seed, replica.rank, progress.step)  # after the feed, which may have drawn elsewhere
-    divisor = replica.sync.begin(sum(weights.sum().item() for _, weights in batches))
+    position = progress.position + replica.rank * config.local_batch
+    batches = _load_batches(replica, task, loader, position, config)
+    seed_everything_at(config.seed, replica.rank, progress.step)  # after the loader, which seeds for itself
+    divisor = replica.sync.set_weight(sum(weights.sum().item() for _, weights in batches))
     total = 0.0
     for place, (batch, weights) in enumerate(batches, start=1):
-        with torch.autocast(replica.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
+        with torch.autocast(replica.device.type, dtype=config.autocast, enabled=config.autocast is not None):
             losses = task.losses(replica.module, batch)
-        loss = weighed(losses, weights)
+        loss = weighted_sum(losses, weights)
         total += loss.item()
         if not math.isfinite(total):
-            more = "" if plan.clip else " or clip = 1"
+            more = "" if config.clip else " or clip = 1"
             raise TrainingError(
                 f"the loss is {total} in step {progress.step + 1} on worker {replica.rank}, over "
-                f"{feed.named(position, plan.local_batch)}; a lower optimizer.lr, a longer schedule.warmup{more} may "
-                f"help"
+                f"{loader.describe(position, config.local_batch)}; a lower optimizer.lr, a longer schedule.warmup"
+                f"{more} may help"
             )
         if place == len(batches):
             replica.sync.before_backward()
@@ -204,22 +209,24 @@ def backward(replica: Replica, task: Task, feed: Feed, plan: Plan) -> float:
     return total
 
 
-def _take(replica: Replica, task: Task, feed: Feed, position: int, plan: Plan) -> list[tuple[Batch, Tensor]]:
-    """Return the micro-batches of this replica's share of the step, each with its weights, where the model is."""
+def _load_batches(
+    replica: Replica, task: Task, loader: BatchLoader, position: int, config: LoopConfig
+) -> list[tuple[Batch, Tensor]]:
+    """Return this replica's micro-batches of the step, each with its loss weights, on its device."""
     began = time.perf_counter()
     batches = []
-    for raw, examples in feed.take(position, plan.local_batch, plan.accumulate):
-        batch = moved(raw, replica.device, replica.dtype)
+    for raw, examples in loader.load(position, config.local_batch, config.accumulate):
+        batch = to_device(raw, replica.device, replica.dtype)
         batches.append((batch, loss_weights(task, batch, examples, replica.device)))
     replica.progress.data_wait_seconds += time.perf_counter() - began
     return batches
 
 
-def clip(replica: Replica, limit: float) -> float:
-    """Scale the gradient down to the norm `limit`, if it is longer, and return the norm it had; 0: measure nothing."""
+def clip_gradients(replica: Replica, limit: float) -> float:
+    """Clip the gradient to the norm `limit`, and return its norm before; with limit 0 do nothing."""
     if not limit:
         return 0.0
-    parameters = list(replica.parts.parameters())
+    parameters = list(replica.local_parameters.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     total = replica.shards.norm() if replica.shards else get_total_norm(gradients)
     clip_grads_with_norm_(parameters, limit, total)
@@ -232,8 +239,8 @@ def clip(replica: Replica, limit: float) -> float:
     return norm
 
 
-def judge(progress: Progress, task: Task, metrics: dict[str, float]) -> None:
-    """Note whether these are the best metrics so far."""
+def update_best(progress: Progress, task: Task, metrics: dict[str, float]) -> None:
+    """Update best value, best step and the early-stopping counter."""
     progress.evaluated = progress.step
     if task.improves(metrics[task.metric], progress.best):
         progress.best, progress.best_step, progress.stale = metrics[task.metric], progress.step, 0
@@ -241,21 +248,21 @@ def judge(progress: Progress, task: Task, metrics: dict[str, float]) -> None:
         progress.stale += 1
 
 
-def status(progress: Progress, plan: Plan, stop: bool) -> Status:
-    """Return "running", or why training ends here."""
-    if progress.step >= plan.steps:
+def run_status(progress: Progress, config: LoopConfig, stop: bool) -> Status:
+    """Return "running", or the reason to end training."""
+    if progress.step >= config.steps:
         return "done"
-    if plan.patience and progress.stale >= plan.patience:
+    if config.patience and progress.stale >= config.patience:
         return "stopped early"
     return "interrupted" if stop else "running"
 
 
-def unmeasured(progress: Progress, plan: Plan) -> bool:
-    """Return whether an evaluation is due at this step, and has not been made."""
-    wanted = progress.status == "done" or due(progress.step, plan.evaluate_every)
+def evaluation_due(progress: Progress, config: LoopConfig) -> bool:
+    """Return whether an evaluation is due at this step and has not been done."""
+    wanted = progress.status == "done" or every_n(progress.step, config.evaluate_every)
     return wanted and progress.evaluated < progress.step
 
 
-def due(step: int, every: int) -> bool:
-    """Return whether something done every so many steps is due after step `step`; 0: never."""
+def every_n(step: int, every: int) -> bool:
+    """Return whether step is a multiple of every; 0: never."""
     return every > 0 and step % every == 0

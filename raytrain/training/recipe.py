@@ -11,40 +11,42 @@ from raytrain.extensions import CALLBACK
 from raytrain.models import options as adapter
 from raytrain.models.options import ADAPTERS, AdapterOptions
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.options import ALL, OPTIMIZERS, ZEROTH, OptimizerOptions, is_elementwise
-from raytrain.optim.schedules import SCHEDULES, SHAPE
-from raytrain.recipe import Options, Recipe, Section, chosen, dotted_fields
-from raytrain.registry import deferred, resolve
-from raytrain.sections import Checkpoint, Evaluation, Log, Resources
-from raytrain.seeds.options import MOST_DIRECTIONS
+from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, ZEROTH_ORDER, OptimizerOptions, is_elementwise
+from raytrain.optim.schedules import SCHEDULE, SCHEDULES
+from raytrain.recipe import Options, Recipe, Section, dotted_fields, options_by_name
+from raytrain.registry import lazy, resolve
+from raytrain.sections import Checkpoint, Evaluation, Logging, Resources
+from raytrain.seeds.options import MAX_DIRECTIONS
 from raytrain.sync import options as sync
 from raytrain.sync.options import (
     ALL_SYNCHRONISERS,
     FsdpOptions,
-    LocalOptions,
+    LocalUpdateOptions,
     ScalarOptions,
     SyncOptions,
     options_of_synchroniser,
 )
 from raytrain.tasks import options as task
-from raytrain.tasks.task import TASKS, TaskOptions, options_of_task
+from raytrain.tasks.task import TASKS, TaskOptions, task_options
 
-options_of_adapter = deferred("raytrain.models.adapters:options_of_adapter")
-options_of_optimizer = deferred("raytrain.optim.optimizers:options_of_optimizer")
+options_of_adapter = lazy("raytrain.models.adapters:options_from_peft")
+options_of_optimizer = lazy("raytrain.optim.optimizers:options_from_constructor")
 """Those of the user's own import torch; all others are declared where that is not needed."""
 
-TaskField = Annotated[SerializeAsAny[TaskOptions], chosen(TASKS, "task", options_of_task, known=task.OPTIONS.get)]
+TaskField = Annotated[
+    SerializeAsAny[TaskOptions], options_by_name(TASKS, "task", task_options, known=task.TASK_OPTIONS.get)
+]
 AdapterField = Annotated[
     SerializeAsAny[AdapterOptions],
-    chosen(ADAPTERS, "adapter", options_of_adapter, "none", known=adapter.OPTIONS.get),
+    options_by_name(ADAPTERS, "adapter", options_of_adapter, "none", known=adapter.ADAPTER_OPTIONS.get),
 ]
 OptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions],
-    chosen(ALL, "optimizer", options_of_optimizer, "adamw", known=optimizer_options),
+    options_by_name(ALL_OPTIMIZERS, "optimizer", options_of_optimizer, "adamw", known=optimizer_options),
 ]
 SyncField = Annotated[
     SerializeAsAny[SyncOptions],
-    chosen(ALL_SYNCHRONISERS, "sync", options_of_synchroniser, "ddp", known=sync.SYNC_OPTIONS.get),
+    options_by_name(ALL_SYNCHRONISERS, "sync", options_of_synchroniser, "ddp", known=sync.SYNC_OPTIONS.get),
 ]
 
 
@@ -66,7 +68,7 @@ class Schedule(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        SHAPE.check(SCHEDULES, name)
+        SCHEDULE.check(SCHEDULES, name)
         return name
 
 
@@ -177,13 +179,13 @@ class TrainRecipe(Recipe):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
-    log: Log = Log()
+    log: Logging = Logging()
     phases: tuple[dict[str, Any], ...] = ()
 
     @model_validator(mode="before")
     @classmethod
-    def _share_numbers(cls, raw: Any) -> Any:
-        """Choose how to exchange what the optimizer has to exchange, where the recipe does not."""
+    def _default_synchroniser(cls, raw: Any) -> Any:
+        """Default to `scalars` for zeroth-order optimizers."""
         if not isinstance(raw, Mapping) or not _is_zeroth(raw.get("optimizer")):
             return raw
         sync = raw.get("sync", {})
@@ -192,9 +194,9 @@ class TrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _fit_trajectory(self) -> Self:
-        if self.workers * self.zo.num_perturbations > MOST_DIRECTIONS and self.zo.trajectory:
+        if self.workers * self.zo.num_perturbations > MAX_DIRECTIONS and self.zo.trajectory:
             raise ValueError(
-                f"zo.num_perturbations: expected at most {MOST_DIRECTIONS} of all workers with a trajectory; "
+                f"zo.num_perturbations: expected at most {MAX_DIRECTIONS} of all workers with a trajectory; "
                 f"got {self.workers} times {self.zo.num_perturbations}; set zo.trajectory = false"
             )
         return self
@@ -219,10 +221,10 @@ class TrainRecipe(Recipe):
     @model_validator(mode="after")
     def _fit(self) -> Self:
         if self.freeze.random_half and self.adapter.name != "none":
-            raise ValueError("expected freeze.random_half = false with an adapter, beside which nothing else moves")
+            raise ValueError("expected freeze.random_half = false with an adapter, under which the model is frozen")
         if self.ema and self.optimizer.averages:
             raise ValueError(f"expected ema = 0, because {self.optimizer.name} averages by itself; got {self.ema:g}")
-        if isinstance(self.sync, LocalOptions) and (self.ema or self.optimizer.averages):
+        if isinstance(self.sync, LocalUpdateOptions) and (self.ema or self.optimizer.averages):
             raise ValueError(
                 f"sync.name: expected ddp or fsdp with an average of the weights "
                 f"({'ema' if self.ema else 'optimizer'}), "
@@ -249,7 +251,7 @@ class TrainRecipe(Recipe):
         if not self.phases:
             return [Stage(0, self.steps, self)]
         # Laid over the whole recipe, defaults included: as a run's folder has it, so that it repeats the run.
-        recipe, begin, stages = self.parse_with(self.plain(), {"phases": []}), 0, []
+        recipe, begin, stages = self.parse_with(self.to_dict(), {"phases": []}), 0, []
         for place, phase in enumerate(self.phases):
             changes = dict(dotted_fields(phase))
             end = changes.pop("from", None)
@@ -306,7 +308,7 @@ class TrainRecipe(Recipe):
                 "optimizer.name: zo-hybrid takes workers = 1, zo.trajectory = false and no "
                 "zo.objective: its gradients are neither exchanged nor written down"
             )
-        if self.optimizer.decides and self.workers > 1:
+        if self.optimizer.selects and self.workers > 1:
             raise ValueError(
                 f"workers: expected 1 with zo-sgd-conservative, which decides by a loss; got {self.workers}"
             )
@@ -342,6 +344,6 @@ class Stage:
 def _is_zeroth(section: Any) -> bool:
     """Return whether a section of a raw recipe names a zeroth-order optimizer; what is wrong with it is said later."""
     name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", section)
-    if not isinstance(name, str) or name in ALL or ":" not in name:
-        return isinstance(name, str) and name in ZEROTH
+    if not isinstance(name, str) or name in ALL_OPTIMIZERS or ":" not in name:
+        return isinstance(name, str) and name in ZEROTH_ORDER
     return bool(options_of_optimizer(resolve({}, name, "optimizer.name")).zeroth)

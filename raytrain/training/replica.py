@@ -1,4 +1,4 @@
-"""A replica: one copy of what is trained, and its whole state."""
+"""A replica: one copy of the model in data-parallel training, and its state."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 
 from raytrain.errors import CheckpointError
 from raytrain.json_files import parse_json
-from raytrain.models.freezing import Half
+from raytrain.models.freezing import HalfFineTuning
 from raytrain.optim.ema import Average
 from raytrain.optim.optimizers import load_state_by_name, state_by_name
 from raytrain.optim.options import OptimizerOptions
-from raytrain.serialization import dumps, state_to
+from raytrain.serialization import canonical_json, state_to_device
 from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
-from raytrain.zeroth.step import Zeroth
+from raytrain.zeroth.step import ZeroOrderStep
 
 Status = Literal["running", "done", "stopped early", "interrupted"]
 
@@ -26,15 +26,15 @@ Status = Literal["running", "done", "stopped early", "interrupted"]
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands: equal on every replica, and part of every checkpoint.
+    """Progress of a run: equal on every replica, and part of every checkpoint.
 
     Attributes:
         step: optimizer steps done.
         position: examples drawn by all replicas together, which is the sampler's position.
-        best: the best value of the task's metric so far.
-        best_step: the step it was measured at.
+        best: best value of the task's metric.
+        best_step: step of the best value.
         stale: evaluations since then.
-        evaluated: the step of the last evaluation.
+        evaluated: step of the last evaluation.
         seconds: time spent training, over all attempts.
         data_wait_seconds: how much of it the first replica waited for data.
         bytes_sent: bytes that the first replica put on the wire, over all attempts.
@@ -70,48 +70,49 @@ class Progress:
         }
 
 
-def plain(progress: Progress) -> dict[str, Any]:
-    """Return the progress as plain data."""
+def progress_to_dict(progress: Progress) -> dict[str, Any]:
+    """Return progress as plain data."""
     return {field: getattr(progress, field) for field in Progress.__slots__}
 
 
-def progress_from(saved: Mapping[str, Any], path: object) -> Progress:
-    """Return the progress that `plain` was given.
+def progress_from_dict(saved: Mapping[str, Any], path: object) -> Progress:
+    """Return the progress of `progress_to_dict`.
 
     Args:
-        saved: what it returned.
-        path: where it came from, for the error message.
+        saved: plain data.
+        path: of the checkpoint, for the error message.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: the data is not of that form.
     """
-    return parse_json(dumps(dict(saved)), Progress, str(path), CheckpointError)
+    return parse_json(canonical_json(dict(saved)), Progress, str(path), CheckpointError)
 
 
 @dataclass(slots=True)
 class Replica:
-    """One copy of what is trained, and its place among the others.
+    """A copy of the model, with its optimizer and synchroniser.
 
     Attributes:
-        module: the model, to compute with.
-        elsewhere: names of parameters that an adapter stands beside: they never move, and are not saved.
-        base: a hash of these, by which they are known again.
-        half: freezes a half of each block at a time, if that is wanted.
-        optimizer: over its trainable parameters.
-        options: what the optimizer was made with.
-        ema: the average of the weights that is evaluated in their place, if there is one.
-        sync: keeps the replicas together.
-        progress: where the run stands.
+        module: the model.
+        frozen_base: names of the parameters of the pretrained model under an adapter; never trained, and not saved.
+        base_digest: SHA-256 of their values, checked on resume.
+        half_freezing: half fine-tuning, if enabled.
+        optimizer: of the trainable parameters.
+        options: of the optimizer.
+        ema: average of the weights that is evaluated in their place, if enabled.
+        sync: synchroniser.
+        progress: of the run.
         device, dtype: of the parameters.
-        rank: this replica's place among `members`.
-        shards: this replica's parts of the parameters, if it does not keep all of them.
-        zeroth: how it probes and moves, if its optimizer takes no gradients.
+        rank: of this replica.
+        world_size: number of replicas.
+        shards: shards of this replica, if the model is sharded.
+        zero_order: zeroth-order step, if the optimizer takes no gradients.
     """
 
     module: nn.Module
-    elsewhere: frozenset[str]
-    base: str
-    half: Half | None
+    frozen_base: frozenset[str]
+    base_digest: str
+    half_freezing: HalfFineTuning | None
     optimizer: Optimizer
     options: OptimizerOptions
     ema: Average | None
@@ -120,36 +121,36 @@ class Replica:
     device: torch.device
     dtype: torch.dtype
     rank: int
-    members: int
+    world_size: int
     shards: Shards | None = None
-    zeroth: Zeroth | None = None
+    zero_order: ZeroOrderStep | None = None
 
     @property
-    def parts(self) -> nn.Module:
-        """What this replica keeps of the model's parameters, to step and to average: all of it, unless sharded."""
-        return self.shards.parts if self.shards else self.module
+    def local_parameters(self) -> nn.Module:
+        """Parameters of this replica, to step and to average: the model's, or its shards."""
+        return self.shards.local if self.shards else self.module
 
 
 def state_of(replica: Replica) -> dict[str, Any]:
-    """Return what this replica puts into a checkpoint: its own part, and from the first replica what all share.
+    """Return this replica's part of a checkpoint; that of the first replica includes the shared state.
 
-    There is no random state in it: what a step draws follows from the seed, the rank and the step.
+    There is no random state: the draws of a step follow from seed, rank and step.
     """
-    optimizer = state_by_name(replica.optimizer, replica.parts)
+    optimizer = state_by_name(replica.optimizer, replica.local_parameters)
     own: dict[str, Any] = {"sync": replica.sync.state_dict()}
-    if replica.sync.apart:
+    if replica.sync.has_local_state:
         own["optimizer"] = {"name": replica.options.name, **optimizer}
-    if replica.rank > 0 and not replica.shards:  # with shards, all of them take part in putting these together
+    if replica.rank > 0 and not replica.shards:  # shards are gathered by all replicas
         return own
-    whole = replica.shards.whole if replica.shards else _as_it_is
+    whole = replica.shards.gather if replica.shards else _as_it_is
     average = replica.ema.state_dict() if replica.ema else {}
-    with replica.sync.shared():
-        model = {name: whole(name, tensor) for name, tensor in _tensors(replica, replica.parts)}
-        if replica.sync.apart:
+    with replica.sync.synced_parameters():
+        model = {name: whole(name, tensor) for name, tensor in _tensors(replica, replica.local_parameters)}
+        if replica.sync.has_local_state:
             model = {name: tensor.clone() for name, tensor in model.items()}
     shared = {
         "model": model,
-        "base": replica.base,
+        "base": replica.base_digest,
         "optimizer": {"name": replica.options.name, **optimizer, "state": _entries(optimizer["state"], whole)},
         "ema": {name: whole(name, tensor) for name, tensor in average.items()},
     }
@@ -157,16 +158,16 @@ def state_of(replica: Replica) -> dict[str, Any]:
 
 
 def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, averaged: bool = False) -> None:
-    """Copy saved parameters and buffers into the model, or of each parameter this replica's part.
+    """Load saved parameters and buffers into the model or its shards.
 
     Args:
-        replica: newly made.
-        shared: what the first replica saved.
-        path: where it came from, for the error message.
-        averaged: take the average of the weights, if there is one.
+        replica: newly built.
+        shared: state of the first replica.
+        path: of the checkpoint, for the error message.
+        averaged: load the average of the weights, if there is one.
 
     Raises:
-        CheckpointError: they are those of another model; the message names the first difference.
+        CheckpointError: the checkpoint is of another model; the message names the first difference.
     """
     saved = {**shared["model"], **(shared["ema"] if averaged else {})}
     ours = dict(_tensors(replica, replica.module))
@@ -177,28 +178,28 @@ def load_model(replica: Replica, shared: Mapping[str, Any], path: object, *, ave
                 f"{path}: this checkpoint is of another model: {name} is {_shape(there)} in the checkpoint and "
                 f"{_shape(here)} in the model; use the task options that the run was started with, or another --out"
             )
-    if shared["base"] != replica.base:
+    if shared["base"] != replica.base_digest:
         raise CheckpointError(
-            f"{path}: this checkpoint is of an adapter beside another model: the weights at task.model are not those "
-            "that it was trained with"
+            f"{path}: this checkpoint is of an adapter on another base model: the weights at task.model are not those "
+            "that it was trained on"
         )
-    cut = replica.shards.cut if replica.shards else _as_it_is
+    cut = replica.shards.scatter if replica.shards else _as_it_is
     with torch.no_grad():
-        for name, tensor in _tensors(replica, replica.parts):
+        for name, tensor in _tensors(replica, replica.local_parameters):
             tensor.copy_(cut(name, saved[name]))
 
 
 def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] | None, path: object) -> None:
-    """Put a checkpoint's state into a replica.
+    """Load the state of a checkpoint into a replica.
 
     Args:
-        replica: newly made.
-        shared: what the first replica saved.
-        own: what the replica of this rank saved, or None if there were more or fewer replicas then.
-        path: where it came from, for the error message.
+        replica: newly built.
+        shared: state of the first replica.
+        own: state of the replica of this rank, or None if the number of replicas changed.
+        path: of the checkpoint, for the error message.
 
     Raises:
-        CheckpointError: it is the state of another model or optimizer.
+        CheckpointError: the state is of another model or optimizer.
     """
     load_model(replica, shared, path)
     if shared["optimizer"]["name"] != replica.options.name:
@@ -206,11 +207,11 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
             f"{path}: this checkpoint's optimizer is {shared['optimizer']['name']}, and the recipe's is "
             f"{replica.options.name}; set optimizer.name={shared['optimizer']['name']} to continue"
         )
-    cut = replica.shards.cut if replica.shards else _as_it_is
-    apart = replica.sync.apart and own is not None and "optimizer" in own
+    cut = replica.shards.scatter if replica.shards else _as_it_is
+    apart = replica.sync.has_local_state and own is not None and "optimizer" in own
     saved = own["optimizer"] if own is not None and apart else shared["optimizer"]
-    optimizer = {**saved, "state": state_to(_entries(saved["state"], cut), torch.device("cpu"))}
-    load_state_by_name(replica.optimizer, replica.parts, optimizer, replica.options)
+    optimizer = {**saved, "state": state_to_device(_entries(saved["state"], cut), torch.device("cpu"))}
+    load_state_by_name(replica.optimizer, replica.local_parameters, optimizer, replica.options)
     if replica.ema:
         average = shared["ema"] or shared["model"]  # a run that starts averaging now
         replica.ema.load_state_dict({name: cut(name, tensor) for name, tensor in average.items()})
@@ -238,7 +239,7 @@ def inherit(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] 
     if same and model.keys() == new.keys() == shared["model"].keys():
         load_state(replica, shared, own, path)
         return []
-    optimizer = {"name": replica.options.name, **state_by_name(replica.optimizer, replica.parts)}
+    optimizer = {"name": replica.options.name, **state_by_name(replica.optimizer, replica.local_parameters)}
     if same:
         kept = {name: entries for name, entries in shared["optimizer"]["state"].items() if name in model}
         optimizer = {**shared["optimizer"], "state": kept}
@@ -250,19 +251,19 @@ def inherit(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] 
 
 
 def _tensors(replica: Replica, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter of `parts` to save once, tied ones included, and each buffer of the model's state."""
+    """Yield each parameter of `parts` to save, tied ones once, and each persistent buffer of the model."""
     named = parts.named_parameters()
-    yield from ((name, parameter.data) for name, parameter in named if name not in replica.elsewhere)
+    yield from ((name, parameter.data) for name, parameter in named if name not in replica.frozen_base)
     persistent = replica.module.state_dict(keep_vars=True)
     yield from ((name, buffer) for name, buffer in replica.module.named_buffers() if name in persistent)
 
 
 def _entries(state: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, dict[str, Any]]:
-    """Return what an optimizer keeps for each parameter by name, each entry as `change` returns it."""
+    """Map `change` over the entries of an optimizer state by parameter name."""
     return {name: {key: change(name, value) for key, value in entries.items()} for name, entries in state.items()}
 
 
-def _as_it_is(name: str, value: Any) -> Any:  # noqa: ARG001 - takes the place of `Shards.whole` and `Shards.cut`
+def _as_it_is(name: str, value: Any) -> Any:  # noqa: ARG001 - stands in for `Shards.gather` and `Shards.scatter`
     return value
 
 

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.report.panel import Panel, Series, line_chart, table
 
-Rows = Sequence[Mapping[str, Any]]
+MetricsRows = Sequence[Mapping[str, Any]]
 
 CHARTS = (
     ("Learning rate", ("lr",), "learning rate"),
@@ -15,21 +15,25 @@ CHARTS = (
     ("Projected gradient", ("slope",), "root mean square"),
     ("Perturbations not used", ("skipped",), "in a step"),
     ("Synchronisation interval", ("every", "delay"), "steps"),
+    ("Bytes sent", ("bytes_sent",), "bytes of the first worker"),
+    ("Communication and data wait", ("communication_seconds", "data_wait_seconds"), "seconds since the start"),
+    ("Communication hidden by steps", ("overlap_ratio",), "share of its time"),
 )
 """Title, fields of the training rows, and label of the vertical axis; a chart without data is left out."""
+DECADES = 30
 
 
-def panels(run: RunDirectory) -> list[Panel]:
+def training_panels(run: RunDirectory) -> list[Panel]:
     """Return what a training run has recorded so far, as panels."""
-    recorded = rows(run.metrics)
-    steps = [row for row in recorded if "valid" not in row]
+    recorded = read_jsonl(run.metrics)
+    steps = [_without_zeros(row) for row in recorded if "valid" not in row]
     evaluations = [row for row in recorded if "valid" in row]
     charts = [
         _loss(steps, evaluations),
         *_metrics(evaluations),
         _throughput(steps),
         *(
-            line_chart(title, {field: _line(steps, field) for field in fields}, x="step", y=label)
+            line_chart(title, {field.replace("_", " "): _line(steps, field) for field in fields}, x="step", y=label)
             for title, fields, label in CHARTS
         ),
         _events(run),
@@ -37,13 +41,25 @@ def panels(run: RunDirectory) -> list[Panel]:
     return [panel for panel in charts if panel is not None]
 
 
-def _loss(steps: Rows, evaluations: Rows) -> Panel | None:
+def _without_zeros(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the communication of a worker that is alone."""
+    silent = () if row.get("bytes_sent", 0) else ("bytes_sent", "communication_seconds", "overlap_ratio")
+    return {field: value for field, value in row.items() if field not in silent}
+
+
+def _loss(steps: MetricsRows, evaluations: MetricsRows) -> Panel | None:
     held_out = [{"step": row["step"], **row["valid"]} for row in evaluations]
     lines = {"training": _line(steps, "loss"), "held-out": _line(held_out, "loss")}
-    return line_chart("Loss", lines, x="step", y="loss")
+    return line_chart("Loss", lines, x="step", y="loss", log_y=_spans_decades(lines.values()))
 
 
-def _metrics(evaluations: Rows) -> list[Panel | None]:
+def _spans_decades(lines: Iterable[Series]) -> bool:
+    """Return whether losses are positive, and fall so far that on a linear axis the end would look flat."""
+    values = [value for _, ys in lines for value in ys if value is not None]
+    return bool(values) and min(values) > 0 and max(values) > DECADES * min(values)
+
+
+def _metrics(evaluations: MetricsRows) -> list[Panel | None]:
     names = dict.fromkeys(name for row in evaluations for name in row["valid"] if name != "loss")
     flat = [{"step": row["step"], **row["valid"]} for row in evaluations]
     return [
@@ -51,8 +67,8 @@ def _metrics(evaluations: Rows) -> list[Panel | None]:
     ]
 
 
-def _throughput(steps: Rows) -> Panel | None:
-    """Return samples per second between consecutive rows; where an attempt ends, the clock stands still."""
+def _throughput(steps: MetricsRows) -> Panel | None:
+    """Return samples per second between consecutive rows; time between attempts does not count."""
     speeds = [
         {
             "step": after["step"],
@@ -67,11 +83,11 @@ def _throughput(steps: Rows) -> Panel | None:
 def _events(run: RunDirectory) -> Panel | None:
     attempts = [
         (row["time"], f"attempt from step {row['from_step']}", f"{len(row['workers'])} worker(s)")
-        for row in rows(run.attempts)
+        for row in read_jsonl(run.attempts)
     ]
     restarts = [
         (row["time"], "restart", "; ".join(f"worker {rank}: {cause}" for rank, cause in sorted(row["workers"].items())))
-        for row in rows(run.restarts)
+        for row in read_jsonl(run.restarts)
     ]
     events = [[_clock(when), what, detail] for when, what, detail in sorted([*attempts, *restarts])]
     return table("Events", ["time", "event", "detail"], events)

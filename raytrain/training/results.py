@@ -10,20 +10,20 @@ from torch import nn
 
 from raytrain.errors import CheckpointError
 from raytrain.recipe import read_toml
-from raytrain.registry import place_of
-from raytrain.run.checkpoint import CheckpointStore, Manifest, load, read_manifest, reading, step_name
-from raytrain.run.directory import Failure, RunDirectory, rows
+from raytrain.registry import error_location
+from raytrain.run.checkpoint import CheckpointStore, Manifest, checkpoint_errors, load_part, read_manifest, step_name
+from raytrain.run.directory import Failure, RunDirectory, read_jsonl
 from raytrain.run.result import Result
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
-from raytrain.training.build import build, plan_of, task_of
+from raytrain.training.build import build_replica, build_task, loop_config
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import load_model, progress_from
+from raytrain.training.replica import load_model, progress_from_dict
 from raytrain.training.trained_model import TrainedModel
 
 
-def result_of(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -> Result:
+def collect_result(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -> Result:
     """Return the result of the run in `run`.
 
     Args:
@@ -32,21 +32,21 @@ def result_of(recipe: TrainRecipe, run: RunDirectory, failure: Failure | None) -
         failure: why the attempt ended, if it did not end well.
     """
     error = failure.message if failure else ""
-    restarts = len(rows(run.restarts))
+    restarts = len(read_jsonl(run.restarts))
     try:
         last = _newest(run)
         if last is None:
             return Result("failed" if failure else "interrupted", restarts=restarts, error=error)
-        progress = progress_from(last.progress, last.path)
+        progress = progress_from_dict(last.progress, last.path)
     except CheckpointError as damaged:
         return Result("failed", restarts=restarts, error=error or str(damaged))
     status = "failed" if failure else "interrupted" if progress.status == "running" else progress.status
     ended = status in ("done", "stopped early")
-    task = task_of(recipe)
+    task = build_task(recipe)
     best = {"metric": task.metric, "value": progress.best, "step": progress.best_step}
     return Result(
         status=status,
-        metrics=next((row["valid"] for row in reversed(rows(run.metrics)) if "valid" in row), {}),
+        metrics=next((row["valid"] for row in reversed(read_jsonl(run.metrics)) if "valid" in row), {}),
         best=best if progress.best_step else {},
         references=_references(task) if ended else {},
         figures={"steps": progress.step, "samples": progress.position, **progress.costs()},
@@ -62,7 +62,9 @@ def _references(task: Task) -> Mapping[str, float]:
     try:
         return task.references()
     except Exception as error:
-        print(f"raytrain: Task.references failed: {type(error).__name__}: {error}{place_of(error)}", file=sys.stderr)
+        print(
+            f"raytrain: Task.references failed: {type(error).__name__}: {error}{error_location(error)}", file=sys.stderr
+        )
         return {}
 
 
@@ -88,7 +90,7 @@ def load_best(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
         CheckpointError: there is no checkpoint yet, it is damaged, or the changes make another model.
     """
     run = RunDirectory(folder)
-    changed = load_recipe(folder, overrides).task.on_other_data(load_recipe(folder, {}).task)
+    changed = load_recipe(folder, overrides).task.for_evaluation(load_recipe(folder, {}).task)
     recipe = load_recipe(folder, {f"task.{name}": value for name, value in changed.items()} | dict(overrides))
     newest = _newest(run)
     if newest is None:
@@ -97,7 +99,7 @@ def load_best(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
     path = best if best.is_dir() else newest.path
     step = read_manifest(path).step
     recipe = next(stage.recipe for stage in reversed(recipe.stages()) if stage.begin < max(step, 1))
-    task = task_of(recipe)
+    task = build_task(recipe)
     return TrainedModel(
         task,
         task_name=recipe.task.name,
@@ -105,18 +107,18 @@ def load_best(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
         module=partial(_module, recipe, task, path),
         adapted=recipe.adapter.name != "none",
         batch=recipe.evaluation.batch,
-        autocast=plan_of(recipe).autocast,
+        autocast=loop_config(recipe).autocast,
         workers=recipe.workers,
         resources=recipe.resources,
     )
 
 
 def _module(recipe: TrainRecipe, task: Task, checkpoint: Path) -> nn.Module:
-    replica = build(recipe, task, ExactExchange(LocalTransport()), start=False)
-    with reading(checkpoint):
-        load_model(replica, load(checkpoint, 0), checkpoint, averaged=True)
+    replica = build_replica(recipe, task, ExactAverager(LocalTransport()), init_head=False)
+    with checkpoint_errors(checkpoint):
+        load_model(replica, load_part(checkpoint, 0), checkpoint, averaged=True)
     return replica.module
 
 
 def _newest(run: RunDirectory) -> Manifest | None:
-    return CheckpointStore(run.checkpoints, 1, ExactExchange(LocalTransport())).newest()
+    return CheckpointStore(run.checkpoints, 1, ExactAverager(LocalTransport())).newest()

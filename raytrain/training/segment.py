@@ -4,9 +4,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from raytrain.tasks.task import Task
-from raytrain.training.build import plan_of
-from raytrain.training.loader import Feeds, Walk, local_feed
-from raytrain.training.loop import Plan, Watch, train
+from raytrain.training.build import loop_config
+from raytrain.training.loader import LoaderFactory, StepRange, local_loader
+from raytrain.training.loop import LoopCallbacks, LoopConfig, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
 
@@ -16,9 +16,9 @@ def segment(
     task: Task,
     replica: Replica,
     until: int,
-    watch: Watch,
+    watch: LoopCallbacks,
     *,
-    feeds: Feeds = local_feed,
+    make_loader: LoaderFactory = local_loader,
     recording: AbstractContextManager[None] | None = None,
 ) -> None:
     """Train a replica from where it stands; segments, one after the other, are the training that they are parts of.
@@ -29,22 +29,22 @@ def segment(
         replica: as `trainable` returns it, or with a state.
         until: step to train to; the learning rate is that of the recipe's `steps`.
         watch: what surrounds the loop.
-        feeds: where the examples come from.
+        make_loader: where the examples come from.
         recording: entered once examples can be taken.
     """
-    plan = replace(plan_of(recipe), steps=until)
-    with feeds(task, recipe.task, _walk(replica, plan)) as feed, recording or nullcontext():
-        train(replica, task, feed, plan, watch)
+    config = replace(loop_config(recipe), steps=until)
+    with make_loader(task, recipe.task, _walk(replica, config)) as loader, recording or nullcontext():
+        train(replica, task, loader, config, watch)
 
 
-def _walk(replica: Replica, plan: Plan) -> Walk:
+def _walk(replica: Replica, config: LoopConfig) -> StepRange:
     """Return the positions that the loop will take examples from."""
-    return Walk(
-        seed=plan.seed,
+    return StepRange(
+        seed=config.seed,
         rank=replica.rank,
-        first=replica.progress.position + replica.rank * plan.local_batch,
-        stride=replica.members * plan.local_batch,
-        steps=max(0, plan.steps - replica.progress.step),
-        count=plan.local_batch,
-        parts=plan.accumulate,
+        first_position=replica.progress.position + replica.rank * config.local_batch,
+        stride=replica.world_size * config.local_batch,
+        steps=max(0, config.steps - replica.progress.step),
+        local_batch=config.local_batch,
+        accumulate=config.accumulate,
     )

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from raytrain.errors import RecipeError
-from raytrain.models.adapters import merge
+from raytrain.models.adapters import merge_adapter
 from raytrain.sections import Resources
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
 from raytrain.training.evaluation import evaluate
@@ -19,7 +19,7 @@ from raytrain.training.evaluation import evaluate
 
 @dataclass(frozen=True, slots=True)
 class TrainedModel:
-    """The best model of a run, and what it takes to use it.
+    """The best model of a run, to evaluate, export and predict with.
 
     Attributes:
         task: what it was trained on.
@@ -45,8 +45,8 @@ class TrainedModel:
 
     def evaluate(self) -> dict[str, float]:
         """Return its metrics on the held-out examples, measured in this process, and the step that they are of."""
-        exchange, valid = ExactExchange(LocalTransport()), self.task.data("valid")
-        metrics = evaluate(self.task, self.module(), valid, self.batch, exchange, autocast=self.autocast)
+        averager, valid = ExactAverager(LocalTransport()), self.task.data("valid")
+        metrics = evaluate(self.task, self.module(), valid, self.batch, averager, autocast=self.autocast)
         return {"step": self.step, **metrics}
 
     def export(self, target: Path) -> None:
@@ -64,7 +64,7 @@ class TrainedModel:
             raise RecipeError(f"task.name: the model of {self.task_name} has no form to export: Task.export is None")
         module = self.module()
         if self.adapted:
-            merge(module)
+            merge_adapter(module)
         aside = target.absolute().with_name(f".{target.absolute().name}.partial")
         try:
             shutil.rmtree(aside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What one worker does, from the recipe to the last checkpoint. It knows no Ray: threads in a test do the same."""
+"""A worker, from the recipe to the last checkpoint, without Ray: tests run workers as threads."""
 
 import json
 import logging
@@ -13,20 +13,20 @@ from functools import partial
 from pathlib import Path
 
 from raytrain.errors import RecipeError
-from raytrain.run.checkpoint import CheckpointStore, Manifest, load, reading
+from raytrain.run.checkpoint import CheckpointStore, Manifest, checkpoint_errors, load_part
 from raytrain.run.directory import RunDirectory
 from raytrain.run.watchdog import Watchdog, hang_file
-from raytrain.sync.averaging import ExactExchange, Exchange
+from raytrain.sync.averaging import Averager, ExactAverager
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.tasks.task import Task
-from raytrain.training.build import callbacks_of, plan_of, settled, task_of, trainable
-from raytrain.training.callbacks import RunWatch, constants_of
+from raytrain.training.build import build_task, load_callbacks, loop_config, resolve_recipe, trainable
+from raytrain.training.callbacks import RunCallbacks, non_finite_buffers
 from raytrain.training.evaluation import evaluate
-from raytrain.training.loader import Feeds, local_feed
+from raytrain.training.loader import LoaderFactory, local_loader
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import Replica, inherit, load_state, progress_from
+from raytrain.training.replica import Replica, inherit, load_state, progress_from_dict
 from raytrain.training.segment import segment
-from raytrain.zeroth.replay import beginning
+from raytrain.zeroth.replay import trajectory_header
 from raytrain.zeroth.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -37,49 +37,48 @@ FAILURE_WAIT_SECONDS = 2.0
 
 
 class NotSharedError(RecipeError):
-    """A worker does not see the run's folder: all workers know, and the first one leaves word of it."""
+    """A worker does not see the run's folder; all workers raise this, and the first one records it."""
 
 
-Last = tuple[Path, Mapping[str, float]] | None
-"""The newest checkpoint that was written, and its metrics."""
+LastCheckpoint = tuple[Path, Mapping[str, float]] | None
+"""Path and metrics of the newest checkpoint."""
 
 
-def work(
+def run_worker(
     recipe: TrainRecipe,
     run: RunDirectory,
     transport: Transport,
-    beat: Callable[[], None],
-    feeds: Feeds = local_feed,
-) -> Last:
-    """Train as one of the workers, from the newest complete checkpoint of the run if there is one.
+    heartbeat: Callable[[], None],
+    make_loader: LoaderFactory = local_loader,
+) -> LastCheckpoint:
+    """Train as one of the workers, from the newest complete checkpoint of the run.
 
-    An error that starting again would only repeat is left in the run's folder, and the function returns: whoever
-    started the workers looks there. So do workers that lost a peer, who would otherwise wait for it. A worker that
-    cannot see the folder raises its error.
+    An error that a restart would only repeat is recorded in the run's folder, where the supervisor reads it, and the
+    function returns; so do the workers that lose a peer by it. A worker that cannot see the folder raises its error.
 
     Args:
-        recipe: what to train.
-        run: where; all workers see this folder.
-        transport: the other workers.
-        beat: called at every sign of progress.
-        feeds: where the examples come from.
+        recipe: to train.
+        run: folder of the run, which all workers see.
+        transport: to the other workers.
+        heartbeat: called at every sign of progress.
+        make_loader: creates the batch loader.
 
     Returns:
-        The last checkpoint, on every worker, if all of them came to the end.
+        The last checkpoint, on every worker, if all of them completed.
 
     Raises:
-        PeerLostError: another worker died or hung; starting the workers again may help.
+        PeerLostError: another worker died or hung; a restart may help.
     """
     try:
         with run.locked("worker", LOCK_WAIT_SECONDS) if transport.rank == 0 else nullcontext():
-            exchange = ExactExchange(transport)
-            last = _train(recipe, run, exchange, beat, feeds)
-            exchange.gather(b"")  # all came to the end
+            averager = ExactAverager(transport)
+            last = _train(recipe, run, averager, heartbeat, make_loader)
+            averager.all_gather_bytes(b"")  # all have completed
             return last
     except PeerLostError:
         if run.failure(FAILURE_WAIT_SECONDS) is None:
             raise
-    except (Exception, SystemExit) as error:  # the user's code or ours: it would happen again
+    except (Exception, SystemExit) as error:  # in the user's code or ours: a restart would repeat it
         if not run.record_failure(error, transport.rank) and not isinstance(error, NotSharedError):
             raise
     finally:
@@ -87,42 +86,50 @@ def work(
     return None
 
 
-def work_watched(recipe: TrainRecipe, run: RunDirectory, transport: Transport, feeds: Feeds = local_feed) -> Last:
-    """Train as `work` does, in a process of its own that ends if it hangs.
+def run_watched_worker(
+    recipe: TrainRecipe, run: RunDirectory, transport: Transport, make_loader: LoaderFactory = local_loader
+) -> LastCheckpoint:
+    """Run `run_worker` under a watchdog, which ends the process if it hangs.
 
     Raises:
-        PeerLostError: as `work`.
+        PeerLostError: as `run_worker`.
     """
     seen = run.path if run.path.is_dir() else Path(tempfile.gettempdir())
     file = hang_file(seen, transport.rank)
-    with Watchdog(file, recipe.sync.timeout_seconds, lambda: transport.waiting) as watchdog:
-        return work(recipe, run, transport, watchdog.beat, feeds)
+    with Watchdog(file, recipe.sync.timeout_seconds, lambda: transport.is_waiting) as watchdog:
+        return run_worker(recipe, run, transport, watchdog.heartbeat, make_loader)
 
 
-def _train(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, beat: Callable[[], None], feeds: Feeds) -> Last:
-    _check_shared(run, exchange)
-    if exchange.gather(b"failed" if run.failure() else b"")[0]:
+def _train(
+    recipe: TrainRecipe,
+    run: RunDirectory,
+    averager: Averager,
+    heartbeat: Callable[[], None],
+    make_loader: LoaderFactory,
+) -> LastCheckpoint:
+    _check_shared(run, averager)
+    if averager.all_gather_bytes(b"failed" if run.failure() else b"")[0]:
         return None  # an earlier attempt did, before all of its workers knew
-    recipe, task = settled(recipe, run)
-    store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, exchange)
+    recipe, task = resolve_recipe(recipe, run)
+    store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, averager)
     store.clean()
     found = store.newest()
-    last: Last = None
+    last: LastCheckpoint = None
     announced = False
     for stage in recipe.stages_from(found.step if found else 0):
         found = store.newest() if last else found
-        task = task if stage.recipe.task == recipe.task else task_of(stage.recipe)
-        replica = trainable(stage.recipe, task, exchange, new=found is None, beat=beat)
+        task = task if stage.recipe.task == recipe.task else build_task(stage.recipe)
+        replica = trainable(stage.recipe, task, averager, new=found is None, heartbeat=heartbeat)
         if found:
-            restore(replica, found, inherit if found.step == stage.begin > 0 else load_state)
-        beat()  # what comes before the first step reads, imports and compiles, which can take as long as many steps
+            restore_replica(replica, found, inherit if found.step == stage.begin > 0 else load_state)
+        heartbeat()  # preparation reads, imports and compiles, which can take as long as many steps
         if not announced:
-            _announce(recipe, run, exchange, replica.progress.step)
+            _record_attempt(recipe, run, averager, replica.progress.step)
             announced = True
-        watch = _watch(stage.recipe, task, replica, run, store, beat)
+        watch = _watch(stage.recipe, task, replica, run, store, heartbeat)
         recording = _recording(stage.recipe, run, replica, watch)
-        segment(stage.recipe, task, replica, stage.end, watch, feeds=feeds, recording=recording)
-        last = watch.last
+        segment(stage.recipe, task, replica, stage.end, watch, make_loader=make_loader, recording=recording)
+        last = watch.last_checkpoint
         if replica.progress.status != "done":
             break
     return last
@@ -134,32 +141,32 @@ def _watch(
     replica: Replica,
     run: RunDirectory,
     store: CheckpointStore,
-    beat: Callable[[], None],
-) -> RunWatch:
+    heartbeat: Callable[[], None],
+) -> RunCallbacks:
     """Return what surrounds the loop."""
-    exchange = store.exchange
+    averager = store.averager
     measure = partial(
         evaluate,
         task=task,
         examples=task.data("valid"),
         batch=recipe.evaluation.batch,
-        exchange=exchange,
-        autocast=plan_of(recipe).autocast,
+        averager=averager,
+        autocast=loop_config(recipe).autocast,
     )
-    return RunWatch(
+    return RunCallbacks(
         run=run,
-        exchange=exchange,
+        averager=averager,
         store=store,
-        measure=partial(measure, beat=beat),
-        callbacks=callbacks_of(recipe),
+        measure=partial(measure, heartbeat=heartbeat),
+        callbacks=load_callbacks(recipe),
         log_every=recipe.log.every,
-        beat=beat,
-        constants=constants_of(replica.module),
+        heartbeat=heartbeat,
+        non_finite=non_finite_buffers(replica.module),
     )
 
 
 @contextmanager
-def _recording(recipe: TrainRecipe, run: RunDirectory, replica: Replica, watch: RunWatch) -> Iterator[None]:
+def _recording(recipe: TrainRecipe, run: RunDirectory, replica: Replica, watch: RunCallbacks) -> Iterator[None]:
     """Record a run inside the `with` block: rows, and the trajectory."""
     with watch.recording(replica.progress, recipe.log.loggers), _tracing(recipe, run, replica):
         yield
@@ -167,51 +174,51 @@ def _recording(recipe: TrainRecipe, run: RunDirectory, replica: Replica, watch: 
 
 @contextmanager
 def _tracing(recipe: TrainRecipe, run: RunDirectory, replica: Replica) -> Iterator[None]:
-    """Keep the run's trajectory inside the `with` block, on the first worker, if there is to be one."""
-    zeroth, step = replica.zeroth, replica.progress.step
+    """Record the trajectory inside the `with` block, on the first worker, if it is enabled."""
+    zeroth, step = replica.zero_order, replica.progress.step
     if zeroth is None or replica.rank > 0 or not recipe.zo.trajectory:
         yield
         return
-    about = beginning(zeroth.probe.space, replica.module, recipe.optimizer, recipe.zo.model_dump())
+    about = trajectory_header(zeroth.model.directions, replica.module, recipe.optimizer, recipe.zo.model_dump())
     with Trajectory(run.trajectory, about, step) as zeroth.trajectory:
         yield
 
 
-def restore(replica: Replica, found: Manifest, put: Callable[..., object] = load_state) -> None:
+def restore_replica(replica: Replica, manifest: Manifest, put: Callable[..., object] = load_state) -> None:
     """Put a checkpoint into a new replica.
 
     Args:
         replica: newly made.
-        found: the checkpoint.
+        manifest: the checkpoint.
         put: `load_state`, or `inherit` where a phase begins.
 
     Raises:
         CheckpointError: it is damaged, or of another model.
     """
-    shared = load(found.path, 0)
-    own = load(found.path, replica.rank) if found.members == replica.members else None
-    with reading(found.path):
-        put(replica, shared, own, found.path)
-    replica.progress = progress_from(found.progress, found.path)
+    shared = load_part(manifest.path, 0)
+    own = load_part(manifest.path, replica.rank) if manifest.world_size == replica.world_size else None
+    with checkpoint_errors(manifest.path):
+        put(replica, shared, own, manifest.path)
+    replica.progress = progress_from_dict(manifest.progress, manifest.path)
 
 
-def _check_shared(run: RunDirectory, exchange: Exchange) -> None:
-    """Check that all workers see the run's folder, which on several machines takes a shared file system.
+def _check_shared(run: RunDirectory, averager: Averager) -> None:
+    """Check that all workers see the run's folder, which on several machines needs a shared file system.
 
     Raises:
-        NotSharedError: one of them does not.
+        NotSharedError: a worker does not see it.
     """
-    rank = exchange.transport.rank
+    rank = averager.transport.rank
     token = run.path / f".token-{uuid.uuid4().hex}"
     if rank == 0:
         token.touch()
-    token = run.path / exchange.gather(token.name.encode())[0].decode()
+    token = run.path / averager.all_gather_bytes(token.name.encode())[0].decode()
     give_up = time.monotonic() + SHARED_WAIT_SECONDS
     while not token.exists() and time.monotonic() < give_up:
         time.sleep(0.1)
     blind = [
         answer.decode()
-        for answer in exchange.gather(b"" if token.exists() else socket.gethostname().encode())
+        for answer in averager.all_gather_bytes(b"" if token.exists() else socket.gethostname().encode())
         if answer
     ]
     if rank == 0:
@@ -223,9 +230,9 @@ def _check_shared(run: RunDirectory, exchange: Exchange) -> None:
         )
 
 
-def _announce(recipe: TrainRecipe, run: RunDirectory, exchange: Exchange, step: int) -> None:
-    """Note which processes train, from which step, and by which recipe: it fits the checkpoint, so the old can go."""
+def _record_attempt(recipe: TrainRecipe, run: RunDirectory, averager: Averager, step: int) -> None:
+    """Record processes, first step and recipe of this attempt, now that the recipe is known to fit."""
     mine = {"pid": os.getpid(), "host": socket.gethostname()}
-    workers = [json.loads(answer) for answer in exchange.gather(json.dumps(mine).encode())]
-    if exchange.transport.rank == 0:
-        run.announce(recipe.to_toml(), step, workers)
+    workers = [json.loads(answer) for answer in averager.all_gather_bytes(json.dumps(mine).encode())]
+    if averager.transport.rank == 0:
+        run.record_attempt(recipe.to_toml(), step, workers)

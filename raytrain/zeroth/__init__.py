@@ -1,1 +1,1 @@
-"""Zeroth-order optimisation: gradients from forward passes."""
+"""Zeroth-order optimization: gradients estimated from forward passes."""

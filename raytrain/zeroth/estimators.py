@@ -1,4 +1,7 @@
-"""How steep a loss is along a direction, from forward passes alone (Malladi et al. 2023, MeZO)."""
+"""Finite-difference and forward-mode estimates of the directional derivative of a loss.
+
+Sources: Spall 1992, SPSA; Malladi et al. 2023, MeZO; Baydin et al. 2022.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,78 +12,88 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raytrain.zeroth.perturbed import Loss, Probe
+from raytrain.zeroth.perturbed import Closure, PerturbedModel
 
-RECENT = 64
-"""Slopes that say what is ordinary."""
-MEDIAN_SIZE = NormalDist().inv_cdf(0.75)
-"""Of normal numbers, in standard deviations."""
+HISTORY = 64
+"""Projected gradients per block that the scale of an outlier is estimated from."""
+MEDIAN_MAGNITUDE = NormalDist().inv_cdf(0.75)
+"""Median magnitude of a normal variate, in standard deviations."""
 
 
 @dataclass(frozen=True, slots=True)
-class Slope:
-    """What probing a direction found.
+class ProjectedGradient:
+    """The derivative of a loss along one direction, and the loss.
 
     Attributes:
-        value: how fast the loss rises along it; nan or infinite where the loss is.
-        loss: without a move, if that was looked at; else the mean of the two probes'.
+        value: estimate of z . grad L(theta); nan or infinite if a loss is.
+        loss: L(theta) if it was evaluated, else the mean of both perturbed losses.
     """
 
     value: float
     loss: float
 
 
-def slope(loss: Loss, probe: Probe, seed: int, eps: float, *, at_rest: float | None = None) -> Slope:
-    """Return how fast the loss rises along a direction, from differences.
+def projected_gradient(
+    closure: Closure, model: PerturbedModel, seed: int, eps: float, *, base_loss: float | None = None
+) -> ProjectedGradient:
+    """Estimate the derivative of a loss along z(seed) by finite differences.
+
+    central: g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)
+    forward: g = (L(theta + eps z) - L(theta)) / eps
 
     Args:
-        loss: called twice, or once.
-        probe: of the module.
+        closure: evaluates the loss; called twice, or once for a forward difference.
+        model: whose parameters are perturbed.
         seed: of the direction.
-        eps: how far to go.
-        at_rest: the loss without a move, for a one-sided difference (L(theta + eps z) - L(theta)) / eps; None: take
-            (L(theta + eps z) - L(theta - eps z)) / (2 eps).
+        eps: length of the perturbation.
+        base_loss: L(theta), for a forward difference; None: central difference.
+
+    Source: Malladi et al. 2023, MeZO, Definition 1 (central).
     """
-    ahead = float(probe.at(seed, eps, loss))
-    if at_rest is not None:
-        return Slope((ahead - at_rest) / eps, at_rest)
-    behind = float(probe.at(seed, -eps, loss))
-    return Slope((ahead - behind) / (2 * eps), (ahead + behind) / 2)
+    ahead = float(model.loss_at(seed, eps, closure))
+    if base_loss is not None:
+        return ProjectedGradient((ahead - base_loss) / eps, base_loss)
+    behind = float(model.loss_at(seed, -eps, closure))
+    return ProjectedGradient((ahead - behind) / (2 * eps), (ahead + behind) / 2)
 
 
-def derivative(loss: Loss, probe: Probe, seed: int) -> Slope:
-    """Return how fast the loss rises along a direction, exactly, from one pass that carries derivatives along."""
+def directional_derivative(closure: Closure, model: PerturbedModel, seed: int) -> ProjectedGradient:
+    """Compute the derivative of a loss along z(seed) exactly, by a Jacobian-vector product.
+
+    Source: Baydin et al. 2022, "Gradients without backpropagation", Algorithm 1.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # fused attention has no such derivative, neither this nor the next
+    torch.backends.mha.set_fastpath_enabled(False)  # no fused attention, here and below, has a forward-mode derivative
     try:
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            value, tangent = forward_ad.unpack_dual(probe.along(seed, loss))
+            value, tangent = forward_ad.unpack_dual(model.jvp(seed, closure))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return Slope(0.0 if tangent is None else float(tangent), float(value))
+    return ProjectedGradient(0.0 if tangent is None else float(tangent), float(value))
 
 
-def without_outliers(
-    slopes: Sequence[tuple[int, float]], recent: Sequence[Sequence[float]], threshold: float
+def reject_outliers(
+    projected_gradients: Sequence[tuple[int, float]], history: Sequence[Sequence[float]], threshold: float
 ) -> tuple[Mapping[int, float], list[list[float]]]:
-    """Leave out the slopes that are not finite, or larger than a number of robust standard deviations.
+    """Drop projected gradients that are not finite, or larger than a number of robust standard deviations.
 
-    A standard deviation is estimated from the median of recent magnitudes, which does not mind an outlier, not even in
-    the first step; and if most slopes have grown, it follows. Each block of directions has its own.
+    The standard deviation is the median magnitude of the block's last `HISTORY` projected gradients, those of this step
+    included, over `MEDIAN_MAGNITUDE`. A single outlier does not change it, even in the first step. If most magnitudes
+    grow, it grows with them.
 
     Args:
-        slopes: (seed, slope) of each direction of a step.
-        recent: magnitudes of the last slopes, in a list for each block of the directions; the first step has none.
-        threshold: in standard deviations; 0: all that are finite are used.
+        projected_gradients: (seed, projected gradient) of each direction of a step.
+        history: recent magnitudes, one list for each block of the directions; empty before the first step.
+        threshold: in standard deviations; 0: only drop what is not finite.
 
     Returns:
-        Seed -> slope of those that are used; and what is `recent` for the next step.
+        Seed -> projected gradient of those that are kept, and `history` for the next step.
     """
-    blocks = len(recent)
-    finite = {seed: value for seed, value in slopes if math.isfinite(value)}
-    sizes = []
-    for block, before in enumerate(recent):
+    blocks = len(history)
+    finite = {seed: value for seed, value in projected_gradients if math.isfinite(value)}
+    updated = []
+    for block, before in enumerate(history):
         new = [abs(value) for seed, value in finite.items() if value and seed % blocks == block]
-        sizes.append([*before, *new][-max(RECENT, len(new)) :])
-    limits = [threshold * median_low(one) / MEDIAN_SIZE if threshold and one else math.inf for one in sizes]
-    return {seed: value for seed, value in finite.items() if abs(value) <= limits[seed % blocks]}, sizes
+        updated.append([*before, *new][-max(HISTORY, len(new)) :])
+    limits = [threshold * median_low(one) / MEDIAN_MAGNITUDE if threshold and one else math.inf for one in updated]
+    return {seed: value for seed, value in finite.items() if abs(value) <= limits[seed % blocks]}, updated

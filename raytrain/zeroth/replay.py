@@ -1,4 +1,4 @@
-"""A run without gradients, made again from its trajectory: each move as it was, to the bit, without data or probes."""
+"""Reconstruction of a zeroth-order run from its trajectory, to the bit, without data."""
 
 import base64
 from collections.abc import Iterator, Mapping
@@ -10,166 +10,169 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from raytrain.errors import CheckpointError
-from raytrain.models.adapters import is_new
-from raytrain.optim.arguments import OPTIONS
+from raytrain.models.adapters import is_untrained
+from raytrain.optim.arguments import OPTIMIZER_OPTIONS
 from raytrain.optim.optimizers import make_optimizer
-from raytrain.optim.options import ZEROTH, OptimizerOptions, with_rules
+from raytrain.optim.options import ZEROTH_ORDER, OptimizerOptions, with_rules
 from raytrain.registry import resolve
-from raytrain.seeds.directions import Space
-from raytrain.seeds.prng import Mode
-from raytrain.seeds.records import Records, Step, read, steps
-from raytrain.tensors import digest_of
-from raytrain.zeroth.optimizers import ZerothOrder, ZOAdam, ZOMomentum, space_of
+from raytrain.seeds.directions import Directions
+from raytrain.seeds.prng import Distribution
+from raytrain.seeds.records import RecordArray, TrajectoryStep, read_trajectory, trajectory_steps
+from raytrain.tensors import tensor_digest
+from raytrain.zeroth.optimizers import ZerothOrderOptimizer, ZOAdam, ZOMomentum, directions_of
 
 
-class _Shape(BaseModel, frozen=True, extra="forbid"):
-    """What directions are, of a recipe's options of them."""
+class _Perturbations(BaseModel, frozen=True, extra="forbid"):
+    """The recipe's options that determine what a seed stands for."""
 
-    distribution: Mode
+    distribution: Distribution
     sparsity: float
     blockwise: bool
 
 
-class Header(BaseModel, frozen=True, extra="forbid"):
-    """What a trajectory says of its beginning.
+class TrajectoryHeader(BaseModel, frozen=True, extra="forbid"):
+    """The first line of a trajectory.
 
     Attributes:
-        base: a hash of the weights that are moved, and of their directions.
-        directions: a hash of the directions alone.
-        still: a hash of what is not moved.
-        first: name -> first weights of what is new in the model, in base 64.
-        optimizer: the recipe's.
-        space: of the directions.
+        base: digest of the initial weights of updated parameters, and of their directions.
+        directions: digest of the directions alone.
+        frozen: digest of frozen parameters and buffers.
+        initial: name -> initial weights, in base 64, of parameters that no pretrained model has, such as a new head.
+        optimizer: the recipe's options.
+        zo: the options that determine the directions.
     """
 
     base: str
     directions: str
-    still: str
-    first: dict[str, str]
+    frozen: str
+    initial: dict[str, str]
     optimizer: dict[str, Any]
-    space: _Shape
+    zo: _Perturbations
 
 
-KNOWN_BY = {
+DIGESTS = {
     "base": "weights and directions",
     "directions": "directions",
-    "still": "frozen weights and buffers",
+    "frozen": "frozen weights and buffers",
 }
 
 
-def beginning(
-    space: Space, module: nn.Module, optimizer: OptimizerOptions, directions: Mapping[str, Any]
+def trajectory_header(
+    directions: Directions, module: nn.Module, optimizer: OptimizerOptions, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what a trajectory says of its beginning, at the weights that the module has now.
+    """Return the header of a trajectory that starts from the module's current weights.
 
     Args:
-        space: of the directions.
+        directions: over the module's parameters.
         module: the model.
-        optimizer: the recipe's.
-        directions: the recipe's.
+        optimizer: the recipe's options of the optimizer.
+        options: the recipe's options of perturbations.
     """
-    first = {
+    initial = {
         part.name: base64.b64encode(part.tensor.cpu().flatten().view(torch.uint8).numpy().tobytes()).decode()
-        for part in space.parts
-        if is_new(module.get_parameter(part.name))
+        for part in directions.slices
+        if is_untrained(module.get_parameter(part.name))
     }
     return {
-        **_known(space, module),
-        "first": first,
+        **_digests(directions, module),
+        "initial": initial,
         "optimizer": optimizer.model_dump(mode="json"),
-        "space": {name: directions[name] for name in ("distribution", "sparsity", "blockwise")},
+        "zo": {
+            "distribution": options["mode"],
+            "sparsity": options["sparsity"],
+            "blockwise": options["blocks"],
+        },
     }
 
 
-def retrace(path: Path, module: nn.Module, first: int = 0) -> int:
-    """Make the moves of a trajectory on the model that it started from, in place, and return how many steps it has.
+def replay_trajectory(path: Path, module: nn.Module, completed_steps: int = 0) -> int:
+    """Apply a trajectory's updates to the model that it starts from, in place; return its steps.
 
-    The parameters then equal those of the run to the bit, on any machine that computes as IEEE 754 says. The file holds
-    the first weights of a head that is new, all others must be there: those of a pretrained model are the same
-    everywhere, and random ones where torch draws and computes alike.
+    The parameters then equal those of the run to the bit, on any machine with IEEE 754 arithmetic. The file contains
+    the initial weights of a new head. All others must be the module's: pretrained weights are the same everywhere, and
+    random ones wherever torch generates the same bits.
 
     Args:
         path: the file.
-        module: as `raytrain.training.worker.build` makes it from the run's recipe.
-        first: how many steps the module has behind it, as one of a checkpoint; then only the others are made.
+        module: built from the run's recipe by `raytrain.training.build.build_replica`.
+        completed_steps: steps that the module already contains, as one from a checkpoint; these are skipped.
 
     Raises:
-        CheckpointError: the file is no trajectory, lacks a step, or started from other weights; or the module has steps
-            behind it, and the stepper keeps more than the weights, or a mask of the first ones. In the first weights of
-            a new head the module may be changed even so.
+        CheckpointError: the file is not a trajectory, lacks a step, or starts from other weights; or there are
+            completed steps, and the optimizer has a state, or the directions a mask, that only a replay from the first
+            step restores. The weights of a new head may be changed even then.
     """
-    about, records = read(path)
+    about, records = read_trajectory(path)
     try:
-        header = Header.model_validate(about, strict=True)
-        if not first:
-            _write_first(header.first, module)
-        optimizer = _stepper(header, module)
-        known = _known(optimizer.space, module)
+        header = TrajectoryHeader.model_validate(about, strict=True)
+        if not completed_steps:
+            _write_initial(header.initial, module)
+        optimizer = _make_optimizer(header, module)
+        digests = _digests(optimizer.directions, module)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header does not fit this model: {error!r}") from error
+    if completed_steps and (isinstance(optimizer, ZOMomentum | ZOAdam) or header.zo.sparsity):
         raise CheckpointError(
-            f"{path}: its first line does not say how to make its moves on this model: {error!r}"
-        ) from error
-    if first and (isinstance(optimizer, ZOMomentum | ZOAdam) or header.space.sparsity):
-        raise CheckpointError(
-            f"{path}: {header.optimizer['name']} with sparsity = {header.space.sparsity:g} can only be retraced from "
-            "its first step, for it goes by more than the weights"
+            f"{path}: {header.optimizer['name']} with sparsity = {header.zo.sparsity:g} can only be replayed from "
+            "its first step, because its updates depend on more than the weights"
         )
-    odd = [name for name in ("directions" if first else "base", "still") if about[name] != known[name]]
+    odd = [name for name in ("directions" if completed_steps else "base", "frozen") if about[name] != digests[name]]
     if odd:
-        what, theirs, ours = KNOWN_BY[odd[0]], about[odd[0]], known[odd[0]]
+        what, theirs, ours = DIGESTS[odd[0]], about[odd[0]], digests[odd[0]]
         raise CheckpointError(
-            f"{path}: this trajectory starts from {what} with digest {theirs[:12]}, and those of the model have "
-            f"{ours[:12]}; make the model as the run did, by raytrain.training.worker.build from the recipe.toml of "
-            "its folder"
+            f"{path}: expected {what} with digest {theirs[:12]}, from which this trajectory starts; got {ours[:12]}; "
+            "build the model by raytrain.training.build.build_replica from the recipe.toml in the run's folder"
         )
-    count = first
+    count = completed_steps
     with torch.no_grad():
-        for step in _steps_after(first, path, records):
+        for step in _steps_after(completed_steps, path, records):
             count += 1
-            if step.slopes:
-                optimizer.move(step.slopes, step.rate)
+            if step.projected_gradients:
+                optimizer.apply(step.projected_gradients, step.lr)
     return count
 
 
-def _steps_after(first: int, path: Path, records: Records) -> Iterator[Step]:
-    """Yield the steps of a trajectory but the first ones, all of which must be there."""
+def _steps_after(completed_steps: int, path: Path, records: RecordArray) -> Iterator[TrajectoryStep]:
+    """Yield the steps after the first ones, and check that none is missing."""
     count = 0
-    for count, step in enumerate(steps(records), start=1):
+    for count, step in enumerate(trajectory_steps(records), start=1):
         if step.step != count - 1:
-            raise CheckpointError(f"{path}: expected step {count} of the run next; it is not there")
-        if count > first:
+            raise CheckpointError(f"{path}: expected step {count} of the run next; it is missing")
+        if count > completed_steps:
             yield step
-    if count < first:
-        raise CheckpointError(f"{path}: expected the {first} steps that the model has behind it; got {count}")
+    if count < completed_steps:
+        raise CheckpointError(f"{path}: expected the {completed_steps} steps that the model contains; got {count}")
 
 
-def _known(space: Space, module: nn.Module) -> dict[str, str]:
-    """Return hashes by which a model and the directions in it are known, as `KNOWN_BY` says."""
-    moved = {part.tensor.data_ptr() for part in space.parts}
-    still = (
+def _digests(directions: Directions, module: nn.Module) -> dict[str, str]:
+    """Return the digests of a model and of the directions over it, by the keys of `DIGESTS`."""
+    updated = {part.tensor.data_ptr() for part in directions.slices}
+    frozen = (
         (name, value)
         for name, value in module.state_dict().items()
-        if isinstance(value, Tensor) and value.data_ptr() not in moved  # tied weights have several names
+        if isinstance(value, Tensor) and value.data_ptr() not in updated  # tied weights have several names
     )
-    return {"base": space.digest(), "directions": space.meaning(), "still": digest_of(still)}
+    return {"base": directions.digest(), "directions": directions.direction_digest(), "frozen": tensor_digest(frozen)}
 
 
-def _stepper(header: Header, module: nn.Module) -> ZerothOrder:
-    """Return what made the moves of a trajectory, for a model."""
+def _make_optimizer(header: TrajectoryHeader, module: nn.Module) -> ZerothOrderOptimizer:
+    """Return the optimizer of a trajectory, for a model."""
     name = header.optimizer["name"]
-    options = with_rules(OPTIONS[name]).model_validate(header.optimizer)
-    optimizer = make_optimizer(resolve({}, ZEROTH[name], "optimizer.name"), options, module)
-    if not isinstance(optimizer, ZerothOrder):  # the table has no others
+    options = with_rules(OPTIMIZER_OPTIONS[name]).model_validate(header.optimizer)
+    optimizer = make_optimizer(resolve({}, ZEROTH_ORDER[name], "optimizer.name"), options, module)
+    if not isinstance(optimizer, ZerothOrderOptimizer):  # the table has no others
         raise TypeError(type(optimizer))
-    space = header.space
-    optimizer.shape(
-        space_of(module, optimizer, mode=space.distribution, sparsity=space.sparsity, blocks=space.blockwise)
+    space = header.zo
+    optimizer.bind(
+        directions_of(
+            module, optimizer, distribution=space.distribution, sparsity=space.sparsity, blockwise=space.blockwise
+        )
     )
     return optimizer
 
 
-def _write_first(values: Mapping[str, str], module: nn.Module) -> None:
-    """Write the first weights of what is new in a model, from a trajectory."""
+def _write_initial(values: Mapping[str, str], module: nn.Module) -> None:
+    """Write the initial weights of new parameters of a model, from a trajectory."""
     for name, text in values.items():
         tensor = module.get_parameter(name).data
         if tensor.numel():

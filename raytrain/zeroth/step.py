@@ -1,119 +1,134 @@
-"""A step without gradients: probe some directions, share what they say, and move."""
+"""The zeroth-order training step: estimate and exchange projected gradients, update parameters."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.seeds.prng import derived
-from raytrain.sync.scalars import Numbers
+from raytrain.seeds.prng import fold_in
+from raytrain.sync.scalars import ScalarExchange
 from raytrain.tasks.task import Batch, Task
-from raytrain.tensors import seed_step, weighed
-from raytrain.zeroth.estimators import Slope, derivative, slope, without_outliers
-from raytrain.zeroth.optimizers import Slopes, ZerothOrder
-from raytrain.zeroth.perturbed import Loss, Probe
+from raytrain.tensors import seed_everything_at, weighted_sum
+from raytrain.zeroth.estimators import ProjectedGradient, directional_derivative, projected_gradient, reject_outliers
+from raytrain.zeroth.optimizers import ProjectedGradients, ZerothOrderOptimizer
+from raytrain.zeroth.perturbed import Closure, PerturbedModel
 from raytrain.zeroth.trajectory import Trajectory
 
-PATIENCE = 20
-"""Steps without one usable slope, after which a run is given up."""
+MAX_EMPTY_STEPS = 20
+"""Consecutive steps without a usable projected gradient after which a run stops."""
 
 
 @dataclass(slots=True)
-class Zeroth:
-    """How a replica probes and moves.
+class ZeroOrderStep:
+    """The zeroth-order step of one replica.
+
+    Each of n replicas estimates g_k along `num_perturbations` directions of its own on its share of the batch. All
+    replicas then know all seeds and all g_k, and apply the same update.
 
     Attributes:
-        probe: of its model.
-        optimizer: what moves it.
-        sync: shares slopes.
-        count: directions of each replica in each step.
-        eps: how far a probe goes.
-        sides: 2 for central differences, 1 for forward ones, with one probe more for all directions.
-        training: whether probes see the model in training mode.
-        objective: a value that the task measures, to improve in place of the loss; "": the loss.
-        outlier: slopes beyond so many standard deviations, as the median of recent ones has it, are left out; 0: none.
+        model: the replica's, to be evaluated at perturbed parameters.
+        optimizer: updates the parameters.
+        sync: exchanges projected gradients with the other replicas.
+        num_perturbations: directions per replica and step.
+        eps: length of a perturbation.
+        estimator: "central" or "forward" differences; forward ones share one evaluation without a perturbation.
+        train_mode: whether the model is in training mode when it is evaluated.
+        objective: a metric of the task to optimize in place of the loss; "": the loss.
+        outlier_threshold: robust standard deviations beyond which projected gradients are dropped; 0: none is.
         weighted: whether losses have weights, so that replicas may count differently.
-        first_order: parameters that are moved by a gradient.
-        trajectory: what the moves are written to, on the first replica.
+        first_order: parameters that are updated from gradients.
+        trajectory: log of the updates, on the first replica.
     """
 
-    probe: Probe
-    optimizer: ZerothOrder
-    sync: Numbers
-    count: int
+    model: PerturbedModel
+    optimizer: ZerothOrderOptimizer
+    sync: ScalarExchange
+    num_perturbations: int
     eps: float
-    sides: int
-    training: bool
+    estimator: Literal["central", "forward"]
+    train_mode: bool
     objective: str
-    outlier: float
+    outlier_threshold: float
     weighted: bool
     first_order: Sequence[nn.Parameter] = ()
     trajectory: Trajectory | None = None
-    _useless: int = 0
+    _steps_without_update: int = 0
 
-    def step(self, loss: Loss, module: nn.Module, seed: int, place: tuple[int, int], factor: float) -> dict[str, Any]:
-        """Probe, share and move.
+    def step(
+        self, closure: Closure, module: nn.Module, seed: int, position: tuple[int, int], lr_factor: float
+    ) -> dict[str, Any]:
+        """Estimate, exchange, reject outliers, update and log.
 
         Args:
-            loss: of this replica's share of the step.
+            closure: evaluates the loss of this replica's share of the batch.
             module: the model.
             seed: the run's.
-            place: the step and this replica's rank.
-            factor: of the learning rate, in this step.
+            position: the step and this replica's rank.
+            lr_factor: of the learning rate in this step.
 
         Returns:
-            "loss", this replica's, "slope", the root of the mean square of all, and "skipped", how many of all were not
-            used, because they are not finite or far out.
+            "loss" of this replica; "slope", the root mean square of all projected gradients that were used; "skipped",
+            the number of those that were not.
 
         Raises:
-            TrainingError: no slope was usable for many steps.
+            TrainingError: no projected gradient was usable for `MAX_EMPTY_STEPS` steps.
         """
-        step, rank = place
-        with torch.no_grad(), _mode(module, self.training):
-            seeds = [
-                [self.seed_of(seed, step, member, k) for k in range(self.count)] for member in range(self.sync.members)
-            ]
-            found = self._probed(loss, seeds[rank])
-            slopes, shares = self._exchanged(found, seeds)
-            usable = self._usable(slopes)
-            rate = float(torch.tensor(self.optimizer.defaults["lr"] * factor))
-            if usable:
-                if self.first_order:
-                    self._backward(loss)
-                # As a trajectory holds them: in float32.
-                kept = [(one, float(np.float32(usable.get(one, 0.0) * shares[one]))) for one, _ in slopes]
-                moves = self.optimizer.decide(kept, rate, self.probe, loss)
-                self.optimizer.move(moves, rate)
+        step, rank = position
+        seeds = [
+            [self.direction_seed(seed, step, member, k) for k in range(self.num_perturbations)]
+            for member in range(self.sync.members)
+        ]
+        with torch.no_grad(), _module_mode(module, self.train_mode):
+            estimates = self._estimate(closure, seeds[rank])
+            gathered, shares = self._exchange(estimates, seeds)
+            used = self._reject_outliers(gathered)
+            lr = float(torch.tensor(self.optimizer.defaults["lr"] * lr_factor))
+            applied: ProjectedGradients = []
+            if used:
+                # Rounded to float32, as a trajectory stores them; one that is not used counts as 0 in the mean.
+                weighted = [(one, float(np.float32(used.get(one, 0.0) * shares[one]))) for one, _ in gathered]
+                applied = self._update(closure, weighted, lr)
             if self.trajectory:
-                self.trajectory.append(step, rate, moves if usable else [])
-        self._useless = 0 if usable else self._useless + 1
-        mean_loss = sum(one.loss for one in found) / len(found)
-        if self._useless == PATIENCE:
-            raise TrainingError(
-                f"no probe of steps {step + 2 - PATIENCE} to {step + 1} gave a usable slope, and what is lowered is "
-                f"{mean_loss:g}; a lower optimizer.lr or zo.eps may help"
-            )
-        square = sum(value**2 for value in usable.values()) / max(1, len(usable))
-        return {"loss": mean_loss, "slope": math.sqrt(square), "skipped": len(slopes) - len(usable)}
+                self.trajectory.append(step, lr, applied)
+        loss = sum(one.loss for one in estimates) / len(estimates)
+        self._check_progress(step, bool(used), loss)
+        mean_square = sum(value**2 for value in used.values()) / max(1, len(used))
+        return {"loss": loss, "slope": math.sqrt(mean_square), "skipped": len(gathered) - len(used)}
 
-    def _backward(self, loss: Loss) -> None:
-        """Find the gradient of some parameters, with a graph that reaches no further back than they are."""
+    def _update(self, closure: Closure, weighted: ProjectedGradients, lr: float) -> ProjectedGradients:
+        """Update the parameters, and return the projected gradients that were applied."""
+        if self.first_order:
+            self._backward(closure)
+        selected = self.optimizer.select(weighted, lr, self.model, closure)
+        self.optimizer.apply(selected, lr)
+        return selected
+
+    def _check_progress(self, step: int, updated: bool, loss: float) -> None:
+        self._steps_without_update = 0 if updated else self._steps_without_update + 1
+        if self._steps_without_update == MAX_EMPTY_STEPS:
+            raise TrainingError(
+                f"no perturbation of steps {step + 2 - MAX_EMPTY_STEPS} to {step + 1} gave a usable projected "
+                f"gradient, and the objective is {loss:g}; a lower optimizer.lr or zo.eps may help"
+            )
+
+    def _backward(self, closure: Closure) -> None:
+        """Compute the gradients of `first_order`, by a graph that ends at these parameters."""
         own = set(self.first_order)
-        still = [one for group in self.optimizer.param_groups for one in group["params"] if one not in own]
-        for parameter in still:
+        others = [one for group in self.optimizer.param_groups for one in group["params"] if one not in own]
+        for parameter in others:
             parameter.requires_grad_(False)
         try:
             with torch.enable_grad():
-                loss().backward()
+                closure().backward()
         finally:
-            for parameter in still:
+            for parameter in others:
                 parameter.requires_grad_(True)
         if not all(one.grad is None or torch.isfinite(one.grad).all() for one in self.first_order):
             raise TrainingError(
@@ -122,92 +137,101 @@ class Zeroth:
             )
 
     @staticmethod
-    def seed_of(seed: int, step: int, rank: int, place: int) -> int:
-        """Return the seed of a direction: of a run, a step, a replica and its place among those of the replica."""
-        return derived(seed, step, rank, place, 1)
+    def direction_seed(seed: int, step: int, rank: int, index: int) -> int:
+        """Return the seed of direction `index` of a replica in a step, derived from the run's seed."""
+        return fold_in(seed, step, rank, index, 1)
 
-    def _probed(self, loss: Loss, seeds: Sequence[int]) -> list[Slope]:
+    def _estimate(self, closure: Closure, seeds: Sequence[int]) -> list[ProjectedGradient]:
         if self.optimizer.exact:
-            return [derivative(loss, self.probe, seed) for seed in seeds]
-        at_rest = float(self.probe.at_rest(loss)) if self.sides == 1 else None
-        return [slope(loss, self.probe, seed, self.eps, at_rest=at_rest) for seed in seeds]
+            return [directional_derivative(closure, self.model, seed) for seed in seeds]
+        base_loss = float(self.model.loss(closure)) if self.estimator == "forward" else None
+        return [projected_gradient(closure, self.model, seed, self.eps, base_loss=base_loss) for seed in seeds]
 
-    def _exchanged(self, found: Sequence[Slope], seeds: Sequence[Sequence[int]]) -> tuple[Slopes, dict[int, float]]:
-        """Return the slopes that all replicas found, and by their seeds how much each counts, 1 on average.
+    def _exchange(
+        self, estimates: Sequence[ProjectedGradient], seeds: Sequence[Sequence[int]]
+    ) -> tuple[ProjectedGradients, dict[int, float]]:
+        """Return the projected gradients of all replicas, and seed -> its weight in the mean, 1 on average.
 
         Args:
-            found: this replica's.
+            estimates: this replica's.
             seeds: of each replica.
         """
-        typical = [median_low(one) if one else 0.0 for one in self._recent()]
+        typical = [median_low(one) if one else 0.0 for one in self._history()]
         sizes = [[typical[one % len(typical)] for one in row] for row in seeds]
-        heard, shares = self.sync.share([one.value for one in found], sizes, weighted=self.weighted)
-        slopes = [pair for row, values in zip(seeds, heard, strict=True) for pair in zip(row, values, strict=True)]
-        return slopes, {one: share for row, share in zip(seeds, shares, strict=True) for one in row}
+        heard, shares = self.sync.all_gather([one.value for one in estimates], sizes, weighted=self.weighted)
+        gathered = [pair for row, values in zip(seeds, heard, strict=True) for pair in zip(row, values, strict=True)]
+        return gathered, {one: share for row, share in zip(seeds, shares, strict=True) for one in row}
 
-    def _recent(self) -> list[list[float]]:
-        """Return how large the slopes of each block were in the last steps, equal on all replicas."""
-        blocks, sizes = self.probe.space.blocks, self.optimizer.param_groups[0].get("sizes", ())
-        return [list(one) for one in sizes] if len(sizes) == blocks else [[] for _ in range(blocks)]
+    def _history(self) -> list[list[float]]:
+        """Return recent magnitudes of projected gradients for each block, equal on all replicas.
 
-    def _usable(self, slopes: Slopes) -> Mapping[int, float]:
-        """Return the slopes that are used; all replicas take the same."""
-        used, self.optimizer.param_groups[0]["sizes"] = without_outliers(slopes, self._recent(), self.outlier)
+        They are kept in the optimizer's first group, and so are part of its state in a checkpoint.
+        """
+        blocks, history = self.model.directions.block_count, self.optimizer.param_groups[0].get("history", ())
+        return [list(one) for one in history] if len(history) == blocks else [[] for _ in range(blocks)]
+
+    def _reject_outliers(self, gathered: ProjectedGradients) -> Mapping[int, float]:
+        """Return seed -> projected gradient of those used, equal on all replicas; update the history."""
+        used, self.optimizer.param_groups[0]["history"] = reject_outliers(
+            gathered, self._history(), self.outlier_threshold
+        )
         return used
 
 
-def loss_of(
+def make_closure(
     task: Task,
     module: nn.Module,
     batches: Sequence[tuple[Batch, Tensor]],
-    place: tuple[int, int, int] | tuple[()],
+    position: tuple[int, int, int] | tuple[()],
     autocast: torch.dtype | None,
     objective: str,
-) -> Loss:
-    """Return the mean loss over micro-batches as a function of nothing, which draws the same dropout in every call.
+) -> Closure:
+    """Return a closure of the mean loss over micro-batches, with the same dropout in every call.
 
     Args:
-        task: what is learned.
+        task: of the model.
         module: the model.
-        batches: with the weights of their losses.
-        place: the run's seed, the replica's rank and the step; (): the model and the loss draw nothing.
-        autocast: the type to compute in; None: that of the parameters.
-        objective: a value that the task measures, to raise in place of lowering the loss; with a minus before it, to
-            lower.
+        batches: micro-batches, each with the weights of its losses.
+        position: the run's seed, the replica's rank and the step, which seed dropout; (): nothing is random.
+        autocast: type to compute in; None: that of the parameters.
+        objective: a metric of the task to maximize in place of the loss; with a leading minus, to minimize.
 
     Raises:
-        RecipeError: the task measures no such value, or less of it is better.
+        RecipeError: the task has no such metric, or lower values of it are better.
     """
     total = sum(float(weights.sum()) for _, weights in batches) or 1.0
     device = next(module.parameters()).device
     lower, name = objective.startswith("-"), objective.removeprefix("-")
     if not lower and name and name == (task.metric if task.better == "lower" else "loss"):
-        raise RecipeError(f"zo.objective: less of {name} is better; expected '-{name}', to lower it")
+        raise RecipeError(f"zo.objective: lower values of {name} are better; expected '-{name}', to minimize it")
 
-    def loss() -> Tensor:
-        if place:
-            seed_step(*place)
+    def closure() -> Tensor:
+        if position:
+            seed_everything_at(*position)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             if objective:
-                value = torch.tensor(_measured(task, module, batches, name), dtype=torch.float64)
+                value = torch.tensor(_mean_metric(task, module, batches, name), dtype=torch.float64)
                 return value if lower else -value
-            parts = [weighed(task.losses(module, batch), weights) for batch, weights in batches]
-        return torch.stack(parts).sum() / total
+            sums = [weighted_sum(task.losses(module, batch), weights) for batch, weights in batches]
+        return torch.stack(sums).sum() / total
 
-    return loss
+    return closure
 
 
-def _measured(task: Task, module: nn.Module, batches: Sequence[tuple[Batch, Tensor]], name: str) -> float:
+def _mean_metric(task: Task, module: nn.Module, batches: Sequence[tuple[Batch, Tensor]], name: str) -> float:
     if task.measure is None:
-        raise RecipeError(f"zo.objective: the task measures nothing; got {name!r}; '' is the loss")
+        raise RecipeError(f"zo.objective: the task has no metrics; got {name!r}; '' is the loss")
     sums = [task.measure(module, batch) for batch, _ in batches]
     if name not in sums[0]:
-        raise RecipeError(f"zo.objective: the task measures {', '.join(sorted(sums[0]))}; got {name!r}")
+        raise RecipeError(
+            f"zo.objective: expected one of the task's metrics {', '.join(sorted(sums[0]))}; got {name!r}"
+        )
     return sum(one[name][0] for one in sums) / (sum(one[name][1] for one in sums) or 1.0)
 
 
 @contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+def _module_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Put a module into training or evaluation mode inside the `with` block."""
     before = module.training
     module.train(training)
     try:

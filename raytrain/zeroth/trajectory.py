@@ -1,4 +1,4 @@
-"""A fine-tune of any size as a file of a few kilobytes: what it started from, and each step's seeds and slopes."""
+"""The update log of a zeroth-order run: seeds, projected gradients, learning rates; kilobytes."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -8,56 +8,54 @@ from typing import Any, Self
 import numpy as np
 
 from raytrain.errors import RecipeError
-from raytrain.files import AppendOnlyFile, write_whole
+from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import add_checksum
-from raytrain.seeds.records import MAGIC, RECORD, Records, checksums, read_intact
-
-MOST_DIRECTIONS = 2**16 - 1
-"""Of one step."""
+from raytrain.seeds.records import RECORD_DTYPE, TRAJECTORY_MAGIC, RecordArray, checksums, read_intact_records
 
 
 class Trajectory:
-    """The file of a run that goes on: a line of JSON about its beginning, then 26 bytes for each direction.
+    """Append-only file of a run's updates: a line of JSON, the header, then 26 bytes for each direction.
 
-    A step that moved nothing has one record too, of no directions, so that a step that is missing is seen. Each record
-    ends in the CRC-32 of all before it, so that one that is changed, missing or of another file is seen too.
+    A step without an update has one record with a count of 0, so that a missing step is noticed. Each record ends in
+    the CRC-32 of the file up to it, so that a changed, missing or foreign record is noticed too.
 
     Args:
         path: the file.
-        about: what a replay needs to know: "base", what the weights that it starts from are known by, "directions",
-            what seeds stand for, and how they are moved.
-        step: where the run stands. If it goes on, the file keeps its beginning, and what it holds from there on is
-            dropped.
+        header: from `trajectory_header`.
+        step: number of completed steps. If it is not 0, the file keeps its header and the records of these steps; later
+            records are dropped.
 
     Raises:
-        RecipeError: the run goes on, and the file is not there, lacks a step, or is of a run that moves in another way.
-        CheckpointError: it is no trajectory.
+        RecipeError: a resumed run has no such file, the file lacks a step, or directions or optimizer changed.
+        CheckpointError: the file is not a trajectory.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any], step: int) -> None:
-        before = np.empty(0, RECORD)
+    def __init__(self, path: Path, header: Mapping[str, Any], step: int) -> None:
+        before = np.empty(0, RECORD_DTYPE)
         if step:
-            about, before = _continued(path, about, step)
-        head = MAGIC + add_checksum(about) + b"\n"
+            header, before = _continued(path, header, step)
+        head = TRAJECTORY_MAGIC + add_checksum(header) + b"\n"
         self._crc = int(before["crc"][-1]) if len(before) else zlib.crc32(head)
-        write_whole(path, head + before.tobytes())
+        write_atomic(path, head + before.tobytes())
         self._file = AppendOnlyFile(path)
 
-    def append(self, step: int, rate: float, slopes: Sequence[tuple[int, float]]) -> None:
-        """Add a step.
+    def append(self, step: int, lr: float, projected_gradients: Sequence[tuple[int, float]]) -> None:
+        """Append a step.
 
         Raises:
             TrainingError: the file cannot be written.
         """
-        rows = [(step, len(slopes), rate, seed, slope, 0) for seed, slope in slopes] or [(step, 0, rate, 0, 0.0, 0)]
-        records = np.array(rows, RECORD)
-        for place, crc in enumerate(checksums(records, self._crc)):
-            records["crc"][place] = self._crc = crc
+        rows = [(step, len(projected_gradients), lr, seed, slope, 0) for seed, slope in projected_gradients] or [
+            (step, 0, lr, 0, 0.0, 0)
+        ]
+        records = np.array(rows, RECORD_DTYPE)
+        for index, crc in enumerate(checksums(records, self._crc)):
+            records["crc"][index] = self._crc = crc
         self._file.write(records.tobytes())
 
-    def keep(self) -> None:
-        """Return when all steps so far are on the disk, as a checkpoint that counts on them asks for."""
-        self._file.keep()
+    def fsync(self) -> None:
+        """Flush all appended steps to the disk, before a checkpoint that relies on them."""
+        self._file.fsync()
 
     def close(self) -> None:
         """Close the file."""
@@ -72,33 +70,33 @@ class Trajectory:
         self.close()
 
 
-def _continued(path: Path, about: Mapping[str, Any], step: int) -> tuple[dict[str, Any], Records]:
-    """Return what a run that goes on has in its file, up to a step.
+def _continued(path: Path, header: Mapping[str, Any], step: int) -> tuple[dict[str, Any], RecordArray]:
+    """Return the header and the records of the completed steps in a resumed run's file.
 
     Raises:
-        RecipeError: it has none, or the run now moves in another way, which the file could not say.
+        RecipeError: there is no file, it lacks a step, or the run's directions or optimizer changed.
     """
-    way_out = "; set zo.trajectory = false, or start another run"
+    way_out = "; set zo.trajectory = false, or start a new run"
     if not path.is_file():
-        raise RecipeError(f"zo.trajectory: expected {path}, which the run should have kept so far{way_out}")
-    kept, before, _ = read_intact(path)  # what is damaged behind the steps that are needed does not matter
-    for name in ("space", "optimizer"):
-        was, now = kept.get(name, {}), about[name]
-        odd = [key for key in {**now, **was} if key != "lr" and was.get(key) != now.get(key)]  # lr is in each record
+        raise RecipeError(f"zo.trajectory: expected {path} with the steps so far; there is no such file{way_out}")
+    kept, before, _ = read_intact_records(path)  # damage after the completed steps does not matter
+    for name in ("zo", "optimizer"):
+        was, now = kept.get(name, {}), header[name]
+        odd = [key for key in {**now, **was} if key != "lr" and was.get(key) != now.get(key)]  # each record has its lr
         if odd:
             raise RecipeError(
-                f"zo.trajectory: expected {odd[0]} = {was.get(odd[0])!r} as the run began; "
+                f"zo.trajectory: expected {odd[0]} = {was.get(odd[0])!r} as at the start of the run; "
                 f"got {now.get(odd[0])!r}{way_out}"
             )
-    if kept.get("directions") != about["directions"]:
+    if kept.get("directions") != header["directions"]:
         raise RecipeError(
-            "zo.trajectory: expected the parameters that the run began to move, of the same types, each along "
-            "directions as long as then; freeze.match, adapter, precision or a group's lr over optimizer.lr may be "
-            f"others now{way_out}"
+            "zo.trajectory: expected the same trainable parameters, types and scales of directions as at the "
+            "start of the run; freeze.match, adapter, precision or a group's lr_scale may have changed"
+            f"{way_out}"
         )
     before = before[before["step"] < step]
-    there = np.unique(before["step"])
-    if len(there) < step:
-        missing = next(place for place, found in enumerate([*there.tolist(), step]) if place != found)
-        raise RecipeError(f"zo.trajectory: expected step {missing + 1} in {path}; it is not there{way_out}")
+    found = np.unique(before["step"])
+    if len(found) < step:
+        missing = next(index for index, each in enumerate([*found.tolist(), step]) if index != each)
+        raise RecipeError(f"zo.trajectory: expected step {missing + 1} in {path}; it is missing{way_out}")
     return kept, before

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import CheckpointError
-from raytrain.files import flush, write_whole
+from raytrain.files import fsync_path, write_atomic
 from search.journal.lineage import Chain, Lineage
 from search.journal.store import StateStore
 from search.scheduling.scheduler import Scheduler
@@ -101,8 +101,8 @@ class Journal:
         }
         signed = {"format": STATE_FORMAT, "sha256": _sha256(state), "state": state}
         try:
-            write_whole(self._file, _canonical(signed))
-            flush(self._file.parent)
+            write_atomic(self._file, _canonical(signed))
+            fsync_path(self._file.parent)
             self._chain = chain
             if lines:
                 self.lineage.append(lines)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import CheckpointError
-from raytrain.files import flush
+from raytrain.files import fsync_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Lineage:
         finally:
             os.close(handle)
         if new:
-            flush(self.path.parent)
+            fsync_path(self.path.parent)
 
     def heal(self, chain: Chain, tail: Sequence[str]) -> None:
         """Bring the file to the end of `chain`: remove a torn last line, add lines that were not written.
@@ -84,7 +84,7 @@ class Lineage:
         self._check([*whole, *tail[len(tail) - missing :]], chain.head)
         if self.path.exists() and self.path.stat().st_size > complete:
             os.truncate(self.path, complete)
-            flush(self.path)
+            fsync_path(self.path)
         if missing:
             self.append(tail[len(tail) - missing :])
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from raytrain.files import append_line, write_whole
+from raytrain.files import append_line, write_atomic
 from raytrain.json_files import to_json
 from search.journal.rows import ReportRow, read_reports
 from search.scheduling.work import Done, Work
@@ -30,7 +30,7 @@ class Reports:
                 without telling anybody, and it is trained again.
         """
         kept = [row for row in self.read() if row["row"] not in unfinished]
-        write_whole(self._file, "".join(f"{to_json(row)}\n" for row in kept).encode())
+        write_atomic(self._file, "".join(f"{to_json(row)}\n" for row in kept).encode())
         self._before = max((row["seconds"] for row in kept), default=0.0)
         self._began = time.monotonic()
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from raytrain.errors import RecipeError
 from raytrain.recipe import Recipe
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
-from raytrain.training.build import build, task_of
+from raytrain.training.build import build_replica, build_task
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
 from search.checks import check_shapes
@@ -50,16 +50,16 @@ def check_search(recipe: SearchRecipe) -> CheckedSearch:
     if base.phases:
         raise RecipeError("base.phases: expected none, because the search decides when fields change")
     base = base.with_overrides({"resources.cpus": base.resources.cpus or 1.0})  # threads, on which sums depend
-    task = task_of(base)
-    if found := task.settle():  # what an earlier attempt has decided is in the recipe already
+    task = build_task(base)
+    if found := task.infer_options():  # what an earlier attempt has decided is in the recipe already
         known = {name: getattr(base.task, name, None) or value for name, value in found.items()}
         base = base.with_overrides({f"task.{name}": value for name, value in known.items()})
-        task = task_of(base)
+        task = build_task(base)
     objective = recipe.objective(task.metric, task.better, _measured(recipe, base, task))
     mode = "min" if objective.better == "lower" else "max"
     search = recipe.search.model_copy(update={"metric": objective.metric, "mode": mode})  # for readers of the recipe
     recipe = recipe.model_copy(update={"base": base, "search": search})
-    check_shapes(base, recipe.search, Shapes())
+    check_shapes(base, recipe.search, BaseShapes())
     return CheckedSearch(recipe, base, objective)
 
 
@@ -67,12 +67,12 @@ def _measured(recipe: SearchRecipe, base: TrainRecipe, task: Task) -> tuple[str,
     """Return the names of all metrics, where the recipe asks for another one than the task's own."""
     if recipe.search.metric in ("", task.metric):
         return ()
-    exchange, valid = ExactExchange(LocalTransport()), task.data("valid")
+    exchange, valid = ExactAverager(LocalTransport()), task.data("valid")
     some = [valid[index] for index in range(min(SOME, len(valid)))]
-    return tuple(evaluate(task, build(base, task, exchange).module, some, SOME, exchange))
+    return tuple(evaluate(task, build_replica(base, task, exchange).module, some, SOME, exchange))
 
 
-class Shapes:
+class BaseShapes:
     """Shapes of a model by parameter; recipes that differ in nothing that could change them build one model."""
 
     def __init__(self) -> None:
@@ -84,6 +84,6 @@ class Shapes:
             raise TypeError(type(recipe))
         key = recipe.task.model_dump_json() + recipe.adapter.model_dump_json()
         if key not in self._known:
-            module = build(recipe, task_of(recipe), ExactExchange(LocalTransport()), start=False).module
+            module = build_replica(recipe, build_task(recipe), ExactAverager(LocalTransport()), init_head=False).module
             self._known[key] = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         return self._known[key]

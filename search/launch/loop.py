@@ -12,7 +12,7 @@ from search.options import SearchOptions
 from search.scheduling.driver import outcome_of, read_state
 from search.scheduling.work import Done, Failed, Outcome, Work
 
-Status = Literal["done", "stopped early", "interrupted", "failed"]
+SearchStatus = Literal["done", "stopped early", "interrupted", "failed"]
 CLOSE_SECONDS = 10.0
 """How long the loop may take to see that it is to end at once."""
 
@@ -35,7 +35,7 @@ class SearchLoop(threading.Thread):
     def __init__(self, journal: Journal, reports: Reports, pool: SlotPool, options: SearchOptions) -> None:
         super().__init__(daemon=True)
         self.ended = threading.Event()
-        self.status: Status = "interrupted"
+        self.status: SearchStatus = "interrupted"
         self.error = ""
         self._journal, self._reports, self._pool, self._options = journal, reports, pool, options
         self._asked_to_stop = threading.Event()
@@ -69,7 +69,7 @@ class SearchLoop(threading.Thread):
         self.ended.wait(CLOSE_SECONDS)
         self._pool.close()
 
-    def _search(self) -> Status:
+    def _search(self) -> SearchStatus:
         while not self._abandoned.is_set():
             stopping = self._why_to_stop()
             if stopping:
@@ -81,7 +81,7 @@ class SearchLoop(threading.Thread):
             self._take_in()
         return "interrupted"
 
-    def _why_to_stop(self) -> Status | None:
+    def _why_to_stop(self) -> SearchStatus | None:
         if self._asked_to_stop.is_set():
             return "interrupted"
         seconds = self._options.seconds

@@ -1,4 +1,4 @@
-"""Runs a search on Ray: the `run` of its kind."""
+"""Runs a search on Ray: the `run_search` of its kind."""
 
 from collections.abc import Mapping
 from contextlib import closing
@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from raytrain.errors import CheckpointError, TrainingError
-from raytrain.kinds import Order
-from raytrain.launch.session import OWN, machines, ray_session
+from raytrain.kinds import RunOptions
+from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, ray_session
 from raytrain.recipe import read_toml
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
@@ -26,7 +26,7 @@ from search.standings import Standings, standings_of
 SHOWN_PHASES = 3
 
 
-def run(recipe: SearchRecipe, order: Order) -> Result:
+def run_search(recipe: SearchRecipe, order: RunOptions) -> Result:
     """Search on the Ray cluster at `order.address`, or else on one of this machine, and return how it ended.
 
     Ctrl-C pauses the members after the step that they are at; a second one ends them at once.
@@ -39,11 +39,11 @@ def run(recipe: SearchRecipe, order: Order) -> Result:
     checked = check_search(recipe)
     recipe, standings = checked.recipe, Standings(checked.objective)
     display = SearchDisplay(directory.path, standings, recipe.steps, recipe.total_steps)
-    with directory.opened(resume=order.resume), display:
+    with directory.session(resume=order.resume), display:
         if order.resume:
             check_resume(SearchRecipe.parse(read_toml(str(directory.recipe), [])[0]).search, recipe.search)
-        display.say("starting Ray" if order.address in (None, OWN) else f"connecting to Ray at {order.address}")
-        with ray_session(None if order.address == OWN else order.address):
+        display.say("starting Ray" if order.address in (None, OWN_CLUSTER) else f"connecting to Ray at {order.address}")
+        with ray_session(None if order.address == OWN_CLUSTER else order.address):
             search = Search(directory, checked)
             loop = search.follow(display)
         result = search.result(loop)
@@ -79,8 +79,8 @@ class Search:
             CheckpointError: what is in the folder is damaged.
         """
         resources = self._base.resources
-        each = SlotResources(resources.cpus, resources.beside_cpus(), resources.labels)
-        count = slot_count(self._recipe.slots, self._recipe.members, each, machines(1, resources))
+        each = SlotResources(resources.cpus, resources.extra_resources(), resources.labels)
+        count = slot_count(self._recipe.slots, self._recipe.members, each, cluster_nodes(1, resources))
         display.say(f"starting {count} slot(s) with {each.cpus:g} CPU each")
         self._begin()
         pool = SlotPool(self._base, each, count, self._recipe.search.timeout_seconds)
@@ -90,7 +90,7 @@ class Search:
 
     def _begin(self) -> None:
         """Make the folder ready, and go on from what is in it."""
-        self._directory.begin(self._recipe.to_toml())
+        self._directory.prepare(self._recipe.to_toml())
         self._journal.open()
         self._reports.open(self._journal.unfinished)
         self._directory.write_recipe(self._recipe.to_toml())  # bounds and budgets may be others than before

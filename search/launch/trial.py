@@ -8,16 +8,16 @@ from threading import Event
 
 import torch
 
-from raytrain.run.checkpoint import reading
+from raytrain.run.checkpoint import checkpoint_errors
 from raytrain.serialization import pack, unpack
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
-from raytrain.training.build import callbacks_of, plan_of, task_of, trainable
-from raytrain.training.callbacks import check_finite, constants_of
+from raytrain.training.build import build_task, load_callbacks, loop_config, trainable
+from raytrain.training.callbacks import check_finite, non_finite_buffers
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import Replica, inherit, plain, progress_from, state_of
+from raytrain.training.replica import Replica, inherit, progress_from_dict, progress_to_dict, state_of
 from raytrain.training.segment import segment
 from search.scheduling.driver import SegmentEnd
 from search.scheduling.work import Work
@@ -44,7 +44,7 @@ class Trial:
     def __init__(self, base: TrainRecipe, device: torch.device, beat: Callable[[int], None]) -> None:
         self.stop = Event()
         self._base = base
-        self._exchange = ExactExchange(LocalTransport(device))
+        self._averager = ExactAverager(LocalTransport(device))
         self._beat = beat
         self._task: tuple[object, Task] | None = None
 
@@ -56,41 +56,41 @@ class Trial:
         """
         recipe = self._base.with_overrides({"seed": work.seed, **work.changes, **ONCE})
         task, replica = self._start(recipe, work, packed)
-        watch = SegmentWatch(recipe, task, self._exchange, self.stop, self._beat)
-        constants = constants_of(replica.module)
-        segment(recipe, task, replica, work.until, watch)
+        callbacks = SegmentCallbacks(recipe, task, self._averager, self.stop, self._beat)
+        constants = non_finite_buffers(replica.module)
+        segment(recipe, task, replica, work.until, callbacks)
         state, step = state_of(replica), replica.progress.step
         check_finite(state["model"], constants, step)
-        progress = {**plain(replica.progress), **NO_TIMES}
-        return SegmentEnd(pack({"replica": state, "progress": progress}), step, watch.metrics)
+        progress = {**progress_to_dict(replica.progress), **NO_TIMES}
+        return SegmentEnd(pack({"replica": state, "progress": progress}), step, callbacks.metrics)
 
     def _start(self, recipe: TrainRecipe, work: Work, packed: bytes | None) -> tuple[Task, Replica]:
         """Return the recipe's task, and a replica that stands where the segment begins."""
         task = self._task_of(recipe)
         beat = partial(self._beat, work.snapshot.step)
-        replica = trainable(recipe, task, self._exchange, new=packed is None, beat=beat)
+        replica = trainable(recipe, task, self._averager, new=packed is None, heartbeat=beat)
         if packed is not None:
             state = unpack(packed)
-            with reading(work.snapshot.digest):
+            with checkpoint_errors(work.snapshot.digest):
                 inherit(replica, state["replica"], state["replica"], work.snapshot.digest)
-            replica.progress = replace(progress_from(state["progress"], work.snapshot.digest), status="running")
+            replica.progress = replace(progress_from_dict(state["progress"], work.snapshot.digest), status="running")
         beat()
         return task, replica
 
     def _task_of(self, recipe: TrainRecipe) -> Task:
         """Return the recipe's task: that of the last segment, if its options are the same."""
         if self._task is None or self._task[0] != recipe.task:
-            self._task = (recipe.task, task_of(recipe))
+            self._task = (recipe.task, build_task(recipe))
         return self._task[1]
 
 
-class SegmentWatch:
+class SegmentCallbacks:
     """What surrounds the loop in a segment: evaluate at its end, save nothing, stop when asked to.
 
     Args:
         recipe: of the segment.
         task: the recipe's.
-        exchange: of the one replica.
+        averager: of the one replica.
         stop: set when the segment is to end after the step that it is at.
         beat: called with the step at every sign of progress.
 
@@ -99,7 +99,7 @@ class SegmentWatch:
     """
 
     def __init__(
-        self, recipe: TrainRecipe, task: Task, exchange: ExactExchange, stop: Event, beat: Callable[[int], None]
+        self, recipe: TrainRecipe, task: Task, averager: ExactAverager, stop: Event, beat: Callable[[int], None]
     ) -> None:
         self.metrics: Mapping[str, float] = {}
         self._measure = partial(
@@ -107,10 +107,10 @@ class SegmentWatch:
             task,
             examples=task.data("valid"),
             batch=recipe.evaluation.batch,
-            exchange=exchange,
-            autocast=plan_of(recipe).autocast,
+            averager=averager,
+            autocast=loop_config(recipe).autocast,
         )
-        self._callbacks = callbacks_of(recipe)
+        self._callbacks = load_callbacks(recipe)
         self._stop = stop
         self._beat = beat
 
@@ -118,7 +118,7 @@ class SegmentWatch:
         """Return whether the segment is to end after the current step."""
         return self._stop.is_set()
 
-    def stepped(self, replica: Replica, values: dict[str, float]) -> None:  # noqa: ARG002 - scores are what counts
+    def on_step(self, replica: Replica, values: dict[str, float]) -> None:  # noqa: ARG002 - scores are what counts
         """Show a sign of progress, and call the recipe's callbacks."""
         self._beat(replica.progress.step)
         for callback in self._callbacks:
@@ -126,13 +126,13 @@ class SegmentWatch:
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Measure the whole held-out split, with the averaged weights if there are any."""
-        with replica.sync.shared(), replica.ema.applied() if replica.ema else nullcontext():
-            metrics = self._measure(module=replica.module, beat=partial(self._beat, replica.progress.step))
+        with replica.sync.synced_parameters(), replica.ema.average_parameters() if replica.ema else nullcontext():
+            metrics = self._measure(module=replica.module, heartbeat=partial(self._beat, replica.progress.step))
         self.metrics = metrics
         return metrics
 
     def save(self, replica: Replica) -> None:
         """Do nothing: the state is packed when the segment has ended."""
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
         """Do nothing, likewise."""

@@ -9,7 +9,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from raytrain.errors import RecipeError
-from raytrain.overrides import merged
+from raytrain.overrides import apply_overrides
 from raytrain.recipe import dotted_fields
 from search.checks import check_guesses
 from search.journal.lineage import Chain, Lineage
@@ -189,7 +189,7 @@ class PBTScheduler(TrialScheduler):
             RecipeError: its donor has left no checkpoint.
         """
         member.work = work
-        member.trial.set_config(merged(member.trial.config, work.changes))
+        member.trial.set_config(apply_overrides(member.trial.config, work.changes))
         if not work.snapshot.digest:
             return
         checkpoint = self._checkpoints.get(work.snapshot.digest)

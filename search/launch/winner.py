@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.files import write_whole
-from raytrain.overrides import merged
+from raytrain.files import write_atomic
+from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import CheckpointStore
 from raytrain.run.directory import RunDirectory
 from raytrain.serialization import unpack
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
-from raytrain.training.build import task_of
+from raytrain.training.build import build_task
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import load_best
 from raytrain.training.trained_model import TrainedModel
@@ -30,7 +30,7 @@ def winner_recipe(base: TrainRecipe, phases: Sequence[Phase]) -> TrainRecipe:
         phases: what the model was trained with, the oldest first.
     """
     first, *later = phases
-    changes = [merged({"from": phase.from_step, "seed": phase.seed}, phase.changes) for phase in later]
+    changes = [apply_overrides({"from": phase.from_step, "seed": phase.seed}, phase.changes) for phase in later]
     return base.with_overrides({"seed": first.seed, **first.changes, "phases": changes})
 
 
@@ -51,12 +51,12 @@ def write_winner(folder: Path, recipe: TrainRecipe, packed: bytes, step: int, me
     run = RunDirectory(folder / BEST)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     run.write_recipe(recipe.to_toml())
-    store = CheckpointStore(run.checkpoints, 1, ExactExchange(LocalTransport()))
+    store = CheckpointStore(run.checkpoints, 1, ExactAverager(LocalTransport()))
     store.clean()
-    progress = {**state["progress"], "best": metrics[task_of(recipe).metric], "best_step": step}
+    progress = {**state["progress"], "best": metrics[build_task(recipe).metric], "best_step": step}
     store.save(state["replica"], progress)
-    checkpoint = store.note(progress, metrics)
-    write_whole(folder / WINNER, recipe.to_toml().encode())
+    checkpoint = store.save_metrics(progress, metrics)
+    write_atomic(folder / WINNER, recipe.to_toml().encode())
     return checkpoint
 
 

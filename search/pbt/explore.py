@@ -13,7 +13,7 @@ from pydantic import Field
 
 from raytrain.errors import TrainingError
 from raytrain.recipe import Options
-from raytrain.registry import near, place_of, resolve
+from raytrain.registry import error_location, resolve, suggest
 from search.chooser import perturbing, replaying, sampling
 from search.domains import FACTOR
 from search.genome import Configuration
@@ -114,7 +114,7 @@ class CustomExplore(Explore):
             changes = function(member, population, rng)
         except Exception as error:
             raise TrainingError(
-                f"search.explore: {self.name} raised {type(error).__name__}: {error}{place_of(error)}"
+                f"search.explore: {self.name} raised {type(error).__name__}: {error}{error_location(error)}"
             ) from error
         found = population.space.run(replaying({**member.values, **self._checked(changes, member)}, sampling(rng)))
         for decision in found.genome.decisions:
@@ -133,6 +133,6 @@ class CustomExplore(Explore):
         for path in changes.keys() - member.values.keys():
             raise TrainingError(
                 f"search.explore: {self.name} returned a value for {path!r}, which is no hyperparameter of the member; "
-                f"{near(path, member.values)}"
+                f"{suggest(path, member.values)}"
             )
         return changes

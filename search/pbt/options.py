@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
-from raytrain.recipe import Options, chosen
+from raytrain.recipe import Options, options_by_name
 from search.options import SearchOptions
 from search.pbt.exploit import EXPLOITS, Exploit
 from search.pbt.explore import EXPLORES, CustomExplore, Explore
@@ -20,8 +20,12 @@ def _options_of_exploit(found: Any) -> type[Options]:
     raise ValueError(f"expected a subclass of search.pbt.exploit.Exploit; got {found!r}")
 
 
-ExploitField = Annotated[SerializeAsAny[Exploit], chosen(EXPLOITS, "search.exploit", _options_of_exploit, "truncation")]
-ExploreField = Annotated[SerializeAsAny[Explore], chosen(EXPLORES, "search.explore", _options_of_explore, "perturb")]
+ExploitField = Annotated[
+    SerializeAsAny[Exploit], options_by_name(EXPLOITS, "search.exploit", _options_of_exploit, "truncation")
+]
+ExploreField = Annotated[
+    SerializeAsAny[Explore], options_by_name(EXPLORES, "search.explore", _options_of_explore, "perturb")
+]
 
 
 class PBTOptions(SearchOptions):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raytrain.errors import CheckpointError, TrainingError
-from raytrain.registry import place_of
+from raytrain.registry import error_location
 from search.scheduling.work import Done, Failed, Outcome, Paused, Snapshot, Work
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def attempt(work: Work, state: bytes | None, train: Train) -> SegmentEnd | Faile
     except TrainingError as error:
         return Failed(work.attempt, "stopped", str(error))
     except Exception as error:  # the user's code, or no memory
-        return Failed(work.attempt, "error", f"{type(error).__name__}: {error}{place_of(error)}")
+        return Failed(work.attempt, "error", f"{type(error).__name__}: {error}{error_location(error)}")
 
 
 def outcome_of(work: Work, states: States, end: SegmentEnd | Failed) -> Outcome:

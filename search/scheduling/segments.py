@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raytrain.registry import near
+from raytrain.registry import suggest
 from search.genome import Configuration
 from search.scheduling.work import Done, Failed, Snapshot, Work
 from search.space import Space
@@ -149,7 +149,7 @@ class Objective:
     def fault(self, done: Done) -> Failed | None:
         """Return the failure that an outcome without a finite score is; None for one with a score."""
         if self.metric not in done.metrics:
-            known = near(self.metric, done.metrics)
+            known = suggest(self.metric, done.metrics)
             return Failed(done.attempt, "error", f"the metric {self.metric!r} was not measured; {known}")
         value = done.metrics[self.metric]
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -13,7 +13,7 @@ from search.space import Space
 
 POPULATION = 20
 TOURNAMENT = 5
-ATTEMPTS = 100
+PROPOSAL_ATTEMPTS = 100
 """Draws of a mutation before an equal child is accepted: of a space with one candidate."""
 
 
@@ -59,7 +59,7 @@ class EvolutionSearcher(Searcher):
         members = list(self._results.values())
         chosen = [members[place] for place in rng.choice(len(members), TOURNAMENT, replace=False)]
         parent = max(chosen, key=lambda member: member[1])[0].genome.values()
-        for _ in range(ATTEMPTS):
+        for _ in range(PROPOSAL_ATTEMPTS):
             mutated = str(rng.choice(list(parent)))
             kept = {path: value for path, value in parent.items() if path != mutated}
             child = self.space.run(replaying(kept, sampling(rng)))

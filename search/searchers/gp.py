@@ -13,17 +13,17 @@ from search.rng import keyed_generator
 from search.searcher import Candidate, CandidateResult, Searcher
 from search.searchers.grid import grid_points
 from search.space import Space
-from search.surrogate.encoding import GRID, Array, Encoded
+from search.surrogate.encoding import GRID, Encoded, FloatArray
 from search.surrogate.gaussian_process import Hyperparameters, walk
 
 INITIAL = 6
 """Candidates that are drawn at random before the first model."""
-SAMPLES = 1000
+ACQUISITION_SAMPLES = 1000
 MUTANTS = 300
 PARENTS = 5
 DRAWS = 4
 """Draws of the hyperparameters, whose expected improvements are averaged."""
-STEPS = 6
+ACQUISITION_STEPS = 6
 """Metropolis steps of each draw for a candidate; it goes on where it was for the last one."""
 MAX_ENUMERATED = 100_000
 
@@ -80,7 +80,7 @@ class GaussianProcessSearcher(Searcher):
         asked = {_key(configuration) for configuration in self._configurations.values()}
         if len(self._configurations) < INITIAL or not any(value is not None for value in self._fitness.values()):
             return next(self._new(asked, rng, 1), None)
-        pool = list(self._new(asked, rng, SAMPLES))
+        pool = list(self._new(asked, rng, ACQUISITION_SAMPLES))
         if not pool:
             return None
         known = list(self._configurations.values())
@@ -88,17 +88,17 @@ class GaussianProcessSearcher(Searcher):
         improvement = self._improvement(encoded, slice(len(known), None), rng)
         return pool[int(improvement.argmax())]
 
-    def _improvement(self, encoded: Encoded, rows: slice, rng: np.random.Generator) -> Array:
+    def _improvement(self, encoded: Encoded, rows: slice, rng: np.random.Generator) -> FloatArray:
         """Return the expected improvement of some rows, averaged over draws of the hyperparameters."""
         targets = self._targets()
         total = np.zeros(len(encoded.codes[rows]))
         for place, draw in enumerate(self._draws):
-            process = walk(encoded, targets, _hyperparameters(draw, encoded), STEPS, rng)
+            process = walk(encoded, targets, _hyperparameters(draw, encoded), ACQUISITION_STEPS, rng)
             self._draws[place] = _plain(process.hyperparameters, encoded)
             total += process.expected_improvement(rows)
         return total
 
-    def _targets(self) -> Array:
+    def _targets(self) -> FloatArray:
         """Return what the process models of each candidate, lower being better."""
         measured = -np.array([value for value in self._fitness.values() if value is not None])
         losses = {number: -value for number, value in self._fitness.items() if value is not None}
@@ -115,7 +115,7 @@ class GaussianProcessSearcher(Searcher):
             else:
                 values.append(ceiling if number in self._fitness else mean)
         targets = np.array(values)
-        standardised: Array = (targets - targets.mean()) / (targets.std() or 1.0)
+        standardised: FloatArray = (targets - targets.mean()) / (targets.std() or 1.0)
         return standardised
 
     def _new(self, asked: set[str], rng: np.random.Generator, count: int) -> Iterator[Configuration]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from search.domains import Domain
 from search.genome import Configuration
 
-Array = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 GRID = 64
 """Intervals that a scale of numbers is cut into: far finer than the length scales of a surrogate."""
@@ -52,7 +52,7 @@ class Encoded:
         ordered = np.array([domain.unit(domain.extremes()[0]) is not None for domain in domains.values()], bool)
         return cls(tuple(columns), ordered, codes)
 
-    def distances(self) -> Array:
+    def distances(self) -> FloatArray:
         """Return how far two codes of a decision are apart, shape (d, c, c) for c codes.
 
         That is the difference of positions, or 0 and 1 for equal and unequal values without an order. A decision that
@@ -62,7 +62,7 @@ class Encoded:
         codes = np.arange(count)
         apart = np.abs(codes[:, None] - codes) / GRID
         unequal = 1.0 - np.eye(count)
-        tables: Array = np.where(self.ordered[:, None, None], apart, unequal)
+        tables: FloatArray = np.where(self.ordered[:, None, None], apart, unequal)
         tables[:, 0, 1:] = tables[:, 1:, 0] = 1.0
         return tables
 

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_solve, solve_triangular
 from scipy.special import ndtr
 
-from search.surrogate.encoding import Array, Encoded
+from search.surrogate.encoding import Encoded, FloatArray
 
 LENGTH = {True: 0.6, False: 1.0}
 """Median of the prior of a length scale, with and without an order of the values; log-normal."""
 LENGTH_SPREAD = 0.7
 NOISE = 0.03
-JITTER = 1e-8
+KERNEL_JITTER = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Hyperparameters:
         noise: variance of the noise, in units of the signal's.
     """
 
-    lengths: Array
+    lengths: FloatArray
     additive: float
     noise: float
 
@@ -74,14 +74,14 @@ class GaussianProcess:
         hyperparameters: of the covariance.
     """
 
-    def __init__(self, encoded: Encoded, targets: Array, hyperparameters: Hyperparameters) -> None:
+    def __init__(self, encoded: Encoded, targets: FloatArray, hyperparameters: Hyperparameters) -> None:
         self._encoded = encoded
         self._targets = targets
         self._known = slice(0, len(targets))
         self.hyperparameters = hyperparameters
         self._correlations = _matern(encoded.distances() / hyperparameters.lengths[:, None, None])
         covariance = self._covariance(self._known)
-        covariance[np.diag_indices_from(covariance)] += hyperparameters.noise + JITTER
+        covariance[np.diag_indices_from(covariance)] += hyperparameters.noise + KERNEL_JITTER
         self._factor = np.linalg.cholesky(covariance)
         self._weights = cho_solve((self._factor, True), targets)
         self.scale = max(float(targets @ self._weights) / len(targets), 1e-9)
@@ -91,14 +91,14 @@ class GaussianProcess:
         likelihood = -0.5 * len(self._targets) * np.log(self.scale) - np.log(np.diag(self._factor)).sum()
         return float(likelihood) + self.hyperparameters.log_prior(self._encoded.ordered)
 
-    def predict(self, rows: slice) -> tuple[Array, Array]:
+    def predict(self, rows: slice) -> tuple[FloatArray, FloatArray]:
         """Return mean and standard deviation of the scores of configurations, shape (m,) each."""
         cross = self._covariance(rows)
         solved = solve_triangular(self._factor, cross.T, lower=True)
         variance = np.maximum(1 - (solved * solved).sum(axis=0), 1e-12)
         return cross @ self._weights, np.sqrt(self.scale * variance)
 
-    def expected_improvement(self, rows: slice) -> Array:
+    def expected_improvement(self, rows: slice) -> FloatArray:
         """Return the expected improvement over the best predicted mean of the evaluated ones, shape (m,).
 
         Source: Mockus 1978; the noisy incumbent of Wang and de Freitas 2014.
@@ -106,10 +106,10 @@ class GaussianProcess:
         best = self.predict(self._known)[0].min()
         mean, deviation = self.predict(rows)
         z = (best - mean) / deviation
-        improvement: Array = (best - mean) * ndtr(z) + deviation * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
+        improvement: FloatArray = (best - mean) * ndtr(z) + deviation * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
         return improvement
 
-    def _covariance(self, rows: slice) -> Array:
+    def _covariance(self, rows: slice) -> FloatArray:
         codes, hyper = self._encoded.codes, self.hyperparameters
         total: Any = 0.0
         product: Any = 1.0
@@ -117,18 +117,18 @@ class GaussianProcess:
             correlation = table[codes[rows, column][:, None], codes[self._known, column]]
             total = total + correlation
             product = product * correlation
-        covariance: Array = hyper.additive * total / len(hyper.lengths) + (1 - hyper.additive) * product
+        covariance: FloatArray = hyper.additive * total / len(hyper.lengths) + (1 - hyper.additive) * product
         return covariance
 
 
-def _matern(distance: Array) -> Array:
+def _matern(distance: FloatArray) -> FloatArray:
     scaled = np.sqrt(5) * distance
-    correlation: Array = (1 + scaled + scaled * scaled / 3) * np.exp(-scaled)
+    correlation: FloatArray = (1 + scaled + scaled * scaled / 3) * np.exp(-scaled)
     return correlation
 
 
 def walk(
-    encoded: Encoded, targets: Array, start: Hyperparameters, steps: int, rng: np.random.Generator
+    encoded: Encoded, targets: FloatArray, start: Hyperparameters, steps: int, rng: np.random.Generator
 ) -> GaussianProcess:
     """Return the process after some Metropolis steps of its hyperparameters."""
     here = GaussianProcess(encoded, targets, start)

@@ -39,20 +39,20 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from raytrain.overrides import merged
-from raytrain.run.directory import rows
-from raytrain.sync.averaging import ExactExchange
-from raytrain.sync.interval import SHARE
+from raytrain.overrides import apply_overrides
+from raytrain.run.directory import read_jsonl
+from raytrain.sync.averaging import ExactAverager
+from raytrain.sync.interval import MAX_OVERHEAD
 from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.tasks.task import Task
 from raytrain.testing import train_each_with_gloo
-from raytrain.training.build import build, plan_of, task_of
+from raytrain.training.build import build_replica, build_task, loop_config
 from raytrain.training.evaluation import evaluate
-from raytrain.training.loader import local_feed
-from raytrain.training.loop import Plan, backward, train
+from raytrain.training.loader import local_loader
+from raytrain.training.loop import LoopConfig, backward, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
-from raytrain.training.worker import _walk
+from raytrain.training.worker import _step_range
 
 RATES = (10, 30, 100, 300, 1000)
 PORT = 29700
@@ -111,7 +111,7 @@ class Meter:
         done = self._marks[self._warmup :]
         return len(done) > self._rounds and done[-1][1] - done[0][1] >= self._seconds
 
-    def stepped(self, replica: Replica, values: dict[str, float]) -> None:
+    def on_step(self, replica: Replica, values: dict[str, float]) -> None:
         """Note a step that ends with an exchange, or any step where there are none."""
         progress = replica.progress
         if progress.bytes_sent != self._bytes or not self._exchanges:
@@ -128,7 +128,7 @@ class Meter:
         """Write nothing, and wait for what is under way."""
         replica.sync.state_dict()
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
         """Write nothing."""
 
     def result(self) -> dict[str, float]:
@@ -148,7 +148,7 @@ class Meter:
 class Evaluating:
     """The loop's `Watch` that evaluates at the end."""
 
-    def __init__(self, task: Task, plan: Plan) -> None:
+    def __init__(self, task: Task, plan: LoopConfig) -> None:
         self._task, self._plan = task, plan
         self._result: dict[str, float] = {}
 
@@ -156,12 +156,12 @@ class Evaluating:
         """Return False: the plan says when."""
         return False
 
-    def stepped(self, replica: Replica, values: dict[str, float]) -> None:
+    def on_step(self, replica: Replica, values: dict[str, float]) -> None:
         """Note nothing."""
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         """Measure the held-out loss, each worker for itself."""
-        alone = ExactExchange(LocalTransport())
+        alone = ExactAverager(LocalTransport())
         examples, precision = self._task.data("valid"), self._plan.autocast
         metrics = evaluate(self._task, replica.module, examples, 64, alone, autocast=precision)
         self._result = {"seconds": replica.progress.seconds, "loss": metrics["loss"]}
@@ -170,7 +170,7 @@ class Evaluating:
     def save(self, replica: Replica) -> None:
         """Write nothing."""
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
         """Write nothing."""
 
     def result(self) -> dict[str, float]:
@@ -191,16 +191,16 @@ def measure(order: Fields) -> dict[str, float]:
     """Train as the order says, and return what was measured."""
     method, recipe = order["method"], TrainRecipe.parse(order["recipe"])
     transport = LocalTransport() if method == "none" else GroupTransport(torch.device("cpu"), 300.0)
-    replica = build(recipe, task := task_of(recipe), ExactExchange(transport))
-    plan = plan_of(recipe)
+    replica = build_replica(recipe, task := build_task(recipe), ExactAverager(transport))
+    plan = loop_config(recipe)
     if "pace" in order:
-        replica.sync._pace.go_on(*order["pace"])
+        replica.sync._interval.restore(*order["pace"])
     if "until" in order:
         plan = replace(plan, steps=order["until"])  # with the learning rates of the whole run
         meter: Meter | Evaluating = Evaluating(task, plan)
     else:
         meter = Meter(transport.rank == 0, method != "none", **order["window"])
-    with local_feed(task, recipe.task, _walk(replica, plan)) as feed:
+    with local_loader(task, recipe.task, _step_range(replica, plan)) as feed:
         if method == "ddp-powersgd":
             train_with_power_sgd(replica, task, feed, plan, meter)
         else:
@@ -219,7 +219,7 @@ class _Wrapped:
         pass
 
 
-def train_with_power_sgd(replica: Replica, task: Task, feed: Any, plan: Plan, meter: Meter) -> None:
+def train_with_power_sgd(replica: Replica, task: Task, feed: Any, plan: LoopConfig, meter: Meter) -> None:
     """Train with torch's data-parallel wrapper and its PowerSGD hook, of rank 1, from the third step on.
 
     In one bucket: the hook sends from callbacks, and on gloo those of several buckets meet in the wrong order.
@@ -234,9 +234,9 @@ def train_with_power_sgd(replica: Replica, task: Task, feed: Any, plan: Plan, me
         replica.optimizer.step()
         replica.optimizer.zero_grad()
         replica.progress.step += 1
-        replica.progress.position += plan.local_batch * replica.members
+        replica.progress.position += plan.local_batch * replica.world_size
         replica.progress.bytes_sent += 1  # each step ends an exchange
-        meter.stepped(replica, {})
+        meter.on_step(replica, {})
         stop.fill_(meter.stop_requested() if replica.rank == 0 else 0.0)
         dist.all_reduce(stop)
     dist.destroy_process_group(group)
@@ -356,7 +356,7 @@ def recipe(model: str, sync: Mapping[str, Any], data: Path, **more: Any) -> Fiel
     fields |= {"evaluation": {"every": 0}, "checkpoint": {"every": 0}, **more}
     if model == "gpt":
         fields["task.path"] = str(data / "tinyshakespeare" / "input.txt")
-    return TrainRecipe.parse(merged({}, fields)).plain()
+    return TrainRecipe.parse(apply_overrides({}, fields)).to_dict()
 
 
 def window(method: str, *, again: bool) -> Fields:
@@ -419,8 +419,8 @@ def table(pair: Pair, network: Network, options: Namespace) -> Iterator[dict[str
             alone, found = side_by_side(pair, model, options)
             for method, row in found.items():
                 every = int(row["every"]) or METHODS[method].get("every", 1)
-                least = row["exchange_cost_seconds"] / (SHARE * row["step_seconds"]) if row["every"] else 0.0
-                exchange = 8 * row["bytes_per_step"] * every / raw  # T, in seconds, at the raw rate
+                least = row["exchange_cost_seconds"] / (MAX_OVERHEAD * row["step_seconds"]) if row["every"] else 0.0
+                averager = 8 * row["bytes_per_step"] * every / raw  # T, in seconds, at the raw rate
                 line = {
                     "mbits": rate,
                     "raw_mbits": raw / 1e6,
@@ -428,12 +428,12 @@ def table(pair: Pair, network: Network, options: Namespace) -> Iterator[dict[str
                     "method": method,
                     "tau": every,
                     "delay": int(row["delay"]),
-                    "least_tau": math.ceil(max(least, exchange * alone, 1.0)),
+                    "least_tau": math.ceil(max(least, averager * alone, 1.0)),
                     "steps_per_second": row["steps_per_second"],
                     "steps_per_second_alone": alone,
                     "eta": row["eta"],
                     "etas": row["etas"],
-                    "ceiling": min(1.0, every / alone / exchange),
+                    "ceiling": min(1.0, every / alone / averager),
                     "megabytes_per_step": row["bytes_per_step"] / 1e6,
                     "waited_share": row["waited_seconds"] / row["seconds"],
                 }
@@ -453,7 +453,7 @@ def curves(tau: int, delay: int, options: Namespace) -> dict[str, list[tuple[int
             ),
         }
         train_each_with_gloo([(TrainRecipe.parse(plain), Path(folder) / name) for name, plain in runs.items()])
-        logs = {name: rows(Path(folder) / name / "metrics.jsonl") for name in runs}
+        logs = {name: read_jsonl(Path(folder) / name / "metrics.jsonl") for name in runs}
     return {name: [(row["step"], row["valid"]["loss"]) for row in log if "valid" in row] for name, log in logs.items()}
 
 

@@ -24,8 +24,8 @@ from typing import Any
 from bench import finish, parse, parser_of
 from scipy import stats
 
-from raytrain.overrides import merged
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.overrides import apply_overrides
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.testing import train_each_with_gloo
 from raytrain.training.recipe import TrainRecipe
 
@@ -108,7 +108,7 @@ def recipe(task: str, changes: Fields, seed: int, options: Namespace) -> TrainRe
     }
     if task == "gpt":
         fields["task.path"] = str(options.data / "tinyshakespeare" / "input.txt")
-    return TrainRecipe.parse(merged({}, fields))
+    return TrainRecipe.parse(apply_overrides({}, fields))
 
 
 Runs = dict[tuple[str, int, str, int], float]
@@ -120,7 +120,7 @@ def measured(folder: Path, metric: str) -> float:
     run = RunDirectory(folder)
     if run.failure():
         return math.nan
-    return float(next(row["valid"][metric] for row in reversed(rows(run.metrics)) if "valid" in row))
+    return float(next(row["valid"][metric] for row in reversed(read_jsonl(run.metrics)) if "valid" in row))
 
 
 def wanted(options: Namespace) -> list[tuple[tuple[str, int, str, int], TrainRecipe]]:

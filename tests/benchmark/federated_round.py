@@ -90,7 +90,7 @@ def row_of(name: str, options: argparse.Namespace, clients: int, steps: int) -> 
     whole = materialise + CLIENTS * STEPS * step
     return {
         "model": name,
-        "parameters": sum(part.tensor.numel() for part in federation.model.space.parts),
+        "parameters": sum(part.tensor.numel() for part in federation.model.directions.slices),
         "step_milliseconds": 1e3 * step,
         "two_forwards_milliseconds": 1e3 * two,
         "step_over_two_forwards": statistics.median(a / b for a, b in zip(ours[1:], theirs[1:], strict=True)),

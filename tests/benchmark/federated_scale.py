@@ -110,9 +110,9 @@ def measure(engine: str, clients: int, asked: int, rounds: int) -> None:
     from federated.launch.actor_pool import ActorOptions
     from federated.launch.app import serve
     from federated.launch.ray_grid import RayGrid
-    from raytrain.launch.session import session
+    from raytrain.launch.session import cluster_session
 
-    with session(None, ACTORS), RayGrid(load_clients, clients, ActorOptions(ACTORS)) as grid:
+    with cluster_session(None, ACTORS), RayGrid(load_clients, clients, ActorOptions(ACTORS)) as grid:
         serve(app, grid, {}, seed=0)
 
 

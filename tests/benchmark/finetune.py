@@ -38,12 +38,13 @@ import torch
 from bench import finish, parse, parser_of
 from torch import nn
 
-from raytrain.overrides import merged, parse_overrides
+from raytrain.overrides import apply_overrides, parse_overrides
 from raytrain.recipe import read_toml
 from raytrain.tasks.classify import ClassifyOptions, classify
 from raytrain.tasks.task import Task
 from raytrain.testing import train_here
-from raytrain.training.recipe import KIND, TrainRecipe
+from raytrain.training.kind import KIND
+from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
 
 AT_ONCE = 14
@@ -164,7 +165,7 @@ def run(data: Path, seed: int, recipe: str, changes: dict[str, Any], here: str) 
 def changed(recipe: str, changes: Mapping[str, Any]) -> TrainRecipe:
     """Return a shipped recipe with other fields."""
     raw, _ = read_toml(recipe, [KIND.recipes])
-    return TrainRecipe.parse(merged(raw, changes))
+    return TrainRecipe.parse(apply_overrides(raw, changes))
 
 
 def one(device: str, out: str, recipe: str, *words: str) -> None:

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from bench import arguments, finish
 
-from raytrain.overrides import merged
+from raytrain.data import corpus
+from raytrain.overrides import apply_overrides
 from raytrain.recipe import AbsolutePath
-from raytrain.tasks import corpus
 from raytrain.tasks.task import Task
 from raytrain.tasks.text import TextOptions, Window, _collate, _losses, _model
-from raytrain.training.build import task_of
-from raytrain.training.loader import Feed, Walk, local_feed
+from raytrain.training.build import build_task
+from raytrain.training.loader import BatchLoader, StepRange, local_loader
 from raytrain.training.recipe import TrainRecipe
 
 BATCH, BLOCK, ROW_BYTES = 12, 64, 2000
@@ -150,33 +150,33 @@ def trained(source: str, rows: Path, steps: int) -> dict[str, float]:
 
 def pulled(source: str, rows: Path, seconds: float) -> float:
     """Return how many samples per second the source gives, from when it has nothing prepared ahead."""
-    settings = TrainRecipe.parse(merged({"kind": "train"}, changes(source, rows)))
-    walk = Walk(seed=0, rank=0, first=0, stride=BATCH, steps=1 << 20, count=BATCH, parts=1)
+    settings = TrainRecipe.parse(apply_overrides({"kind": "train"}, changes(source, rows)))
+    walk = StepRange(seed=0, rank=0, first_position=0, stride=BATCH, steps=1 << 20, local_batch=BATCH, accumulate=1)
     with opened(settings, walk) as feed:
         step, began, before = 0, time.perf_counter(), 0
         while (now := time.perf_counter()) < began + 2 * seconds:
             if not before and now > began + seconds:
                 middle, before = now, step
-            feed.take(walk.position(step), BATCH, 1)
+            feed.load(walk.position(step), BATCH, 1)
             step += 1
         return BATCH * (step - before) / (time.perf_counter() - middle)
 
 
-def opened(settings: TrainRecipe, walk: Walk) -> AbstractContextManager[Feed]:
+def opened(settings: TrainRecipe, walk: StepRange) -> AbstractContextManager[BatchLoader]:
     """Return the feed of a recipe."""
     if settings.task.source.name == "local":
-        return local_feed(task_of(settings), settings.task, walk)
-    from raytrain.launch.ingest import ray_feed
+        return local_loader(build_task(settings), settings.task, walk)
+    from raytrain.launch.ingest import ray_loader
 
-    return partial(ray_feed, actors=1, cpus=1, lives=0)(task_of(settings), settings.task, walk)
+    return partial(ray_loader, actors=1, cpus=1, restarts=0)(build_task(settings), settings.task, walk)
 
 
 def pull_all(rows: Path, seconds: float) -> dict[str, float]:
     """Return what each source gives when nothing is trained."""
-    from raytrain.launch.session import session
+    from raytrain.launch.session import cluster_session
 
     torch.set_num_threads(1)
-    with session(None, cpus=2):
+    with cluster_session(None, cpus=2):
         return {source: pulled(source, rows, seconds) for source in SOURCES}
 
 

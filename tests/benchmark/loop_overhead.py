@@ -29,8 +29,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
-from raytrain.optim.schedules import cosine, rate
-from raytrain.run.directory import rows
+from raytrain.optim.schedules import cosine, lr_factor
+from raytrain.run.directory import read_jsonl
 from raytrain.tasks.task import Task
 from raytrain.tasks.text import TextOptions, text
 from raytrain.training.replica import Replica
@@ -71,7 +71,7 @@ def bare(steps: int, threads: int) -> dict[str, float]:
     others = [value for value in module.parameters() if value.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
-    schedule = partial(rate, cosine, steps=steps, warmup=100, floor=0.1, decay=0.2)
+    schedule = partial(lr_factor, cosine, steps=steps, warmup=100, min_lr_ratio=0.1, decay_ratio=0.2)
     for step in range(steps):
         if step == WARM_UP:
             started = time.perf_counter()
@@ -121,7 +121,7 @@ def ours(steps: int, threads: int) -> dict[str, float]:
             stderr=subprocess.DEVNULL,
             env=os.environ | {"LOOP_OVERHEAD_NOTES": folder},
         )
-        log = [row for row in rows(out / "metrics.jsonl") if "loss" in row and row["step"] >= WARM_UP]
+        log = [row for row in read_jsonl(out / "metrics.jsonl") if "loss" in row and row["step"] >= WARM_UP]
         notes = [int((Path(folder) / name).read_text()) for name in ("before", "peak")]
     steps_done, seconds = (log[-1][key] - log[0][key] for key in ("step", "seconds"))
     return {"steps_per_second": steps_done / seconds, "bytes": float(notes[1] - notes[0])}

@@ -24,16 +24,16 @@ import torch
 from bench import finish, parse, parser_of
 
 from raytrain.errors import RaytrainError
-from raytrain.seeds.directions import Space
-from raytrain.seeds.kernels.kernel import Kernel, kernel_of, quantised, seeds_tensor
-from raytrain.seeds.prng import Mode, identity
+from raytrain.seeds.directions import Directions
+from raytrain.seeds.kernels.kernel import Kernel, load_kernel, quantise, seeds_tensor
+from raytrain.seeds.prng import Distribution, parameter_id
 from raytrain.seeds.updates import materialise
 
 PARAMETERS = 1 << 24
 SEEDS = 4096
 TENSORS = 16
-MODES: tuple[Mode, ...] = ("rademacher", "gaussian")
-PARTS: dict[str, dict[Mode, int]] = {
+MODES: tuple[Distribution, ...] = ("rademacher", "gaussian")
+PARTS: dict[str, dict[Distribution, int]] = {
     "native": {"rademacher": 4, "gaussian": 64},
     "numba": {"rademacher": 16, "gaussian": 64},
 }
@@ -47,14 +47,14 @@ Case = tuple[dict[str, Any], float, Run]
 """(what it is, element-seeds, what makes them)."""
 
 
-def sums(kernel: Kernel, mode: Mode, count: int, device: str, seeds: int = SEEDS) -> Case:
+def sums(kernel: Kernel, mode: Distribution, count: int, device: str, seeds: int = SEEDS) -> Case:
     """Return the case of a kernel."""
     drawn = seeds_tensor(range(seeds), device)
-    weights = quantised(torch.randn(1, seeds, dtype=torch.float64), mode)[0].to(device)
+    weights = quantise(torch.randn(1, seeds, dtype=torch.float64), mode)[0].to(device)
     out = torch.zeros(1, count, dtype=torch.int64, device=device)
 
     def run() -> None:
-        kernel.sums(mode, drawn, weights, identity("w"), 0, out)
+        kernel.accumulate(mode, drawn, weights, parameter_id("w"), 0, out)
         if device != "cpu":
             torch.cuda.synchronize()
 
@@ -62,9 +62,9 @@ def sums(kernel: Kernel, mode: Mode, count: int, device: str, seeds: int = SEEDS
     return about, count * seeds, run
 
 
-def models(kernel: Kernel, mode: Mode, count: int, device: str, seeds: int = SEEDS) -> Case:
+def models(kernel: Kernel, mode: Distribution, count: int, device: str, seeds: int = SEEDS) -> Case:
     """Return the case of a model that is made of its coefficients."""
-    space = Space.of({"w": torch.zeros(count, device=device)}, mode, kernel=kernel)
+    space = Directions.of({"w": torch.zeros(count, device=device)}, mode, kernel=kernel)
     coefficients, out = torch.randn(seeds, dtype=torch.float64), [torch.empty(count, device=device)]
 
     def run() -> None:
@@ -135,7 +135,7 @@ def kernels(device: str) -> list[Kernel]:
     found = []
     for name in ("native", "numba") if device == "cpu" else ("triton",):
         try:
-            found.append(kernel_of(name))
+            found.append(load_kernel(name))
         except RaytrainError as error:
             print(f"{name} is not here: {error}")
     return found

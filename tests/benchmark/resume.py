@@ -28,8 +28,8 @@ import psutil
 import torch
 from bench import finish, parse, parser_of
 
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import rows
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import read_jsonl
 
 WORDS = [
     "task.dropout=0.1", "task.norm=batch", "workers=2", "steps=800", "batch=16", "resources.cpus=1",
@@ -49,7 +49,7 @@ def start(out: Path, sync: str, *more: str) -> subprocess.Popen[bytes]:
 
 def last_step(out: Path) -> int:
     """Return the last step in the log."""
-    return max((row["step"] for row in rows(out / "metrics.jsonl")), default=0)
+    return max((row["step"] for row in read_jsonl(out / "metrics.jsonl")), default=0)
 
 
 def wait_for(done: Callable[[], bool], command: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
@@ -69,19 +69,19 @@ def trial(out: Path, sync: str, seed: int) -> dict[str, object]:
     command = start(out, sync)
     wait_for(lambda: last_step(out) >= at, command)
     killed_at = last_step(out)
-    attempts = len(rows(out / "attempts.jsonl"))
+    attempts = len(read_jsonl(out / "attempts.jsonl"))
     killed = time.monotonic()
     if victim == "command":
         os.kill(command.pid, signal.SIGKILL)
         command.wait()
         command = start(out, sync, "--resume")
     else:
-        workers = [psutil.Process(worker["pid"]) for worker in rows(out / "attempts.jsonl")[-1]["workers"]]
+        workers = [psutil.Process(worker["pid"]) for worker in read_jsonl(out / "attempts.jsonl")[-1]["workers"]]
         workers[int(victim[-1])].kill()
         psutil.wait_procs(workers, timeout=120)
     ended = time.monotonic() - killed
-    wait_for(lambda: len(rows(out / "attempts.jsonl")) > attempts, command)
-    resumed_from = rows(out / "attempts.jsonl")[-1]["from_step"]
+    wait_for(lambda: len(read_jsonl(out / "attempts.jsonl")) > attempts, command)
+    resumed_from = read_jsonl(out / "attempts.jsonl")[-1]["from_step"]
     wait_for(lambda: last_step(out) > resumed_from or command.poll() == 0, command)  # they may have come to the end
     recovery = time.monotonic() - killed
     status = command.wait(timeout=300)
@@ -98,7 +98,7 @@ def trial(out: Path, sync: str, seed: int) -> dict[str, object]:
 
 def final(out: Path) -> dict[str, torch.Tensor]:
     """Return the weights, their average and the optimizer's state at the end of a run."""
-    saved = load(listed(out / "checkpoints")[-1], 0)
+    saved = load_part(list_checkpoints(out / "checkpoints")[-1], 0)
     moments = {
         f"{name} {key}": value for name, state in saved["optimizer"]["state"].items() for key, value in state.items()
     }

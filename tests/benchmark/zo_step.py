@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
-from raytrain.seeds.directions import Space
-from raytrain.seeds.prng import direction, identity
+from raytrain.seeds.directions import Directions
+from raytrain.seeds.prng import noise, parameter_id
 from raytrain.seeds.updates import materialise
-from raytrain.tensors import rounded
-from raytrain.zeroth.estimators import slope
-from raytrain.zeroth.perturbed import Probe
+from raytrain.tensors import round_once
+from raytrain.zeroth.estimators import projected_gradient
+from raytrain.zeroth.perturbed import PerturbedModel
 
 EPS, RATE = 1e-3, 1e-6
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
@@ -69,11 +69,11 @@ def loss_of(module: nn.Module) -> Callable[[], Tensor]:
 
 def ours(module: nn.Module, loss: Callable[[], Tensor]) -> Callable[[int], None]:
     """Return our step."""
-    space = Space.of(dict(module.named_parameters()))
-    probe = Probe(module, space)
+    space = Directions.of(dict(module.named_parameters()))
+    probe = PerturbedModel(module, space)
 
     def step(seed: int) -> None:
-        space.move(seed, -RATE * slope(loss, probe, seed, EPS).value)
+        space.add_direction(seed, -RATE * projected_gradient(loss, probe, seed, EPS).value)
 
     return step
 
@@ -162,11 +162,11 @@ def drift(name: str, quick: bool) -> dict[str, Any]:
     start = (torch.randn(128, 128 if quick else 512, generator=generator) * 0.02).to(dtype)
     module = nn.Linear(start.shape[1], start.shape[0], bias=False, dtype=dtype)
     module.weight.copy_(start)
-    space = Space.of({"weight": module.weight})
-    probe, x = Probe(module, space), torch.ones(2, start.shape[1], dtype=dtype)
+    space = Directions.of({"weight": module.weight})
+    probe, x = PerturbedModel(module, space), torch.ones(2, start.shape[1], dtype=dtype)
     theirs = start.clone()
     for seed in range(200):
-        slope(lambda: module(x).float().sum(), probe, seed, EPS)
+        projected_gradient(lambda: module(x).float().sum(), probe, seed, EPS)
         z = torch.randn(start.shape, generator=generator).to(dtype)
         for scale in (EPS, -2 * EPS, EPS):
             theirs += scale * z
@@ -175,12 +175,12 @@ def drift(name: str, quick: bool) -> dict[str, Any]:
     scales = torch.randn(1024, generator=generator, dtype=torch.float64) * 5 * 3e-7
     exact = torch.zeros(start.numel(), dtype=torch.float64)
     for seed, scale in enumerate(scales.tolist()):  # as prng.py defines them, without a kernel
-        exact += scale * torch.from_numpy(direction("rademacher", seed, identity("weight"), 0, start.numel())).double()
+        exact += scale * torch.from_numpy(noise("rademacher", seed, parameter_id("weight"), 0, start.numel())).double()
     exact = exact.view(start.shape)
     at_once = materialise(space, scales, range(1024))[0].double() - start.double()
-    correct = rounded(start.double() + exact, dtype).double() - start.double()
+    correct = round_once(start.double() + exact, dtype).double() - start.double()
     for seed, scale in enumerate(scales.tolist()):
-        space.move(seed, scale)
+        space.add_direction(seed, scale)
     one_by_one = module.weight.double() - start.double()
     size = exact.norm()
     return {

@@ -9,10 +9,10 @@ from torch import nn
 
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.models import options as declared
-from raytrain.models.adapters import adapt, mark_new, merge
+from raytrain.models.adapters import inject_adapter, mark_untrained, merge_adapter
 from raytrain.models.options import ADAPTERS, AdapterOptions
 from raytrain.recipe import Options
-from raytrain.run.checkpoint import listed, load
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.run.directory import RunDirectory
 from raytrain.tasks.task import Task
 from raytrain.testing import train_here
@@ -79,7 +79,7 @@ def another_base(options: Other) -> Task:
 
 
 def chosen(name: str) -> AdapterOptions:
-    return declared.OPTIONS[name](name=name, **OPTIONS.get(name, {}))
+    return declared.ADAPTER_OPTIONS[name](name=name, **OPTIONS.get(name, {}))
 
 
 def recipe(name: str, **changes: Any) -> TrainRecipe:
@@ -96,7 +96,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_starts_as_the_model_and_moves_only_itself_and_the_head(name: str) -> None:
     module, plain = model(0), model(0)
-    elsewhere = adapt(module, chosen(name), seed=0)
+    elsewhere = inject_adapter(module, chosen(name), seed=0)
     x = torch.randn(8, WIDTH)
     torch.testing.assert_close(module(x), plain(x), rtol=1e-5, atol=1e-5)
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
@@ -116,27 +116,27 @@ def test_it_starts_as_the_model_and_moves_only_itself_and_the_head(name: str) ->
 def test_it_learns_saves_little_and_merges_into_a_plain_model(name: str, tmp_path: Path) -> None:
     run = train_here(recipe(name), tmp_path / "run")
     assert run.failure() is None
-    saved = load(listed(run.checkpoints)[-1], 0)["model"]
+    saved = load_part(list_checkpoints(run.checkpoints)[-1], 0)["model"]
     assert not any("base_layer" in key for key in saved)
     losses_measured = [row["valid"]["loss"] for row in rows_of(run)]
     assert losses_measured[-1] < losses_measured[0]
     assert load_best(run.path, {}).evaluate()["loss"] == pytest.approx(min(losses_measured), rel=1e-5)
 
     module = model(0)
-    adapt(module, chosen(name), seed=0)
+    inject_adapter(module, chosen(name), seed=0)
     module.load_state_dict(saved, strict=False)
     x = torch.randn(50, WIDTH)
     with torch.no_grad():
         adapted = module.eval()(x)
-        merge(module)
+        merge_adapter(module)
         torch.testing.assert_close(module(x), adapted, rtol=1e-4, atol=1e-5)
     assert module.state_dict().keys() == model(0).state_dict().keys()
 
 
 def rows_of(run: RunDirectory) -> list[dict[str, Any]]:
-    from raytrain.run.directory import rows
+    from raytrain.run.directory import read_jsonl
 
-    return [row for row in rows(run.metrics) if "valid" in row]
+    return [row for row in read_jsonl(run.metrics) if "valid" in row]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,14 +145,16 @@ def test_a_resumed_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
     straight = train_here(recipe(name, steps=20, **{"schedule.name": "constant"}), tmp_path / "straight-20")
     cut = train_here(recipe(name, steps=20, **{"schedule.name": "constant"}), tmp_path / "cut")
     assert cut.failure() is None
-    one, other = (load(listed(run.checkpoints)[-1], 0)["model"] for run in (straight, cut))
+    one, other = (load_part(list_checkpoints(run.checkpoints)[-1], 0)["model"] for run in (straight, cut))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_another_model_beneath_an_adapter_is_noticed(tmp_path: Path) -> None:
     train_here(recipe("lora", task={"name": "test_adapters:another_base"}, steps=2), tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"this checkpoint is of an adapter beside another model: the weights at"):
+    with pytest.raises(
+        CheckpointError, match=r"this checkpoint is of an adapter on another base model: the weights at"
+    ):
         load_best(tmp_path / "run", {"task.width": 2}).evaluate()
 
 
@@ -180,7 +182,7 @@ def test_another_model_beneath_an_adapter_is_noticed(tmp_path: Path) -> None:
 def test_errors_say_what_does_not_fit(change: dict[str, Any], message: str) -> None:
     section = {"name": "lora", **change}
     with pytest.raises(RecipeError, match=message):
-        adapt(model(0), TrainRecipe.parse({"kind": "train", "task": "digits", "adapter": section}).adapter, 0)
+        inject_adapter(model(0), TrainRecipe.parse({"kind": "train", "task": "digits", "adapter": section}).adapter, 0)
 
 
 def test_a_fault_that_is_not_the_recipes_is_not_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,20 +191,20 @@ def test_a_fault_that_is_not_the_recipes_is_not_called_so(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("peft.inject_adapter_in_model", fail)
     with pytest.raises(torch.OutOfMemoryError, match="^the GPU is full$"):
-        adapt(model(0), chosen("lora"), 0)
+        inject_adapter(model(0), chosen("lora"), 0)
 
 
 def test_a_model_without_blocks_must_name_its_layers() -> None:
     with pytest.raises(RecipeError, match=r"adapter.target_modules: the model has no linear layers inside repeated bl"):
-        adapt(nn.Sequential(nn.Linear(2, 2)), chosen("lora"), 0)
+        inject_adapter(nn.Sequential(nn.Linear(2, 2)), chosen("lora"), 0)
 
 
 def test_new_parameters_are_trained_or_at_least_saved() -> None:
     module = model(0)
-    mark_new(module.layers[0].norm.parameters())
-    mark_new(module.layers[1].norm.parameters())
+    mark_untrained(module.layers[0].norm.parameters())
+    mark_untrained(module.layers[1].norm.parameters())
     module.layers[1].norm.requires_grad_(False)  # freeze.match
-    elsewhere = adapt(module, chosen("lora"), 0)
+    elsewhere = inject_adapter(module, chosen("lora"), 0)
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
     assert {key for key in trained if "lora" not in key} == {
         "layers.0.norm.weight", "layers.0.norm.bias", "classifier.weight", "classifier.bias",
@@ -211,12 +213,12 @@ def test_new_parameters_are_trained_or_at_least_saved() -> None:
 
 
 def test_patterns_of_what_is_trained_beside_an_adapter_must_fit() -> None:
-    options = declared.OPTIONS["lora"]
+    options = declared.ADAPTER_OPTIONS["lora"]
     module = model(0)
-    adapt(module, options(name="lora", modules_to_save=("*norm*", "score*")), 0)
+    inject_adapter(module, options(name="lora", modules_to_save=("*norm*", "score*")), 0)
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
     assert {key.split(".")[2] for key in trained if "lora" not in key} == {"norm"}
     with pytest.raises(
         RecipeError, match=r"^adapter.modules_to_save: 'clasifier\*' matches no parameter of the model; did y"
     ):
-        adapt(model(0), options(name="lora", modules_to_save=("clasifier*",)), 0)
+        inject_adapter(model(0), options(name="lora", modules_to_save=("clasifier*",)), 0)

@@ -12,19 +12,19 @@ from pytorch_optimizer.base.exception import NegativeLRError
 from torch import nn
 
 from raytrain.models import options as adapters
-from raytrain.models.adapters import configuration, options_of_adapter
+from raytrain.models.adapters import options_from_peft, peft_config
 from raytrain.optim import arguments
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.ema import averages
-from raytrain.optim.optimizers import make_optimizer, options_of_optimizer
-from raytrain.optim.options import ALL, OptimizerOptions
-from raytrain.recipe import declared_options
+from raytrain.optim.ema import averages_weights
+from raytrain.optim.optimizers import make_optimizer, options_from_constructor
+from raytrain.optim.options import ALL_OPTIMIZERS, OptimizerOptions
+from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
 from raytrain.sync import options as sync
 from raytrain.sync.options import ALL_SYNCHRONISERS, SyncOptions
 from raytrain.tasks import options as tasks
-from raytrain.tasks.task import TASKS, options_of_task
-from raytrain.zeroth.optimizers import ForwardGradient, ZerothOrder, ZOConservative, ZOHybrid
+from raytrain.tasks.task import TASKS, task_options
+from raytrain.zeroth.optimizers import ForwardGradient, ZerothOrderOptimizer, ZOConservative, ZOHybrid
 
 NAMES = [name for name in adapters.ADAPTERS if name != "none"]
 ODD_NUMBERS = st.sampled_from([-1.0, -1e-9, 0.0, 1e-9, 0.5, 1.0, 1.5, 2.0, 3.0, 128.0])
@@ -40,39 +40,39 @@ def defaults(options: Any) -> dict[str, Any]:
 
 
 def test_every_table_has_its_options() -> None:
-    assert tasks.OPTIONS.keys() == TASKS.keys()
+    assert tasks.TASK_OPTIONS.keys() == TASKS.keys()
     assert sync.SYNC_OPTIONS.keys() == ALL_SYNCHRONISERS.keys()
-    assert arguments.OPTIONS.keys() == ALL.keys()
-    assert adapters.OPTIONS.keys() == adapters.ADAPTERS.keys()
+    assert arguments.OPTIMIZER_OPTIONS.keys() == ALL_OPTIMIZERS.keys()
+    assert adapters.ADAPTER_OPTIONS.keys() == adapters.ADAPTERS.keys()
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks_declare_them(name: str) -> None:
-    assert options_of_task(resolve(TASKS, name, "task.name")) is tasks.OPTIONS[name]
+    assert task_options(resolve(TASKS, name, "task.name")) is tasks.TASK_OPTIONS[name]
 
 
 @pytest.mark.parametrize("name", ALL_SYNCHRONISERS)
 def test_synchronisers_declare_them(name: str) -> None:
     factory = resolve(ALL_SYNCHRONISERS, name, "sync.name")
-    assert declared_options(factory, SyncOptions) is sync.SYNC_OPTIONS[name]
+    assert options_parameter(factory, SyncOptions) is sync.SYNC_OPTIONS[name]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 class TestOptimizers:
     def test_they_are_the_arguments_of_the_constructor(self, name: str) -> None:
-        constructor = resolve(ALL, name, "optimizer.name")
-        assert defaults(optimizer_options(name)) == defaults(options_of_optimizer(constructor))
+        constructor = resolve(ALL_OPTIMIZERS, name, "optimizer.name")
+        assert defaults(optimizer_options(name)) == defaults(options_from_constructor(constructor))
 
     def test_what_they_say_of_the_optimizer_is_so(self, name: str) -> None:
-        constructor, options = resolve(ALL, name, "optimizer.name"), optimizer_options(name)
-        assert options.zeroth == issubclass(constructor, ZerothOrder)
+        constructor, options = resolve(ALL_OPTIMIZERS, name, "optimizer.name"), optimizer_options(name)
+        assert options.zeroth == issubclass(constructor, ZerothOrderOptimizer)
         assert options.exact == issubclass(constructor, ForwardGradient)
-        assert options.decides == issubclass(constructor, ZOConservative)
+        assert options.selects == issubclass(constructor, ZOConservative)
         assert options.hybrid == issubclass(constructor, ZOHybrid)
-        assert options.averages == averages(constructor)
+        assert options.averages == averages_weights(constructor)
         assert options.splits_hidden == bool(getattr(constructor, "splits_hidden", False))
         given = options(name=name)
-        assert options.fuses == options_of_optimizer(constructor).fuses
+        assert options.fuses == options_from_constructor(constructor).fuses
         made = make_optimizer(constructor, given, nn.Linear(2, 2))
         own = given.arguments().keys()
         assert own - made.defaults.keys() == options.shared
@@ -80,7 +80,7 @@ class TestOptimizers:
     @given(st.data())
     @settings(max_examples=60, deadline=None)
     def test_what_they_accept_the_constructor_takes(self, name: str, data: st.DataObject) -> None:
-        options, constructor = optimizer_options(name), resolve(ALL, name, "optimizer.name")
+        options, constructor = optimizer_options(name), resolve(ALL_OPTIMIZERS, name, "optimizer.name")
         own = [field for field in options.model_fields if field not in OptimizerOptions.model_fields]
         changes = {}
         for field in data.draw(st.lists(st.sampled_from(own), max_size=3, unique=True)):
@@ -103,8 +103,8 @@ class TestOptimizers:
 
 def test_what_a_constructor_refuses_they_refuse() -> None:
     """The other way round, where numbers are few: each of them alone at each optimizer that checks it."""
-    for name in ALL:
-        options, constructor = optimizer_options(name), resolve(ALL, name, "optimizer.name")
+    for name in ALL_OPTIMIZERS:
+        options, constructor = optimizer_options(name), resolve(ALL_OPTIMIZERS, name, "optimizer.name")
         for field, number in [(field, number) for field in defaults(options) for number in (-1.0, 0.0, 1.0, math.pi)]:
             default = options.model_fields[field].default
             if field in OptimizerOptions.model_fields or isinstance(default, bool) or not isinstance(default, float):
@@ -133,13 +133,13 @@ def _accepts(options: Any, name: str, changes: dict[str, Any]) -> bool:
 class TestAdapters:
     def test_they_are_the_fields_of_the_configuration(self, name: str) -> None:
         config = resolve(adapters.ADAPTERS, name, "adapter.name")
-        assert defaults(adapters.OPTIONS[name]) == defaults(options_of_adapter(config))
+        assert defaults(adapters.ADAPTER_OPTIONS[name]) == defaults(options_from_peft(config))
 
     @pytest.mark.filterwarnings("ignore")
     @given(st.data())
     @settings(max_examples=60, deadline=None)
     def test_what_they_accept_the_configuration_takes(self, name: str, data: st.DataObject) -> None:
-        options = adapters.OPTIONS[name]
+        options = adapters.ADAPTER_OPTIONS[name]
         own = [field for field in options.model_fields if field not in ("name", "modules_to_save")]
         values = st.sampled_from(
             [True, False, 0, 1, 2, 3, -1, 0.5, "all", "none", "eva", "bat", "a.*", ["a", "b"], [1], {"a": 4}, None]
@@ -149,4 +149,4 @@ class TestAdapters:
             given = options(name=name, **changes)
         except ValidationError:
             return
-        configuration(given)
+        peft_config(given)

@@ -15,8 +15,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from raytrain.errors import RecipeError
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.run.loggers import LOGGERS, TensorBoard, logger_class, scalars
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.loggers import LOGGERS, TensorBoard, flatten_row, logger_class
 from raytrain.testing import train_here, train_with_gloo
 from raytrain.training.recipe import TrainRecipe
 
@@ -111,7 +111,9 @@ def recipe(*loggers: str, **changes: Any) -> TrainRecipe:
 
 
 def in_metrics(run: RunDirectory) -> Counter[Point]:
-    return Counter((row["step"], name, number) for row in rows(run.metrics) for name, number in scalars(row).items())
+    return Counter(
+        (row["step"], name, number) for row in read_jsonl(run.metrics) for name, number in flatten_row(row).items()
+    )
 
 
 def rounded(points: Iterator[Point] | Counter[Point]) -> Counter[tuple[int, str, str]]:
@@ -142,7 +144,7 @@ def test_a_resumed_run_goes_on_in_the_same_place_and_logs_nothing_twice(
     assert statuses == [-signal.SIGKILL]
     run = train_here(recipe(name, **seldom), folder)
     assert run.failure() is None
-    assert [row["from_step"] for row in rows(run.attempts)] == [0, 3]
+    assert [row["from_step"] for row in read_jsonl(run.attempts)] == [0, 3]
     points = rounded(READERS[name](folder))
     assert set(points.values()) == {1}
     assert set(points) == set(rounded(in_metrics(run)))
@@ -214,8 +216,7 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, cap
     assert run.failure() is None
     assert capfd.readouterr().err.splitlines() == [
         "raytrain: log.loggers: tests_of_loggers:Breaking failed, and gets no more of this attempt: ConnectionError: "
-        "no "
-        f"route to host; all metrics are in {run.metrics}"
+        f"no route to host; all metrics are in {run.metrics}"
     ]
     assert rounded(in_tensorboard(run.path)) == rounded(in_metrics(run))
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.ema import averages
+from raytrain.optim.ema import averages_weights
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import OPTIMIZERS
 from raytrain.registry import resolve
@@ -236,4 +236,4 @@ def test_it_takes_the_steps_of_its_paper(name: str) -> None:
         np.testing.assert_allclose(
             module.weight.detach().numpy(), recursion.send(gradient), rtol=1e-6, atol=1e-9, err_msg=f"step {step + 1}"
         )
-    assert averages(optimizer) == (name == "schedulefree")
+    assert averages_weights(optimizer) == (name == "schedulefree")

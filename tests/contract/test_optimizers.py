@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.ema import average_of
+from raytrain.optim.ema import make_average
 from raytrain.optim.optimizers import (
     load_state_by_name,
     make_optimizer,
     state_by_name,
     state_bytes,
 )
-from raytrain.optim.options import ONE_RATE, OPTIMIZERS, WHOLE, OptimizerOptions, is_elementwise
+from raytrain.optim.options import NOT_ELEMENTWISE, OPTIMIZERS, SINGLE_LR, OptimizerOptions, is_elementwise
 from raytrain.registry import resolve
-from raytrain.run.checkpoint import CheckpointStore, load
-from raytrain.sync.averaging import ExactExchange
+from raytrain.run.checkpoint import CheckpointStore, load_part
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.digits import DigitsOptions, digits
 from raytrain.training.recipe import TrainRecipe
@@ -141,7 +141,7 @@ class TestEveryOptimizer:
         held_out, answers = task.collate([task.data("valid")[place] for place in range(300)])
         module = task.model(0)
         optimizer, _ = made(name, module, lr=RATES.get(name, 0.01))
-        average = average_of(module, optimizer, 0.0)
+        average = make_average(module, optimizer, 0.0)
         for step in range(60):
             part = slice(step % 8 * 128, (step % 8 + 1) * 128)
             cross_entropy(module(images[part]), labels[part]).backward()
@@ -154,7 +154,7 @@ class TestEveryOptimizer:
     def test_a_recipe_that_names_it_survives_being_written_and_read(self, name: str) -> None:
         recipe = TrainRecipe.parse({"kind": "train", "task": "digits", "optimizer": name})
         assert TrainRecipe.parse(tomllib.loads(recipe.to_toml())) == recipe
-        assert TrainRecipe.parse(recipe.plain()) == recipe
+        assert TrainRecipe.parse(recipe.to_dict()) == recipe
 
     def test_a_saved_and_loaded_state_goes_on_to_the_bit(self, name: str, tmp_path: Path) -> None:
         straight = Model()
@@ -164,11 +164,11 @@ class TestEveryOptimizer:
         optimizer, _ = made(name, first)
         train(first, optimizer, 0, 5)
         state = {"optimizer": state_by_name(optimizer, first)}
-        path = CheckpointStore(tmp_path, 1, ExactExchange(LocalTransport())).save(state, {"step": 5, "best_step": 0})
+        path = CheckpointStore(tmp_path, 1, ExactAverager(LocalTransport())).save(state, {"step": 5, "best_step": 0})
         second = Model()
         second.load_state_dict(first.state_dict())
         optimizer, options = made(name, second)
-        load_state_by_name(optimizer, second, load(path, 0)["optimizer"], options)
+        load_state_by_name(optimizer, second, load_part(path, 0)["optimizer"], options)
         train(second, optimizer, 5, 10)
         assert all(map(torch.equal, straight.parameters(), second.parameters()))
 
@@ -203,7 +203,7 @@ class TestEveryOptimizer:
         assert torch.equal(decayed["head.weight"], torch.full((1, 5), 0.5))
 
     def test_a_rule_can_hold_parameters_where_they_are(self, name: str) -> None:
-        if name in ONE_RATE:
+        if name in SINGLE_LR:
             with pytest.raises(
                 ValueError, match=rf"groups.0 \(match = 'tall.\*'\): {name} finds one learning rate for"
             ):
@@ -244,8 +244,8 @@ class TestEveryOptimizer:
 
 
 def test_what_needs_whole_parameters_has_a_name() -> None:
-    assert OPTIMIZERS.keys() >= WHOLE
-    assert ONE_RATE <= WHOLE
+    assert OPTIMIZERS.keys() >= NOT_ELEMENTWISE
+    assert SINGLE_LR <= NOT_ELEMENTWISE
     assert not is_elementwise("mine:Optimizer")
 
 
@@ -455,7 +455,7 @@ def test_schedulefree_evaluates_the_weighted_average(beta: float, rates: list[fl
     """The average x of z_1, z_2, ..., each weighed by the square of the largest learning rate so far."""
     module = nn.Linear(3, 2, dtype=torch.float64)
     optimizer, _ = made("schedulefree", module, betas=[beta, 0.99])
-    average = average_of(module, optimizer, 0.0)
+    average = make_average(module, optimizer, 0.0)
     assert average is not None
     total, weights = torch.zeros(2, 3, dtype=torch.float64), 0.0
     for step, rate in enumerate(rates):
@@ -465,6 +465,6 @@ def test_schedulefree_evaluates_the_weighted_average(beta: float, rates: list[fl
         weight = max(rates[: step + 1]) ** 2
         total, weights = total + weight * optimizer.state[module.weight]["z"], weights + weight
         live = copies(module)
-        with average.applied():
+        with average.average_parameters():
             torch.testing.assert_close(module.weight.detach(), total / weights)
         assert all(torch.equal(value, live[name]) for name, value in module.named_parameters())

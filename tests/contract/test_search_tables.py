@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import search
-from raytrain.registry import line_about, resolve
+from raytrain.registry import resolve, summary
 from search.pbt.exploit import EXPLOITS, Exploit
 from search.pbt.explore import EXPLORES, Explore
 from search.recipe import SearchRecipe
@@ -26,7 +26,7 @@ BASES = {"searchers": Searcher, "exploits": Exploit, "explores": Explore}
 @pytest.mark.parametrize(("title", "name"), [(title, name) for title, table in TABLES.items() for name in table])
 def test_every_name_stands_for_something_described(title: str, name: str) -> None:
     table: Mapping[str, str] = TABLES[title]
-    assert line_about(table, name).endswith(".")
+    assert summary(table, name).endswith(".")
     if title in BASES:
         assert issubclass(resolve(table, name, title), BASES[title])
 

@@ -10,14 +10,14 @@ import torch
 
 from raytrain.errors import RecipeError
 from raytrain.kinds import load_kinds
-from raytrain.recipe import declared_options, read_toml
-from raytrain.registry import line_about, resolve
-from raytrain.sync.averaging import ExactExchange
+from raytrain.recipe import options_parameter, read_toml
+from raytrain.registry import resolve, summary
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.tasks.losses import loss_weights
-from raytrain.tasks.task import TASKS, Task, make_task, options_of_task
+from raytrain.tasks.task import TASKS, Task, make_task, task_options
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
-from raytrain.training.evaluation import measure
+from raytrain.training.evaluation import measure_batch
 
 
 def entries() -> Iterator[Any]:
@@ -30,7 +30,7 @@ def entries() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("table", "name"), list(entries()))
 def test_every_name_stands_for_something_described(table: Mapping[str, str], name: str) -> None:
-    line = line_about(table, name)
+    line = summary(table, name)
     assert line.endswith((".", ")"))
     assert not line.startswith("This is the configuration class")
 
@@ -67,7 +67,7 @@ def small(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
 @pytest.fixture
 def task(name: str, small: dict[str, dict[str, Any]]) -> Task:
     factory = resolve(TASKS, name, "task.name")
-    return make_task(factory, options_of_task(factory)(name=name, **small.get(name, {})))
+    return make_task(factory, task_options(factory)(name=name, **small.get(name, {})))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -88,7 +88,7 @@ def test_tasks(task: Task) -> None:
         losses.sum().backward()
         assert all(parameter.grad is not None for parameter in one.parameters())
     with torch.no_grad():
-        measured = measure(task, one.eval(), batch, 3)
+        measured = measure_batch(task, one.eval(), batch, 3)
         losses = task.losses(one, batch)
     assert task.metric in measured
     assert all(count > 0 for _, count in measured.values())
@@ -101,10 +101,10 @@ def test_what_tasks_settle_makes_the_same_model_where_there_is_no_data(
     name: str, task: Task, small: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     factory = resolve(TASKS, name, "task.name")
-    options = options_of_task(factory)(name=name, **small.get(name, {}))
-    kept = options.model_validate(json.loads(json.dumps(options.model_dump(mode="json"))) | dict(task.settle()))
+    options = task_options(factory)(name=name, **small.get(name, {}))
+    kept = options.model_validate(json.loads(json.dumps(options.model_dump(mode="json"))) | dict(task.infer_options()))
     again = make_task(factory, kept)
-    assert again.settle() == {}
+    assert again.infer_options() == {}
     gone = kept.model_copy(update={"path": str(tmp_path / "gone.jsonl")} if "path" in small.get(name, {}) else {})
     without = make_task(factory, gone)
     one, other = task.model(0), without.model(0)
@@ -115,7 +115,7 @@ def test_what_tasks_settle_makes_the_same_model_where_there_is_no_data(
     examples = without.inputs(tmp_path / "in.txt")
     assert without.predict(other.eval(), examples) == task.predict(one.eval(), task.inputs(tmp_path / "in.txt"))
     without.export(other, tmp_path / "out")
-    for use in (without.settle, lambda: without.data("train")):
+    for use in (without.infer_options, lambda: without.data("train")):
         with pytest.raises(RecipeError, match=r"^task.path: no such file or folder: .*gone.jsonl$"):
             use()
 
@@ -163,18 +163,18 @@ def test_tasks_export_what_hugging_face_loads(name: str, task: Task, tmp_path: P
 def test_synchronisers_keep_replicas_equal(name: str) -> None:
     """At the end; what they share is equal at any time, and they stop together."""
     factory = resolve(SYNCHRONISERS, name, "sync.name")
-    kind = declared_options(factory)
+    kind = options_parameter(factory)
     options = kind(name=name, **({"every": 2} if "every" in kind.model_fields else {}))
 
     def replica(transport: ThreadTransport) -> tuple[list[bool], list[torch.Tensor]]:
         module = TinyModel(TinyOptions(name="tiny", norm=True))
-        sync = factory(ExactExchange(transport), options)
-        sync.start(module)
+        sync = factory(ExactAverager(transport), options)
+        sync.attach(module)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         stops, shared = [], []
         for step in range(9):
             x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step * 10 + transport.rank))
-            sync.begin(5.0)
+            sync.set_weight(5.0)
             sync.before_backward()
             loss = module(x).square().mean()
             loss.backward()
@@ -182,7 +182,7 @@ def test_synchronisers_keep_replicas_equal(name: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             sync.after_step(1.0)
-            with sync.shared():
+            with sync.synced_parameters():
                 shared += [value.detach().clone() for value in module.parameters()]
         sync.state_dict()
         sync.finish()

@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -15,12 +16,13 @@ import pytest
 import torch
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.kinds import Order
-from raytrain.launch.dispatch import run
-from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.kinds import RunOptions
+from raytrain.launch.dispatch import run_training
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.testing import train_with_threads
+from raytrain.testing_command import Command, start_command
 from raytrain.training.recipe import TrainRecipe
 
 TINY = {
@@ -44,25 +46,22 @@ def recipe(workplace: Path, *faults: str, **changes: Any) -> TrainRecipe:
         f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
     )
     fields = {name.replace("__", "."): value for name, value in changes.items()}
-    return TrainRecipe.parse(merged({**TINY, "callbacks": ["faults:plan"]}, fields))
+    return TrainRecipe.parse(apply_overrides({**TINY, "callbacks": ["faults:plan"]}, fields))
 
 
-def test_workers_that_die_hang_stop_or_leave_are_started_again(workplace: Path) -> None:
-    faults = ("1, 15, 'kill'", "0, 25, 'hang'", "1, 35, 'stop'", "0, 45, 'leave'")
-    broken = recipe(workplace, *faults, sync__timeout_seconds=12, max_failures=4)
-    result = run(broken, Order(workplace / "run"))
-    assert (result.status, result.restarts) == ("done", 4)
-    killed, hung, stopped, left = [row["workers"] for row in rows(workplace / "run" / "restarts.jsonl")]
-    assert killed == {"1": "its process died: killed, out of memory, or crashed (SIGKILL)"}
-    (stack,) = (workplace / "run").glob("hang-worker-0-*.txt")
-    assert hung == {"0": f"it hung, and was ended; its stack is in {stack}"}
-    assert "testing.py" in stack.read_text()
-    assert stopped["1"] == "it was stopped (SIGSTOP), and was ended"
-    assert left == {"0": "its process ended with exit status 0 before the training did"}
-    assert [row["from_step"] for row in rows(workplace / "run" / "attempts.jsonl")] == [0, 10, 20, 30, 40]
-    whole = train_with_threads(broken.with_overrides({"callbacks": []}), workplace / "whole")
-    one, other = (load(listed(path.checkpoints)[-1], 0) for path in (whole, RunDirectory(workplace / "run")))
-    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+@pytest.fixture(scope="module", autouse=True)
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TrainRecipe, Path, Command]]:
+    """A run with faults that take their time, while the other tests go on."""
+    folder = tmp_path_factory.mktemp("broken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        faults = ("1, 15, 'kill'", "0, 25, 'hang'", "1, 35, 'stop'", "0, 45, 'leave'")
+        settings = recipe(folder, *faults, sync__timeout_seconds=15, max_failures=4)
+    (folder / "broken.toml").write_text(settings.to_toml())
+    command = start_command(["train", "broken.toml", "--out", "run"], folder, os.environ)
+    yield settings, folder / "run", command
+    command.kill()
 
 
 def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +69,7 @@ def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pyte
     before = [(each.level, list(each.handlers), each.propagate) for each in loggers]
     broken = recipe(workplace, "0, 15, 'kill'", "1, 25, 'kill'", max_failures=1)
     with pytest.raises(TrainingError) as caught:
-        run(broken, Order(workplace / "run"))
+        run_training(broken, RunOptions(workplace / "run"))
     assert str(caught.value) == (
         "the workers failed more often than max_failures allows; "
         "worker 1: its process died: killed, out of memory, or crashed (SIGKILL)\n"
@@ -81,17 +80,17 @@ def test_a_worker_that_fails_too_often_ends_the_run(workplace: Path, capfd: pyte
     assert "elastic" not in shown, "what torch logs of it is not for the user"
     assert "WARNING" not in shown
     assert [(each.level, each.handlers, each.propagate) for each in loggers] == before
-    result = run(broken, Order(workplace / "run", resume=True))
+    result = run_training(broken, RunOptions(workplace / "run", resume=True))
     assert (result.status, result.figures["steps"], result.restarts) == ("done", 60, 2)
 
 
 def test_an_error_in_the_users_code_is_shown_and_not_tried_again(workplace: Path) -> None:
     with pytest.raises(TrainingError) as caught:
-        run(recipe(workplace, "1, 25, 'fail'"), Order(workplace / "run"))
+        run_training(recipe(workplace, "1, 25, 'fail'"), RunOptions(workplace / "run"))
     assert "RuntimeError: a fault on purpose at rank 1, step 25" in str(caught.value)
     assert "testing.py" in str(caught.value)
     assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")
-    assert len(rows(workplace / "run" / "attempts.jsonl")) == 1
+    assert len(read_jsonl(workplace / "run" / "attempts.jsonl")) == 1
     assert json.loads((workplace / "run" / "result.json").read_text())["status"] == "failed"
 
 
@@ -113,7 +112,7 @@ def test_workers_that_do_not_fit_are_refused(workplace: Path, changes: dict[str,
     if torch.cuda.is_available() and "resources__gpus" in changes:
         pytest.skip("this machine has a GPU")
     with pytest.raises(RecipeError, match=message):
-        run(recipe(workplace, **changes), Order(workplace / "run"))
+        run_training(recipe(workplace, **changes), RunOptions(workplace / "run"))
     assert not (workplace / "run").exists()
 
 
@@ -144,7 +143,7 @@ def test_nothing_listens_where_others_could_reach_it(
     before = set(listening([psutil.Process()]))
 
     def look() -> None:
-        while not (attempts := rows(workplace / "run" / "attempts.jsonl")):
+        while not (attempts := read_jsonl(workplace / "run" / "attempts.jsonl")):
             time.sleep(0.05)
         workers = [psutil.Process(worker["pid"]) for worker in attempts[0]["workers"]]
         heard.extend(listening(workers))
@@ -152,7 +151,28 @@ def test_nothing_listens_where_others_could_reach_it(
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
-    assert run(settings, Order(workplace / "run")).status == "done"
+    assert run_training(settings, RunOptions(workplace / "run")).status == "done"
     looking.join()
     assert heard, "workers exchange over sockets"
     assert all(ipaddress.ip_address(address).is_loopback for address in heard), heard
+
+
+def test_workers_that_die_hang_stop_or_leave_are_started_again(
+    broken: tuple[TrainRecipe, Path, Command], tmp_path: Path
+) -> None:
+    settings, run, command = broken
+    status, _, err = command.finish()
+    assert status == 0, err
+    killed, hung, stopped, left = [row["workers"] for row in read_jsonl(run / "restarts.jsonl")]
+    assert killed == {"1": "its process died: killed, out of memory, or crashed (SIGKILL)"}
+    (stack,) = run.glob("hang-worker-0-*.txt")
+    assert hung == {"0": f"it hung, and was ended; its stack is in {stack}"}
+    assert "testing.py" in stack.read_text()
+    assert stopped["1"] == "it was stopped (SIGSTOP), and was ended"
+    assert left == {"0": "its process ended with exit status 0 before the training did"}
+    assert [row["from_step"] for row in read_jsonl(run / "attempts.jsonl")] == [0, 10, 20, 30, 40]
+    result = json.loads((run / "result.json").read_text())
+    assert (result["status"], result["restarts"]) == ("done", 4)
+    whole = train_with_threads(settings.with_overrides({"callbacks": []}), tmp_path / "whole")
+    one, other = (load_part(list_checkpoints(path.checkpoints)[-1], 0) for path in (whole, RunDirectory(run)))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load, read_manifest
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.testing import PEER_LOST, repeatable_rows, train_here, train_with_gloo, train_with_threads
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import list_checkpoints, load_part, read_manifest
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.testing import PEER_LOST_STATUS, repeatable_rows, train_here, train_with_gloo, train_with_threads
 from raytrain.training.recipe import TrainRecipe
 
 TINY = {
@@ -31,11 +31,11 @@ TINY = {
 
 
 def recipe(**changes: Any) -> TrainRecipe:
-    return TrainRecipe.parse(merged(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
+    return TrainRecipe.parse(apply_overrides(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
-    return load(listed(folder / "checkpoints")[-1], 0)["model"]
+    return load_part(list_checkpoints(folder / "checkpoints")[-1], 0)["model"]
 
 
 def equal(one: Path, other: Path) -> bool:
@@ -102,7 +102,7 @@ def test_all_workers_stop_early_together(tmp_path: Path) -> None:
     run = train_with_threads(still, tmp_path / "run")
     assert run.failure() is None
     assert [row["step"] for row in history(tmp_path / "run") if "valid" in row] == [5, 10, 15]
-    assert read_manifest(listed(run.checkpoints)[-1]).progress["status"] == "stopped early"
+    assert read_manifest(list_checkpoints(run.checkpoints)[-1]).progress["status"] == "stopped early"
 
 
 def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_a_killed_process_is_noticed_and_the_run_resumes_to_the_bit(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(workplace))
     broken = recipe(workers=2, **faulty(workplace, "1, 27, 'kill'", "0, 43, 'kill'"))
-    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST, -9]
-    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST]
+    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST_STATUS, -9]
+    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST_STATUS]
     assert train_with_gloo(broken, workplace / "broken") == [0, 0]
-    assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 20, 40]
+    assert [row["from_step"] for row in read_jsonl(workplace / "broken" / "attempts.jsonl")] == [0, 20, 40]
     train_with_threads(recipe(workers=2), workplace / "whole")
     assert equal(workplace / "broken", workplace / "whole")
     assert history(workplace / "broken") == history(workplace / "whole")
@@ -150,4 +150,7 @@ def test_an_error_ends_all_workers_at_once_and_is_told_to_the_command(
     failure = RunDirectory(workplace / "run").failure()
     assert failure.message == "worker 1: RuntimeError: a fault on purpose at rank 1, step 27"
     assert "testing.py" in failure.trace
-    assert [path.name for path in listed(workplace / "run" / "checkpoints")] == ["step-00000010", "step-00000020"]
+    assert [path.name for path in list_checkpoints(workplace / "run" / "checkpoints")] == [
+        "step-00000010",
+        "step-00000020",
+    ]

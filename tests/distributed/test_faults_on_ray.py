@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.kinds import Order
-from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import rows
+from raytrain.kinds import RunOptions
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import read_jsonl
 from raytrain.testing import repeatable_rows, train_with_gloo, train_with_threads
 from raytrain.training.recipe import TrainRecipe
 
@@ -37,7 +37,7 @@ def recipe(workplace: Path, *faults: str, **changes: Any) -> TrainRecipe:
         f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
     )
     fields = {name.replace("__", "."): value for name, value in changes.items()}
-    return TrainRecipe.parse(merged({**TINY, "callbacks": ["faults:plan"]}, fields))
+    return TrainRecipe.parse(apply_overrides({**TINY, "callbacks": ["faults:plan"]}, fields))
 
 
 def faults(workplace: Path) -> list[str]:
@@ -48,37 +48,37 @@ def faults(workplace: Path) -> list[str]:
 
 def check_equal(one: Path, other: Path) -> None:
     """Check that two runs are equal to the bit, and their logs but for the clock."""
-    first, second = (load(listed(folder / "checkpoints")[-1], 0)["model"] for folder in (one, other))
+    first, second = (load_part(list_checkpoints(folder / "checkpoints")[-1], 0)["model"] for folder in (one, other))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert repeatable_rows(one / "metrics.jsonl") == repeatable_rows(other / "metrics.jsonl")
 
 
 def test_killed_and_hanging_workers_are_started_again_and_equal_threads(ray_cluster: None, workplace: Path) -> None:
-    from raytrain.launch.train import run
+    from raytrain.launch.train import run_on_ray
 
     broken = recipe(workplace, "1, 15, 'kill'", "0, 35, 'hang'", sync__timeout_seconds=20)
-    result = run(broken, Order(workplace / "broken"))
+    result = run_on_ray(broken, RunOptions(workplace / "broken"))
     assert (result.status, result.restarts) == ("done", 2)
     assert (result.figures["steps"], result.figures["samples"]) == (60, 480)
     assert result.figures["bytes_sent"] > 0
     assert faults(workplace) == ["hang at rank 0, step 35", "kill at rank 1, step 15"]
     train_with_threads(broken.with_overrides({"callbacks": []}), workplace / "whole")
     check_equal(workplace / "broken", workplace / "whole")
-    notes = rows(workplace / "broken" / "restarts.jsonl")
+    notes = read_jsonl(workplace / "broken" / "restarts.jsonl")
     assert notes[0]["workers"]["1"] == "its process died: killed, out of memory, or crashed"
     assert notes[1]["workers"]["0"].startswith("it hung, and was ended; its stack is in ")
     (stack,) = (workplace / "broken").glob("hang-worker-0-*.txt")
     assert notes[1]["workers"]["0"].endswith(str(stack))
     assert "testing.py" in stack.read_text()
-    assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 10, 30]
+    assert [row["from_step"] for row in read_jsonl(workplace / "broken" / "attempts.jsonl")] == [0, 10, 30]
 
 
 def test_many_checkpoints_of_local_updates_cost_no_waiting_and_equal_those_of_threads(
     ray_cluster: None, workplace: Path
 ) -> None:
     """Ray takes one report in each of its polls, for which a run that saves faster would wait: it gets the last one."""
-    from raytrain.launch.train import run
+    from raytrain.launch.train import run_on_ray
 
     sync = {
         "name": "delayed-averaging",
@@ -88,8 +88,8 @@ def test_many_checkpoints_of_local_updates_cost_no_waiting_and_equal_those_of_th
         "buffers": "local",
         "timeout_seconds": 60,
     }
-    settings = TrainRecipe.parse({**recipe(workplace, checkpoint__every=1, task__norm=True).plain(), "sync": sync})
-    result = run(settings, Order(workplace / "run"))
+    settings = TrainRecipe.parse({**recipe(workplace, checkpoint__every=1, task__norm=True).to_dict(), "sync": sync})
+    result = run_on_ray(settings, RunOptions(workplace / "run"))
     assert (result.status, result.restarts) == ("done", 0)
     assert result.figures["bytes_sent"] > 0
     train_with_threads(settings, workplace / "threads")
@@ -102,32 +102,32 @@ def test_many_checkpoints_of_local_updates_cost_no_waiting_and_equal_those_of_th
 def test_a_sharded_worker_that_fails_too_often_ends_the_run_which_goes_on_to_the_bit(
     ray_cluster: None, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from raytrain.launch.train import run
+    from raytrain.launch.train import run_on_ray
 
     broken = recipe(workplace, "1, 25, 'kill'", max_failures=0, sync__name="fsdp")
     with pytest.raises(TrainingError) as caught:
-        run(broken, Order(workplace / "run"))
+        run_on_ray(broken, RunOptions(workplace / "run"))
     assert str(caught.value).startswith("the workers failed more often than max_failures allows; ")
     assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")
     shown = capsys.readouterr().err
     assert "worker 1: its process died: killed, out of memory, or crashed" in shown
     assert f"continue with: raytrain train {workplace}/run --resume" in shown
-    result = run(broken, Order(workplace / "run", resume=True))
-    notes = rows(workplace / "run" / "restarts.jsonl")
+    result = run_on_ray(broken, RunOptions(workplace / "run", resume=True))
+    notes = read_jsonl(workplace / "run" / "restarts.jsonl")
     assert (result.status, result.figures["steps"], result.restarts) == ("done", 60, 1), notes
     assert train_with_gloo(broken.with_overrides({"callbacks": []}), workplace / "whole") == [0, 0]
     check_equal(workplace / "run", workplace / "whole")
 
 
 def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: None, workplace: Path) -> None:
-    from raytrain.launch.train import run
+    from raytrain.launch.train import run_on_ray
 
     with pytest.raises(TrainingError) as caught:
-        run(recipe(workplace, "1, 25, 'fail'"), Order(workplace / "run"))
+        run_on_ray(recipe(workplace, "1, 25, 'fail'"), RunOptions(workplace / "run"))
     assert "RuntimeError: a fault on purpose at rank 1, step 25" in str(caught.value)
     assert "testing.py" in str(caught.value)
     assert str(caught.value).endswith(f"the last complete checkpoint is {workplace}/run/checkpoints/step-00000020")
-    assert len(rows(workplace / "run" / "attempts.jsonl")) == 1
+    assert len(read_jsonl(workplace / "run" / "attempts.jsonl")) == 1
     assert '"status": "failed"' in (workplace / "run" / "result.json").read_text()
 
 
@@ -148,11 +148,11 @@ def test_an_error_in_the_users_code_is_shown_and_not_tried_again(ray_cluster: No
     ],
 )
 def test_a_fault_on_another_machine_says_where(text: str, what: str) -> None:
-    from raytrain.launch.train import cause
+    from raytrain.launch.train import describe_failure
 
-    assert cause(RuntimeError(text)).startswith(what)
-    assert cause(RuntimeError(text)).endswith(" (on node-b)")
-    assert "(on" not in cause(RuntimeError(text.replace("node-b", socket.gethostname())))
+    assert describe_failure(RuntimeError(text)).startswith(what)
+    assert describe_failure(RuntimeError(text)).endswith(" (on node-b)")
+    assert "(on" not in describe_failure(RuntimeError(text.replace("node-b", socket.gethostname())))
 
 
 def test_a_machine_that_is_too_busy_for_ray_is_said_after_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:

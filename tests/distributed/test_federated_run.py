@@ -3,22 +3,23 @@
 import os
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from federated.build import Federation
-from federated.flower.channel import GridChannel
-from federated.flower.client import load_clients
+from federated.flower.seed_run import SeedRun
+from federated.flower.strategy_run import StrategyRun
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
-from federated.recipe import FederateRecipe
-from federated.server import Server
+from federated.recipe import STRATEGIES, FederateRecipe
+from federated.server import CommunicationRound, Server
+from raytrain.tensors import tensor_digest as digest
 
 FIELDS: dict[str, Any] = {
     "kind": "federate",
@@ -35,17 +36,14 @@ def recipe_of(**more: Any) -> FederateRecipe:
     return FederateRecipe.parse_with(FIELDS, more)
 
 
-def on_grid(
-    recipe: FederateRecipe, actors: int, folder: Path, hook: Callable[[int], None] = lambda number: None
-) -> Server:
-    federation = Federation.of(recipe)
-    server = federation.server()
-    options = ActorOptions(actors, cpus=recipe.clients.cpus)
-    with RayGrid(partial(load_clients, recipe.plain(), server.model), 12, options) as grid:
-        channel = GridChannel(grid, grid.get_node_ids(), recipe.faults.timeout_seconds, grid.end_actor)
-        for done in federation.rounds(server, channel).run(folder):
-            hook(done.number)
-    return server
+Run = SeedRun | StrategyRun
+
+
+def play(run: Run, actors: int, folder: Path, said: list[str] | None = None) -> list[CommunicationRound]:
+    """Play a run to its end on actors."""
+    options, clients = ActorOptions(actors, cpus=0.5), run.partition.clients
+    with RayGrid(run.client_factory(), clients, options, say=(said or []).append) as grid:
+        return list(run.play(grid, grid.get_node_ids(), folder, lambda done: None, grid.end_actor))
 
 
 def in_process(recipe: FederateRecipe, folder: Path) -> Server:
@@ -69,7 +67,9 @@ FAULTY = {
 def test_a_run_on_actors_is_the_run_in_one_process(ray_cluster: None, actors: int, tmp_path: Path) -> None:
     more = {"protocol.name": "fedkseed-pro"} if actors == 2 else FAULTY if actors == 3 else {}
     recipe = recipe_of(**more)
-    wanted, found = in_process(recipe, tmp_path / "one"), on_grid(recipe, actors, tmp_path / "other")
+    wanted, run = in_process(recipe, tmp_path / "one"), SeedRun(recipe)
+    play(run, actors, tmp_path / "other")
+    found = run.server
     assert found.model.coefficients.any()
     assert found.model.digest == wanted.model.digest
     assert np.array_equal(found.versions, wanted.versions)
@@ -99,27 +99,78 @@ def kill_when_serving(pid: int) -> threading.Thread:
 
 def test_an_actor_that_is_killed_in_a_round_changes_nothing(ray_cluster: None, tmp_path: Path) -> None:
     recipe = recipe_of(**{"protocol.local_steps": 100, "rounds": 3})
-    federation, said = Federation.of(recipe), list[str]()
-    server = federation.server()
-    with RayGrid(
-        partial(load_clients, recipe.plain(), server.model), 12, ActorOptions(2, 0.5), say=said.append
-    ) as grid:
+    run, said = SeedRun(recipe), list[str]()
+    with RayGrid(run.client_factory(), 12, ActorOptions(2, 0.5), say=said.append) as grid:
         killers = [kill_when_serving(pid) for pid in pids_of(grid)]
-        rounds = list(federation.rounds(server, GridChannel(grid, grid.get_node_ids())).run(tmp_path / "run"))
+        rounds = list(run.play(grid, grid.get_node_ids(), tmp_path / "run", lambda done: None, grid.end_actor))
     for killer in killers:
         killer.join()
     assert said == ["an actor died; starting another in its place"] * 2
     assert [len(done.heard) for done in rounds] == [5] * 3
-    assert server.model.digest == in_process(recipe, tmp_path / "one").model.digest
+    assert run.server.model.digest == in_process(recipe, tmp_path / "one").model.digest
 
 
 def test_a_million_clients_are_registered_in_a_second(ray_cluster: None, tmp_path: Path) -> None:
     recipe = recipe_of(**{"clients.count": 1_000_000, "clients.per_round": 100, "protocol.local_steps": 2, "rounds": 1})
     before, began = psutil.Process().memory_info().rss, time.perf_counter()
-    federation = Federation.of(recipe)
-    server = federation.server()
+    run = SeedRun(recipe)
     assert time.perf_counter() - began < 5, "about a second on an idle machine"
     assert psutil.Process().memory_info().rss - before < 64 << 20
-    with RayGrid(partial(load_clients, recipe.plain(), server.model), 1_000_000, ActorOptions(2, 0.5)) as grid:
-        (done,) = federation.rounds(server, GridChannel(grid, grid.get_node_ids())).run(tmp_path)
+    (done,) = play(run, 2, tmp_path)
     assert len(done.heard) == 100
+
+
+GRADIENTS: dict[str, Any] = {
+    "protocol": {"name": "flower", "local_steps": 4, "batch": 4},
+    "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+    "schedule": {"name": "linear"},
+    "rounds": 4,
+}
+ARGUMENTS: dict[str, dict[str, float]] = {
+    "FedProx": {"proximal_mu": 0.1},
+    "FedTrimmedAvg": {"beta": 0.2},
+    "QFedAvg": {"client_learning_rate": 0.05},
+    "FedAvgM": {"server_momentum": 0.9},
+    "Krum": {"num_malicious_nodes": 1},
+    "MultiKrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 2},
+    "FedAdam": {"eta": 0.01},
+    "FedYogi": {"eta": 0.01},
+    "FedAdagrad": {"eta": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def gradient_grid(ray_cluster: None) -> Iterator[RayGrid]:
+    """Two actors whose clients send parameters; all strategies have the same clients."""
+    run = StrategyRun(recipe_of(**GRADIENTS, **{"strategy.name": "FedAvg"}))
+    with RayGrid(run.client_factory(), 12, ActorOptions(2, 0.5)) as grid:
+        yield grid
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_learns_and_goes_on_as_if_nothing_had_happened(
+    gradient_grid: RayGrid, name: str, tmp_path: Path
+) -> None:
+    recipe = recipe_of(**GRADIENTS, **{"strategy.name": name, "strategy.arguments": ARGUMENTS.get(name, {})})
+
+    def rounds(run: StrategyRun, folder: Path) -> Iterator[CommunicationRound]:
+        grid = gradient_grid
+        return run.play(grid, grid.get_node_ids(), folder, lambda done: None, grid.end_actor)
+
+    straight, killed, resumed = (StrategyRun(recipe) for _ in range(3))
+    before = straight.evaluate()["loss"]
+    done = list(rounds(straight, tmp_path / "straight"))
+    assert [len(one.used) for one in done] == [5] * 4
+    assert {one.bytes_down for one in done} == {one.bytes_up for one in done}, "the parameters, both ways"
+    assert done[0].bytes_down > 5 * straight.parameter_bytes()
+    assert straight.evaluate()["loss"] < before
+    for _, __ in zip(range(2), rounds(killed, tmp_path / "killed"), strict=False):
+        pass
+    resumed.resume(tmp_path / "killed")
+    assert resumed.version == 2
+    list(rounds(resumed, tmp_path / "killed"))
+    assert digest_of(straight) == digest_of(resumed)
+
+
+def digest_of(run: StrategyRun) -> str:
+    return digest((name, torch.from_numpy(value)) for name, value in run.arrays.items())

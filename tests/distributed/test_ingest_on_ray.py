@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from raytrain.errors import TrainingError
-from raytrain.kinds import Order
-from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import rows
+from raytrain.kinds import RunOptions
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import read_jsonl
 from raytrain.testing import repeatable_rows, train_here, train_with_gloo
-from raytrain.training.build import task_of
-from raytrain.training.loader import Batches, Feed, Generated, Walk, local_feed
+from raytrain.training.build import build_task
+from raytrain.training.loader import BatchLoader, GeneratorLoader, MicroBatches, StepRange, local_loader
 from raytrain.training.recipe import TrainRecipe
 
 MINE = """
@@ -111,21 +111,21 @@ def recipe(**changes: Any) -> TrainRecipe:
         "log": {"every": 1, "loggers": []},
         "resources": {"cpus": 1},
     }
-    return TrainRecipe.parse(merged(raw, fields))
+    return TrainRecipe.parse(apply_overrides(raw, fields))
 
 
-def walk(steps: int, first: int = 0, stride: int = 8) -> Walk:
-    return Walk(seed=5, rank=0, first=first, stride=stride, steps=steps, count=4, parts=2)
+def walk(steps: int, first: int = 0, stride: int = 8) -> StepRange:
+    return StepRange(seed=5, rank=0, first_position=first, stride=stride, steps=steps, local_batch=4, accumulate=2)
 
 
-def opened(settings: TrainRecipe, way: Walk, actors: int = 2, lives: int = 1) -> Any:
-    from raytrain.launch.ingest import ray_feed
+def opened(settings: TrainRecipe, way: StepRange, actors: int = 2, restarts: int = 1) -> Any:
+    from raytrain.launch.ingest import ray_loader
 
-    return ray_feed(task_of(settings), settings.task, way, actors=actors, cpus=0.5, lives=lives)
+    return ray_loader(build_task(settings), settings.task, way, actors=actors, cpus=0.5, restarts=restarts)
 
 
-def taken(feed: Feed, way: Walk, steps: range) -> list[Batches]:
-    return [feed.take(way.position(step), way.count, way.parts) for step in steps]
+def taken(feed: BatchLoader, way: StepRange, steps: range) -> list[MicroBatches]:
+    return [feed.load(way.position(step), way.local_batch, way.accumulate) for step in steps]
 
 
 def plain(batches: Any) -> Any:
@@ -169,7 +169,7 @@ def none_left(seconds: float = 40.0) -> bool:
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
-    return load(listed(folder / "checkpoints")[-1], 0)["model"]
+    return load_part(list_checkpoints(folder / "checkpoints")[-1], 0)["model"]
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -179,13 +179,13 @@ def history(folder: Path) -> list[dict[str, Any]]:
 def test_ray_data_trains_as_the_local_source_does_also_after_a_kill(
     mine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raytrain.launch.train import run
+    from raytrain.launch.train import run_on_ray
 
     monkeypatch.setenv("PYTHONPATH", str(mine), prepend=os.pathsep)
     changes = {"workers": 2, "batch": 2, "accumulate": 2, "checkpoint__every": 5, "evaluation__every": 10}
-    result = run(recipe(**changes, task__source="ray", callbacks=["mine:plan"]), Order(mine / "ray"))
+    result = run_on_ray(recipe(**changes, task__source="ray", callbacks=["mine:plan"]), RunOptions(mine / "ray"))
     assert (result.status, result.restarts, result.figures["samples"]) == ("done", 1, 192)
-    assert [row["from_step"] for row in rows(mine / "ray" / "attempts.jsonl")] == [0, 10]
+    assert [row["from_step"] for row in read_jsonl(mine / "ray" / "attempts.jsonl")] == [0, 10]
     assert train_with_gloo(recipe(**changes), mine / "local") == [0, 0]
     assert history(mine / "ray") == history(mine / "local")
     one, other = final(mine / "ray"), final(mine / "local")
@@ -200,9 +200,9 @@ def test_ray_data_survives_the_death_of_its_actors(mine: Path, caplog: pytest.Lo
     settings, way = recipe(task__name="mine:heavy", task__source={"name": "ray", "prefetch_bytes": 20 << 20}), walk(60)
     caplog.set_level("WARNING")
     with opened(settings, way) as feed:
-        with local_feed(task_of(settings), recipe().task, way) as local:
+        with local_loader(build_task(settings), recipe().task, way) as local:
             assert plain(taken(feed, way, range(3))) == plain(taken(local, way, range(3)))
-        ahead = settled(mine / "collated") // way.parts - 2 * 3
+        ahead = settled(mine / "collated") // way.accumulate - 2 * 3
         assert 3 <= ahead <= 7, "of 4 MB each: two for each actor, and one in each of three messages"
         for pid in {int(line) for line in (mine / "collated").read_text().splitlines()} - {os.getpid()}:
             os.kill(pid, signal.SIGKILL)
@@ -213,15 +213,15 @@ def test_ray_data_survives_the_death_of_its_actors(mine: Path, caplog: pytest.Lo
 
 def test_generators_make_the_batches_in_turn(mine: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings, way = recipe(task__source={"name": "mine:simulate", "prefetch": 3}), walk(20)
-    task = task_of(settings)
+    task = build_task(settings)
     caplog.set_level("WARNING")
 
-    def expected(place: int, steps: int, life: int = 0, first: int = 0) -> Iterator[Batches]:
+    def expected(place: int, steps: int, life: int = 0, first: int = 0) -> Iterator[MicroBatches]:
         import mine as module
 
-        lane = way.lane(place, 2)
-        alone = Generated(task, settings.task.source, module.simulate, [way.seed, lane.position(first), life])
-        return (alone.take(lane.position(step), way.count, way.parts) for step in range(first, steps))
+        lane = way.every_nth(place, 2)
+        alone = GeneratorLoader(task, settings.task.source, module.simulate, [way.seed, lane.position(first), life])
+        return (alone.load(lane.position(step), way.local_batch, way.accumulate) for step in range(first, steps))
 
     lanes = [list(expected(place, 10)) for place in range(2)]
     (mine / "made").unlink()
@@ -229,7 +229,7 @@ def test_generators_make_the_batches_in_turn(mine: Path, caplog: pytest.LogCaptu
     with opened(settings, way) as feed:
         got = taken(feed, way, range(4))
         assert plain(got) == plain([lanes[0][0], lanes[1][0], lanes[0][1], lanes[1][1]])
-        assert settled(mine / "made") == (4 + 2 * 3) * way.count, "each is to be three batches ahead"
+        assert settled(mine / "made") == (4 + 2 * 3) * way.local_batch, "each is to be three batches ahead"
         first = int((mine / "started").read_text().splitlines()[0])
         os.kill(first, signal.SIGKILL)
         psutil.wait_procs([psutil.Process(first)] if psutil.pid_exists(first) else [])
@@ -245,7 +245,7 @@ def test_generators_make_the_batches_in_turn(mine: Path, caplog: pytest.LogCaptu
 
 def test_actors_that_die_too_often_end_the_run(mine: Path) -> None:
     settings, way = recipe(task__source="mine:simulate"), walk(90)
-    with opened(settings, way, actors=1, lives=0) as feed:
+    with opened(settings, way, actors=1, restarts=0) as feed:
         taken(feed, way, range(1))
         os.kill(int((mine / "started").read_text()), signal.SIGKILL)
         with pytest.raises(
@@ -255,9 +255,9 @@ def test_actors_that_die_too_often_end_the_run(mine: Path) -> None:
 
 
 def test_an_error_of_a_generator_ends_the_run_with_its_trace(mine: Path) -> None:
-    from raytrain.launch.ingest import ray_feed
+    from raytrain.launch.ingest import ray_loader
 
-    feeds = partial(ray_feed, actors=1, cpus=0.5, lives=1)
+    feeds = partial(ray_loader, actors=1, cpus=0.5, restarts=1)
     failure = train_here(recipe(task__source="mine:fail_at_five"), mine / "run", feeds).failure()
     assert failure.exit_status == TrainingError.exit_status
     assert failure.message.startswith("Traceback (most recent call last):\n")
@@ -266,7 +266,7 @@ def test_an_error_of_a_generator_ends_the_run_with_its_trace(mine: Path) -> None
         "actor 0 of task.source = 'mine:fail_at_five' failed on the examples at positions 4 to 7"
     )
     assert "mine.py" in failure.message
-    assert [row["step"] for row in rows(mine / "run" / "metrics.jsonl")] == [1]
+    assert [row["step"] for row in read_jsonl(mine / "run" / "metrics.jsonl")] == [1]
     assert none_left()
 
 

@@ -2,17 +2,19 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import rows
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import read_jsonl
 from raytrain.testing import (
-    PEER_LOST,
+    PEER_LOST_STATUS,
     repeatable_rows,
     train_each_with_gloo,
     train_here,
@@ -47,11 +49,11 @@ METHODS = {
 
 
 def recipe(**changes: Any) -> TrainRecipe:
-    return TrainRecipe.parse(merged(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
+    return TrainRecipe.parse(apply_overrides(TINY, {name.replace("__", "."): value for name, value in changes.items()}))
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
-    return load(listed(folder / "checkpoints")[-1], 0)["model"]
+    return load_part(list_checkpoints(folder / "checkpoints")[-1], 0)["model"]
 
 
 def equal(one: Path, other: Path) -> bool:
@@ -76,6 +78,22 @@ def with_gloo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[tuple[list[int], float, Path]]]:
+    """A run with a worker that hangs, while the other tests go on: its exit statuses, how long it took, its folder."""
+    folder = tmp_path_factory.mktemp("hanging")
+
+    def train(hung: TrainRecipe) -> tuple[list[int], float, Path]:
+        began = time.monotonic()
+        return train_with_gloo(hung, folder / "hung"), time.monotonic() - began, folder / "hung"
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as beside:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("PYTHONPATH", str(folder))
+        faults = faulty(folder, "1, 17, 'hang'", module="hangs")
+        yield beside.submit(train, of("delayed", **faults, sync__timeout_seconds=20))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_threads_equal_gloo_processes_to_the_bit(tmp_path: Path, with_gloo: Path, method: str) -> None:
     run = train_with_threads(of(method), tmp_path / "threads")
@@ -91,13 +109,13 @@ def test_it_learns(tmp_path: Path, method: str) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def faulty(workplace: Path, *faults: str) -> dict[str, Any]:
+def faulty(workplace: Path, *faults: str, module: str = "faults") -> dict[str, Any]:
     plan = "".join(f".at({fault})" for fault in faults)
-    (workplace / "faults.py").write_text(
+    (workplace / f"{module}.py").write_text(
         "from pathlib import Path\nfrom raytrain.testing import FaultPlan\n"
         f"plan = FaultPlan(Path({str(workplace)!r})){plan}\n"
     )
-    return {"callbacks": ["faults:plan"]}
+    return {"callbacks": [f"{module}:plan"]}
 
 
 @pytest.mark.parametrize("method", ["cocod", "delayed-int8"])
@@ -107,24 +125,21 @@ def test_a_worker_killed_during_an_exchange_is_noticed_and_the_run_resumes_to_th
     """Checkpoints are taken in the middle of rounds too, with an exchange under way."""
     monkeypatch.setenv("PYTHONPATH", str(workplace))
     broken = of(method, **faulty(workplace, "1, 17, 'kill'", "0, 43, 'kill'"))
-    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST, -9]
-    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST]
+    assert train_with_gloo(broken, workplace / "broken") == [PEER_LOST_STATUS, -9]
+    assert train_with_gloo(broken, workplace / "broken") == [-9, PEER_LOST_STATUS]
     assert train_with_gloo(broken, workplace / "broken") == [0, 0]
-    assert [row["from_step"] for row in rows(workplace / "broken" / "attempts.jsonl")] == [0, 10, 40]
+    assert [row["from_step"] for row in read_jsonl(workplace / "broken" / "attempts.jsonl")] == [0, 10, 40]
     assert equal(workplace / "broken", with_gloo / method)
     assert history(workplace / "broken") == history(with_gloo / method)
 
 
-def test_a_worker_that_hangs_ends_the_attempt_in_time(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_ends_the_attempt_in_time(hanging: Future[tuple[list[int], float, Path]]) -> None:
     """The one that waits for its message says so, and what waits longest is what was configured."""
-    monkeypatch.setenv("PYTHONPATH", str(workplace))
-    hung = of("delayed", **faulty(workplace, "1, 17, 'hang'"), sync__timeout_seconds=8)
-    began = time.monotonic()
-    statuses = train_with_gloo(hung, workplace / "hung")
-    assert statuses[0] == PEER_LOST
+    statuses, seconds, folder = hanging.result()
+    assert statuses[0] == PEER_LOST_STATUS
     assert statuses[1] != 0
-    assert time.monotonic() - began < 150, "half of what it waits where nothing is configured"
-    assert "testing.py" in (workplace / "hung" / "hang-1.txt").read_text()
+    assert seconds < 150, "half of what it waits where nothing is configured"
+    assert "testing.py" in (folder / "hang-1.txt").read_text()
 
 
 def test_a_pace_from_measured_times_is_agreed_on_and_resumes(tmp_path: Path) -> None:
@@ -132,7 +147,7 @@ def test_a_pace_from_measured_times_is_agreed_on_and_resumes(tmp_path: Path) -> 
     assert train_each_with_gloo(
         [(recipe(steps=steps, **changes), tmp_path / "run") for steps in (30, 60)],
     ) == [0, 0]
-    states = [load(listed(tmp_path / "run" / "checkpoints")[-1], rank)["sync"] for rank in range(2)]
+    states = [load_part(list_checkpoints(tmp_path / "run" / "checkpoints")[-1], rank)["sync"] for rank in range(2)]
     paces = [(state["every"], state["delay"]) for state in states]
     assert paces[0] == paces[1]
     assert paces[0][0] >= paces[0][1] >= 1
@@ -144,7 +159,7 @@ def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
     assert run.failure() is None
     run = train_with_threads(recipe(workers=3, steps=70), tmp_path / "run")
     assert run.failure() is None
-    assert listed(run.checkpoints)[-1].name == "step-00000070"
+    assert list_checkpoints(run.checkpoints)[-1].name == "step-00000070"
 
 
 @pytest.mark.parametrize("before", ["ddp", "cocod", "co2", "delayed-int8"])
@@ -154,13 +169,13 @@ def test_a_run_goes_on_in_another_form_from_the_shared_point(tmp_path: Path, bef
 
     def way(name: str, steps: int) -> TrainRecipe:
         sync = {key: value for key, value in {"every": 7, **forms[name]}.items() if value is not None}
-        return TrainRecipe.parse({**merged(TINY, {"steps": steps}), "sync": sync})
+        return TrainRecipe.parse({**apply_overrides(TINY, {"steps": steps}), "sync": sync})
 
     assert train_with_threads(way(before, 20), tmp_path / "run").failure() is None
     run = train_with_threads(way(after, 45), tmp_path / "run")
     assert run.failure() is None
-    ends = [load(listed(run.checkpoints)[-1], rank) for rank in range(2)]
-    assert listed(run.checkpoints)[-1].name == "step-00000045"
+    ends = [load_part(list_checkpoints(run.checkpoints)[-1], rank) for rank in range(2)]
+    assert list_checkpoints(run.checkpoints)[-1].name == "step-00000045"
     assert ("optimizer" in ends[1]) == (after != "ddp")
 
 
@@ -170,7 +185,7 @@ def test_gradient_averaging_goes_on_with_one_optimizer_for_all(tmp_path: Path) -
     train_with_threads(recipe(steps=20, **changes), tmp_path / "run")
     for folder in ("two", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / folder)
-    plain = {**recipe(steps=40, **changes).plain(), "sync": {"name": "ddp"}}
+    plain = {**recipe(steps=40, **changes).to_dict(), "sync": {"name": "ddp"}}
     train_with_threads(TrainRecipe.parse(plain), tmp_path / "two")
     train_here(TrainRecipe.parse({**plain, "workers": 1, "batch": 8}), tmp_path / "one")
     one, two = final(tmp_path / "one"), final(tmp_path / "two")

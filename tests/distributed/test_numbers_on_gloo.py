@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load, read_manifest
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.seeds.records import read, steps
-from raytrain.testing import PEER_LOST, train_here, train_with_gloo, train_with_threads
-from raytrain.training.build import settled
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import list_checkpoints, load_part, read_manifest
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.seeds.records import read_trajectory, trajectory_steps
+from raytrain.testing import PEER_LOST_STATUS, train_here, train_with_gloo, train_with_threads
+from raytrain.training.build import resolve_recipe
 from raytrain.training.recipe import TrainRecipe
-from raytrain.zeroth.replay import retrace
+from raytrain.zeroth.replay import replay_trajectory
 
 CHECK, STOP = 50, 8
 BROADCAST_BYTES = 4 * (8 * 4 + 8 + 8 + 1 + 9 + 3) + 2 * 2  # the tiny model's parameters, and its buffer
@@ -32,14 +32,14 @@ def recipe(workers: int, **more: Any) -> TrainRecipe:
         "log": {"every": 100, "loggers": []},
         "sync": {"name": "one-byte", "check_every": CHECK, "stop_every": STOP, "timeout_seconds": 20},
     }
-    return TrainRecipe.parse(merged({}, {**fields, **more}))
+    return TrainRecipe.parse(apply_overrides({}, {**fields, **more}))
 
 
 def retraced(plan: TrainRecipe, run: RunDirectory) -> bool:
     """Return whether the trajectory gives what the run saved, to the bit."""
-    module = settled(plan, run)[1].model(plan.seed)
-    retrace(run.trajectory, module)
-    saved = load(listed(run.checkpoints)[-1], 0)["model"]
+    module = resolve_recipe(plan, run)[1].model(plan.seed)
+    replay_trajectory(run.trajectory, module)
+    saved = load_part(list_checkpoints(run.checkpoints)[-1], 0)["model"]
     return all(torch.equal(value, saved[name]) for name, value in module.named_parameters())
 
 
@@ -49,7 +49,7 @@ def test_workers_are_equal_after_500_steps_of_a_byte_each(workers: int, tmp_path
     assert train_with_gloo(plan, tmp_path / "run") == [0] * workers  # which compares a hash every 50 steps
     run = RunDirectory(tmp_path / "run")
     assert run.failure() is None
-    sent = read_manifest(listed(run.checkpoints)[-1]).progress["bytes_sent"]
+    sent = read_manifest(list_checkpoints(run.checkpoints)[-1]).progress["bytes_sent"]
     slopes = 4 + 499  # the first of four bytes, from which all know how large slopes are
     assert sent == BROADCAST_BYTES + (workers - 1) * (slopes + 4 * 500 + 500 // STOP + 8 * (500 // CHECK))
     assert retraced(plan, run)
@@ -71,7 +71,7 @@ def test_a_byte_a_probe_trains_as_well_as_exact_numbers_and_as_one_worker_with_a
 
 def measured(run: RunDirectory) -> float:
     """Return the last held-out loss."""
-    loss: float = [row["valid"]["loss"] for row in rows(run.metrics) if "valid" in row][-1]
+    loss: float = [row["valid"]["loss"] for row in read_jsonl(run.metrics) if "valid" in row][-1]
     return loss
 
 
@@ -81,13 +81,13 @@ def test_a_worker_dies_and_more_go_on_from_what_was_saved(workplace: Path) -> No
         f"plan = FaultPlan(Path({str(workplace)!r})).at(1, 250, 'kill')\n"
     )
     plan, folder = recipe(2, callbacks=["killed:plan"]), workplace / "run"
-    assert sorted(train_with_gloo(plan, folder)) == [-9, PEER_LOST]
+    assert sorted(train_with_gloo(plan, folder)) == [-9, PEER_LOST_STATUS]
     joined = plan.with_overrides({"workers": 3})
     assert train_with_gloo(joined, folder) == [0, 0, 0]
     run = RunDirectory(folder)
     assert run.failure() is None
-    _, records = read(run.trajectory)
-    sizes = {step.step: len(step.slopes) for step in steps(records)}
+    _, records = read_trajectory(run.trajectory)
+    sizes = {step.step: len(step.projected_gradients) for step in trajectory_steps(records)}
     assert {max(sizes[step] for step in span if step in sizes) for span in (range(200), range(200, 500))} == {2, 3}
     assert sizes[200] == 3  # it saves every 100 steps, and died in step 250
     assert retraced(joined, run)

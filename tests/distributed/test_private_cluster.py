@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray
 
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.training.recipe import TrainRecipe
 
 STRANGER = """
@@ -154,7 +154,7 @@ def test_a_run_in_it_ends_well_and_its_secret_is_written_nowhere(
     (workplace / "look.py").write_text(LOOK.replace("FOUND", str(workplace / "found.json")))
     recipe = {"kind": "train", "task": "raytrain.testing:tiny", "workers": 2, "steps": 3, "log": {"loggers": []}}
     asked = TrainRecipe.parse({**recipe, "resources": {"cpus": 1}, "callbacks": ["look:after_step"]})
-    assert launch.run(asked, Order(workplace / "run")).status == "done"
+    assert launch.run_on_ray(asked, RunOptions(workplace / "run")).status == "done"
     found = json.loads((workplace / "found.json").read_text())
     assert found["keys"]
     assert all(key.startswith(f"{secret}/") for key in found["keys"])

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from raytrain.errors import RecipeError
-from raytrain.kinds import Order
-from raytrain.run.directory import rows
+from raytrain.kinds import RunOptions
+from raytrain.run.directory import read_jsonl
 from raytrain.training.recipe import TrainRecipe
 
 # `ray start` would give it an address that others can reach, where a cluster of our own is not.
@@ -63,7 +63,7 @@ def recipe(**resources: Any) -> TrainRecipe:
 
 def test_workers_go_where_the_recipe_says(second_machine: str, workplace: Path) -> None:
     from raytrain.launch.predict import predict_file
-    from raytrain.launch.train import run
+    from raytrain.launch.train import run_on_ray
 
     (workplace / "where.py").write_text(
         "import ray\nfrom dataclasses import replace\nfrom pathlib import Path\n"
@@ -71,21 +71,20 @@ def test_workers_go_where_the_recipe_says(second_machine: str, workplace: Path) 
         "def here(module, examples):\n"
         "    return [ray.get_runtime_context().get_node_id() for _ in examples]\n\n"
         "def task(options: TinyOptions):\n"
-        "    return replace(tiny(options), inputs=lambda path: [1, 2, 3], predict=here)\n\n"
-        "def note(replica):\n"
+        "    return replace(tiny(options), inputs=lambda path: [1, 2, 3], predict=here)\n\ndef note(replica):\n"
         f"    place = Path({str(workplace)!r}) / f'machine-{{replica.rank}}'\n"
         "    place.write_text(ray.get_runtime_context().get_node_id())\n"
     )
     asked = recipe(custom={"fast": 1}, labels={"room": "in(west, east)"})
-    assert run(asked, Order(workplace / "run")).status == "done"
+    assert run_on_ray(asked, RunOptions(workplace / "run")).status == "done"
     assert [(workplace / f"machine-{rank}").read_text() for rank in range(2)] == [second_machine] * 2
-    assert len(rows(workplace / "run" / "attempts.jsonl")) == 1
+    assert len(read_jsonl(workplace / "run" / "attempts.jsonl")) == 1
     predict_file(
         "raytrain.training.results:load_best", workplace / "run", {}, workplace / "in", workplace / "out", None
     )
     assert (workplace / "out").read_text().split() == [f'"{second_machine}"'] * 3
     with pytest.raises(RecipeError, match=r"^resources.custom.fast: 2 workers of 2 each do not fit on machines that"):
-        run(recipe(custom={"fast": 2}), Order(workplace / "large"))
+        run_on_ray(recipe(custom={"fast": 2}), RunOptions(workplace / "large"))
     with pytest.raises(RecipeError, match=r"^resources.labels: no machine has room=north; there are .*room=west"):
-        run(recipe(labels={"room": "north"}), Order(workplace / "north"))
+        run_on_ray(recipe(labels={"room": "north"}), RunOptions(workplace / "north"))
     assert not (workplace / "north").exists()

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from raytrain.errors import RecipeError, TrainingError
-from raytrain.kinds import Order
+from raytrain.kinds import RunOptions
 from raytrain.recipe import read_toml
 from raytrain.run.result import Result
 from search.journal.journal import Journal
 from search.launch.base import check_search
-from search.launch.run import run
+from search.launch.run import run_search
 from search.launch.trial import Trial
 from search.recipe import SearchRecipe
 from search.scheduling.driver import drive
@@ -47,7 +47,7 @@ def recipe(**changes: Any) -> SearchRecipe:
 
 
 def searched(folder: Path, **changes: Any) -> Result:
-    return run(recipe(**changes), Order(folder))
+    return run_search(recipe(**changes), RunOptions(folder))
 
 
 def lineage(folder: Path) -> list[dict[str, Any]]:
@@ -111,11 +111,13 @@ def test_one_slot_is_enough_and_a_search_that_is_out_of_time_goes_on_later(plain
     early = searched(tmp_path / "run", slots=1, search__seconds=0.001)
     assert (early.status, early.figures["steps"], early.best) == ("stopped early", 0, {})
     raw, _ = read_toml(str(tmp_path / "run"), [])
-    whole = run(SearchRecipe.parse_with(raw, {"search.seconds": 0, "slots": 1}), Order(tmp_path / "run", resume=True))
+    whole = run_search(
+        SearchRecipe.parse_with(raw, {"search.seconds": 0, "slots": 1}), RunOptions(tmp_path / "run", resume=True)
+    )
     assert lineage(tmp_path / "run") == lineage(plain)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == whole.status == "done"
     with pytest.raises(RecipeError, match=r"^search.population: expected 4, with which the search began; got 5$"):
-        run(recipe(search__population=5), Order(tmp_path / "run", resume=True))
+        run_search(recipe(search__population=5), RunOptions(tmp_path / "run", resume=True))
 
 
 def test_a_search_of_which_nothing_trains_fails(workplace: Path) -> None:

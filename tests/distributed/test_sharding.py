@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.overrides import merged
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.testing import PEER_LOST, repeatable_rows, train_each_with_gloo, train_here, train_with_gloo
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.testing import PEER_LOST_STATUS, repeatable_rows, train_each_with_gloo, train_here, train_with_gloo
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import load_best
 
@@ -35,7 +35,7 @@ LLAMA = BASE | {
     "batch": 8,
     "optimizer": {"lr": 1e-3},
 }
-GPT = merged(LLAMA, {"task.model": "gpt"})
+GPT = apply_overrides(LLAMA, {"task.model": "gpt"})
 ODD = BASE | {
     "task": {"name": "probe:odd"},
     "precision": "float64",
@@ -54,7 +54,7 @@ import torch
 from torch import nn
 
 from raytrain import Task
-from raytrain.run.checkpoint import listed, load
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.training.replica import load_state, state_of
 from raytrain.testing import FaultPlan
 
@@ -73,9 +73,9 @@ def weigh(replica):
         if isinstance(thing, torch.Tensor) and type(thing) in (torch.Tensor, nn.Parameter):
             kept[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     state = [value for entries in replica.optimizer.state.values() for value in entries.values()]
-    (HERE / f"weighed-{replica.members}-{replica.rank}.json").write_text(json.dumps({
+    (HERE / f"weighed-{replica.world_size}-{replica.rank}.json").write_text(json.dumps({
         "model": sum(value.numel() * value.element_size() for value in replica.module.parameters()),
-        "parts": sum(value.nbytes for value in replica.parts.parameters()),
+        "parts": sum(value.nbytes for value in replica.local_parameters.parameters()),
         "state": sum(value.nbytes for value in state if value.dim()),
         "alive": sum(kept.values()),
         "types": sorted({str(value.dtype) for value in [*state, *replica.module.parameters()]}),
@@ -97,8 +97,8 @@ def reload(replica):
     """Put the checkpoint of a run without sharding in, take it out again, and note whether it is the same."""
     if replica.progress.step != 2:
         return
-    path = listed(HERE / "gpt-ema-one" / "checkpoints")[-1]
-    saved = load(path, 0)
+    path = list_checkpoints(HERE / "gpt-ema-one" / "checkpoints")[-1]
+    saved = load_part(path, 0)
     load_state(replica, saved, None, path)
     again = state_of(replica)
     if replica.rank == 0:
@@ -154,7 +154,7 @@ class Runs:
         fields = {name.replace("__", "."): value for name, value in changes.items()}
         if "path" in base["task"]:
             fields["task.path"] = str(self.folder / "text.txt")
-        return TrainRecipe.parse(merged(base, fields))
+        return TrainRecipe.parse(apply_overrides(base, fields))
 
     def sharded(self, base: dict[str, Any], workers: int, **changes: Any) -> TrainRecipe:
         return self.recipe(base, workers=workers, sync__name="fsdp", **changes)
@@ -167,7 +167,7 @@ class Runs:
 
     def final(self, name: str) -> dict[str, torch.Tensor]:
         """Return all tensors of the last checkpoint: of the model, of the optimizer and of the average."""
-        saved = load(listed(self.folder / name / "checkpoints")[-1], 0)
+        saved = load_part(list_checkpoints(self.folder / name / "checkpoints")[-1], 0)
         state = saved["optimizer"]["state"]
         entries = {f"{of} {key}": value for of in state for key, value in state[of].items()}
         averages = {f"{of} average": value for of, value in saved["ema"].items()}
@@ -283,12 +283,12 @@ def test_a_worker_keeps_its_share_only(runs: Runs) -> None:
 
 def test_a_checkpoint_goes_on_with_any_number_of_workers_sharded_or_not(runs: Runs, llama_one: str) -> None:
     copytree(runs.folder / "mixed-unsharded", runs.folder / "mixed-one")
-    for path in listed(runs.folder / "mixed-one" / "checkpoints")[1:]:
+    for path in list_checkpoints(runs.folder / "mixed-one" / "checkpoints")[1:]:
         rmtree(path)
     runs.one("mixed-one", LLAMA)
     for name in ("mixed", "mixed-unsharded", "mixed-one"):
         runs.check_equal(name, llama_one, atol=1e-5)
-        assert [row["from_step"] for row in rows(runs.folder / name / "attempts.jsonl")][:2] == [0, 6]
+        assert [row["from_step"] for row in read_jsonl(runs.folder / name / "attempts.jsonl")][:2] == [0, 6]
 
 
 def test_a_checkpoint_is_loaded_and_gathered_to_the_bit(runs: Runs) -> None:
@@ -317,11 +317,11 @@ def test_an_error_of_one_worker_ends_the_others_at_once(runs: Runs) -> None:
     """Not after the timeout of 100 s: the processes live on, and the connections close although FSDP keeps groups."""
     failure = runs.folder / "failing" / "failure.json"
     assert runs.failure("failing").message == "worker 1: RuntimeError: a fault on purpose at rank 1, step 3"
-    following = rows(runs.folder / "unbroken" / "attempts.jsonl")[0]["time"]
+    following = read_jsonl(runs.folder / "unbroken" / "attempts.jsonl")[0]["time"]
     assert following - failure.stat().st_mtime < 80
 
 
 def test_a_worker_that_hangs_ends_and_the_other_learns_of_it(runs: Runs) -> None:
     """The watchdog ends the one that hangs, and not the one that waits for it in a gathering of FSDP."""
-    assert runs.hanging.result() == [PEER_LOST, 1]
+    assert runs.hanging.result() == [PEER_LOST_STATUS, 1]
     assert "testing.py" in (runs.folder / "hanging" / "hang-1.txt").read_text()

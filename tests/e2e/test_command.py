@@ -16,7 +16,7 @@ from raytrain.kinds import load_kinds
 from raytrain.launch.version import fingerprint
 from raytrain.models.options import ADAPTERS
 from raytrain.optim.options import OPTIMIZERS
-from raytrain.run.checkpoint import listed
+from raytrain.run.checkpoint import list_checkpoints
 from raytrain.run.directory import RunDirectory
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.testing import train_here
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_while_logging_leaves_word(small_disk: Path) -> Non
     )
     run = train_here(recipe, small_disk / "run")
     assert "No space left on device" in run.failure().message
-    assert len(listed(run.checkpoints)) == 2
+    assert len(list_checkpoints(run.checkpoints)) == 2
 
 
 def test_the_version_is_told(raytrain: Callable[..., Any]) -> None:
@@ -215,7 +215,7 @@ def test_list_names_everything_with_a_line_each(raytrain: Callable[..., Any]) ->
     for word in ("recipes", "digits", "shakespeare-cpu", "stdlib-lm", "adamw", "cosine", "ddp", "tensorboard"):
         assert word in ended.out
     only = raytrain("list", "schedules")
-    assert "Stay at 1, then fall to 0 along a line" in only.out
+    assert "Constant, then linear decay" in only.out
     assert "adamw" not in only.out
 
 
@@ -280,7 +280,7 @@ for words, expected in {ours!r}:
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    for word in ("train", "evaluate", "check", "list", "Return the task of telling handwritten digits apart."):
+    for word in ("train", "evaluate", "check", "list", "Classification of handwritten digits"):
         assert word in ended.stdout
 
 

@@ -15,7 +15,7 @@ import pytest
 from federated.build import Federation
 from federated.recipe import FederateRecipe
 from raytrain.recipe import read_toml
-from raytrain.run.directory import rows
+from raytrain.run.directory import read_jsonl
 from raytrain.testing_command import Command
 
 Start = Callable[..., Command]
@@ -34,7 +34,7 @@ WORDS = [f"{field}={value}" for field, value in QUICK.items()]
 
 def wait_for_round(run: Path, number: int) -> None:
     give_up = time.monotonic() + 300
-    while len(rows(run / "rounds.jsonl")) < number:
+    while len(read_jsonl(run / "rounds.jsonl")) < number:
         assert time.monotonic() < give_up
         time.sleep(0.02)
 
@@ -94,12 +94,12 @@ def test_a_run_that_is_killed_and_stopped_ends_as_one_in_one_process(
     folder, metrics = straight
     assert (run / "reports.bin").read_bytes() == (folder / "reports.bin").read_bytes()
     result = json.loads((run / "result.json").read_text())
-    assert (result["status"], result["steps"], result["metrics"]) == ("done", 12, metrics)
-    done = rows(run / "rounds.jsonl")
+    assert (result["status"], result["figures"]["rounds"], result["metrics"]) == ("done", 12, metrics)
+    done = read_jsonl(run / "rounds.jsonl")
     assert [row["round"] for row in done] == list(range(12))
     assert result["figures"]["heard"] == sum(len(row["heard"]) for row in done)
     assert {reason for row in done for reason in row["missing"].values()} == {"no answer"}
-    recorded = [(row["step"], "valid" in row) for row in rows(run / "metrics.jsonl")]
+    recorded = [(row["step"], "valid" in row) for row in read_jsonl(run / "metrics.jsonl")]
     assert recorded == sorted([*((step, False) for step in range(1, 13)), *((step, True) for step in (0, 5, 10, 12))])
     evaluated = json.loads(raytrain("evaluate", str(run)).out)
     assert evaluated == {"step": 12, "loss": metrics["loss"], "accuracy": metrics["accuracy"]}

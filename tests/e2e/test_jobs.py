@@ -19,11 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from ray.util import get_node_ip_address
 
 from raytrain.provenance import MARKER
 from raytrain.recipe import read_toml
-from raytrain.run.checkpoint import listed, verify
-from raytrain.run.directory import rows
+from raytrain.run.checkpoint import list_checkpoints, load_part, verify_checkpoint
+from raytrain.run.directory import read_jsonl
 from raytrain.testing import train_here
 from raytrain.testing_command import Command, start_command
 from raytrain.training.recipe import TrainRecipe
@@ -61,6 +63,7 @@ class Cluster:
     """A head node, and a folder of a user of it."""
 
     url: str
+    address: str
     home: Path
     user: Path
     environment: dict[str, str]
@@ -107,8 +110,8 @@ PATIENCE = dict.fromkeys(
 
 
 @contextlib.contextmanager
-def head(home: Path) -> Iterator[str]:
-    """A head node, and the URL of its dashboard; none if it did not come up, as on a machine that is very busy."""
+def head(home: Path) -> Iterator[dict[str, int]]:
+    """A head node, and its ports; none if it did not come up, as on a machine that is very busy."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     words = ["start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
     words += [f"--{name}={port}" for name, port in ports.items()]
@@ -125,7 +128,7 @@ def head(home: Path) -> Iterator[str]:
             if command.poll() is not None:
                 break
             time.sleep(0.5)
-        yield url if up else ""
+        yield ports if up else {}
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             for each in [*process.children(recursive=True), process]:
@@ -146,11 +149,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             home = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="rt", dir="/tmp", ignore_cleanup_errors=True))
             )
-            if url := stack.enter_context(head(home)):
+            if ports := stack.enter_context(head(home)):
                 break
         else:
             pytest.fail(f"no head came up:\n{(home / 'head.log').read_text()}")
-        yield Cluster(url, home, user, {**os.environ, **AUTHENTICATION, "RAY_API_SERVER_ADDRESS": url})
+        url = f"http://127.0.0.1:{ports['dashboard-port']}"
+        address = f"{get_node_ip_address()}:{ports['port']}"  # for which Ray takes 127.0.0.1 too, wherever it listens
+        yield Cluster(url, address, home, user, {**os.environ, **AUTHENTICATION, "RAY_API_SERVER_ADDRESS": url})
 
 
 class Line:
@@ -228,28 +233,29 @@ def pair(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         "--storage",
         f"file://{shared}",
         "--",
-        *["train", "mine.toml", "steps=1000000", "seed=2", "checkpoint.every=100", "evaluation.every=0"],
+        *["train", "mine.toml", "steps=1000000", "seed=2", "checkpoint.every=100", "evaluation.every=1000"],
     )
     assert started[0] == 0, started[2]
     name = name_in(started[2])
     long = cluster.start("jobs", "follow", name)
     line = Line(int(cluster.url.rpartition(":")[2]))
-    looker = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, "jobs", "follow", name, "--address", line.url],
-        cwd=cluster.user,
-        env=cluster.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: rows(shared / name / "metrics.jsonl"))
-    line.cut()
-    before = len(rows(shared / name / "metrics.jsonl"))
-    wait_for(lambda: len(rows(shared / name / "metrics.jsonl")) > before)
-    time.sleep(15)  # it prints a line every 10 s
-    line.close()
-    out, err = looker.communicate(timeout=600)
+    shown = shared / "shown.txt"
+    with shown.open("w") as stream:
+        looker = subprocess.Popen(
+            [sys.executable, "-c", IMPATIENT, "jobs", "follow", name, "--address", line.url],
+            cwd=cluster.user,
+            env=cluster.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for act in (line.cut, line.close):
+        before = shown.read_text().count("\nstep ")
+        wait_for(lambda before=before: shown.read_text().count("\nstep ") > before)
+        act()
+    _, err = looker.communicate(timeout=600)
+    out = shown.read_text()
     short_ended = short.finish()
     stop = cluster.call("jobs", "stop", name)
     return Pair(short_ended, long.finish(), (looker.returncode, out, err), stop, shared)
@@ -266,9 +272,9 @@ def test_a_job_shows_its_log_and_its_run_is_fetched(cluster: Cluster, pair: Pair
     assert status == 0, err
     run = cluster.user / "runs" / name
     assert json.loads((run / "result.json").read_text())["status"] == "done"
-    assert [path.name for path in listed(run / "checkpoints")][-1] == "step-00000020"
-    for path in listed(run / "checkpoints"):
-        verify(path)
+    assert [path.name for path in list_checkpoints(run / "checkpoints")][-1] == "step-00000020"
+    for path in list_checkpoints(run / "checkpoints"):
+        verify_checkpoint(path)
     left = cluster.home / "raytrain-runs" / name
     assert {path.name for path in run.iterdir()} == {
         MARKER,
@@ -280,11 +286,26 @@ def test_a_job_shows_its_log_and_its_run_is_fetched(cluster: Cluster, pair: Pair
     assert (status, err) == (2, f"raytrain: runs/{name} is there already, and not empty; name another folder\n")
 
 
+def test_a_run_that_joins_the_cluster_equals_the_job_and_leaves_the_cluster_running(
+    cluster: Cluster, pair: Pair
+) -> None:
+    words = ["train", "mine.toml", "steps=20", "seed=1", "--address", cluster.address, "--out", "joined"]
+    status, _, err = cluster.call(*words)
+    assert status == 0, err
+    job = cluster.home / "raytrain-runs" / name_in(pair.short[2])
+    one, other = (
+        load_part(list_checkpoints(run / "checkpoints")[-1], 0)["model"] for run in (job, cluster.user / "joined")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert answers(cluster.url)
+
+
 def test_two_jobs_at_once_do_not_mix(cluster: Cluster, pair: Pair) -> None:
     names = [name_in(pair.short[2]), pair.stop[2].split()[0]]
     runs = [cluster.home / "raytrain-runs" / names[0], pair.shared / names[1]]
     assert [read_toml(str(run), [])[0]["seed"] for run in runs] == [1, 2]
-    assert [len(rows(run / "attempts.jsonl")) for run in runs] == [1, 1]
+    assert [len(read_jsonl(run / "attempts.jsonl")) for run in runs] == [1, 1]
     assert [path.name for path in (cluster.home / "raytrain-runs").iterdir()] == [names[0]]
     listing = {line.split()[0]: line.split()[1] for line in cluster.call("jobs")[1].splitlines()}
     assert {name: listing[name] for name in names} == dict(zip(names, ["SUCCEEDED", "STOPPED"], strict=True))
@@ -310,13 +331,13 @@ def test_a_stopped_job_has_saved_and_can_be_resumed_anywhere(cluster: Cluster, p
     result = json.loads((cluster.user / "here" / "result.json").read_text())
     assert result["status"] == "interrupted"
     steps = result["figures"]["steps"]
-    assert listed(cluster.user / "here" / "checkpoints")[-1].name == f"step-{steps:08d}"
+    assert list_checkpoints(cluster.user / "here" / "checkpoints")[-1].name == f"step-{steps:08d}"
     raw, _ = read_toml(str(cluster.user / "here"), [])
     sys.path.append(str(cluster.user))
     run = train_here(TrainRecipe.parse(raw).with_overrides({"steps": steps + 5}), cluster.user / "here")
     sys.path.remove(str(cluster.user))
     assert run.failure() is None
-    assert rows(run.attempts)[-1]["from_step"] == steps
+    assert read_jsonl(run.attempts)[-1]["from_step"] == steps
 
 
 def test_a_lost_connection_is_taken_up_again_and_then_given_up(cluster: Cluster, pair: Pair) -> None:
@@ -352,7 +373,7 @@ def test_a_failing_job_returns_its_status_and_is_stored_too(cluster: Cluster, fa
     assert f"{name}: failed with exit status 1" in err
     status, _, err = cluster.call("fetch", f"local://{store}/{name}", "stored")
     assert status == 0, err
-    assert [path.name for path in listed(cluster.user / "stored" / "checkpoints")] == ["step-00000002"]
+    assert [path.name for path in list_checkpoints(cluster.user / "stored" / "checkpoints")] == ["step-00000002"]
     assert json.loads((cluster.user / "stored" / "result.json").read_text())["status"] == "failed"
 
 
@@ -360,7 +381,7 @@ def test_a_stopped_job_is_resumed_on_the_cluster(pair: Pair, failed: Any) -> Non
     _, (status, out, err), _, steps = failed
     assert status == 0, out + err
     run = pair.shared / pair.stop[2].split()[0]
-    assert rows(run / "attempts.jsonl")[-1]["from_step"] == steps
+    assert read_jsonl(run / "attempts.jsonl")[-1]["from_step"] == steps
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["figures"]["steps"]) == ("done", steps + 5)
 
@@ -377,6 +398,27 @@ def test_a_job_that_is_refused_on_the_cluster_returns_2(cluster: Cluster) -> Non
         assert not {"secret.txt", "runs"} & {path.name for path in package.iterdir()}
     status, _, err = cluster.call("fetch", name_in(err), "nothing")
     assert (status, "the job left none, or it was removed" in err) == (2, True)
+
+
+def test_a_kind_of_somebody_elses_goes_to_the_cluster_with_the_code_and_comes_back(cluster: Cluster) -> None:
+    """The cluster has neither its package nor its entry point."""
+    installed = Path(__file__).parent / "data" / "lottery"
+    environment = {**cluster.environment, "PYTHONPATH": str(installed)}
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "raytrain", *words]
+        return subprocess.run(
+            command, cwd=cluster.user, env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+
+    ended = call("submit", "--with-code", "--", "lottery", "quick", "draws=3")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert re.search(r"^draw 3/3 ", ended.stdout, re.MULTILINE)
+    name = name_in(ended.stderr)
+    fetched = call("fetch", name)
+    assert fetched.returncode == 0, fetched.stderr
+    result = json.loads((cluster.user / "runs" / name / "result.json").read_text())
+    assert (result["status"], result["figures"]) == ("done", {"draws": 3})
 
 
 def test_the_token_is_needed_and_must_be_right(cluster: Cluster) -> None:
@@ -461,9 +503,9 @@ def test_what_is_no_job_server_is_said_at_once(
         (["submit", "--", "train", "text.toml", "task.path={}/data.txt"], "it relative to it, as 'data.txt'"),
         (
             ["submit", "--", "train", "text.toml", "task.path=hidden/a.txt"],
-            "task.path: hidden/a.txt is not taken along ",
+            "task.path: hidden/a.txt is not uploaded ",
         ),
-        (["submit", "--", "train", "runs/x"], "runs/x is not taken along to the job: runs/, .venv/, .git/, what .giti"),
+        (["submit", "--", "train", "runs/x"], "runs/x is not uploaded with the job: runs/, .venv/, .git/, what .giti"),
         (
             ["submit", "--", "train", "../other.toml"],
             "../other.toml is outside the current folder, which is what a job",

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from raytrain.overrides import merged, parse_overrides
+from raytrain.overrides import apply_overrides, parse_overrides
 from raytrain.recipe import read_toml
-from raytrain.run.directory import rows
+from raytrain.run.directory import read_jsonl
 from raytrain.testing import train_here
-from raytrain.training.recipe import KIND, TrainRecipe
+from raytrain.training.kind import KIND
+from raytrain.training.recipe import TrainRecipe
 
 pytestmark = pytest.mark.timeout(1800)  # on a busy machine; alone it takes a fraction
 
@@ -58,7 +59,7 @@ def fewer(words: list[str]) -> list[str]:
 
 def check_log(run: Path, name: str, last: int) -> None:
     """Check that a run trained and evaluated as it was told to."""
-    log = rows(run / "metrics.jsonl")
+    log = read_jsonl(run / "metrics.jsonl")
     assert [row["step"] for row in log] == [step for pair in range(1, last, 2) for step in (pair, pair + 1, pair + 1)]
     assert log[0]["loss"] * (-1 if name == "sst2-minilm-zo" else 1) > 0, "it lowers minus a probability"
     assert log[-1]["valid"]["loss"] > 0
@@ -97,7 +98,7 @@ def recipes_without_a_command() -> list[str]:
 def test_recipes_that_no_command_trains(name: str, shakespeare: Path, tmp_path: Path) -> None:
     raw, _ = read_toml(name, [KIND.recipes])
     changes = parse_overrides([f"task.path={shakespeare}", *FEWER, *SMALLER[name]])
-    run = train_here(TrainRecipe.parse(merged(raw, changes)), tmp_path / "run")
+    run = train_here(TrainRecipe.parse(apply_overrides(raw, changes)), tmp_path / "run")
     assert run.failure() is None
     check_log(run.path, name, 4)
 

@@ -1,25 +1,23 @@
 """The command as a user runs it: in a process of its own, with Ctrl-C, kill -9, --resume, and Ray if asked for."""
 
-import contextlib
 import json
 import os
 import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from raytrain.run.checkpoint import listed, load
-from raytrain.run.directory import rows
+from raytrain.run.checkpoint import list_checkpoints, load_part
+from raytrain.run.directory import read_jsonl
 from raytrain.testing_command import Command
 
 Start = Callable[..., Command]
@@ -40,14 +38,14 @@ QUICK = [
 def wait_for_step(run: Path, step: int) -> None:
     give_up = time.monotonic() + 300
     while time.monotonic() < give_up:
-        if any(row["step"] >= step for row in rows(run / "metrics.jsonl")):
+        if any(row["step"] >= step for row in read_jsonl(run / "metrics.jsonl")):
             return
         time.sleep(0.05)
     raise TimeoutError(f"{run} did not reach step {step}")
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
-    saved = load(listed(run / "checkpoints")[-1], 0)
+    saved = load_part(list_checkpoints(run / "checkpoints")[-1], 0)
     return {**saved["model"], **{f"average {name}": value for name, value in saved["ema"].items()}}
 
 
@@ -77,7 +75,7 @@ def test_a_run_leaves_what_is_promised(straight: Path) -> None:
     assert figures["bytes_sent"] > 0
     assert 0 <= figures["overlap_ratio"] <= 1
     assert figures["communication_seconds"] > 0
-    last = [row for row in rows(straight / "metrics.jsonl") if "loss" in row][-1]
+    last = [row for row in read_jsonl(straight / "metrics.jsonl") if "loss" in row][-1]
     assert figures.items() <= {**last, "steps": last["step"]}.items(), "a row and the result have the same names"
     assert {"recipe.toml", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "attempts.jsonl"} <= {
         path.name for path in straight.iterdir()
@@ -100,20 +98,37 @@ def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(start: Start, str
         assert result["status"] == "interrupted"
         reached = result["figures"]["steps"]
         words = re.search(r"continue with: raytrain (.*)", err).group(1).split()
-        assert len(rows(tmp_path / "run" / "attempts.jsonl")) == attempt + 1
+        assert len(read_jsonl(tmp_path / "run" / "attempts.jsonl")) == attempt + 1
     status, _, err = start(tmp_path, *words).finish()
     assert status == 0, err
-    assert rows(tmp_path / "run" / "attempts.jsonl")[2]["from_step"] == reached
+    assert read_jsonl(tmp_path / "run" / "attempts.jsonl")[2]["from_step"] == reached
     assert equal(straight, tmp_path / "run")
 
 
-@pytest.mark.parametrize("words", [[], ["--address", "local"]], ids=["here", "on Ray"])
-def test_ctrl_c_while_workers_start_leaves_nothing(start: Start, tmp_path: Path, words: list[str]) -> None:
-    (tmp_path / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(30)\ntime.sleep(5)\n")
-    command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:sleep"]', *words)
-    while not (tmp_path / "runs").exists():
+SLOW = """
+import time
+from pathlib import Path
+
+if (Path(__file__).parent / "runs").exists():  # the command has imported it before
+    Path(__file__).with_name("starting").touch()
+    time.sleep(300)
+
+def nothing(replica):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "sign"), [([], "starting"), (["--address", "local"], "runs")], ids=["workers", "Ray"]
+)
+def test_ctrl_c_while_something_starts_leaves_nothing(
+    start: Start, tmp_path: Path, words: list[str], sign: str
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:nothing"]', *words)
+    while not (tmp_path / sign).exists():
         time.sleep(0.01)
-    time.sleep(1)
+    time.sleep(0.5)
     os.killpg(command.pid, signal.SIGINT)
     status, _, err = command.finish()
     assert (status, err.strip().splitlines()[-1]) == (130, "raytrain: interrupted")
@@ -135,9 +150,9 @@ def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(30)\n")
     command = start(tmp_path, "train", "digits", *QUICK, 'callbacks=["slow:sleep"]', "--out", "run")
     give_up = time.monotonic() + 300
-    while not rows(tmp_path / "run" / "attempts.jsonl") and time.monotonic() < give_up:
+    while not read_jsonl(tmp_path / "run" / "attempts.jsonl") and time.monotonic() < give_up:
         time.sleep(0.05)
-    workers = [worker["pid"] for worker in rows(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
+    workers = [worker["pid"] for worker in read_jsonl(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
     for _ in range(2):
         os.killpg(command.pid, signal.SIGINT)
         time.sleep(1)
@@ -155,7 +170,7 @@ def test_kill_9_of_the_command_leaves_nothing_running_and_resume_goes_on_to_the_
 ) -> None:
     command = start(tmp_path, "train", "digits", *QUICK, "--out", "run")
     wait_for_step(tmp_path / "run", 100)
-    workers = [worker["pid"] for worker in rows(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
+    workers = [worker["pid"] for worker in read_jsonl(tmp_path / "run" / "attempts.jsonl")[0]["workers"]]
     command.kill()
     command.finish()
     status, _, err = start(tmp_path, "train", "digits", *QUICK, "--out", "run", "--resume").finish()
@@ -174,57 +189,11 @@ def test_the_recipe_of_a_run_repeats_it_to_the_bit_on_a_ray_cluster_of_its_own(
     assert equal(straight, tmp_path / "again")
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
-    """The address of a Ray cluster that runs without us, and ends by its process id."""
-    from ray.util import get_node_ip_address
-
-    host = get_node_ip_address()  # for which Ray takes 127.0.0.1 too, wherever the cluster listens
-    with socket.socket() as free:
-        free.bind((host, 0))
-        port = free.getsockname()[1]
-    ray = Path(sys.executable).with_name("ray")
-    words = [
-        "start",
-        "--head",
-        "--block",
-        f"--port={port}",
-        "--num-cpus=2",
-        "--include-dashboard=false",
-        f"--node-ip-address={host}",
-    ]
-    command = subprocess.Popen([ray, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    give_up = time.monotonic() + 300
-    while time.monotonic() < give_up:
-        with socket.socket() as probe:
-            if probe.connect_ex((host, port)) == 0:
-                break
-        time.sleep(0.2)
-    yield f"{host}:{port}"
-    for process in [*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    command.wait()
-
-
-def test_the_recipe_of_a_run_repeats_it_on_a_running_cluster_that_is_left_running(
-    start: Start, straight: Path, head: str, tmp_path: Path
-) -> None:
-    recipe = str(straight / "recipe.toml")
-    status, _, err = start(tmp_path, "train", recipe, "--address", head, "--out", "again").finish()
-    assert status == 0, err
-    assert equal(straight, tmp_path / "again")
-    status, _, err = start(tmp_path, "train", "digits", "workers=3", "--address", head, "--out", "three").finish()
-    assert status == 2
-    assert "workers: 3 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs" in err
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this machine's malloc is not that of glibc")
 def test_memory_that_a_worker_frees_stays_with_it(start: Start, tmp_path: Path) -> None:
     """To have it again from the system takes a page fault for each 4 KiB: here 20,480 in a step."""
     (tmp_path / "blocks.py").write_text(
-        "import resource, torch\nfrom pathlib import Path\n\n"
-        "def take(replica):\n"
+        "import resource, torch\nfrom pathlib import Path\n\ndef take(replica):\n"
         "    [torch.empty(20 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]\n"
         "    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    Path(f'faults-{replica.progress.step}').write_text(str(faults))\n"

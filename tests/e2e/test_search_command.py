@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain.run.checkpoint import listed, load
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.testing_command import Command
 from search.journal.journal import Journal
 from search.launch.base import check_search
@@ -61,7 +61,7 @@ def plain_search(folder: Path) -> Journal:
 
 
 def model_of(run: Path) -> dict[str, Any]:
-    return load(listed(run / "checkpoints")[-1], 0)["model"]
+    return load_part(list_checkpoints(run / "checkpoints")[-1], 0)["model"]
 
 
 def test_an_interrupted_and_killed_search_ends_as_if_nothing_had_happened(

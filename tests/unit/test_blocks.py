@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
 from raytrain.models import blocks as tested
-from raytrain.models.blocks import blocks, compile_blocks, recompute
+from raytrain.models.blocks import checkpoint_activations, compile_blocks, repeated_blocks
 
 CPU = torch.device("cpu")
 # Dynamo looks at the gradient of every tensor, and silences the warning itself unless it is an error.
@@ -78,7 +78,7 @@ def linear() -> nn.Linear:
 def test_blocks_are_what_repeats(make: Callable[[], nn.Module], expected: list[str]) -> None:
     module = make()
     names = {part: name for name, part in module.named_modules()}
-    assert [names[block] for block in blocks(module)] == expected
+    assert [names[block] for block in repeated_blocks(module)] == expected
 
 
 def after(module: nn.Module, steps: int = 3) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_recomputing_changes_no_bit() -> None:
     """Nor the generator of random numbers, nor what a BatchNorm remembers, nor names."""
     plain, changed = deep(), deep()
-    recompute(changed)
+    checkpoint_activations(changed)
     assert list(plain.state_dict()) == list(changed.state_dict())
     assert same(after(plain), after(changed))
     assert torch.equal(plain.eval()(torch.ones(2, 4)), changed.eval()(torch.ones(2, 4)))
@@ -122,13 +122,13 @@ def test_recomputing_keeps_less() -> None:
         return sum(size for place, size in sizes.items() if place not in known)
 
     plain, changed = deep(depth=8), deep(depth=8)
-    recompute(changed)
+    checkpoint_activations(changed)
     assert kept(changed) < 0.2 * kept(plain)
 
 
 def test_recomputing_asks_for_blocks() -> None:
     with pytest.raises(RecipeError, match=r"^activation_checkpointing: Linear has no repeated blocks, as an nn.Module"):
-        recompute(linear())
+        checkpoint_activations(linear())
 
 
 @pytest.mark.parametrize("make", [deep, lambda: nn.Sequential(linear(), nn.Tanh())])
@@ -151,7 +151,7 @@ def test_compiled_blocks_can_be_recomputed() -> None:
     compiled, both = deep(), deep()
     compile_blocks(compiled, "aot_eager", CPU)
     compile_blocks(both, "aot_eager", CPU)
-    recompute(both)
+    checkpoint_activations(both)
     for one, other in zip(after(compiled).values(), after(both).values(), strict=True):
         torch.testing.assert_close(one, other)
 

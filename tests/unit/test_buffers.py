@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raytrain.sync.buffers import BufferMean, floating_buffers
-from raytrain.sync.step_message import Rest
+from raytrain.sync.step_message import StepMessage
 from raytrain.tensors import bits_of
 
 TYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -33,13 +33,13 @@ def test_a_shared_buffer_is_between_those_that_count(dtype: torch.dtype, drawn: 
     start, weights = torch.ones(3, dtype=dtype), [weight for _, weight in drawn]
     replicas = [BufferMean([start.clone()]) for _ in drawn]
     for replica, (place, _) in zip(replicas, drawn, strict=True):
-        replica.live[0].copy_(torch.tensor(place))
+        replica.local[0].copy_(torch.tensor(place))
     mean = mean_of(replicas, weights)
-    counted = [replica.live[0] for replica, weight in zip(replicas, weights, strict=True) if weight] or [start]
+    counted = [replica.local[0] for replica, weight in zip(replicas, weights, strict=True) if weight] or [start]
     for replica in replicas:
         replica.unpack(mean)
         low, high = torch.stack(counted).amin(0).double(), torch.stack(counted).amax(0).double()
-        found = replica.shared[0].double()
+        found = replica.anchor[0].double()
         assert ((low * (1 - 1e-6) <= found) & (found <= high * (1 + 1e-6))).all()
 
 
@@ -52,17 +52,17 @@ def test_a_buffer_that_nobody_changed_keeps_its_bits(dtype: torch.dtype, weights
     replicas = [BufferMean([ODD.to(dtype), torch.zeros(2)]) for _ in weights]
     for _ in range(3):
         for replica in replicas:
-            replica.live[1].add_(1.0)
+            replica.local[1].add_(1.0)
         mean = mean_of(replicas, list(map(float, weights)))
         for replica in replicas:
-            replica.begin(keep=True)
+            replica.start_round(keep=True)
             replica.unpack(mean)
             replica.approach(pull)
     for replica in replicas:
-        assert same(replica.live[0], ODD.to(dtype))
-        assert same(replica.shared[0], ODD.to(dtype))
-        assert torch.equal(replica.live[1], torch.full((2,), 3.0))
-        assert torch.equal(replica.shared[1], torch.full((2,), 3.0))
+        assert same(replica.local[0], ODD.to(dtype))
+        assert same(replica.anchor[0], ODD.to(dtype))
+        assert torch.equal(replica.local[1], torch.full((2,), 3.0))
+        assert torch.equal(replica.anchor[1], torch.full((2,), 3.0))
 
 
 @settings(max_examples=200)
@@ -71,12 +71,12 @@ def test_a_replica_goes_towards_the_shared_buffer_and_not_past_it(
     dtype: torch.dtype, sent: list[float], now: list[float], shared: list[float], pull: float
 ) -> None:
     mean = BufferMean([torch.tensor(sent).to(dtype)])
-    mean.begin(keep=True)
-    mean.live[0].copy_(own := torch.tensor(now).to(dtype))
-    mean.shared[0].copy_(torch.tensor(shared))
+    mean.start_round(keep=True)
+    mean.local[0].copy_(own := torch.tensor(now).to(dtype))
+    mean.anchor[0].copy_(torch.tensor(shared))
     mean.approach(pull)
-    low, high = torch.minimum(own, mean.shared[0]), torch.maximum(own, mean.shared[0])
-    assert ((low <= mean.live[0]) & (mean.live[0] <= high)).all()
+    low, high = torch.minimum(own, mean.anchor[0]), torch.maximum(own, mean.anchor[0])
+    assert ((low <= mean.local[0]) & (mean.local[0] <= high)).all()
 
 
 @given(TYPES, PLACES, PLACES)
@@ -84,20 +84,20 @@ def test_at_once_a_replica_goes_on_from_the_shared_buffer(
     dtype: torch.dtype, sent: list[float], shared: list[float]
 ) -> None:
     mean = BufferMean([torch.tensor(sent).to(dtype)])
-    mean.begin(keep=True)
-    mean.shared[0].copy_(torch.tensor(shared))
+    mean.start_round(keep=True)
+    mean.anchor[0].copy_(torch.tensor(shared))
     mean.approach(1.0)
-    assert same(mean.live[0], mean.shared[0])
+    assert same(mean.local[0], mean.anchor[0])
 
 
 def test_a_distance_that_is_undone_by_itself_is_not_taken_out_again() -> None:
     """A running variance of 1000 that inputs of variance 10 bring to 300 meanwhile; the shared one is 500."""
     mean = BufferMean([torch.tensor([1000.0])])
-    mean.begin(keep=True)
-    mean.live[0].fill_(300.0)
-    mean.shared[0].fill_(500.0)
+    mean.start_round(keep=True)
+    mean.local[0].fill_(300.0)
+    mean.anchor[0].fill_(500.0)
     mean.approach(1.0)
-    assert mean.live[0].item() == 300.0
+    assert mean.local[0].item() == 300.0
 
 
 def test_only_floating_buffers_of_the_state_count_and_tied_ones_once() -> None:
@@ -110,11 +110,11 @@ def test_only_floating_buffers_of_the_state_count_and_tied_ones_once() -> None:
 @pytest.mark.parametrize("weights", [[1.0, 3.0], [0.1, 0.3], [0.0, 0.2], [0.0, 0.0]])
 def test_in_every_step_buffers_become_the_weighted_mean_whatever_the_weights_sum_to(weights: list[float]) -> None:
     modules = [nn.BatchNorm1d(2).double() for _ in weights]
-    rests = [Rest(module, torch.device("cpu")) for module in modules]
+    rests = [StepMessage(module, torch.device("cpu")) for module in modules]
     for module, place, weight in zip(modules, (2.0, 6.0), weights, strict=True):
         module.running_var.fill_(place if weight else torch.nan)
     packed = [rest.pack([weight, 7.0]) for rest, weight in zip(rests, weights, strict=True)]
     expected = (2.0 * weights[0] + 6.0 * weights[1]) / sum(weights) if sum(weights) else 1.0
     for rest, module in zip(rests, modules, strict=True):
-        assert rest.take(sum(packed)) == [sum(weights), 14.0]
+        assert rest.unpack(sum(packed)) == [sum(weights), 14.0]
         torch.testing.assert_close(module.running_var, torch.full((2,), expected, dtype=torch.float64))

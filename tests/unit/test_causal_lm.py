@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from raytrain.data.collate import UNSCORED, inputs, kept_logits, padded, scored, token_losses, token_weights
+from raytrain.data.collate import IGNORE_INDEX, lm_batch, model_inputs, pad, target_logits, token_losses, token_weights
 from raytrain.errors import RecipeError
-from raytrain.run.directory import rows
-from raytrain.sync.averaging import ExactExchange
+from raytrain.run.directory import read_jsonl
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
-from raytrain.tasks.causal_lm import CausalLmOptions, Tokenized, alone, byte_widths, causal_lm, packed
+from raytrain.tasks.causal_lm import CausalLmOptions, Tokenized, byte_widths, causal_lm, pack_documents, split_document
 from raytrain.tasks.task import Task
 from raytrain.testing import train_here
 from raytrain.training.evaluation import evaluate
@@ -35,7 +35,7 @@ def documents(sizes: list[int]) -> list[Tokenized]:
 @settings(deadline=None)
 @given(lengths, st.integers(1, 12))
 def test_packed_pieces_predict_each_token_of_the_stream_once(sizes: list[int], length: int) -> None:
-    pieces = list(packed(documents(sizes), length))
+    pieces = list(pack_documents(documents(sizes), length))
     stream = np.arange(sum(sizes))
     assert np.concatenate([piece["tokens"][1:] for piece in pieces] or [[]]).tolist() == stream[1:].tolist()
     assert all(len(piece["tokens"]) == length + 1 for piece in pieces[:-1])
@@ -49,13 +49,13 @@ def test_packed_pieces_predict_each_token_of_the_stream_once(sizes: list[int], l
 @given(st.integers(2, 30), st.integers(1, 12))
 def test_split_documents_predict_each_token_once_and_cut_ones_their_first(size: int, length: int) -> None:
     document = documents([size])[0]
-    pieces = list(alone(document, length, "split"))
+    pieces = list(split_document(document, length, "split"))
     assert np.concatenate([piece["tokens"][1:] for piece in pieces]).tolist() == list(range(1, size))
     assert all(piece["tokens"][0] == length * place for place, piece in enumerate(pieces))
-    cut = list(alone(document, length, "truncate"))
+    cut = list(split_document(document, length, "truncate"))
     assert [piece["tokens"].tolist() for piece in cut] == [list(range(min(size, length + 1)))]
     if size <= length + 1:
-        assert [piece["tokens"].tolist() for piece in alone(document, length, "error")] == [list(range(size))]
+        assert [piece["tokens"].tolist() for piece in split_document(document, length, "error")] == [list(range(size))]
 
 
 @settings(deadline=None)
@@ -78,13 +78,13 @@ rows_of_tokens = st.lists(st.lists(st.integers(2, 200), min_size=1, max_size=9),
 @settings(deadline=None)
 @given(rows_of_tokens, st.booleans())
 def test_short_rows_are_filled_up_and_masked(table: list[list[int]], left: bool) -> None:
-    batch = inputs(table, 1, left=left)
+    batch = model_inputs(table, 1, left=left)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(table), max(map(len, table)))
     for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], table, strict=True):
         assert ids[mask.bool()].tolist() == row
         assert ids[~mask.bool()].tolist() == [1] * (len(ids) - len(row))
         assert mask.tolist() == sorted(mask.tolist(), reverse=not left)
-    assert torch.equal(padded(table, 1, left=left), batch["input_ids"])
+    assert torch.equal(pad(table, 1, left=left), batch["input_ids"])
 
 
 @pytest.fixture(scope="session")
@@ -109,19 +109,19 @@ class Forgetful(torch.nn.Module):
 @given(rows_of_tokens, st.data())
 def test_losses_are_those_of_the_scored_tokens(llama: Any, table: list[list[int]], data: st.DataObject) -> None:
     """Against one row at a time, all its logits, and the definition."""
-    targets = [[data.draw(st.sampled_from([UNSCORED, token])) for token in row] for row in table]
+    targets = [[data.draw(st.sampled_from([IGNORE_INDEX, token])) for token in row] for row in table]
     targets[0][0] = 7
-    batch = scored(table, targets, 1)
-    assert (batch["targets"] != UNSCORED).any(dim=0).all(), "no place is kept that no row scores"
+    batch = lm_batch(table, targets, 1)
+    assert (batch["targets"] != IGNORE_INDEX).any(dim=0).all(), "no place is kept that no row scores"
     losses, weights = token_losses(llama, batch), token_weights(batch)
     assert losses.shape == weights.shape
-    assert weights.sum() == sum(target != UNSCORED for row in targets for target in row)
+    assert weights.sum() == sum(target != IGNORE_INDEX for row in targets for target in row)
     expected = 0.0
     for row, wanted in zip(table, targets, strict=True):
         logits = llama(input_ids=torch.tensor([row])).logits[0]
-        expected += cross_entropy(logits, torch.tensor(wanted), ignore_index=UNSCORED, reduction="sum").item()
+        expected += cross_entropy(logits, torch.tensor(wanted), ignore_index=IGNORE_INDEX, reduction="sum").item()
     assert (losses @ weights).item() == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(kept_logits(Forgetful(llama), batch), kept_logits(llama, batch))
+    torch.testing.assert_close(target_logits(Forgetful(llama), batch), target_logits(llama, batch))
 
 
 TEXTS = [
@@ -152,7 +152,7 @@ def test_bits_per_byte_are_those_of_the_definition(models: Path, texts: Path, mo
     module = task.model(0)
     for value in module.parameters():
         torch.nn.init.zeros_(value)
-    found = evaluate(task, module, task.data("valid"), 3, ExactExchange(LocalTransport()))
+    found = evaluate(task, module, task.data("valid"), 3, ExactAverager(LocalTransport()))
     tokenizer = task.predict.__self__._pretrained.tokenizer
     tokens = [tokenizer(text)["input_ids"] for text in TEXTS * 3]
     size = sum(len(text.encode()) for text in TEXTS * 3)
@@ -294,4 +294,4 @@ def test_it_learns(models: Path, texts: Path, tmp_path: Path, task: dict[str, An
     }  # fmt: skip
     run = train_here(TrainRecipe.parse(raw), tmp_path / "run")
     assert run.failure() is None
-    assert rows(run.metrics)[-1]["valid"]["loss"] < 1.5 < rows(run.metrics)[0]["loss"]
+    assert read_jsonl(run.metrics)[-1]["valid"]["loss"] < 1.5 < read_jsonl(run.metrics)[0]["loss"]

@@ -10,18 +10,25 @@ from safetensors.torch import save_file
 
 from raytrain.errors import CheckpointError
 from raytrain.json_files import add_checksum
-from raytrain.run.checkpoint import MANIFEST, CheckpointStore, listed, load, read_manifest, verify
-from raytrain.sync.averaging import ExactExchange
+from raytrain.run.checkpoint import (
+    MANIFEST,
+    CheckpointStore,
+    list_checkpoints,
+    load_part,
+    read_manifest,
+    verify_checkpoint,
+)
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import make_task
 from raytrain.testing import ThreadGroup, ThreadTransport, tiny
-from raytrain.training.build import build
+from raytrain.training.build import build_replica
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import load_state, state_of
 
 
 def store(folder: Path, keep: int = 2) -> CheckpointStore:
-    return CheckpointStore(folder, keep, ExactExchange(LocalTransport()))
+    return CheckpointStore(folder, keep, ExactAverager(LocalTransport()))
 
 
 def progress(step: int, best_step: int = 0) -> dict[str, Any]:
@@ -29,31 +36,35 @@ def progress(step: int, best_step: int = 0) -> dict[str, Any]:
 
 
 def names(folder: Path) -> list[str]:
-    return [path.name for path in listed(folder)]
+    return [path.name for path in list_checkpoints(folder)]
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     state = {"model": {"w": torch.randn(3, 2)}, "plain": [1, 2.5, "x", None, True], "empty": {}}
     path = store(tmp_path).save(state, progress(7))
-    found = load(path, 0)
+    found = load_part(path, 0)
     assert torch.equal(found["model"]["w"], state["model"]["w"])
     assert found["plain"] == state["plain"]
     assert read_manifest(path).metrics == {}
-    assert store(tmp_path).note({**progress(7), "best": 0.5}, {"loss": 0.5}) == path
-    verify(path)
+    assert store(tmp_path).save_metrics({**progress(7), "best": 0.5}, {"loss": 0.5}) == path
+    verify_checkpoint(path)
     manifest = read_manifest(path)
     assert manifest.progress["best"] == 0.5
-    assert (manifest.step, manifest.metrics, manifest.members) == (7, {"loss": 0.5}, 1)
+    assert (manifest.step, manifest.metrics, manifest.world_size) == (7, {"loss": 0.5}, 1)
     assert store(tmp_path).newest() == manifest
 
 
 def test_each_replica_saves_its_own_part(tmp_path: Path) -> None:
     def replica(transport: ThreadTransport) -> Path:
         own = {"own": torch.tensor(transport.rank)} if transport.rank != 1 else {"plain": 1}
-        return CheckpointStore(tmp_path, 2, ExactExchange(transport)).save(own, progress(3))
+        return CheckpointStore(tmp_path, 2, ExactAverager(transport)).save(own, progress(3))
 
     path, *_ = ThreadGroup(3).run(replica)
-    assert [load(path, 0)["own"].item(), load(path, 1), load(path, 2)["own"].item()] == [0, {"plain": 1}, 2]
+    assert [load_part(path, 0)["own"].item(), load_part(path, 1), load_part(path, 2)["own"].item()] == [
+        0,
+        {"plain": 1},
+        2,
+    ]
     assert sorted(file.name for file in path.iterdir()) == [
         MANIFEST,
         "rank-00000.safetensors",
@@ -79,7 +90,7 @@ def test_what_a_run_that_went_back_left_is_removed_and_never_what_it_writes(tmp_
 def test_a_note_that_cannot_be_written_is_an_error_on_every_replica(tmp_path: Path) -> None:
     def replica(transport: ThreadTransport) -> str:
         with pytest.raises(CheckpointError) as caught:
-            CheckpointStore(tmp_path, 2, ExactExchange(transport)).note(progress(5), {})
+            CheckpointStore(tmp_path, 2, ExactAverager(transport)).save_metrics(progress(5), {})
         return str(caught.value)
 
     first, second = ThreadGroup(2).run(replica)
@@ -147,10 +158,10 @@ def flip(path: Path) -> None:
         (lambda path: mkfifo(path / MANIFEST), r"manifest.json: cannot be read: it is not a regular file"),
         (
             lambda path: (path / MANIFEST).write_text('{"format": 1, "metrics": {}}'),
-            r"manifest.json: expected a checkpoint of format 2; this one has format 1, of another version of raytrain: "
+            r"manifest.json: expected a checkpoint of format 3; this one has format 1, of another version of raytrain: "
             r"resume the run with that version, or start another$",
         ),
-        (lambda path: rewrite(path, format="2"), r"manifest.json: cannot be read: format: Input should be a valid int"),
+        (lambda path: rewrite(path, format="3"), r"manifest.json: cannot be read: format: Input should be a valid int"),
         (lambda path: rewrite(path, parts=[]), r"manifest.json: cannot be read: parts: List should have at least 1"),
         (lambda path: rewrite(path, progress={}), r"manifest.json: cannot be read: progress.step: Field required"),
         (lambda path: rewrite(path, more=1), r"manifest.json: cannot be read: more: Extra inputs are not permitted"),
@@ -158,9 +169,9 @@ def flip(path: Path) -> None:
         (lambda path: rewrite_part(path, file="/dev/zero"), r"manifest.json: cannot be read: parts.0.file: String sho"),
         (
             lambda path: rewrite_part(path, state={"w": "tensor:v"}),
-            r"its manifest and its files speak of other tensors",
+            r"its manifest and its files name different tensors",
         ),
-        (lambda path: rewrite_part(path, state={}), r"its manifest and its files speak of other tensors"),
+        (lambda path: rewrite_part(path, state={}), r"its manifest and its files name different tensors"),
         (lambda path: rewrite_part(path, bytes=-1.5), r"manifest.json: cannot be read: parts.0.bytes: Input should be"),
     ],
 )
@@ -169,12 +180,12 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, damage: An
     second = store(tmp_path).save({"w": torch.ones(5)}, progress(2))
     damage(second)
     with pytest.raises(CheckpointError, match=message):
-        verify(second)
+        verify_checkpoint(second)
     with pytest.raises(CheckpointError, match=message):
-        load(second, 0)
+        load_part(second, 0)
     assert store(tmp_path).newest() == read_manifest(first)
     store(tmp_path).save({"w": torch.ones(5)}, progress(2))  # the run gets there again
-    verify(second)
+    verify_checkpoint(second)
     shutil.rmtree(first)
     damage(second)
     with pytest.raises(CheckpointError, match=f"^no checkpoint of this run can be read:\n.*{message}"):
@@ -221,7 +232,7 @@ def test_a_kill_while_a_step_is_saved_again_loses_no_checkpoint(
             assert len(calls) <= survived
     store(tmp_path).clean()
     assert store(tmp_path).newest() == read_manifest(first)
-    assert set(load(first, 0)["w"].tolist()) in ({0.0}, {1.0})
+    assert set(load_part(first, 0)["w"].tolist()) in ({0.0}, {1.0})
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
 
 
@@ -252,7 +263,7 @@ def test_if_one_replica_cannot_write_none_has_a_checkpoint(tmp_path: Path) -> No
 
     def replica(transport: ThreadTransport) -> str:
         with pytest.raises(CheckpointError) as caught:
-            CheckpointStore(blocked, 2, ExactExchange(transport)).save({"w": torch.ones(2)}, progress(5))
+            CheckpointStore(blocked, 2, ExactAverager(transport)).save({"w": torch.ones(2)}, progress(5))
         return str(caught.value)
 
     first, second = ThreadGroup(2).run(replica)
@@ -265,10 +276,10 @@ def test_a_replica_is_restored_to_the_bit_and_another_model_is_refused(tmp_path:
     base = {"kind": "train", "task": {"name": "raytrain.testing:tiny", "norm": True}, "ema": 0.9}
     recipe = TrainRecipe.parse(base)
     task = make_task(tiny, recipe.task)
-    exchange = ExactExchange(LocalTransport())
+    averager = ExactAverager(LocalTransport())
 
     def trained(seed: int) -> Any:
-        replica = build(recipe.with_overrides({"seed": seed}), task, exchange)
+        replica = build_replica(recipe.with_overrides({"seed": seed}), task, averager)
         for step in range(3):
             x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
             replica.module(x).square().sum().backward()
@@ -279,26 +290,26 @@ def test_a_replica_is_restored_to_the_bit_and_another_model_is_refused(tmp_path:
 
     one, other = trained(0), trained(1)
     path = store(tmp_path).save(state_of(one), progress(3))
-    load_state(other, load(path, 0), load(path, 0), path)
+    load_state(other, load_part(path, 0), load_part(path, 0), path)
     assert json.dumps(_listed(state_of(one)), sort_keys=True) == json.dumps(_listed(state_of(other)), sort_keys=True)
     held = [value for entries in other.optimizer.state.values() for value in entries.values()]
     assert held
     assert all(value.data_ptr() % 64 == 0 for value in held), "not memory of the file, in which sums round otherwise"
 
-    lion = build(recipe.with_overrides({"optimizer.name": "lion"}), task, exchange)
+    lion = build_replica(recipe.with_overrides({"optimizer.name": "lion"}), task, averager)
     with pytest.raises(
         CheckpointError, match=r"optimizer is adamw, and the recipe's is lion; set optimizer.name=adamw"
     ):
-        load_state(lion, load(path, 0), None, path)
-    wider = build(
+        load_state(lion, load_part(path, 0), None, path)
+    wider = build_replica(
         recipe.with_overrides({"task.norm": False}),
         make_task(tiny, recipe.with_overrides({"task.norm": False}).task),
-        exchange,
+        averager,
     )
     with pytest.raises(
         CheckpointError, match=r"of another model: norm.bias is \(8,\) in the checkpoint and absent in the model"
     ):
-        load_state(wider, load(path, 0), None, path)
+        load_state(wider, load_part(path, 0), None, path)
 
 
 def _listed(state: Any) -> Any:

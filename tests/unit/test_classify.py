@@ -15,20 +15,20 @@ from torch.distributions import MultivariateNormal
 from torch.nn.functional import log_softmax
 
 from raytrain.errors import RecipeError
-from raytrain.models.discriminant import head_of
-from raytrain.overrides import merged
-from raytrain.run.checkpoint import load, step_name
-from raytrain.run.directory import rows
-from raytrain.sync.averaging import ExactExchange
+from raytrain.models.discriminant import find_head
+from raytrain.overrides import apply_overrides
+from raytrain.run.checkpoint import load_part, step_name
+from raytrain.run.directory import read_jsonl
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
-from raytrain.tasks.classify import AT_ONCE, ClassifyOptions, classify
+from raytrain.tasks.classify import INIT_BATCH, ClassifyOptions, classify
 from raytrain.tasks.task import Task
 from raytrain.testing import train_here
-from raytrain.training.build import build, task_of
+from raytrain.training.build import build_replica, build_task
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import load_best
-from raytrain.zeroth.replay import retrace
+from raytrain.zeroth.replay import replay_trajectory
 
 SUBJECTS = ("the film", "a plot", "the acting", "this story", "the question", "what an answer")
 WORTH = {0: ("bad", "awful"), 1: ("good", "great")}
@@ -60,12 +60,12 @@ def some(examples: Any, count: int) -> list[Any]:
 
 def started(task: Task, seed: int) -> Any:
     module = task.model(seed)
-    task.start(module, seed)
+    task.init_head(module, seed)
     return module
 
 
 def measured(task: Task, module: Any, part: Any = "valid") -> dict[str, float]:
-    return evaluate(task, module, task.data(part), 7, ExactExchange(LocalTransport()))
+    return evaluate(task, module, task.data(part), 7, ExactAverager(LocalTransport()))
 
 
 HEADS = [
@@ -360,7 +360,7 @@ def test_options_that_do_not_fit_the_model_are_refused(
     def use() -> None:
         task = made(models, reviews, model, **options)
         task.data("train")
-        started(task, 0) if task.start else task.model(0)
+        started(task, 0) if task.init_head else task.model(0)
 
     with pytest.raises(RecipeError, match=f"^task.{message}"):
         use()
@@ -396,11 +396,11 @@ def test_a_start_shows_signs_of_progress(models: Path, reviews: Path) -> None:
         "shots": 0,
     }
     recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "classify", **options}})
-    task, beats = task_of(recipe), []
-    replica = build(recipe, task, ExactExchange(LocalTransport()), beat=lambda: beats.append(1))
-    assert len(beats) == math.ceil(len(task.data("train")) / AT_ONCE)
+    task, beats = build_task(recipe), []
+    replica = build_replica(recipe, task, ExactAverager(LocalTransport()), heartbeat=lambda: beats.append(1))
+    assert len(beats) == math.ceil(len(task.data("train")) / INIT_BATCH)
     replica.module(input_ids=torch.ones(1, 3).long(), attention_mask=torch.ones(1, 3).long())
-    assert len(beats) == math.ceil(len(task.data("train")) / AT_ONCE), "and only then"
+    assert len(beats) == math.ceil(len(task.data("train")) / INIT_BATCH), "and only then"
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_it_learns(models: Path, reviews: Path, tmp_path: Path, model: str, task
     }  # fmt: skip
     run = train_here(TrainRecipe.parse(raw), tmp_path / "run")
     assert run.failure() is None
-    assert rows(run.metrics)[-1]["valid"]["accuracy"] >= 0.9
+    assert read_jsonl(run.metrics)[-1]["valid"]["accuracy"] >= 0.9
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -428,9 +428,9 @@ def test_a_start_on_a_gpu_is_that_of_the_processor(models: Path, reviews: Path) 
     recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "classify", **options}})
     heads = []
     for device in ("cpu", "cuda"):
-        replica = build(recipe, task_of(recipe), ExactExchange(LocalTransport(torch.device(device))))
+        replica = build_replica(recipe, build_task(recipe), ExactAverager(LocalTransport(torch.device(device))))
         assert {parameter.device.type for parameter in replica.module.parameters()} == {device}
-        heads.append(head_of(replica.module, 2).weight.detach().cpu())
+        heads.append(find_head(replica.module, 2).weight.detach().cpu())
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
 
 
@@ -460,16 +460,16 @@ def test_it_learns_without_gradients_and_its_trajectory_retraces_it(
     """From a head that another machine would find with other last bits, which the trajectory has with it."""
     task = {"name": "classify", "path": str(reviews), "model": str(models / "bert"), "head": "mean"}
     begun = {**WITHOUT_GRADIENTS, "task": {**task, "head_init": "prototypes", "shots": 1}}
-    plan = TrainRecipe.parse(merged(begun, more))
+    plan = TrainRecipe.parse(apply_overrides(begun, more))
     run = train_here(plan, tmp_path / "run")
     assert run.failure() is None
-    replica = build(plan, task_of(plan), ExactExchange(LocalTransport()))
-    before, after = measured(task_of(plan), replica.module), rows(run.metrics)[-1]["valid"]
+    replica = build_replica(plan, build_task(plan), ExactAverager(LocalTransport()))
+    before, after = measured(build_task(plan), replica.module), read_jsonl(run.metrics)[-1]["valid"]
     assert after["f1"] > before["f1"] if "f1" in plan.zo.objective else after["loss"] < before["loss"]
     with torch.no_grad():
-        head_of(replica.module, 2).weight += 1e-7
-    assert retrace(run.trajectory, replica.module) == 80
-    saved = load(run.checkpoints / step_name(80), 0)["model"]
+        find_head(replica.module, 2).weight += 1e-7
+    assert replay_trajectory(run.trajectory, replica.module) == 80
+    saved = load_part(run.checkpoints / step_name(80), 0)["model"]
     assert all(torch.equal(value, saved[name]) for name, value in replica.module.named_parameters() if name in saved)
 
 
@@ -479,7 +479,7 @@ def test_what_is_trained_with_a_mask_of_first_weights_needs_no_data_afterwards(
     shutil.copytree(reviews, tmp_path / "data")
     task = {"name": "classify", "path": str(tmp_path / "data"), "model": str(models / "bert"), "head": "mean"}
     plan = {**WITHOUT_GRADIENTS, "task": {**task, "head_init": "discriminant", "shots": 0}, "steps": 2}
-    run = train_here(TrainRecipe.parse(merged(plan, {"zo.sparsity": 0.5})), tmp_path / "run")
+    run = train_here(TrainRecipe.parse(apply_overrides(plan, {"zo.sparsity": 0.5})), tmp_path / "run")
     assert run.failure() is None
     (tmp_path / "data" / "train.tsv").unlink()
     load_best(run.path, {}).module()

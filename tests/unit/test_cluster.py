@@ -8,13 +8,18 @@ from hypothesis import strategies as st
 from raytrain.errors import RecipeError
 from raytrain.launch.resources import (
     MOST_ACTORS,
+    CpuShare,
     Node,
-    Share,
+    NodeResources,
+    allocate_cpus,
     check_reachable,
     cpus_per_worker,
-    machines_for,
-    share_cpus,
+    eligible_nodes,
 )
+
+
+def nodes(*cpus: float) -> list[Node]:
+    return [Node(each) for each in cpus]
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=6), st.integers(1, 100))
@@ -24,15 +29,15 @@ def test_workers_get_the_most_whole_cpus_that_fit(machines: list[int], workers: 
 
     if sum(machines) < workers:
         with pytest.raises(RecipeError, match=f"workers: {workers} workers of 1 CPU each do not fit"):
-            cpus_per_worker(machines, workers, 0)
+            cpus_per_worker(nodes(*machines), workers, 0)
     else:
-        each = int(cpus_per_worker(machines, workers, 0))
+        each = int(cpus_per_worker(nodes(*machines), workers, 0))
         assert places(each) >= workers > places(each + 1)
 
 
 def test_the_message_says_what_would_fit() -> None:
     with pytest.raises(RecipeError) as caught:
-        cpus_per_worker([2.0], 4, 0)
+        cpus_per_worker(nodes(2.0), 4, 0)
     assert str(caught.value) == (
         "workers: 4 workers of 1 CPU each do not fit on 1 machine(s) with 2 CPUs; set workers=2, or resources.cpus=0.5 "
         "to share CPUs"
@@ -42,25 +47,25 @@ def test_the_message_says_what_would_fit() -> None:
 @pytest.mark.parametrize(
     ("machines", "workers", "cpus", "actors", "expected"),
     [
-        ([1.0], 1, 0, 0, Share(1, 1, 0)),  # nothing left: they share
-        ([2.0], 1, 0, 0, Share(1, 1, 1)),
-        ([2.0], 2, 0, 0, Share(1, 1, 0)),
-        ([2.0], 1, 2, 0, Share(2, 1, 0)),
-        ([2.0], 1, 0, 3, Share(2, 3, 0)),
-        ([4.0], 1, 0, 0, Share(3, 1, 1)),
-        ([4.0], 1, 1, 0, Share(1, 3, 1)),
-        ([4.0], 1, 0, 2, Share(2, 2, 1)),
-        ([64.0], 1, 1, 0, Share(1, MOST_ACTORS, 1)),
-        ([8.0, 8.0], 1, 0, 0, Share(8, 8, 1)),  # on the other machine
-        ([8.0, 8.0], 2, 0, 0, Share(7, 1, 1)),
-        ([8.0, 8.0], 2, 4, 0, Share(4, 4, 1)),
-        ([4.0], 2, 0.5, 0, Share(0.5, 1, 1)),
+        ([1.0], 1, 0, 0, CpuShare(1, 1, 0)),  # nothing left: they share
+        ([2.0], 1, 0, 0, CpuShare(1, 1, 1)),
+        ([2.0], 2, 0, 0, CpuShare(1, 1, 0)),
+        ([2.0], 1, 2, 0, CpuShare(2, 1, 0)),
+        ([2.0], 1, 0, 3, CpuShare(2, 3, 0)),
+        ([4.0], 1, 0, 0, CpuShare(3, 1, 1)),
+        ([4.0], 1, 1, 0, CpuShare(1, 3, 1)),
+        ([4.0], 1, 0, 2, CpuShare(2, 2, 1)),
+        ([64.0], 1, 1, 0, CpuShare(1, MOST_ACTORS, 1)),
+        ([8.0, 8.0], 1, 0, 0, CpuShare(8, 8, 1)),  # on the other machine
+        ([8.0, 8.0], 2, 0, 0, CpuShare(7, 1, 1)),
+        ([8.0, 8.0], 2, 4, 0, CpuShare(4, 4, 1)),
+        ([4.0], 2, 0.5, 0, CpuShare(0.5, 1, 1)),
     ],
 )
 def test_actors_that_prepare_data_get_what_the_workers_leave(
-    machines: list[float], workers: int, cpus: float, actors: int, expected: Share
+    machines: list[float], workers: int, cpus: float, actors: int, expected: CpuShare
 ) -> None:
-    assert share_cpus(machines, workers, cpus, actors, 1.0) == expected
+    assert allocate_cpus(nodes(*machines), workers, cpus, actors, 1.0) == expected
 
 
 @given(
@@ -73,9 +78,9 @@ def test_workers_and_actors_fit_together(machines: list[float], workers: int, ac
     """Or Ray would wait for ever."""
     if sum(machines) < workers:
         with pytest.raises(RecipeError, match="do not fit"):
-            share_cpus(machines, workers, 0, actors, actor_cpus)
+            allocate_cpus(nodes(*machines), workers, 0, actors, actor_cpus)
         return
-    share = share_cpus(machines, workers, 0, actors, actor_cpus)
+    share = allocate_cpus(nodes(*machines), workers, 0, actors, actor_cpus)
     assert workers * share.total <= sum(machines)
     assert share.actors == actors or (not actors and share.actors >= 1)
     assert share.cpus >= 1
@@ -84,22 +89,22 @@ def test_workers_and_actors_fit_together(machines: list[float], workers: int, ac
 @given(st.integers(1, 16), st.integers(2, 40))
 def test_the_advice_works(machine: int, workers: int) -> None:
     try:
-        cpus_per_worker([machine], workers, 0)
+        cpus_per_worker(nodes(machine), workers, 0)
     except RecipeError as error:
         advice = float(re.search(r"resources.cpus=([0-9.]+)", str(error)).group(1))
-        assert cpus_per_worker([machine], workers, advice) == advice
+        assert cpus_per_worker(nodes(machine), workers, advice) == advice
         fewer = int(re.search(r"set workers=(\d+)", str(error)).group(1))
-        assert cpus_per_worker([machine], fewer, 0) >= 1
+        assert cpus_per_worker(nodes(machine), fewer, 0) >= 1
 
 
 @given(st.lists(st.integers(0, 8).map(float), min_size=1, max_size=5), st.integers(1, 6))
 def test_strict_placements_get_no_more_than_ray_can_place(cpus: list[float], workers: int) -> None:
     """Or Ray would wait for ever."""
-    nodes: list[Node] = [({"CPU": each}, {}) for each in cpus]
+    cluster: list[NodeResources] = [({"CPU": each}, {}) for each in cpus]
 
     def given_cpus(placement: str) -> float:
         try:
-            return cpus_per_worker(machines_for(nodes, workers, {}, {}, placement), workers, 0)
+            return cpus_per_worker(eligible_nodes(cluster, workers, {}, {}, placement), workers, 0)
         except RecipeError:
             return 0
 
@@ -123,19 +128,19 @@ def test_strict_placements_get_no_more_than_ray_can_place(cpus: list[float], wor
     ],
 )
 def test_strict_placements_that_cannot_be_are_refused(placement: str, message: str) -> None:
-    nodes: list[Node] = [({"CPU": 8.0, "GPU": 2.0}, {}), ({"CPU": 8.0, "GPU": 1.0}, {})]
+    cluster: list[NodeResources] = [({"CPU": 8.0, "GPU": 2.0}, {}), ({"CPU": 8.0, "GPU": 1.0}, {})]
     with pytest.raises(RecipeError) as caught:
-        machines_for(nodes, 3, {"GPU": 1.0}, {}, placement)
+        eligible_nodes(cluster, 3, {"GPU": 1.0}, {}, placement)
     assert str(caught.value) == message
 
 
 def test_cpus_can_be_shared_by_asking_for_it() -> None:
-    assert cpus_per_worker([2.0], 4, 0.5) == 0.5
+    assert cpus_per_worker(nodes(2.0), 4, 0.5) == 0.5
     with pytest.raises(RecipeError, match="3 workers of 2 CPU each do not fit on 2 machine"):
-        cpus_per_worker([3.0, 3.0], 3, 2.0)
+        cpus_per_worker(nodes(3.0, 3.0), 3, 2.0)
 
 
-MIXED: list[Node] = [
+MIXED: list[NodeResources] = [
     ({"CPU": 8.0, "GPU": 4.0, "node:10.0.0.1": 1.0}, {"ray.io/accelerator-type": "A100", "ray.io/node-id": "1"}),
     ({"CPU": 8.0, "GPU": 1.0, "fast": 2.0, "memory": 1e9}, {"ray.io/accelerator-type": "T4", "room": "west"}),
     ({"CPU": 2.0, "fast": 1.0}, {}),
@@ -152,17 +157,17 @@ def test_workers_are_given_no_more_cpus_than_ray_can_place(
     sizes: list[tuple[int, int, int]], workers: int, gpus: float, fast: float
 ) -> None:
     """Or Ray would wait for ever: every machine takes as many as all that they ask for lets it."""
-    nodes: list[Node] = [({"CPU": cpu, "GPU": gpu, "fast": quick}, {}) for cpu, gpu, quick in sizes]
+    cluster: list[NodeResources] = [({"CPU": cpu, "GPU": gpu, "fast": quick}, {}) for cpu, gpu, quick in sizes]
     each = {name: amount for name, amount in (("GPU", gpus), ("fast", fast)) if amount}
 
     def places(cpus: float) -> int:
         return sum(
             min([int(have["CPU"] // cpus), *(int(have[name] // amount) for name, amount in each.items())])
-            for have, _ in nodes
+            for have, _ in cluster
         )
 
     try:
-        cpus = cpus_per_worker(machines_for(nodes, workers, each, {}), workers, 0)
+        cpus = cpus_per_worker(eligible_nodes(cluster, workers, each, {}), workers, 0)
     except RecipeError:
         assert places(1) < workers
     else:
@@ -181,7 +186,7 @@ def test_workers_are_given_no_more_cpus_than_ray_can_place(
     ],
 )
 def test_labels_choose_machines(wanted: dict[str, str], expected: list[int]) -> None:
-    assert machines_for(MIXED, 1, {}, wanted) == expected
+    assert [node.cpus for node in eligible_nodes(MIXED, 1, {}, wanted)] == expected
 
 
 @pytest.mark.parametrize(
@@ -214,7 +219,7 @@ def test_what_no_machine_has_is_told(
     workers: int, each: dict[str, float], labels: dict[str, str], message: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        machines_for(MIXED, workers, each, labels)
+        eligible_nodes(MIXED, workers, each, labels)
     assert str(caught.value) == message
 
 

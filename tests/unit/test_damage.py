@@ -20,18 +20,25 @@ from raytrain.errors import CheckpointError, RecipeError, TrainingError
 from raytrain.json_files import add_checksum
 from raytrain.launch.jobs.storage import Entry, dump, measured, parse
 from raytrain.recipe import read_toml
-from raytrain.run.checkpoint import MANIFEST, CheckpointStore, load, read_manifest, reading, verify
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.seeds.records import MAGIC, RECORD, read
+from raytrain.run.checkpoint import (
+    MANIFEST,
+    CheckpointStore,
+    checkpoint_errors,
+    load_part,
+    read_manifest,
+    verify_checkpoint,
+)
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.seeds.records import RECORD_DTYPE, TRAJECTORY_MAGIC, read_trajectory
 from raytrain.seeds.seed_model import SeedModel
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import train_here
-from raytrain.training.build import settled
+from raytrain.training.build import resolve_recipe
 from raytrain.training.kind import KIND
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.replica import progress_from
-from raytrain.zeroth.replay import retrace
+from raytrain.training.replica import progress_from_dict
+from raytrain.zeroth.replay import replay_trajectory
 from raytrain.zeroth.trajectory import Trajectory
 
 
@@ -54,7 +61,7 @@ def holding(file: Path, data: bytes) -> Iterator[None]:
 
 
 def store(folder: Path) -> CheckpointStore:
-    return CheckpointStore(folder, 2, ExactExchange(LocalTransport()))
+    return CheckpointStore(folder, 2, ExactAverager(LocalTransport()))
 
 
 @pytest.fixture
@@ -63,7 +70,7 @@ def checkpoint(tmp_path: Path) -> Path:
     state = {"w": torch.randn(3, 2), "optimizer": {"lr": 0.1, "betas": [0.9, 0.99], "most": float("inf")}, "name": "x"}
     for step in (1, 2):
         store(tmp_path).save(state, {"step": step, "best_step": 0, "position": 4})
-    return store(tmp_path).note({"step": 2, "best_step": 2, "position": 4}, {"loss": 0.5})
+    return store(tmp_path).save_metrics({"step": 2, "best_step": 2, "position": 4}, {"loss": 0.5})
 
 
 @pytest.mark.parametrize("damage", [flips, cuts])
@@ -73,12 +80,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoint: Path, name
     for place, data in enumerate(damage((checkpoint / name).read_bytes())):
         with holding(checkpoint / name, data):
             with pytest.raises(CheckpointError):
-                verify(checkpoint)
+                verify_checkpoint(checkpoint)
             if place % 20 == 0:
                 with pytest.raises(CheckpointError):
-                    load(checkpoint, 0)
+                    load_part(checkpoint, 0)
                 assert store(checkpoint.parent).newest() == older
-    verify(checkpoint)
+    verify_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +99,8 @@ def test_a_state_of_another_form_is_one_error(tmp_path: Path, state: dict[str, A
     plan = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "steps": 2, "log": {"loggers": []}})
     run = RunDirectory(tmp_path / "run")
     progress = {"step": 1, "best_step": 0}
-    with run.opened(resume=False):
-        run.begin("")
+    with run.session(resume=False):
+        run.prepare("")
         path = store(run.checkpoints).save(state, progress)
     failure = train_here(plan, run.path).failure()
     assert failure is not None
@@ -112,15 +119,15 @@ def test_a_state_of_another_form_is_one_error(tmp_path: Path, state: dict[str, A
 )
 def test_a_progress_of_another_form_is_one_error(progress: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^step-1: cannot be read: {message}$"):
-        progress_from(progress, "step-1")
+        progress_from_dict(progress, "step-1")
 
 
 def test_what_is_wrong_inside_a_checkpoint_keeps_its_own_error() -> None:
-    with pytest.raises(CheckpointError, match="^mine$"), reading(Path("x")):
+    with pytest.raises(CheckpointError, match="^mine$"), checkpoint_errors(Path("x")):
         raise CheckpointError("mine")
 
 
-ABOUT = {"base": "w0", "directions": "d", "space": {}, "optimizer": {}}
+ABOUT = {"base": "w0", "directions": "d", "zo": {}, "optimizer": {}}
 STEPS = [(0, 0.5, [(2**64 - 1, -1.5), (3, 1.0)]), (1, 0.5, []), (2, 0.25, [(5, 1.0), (6, 2.0)])]
 
 
@@ -133,32 +140,32 @@ def trajectory(tmp_path: Path) -> Path:
 
 
 def test_a_direction_takes_26_bytes(trajectory: Path) -> None:
-    assert trajectory.stat().st_size == len(MAGIC + add_checksum(ABOUT) + b"\n") + 5 * 26
+    assert trajectory.stat().st_size == len(TRAJECTORY_MAGIC + add_checksum(ABOUT) + b"\n") + 5 * 26
 
 
 def test_a_changed_trajectory_is_refused_and_a_cut_one_is_a_shorter_one(trajectory: Path) -> None:
     good = trajectory.read_bytes()
-    about, records = read(trajectory)
+    about, records = read_trajectory(trajectory)
     for place in range(8):
         for data in flips(good[place:]):
             with holding(trajectory, good[:place] + data), pytest.raises(CheckpointError):
-                read(trajectory)
+                read_trajectory(trajectory)
     head, lengths = len(good) - records.nbytes, []
     for data in cuts(good):
         with holding(trajectory, data):
             if len(data) < head - 1:  # without the line feed it is as good
                 with pytest.raises(CheckpointError):
-                    read(trajectory)
+                    read_trajectory(trajectory)
             else:
-                assert read(trajectory)[0] == about
-                found = read(trajectory)[1]
+                assert read_trajectory(trajectory)[0] == about
+                found = read_trajectory(trajectory)[1]
                 assert found.tobytes() == records[: len(found)].tobytes()
                 lengths.append(len(found))
     assert sorted(set(lengths)) == [0, 2, 3]  # whole steps
 
 
 def test_records_that_are_missing_moved_or_of_another_trajectory_are_noticed(trajectory: Path, tmp_path: Path) -> None:
-    good, size = trajectory.read_bytes(), RECORD.itemsize
+    good, size = trajectory.read_bytes(), RECORD_DTYPE.itemsize
     head, lines = good[: -5 * size], [good[len(good) - (5 - place) * size :][:size] for place in range(5)]
     with Trajectory(tmp_path / "other", {**ABOUT, "base": "w1"}, 0) as other:
         other.append(*STEPS[0])
@@ -173,9 +180,9 @@ def test_records_that_are_missing_moved_or_of_another_trajectory_are_noticed(tra
     ):
         with (
             holding(trajectory, head + b"".join(records)),
-            pytest.raises(CheckpointError, match="is not as it was wri"),
+            pytest.raises(CheckpointError, match="changed since it was wri"),
         ):
-            read(trajectory)
+            read_trajectory(trajectory)
 
 
 @pytest.mark.parametrize(
@@ -191,13 +198,13 @@ def test_records_that_no_run_writes_are_refused(tmp_path: Path, steps: list[Any]
     with Trajectory(tmp_path / "t", ABOUT, 0) as file:
         for step in steps:
             file.append(*step)
-    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/t: the step of record 1|2 is not as it was written"):
-        read(tmp_path / "t")
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/t: the step of record 1|2 changed since it was written"):
+        read_trajectory(tmp_path / "t")
 
 
 def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -> None:
     good = trajectory.read_bytes()
-    for data in flips(good)[-3 * RECORD.itemsize + 1 :] + [good + b"\0" * 999]:  # behind the first step
+    for data in flips(good)[-3 * RECORD_DTYPE.itemsize + 1 :] + [good + b"\0" * 999]:  # behind the first step
         with holding(trajectory, data):
             with Trajectory(trajectory, ABOUT, 1) as file:
                 for step in STEPS[1:]:
@@ -205,7 +212,7 @@ def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -
             assert trajectory.read_bytes() == good
     with (
         holding(trajectory, good[:-30] + b"x" + good[-29:]),
-        pytest.raises(RecipeError, match=rf"^zo.trajectory: expected step 3 in {trajectory}; it is not there"),
+        pytest.raises(RecipeError, match=rf"^zo.trajectory: expected step 3 in {trajectory}; it is missing"),
     ):
         Trajectory(trajectory, ABOUT, 3)
 
@@ -214,15 +221,15 @@ def test_a_run_goes_on_from_what_is_intact_of_its_trajectory(trajectory: Path) -
     "change",
     [
         {"base": 3},
-        {"first": {"nothing": ""}},
-        {"first": {"out.weight": "****"}},
-        {"first": {"out.weight": "AAAA"}},
+        {"initial": {"nothing": ""}},
+        {"initial": {"out.weight": "****"}},
+        {"initial": {"out.weight": "AAAA"}},
         {"optimizer": {}},
         {"optimizer": {"name": "os:system"}},
         {"optimizer": {"name": ["zo-sgd"]}},
         {"optimizer": {"name": "zo-sgd", "lr": "x"}},
-        {"space": {"mode": "x", "sparsity": 0.0, "blocks": False}},
-        {"space": {"mode": "rademacher", "sparsity": "0", "blocks": False}},
+        {"zo": {"distribution": "x", "sparsity": 0.0, "blockwise": False}},
+        {"zo": {"distribution": "rademacher", "sparsity": "0", "blockwise": False}},
         {"more": 1},
     ],
 )
@@ -230,11 +237,11 @@ def test_a_header_that_no_run_writes_is_refused(tmp_path: Path, change: dict[str
     fields = {"task": "raytrain.testing:tiny", "steps": 1, "optimizer": "zo-sgd", "log": {"loggers": []}}
     plan = TrainRecipe.parse({"kind": "train", **fields})
     run = train_here(plan, tmp_path / "run")
-    about, records = read(run.trajectory)
+    about, records = read_trajectory(run.trajectory)
     with Trajectory(tmp_path / "t", {**about, **change}, 0):
         pass
-    with pytest.raises(CheckpointError, match="its first line does not say how to make its moves on this model"):
-        retrace(tmp_path / "t", settled(plan, run)[1].model(0))
+    with pytest.raises(CheckpointError, match="its header does not fit this model"):
+        replay_trajectory(tmp_path / "t", resolve_recipe(plan, run)[1].model(0))
 
 
 def test_a_changed_seed_model_is_refused_or_the_same(tmp_path: Path) -> None:
@@ -249,13 +256,18 @@ def test_a_changed_seed_model_is_refused_or_the_same(tmp_path: Path) -> None:
             except CheckpointError:
                 continue
             accepted += 1
-            assert (found.base, found.seeds, found.mode, found.version) == ("base", model.seeds, "rademacher", 4)
+            assert (found.base, found.seeds, found.distribution, found.version) == (
+                "base",
+                model.seeds,
+                "rademacher",
+                4,
+            )
             assert torch.equal(found.coefficients, model.coefficients)
     assert accepted <= 1  # blanks at the end of the header
-    with holding(file, good.replace(b"seed model 3", b"seed model 2")), pytest.raises(CheckpointError) as caught:
+    with holding(file, good.replace(b"seed model 4", b"seed model 3")), pytest.raises(CheckpointError) as caught:
         SeedModel.load(file)
     assert str(caught.value) == (
-        f"{file}: expected a file that SeedModel.save wrote, of format 3; this is one of format '2'"
+        f"{file}: expected a file that SeedModel.save wrote, of format 4; this is one of format '3'"
     )
 
 
@@ -289,7 +301,7 @@ def test_a_row_of_another_form_is_left_out_and_no_other_and_said_once(
     good = b"".join(lines)
     for place, data in enumerate(flips(good)):
         file.write_bytes(data)
-        found, hit = rows(file), good[:place].count(b"\n")
+        found, hit = read_jsonl(file), good[:place].count(b"\n")
         lost = 2 if good[place : place + 1] == b"\n" else 1  # the line feed joins two lines
         others = ROWS[name] * 2
         del others[hit : hit + lost]
@@ -299,7 +311,7 @@ def test_a_row_of_another_form_is_left_out_and_no_other_and_said_once(
         assert all(type(row["step"]) is int for row in found if name == "metrics")
     caplog.clear()
     file.write_bytes(b'{"torn": \n\0\0\n' + good)
-    assert rows(file) == rows(file) == ROWS[name] * 2
+    assert read_jsonl(file) == read_jsonl(file) == ROWS[name] * 2
     assert [record.getMessage() for record in caplog.records] == [
         f"{file}: 2 line(s) are torn or damaged and are left out"
     ]

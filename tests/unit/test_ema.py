@@ -8,11 +8,11 @@ from torch import nn
 
 from raytrain.errors import RecipeError
 from raytrain.optim.ema import Ema
-from raytrain.run.checkpoint import listed, load
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.run.directory import RunDirectory
 from raytrain.testing import train_here, train_with_threads
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.results import load_best, result_of
+from raytrain.training.results import collect_result, load_best
 
 
 def test_the_average_is_the_recursion_of_the_definition() -> None:
@@ -37,7 +37,7 @@ def test_the_module_holds_the_average_inside_the_block_only() -> None:
     module.weight.data.add_(1)
     live = module.weight.detach().clone()
     before = module.weight.data_ptr()
-    with contextlib.suppress(ZeroDivisionError), ema.applied():
+    with contextlib.suppress(ZeroDivisionError), ema.average_parameters():
         assert torch.equal(module.weight, first)
         1 / 0  # noqa: B018 - an error inside the block
     assert torch.equal(module.weight, live)
@@ -64,7 +64,7 @@ def test_tied_parameters_are_averaged_once() -> None:
     ema = Ema(module, 0.5)
     module[0].weight.data.add_(1)
     ema.update(10)
-    with ema.applied():
+    with ema.average_parameters():
         assert torch.equal(module[0].weight, module[1].weight)
 
 
@@ -75,7 +75,7 @@ def schedulefree(**changes: Any) -> TrainRecipe:
 
 
 def state(run: RunDirectory) -> dict[str, torch.Tensor]:
-    saved = load(listed(run.checkpoints)[-1], 0)
+    saved = load_part(list_checkpoints(run.checkpoints)[-1], 0)
     return {**saved["model"], **{f"average {name}": value for name, value in saved["ema"].items()}}
 
 
@@ -88,7 +88,7 @@ def test_an_optimizer_that_averages_is_evaluated_with_its_average(tmp_path: Path
     run = train_here(schedulefree(), tmp_path / "run")
     saved = state(run)
     assert not torch.equal(saved["out.weight"], saved["average out.weight"])
-    best = result_of(schedulefree(), run, None).best
+    best = collect_result(schedulefree(), run, None).best
     evaluated = load_best(run.path, {}).evaluate()
     assert (evaluated["step"], evaluated["loss"]) == (best["step"], best["value"])
 
@@ -110,7 +110,7 @@ def test_workers_that_differ_have_no_average(changes: dict[str, Any], what: str)
     base = {"kind": "train", "task": "raytrain.testing:tiny", "sync": "diloco"}
     TrainRecipe.parse(base)
     with pytest.raises(
-        RecipeError, match=rf"^recipe: sync.name: expected gradients with an average .*\({what}\), .*; got"
+        RecipeError, match=rf"^recipe: sync.name: expected ddp or fsdp with an average .*\({what}\), .*; got"
     ):
         TrainRecipe.parse({**base, **changes})
 

@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raytrain.errors import TrainingError
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
 from raytrain.testing import ThreadGroup, TinyOptions, tiny
-from raytrain.training.evaluation import evaluate, share
+from raytrain.training.evaluation import evaluate, evaluation_shard
 
 TASK = tiny(TinyOptions(name="tiny", dropout=0.5))
 
 
 @given(st.integers(0, 1000), st.integers(1, 50))
 def test_shares_cover_everything_once(count: int, members: int) -> None:
-    shares = [share(count, rank, members) for rank in range(members)]
+    shares = [evaluation_shard(count, rank, members) for rank in range(members)]
     assert [index for part in shares for index in part] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -37,30 +37,30 @@ def test_values_are_exact_on_any_number_of_replicas(count: int, members: int, ba
     )
     expected = Fraction(sum(value * weight for value, weight in values), sum(weight for _, weight in values))
     answers = ThreadGroup(members).run(
-        lambda transport: evaluate(task, nn.Linear(1, 1), values, batch, ExactExchange(transport))
+        lambda transport: evaluate(task, nn.Linear(1, 1), values, batch, ExactAverager(transport))
     )
     assert answers == [{"loss": float(expected)}] * members
 
 
 def test_it_measures_without_dropout_and_leaves_the_mode() -> None:
     module = TASK.model(0).double()
-    exchange = ExactExchange(LocalTransport())
-    assert evaluate(TASK, module, TASK.data("valid"), 4, exchange) == evaluate(
-        TASK, module, TASK.data("valid"), 4, exchange
+    averager = ExactAverager(LocalTransport())
+    assert evaluate(TASK, module, TASK.data("valid"), 4, averager) == evaluate(
+        TASK, module, TASK.data("valid"), 4, averager
     )
     assert module.training
-    evaluate(TASK, module.eval(), TASK.data("valid"), 4, exchange)
+    evaluate(TASK, module.eval(), TASK.data("valid"), 4, averager)
     assert not module.training
 
 
 def test_nothing_random_is_drawn() -> None:
     module = TASK.model(0).double()
     state = torch.get_rng_state()
-    evaluate(TASK, module, TASK.data("valid"), 4, ExactExchange(LocalTransport()))
+    evaluate(TASK, module, TASK.data("valid"), 4, ExactAverager(LocalTransport()))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_metric_must_be_measured() -> None:
     task = replace(TASK, measure=lambda module, batch: {"error": (1.0, 1.0)}, metric="accuracy")
     with pytest.raises(TrainingError, match=r"over 13 examples measured error, but the task's metric is 'accuracy'"):
-        evaluate(task, TASK.model(0).double(), TASK.data("valid"), 4, ExactExchange(LocalTransport()))
+        evaluate(task, TASK.model(0).double(), TASK.data("valid"), 4, ExactAverager(LocalTransport()))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from raytrain.errors import RecipeError
 from raytrain.extensions import ExtensionPoint
 from raytrain.run.loggers import check_logger
-from raytrain.training.build import settled
+from raytrain.training.build import resolve_recipe
 from raytrain.training.recipe import TrainRecipe
 
 FUNCTION = ExtensionPoint("field", "a function", arguments=2)
@@ -95,7 +95,7 @@ def test_what_the_source_does_not_tell_is_refused_before_it_is_called(workplace:
     wrong = {"after_step": "takes (one, other)", "after_steps": "cannot be called"}
     for name, asked in {name: recipe(callbacks=[f"mine:{name}"]) for name in wrong}.items():
         with pytest.raises(RecipeError, match=rf"^callbacks: expected .*; got 'mine:{name}', which ") as caught:
-            settled(asked, None)  # type: ignore[arg-type]  # which it does not come to
+            resolve_recipe(asked, None)  # type: ignore[arg-type]  # which it does not come to
         assert str(caught.value).endswith(wrong[name])
 
 

@@ -15,7 +15,7 @@ from federated.protocols.protocol import PROTOCOLS
 from federated.recipe import STRATEGIES, FederateRecipe
 from raytrain.errors import RecipeError
 from raytrain.recipe import read_toml
-from raytrain.registry import line_about
+from raytrain.registry import summary
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import Task
 
@@ -31,7 +31,7 @@ def recipe_of(**more: Any) -> FederateRecipe:
 
 @pytest.mark.parametrize(("table", "name"), [pytest.param(table, name, id=name) for table in TABLES for name in table])
 def test_every_name_stands_for_something_described(table: dict[str, str], name: str) -> None:
-    assert line_about(table, name).endswith((".", ")"))
+    assert summary(table, name).endswith((".", ")"))
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -66,9 +66,17 @@ def test_shipped_recipes_say_what_they_are(file: Path) -> None:
             {"strategy.name": "FedAwg"},
             "strategy.name: no such strategy 'FedAwg'; did you mean FedAvg ",
         ),
+        ({"protocol": "flower"}, "recipe: strategy.name: required with protocol flower; known: Bulyan, FedAdagrad, "),
+        (
+            {"protocol": "flower", "strategy.name": "FedAvg"},
+            "recipe: optimizer.name: expected one with gradients, as sgd, with protocol flower; got zo-sgd",
+        ),
+        (
+            {"protocol": "flower", "strategy.name": "FedAvg", "optimizer.name": "sgd", "faults.garble": 0.5},
+            "recipe: faults.garble: expected 0 with protocol flower, whose arrays have no seal; got 0.5",
+        ),
         ({"workers": 2}, "workers: no such field; a federated recipe says clients.actors"),
         ({"steps": 2}, "steps: no such field; a federated recipe says rounds and protocol.local_steps"),
-        ({"directions": {}}, "directions: no such field; a federated recipe says zo"),
         ({"round": 2}, "round: no such field; did you mean rounds? known: "),
         ({"protocol.alpha": 2}, "protocol.alpha: no such field; known: batch, down, "),
         ({"protocol.down": "one-byte"}, "protocol.down: expected 'float32' or 'float16'; got 'one-byte'"),
@@ -109,7 +117,7 @@ def test_what_only_the_data_can_tell_is_said_by_check() -> None:
 def test_groups_and_frozen_parameters_shape_the_directions() -> None:
     groups = [{"match": "5.weight", "lr_scale": 4.0}, {"match": "1.*", "lr_scale": 0.0}]
     federation = Federation.of(recipe_of(**{"freeze.match": ["5.bias"], "optimizer.groups": groups}))
-    scales = {part.name: part.scale for part in federation.model.space.parts}
+    scales = {part.name: part.scale for part in federation.model.directions.slices}
     assert scales == {"1.weight": 0.0, "1.bias": 0.0, "5.weight": 2.0}
     other = Federation.of(recipe_of(seed=1))
     assert other.model.base != Federation.of(recipe_of()).model.base

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain.errors import TrainingError
-from raytrain.files import AppendOnlyFile, append_line, flush, make_folder, read_bytes, write_whole
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.files import AppendOnlyFile, append_line, fsync_path, make_folder, read_bytes, write_atomic
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.testing import train_here
 from raytrain.training.recipe import TrainRecipe
 
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what was flushed to the disk, in order; of the temporary file of `write_whole`, its target's."""
+    """The names of what was flushed to the disk, in order; of the temporary file of `write_atomic`, its target's."""
     names: list[str] = []
     real = os.fsync
 
@@ -33,14 +33,14 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def new_run(folder: Path) -> None:
     run = RunDirectory(folder / "run")
-    with run.opened(resume=False):
-        run.begin("x = 1\n")
+    with run.session(resume=False):
+        run.prepare("x = 1\n")
 
 
 @pytest.mark.parametrize(
     ("write", "expected"),
     [
-        (lambda folder: write_whole(folder / "file", b"x"), ["file", "top"]),
+        (lambda folder: write_atomic(folder / "file", b"x"), ["file", "top"]),
         (lambda folder: append_line(folder / "lines", "x"), ["lines", "top"]),
         (lambda folder: append_line(folder / "there", "x"), ["there"]),
         (lambda folder: make_folder(folder / "a" / "b"), ["a", "top"]),
@@ -74,10 +74,10 @@ def test_a_file_system_without_flushed_folders_is_one_too(tmp_path: Path, monkey
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    flush(tmp_path)
+    fsync_path(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="Invalid argument"):
-        flush(tmp_path / "file")
+        fsync_path(tmp_path / "file")
 
 
 @given(st.binary(max_size=60), st.integers(0, 2))
@@ -88,9 +88,9 @@ def test_a_torn_line_costs_itself_and_no_other(junk: bytes, before: int) -> None
             run.append(run.attempts, {"from_step": step})
         with run.attempts.open("ab") as file:
             file.write(junk.replace(b"\n", b""))  # a process was killed here, or the power failed
-        assert [row["from_step"] for row in rows(run.attempts)] == list(range(before))
+        assert [row["from_step"] for row in read_jsonl(run.attempts)] == list(range(before))
         run.append(run.attempts, {"from_step": 7})
-        assert [row["from_step"] for row in rows(run.attempts)] == [*range(before), 7]
+        assert [row["from_step"] for row in read_jsonl(run.attempts)] == [*range(before), 7]
 
 
 def test_what_grows_is_on_its_way_at_once_and_on_the_disk_when_kept(tmp_path: Path, synced: list[str]) -> None:
@@ -98,7 +98,7 @@ def test_what_grows_is_on_its_way_at_once_and_on_the_disk_when_kept(tmp_path: Pa
     file.write(b"one\n")
     assert (tmp_path / "rows").read_bytes() == b"one\n"
     assert synced == []
-    file.keep()
+    file.fsync()
     assert synced == ["rows"]
     file.close()
     again = AppendOnlyFile(tmp_path / "rows")

@@ -8,7 +8,7 @@ import pytest
 from raytrain.tasks.task import Task
 from raytrain.testing import TinyOptions, tiny, train_here
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.results import result_of
+from raytrain.training.results import collect_result
 
 
 def unlucky(options: TinyOptions) -> Task:
@@ -25,7 +25,7 @@ def test_a_run_is_done_even_if_there_is_nothing_to_compare_with(
 ) -> None:
     monkeypatch.setattr("raytrain.testing.tiny", unlucky)
     recipe = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "steps": 2, "log": {"loggers": []}})
-    result = result_of(recipe, train_here(recipe, tmp_path / "run"), None)
+    result = collect_result(recipe, train_here(recipe, tmp_path / "run"), None)
     assert (result.status, result.figures["steps"], result.references) == ("done", 2, {})
     assert result.metrics["loss"] > 0
     assert capsys.readouterr().err.startswith(

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raytrain.errors import RecipeError
-from raytrain.models.blocks import blocks
-from raytrain.models.freezing import Half, freeze
-from raytrain.run.checkpoint import listed, load
+from raytrain.models.blocks import repeated_blocks
+from raytrain.models.freezing import HalfFineTuning, freeze
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.tasks.task import Task
 from raytrain.testing import ONE_AT_A_TIME, train_here, train_with_threads
 from raytrain.training.recipe import TrainRecipe
@@ -70,16 +70,16 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(st.integers(2, 4), st.integers(1, 7), st.integers(0, 100), st.integers(1, 5))
 def test_half_of_each_type_of_layer_of_each_block_stands_still(depth: int, linears: int, seed: int, every: int) -> None:
     module, twin = Net(depth, linears), Net(depth, linears)
-    half, other = Half(module, seed, every), Half(twin, seed, every)
+    half, other = HalfFineTuning(module, seed, every), HalfFineTuning(twin, seed, every)
     optimizer = torch.optim.AdamW(module.parameters())
     turns = []
     for step in range(3 * every):
-        half.choose(step, optimizer)
-        other.choose(step, optimizer)
+        half.select(step, optimizer)
+        other.select(step, optimizer)
         moving = [name for name, value in module.named_parameters() if value.requires_grad]
         assert moving == [name for name, value in twin.named_parameters() if value.requires_grad]
         turns.append(moving)
-        for block in blocks(module):
+        for block in repeated_blocks(module):
             kinds = defaultdict(list)
             for layer in block.modules():
                 if own := {value.requires_grad for value in layer.parameters(recurse=False)}:
@@ -92,10 +92,10 @@ def test_half_of_each_type_of_layer_of_each_block_stands_still(depth: int, linea
 
 def test_over_many_rounds_each_layer_moves_half_of_the_time() -> None:
     module = Net(2, 3)
-    half = Half(module, 0, 1)
+    half = HalfFineTuning(module, 0, 1)
     moved = defaultdict(int)
     for step in range(400):
-        half.choose(step, torch.optim.SGD(module.parameters(), lr=0.1))
+        half.select(step, torch.optim.SGD(module.parameters(), lr=0.1))
         for name, value in module.named_parameters():
             moved[name] += value.requires_grad
     inside = [count for name, count in moved.items() if "layers" in name]
@@ -109,7 +109,7 @@ def recipe(**changes: Any) -> TrainRecipe:
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
-    saved: dict[str, torch.Tensor] = load(listed(folder / "checkpoints")[-1], 0)["model"]
+    saved: dict[str, torch.Tensor] = load_part(list_checkpoints(folder / "checkpoints")[-1], 0)["model"]
     return saved
 
 
@@ -120,7 +120,7 @@ def test_what_stands_still_keeps_its_bits_and_costs_no_state(tmp_path: Path) -> 
     still = {name for name, value in after.items() if torch.equal(value, before[name])}
     assert {name.split(".")[3] for name in still} == {"linears", "norms"}
     assert len({name.rpartition(".")[0] for name in still}) == 2 * (2 + 1)
-    state = load(listed(run.checkpoints)[-1], 0)["optimizer"]["state"]
+    state = load_part(list_checkpoints(run.checkpoints)[-1], 0)["optimizer"]["state"]
     assert state.keys() == after.keys() - still
 
 
@@ -152,8 +152,8 @@ def test_errors_say_what_does_not_fit() -> None:
     with pytest.raises(
         RecipeError, match=r"^freeze.random_half: the model has no repeated blocks to freeze a half of$"
     ):
-        Half(nn.Linear(1, 1), 0, 0)
+        HalfFineTuning(nn.Linear(1, 1), 0, 0)
     with pytest.raises(
-        RecipeError, match=r"expected freeze.random_half = false with an adapter, beside which nothing else"
+        RecipeError, match=r"expected freeze.random_half = false with an adapter, under which the model is"
     ):
         recipe(**{"freeze.random_half": True, "adapter": "lora"})

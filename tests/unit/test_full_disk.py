@@ -9,12 +9,12 @@ import torch
 
 from raytrain import testing
 from raytrain.errors import CheckpointError, TrainingError
-from raytrain.files import append_line, write_whole
-from raytrain.run.checkpoint import CheckpointStore, listed, load, read_manifest
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.run.metrics import Recorder
-from raytrain.seeds.records import read
-from raytrain.sync.averaging import ExactExchange
+from raytrain.files import append_line, write_atomic
+from raytrain.run.checkpoint import CheckpointStore, list_checkpoints, load_part, read_manifest
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.metrics import MetricsWriter
+from raytrain.seeds.records import read_trajectory
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import repeatable_rows, train_here
 from raytrain.training.recipe import TrainRecipe
@@ -36,7 +36,7 @@ def logged(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def state(run: RunDirectory) -> dict[str, Any]:
-    found: dict[str, Any] = load(listed(run.checkpoints)[-1], 0)
+    found: dict[str, Any] = load_part(list_checkpoints(run.checkpoints)[-1], 0)
     return found
 
 
@@ -67,7 +67,7 @@ def test_a_run_ends_with_a_word_and_resumes_as_if_nothing_had_been(
     assert failure is not None
     assert failure.message.endswith(FULL) or f"{FULL} (os error 28)" in failure.message, failure.message
     assert failure.trace == ""
-    checkpoints = [read_manifest(path).step for path in listed(run.checkpoints)]
+    checkpoints = [read_manifest(path).step for path in list_checkpoints(run.checkpoints)]
     assert checkpoints
     assert all(step >= 20 for step in checkpoints)
     assert not list(run.checkpoints.glob(".step-*"))
@@ -86,8 +86,8 @@ def test_a_logger_with_a_full_disk_of_its_own_is_dropped_and_the_run_goes_on(
 ) -> None:
     (tmp_path / "run").mkdir()
     run = RunDirectory(tmp_path / "run")
-    with run.opened(resume=False):
-        run.begin("")
+    with run.session(resume=False):
+        run.prepare("")
     (run.path / "tensorboard").symlink_to(small_disk.path)
     assert train_here(recipe(callbacks=filling), run.path).failure() is None
     (line,) = capfd.readouterr().err.splitlines()
@@ -95,11 +95,11 @@ def test_a_logger_with_a_full_disk_of_its_own_is_dropped_and_the_run_goes_on(
         "raytrain: log.loggers: tensorboard failed, and gets no more of this attempt: TrainingError: "
     )
     assert line.endswith(f": cannot be written: {FULL}; all metrics are in {run.metrics}")
-    assert len([row for row in rows(run.metrics) if "loss" in row]) == 200
+    assert len([row for row in read_jsonl(run.metrics) if "loss" in row]) == 200
 
 
 def test_a_checkpoint_that_finds_no_room_leaves_the_others(small_disk: Any) -> None:
-    store = CheckpointStore(small_disk.path, 2, ExactExchange(LocalTransport()))
+    store = CheckpointStore(small_disk.path, 2, ExactAverager(LocalTransport()))
     first = store.save({"w": torch.ones(5)}, {"step": 1, "best_step": 0})
     small_disk.fill()
     with pytest.raises(
@@ -109,10 +109,10 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_others(small_disk: Any) -> N
     with pytest.raises(
         CheckpointError, match=rf"^checkpoint step-00000001 could not be written to .*: worker 0: .*{FULL}"
     ):
-        store.note({"step": 1, "best_step": 0}, {"loss": 0.5})
+        store.save_metrics({"step": 1, "best_step": 0}, {"loss": 0.5})
     assert sorted(path.name for path in small_disk.path.iterdir()) == ["filler", "step-00000001"]
     assert store.newest() == read_manifest(first)
-    assert torch.equal(load(first, 0)["w"], torch.ones(5))
+    assert torch.equal(load_part(first, 0)["w"], torch.ones(5))
     small_disk.free()
     store.save({"w": torch.ones(5000)}, {"step": 2, "best_step": 0})
     assert store.newest().step == 2
@@ -120,17 +120,17 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_others(small_disk: Any) -> N
 
 def test_metrics_that_find_no_room_end_the_run_and_lose_no_row(small_disk: Any) -> None:
     run = RunDirectory(small_disk.path)
-    recorder = Recorder(run, 0, 0, [])
+    recorder = MetricsWriter(run, 0, 0, [])
     recorder.write({"step": 1, "loss": 1.5})
     small_disk.fill()
     with pytest.raises(TrainingError, match=rf"^{run.metrics}: cannot be written: {FULL}$"):
         until_it_fails(lambda step: recorder.write({"step": step + 2, "loss": 1.5}))
     recorder.close(failed=True)
-    steps = [row["step"] for row in rows(run.metrics)]
+    steps = [row["step"] for row in read_jsonl(run.metrics)]
     assert steps == list(range(1, len(steps) + 1))
     small_disk.free()
-    Recorder(run, steps[-1], 0, []).close()
-    assert [row["step"] for row in rows(run.metrics)] == steps
+    MetricsWriter(run, steps[-1], 0, []).close()
+    assert [row["step"] for row in read_jsonl(run.metrics)] == steps
 
 
 def test_a_trajectory_that_finds_no_room_keeps_its_steps(small_disk: Any) -> None:
@@ -140,9 +140,9 @@ def test_a_trajectory_that_finds_no_room_keeps_its_steps(small_disk: Any) -> Non
         small_disk.fill()
         with pytest.raises(TrainingError, match=rf"^{path}: cannot be written: {FULL}$"):
             until_it_fails(lambda step: trajectory.append(step + 1, 0.5, moves))
-    _, records = read(path)
+    _, records = read_trajectory(path)
     assert 0 < len(records) <= 4096 // 26
-    assert set(records["of"]) == {2}
+    assert set(records["count"]) == {2}
 
 
 def test_a_note_that_finds_no_room_does_not_harm_the_next(small_disk: Any) -> None:
@@ -152,8 +152,8 @@ def test_a_note_that_finds_no_room_does_not_harm_the_next(small_disk: Any) -> No
     with pytest.raises(OSError, match=FULL):
         append_line(run.restarts, '{"workers": {"0": "' + "x" * 9000)
     with pytest.raises(OSError, match=FULL):
-        write_whole(run.recipe, b"x")
+        write_atomic(run.recipe, b"x")
     small_disk.free()
     run.append(run.restarts, {"workers": {"1": "it died"}})
-    assert rows(run.restarts) == [{"workers": {}}, {"workers": {"1": "it died"}}]
+    assert read_jsonl(run.restarts) == [{"workers": {}}, {"workers": {"1": "it died"}}]
     assert {path.name for path in small_disk.path.iterdir()} == {"restarts.jsonl"}

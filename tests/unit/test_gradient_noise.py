@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain.optim.gradient_noise import add_noise
-from raytrain.run.directory import rows
-from raytrain.sync.averaging import ExactExchange
+from raytrain.optim.gradient_noise import add_gradient_noise
+from raytrain.run.directory import read_jsonl
+from raytrain.sync.averaging import ExactAverager
 from raytrain.testing import ThreadGroup, ThreadTransport, tiny, train_here
-from raytrain.training.build import build, plan_of
+from raytrain.training.build import build_replica, loop_config
 from raytrain.training.evaluation import evaluate
-from raytrain.training.loader import Indexed
+from raytrain.training.loader import IndexedLoader
 from raytrain.training.loop import train
 from raytrain.training.recipe import TrainRecipe
 
@@ -28,7 +28,7 @@ def noise(seed: int = 0, step: int = 0, variance: float = 0.3, decay: float = 0.
     for name in "ab":
         for parameter in module[name].parameters():
             parameter.grad = torch.zeros_like(parameter)
-    add_noise(module, seed, step, variance, decay)
+    add_gradient_noise(module, seed, step, variance, decay)
     return {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
 
 
@@ -59,7 +59,7 @@ class Silent:
     """A watch that does nothing."""
 
     def __init__(self, task: Any, transport: Any) -> None:
-        self.measure = partial(evaluate, task, examples=task.data("valid"), batch=5, exchange=ExactExchange(transport))
+        self.measure = partial(evaluate, task, examples=task.data("valid"), batch=5, averager=ExactAverager(transport))
 
     def stop_requested(self) -> bool:
         return False
@@ -67,9 +67,9 @@ class Silent:
     def evaluate(self, replica: Any) -> dict[str, float]:
         return self.measure(module=replica.module)
 
-    def stepped(self, *_: Any) -> None: ...
+    def on_step(self, *_: Any) -> None: ...
     def save(self, *_: Any) -> None: ...
-    def note(self, *_: Any) -> None: ...
+    def save_metrics(self, *_: Any) -> None: ...
 
 
 @pytest.mark.parametrize("members", [2, 3])
@@ -80,9 +80,9 @@ def test_any_number_of_workers_adds_the_same(members: int) -> None:
         settings = recipe(**{"optimizer.gradient_noise": noisy})
         task = tiny(settings.task)
         with one_at_a_time:
-            replica = build(settings, task, ExactExchange(transport))
-        plan = replace(plan_of(settings), batch=6 // len(transport.members))
-        train(replica, task, Indexed(task, task.data("train"), plan.seed), plan, Silent(task, transport))
+            replica = build_replica(settings, task, ExactAverager(transport))
+        plan = replace(loop_config(settings), batch=6 // len(transport.members))
+        train(replica, task, IndexedLoader(task, task.data("train"), plan.seed), plan, Silent(task, transport))
         return [value.detach() for value in replica.module.parameters()]
 
     (alone,) = ThreadGroup(1).run(final)
@@ -100,7 +100,7 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_would(tmp_path: Path) ->
     resumed = train_here(recipe(), tmp_path / "resumed")
 
     def losses(run: Any) -> list[tuple[int, float]]:
-        return [(row["step"], row["loss"]) for row in rows(run.metrics) if "loss" in row]
+        return [(row["step"], row["loss"]) for row in read_jsonl(run.metrics) if "loss" in row]
 
     assert losses(resumed) == losses(straight)
     assert len(losses(straight)) == 8

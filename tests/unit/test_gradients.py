@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raytrain.errors import TrainingError
-from raytrain.sync.averaging import ExactExchange
-from raytrain.sync.ddp import GradientAveraging, cut
-from raytrain.sync.synchroniser import Totals
+from raytrain.sync.averaging import ExactAverager
+from raytrain.sync.ddp import DataParallel, make_buckets
+from raytrain.sync.synchroniser import StepTotals
 from raytrain.sync.transport import LocalTransport, PeerLostError
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOptions
 
@@ -22,7 +22,7 @@ from raytrain.testing import ThreadGroup, ThreadTransport, TinyModel, TinyOption
 )
 def test_cutting_and_joining_is_the_identity(shapes: list[tuple[int, torch.dtype]], limit: int) -> None:
     tensors = [torch.zeros(size, dtype=dtype) for size, dtype in shapes]
-    runs = cut(tensors, limit)
+    runs = make_buckets(tensors, limit)
     assert [id(tensor) for run in runs for tensor in run] == [id(tensor) for tensor in tensors]
     for run in runs:
         assert len({tensor.dtype for tensor in run}) == 1
@@ -50,13 +50,13 @@ def test_the_mean_is_that_of_one_replica_with_everything(sizes: list[int], bucke
     expected = copy.deepcopy(whole)
     loss = backward(expected, x, weights)
 
-    def replica(transport: ThreadTransport) -> tuple[dict[str, Any], Totals]:
+    def replica(transport: ThreadTransport) -> tuple[dict[str, Any], StepTotals]:
         module = copy.deepcopy(whole)
         start = sum(sizes[: transport.rank])
         mine = slice(start, start + sizes[transport.rank])
-        sync = GradientAveraging(ExactExchange(transport), bucket_bytes)
-        sync.start(module)
-        sync.begin(weights[mine].sum().item())
+        sync = DataParallel(ExactAverager(transport), bucket_bytes)
+        sync.attach(module)
+        sync.set_weight(weights[mine].sum().item())
         sync.before_backward()
         totals = sync.before_step(backward(module, x[mine], weights[mine]), stop=transport.rank == len(sizes) - 1)
         return {name: value.grad for name, value in module.named_parameters()}, totals
@@ -81,9 +81,9 @@ def test_weights_and_gradients_of_narrow_types_are_rounded_once(dtype: torch.dty
 
     def replica(transport: ThreadTransport) -> torch.Tensor | None:
         module = nn.Linear(7, 1, bias=False).to(dtype)
-        sync = GradientAveraging(ExactExchange(transport), 0)
-        sync.start(module)
-        sync.begin(weights[transport.rank])
+        sync = DataParallel(ExactAverager(transport), 0)
+        sync.attach(module)
+        sync.set_weight(weights[transport.rank])
         sync.before_backward()
         module.weight.grad = own[transport.rank][None].to(dtype)
         sync.before_step(0.0, stop=False)
@@ -101,7 +101,7 @@ def test_replicas_start_as_the_first_one() -> None:
         for value in module.parameters():
             value.data.fill_(transport.rank)
         module.norm.running_mean.fill_(transport.rank)
-        GradientAveraging(ExactExchange(transport), 100).start(module)
+        DataParallel(ExactAverager(transport), 100).attach(module)
         return list(module.state_dict().values())
 
     for state in ThreadGroup(3).run(replica):
@@ -120,9 +120,9 @@ def test_moving_buffers_stay_equal_and_move_by_the_mean() -> None:
 
     def replica(transport: ThreadTransport) -> nn.BatchNorm1d:
         module = copy.deepcopy(start)
-        sync = GradientAveraging(ExactExchange(transport), 100)
-        sync.start(module)
-        sync.begin(weights[transport.rank])
+        sync = DataParallel(ExactAverager(transport), 100)
+        sync.attach(module)
+        sync.set_weight(weights[transport.rank])
         sync.before_backward()
         module(batches[transport.rank]).sum().backward()
         sync.before_step(0.0, stop=False)
@@ -142,10 +142,10 @@ def test_constant_buffers_never_drift() -> None:
     def replica(transport: ThreadTransport) -> torch.Tensor:
         module = nn.Linear(2, 1)
         module.register_buffer("constant", constant.clone())
-        sync = GradientAveraging(ExactExchange(transport), 100)
-        sync.start(module)
+        sync = DataParallel(ExactAverager(transport), 100)
+        sync.attach(module)
         for _ in range(20):
-            sync.begin(0.3 + transport.rank)
+            sync.set_weight(0.3 + transport.rank)
             sync.before_backward()
             module(torch.ones(1, 2)).sum().backward()
             sync.before_step(0.0, stop=False)
@@ -161,10 +161,10 @@ def test_gradients_of_earlier_micro_batches_count() -> None:
     def replica(transport: ThreadTransport) -> torch.Tensor | None:
         used, other = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
         module = nn.ModuleList([used, other])
-        sync = GradientAveraging(ExactExchange(transport), 4)
-        sync.start(module)
+        sync = DataParallel(ExactAverager(transport), 4)
+        sync.attach(module)
         other(torch.full((1, 1), 1.0 + transport.rank)).sum().backward()
-        sync.begin(1.0)
+        sync.set_weight(1.0)
         sync.before_backward()
         used(torch.ones(1, 1)).sum().backward()
         sync.before_step(0.0, stop=False)
@@ -179,9 +179,9 @@ def test_a_gradient_in_two_parts_is_refused() -> None:
 
     def replica(transport: ThreadTransport) -> None:
         module = copy.deepcopy(shared)
-        sync = GradientAveraging(ExactExchange(transport), 100)
-        sync.start(module)
-        sync.begin(1.0)
+        sync = DataParallel(ExactAverager(transport), 100)
+        sync.attach(module)
+        sync.set_weight(1.0)
         sync.before_backward()
         x = torch.ones(1, 3, requires_grad=True)
         for _ in range(2):
@@ -194,24 +194,24 @@ def test_a_gradient_in_two_parts_is_refused() -> None:
 
 def test_alone_nothing_is_sent_or_copied() -> None:
     module = TinyModel(TinyOptions(name="tiny"))
-    sync = GradientAveraging(ExactExchange(LocalTransport()), 100)
-    sync.start(module)
-    sync.begin(2.0)
+    sync = DataParallel(ExactAverager(LocalTransport()), 100)
+    sync.attach(module)
+    sync.set_weight(2.0)
     sync.before_backward()
     loss = backward(module, torch.randn(2, 4), torch.ones(2))
     gradient = module.out.weight.grad
-    assert sync.before_step(loss, stop=False) == Totals(2.0, loss, False)
+    assert sync.before_step(loss, stop=False) == StepTotals(2.0, loss, False)
     assert module.out.weight.grad is gradient
     assert sync.bytes_sent == 0
 
 
 def test_bytes_and_waiting_are_counted() -> None:
-    def replica(transport: ThreadTransport) -> GradientAveraging:
+    def replica(transport: ThreadTransport) -> DataParallel:
         module = nn.Linear(10, 10, bias=False)
-        sync = GradientAveraging(ExactExchange(transport), 10_000)
-        sync.start(module)
+        sync = DataParallel(ExactAverager(transport), 10_000)
+        sync.attach(module)
         started = sync.bytes_sent
-        sync.begin(1.0)
+        sync.set_weight(1.0)
         sync.before_backward()
         module(torch.ones(1, 10)).sum().backward()
         sync.before_step(0.0, stop=False)
@@ -223,12 +223,12 @@ def test_bytes_and_waiting_are_counted() -> None:
 
 def test_a_lost_peer_is_an_error() -> None:
     def replica(transport: ThreadTransport) -> None:
-        sync = GradientAveraging(ExactExchange(transport), 100)
+        sync = DataParallel(ExactAverager(transport), 100)
         module = nn.Linear(2, 1)
-        sync.start(module)
+        sync.attach(module)
         if transport.rank == 1:
             return
-        sync.begin(1.0)
+        sync.set_weight(1.0)
         sync.before_backward()
         module(torch.ones(1, 2)).sum().backward()
         sync.before_step(0.0, stop=False)

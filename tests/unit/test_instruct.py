@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.data.collate import UNSCORED
+from raytrain.data.collate import IGNORE_INDEX
 from raytrain.errors import RecipeError
-from raytrain.models.generation import common, rouge_l
-from raytrain.run.directory import rows
-from raytrain.sync.averaging import ExactExchange
+from raytrain.models.generation import longest_common_subsequence, rouge_l
+from raytrain.run.directory import read_jsonl
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.instruct import InstructOptions, instruct
 from raytrain.tasks.task import Task
@@ -30,7 +30,7 @@ def test_common_subsequences_are_the_longest(one: list[str], other: list[str]) -
     def subsequences(row: list[str]) -> set[tuple[str, ...]]:
         return {part for size in range(len(row) + 1) for part in combinations(row, size)}
 
-    assert common(one, other) == max(map(len, subsequences(one) & subsequences(other)))
+    assert longest_common_subsequence(one, other) == max(map(len, subsequences(one) & subsequences(other)))
 
 
 @settings(deadline=None)
@@ -93,7 +93,7 @@ def shown(task: Task, part: Any = "train") -> list[tuple[str, str]]:
     for place in range(len(data)):
         batch = task.collate([data[place]])
         whole = data[place]["tokens"]
-        scored = batch["targets"][batch["targets"] != UNSCORED].tolist()
+        scored = batch["targets"][batch["targets"] != IGNORE_INDEX].tolist()
         assert scored == whole[len(whole) - len(scored) :], "the end is scored, and nothing before it"
         found.append((tokenizer.decode(whole[: len(whole) - len(scored)]), tokenizer.decode(scored)))
     return found
@@ -267,10 +267,10 @@ def test_a_template_that_wants_a_system_message_gets_it_from_the_data(models: Pa
     for name in ("train", "dev"):
         write(tmp_path / f"{name}.jsonl", [{"messages": TALK}] * 2)
     task = made(folder, tmp_path, generate=2, new_tokens=4)
-    task.settle()
-    found = evaluate(task, task.model(0), task.data("valid"), 2, ExactExchange(LocalTransport()))
+    task.infer_options()
+    found = evaluate(task, task.model(0), task.data("valid"), 2, ExactAverager(LocalTransport()))
     assert found["exact_match"] == 0
-    assert tokenizer_of(task).decode(task.predict.__self__._chat.stops) == "<|im_end|><pad>"
+    assert tokenizer_of(task).decode(task.predict.__self__._chat.stop_ids) == "<|im_end|><pad>"
 
 
 HELLO = {"role": "user", "content": "hello"}
@@ -314,13 +314,13 @@ def test_answers_are_written_and_compared_exactly_on_any_number_of_workers(model
     asked = [place for place in range(len(valid)) if "answer" in valid[place]]
     assert asked == [0, 2, 5, 7, 10], "evenly spread"
     assert not any("answer" in task.data("train")[place] for place in range(11))
-    alone = evaluate(task, module, valid, 4, ExactExchange(LocalTransport()))
+    alone = evaluate(task, module, valid, 4, ExactAverager(LocalTransport()))
     prompts = [{"tokens": valid[place]["tokens"][: valid[place]["prompt"]]} for place in asked]
     written = [each["text"] for each in task.predict(module.eval(), prompts)]
     expected = [rouge_l(text, f"{place} good {place}") for text, place in zip(written, asked, strict=True)]
     assert alone["rouge_l"] == pytest.approx(sum(expected) / 5)
     assert alone["exact_match"] == 0
-    together = ThreadGroup(3).run(lambda transport: evaluate(task, module, valid, 4, ExactExchange(transport)))
+    together = ThreadGroup(3).run(lambda transport: evaluate(task, module, valid, 4, ExactAverager(transport)))
     assert together[0] == together[1] == together[2]
     assert together[0] == pytest.approx(alone)
 
@@ -334,6 +334,6 @@ def test_it_learns_to_answer(models: Path, pairs: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     run = train_here(TrainRecipe.parse(raw), tmp_path / "run")
     assert run.failure() is None
-    last = rows(run.metrics)[-1]["valid"]
+    last = read_jsonl(run.metrics)[-1]["valid"]
     assert last["loss"] < 0.1
     assert (last["rouge_l"], last["exact_match"]) == (1.0, 1.0)

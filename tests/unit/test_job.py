@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from raytrain.cli import job_entry
 from raytrain.errors import RecipeError
-from raytrain.launch.jobs.job import Job, Log, check_id, check_taken, check_upload, new_id, place, taken_files, trouble
+from raytrain.launch.jobs.job import (
+    Job,
+    JobLog,
+    check_id,
+    check_upload,
+    check_uploaded,
+    describe_outcome,
+    new_id,
+    run_location,
+    uploaded_files,
+)
 from raytrain.launch.jobs.storage import LIST, list_files, parse
 from raytrain.launch.version import fingerprint
 
@@ -33,20 +43,20 @@ def ended(status: str, exit_code: int | None = None, message: str = "") -> Job:
 def test_the_exit_status_is_that_of_the_jobs_command(job: Job, status: int) -> None:
     assert job.over
     assert job.exit_status == status
-    assert bool(trouble(job)) == bool(status)
+    assert bool(describe_outcome(job)) == bool(status)
 
 
 def test_what_goes_wrong_is_explained() -> None:
-    assert trouble(ended("STOPPED")) == "stopped"
-    assert trouble(ended("FAILED", 1, "Job entrypoint command failed")) == "failed with exit status 1"
-    assert trouble(ended("FAILED", None, "runtime_env setup failed")) == "failed: runtime_env setup failed"
+    assert describe_outcome(ended("STOPPED")) == "stopped"
+    assert describe_outcome(ended("FAILED", 1, "Job entrypoint command failed")) == "failed with exit status 1"
+    assert describe_outcome(ended("FAILED", None, "runtime_env setup failed")) == "failed: runtime_env setup failed"
     for message in (
         "python: No module named raytrain.cli.job_entry",
         "ModuleNotFoundError: No module named 'raytrain')",
     ):
-        assert "the cluster has no raytrain, or an older one" in trouble(ended("FAILED", 1, message))
+        assert "the cluster has no raytrain, or an older one" in describe_outcome(ended("FAILED", 1, message))
         assert not ended("FAILED", 1, message).began
-    assert "no `python` on its PATH" in trouble(ended("FAILED", 127))
+    assert "no `python` on its PATH" in describe_outcome(ended("FAILED", 127))
     assert ended("FAILED", 1, "No module named mine").began
 
 
@@ -57,7 +67,7 @@ def test_a_log_that_comes_from_the_start_again_is_shown_once(written: list[str],
     """However the server cuts it into pieces, and wherever the connection breaks."""
     whole = "".join(written)
     shown: list[str] = []
-    log = Log(shown.append)
+    log = JobLog(shown.append)
     for cuts in [*connections, [len(whole)]]:
         take = log.reader()
         ends = sorted(cuts)
@@ -82,20 +92,20 @@ def test_a_name_becomes_a_part_of_urls_and_paths(name: str) -> None:
 
 
 def test_the_run_lies_where_it_is_asked_for() -> None:
-    assert place("x-1", None, None) == ("~/raytrain-runs/x-1", "")
-    assert place("x-1", Path("/big/run"), None) == ("/big/run", "")
-    assert place("x-1", None, "/shared") == ("/shared/x-1", "")
-    assert place("x-1", None, "file:///shared/") == ("/shared/x-1", "")
-    assert place("x-1", None, "s3://bucket/a") == ("~/raytrain-runs/x-1", "s3://bucket/a/x-1")
-    assert place("x-1", Path("/big/run"), "s3://bucket/a") == ("/big/run", "s3://bucket/a/x-1")
+    assert run_location("x-1", None, None) == ("~/raytrain-runs/x-1", "")
+    assert run_location("x-1", Path("/big/run"), None) == ("/big/run", "")
+    assert run_location("x-1", None, "/shared") == ("/shared/x-1", "")
+    assert run_location("x-1", None, "file:///shared/") == ("/shared/x-1", "")
+    assert run_location("x-1", None, "s3://bucket/a") == ("~/raytrain-runs/x-1", "s3://bucket/a/x-1")
+    assert run_location("x-1", Path("/big/run"), "s3://bucket/a") == ("/big/run", "s3://bucket/a/x-1")
     with pytest.raises(
         RecipeError, match=r"^--out and --storage both name the run's folder: /big/run and /shared; lea"
     ):
-        place("x-1", Path("/big/run"), "/shared")
+        run_location("x-1", Path("/big/run"), "/shared")
     with pytest.raises(
         RecipeError, match=r"^--out: expected an absolute path, as the cluster's machines see it; got 'r"
     ):
-        place("x-1", Path("runs/x"), None)
+        run_location("x-1", Path("runs/x"), None)
 
 
 @given(st.dictionaries(st.sampled_from(["a/1", "a/2", "b/1", "top"]), st.integers(0, 10)), st.integers(0, 40))
@@ -111,9 +121,9 @@ def test_the_largest_folders_are_named() -> None:
     with pytest.raises(RecipeError) as caught:
         check_upload({"data/a": 60 << 20, "data/b": 70 << 20, "x.bin": 5 << 20, "s/t/u": 1}, 100 << 20, Path("/me"))
     assert str(caught.value) == (
-        "a job takes the current folder along, and /me holds 135.0 MiB, where Ray takes at most 100.0 MiB; the largest "
+        "a job uploads the current folder, and /me holds 135.0 MiB, where Ray takes at most 100.0 MiB; the largest "
         "in it: data/ 130.0 MiB, x.bin 5.0 MiB, s/ 0.0 MiB. Name what the job does not need in .gitignore or "
-        ".rayignore, or call from another folder"
+        ".rayignore, or run the command from another folder"
     )
 
 
@@ -123,17 +133,17 @@ def test_what_a_recipe_names_must_be_taken_along(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     files = {"mine.toml": 0, "data/a.txt": 0}
     for name in ("mine.toml", "data", "data/a.txt", "", "not/there"):
-        check_taken({name: tmp_path / name}, files, tmp_path)
-    with pytest.raises(RecipeError, match=r"^runs/x is not taken along to the job: runs/, .venv/, .git/, what ."):
-        check_taken({"runs/x": tmp_path / "runs/x/recipe.toml"}, files, tmp_path)
+        check_uploaded({name: tmp_path / name}, files, tmp_path)
+    with pytest.raises(RecipeError, match=r"^runs/x is not uploaded with the job: runs/, .venv/, .git/, what ."):
+        check_uploaded({"runs/x": tmp_path / "runs/x/recipe.toml"}, files, tmp_path)
     with pytest.raises(RecipeError, match=r"^../other.toml is outside the current folder, which is what a job takes"):
-        check_taken({"../other.toml": tmp_path.parent / "other.toml"}, files, tmp_path)
+        check_uploaded({"../other.toml": tmp_path.parent / "other.toml"}, files, tmp_path)
 
 
 def test_files_that_were_taken_along_are_named_as_they_were() -> None:
     there = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_4fe73a14/data/text.txt"
     raw = {"task": {"name": "text", "path": there}, "steps": 3, "log": {"loggers": []}}
-    assert taken_files(raw) == {"task.path": "data/text.txt"}
+    assert uploaded_files(raw) == {"task.path": "data/text.txt"}
 
 
 def test_a_runs_files_are_served_and_nothing_else_and_not_for_ever(tmp_path: Path) -> None:
@@ -143,7 +153,7 @@ def test_a_runs_files_are_served_and_nothing_else_and_not_for_ever(tmp_path: Pat
     (tmp_path / "secret").write_text("of the user")
     (run / "link").symlink_to(tmp_path / "secret")
     (run / ".command.lock").write_text("1")
-    serving = threading.Thread(target=job_entry.serve, args=(run, place, 1.0))
+    serving = threading.Thread(target=job_entry.serve_run, args=(run, place, 1.0))
     serving.start()
     while not (place / LIST).is_file():
         time.sleep(0.01)
@@ -158,7 +168,7 @@ def test_a_runs_files_are_served_and_nothing_else_and_not_for_ever(tmp_path: Pat
     with pytest.raises(
         RecipeError, match=r"^there is no run in .*/nothing on .*: the job left none, or it was removed$"
     ):
-        job_entry.serve(tmp_path / "nothing", place, 1.0)
+        job_entry.serve_run(tmp_path / "nothing", place, 1.0)
 
 
 @pytest.mark.parametrize("status", [0, 1, 130])
@@ -170,7 +180,7 @@ def test_a_run_is_stored_however_it_ended(
     monkeypatch.setattr("raytrain.cli.main.main", lambda: leave(tmp_path / "run", status))
     monkeypatch.setattr(job_entry.signal, "signal", lambda *_: None)
     url = f"local://{tmp_path}/store/x"
-    assert job_entry.run(["train", "digits"], tmp_path / "run", url, fingerprint()) == status
+    assert job_entry.run_job(["train", "digits"], tmp_path / "run", url, fingerprint()) == status
     assert set(parse((tmp_path / "store" / "x" / LIST).read_bytes())) == {"result.json"}
     assert (tmp_path / "store" / "x" / "result.json").read_text() == str(status)
     assert capsys.readouterr().out == f"stored at {url}: 0.0 MiB\n"
@@ -182,7 +192,7 @@ def test_a_run_that_is_refused_does_not_store_what_is_there(tmp_path: Path, monk
     monkeypatch.setattr(sys, "argv", ["x"])
     monkeypatch.setattr("raytrain.cli.main.main", lambda: leave(tmp_path / "run", 2))
     monkeypatch.setattr(job_entry.signal, "signal", lambda *_: None)
-    assert job_entry.run(["train", "digits"], tmp_path / "run", f"local://{tmp_path}/store/x", fingerprint()) == 2
+    assert job_entry.run_job(["train", "digits"], tmp_path / "run", f"local://{tmp_path}/store/x", fingerprint()) == 2
     assert [path.name for path in (tmp_path / "store" / "x").iterdir()] == ["job.txt"]
 
 
@@ -196,7 +206,7 @@ def leave(run: Path, status: int) -> None:
 def test_a_store_that_cannot_be_written_is_said_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RecipeError, match=r"file/x cannot be used: "):
-        job_entry.run(["train", "digits"], tmp_path / "run", f"local://{tmp_path}/file/x", fingerprint())
+        job_entry.run_job(["train", "digits"], tmp_path / "run", f"local://{tmp_path}/file/x", fingerprint())
     assert not (tmp_path / "run").exists()
 
 
@@ -204,4 +214,4 @@ def test_another_raytrain_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"is not the raytrain that submitted it; install the same on the cluster, or"
     ):
-        job_entry.run(["train", "digits"], tmp_path / "run", None, "0" * 64)
+        job_entry.run_job(["train", "digits"], tmp_path / "run", None, "0" * 64)

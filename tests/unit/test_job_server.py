@@ -18,9 +18,9 @@ from raytrain.errors import RecipeError, TrainingError
 from raytrain.launch.jobs import client, cluster_folder
 from raytrain.launch.jobs.client import JobServer, LostError, exposes_token
 from raytrain.launch.jobs.cluster_folder import ClusterFolder
-from raytrain.launch.jobs.job import Job, Log
+from raytrain.launch.jobs.job import Job, JobLog
 from raytrain.launch.jobs.storage import CHUNK_BYTES, ChangedError, dump, measured
-from raytrain.launch.jobs.transfer import fetch
+from raytrain.launch.jobs.transfer import fetch_run
 from raytrain.launch.jobs.upload import upload_of
 
 Handler = BaseHTTPRequestHandler
@@ -102,7 +102,7 @@ def test_a_job_whose_log_cannot_be_read_is_followed_to_its_end(dashboard: Dashbo
     """As behind a proxy without WebSockets."""
     said: list[str] = []
     dashboard.set(JOB, *[(200, details())] * 8, (200, details("FAILED", driver_exit_code=3)))
-    job = JobServer(dashboard.url).follow("x-1", Log(lambda _: None), said.append)
+    job = JobServer(dashboard.url).follow("x-1", JobLog(lambda _: None), said.append)
     assert job.exit_status == 3
     assert len(said) == 1
     assert said[0].startswith("the log of x-1 cannot be read from here (404")
@@ -111,7 +111,7 @@ def test_a_job_whose_log_cannot_be_read_is_followed_to_its_end(dashboard: Dashbo
 
 def test_a_job_that_has_ended_ends_it_too(dashboard: Dashboard) -> None:
     dashboard.set(JOB, (200, details("SUCCEEDED")))
-    assert JobServer(dashboard.url).follow("x-1", Log(lambda _: None), lambda _: None).exit_status == 0
+    assert JobServer(dashboard.url).follow("x-1", JobLog(lambda _: None), lambda _: None).exit_status == 0
 
 
 LOG = "step 1\nstep 2\nstep 3\n"
@@ -145,7 +145,7 @@ def test_however_the_log_breaks_off_it_ends_with_the_job(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "RETRY_SECONDS", 0.0)
         patch.setattr(client, "SILENCE_SECONDS", 0.001)
-        assert server.follow("x-1", Log(shown.append), said.append) is over
+        assert server.follow("x-1", JobLog(shown.append), said.append) is over
     assert LOG.startswith("".join(shown))
     assert len(said) <= 1
     if readable and len(connections) < client.LOG_ATTEMPTS and all(broken for _, broken in connections):
@@ -156,7 +156,7 @@ def test_however_the_log_breaks_off_it_ends_with_the_job(
 def test_a_server_that_fails_for_a_while_is_asked_again(dashboard: Dashboard, status: int) -> None:
     said: list[str] = []
     dashboard.set(JOB, (status, b"Traceback\nit hurts"), (200, details("SUCCEEDED")))
-    assert JobServer(dashboard.url).follow("x-1", Log(lambda _: None), said.append).exit_status == 0
+    assert JobServer(dashboard.url).follow("x-1", JobLog(lambda _: None), said.append).exit_status == 0
     lost = f"lost the connection to {dashboard.url} (the job server answered with status {status}: it hurts); trying ag"
     assert said[0].startswith(lost)
     assert len([text for text in said if text.startswith("lost")]) == 1
@@ -168,7 +168,7 @@ def test_a_server_that_fails_for_good_does_not_say_that_nothing_was_started(dash
     with pytest.raises(
         TrainingError, match=r"^no connection to .* for 0.5 s \(the job server answered with .*it hurts\)"
     ):
-        server.follow("x-1", Log(lambda _: None), lambda _: None)
+        server.follow("x-1", JobLog(lambda _: None), lambda _: None)
     dashboard.set(JOB, (404, b"Job x-1 does not exist"))
     with pytest.raises(
         TrainingError, match=r"^Job x-1 does not exist; raytrain jobs lists those that there are$"
@@ -195,7 +195,7 @@ def test_a_job_that_may_have_been_started_is_named(
     dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = threading.Event()
-    monkeypatch.setitem(client.WAIT_SECONDS, "POST", 0.1)
+    monkeypatch.setitem(client.TIMEOUT_SECONDS, "POST", 0.1)
     monkeypatch.setattr(Dashboard, "_answer", ignoring_packages(Dashboard._answer))
     dashboard.set("POST /api/jobs/", lambda _: ended.wait(10))
     server = JobServer(dashboard.url)
@@ -288,7 +288,7 @@ def test_a_large_run_may_take_long_to_list(
 ) -> None:
     monkeypatch.setattr(cluster_folder, "START_SECONDS", 0.05)
     serve_run(dashboard, details("PENDING"), *[details("RUNNING")] * 8, details("STOPPED"), later=7)
-    fetch(ClusterFolder(JobServer(dashboard.url), Job("x-1", (), "/run")), tmp_path / "copy", lambda _: None)
+    fetch_run(ClusterFolder(JobServer(dashboard.url), Job("x-1", (), "/run")), tmp_path / "copy", lambda _: None)
     assert (tmp_path / "copy" / "b").read_bytes() == b"22"
     assert [asked.partition(" ")[0] for asked in dashboard.asked[-4:]] == ["POST", "GET", "DELETE", "DELETE"][
         :0
@@ -329,7 +329,7 @@ def test_a_fetch_that_loses_its_server_says_that_what_came_is_kept(dashboard: Da
     with pytest.raises(
         TrainingError, match=rf"^no good answer from {dashboard.url} \(.*\); what has come is kept in .*cop"
     ):
-        fetch(run, tmp_path / "copy", lambda _: None)
+        fetch_run(run, tmp_path / "copy", lambda _: None)
     assert (tmp_path / ".copy.partial" / "a").read_bytes() == b"1"
 
 
@@ -371,7 +371,7 @@ def test_no_other_server_is_believed_in_its_place(dashboard: Dashboard, impostor
             call()
     said: list[str] = []
     dashboard.set(JOB, (200, details()), (200, details()), (200, details()), (200, details("SUCCEEDED")))
-    server.follow("x-1", Log(lambda _: None), said.append)
+    server.follow("x-1", JobLog(lambda _: None), said.append)
     assert f"(the log is sent on to '{impostor.url}" in said[0]
     dashboard.set("GET /api/version", redirect(f"{impostor.url}/api/version"))
     with pytest.raises(RecipeError, match=refused):

@@ -62,7 +62,7 @@ def test_every_change_of_it_is_refused(content: dict[str, Any], data: st.DataObj
 )
 def test_what_is_wrong_is_said(data: bytes, message: str) -> None:
     with pytest.raises(TrainingError, match=rf"^list: cannot be read: {message}$"):
-        parse_json(data, dict[str, int], "list", most=700_000)
+        parse_json(data, dict[str, int], "list", max_bytes=700_000)
 
 
 @given(st.binary() | documents.map(lambda content: json.dumps(content).encode()))

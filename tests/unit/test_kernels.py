@@ -14,22 +14,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.cli.main import list_names
+from raytrain.cli.main import list_tables
 from raytrain.errors import RecipeError
 from raytrain.seeds.kernels import native
 from raytrain.seeds.kernels import numba_cpu as portable
-from raytrain.seeds.kernels.kernel import KERNELS, Drawn, Kernel, active, fastest, kernel_of, quantised, seeds_tensor
+from raytrain.seeds.kernels.kernel import (
+    KERNELS,
+    Kernel,
+    ScaledDirection,
+    fastest_kernel,
+    kernel_status,
+    load_kernel,
+    quantise,
+    seeds_tensor,
+)
 from raytrain.seeds.kernels.native import CannotCompileError
-from raytrain.seeds.prng import Mode, identity
+from raytrain.seeds.prng import Distribution, parameter_id
 
-MODES: tuple[Mode, ...] = ("rademacher", "gaussian")
-REFERENCE = kernel_of("reference")
+MODES: tuple[Distribution, ...] = ("rademacher", "gaussian")
+REFERENCE = load_kernel("reference")
 
 
 def on_cpu() -> Iterator[Any]:
     for name in ("native", "numba"):
         try:
-            yield pytest.param(kernel_of(name), id=name)
+            yield pytest.param(load_kernel(name), id=name)
         except CannotCompileError as error:
             yield pytest.param(None, id=name, marks=pytest.mark.skip(reason=str(error)))
 
@@ -46,7 +55,7 @@ def threads(count: int) -> Iterator[None]:
 @pytest.mark.parametrize("kernel", list(on_cpu()))
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_sums_are_those_of_the_reference(kernel: Kernel, mode: Mode, data: st.DataObject) -> None:
+def test_sums_are_those_of_the_reference(kernel: Kernel, mode: Distribution, data: st.DataObject) -> None:
     seeds = seeds_tensor(data.draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=70)))
     models = data.draw(st.integers(1, 3))
     largest = 2**25 - 1
@@ -60,9 +69,9 @@ def test_sums_are_those_of_the_reference(kernel: Kernel, mode: Mode, data: st.Da
     start = data.draw(st.integers(0, 3000) | st.integers(2**32 * 128 - 700, 2**32 * 128))
     before = torch.arange(models * data.draw(st.integers(1, 1500))).view(models, -1)
     expected, found = before.clone(), before.clone()
-    REFERENCE.sums(mode, seeds, weights, identity("w"), start, expected)
+    REFERENCE.accumulate(mode, seeds, weights, parameter_id("w"), start, expected)
     with threads(data.draw(st.integers(1, 2))):
-        kernel.sums(mode, seeds, weights, identity("w"), start, found)
+        kernel.accumulate(mode, seeds, weights, parameter_id("w"), start, found)
     assert torch.equal(found, expected)
 
 
@@ -71,8 +80,8 @@ def test_sums_of_more_seeds_than_fit_before_a_flush(kernel: Kernel) -> None:
     seeds = seeds_tensor(range(5000))
     weights = torch.full((1, 5000), 2**25 - 1, dtype=torch.int32)
     expected, found = torch.zeros(1, 300, dtype=torch.int64), torch.zeros(1, 300, dtype=torch.int64)
-    REFERENCE.sums("rademacher", seeds, weights, 5, 17, expected)
-    kernel.sums("rademacher", seeds, weights, 5, 17, found)
+    REFERENCE.accumulate("rademacher", seeds, weights, 5, 17, expected)
+    kernel.accumulate("rademacher", seeds, weights, 5, 17, found)
     assert torch.equal(found, expected)
 
 
@@ -80,8 +89,8 @@ def test_sums_of_more_seeds_than_fit_before_a_flush(kernel: Kernel) -> None:
 @pytest.mark.parametrize("kernel", list(on_cpu()))
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_moves_are_those_of_the_reference(kernel: Kernel, mode: Mode, data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from(sorted(kernel.types, key=str)))
+def test_moves_are_those_of_the_reference(kernel: Kernel, mode: Distribution, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(sorted(kernel.dtypes, key=str)))
     rows, width = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 400))
     start = data.draw(st.integers(0, 2000) | st.integers(2**32 * 128 - 700, 2**32 * 128))
     scale = data.draw(st.floats(-100, 100))
@@ -90,9 +99,9 @@ def test_moves_are_those_of_the_reference(kernel: Kernel, mode: Mode, data: st.D
     some = None if chosen is None else torch.tensor(chosen)
     expected = torch.empty_like(base if some is None else base[some])
     found = torch.empty_like(expected)
-    REFERENCE.move(Drawn(mode, 2**64 - 3, scale, 9, start), base, expected, some)
+    REFERENCE.axpy(ScaledDirection(mode, 2**64 - 3, scale, 9, start), base, expected, some)
     with threads(data.draw(st.integers(1, 2))):
-        kernel.move(Drawn(mode, 2**64 - 3, scale, 9, start), base, found, some)
+        kernel.axpy(ScaledDirection(mode, 2**64 - 3, scale, 9, start), base, found, some)
     assert torch.equal(found, expected)
 
 
@@ -100,9 +109,9 @@ def test_moves_are_those_of_the_reference(kernel: Kernel, mode: Mode, data: st.D
 def test_a_move_in_place_on_all_threads(kernel: Kernel) -> None:
     base = torch.randn(300_001)
     expected = torch.empty_like(base)
-    REFERENCE.move(Drawn("rademacher", 1, 0.1, 2, 3), base, expected)
+    REFERENCE.axpy(ScaledDirection("rademacher", 1, 0.1, 2, 3), base, expected)
     with threads(2):
-        kernel.move(Drawn("rademacher", 1, 0.1, 2, 3), base, base)
+        kernel.axpy(ScaledDirection("rademacher", 1, 0.1, 2, 3), base, base)
     assert torch.equal(base, expected)
 
 
@@ -110,9 +119,9 @@ def test_a_move_in_place_on_all_threads(kernel: Kernel) -> None:
     st.lists(st.floats(-1e30, 1e30).filter(lambda x: not x or abs(x) > 1e-30), min_size=1, max_size=30),
     st.sampled_from(MODES),
 )
-def test_coefficients_are_kept_to_a_part_of_the_largest(values: list[float], mode: Mode) -> None:
+def test_coefficients_are_kept_to_a_part_of_the_largest(values: list[float], mode: Distribution) -> None:
     coefficients = torch.tensor(values, dtype=torch.float64)
-    weights, unit = quantised(coefficients, mode)
+    weights, unit = quantise(coefficients, mode)
     plain = float(unit) / {"rademacher": 1, "gaussian": 2.0**-20}[mode]
     assert weights.abs().max() < 2**25
     assert np.log2(plain) == round(np.log2(plain))
@@ -121,19 +130,19 @@ def test_coefficients_are_kept_to_a_part_of_the_largest(values: list[float], mod
 
 def test_coefficients_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="coefficients: expected finite numbers; got nan"):
-        quantised(torch.tensor([1.0, float("nan")], dtype=torch.float64), "rademacher")
+        quantise(torch.tensor([1.0, float("nan")], dtype=torch.float64), "rademacher")
 
 
 def test_one_kernel_is_in_use_on_each_kind_of_device() -> None:
-    found = active()
+    found = kernel_status()
     assert found.keys() == KERNELS.keys()
-    assert [name for name, remark in found.items() if remark == "in use on cpu"] == [fastest("cpu").name]
+    assert [name for name, remark in found.items() if remark == "in use on cpu"] == [fastest_kernel("cpu").name]
     with pytest.raises(RecipeError, match="need a kernel for 'xpu' devices, and none works"):
-        fastest("xpu")
+        fastest_kernel("xpu")
 
 
 def test_the_command_says_which_kernel_is_in_use(capsys: pytest.CaptureFixture[str]) -> None:
-    list_names("kernels")
+    list_tables("kernels")
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("in use on cpu") == 1
 
@@ -148,21 +157,21 @@ def test_where_nothing_can_be_kept_a_function_is_translated_in_every_process(mon
         return lambda function: function
 
     monkeypatch.setattr(portable, "njit", njit)
-    assert portable._translated(len) is len
+    assert portable._compiled(len) is len
     assert kept == [True, False]
 
 
 def test_without_its_source_the_kernel_leaves_the_work_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where only files of Python were copied."""
     monkeypatch.setattr(native, "SOURCE", native.SOURCE.with_name("gone.cpp"))
-    for cached in (native._library, kernel_of, fastest):
+    for cached in (native._library, load_kernel, fastest_kernel):
         cached.cache_clear()
     try:
-        with pytest.raises(CannotCompileError, match=r"^its source .*gone.cpp is not there$"):
+        with pytest.raises(CannotCompileError, match=r"^its source .*gone.cpp is missing$"):
             native.NativeKernel()
-        assert fastest("cpu").name == "numba"
+        assert fastest_kernel("cpu").name == "numba"
     finally:
-        for cached in (native._library, kernel_of, fastest):
+        for cached in (native._library, load_kernel, fastest_kernel):
             cached.cache_clear()
 
 
@@ -172,7 +181,7 @@ def test_without_a_compiler_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) 
     native._library.cache_clear()
     try:
         with pytest.raises(
-            CannotCompileError, match=r"no C\+\+ compiler: neither \$CXX nor g\+\+ nor clang\+\+ is there"
+            CannotCompileError, match=r"no C\+\+ compiler: none of \$CXX, g\+\+ and clang\+\+ was found"
         ):
             native.NativeKernel()
     finally:
@@ -225,4 +234,4 @@ def test_a_kernel_in_the_cache_that_may_be_anothers_is_not_loaded(
     finally:
         native._library.cache_clear()
     assert not planted.with_name("loaded").exists()
-    assert (f"others can write to {kept.parent}" in caplog.text) == (mode == "folder")
+    assert (f"other users can write to {kept.parent}" in caplog.text) == (mode == "folder")

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain.recipe import declared_options
+from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
-from raytrain.sync.averaging import ExactExchange
-from raytrain.sync.compression import CompressedExchange
-from raytrain.sync.ddp import GradientAveraging
-from raytrain.sync.global_momentum import Velocity
-from raytrain.sync.interval import Pace
+from raytrain.sync.averaging import ExactAverager
+from raytrain.sync.compression import CompressedAverager
+from raytrain.sync.ddp import DataParallel
+from raytrain.sync.global_momentum import GlobalMomentum
+from raytrain.sync.interval import SyncInterval
 from raytrain.sync.local_updates import LocalUpdates
 from raytrain.sync.methods import delayed_averaging
 from raytrain.sync.options import COMPRESSIONS, SYNCHRONISERS, DelayedAveragingOptions
-from raytrain.sync.outer import GapAwarePenalty, OuterStep, SecantPenalty, stable_below
+from raytrain.sync.outer import GapAwarePenalty, OuterOptimizer, SecantPenalty, max_stable_lr
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 
@@ -39,7 +39,7 @@ class Quadratic(nn.Module):
         return (self.curvature * (self.point - target).square()).sum() / 2
 
 
-Make = Callable[[ExactExchange], Any]
+Make = Callable[[ExactAverager], Any]
 
 
 def targets(seed: int, rank: int, step: int, width: int = WIDTH) -> Tensor:
@@ -63,11 +63,11 @@ def run(
     def replica(transport: ThreadTransport) -> Any:
         module = Quadratic(curvature)
         optimizer = torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum)
-        sync = make(ExactExchange(transport))
-        sync.start(module)
+        sync = make(ExactAverager(transport))
+        sync.attach(module)
         points = []
         for step in range(steps):
-            sync.begin(1.0)
+            sync.set_weight(1.0)
             sync.before_backward()
             drawn = targets(seed, transport.rank, step, len(module.point))
             loss = module(drawn if target is None else target)
@@ -86,10 +86,12 @@ def run(
 def local(
     every: int, delay: int = 0, *, keep: bool = True, pull: float = 1.0, share: float = 0.0, **outer: Any
 ) -> Make:
-    def make(exchange: ExactExchange) -> LocalUpdates:
-        velocity = Velocity(share) if share else None
-        pace = Pace(every, delay)
-        return LocalUpdates(exchange, OuterStep(**outer), pace, keep=keep, pull=pull, velocity=velocity)
+    def make(averager: ExactAverager) -> LocalUpdates:
+        velocity = GlobalMomentum(share) if share else None
+        pace = SyncInterval(every, delay)
+        return LocalUpdates(
+            averager, OuterOptimizer(**outer), pace, keep_local_progress=keep, alpha=pull, global_momentum=velocity
+        )
 
     return make
 
@@ -107,8 +109,8 @@ def test_replicas_are_equal_to_the_bit_afterwards(setting: tuple[int, int, int, 
         keep=data.draw(st.booleans()),
         pull=data.draw(st.sampled_from([1.0, 0.4])),
         share=data.draw(st.sampled_from([0.0, 0.7])),
-        rate=data.draw(st.floats(0.1, 1.0)),
-        beta=data.draw(st.sampled_from([0.0, 0.5, 0.9])),
+        lr=data.draw(st.floats(0.1, 1.0)),
+        momentum_factor=data.draw(st.sampled_from([0.0, 0.5, 0.9])),
         nesterov=data.draw(st.booleans()),
         clip=data.draw(st.sampled_from([0.0, 0.1])),
     )
@@ -121,7 +123,7 @@ def test_replicas_are_equal_to_the_bit_afterwards(setting: tuple[int, int, int, 
 @given(SETTINGS)
 def test_local_sgd_with_one_local_step_is_data_parallel_sgd(setting: tuple[int, int, int, int]) -> None:
     members, _, steps, seed = setting
-    expected = run(lambda exchange: GradientAveraging(exchange, 0), members, steps, seed=seed)
+    expected = run(lambda averager: DataParallel(averager, 0), members, steps, seed=seed)
     for (points, _, _), (others, _, _) in zip(expected, run(local(1), members, steps, seed=seed), strict=True):
         torch.testing.assert_close(points, others, rtol=1e-12, atol=1e-12)
 
@@ -131,7 +133,7 @@ def test_local_sgd_with_one_local_step_is_data_parallel_sgd(setting: tuple[int, 
 def test_the_outer_step_is_torchs_sgd(setting: tuple[int, int, int, int], beta: float, nesterov: bool) -> None:
     """On the mean of the differences, which are found here by local runs from the shared point."""
     members, every, rounds, seed = setting
-    outer = {"rate": 0.7, "beta": beta, "nesterov": nesterov and beta > 0}
+    outer = {"lr": 0.7, "momentum_factor": beta, "nesterov": nesterov and beta > 0}
     (points, _, _), *_ = run(local(every, **outer), members, every * rounds, seed=seed)
     shared = nn.Parameter(Quadratic().point.detach().clone())
     optimizer = torch.optim.SGD([shared], lr=0.7, momentum=beta, nesterov=outer["nesterov"])
@@ -151,8 +153,8 @@ def test_the_outer_step_is_torchs_sgd(setting: tuple[int, int, int, int], beta: 
 @given(SETTINGS, st.sampled_from([0.0, 0.5]))
 def test_co2_without_delay_is_slowmo(setting: tuple[int, int, int, int], beta: float) -> None:
     members, every, steps, seed = setting
-    one = run(local(every, 0, keep=False, beta=beta), members, steps, seed=seed)
-    other = run(local(every, 0, keep=True, beta=beta), members, steps, seed=seed)
+    one = run(local(every, 0, keep=False, momentum_factor=beta), members, steps, seed=seed)
+    other = run(local(every, 0, keep=True, momentum_factor=beta), members, steps, seed=seed)
     for (points, last, _), (others, final, _) in zip(one, other, strict=True):
         torch.testing.assert_close(points, others, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(last, final, rtol=1e-12, atol=1e-12)
@@ -164,12 +166,12 @@ def test_late_without_momentum_is_plain_training_for_one_worker(
     every: int, steps: int, seed: int, data: st.DataObject
 ) -> None:
     options = DelayedAveragingOptions(every=every, delay=data.draw(st.integers(0, every)), global_momentum=0.0)
-    [(points, point, _)] = run(lambda exchange: delayed_averaging(exchange, options), 1, steps, seed=seed)
-    [(expected, _, _)] = run(lambda exchange: GradientAveraging(exchange, 0), 1, steps, seed=seed)
+    [(points, point, _)] = run(lambda averager: delayed_averaging(averager, options), 1, steps, seed=seed)
+    [(expected, _, _)] = run(lambda averager: DataParallel(averager, 0), 1, steps, seed=seed)
     torch.testing.assert_close(torch.stack([*points, point]), torch.stack([*expected, expected[-1]]))
 
 
-class Erratic(Pace):
+class Erratic(SyncInterval):
     """A pace that changes at every mean, as one that is measured may: also to rounds that end before a mean is due."""
 
     def __init__(self, rounds: list[tuple[int, int]]) -> None:
@@ -189,13 +191,13 @@ ROUNDS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 8)), min_size=1, m
 def drift(transport: ThreadTransport, rounds: Rounds, steps: int, keep: bool, before: list[Any]) -> Any:
     """Go a way of its own that no place changes; return the module and the state, or the last place if it goes on."""
     module = Quadratic()
-    sync = LocalUpdates(ExactExchange(transport), OuterStep(), Erratic(rounds), keep=keep)
+    sync = LocalUpdates(ExactAverager(transport), OuterOptimizer(), Erratic(rounds), keep_local_progress=keep)
     if before:
         module.load_state_dict(before[0][0])
         sync.load_state_dict(before[transport.rank][1], before[0][1])
-    sync.start(module)
+    sync.attach(module)
     for _ in range(steps):
-        sync.begin(1.0)
+        sync.set_weight(1.0)
         sync.before_step(0.0, stop=False)
         with torch.no_grad():
             module.point += 1.0 + transport.rank
@@ -204,7 +206,7 @@ def drift(transport: ThreadTransport, rounds: Rounds, steps: int, keep: bool, be
         sync.finish()
         return module.point.detach()
     state = sync.state_dict()
-    with sync.shared():
+    with sync.synced_parameters():
         return copy.deepcopy(module.state_dict()), state
 
 
@@ -223,8 +225,8 @@ def test_no_mean_is_lost_whatever_the_pace_before_and_after_a_resume(
 
 @pytest.mark.parametrize("delay", [0, 4, 5, 9])
 def test_a_round_of_measured_length_is_never_shorter_than_a_given_delay(delay: int) -> None:
-    def make(exchange: ExactExchange) -> LocalUpdates:
-        return delayed_averaging(exchange, DelayedAveragingOptions(every="auto", delay=delay))
+    def make(averager: ExactAverager) -> LocalUpdates:
+        return delayed_averaging(averager, DelayedAveragingOptions(every="auto", delay=delay))
 
     (_, first, _), (_, second, _) = run(make, 2, 100)
     assert torch.equal(first, second)
@@ -264,7 +266,7 @@ def test_a_late_mean_pulls_the_replicas_and_becomes_part_of_their_steps(
     delay, share = data.draw(st.integers(1, every)), data.draw(st.sampled_from([0.0, 0.4, 0.7]))
     options = DelayedAveragingOptions(every=every, delay=delay, global_momentum=share)
     expected = late_as_described(members, every, delay, rounds, seed, share)
-    found = run(lambda exchange: delayed_averaging(exchange, options), members, every * rounds + delay, seed=seed)
+    found = run(lambda averager: delayed_averaging(averager, options), members, every * rounds + delay, seed=seed)
     for rank, (points, _, _) in enumerate(found):
         torch.testing.assert_close(points[-1], expected[rank], rtol=1e-9, atol=1e-11)
 
@@ -293,11 +295,11 @@ def test_a_movement_that_lasts_is_amplified_up_to_one_over_what_is_no_momentum(d
     def replica(transport: ThreadTransport) -> list[float]:
         module = Quadratic()
         optimizer = torch.optim.SGD(module.parameters(), lr=lr / targets_far_away)
-        sync = local(3, delay, share=share)(ExactExchange(transport))
-        sync.start(module)
+        sync = local(3, delay, share=share)(ExactAverager(transport))
+        sync.attach(module)
         places = []
         for _ in range(900):
-            sync.begin(1.0)
+            sync.set_weight(1.0)
             module(torch.full((WIDTH,), targets_far_away, dtype=torch.float64)).backward()
             sync.before_step(0.0, stop=False)
             optimizer.step()
@@ -329,21 +331,21 @@ def test_momentum_that_is_spread_over_local_steps_is_stable_however_late(
 
 
 def test_nesterovs_momentum_diverges_where_it_comes_late() -> None:
-    assert shares_left(local(6, 6, pull=0.5, beta=0.97, nesterov=True), 1200, [0.1])[0] > 5
+    assert shares_left(local(6, 6, pull=0.5, momentum_factor=0.97, nesterov=True), 1200, [0.1])[0] > 5
     assert shares_left(local(6, 6, pull=0.5, share=0.97), 1200, [0.1])[0] < 0.5
 
 
 def test_what_does_not_train_does_not_move() -> None:
     """As half of a block, when it is frozen for a turn."""
     first, last = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
-    velocity = Velocity(0.5)
-    velocity.begin(torch.zeros(5), [first, last], torch.ones(5))
+    velocity = GlobalMomentum(0.5)
+    velocity.reset(torch.zeros(5), [first, last], torch.ones(5))
     first.requires_grad_(False)
-    velocity.move(4)
+    velocity.apply(4)
     assert torch.equal(first, torch.zeros(2))
     assert torch.equal(last, torch.full((3,), 2.0))
     last.requires_grad_(False)
-    velocity.move(4)
+    velocity.apply(4)
     assert torch.equal(last, torch.full((3,), 2.0))
 
 
@@ -367,9 +369,9 @@ def test_a_delayed_round_is_stable_below_one_minus_beta(beta: float) -> None:
         (0, False, 2 * (1 + beta)),
         (0, True, 2 * (1 + beta) / (1 + 2 * beta)),
     ):
-        limit = stable_below(OuterStep(beta=beta, nesterov=nesterov), late=bool(delay))
+        limit = max_stable_lr(OuterOptimizer(momentum_factor=beta, nesterov=nesterov), late=bool(delay))
         assert limit == pytest.approx(expected)
-        make = local(1, delay, keep=False, rate=2 * limit, beta=beta, nesterov=nesterov)
+        make = local(1, delay, keep=False, lr=2 * limit, momentum_factor=beta, nesterov=nesterov)
         stable, unstable = shares_left(make, 400, [0.8 / 2, 1.25 / 2])
         assert stable < 0.1
         assert unstable > 10
@@ -392,7 +394,7 @@ def test_an_outer_step_that_may_diverge_is_told(
 ) -> None:
     factory = resolve(SYNCHRONISERS, sync["name"], "sync.name")
     caplog.set_level("WARNING")
-    factory(ExactExchange(LocalTransport()), declared_options(factory)(**sync))
+    factory(ExactAverager(LocalTransport()), options_parameter(factory)(**sync))
     assert [warned in message for message in caplog.messages] == ([True] if warned else [])
 
 
@@ -406,10 +408,10 @@ def test_the_mean_of_a_round_is_over_the_samples_of_those_who_did_any(weights: l
 
     def replica(transport: ThreadTransport) -> tuple[Tensor, Tensor]:
         module = Quadratic()
-        sync = local(4)(ExactExchange(transport))
-        sync.start(module)
+        sync = local(4)(ExactAverager(transport))
+        sync.attach(module)
         for step, weight in enumerate(weights[transport.rank]):
-            sync.begin(float(weight))
+            sync.set_weight(float(weight))
             sync.before_step(0.0, stop=False)
             with torch.no_grad():
                 if weight:
@@ -429,9 +431,9 @@ def test_the_mean_of_a_round_is_over_the_samples_of_those_who_did_any(weights: l
 @pytest.mark.parametrize("codec", COMPRESSIONS)
 @pytest.mark.parametrize("delay", [0, 3])
 def test_coded_differences_train_as_exact_ones_and_are_equal_on_all(codec: str, delay: int) -> None:
-    def make(exchange: ExactExchange) -> LocalUpdates:
+    def make(averager: ExactAverager) -> LocalUpdates:
         return local(4, delay)(
-            CompressedExchange(exchange.transport, resolve(COMPRESSIONS, codec, "sync.compression")())
+            CompressedAverager(averager.transport, resolve(COMPRESSIONS, codec, "sync.compression")())
         )
 
     expected = run(local(4, delay), 3, 80)
@@ -459,14 +461,14 @@ def test_coded_differences_train_as_exact_ones_and_are_equal_on_all(codec: str, 
 def test_a_replica_keeps_as_many_buffers_as_the_readme_says(sync: dict[str, Any], buffers: float) -> None:
     size = 64 * 1024
     factory = resolve(SYNCHRONISERS, sync["name"], "sync.name")
-    options = declared_options(factory)(every=3, **sync)
+    options = options_parameter(factory)(every=3, **sync)
 
     def replica(transport: ThreadTransport) -> float:
         module = nn.Linear(1024, 64, bias=False)
-        one = factory(ExactExchange(transport), options)
-        one.start(module)
+        one = factory(ExactAverager(transport), options)
+        one.attach(module)
         for _ in range(10):
-            one.begin(1.0)
+            one.set_weight(1.0)
             one.before_step(0.0, stop=False)
             one.after_step(1.0)
         one.finish()
@@ -500,11 +502,17 @@ class Counting(Quadratic):
 def test_buffers_are_averaged_or_stay_local_until_the_end(shared: bool) -> None:
     def replica(transport: ThreadTransport) -> list[float]:
         module = Counting()
-        sync = LocalUpdates(ExactExchange(transport), OuterStep(), Pace(2, 0), keep=True, share_buffers=shared)
-        sync.start(module)
+        sync = LocalUpdates(
+            ExactAverager(transport),
+            OuterOptimizer(),
+            SyncInterval(2, 0),
+            keep_local_progress=True,
+            share_buffers=shared,
+        )
+        sync.attach(module)
         seen = []
         for _ in range(5):
-            sync.begin(1.0)
+            sync.set_weight(1.0)
             module.seen += 1.0 + 2.0 * transport.rank
             sync.before_step(0.0, stop=False)
             sync.after_step(1.0)
@@ -525,17 +533,19 @@ def test_a_shared_buffer_is_the_mean_of_where_the_replicas_ended_a_round(keep: b
 
     def replica(transport: ThreadTransport) -> tuple[list[float], list[float], list[float]]:
         module = Counting()
-        sync = LocalUpdates(ExactExchange(transport), OuterStep(), Pace(2, delay), keep=keep)
-        sync.start(module)
+        sync = LocalUpdates(
+            ExactAverager(transport), OuterOptimizer(), SyncInterval(2, delay), keep_local_progress=keep
+        )
+        sync.attach(module)
         ends, shared, begun = [], [], []
         for step in range(12):
-            sync.begin(1.0 + transport.rank)
+            sync.set_weight(1.0 + transport.rank)
             module.seen.mul_(0.5).add_(targets(0, transport.rank, step)[0].abs())
             sync.before_step(0.0, stop=False)
             ends.append(module.seen.item())
             sync.after_step(1.0)
             begun.append(module.seen.item())
-            with sync.shared():
+            with sync.synced_parameters():
                 shared.append(module.seen.item())
         return ends[1::2], shared, begun[1::2]
 
@@ -551,16 +561,16 @@ def test_a_shared_buffer_is_the_mean_of_where_the_replicas_ended_a_round(keep: b
 def test_what_was_loaded_is_where_the_model_is(name: str, codec: str | None) -> None:
     """A checkpoint is read on the CPU; "meta" stands for a GPU, which has the same rule: one device in an operation."""
     factory = resolve(SYNCHRONISERS, name, "sync.name")
-    options = declared_options(factory)(name=name, every=3, compression=codec)
+    options = options_parameter(factory)(name=name, every=3, compression=codec)
 
     def made(device: torch.device) -> tuple[Any, nn.Module]:
         module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to(device)
-        return factory(ExactExchange(LocalTransport(device)), options), module
+        return factory(ExactAverager(LocalTransport(device)), options), module
 
     sync, module = made(torch.device("cpu"))
-    sync.start(module)
+    sync.attach(module)
     for _ in range(10):
-        sync.begin(1.0)
+        sync.set_weight(1.0)
         sync.before_step(0.0, stop=False)
         with torch.no_grad():
             module[0].weight += 0.1
@@ -568,7 +578,7 @@ def test_what_was_loaded_is_where_the_model_is(name: str, codec: str | None) -> 
     state = sync.state_dict()
     there, module = made(torch.device("meta"))
     there.load_state_dict(state, state)
-    there.start(module)
+    there.attach(module)
     assert [value.device.type for value in kept(there, set())] == ["meta"] * len([*kept(sync, set())])
 
 
@@ -576,8 +586,8 @@ def test_what_was_loaded_is_where_the_model_is(name: str, codec: str | None) -> 
 @pytest.mark.parametrize("shrink", [0.05, 0.3, 0.9])
 def test_the_secant_finds_how_fast_local_rounds_shrink_and_keeps_the_delay_stable(beta: float, shrink: float) -> None:
     """On a quadratic they shrink the error by 1 - c, whatever the momentum does."""
-    outer = OuterStep(beta=beta, penalty=(penalty := SecantPenalty()))
-    outer.begin(point := torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), None)
+    outer = OuterOptimizer(momentum_factor=beta, penalty=(penalty := SecantPenalty()))
+    outer.reset(point := torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), None)
     differences = [shrink * point]
     for _ in range(400):
         differences.append(shrink * point)  # made from here, and applied a round later
@@ -588,8 +598,8 @@ def test_the_secant_finds_how_fast_local_rounds_shrink_and_keeps_the_delay_stabl
 
 def test_the_secant_averages_what_it_finds_from_round_to_round() -> None:
     """Along one coordinate, differences that shrink by other shares in each round: c <- 0.7 c + 0.3 found."""
-    outer = OuterStep(penalty=(penalty := SecantPenalty()))
-    outer.begin(point := torch.tensor([1.0], dtype=torch.float64), None)
+    outer = OuterOptimizer(penalty=(penalty := SecantPenalty()))
+    outer.reset(point := torch.tensor([1.0], dtype=torch.float64), None)
     places, expected, before = [point.item()], None, 0.0
     for turn, share in enumerate([0.1, 0.5, 0.9, 0.3, 0.7, 0.2]):
         difference = share * places[max(0, turn - 1)]  # made a round ago
@@ -603,17 +613,17 @@ def test_the_secant_averages_what_it_finds_from_round_to_round() -> None:
 
 
 def test_the_gap_is_the_last_outer_step() -> None:
-    outer = OuterStep(rate=0.5, penalty=GapAwarePenalty())
-    outer.begin(torch.zeros(2), None)
+    outer = OuterOptimizer(lr=0.5, penalty=GapAwarePenalty())
+    outer.reset(torch.zeros(2), None)
     outer(torch.tensor([3.0, 4.0]), 1.0)
-    assert outer.point.tolist() == [-1.5, -2.0]  # there was no step before: 1
+    assert outer.anchor.tolist() == [-1.5, -2.0]  # there was no step before: 1
     outer(torch.tensor([0.0, 5.0]), 1.0)
-    assert outer.point.tolist() == pytest.approx([-1.5, -2.0 - 0.5 * 5.0 / 1.5])  # the step was 0.5 * 5
+    assert outer.anchor.tolist() == pytest.approx([-1.5, -2.0 - 0.5 * 5.0 / 1.5])  # the step was 0.5 * 5
 
 
 @settings(max_examples=20)
 @given(SETTINGS, st.floats(0.01, 0.5))
 def test_the_momentum_is_never_longer_than_the_clip(setting: tuple[int, int, int, int], clip: float) -> None:
     members, every, steps, seed = setting
-    for _, _, sync in run(local(every, beta=0.9, clip=clip), members, steps, seed=seed):
-        assert sync._outer.momentum.abs().max() <= clip
+    for _, _, sync in run(local(every, momentum_factor=0.9, clip=clip), members, steps, seed=seed):
+        assert sync._outer.momentum_buffer.abs().max() <= clip

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from raytrain.recipe import declared_options
+from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.testing import ThreadGroup, ThreadTransport
 
@@ -134,15 +134,15 @@ def co2(setting: Setting, alpha: float, beta: float, clip: float, penalty: str) 
 def ours(name: str, setting: Setting, **options: Any) -> list[Floats]:
     """Return where our replicas are after the last round."""
     factory = resolve(SYNCHRONISERS, name, "sync.name")
-    chosen = declared_options(factory)(name=name, every=setting.every, **options)
+    chosen = options_parameter(factory)(name=name, every=setting.every, **options)
 
     def replica(transport: ThreadTransport) -> Floats:
         module = nn.Linear(1, 3, bias=False).double()
         module.weight.data.copy_(torch.from_numpy(START)[:, None])
-        sync = factory(ExactExchange(transport), chosen)
-        sync.start(module)
+        sync = factory(ExactAverager(transport), chosen)
+        sync.attach(module)
         for rate, targets in zip(setting.rates, setting.targets, strict=True):
-            sync.begin(float(setting.weights[transport.rank]))
+            sync.set_weight(float(setting.weights[transport.rank]))
             sync.before_step(0.0, stop=False)
             with torch.no_grad():
                 module.weight -= rate * (module.weight - torch.from_numpy(targets[transport.rank])[:, None])
@@ -195,18 +195,18 @@ def test_diloco_makes_the_numbers_of_torchfts_regression_test(name: str, rounds:
     factory = resolve(SYNCHRONISERS, "diloco", "sync.name")
     expected, found = GOLDEN[name], [GOLDEN[name][0]]
     for every in rounds:
-        options = declared_options(factory)(name="diloco", every=every, outer_lr=2.0, outer_momentum=0.0)
+        options = options_parameter(factory)(name="diloco", every=every, outer_lr=2.0, outer_momentum=0.0)
 
         def replica(transport: ThreadTransport, options: Any = options, begun: float = found[-1]) -> list[float]:
             module = nn.Linear(1, 1, bias=False)
             nn.init.constant_(module.weight, begun)
             optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-            sync = factory(ExactExchange(transport), options)
-            sync.start(module)
+            sync = factory(ExactAverager(transport), options)
+            sync.attach(module)
             places = []
             for _ in range(options.every):
                 module.weight.grad = torch.full((1, 1), 2.0)
-                sync.begin(1.0)
+                sync.set_weight(1.0)
                 sync.before_step(0.0, stop=False)
                 optimizer.step()
                 sync.after_step(1.0)

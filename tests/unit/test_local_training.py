@@ -28,16 +28,16 @@ from federated.wire import MODEL_BYTES, REPORT_BYTES, ReportHeader, is_lost
 from federated.working_model import WorkingModel
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.optimizers import make_optimizer
-from raytrain.optim.options import ZEROTH
+from raytrain.optim.options import ZEROTH_ORDER
 from raytrain.registry import resolve
 from raytrain.seeds.seed_model import SeedModel
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import ScalarOptions
-from raytrain.sync.scalars import Numbers
+from raytrain.sync.scalars import ScalarExchange
 from raytrain.sync.transport import LocalTransport
-from raytrain.zeroth.optimizers import ZerothOrder, space_of
-from raytrain.zeroth.perturbed import Probe
-from raytrain.zeroth.step import Zeroth, loss_of
+from raytrain.zeroth.optimizers import ZerothOrderOptimizer, directions_of
+from raytrain.zeroth.perturbed import PerturbedModel
+from raytrain.zeroth.step import ZeroOrderStep, make_closure
 
 FIELDS: dict[str, Any] = {
     "kind": "federate",
@@ -65,7 +65,7 @@ each_protocol = pytest.mark.parametrize("more", PROTOCOLS, ids=lambda more: "-".
 
 
 def parameters_of(federation: Federation) -> list[Tensor]:
-    return [part.tensor.clone() for part in federation.model.space.parts]
+    return [part.tensor.clone() for part in federation.model.directions.slices]
 
 
 @each_protocol
@@ -95,36 +95,47 @@ def zeroth_step_by_step(recipe: FederateRecipe, optimizer: str, seeds: list[list
     """Run the landed zeroth-order step on the batches of client 0, along these seeds in each step."""
     task = task_of(recipe)
     module = initial_module(recipe, task).eval()
-    constructor = resolve(ZEROTH, optimizer, "optimizer.name")
+    constructor = resolve(ZEROTH_ORDER, optimizer, "optimizer.name")
     options = optimizer_options(optimizer)(name=optimizer, lr=FIELDS["optimizer"]["lr"])
     made = make_optimizer(constructor, options, module)
-    assert isinstance(made, ZerothOrder)
-    space = space_of(module, made, mode="rademacher", sparsity=0.0, blocks=False)
-    made.shape(space)
+    assert isinstance(made, ZerothOrderOptimizer)
+    space = directions_of(module, made, distribution="rademacher", sparsity=0.0, blockwise=False)
+    made.bind(space)
 
-    class Rounded(Numbers):
+    class Rounded(ScalarExchange):
         """Hears each number as the server does."""
 
-        def share(self, values: Sequence[float], *_: Any, **__: Any) -> tuple[list[list[float]], list[float]]:
+        def all_gather(self, values: Sequence[float], *_: Any, **__: Any) -> tuple[list[list[float]], list[float]]:
             return [[ENCODINGS[up].rounded(value) for value in values]], [1.0]
 
-    sync = Rounded(ExactExchange(LocalTransport()), ScalarOptions(name="scalars"), short=False)
-    sync.start(module)
+    sync = Rounded(ExactAverager(LocalTransport()), ScalarOptions(name="scalars"), one_byte=False)
+    sync.attach(module)
 
-    class Along(Zeroth):
+    class Along(ZeroOrderStep):
         @staticmethod
-        def seed_of(seed: int, step: int, rank: int, place: int) -> int:
+        def direction_seed(seed: int, step: int, rank: int, place: int) -> int:
             return seeds[step][place]
 
-    zeroth = Along(Probe(module, space), made, sync, len(seeds[0]), recipe.zo.eps, 2, False, "", 10.0, weighted=False)
+    zeroth = Along(
+        PerturbedModel(module, space),
+        made,
+        sync,
+        len(seeds[0]),
+        recipe.zo.eps,
+        "central",
+        False,
+        "",
+        10.0,
+        weighted=False,
+    )
     own = Federation.of(recipe).partition.indices(0)
     drawn = own[batches(recipe.seed, 0, 0, len(own), recipe.protocol.local_steps, recipe.protocol.batch)]
     for step in range(len(seeds)):
         batch = task.collate([task.data("train")[index] for index in drawn[step].tolist()])
         batch = {name: value.float() for name, value in batch.items()}
-        loss = loss_of(task, module, [(batch, task.weights(batch))], (), None, "")
+        loss = make_closure(task, module, [(batch, task.weights(batch))], (), None, "")
         zeroth.step(loss, module, 0, (step, 0), 1.0)
-    return [part.tensor for part in space.parts]
+    return [part.tensor for part in space.slices]
 
 
 ONE_CLIENT = {"clients": {"count": 1, "per_round": 1}, "rounds": 1}
@@ -197,13 +208,13 @@ def test_a_client_moves_by_what_it_sends_and_not_by_what_it_measured() -> None:
     assert 0 < np.isnan(sent).sum() < 12, "beyond one standard deviation some are"
     protocol = protocol_of(recipe)
     seeds = protocol.table.seeds(protocol.directions(0, client)).tolist()
-    space = federation.model.space
+    space = federation.model.directions
     path = parameters_of(federation)
-    for part, start in zip(space.parts, before, strict=True):
+    for part, start in zip(space.slices, before, strict=True):
         part.tensor.copy_(start)
     for seed, number in zip(seeds, sent.tolist(), strict=True):
         if not np.isnan(number):
-            space.move(seed, -protocol.rate(0) * number)
+            space.add_direction(seed, -protocol.rate(0) * number)
     assert all(map(torch.equal, path, parameters_of(federation)))
 
 
@@ -357,7 +368,9 @@ def test_faults_are_survived_counted_and_repeated(fault: str) -> None:
 def test_the_result_is_a_seed_model_of_the_same_weights(more: dict[str, Any], tmp_path: Path) -> None:
     recipe = recipe_of(**more, **{"protocol.weight_decay": 1.0})
     federation = Federation.of(recipe)
-    initial = federation.model.space.over({part.name: part.tensor.clone() for part in federation.model.space.parts})
+    initial = federation.model.directions.with_tensors(
+        {part.name: part.tensor.clone() for part in federation.model.directions.slices}
+    )
     server = federation.server()
     for _ in range(2):
         federation.simulation(server).play_round()
@@ -386,7 +399,7 @@ def test_what_stands_still_beside_the_directions_is_known_by_the_digest_too() ->
     for name in ("frozen.weight", "version"):
         module = initial_module(recipe, federation.task)
         module.state_dict()[name].view(-1)[0] += 1
-        space = federation.model.space.over(dict(module.named_parameters()))
+        space = federation.model.directions.with_tensors(dict(module.named_parameters()))
         other = WorkingModel(module, space)
         assert other.base != federation.model.base
         assert other.seed_model(federation.server().model, protocol_of(recipe)).base == space.digest()

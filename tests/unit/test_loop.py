@@ -11,27 +11,27 @@ from torch.nn.utils import clip_grad_norm_
 
 from raytrain.data.sampler import Sampler
 from raytrain.errors import TrainingError
-from raytrain.optim.schedules import linear, rate
-from raytrain.sync.averaging import ExactExchange
+from raytrain.optim.schedules import linear, lr_factor
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
-from raytrain.tensors import seed_step
+from raytrain.tensors import seed_everything_at
 from raytrain.testing import ThreadGroup, ThreadTransport, TinyOptions, tiny
-from raytrain.training.build import build
+from raytrain.training.build import build_replica
 from raytrain.training.evaluation import evaluate
-from raytrain.training.loader import Indexed
-from raytrain.training.loop import Plan, due, status, train
+from raytrain.training.loader import IndexedLoader
+from raytrain.training.loop import LoopConfig, every_n, run_status, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Progress, Replica
 
-PLAN = Plan(
+PLAN = LoopConfig(
     steps=12,
     seed=3,
     batch=6,
     accumulate=1,
     clip=0.5,
     autocast=None,
-    rate=partial(rate, linear, steps=12, warmup=2, floor=0.0, decay=0.2),
+    lr_factor=partial(lr_factor, linear, steps=12, warmup=2, min_lr_ratio=0.0, decay_ratio=0.2),
     evaluate_every=0,
     checkpoint_every=0,
     patience=0,
@@ -44,7 +44,7 @@ class Watching:
     def __init__(self, task: Task, stop_at: int = 0) -> None:
         self._measure = partial(evaluate, task, examples=task.data("valid"), batch=5)
         self._stop_at = stop_at
-        self.exchange = ExactExchange(LocalTransport())
+        self.averager = ExactAverager(LocalTransport())
         self.rows: list[dict[str, float]] = []
         self.evaluated: list[int] = []
         self.saved: list[tuple[int, str]] = []
@@ -53,17 +53,17 @@ class Watching:
     def stop_requested(self) -> bool:
         return len(self.rows) + 1 == self._stop_at
 
-    def stepped(self, replica: Replica, values: dict[str, float]) -> None:
+    def on_step(self, replica: Replica, values: dict[str, float]) -> None:
         self.rows.append(values)
 
     def evaluate(self, replica: Replica) -> dict[str, float]:
         self.evaluated.append(replica.progress.step)
-        return self._measure(module=replica.module, exchange=self.exchange)
+        return self._measure(module=replica.module, averager=self.averager)
 
     def save(self, replica: Replica) -> None:
         self.saved.append((replica.progress.step, replica.progress.status))
 
-    def note(self, replica: Replica, metrics: dict[str, float]) -> None:
+    def save_metrics(self, replica: Replica, metrics: dict[str, float]) -> None:
         assert self.saved[-1][0] == replica.progress.step
         self.noted.append((replica.progress.step, replica.progress.status, metrics["loss"]))
 
@@ -73,12 +73,12 @@ def recipe(**changes: Any) -> TrainRecipe:
     return TrainRecipe.parse(base).with_overrides({"optimizer.lr": 0.02, **changes})
 
 
-def run(plan: Plan = PLAN, watch_with: Any = None, **changes: Any) -> tuple[Replica, Watching]:
+def run(plan: LoopConfig = PLAN, watch_with: Any = None, **changes: Any) -> tuple[Replica, Watching]:
     settings = recipe(**changes)
     task = tiny(settings.task)
     watch = Watching(task, **(watch_with or {}))
-    replica = build(settings, task, watch.exchange)
-    train(replica, task, Indexed(task, task.data("train"), PLAN.seed), plan, watch)
+    replica = build_replica(settings, task, watch.averager)
+    train(replica, task, IndexedLoader(task, task.data("train"), PLAN.seed), plan, watch)
     return replica, watch
 
 
@@ -96,18 +96,18 @@ def test_it_is_the_loop_one_would_write_by_hand() -> None:
     )
     examples = task.data("train")
     for step in range(PLAN.steps):
-        seed_step(3, 0, step)
+        seed_everything_at(3, 0, step)
         batch = task.collate([examples[i] for i in Sampler(len(examples), 3).indices(step * 6, 6)])
         loss = torch.dot(task.losses(module, batch), batch["weight"]) / batch["weight"].sum().item()
         loss.backward()
         clip_grad_norm_(module.parameters(), 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = 0.02 * PLAN.rate(step)
+            group["lr"] = 0.02 * PLAN.lr_factor(step)
         optimizer.step()
         optimizer.zero_grad()
     ours, watch = run(**{"task.dropout": 0.3, "optimizer.weight_decay": 0.1})
     assert all(map(torch.equal, weights(ours), module.parameters()))
-    assert [row["lr"] for row in watch.rows] == [0.02 * PLAN.rate(step) for step in range(12)]
+    assert [row["lr"] for row in watch.rows] == [0.02 * PLAN.lr_factor(step) for step in range(12)]
 
 
 @pytest.mark.parametrize("pieces", [2, 3, 6])
@@ -128,13 +128,13 @@ def test_replicas_take_the_step_of_one_with_all_the_examples(members: int) -> No
 
     def replica(transport: ThreadTransport) -> None:
         with one_at_a_time:
-            replicas[transport.rank] = build(settings, task, ExactExchange(transport))
+            replicas[transport.rank] = build_replica(settings, task, ExactAverager(transport))
         watch = Watching(task)
-        watch.exchange = ExactExchange(transport)
+        watch.averager = ExactAverager(transport)
         train(
             replicas[transport.rank],
             task,
-            Indexed(task, task.data("train"), PLAN.seed),
+            IndexedLoader(task, task.data("train"), PLAN.seed),
             replace(PLAN, batch=6 // members),
             watch,
         )
@@ -166,16 +166,16 @@ def test_what_is_not_measured_is_not_logged() -> None:
 def test_gradients_are_clipped() -> None:
     _, free = run(replace(PLAN, clip=1e9))
     replica, _ = run(replace(PLAN, clip=1e-6, steps=1), **{"optimizer.name": "sgd", "optimizer.lr": 1.0})
-    before = build(recipe(), tiny(recipe().task), ExactExchange(LocalTransport())).module
+    before = build_replica(recipe(), tiny(recipe().task), ExactAverager(LocalTransport())).module
     moved = torch.cat(
         [(new - old).flatten() for new, old in zip(replica.module.parameters(), before.parameters(), strict=True)]
     )
     assert free.rows[0]["gradient_norm"] > 0.01
-    assert moved.norm().item() == pytest.approx(1e-6 * PLAN.rate(0), rel=1e-3)
+    assert moved.norm().item() == pytest.approx(1e-6 * PLAN.lr_factor(0), rel=1e-3)
 
 
 def test_evaluations_and_checkpoints_come_when_they_are_due() -> None:
-    _, watch = run(replace(PLAN, evaluate_every=5, checkpoint_every=4, rate=lambda step: 0.0))
+    _, watch = run(replace(PLAN, evaluate_every=5, checkpoint_every=4, lr_factor=lambda step: 0.0))
     assert watch.evaluated == [5, 10, 12]
     # Step 5 is the first and, as nothing learns, the best evaluation; the last step is always saved.
     assert watch.saved == [(4, "running"), (5, "running"), (8, "running"), (12, "done")]
@@ -187,7 +187,13 @@ def test_what_is_done_is_saved_before_it_is_evaluated() -> None:
     task = replace(tiny(settings.task), measure=lambda *_: {"lost": (1.0, 1.0)})
     watch = Watching(task)
     with pytest.raises(TrainingError, match="measured lost, but the task's metric is 'loss'"):
-        train(build(settings, task, watch.exchange), task, Indexed(task, task.data("train"), PLAN.seed), PLAN, watch)
+        train(
+            build_replica(settings, task, watch.averager),
+            task,
+            IndexedLoader(task, task.data("train"), PLAN.seed),
+            PLAN,
+            watch,
+        )
     assert watch.saved == [(12, "done")]
 
 
@@ -195,9 +201,9 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for() -> None:
     settings = recipe()
     task = tiny(settings.task)
     watch = Watching(task)
-    replica = build(settings, task, watch.exchange)
+    replica = build_replica(settings, task, watch.averager)
     replica.progress = Progress(step=4, position=24, evaluated=2)
-    train(replica, task, Indexed(task, task.data("train"), PLAN.seed), replace(PLAN, evaluate_every=2), watch)
+    train(replica, task, IndexedLoader(task, task.data("train"), PLAN.seed), replace(PLAN, evaluate_every=2), watch)
     assert watch.evaluated == [4, 6, 8, 10, 12]
 
 
@@ -215,9 +221,9 @@ def test_a_plan_that_is_already_fulfilled_ends_with_a_checkpoint_that_says_so(
     settings = recipe()
     task = tiny(settings.task)
     watch = Watching(task)
-    replica = build(settings, task, watch.exchange)
+    replica = build_replica(settings, task, watch.averager)
     replica.progress = progress
-    train(replica, task, Indexed(task, task.data("train"), PLAN.seed), replace(PLAN, **change), watch)
+    train(replica, task, IndexedLoader(task, task.data("train"), PLAN.seed), replace(PLAN, **change), watch)
     assert watch.rows == []
     assert watch.saved == [(4, status)]
     assert watch.evaluated == ([4] if status == "done" else [])
@@ -229,8 +235,8 @@ def test_a_metric_that_is_not_a_number_is_never_the_best() -> None:
     task = replace(tiny(settings.task), measure=lambda *_: {"loss": (next(values), 1.0)})
     watch = Watching(task)
     watch._measure = partial(evaluate, task, examples=task.data("valid"), batch=13)
-    replica = build(settings, task, watch.exchange)
-    train(replica, task, Indexed(task, task.data("train"), PLAN.seed), replace(PLAN, evaluate_every=3), watch)
+    replica = build_replica(settings, task, watch.averager)
+    train(replica, task, IndexedLoader(task, task.data("train"), PLAN.seed), replace(PLAN, evaluate_every=3), watch)
     assert (replica.progress.best, replica.progress.best_step) == (1.0, 12)
     assert [step for step, _ in watch.saved] == [6, 12]
 
@@ -248,9 +254,9 @@ def test_a_model_may_keep_what_it_computed_in_an_evaluation() -> None:
     task = replace(tiny(settings.task), model=lambda _: Keeping(4, 1))
     watch = Watching(task)
     train(
-        build(settings, task, watch.exchange),
+        build_replica(settings, task, watch.averager),
         task,
-        Indexed(task, task.data("train"), PLAN.seed),
+        IndexedLoader(task, task.data("train"), PLAN.seed),
         replace(PLAN, evaluate_every=3),
         watch,
     )
@@ -265,12 +271,12 @@ def test_micro_batches_count_when_they_are_one_object() -> None:
 
     def first_norm(transport: Any) -> float:
         watch = Watching(base)
-        watch.exchange = ExactExchange(transport)
-        replica = build(settings, task, watch.exchange)
+        watch.averager = ExactAverager(transport)
+        replica = build_replica(settings, task, watch.averager)
         train(
             replica,
             task,
-            Indexed(task, base.data("train"), PLAN.seed),
+            IndexedLoader(task, base.data("train"), PLAN.seed),
             replace(PLAN, steps=1, batch=3, accumulate=2, clip=9.0),
             watch,
         )
@@ -281,7 +287,7 @@ def test_micro_batches_count_when_they_are_one_object() -> None:
 
 
 def test_training_stops_early_when_nothing_improves() -> None:
-    replica, watch = run(replace(PLAN, evaluate_every=2, patience=2, rate=lambda step: 0.0))
+    replica, watch = run(replace(PLAN, evaluate_every=2, patience=2, lr_factor=lambda step: 0.0))
     assert watch.evaluated == [2, 4, 6]
     assert replica.progress.status == "stopped early"
     assert replica.progress.best_step == 2
@@ -299,9 +305,9 @@ def test_a_finished_run_trains_no_further() -> None:
     settings = recipe()
     task = tiny(settings.task)
     watch = Watching(task)
-    replica = build(settings, task, watch.exchange)
+    replica = build_replica(settings, task, watch.averager)
     replica.progress = Progress(step=12, position=72, evaluated=12, status="done")
-    train(replica, task, Indexed(task, task.data("train"), PLAN.seed), PLAN, watch)
+    train(replica, task, IndexedLoader(task, task.data("train"), PLAN.seed), PLAN, watch)
     assert replica.progress.status == "done"
     assert watch.rows == watch.saved == []
 
@@ -313,10 +319,10 @@ def test_a_loss_that_is_not_a_number_stops_before_it_spoils_the_weights() -> Non
     fourth = Sampler(len(examples), 3).indices(18, 6).tolist()
     examples[fourth[2]]["y"] = torch.tensor(float("nan"), dtype=torch.float64)
     watch = Watching(task)
-    replica = build(settings, task, watch.exchange)
+    replica = build_replica(settings, task, watch.averager)
     first = next(step for step in range(9) if fourth[2] in Sampler(50, 3).indices(step * 6, 6))
     with pytest.raises(TrainingError) as caught:
-        train(replica, task, Indexed(task, examples, PLAN.seed), PLAN, watch)
+        train(replica, task, IndexedLoader(task, examples, PLAN.seed), PLAN, watch)
     assert f"the loss is nan in step {first + 1} on worker 0, over the training examples " in str(caught.value)
     assert str(Sampler(50, 3).indices(first * 6, 6).tolist()) in str(caught.value)
     assert all(torch.isfinite(value).all() for value in weights(replica))
@@ -326,18 +332,18 @@ def test_a_loss_that_is_not_a_number_stops_before_it_spoils_the_weights() -> Non
 def test_a_gradient_that_is_not_a_number_stops_too() -> None:
     task = replace(tiny(recipe().task), losses=lambda module, batch: (module(batch["x"]) * 0).sqrt() + 1)
     watch = Watching(task)
-    replica = build(recipe(), task, watch.exchange)
+    replica = build_replica(recipe(), task, watch.averager)
     with pytest.raises(TrainingError, match=r"^the norm of the gradient is nan in step 1, although the loss is finite"):
-        train(replica, task, Indexed(task, task.data("train"), PLAN.seed), PLAN, watch)
+        train(replica, task, IndexedLoader(task, task.data("train"), PLAN.seed), PLAN, watch)
 
 
 def test_losses_must_match_the_weights() -> None:
     task = replace(tiny(recipe().task), losses=lambda module, batch: module(batch["x"]).mean())
     with pytest.raises(TrainingError, match=r"Task.losses returned shape \(\) where \(6,\) was expected"):
         train(
-            build(recipe(), task, ExactExchange(LocalTransport())),
+            build_replica(recipe(), task, ExactAverager(LocalTransport())),
             task,
-            Indexed(task, task.data("train"), PLAN.seed),
+            IndexedLoader(task, task.data("train"), PLAN.seed),
             PLAN,
             Watching(task),
         )
@@ -353,11 +359,11 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32() -> None:
         return (errors - batch["y"]).square()
 
     task = replace(base, losses=losses)
-    replica = build(recipe(precision="bfloat16"), task, ExactExchange(LocalTransport()))
+    replica = build_replica(recipe(precision="bfloat16"), task, ExactAverager(LocalTransport()))
     train(
         replica,
         task,
-        Indexed(task, task.data("train"), PLAN.seed),
+        IndexedLoader(task, task.data("train"), PLAN.seed),
         replace(PLAN, autocast=torch.bfloat16),
         Watching(base),
     )
@@ -366,8 +372,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32() -> None:
 
 
 def test_status_and_due() -> None:
-    assert status(Progress(step=12), PLAN, stop=True) == "done"
-    assert status(Progress(step=3), PLAN, stop=True) == "interrupted"
-    assert status(Progress(step=3, stale=9), PLAN, stop=False) == "running"
-    assert [step for step in range(1, 10) if due(step, 3)] == [3, 6, 9]
-    assert not due(4, 0)
+    assert run_status(Progress(step=12), PLAN, stop=True) == "done"
+    assert run_status(Progress(step=3), PLAN, stop=True) == "interrupted"
+    assert run_status(Progress(step=3, stale=9), PLAN, stop=False) == "running"
+    assert [step for step in range(1, 10) if every_n(step, 3)] == [3, 6, 9]
+    assert not every_n(4, 0)

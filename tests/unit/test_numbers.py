@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raytrain.errors import TrainingError
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import ScalarOptions
-from raytrain.sync.scalars import decode, encode, one_byte, scalars
+from raytrain.sync.scalars import decode_one_byte, encode_one_byte, one_byte, scalars
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 
@@ -23,10 +23,10 @@ EXPONENTS = st.integers(-60, 60)
 @given(st.lists(st.floats(width=32), max_size=20), EXPONENTS)
 def test_a_byte_holds_a_sign_and_a_logarithm(values: list[float], exponent: int) -> None:
     exponents = np.full(len(values), exponent)
-    sent = encode(np.array(values, np.float32), exponents)
+    sent = encode_one_byte(np.array(values, np.float32), exponents)
     assert sent.dtype == np.uint8
     least, most = 2.0 ** (exponent - 10.5), 2.0 ** (exponent + 10.5)
-    for value, read in zip(values, decode(sent, exponents).tolist(), strict=True):
+    for value, read in zip(values, decode_one_byte(sent, exponents).tolist(), strict=True):
         if not math.isfinite(value):
             assert math.isnan(read)
         elif value == 0:
@@ -40,7 +40,7 @@ def test_a_byte_holds_a_sign_and_a_logarithm(values: list[float], exponent: int)
 @given(st.integers(0, 255), EXPONENTS)
 def test_a_byte_that_is_read_is_written_again(sent: int, exponent: int) -> None:
     exponents = np.array([exponent])
-    assert encode(decode(np.array([sent], np.uint8), exponents), exponents)[0] == sent
+    assert encode_one_byte(decode_one_byte(np.array([sent], np.uint8), exponents), exponents)[0] == sent
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -51,12 +51,12 @@ def test_all_replicas_read_the_same_and_bytes_are_counted(kind: Any, size: int, 
     own = [[0.5, -3.0], [float("nan"), 1e-9], [1e300, float("inf")]]
 
     def replica(transport: ThreadTransport) -> tuple[Any, int]:
-        sync = kind(ExactExchange(transport), ScalarOptions(name="x"))
-        sync.start(nn.Linear(2, 2))
-        sync.begin([1.0, 2.0, 0.0][transport.rank])
+        sync = kind(ExactAverager(transport), ScalarOptions(name="x"))
+        sync.attach(nn.Linear(2, 2))
+        sync.set_weight([1.0, 2.0, 0.0][transport.rank])
         before = sync.bytes_sent
         sizes = [[1.0, 2.0], [1e-3, 1e-9 if known else 0.0], [5.0, 5.0]]
-        return sync.share(own[transport.rank], sizes, weighted=weighted), sync.bytes_sent - before
+        return sync.all_gather(own[transport.rank], sizes, weighted=weighted), sync.bytes_sent - before
 
     answers = ThreadGroup(3).run(replica)
     assert all(repr(answer) == repr(answers[0]) for answer in answers)
@@ -75,14 +75,14 @@ def test_slopes_that_a_byte_does_not_hold_are_counted_and_told_once(
     values: list[float], told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("WARNING")
-    sync = one_byte(ExactExchange(LocalTransport()), ScalarOptions(name="x"))
-    sync.start(nn.Linear(2, 2))
+    sync = one_byte(ExactAverager(LocalTransport()), ScalarOptions(name="x"))
+    sync.attach(nn.Linear(2, 2))
     for _ in range(60):
-        sync.share(values, [[1.0, 1.0, 1.0]], weighted=False)
+        sync.all_gather(values, [[1.0, 1.0, 1.0]], weighted=False)
     beyond = sum(abs(math.log2(value)) > 10.5 for value in values if value)
-    assert sync.figures() == {"zeros": values.count(0.0), "saturated": beyond}
+    assert sync.metrics() == {"zeros": values.count(0.0), "saturated": beyond}
     assert [f"{22 * values.count(0.0)} were 0" in text for text in caplog.messages] == [True] * told
-    assert scalars(ExactExchange(LocalTransport()), ScalarOptions(name="x")).figures() == {}
+    assert scalars(ExactAverager(LocalTransport()), ScalarOptions(name="x")).metrics() == {}
 
 
 @given(st.integers(0, 9), st.integers(1, 4))
@@ -90,8 +90,8 @@ def test_a_request_to_stop_that_lasts_one_step_reaches_all(step: int, every: int
     """The command looks for it now and then, and sees it in one step of many."""
 
     def replica(transport: ThreadTransport) -> list[int]:
-        sync = one_byte(ExactExchange(transport), ScalarOptions(name="x", stop_every=every, check_every=0))
-        sync.start(nn.Linear(2, 2))
+        sync = one_byte(ExactAverager(transport), ScalarOptions(name="x", stop_every=every, check_every=0))
+        sync.attach(nn.Linear(2, 2))
         asks = [transport.rank == 1 and now == step for now in range(step + every + 1)]
         return [now for now, stop in enumerate(asks) if sync.before_step(0.0, stop=stop).stop]
 
@@ -103,8 +103,8 @@ def test_a_request_to_stop_that_lasts_one_step_reaches_all(step: int, every: int
 def test_replicas_that_are_no_longer_equal_are_named() -> None:
     def replica(transport: ThreadTransport) -> str:
         module = nn.Linear(2, 2)
-        sync = one_byte(ExactExchange(transport), ScalarOptions(name="x", check_every=2))
-        sync.start(module)
+        sync = one_byte(ExactAverager(transport), ScalarOptions(name="x", check_every=2))
+        sync.attach(module)
         for step in range(2):
             sync.before_step(0.0, stop=False)
             if step == 1 and transport.rank == 2:

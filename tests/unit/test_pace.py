@@ -5,30 +5,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain.sync import interval as pace_module
-from raytrain.sync.interval import LONGEST, SHARE, SLACK, Clock, Pace
+from raytrain.sync.interval import HIDING_MARGIN, MAX_OVERHEAD, MAX_STEPS, RoundTimer, SyncInterval
 
 SECONDS = st.floats(1e-3, 10.0)
 
 
 @given(SECONDS, SECONDS, st.floats(0.0, 10.0))
 def test_a_round_is_as_short_as_hides_the_exchange_and_bears_its_cost(
-    step: float, exchange: float, cost: float
+    step: float, averager: float, cost: float
 ) -> None:
-    pace = Pace("auto", "auto")
-    pace.learn(step, exchange, cost)
-    enough = max(SLACK * exchange / step, cost / (SHARE * step))
-    assert pace.every == min(LONGEST, max(1, math.ceil(enough)))
-    assert pace.delay == min(pace.every, math.ceil(SLACK * exchange / step))
+    pace = SyncInterval("auto", "auto")
+    pace.update(step, averager, cost)
+    enough = max(HIDING_MARGIN * averager / step, cost / (MAX_OVERHEAD * step))
+    assert pace.every == min(MAX_STEPS, max(1, math.ceil(enough)))
+    assert pace.delay == min(pace.every, math.ceil(HIDING_MARGIN * averager / step))
 
 
 @given(SECONDS, SECONDS, SECONDS, st.integers(1, 50), st.data())
-def test_what_is_given_stays(step: float, exchange: float, cost: float, every: int, data: st.DataObject) -> None:
+def test_what_is_given_stays(step: float, averager: float, cost: float, every: int, data: st.DataObject) -> None:
     delay = data.draw(st.integers(0, every))
-    for pace in (Pace(every, delay), Pace("auto", delay), Pace(every, "auto")):
+    for pace in (SyncInterval(every, delay), SyncInterval("auto", delay), SyncInterval(every, "auto")):
         fixed = pace.is_fixed
         assert 0 <= pace.delay <= pace.every
-        pace.learn(step, exchange, cost)
-        pace.learn(0.0, exchange, cost)  # nothing was measured
+        pace.update(step, averager, cost)
+        pace.update(0.0, averager, cost)  # nothing was measured
         assert 0 <= pace.delay <= pace.every
         assert not fixed or (pace.every, pace.delay) == (every, delay)
 
@@ -38,8 +38,8 @@ def test_a_mean_is_due_within_its_round_wherever_a_run_goes_on_from(
     every: int, was: int, now: int, data: st.DataObject
 ) -> None:
     before = data.draw(st.integers(0, was))
-    for pace in (Pace("auto", every), Pace(now, "auto"), Pace("auto", "auto")):
-        pace.go_on(was, before)
+    for pace in (SyncInterval("auto", every), SyncInterval(now, "auto"), SyncInterval("auto", "auto")):
+        pace.restore(was, before)
         assert 0 <= pace.delay <= pace.every
 
 
@@ -47,7 +47,7 @@ def test_a_mean_is_due_within_its_round_wherever_a_run_goes_on_from(
 def test_of_any_distance_at_most_a_half_is_left_after_a_round(every: int, kept: float, data: st.DataObject) -> None:
     """`kept` is what a step leaves of it; at once nothing is left, for a replica goes on from the shared point."""
     delay = data.draw(st.integers(0, every))
-    pull = Pace(every, delay).pull(delay)
+    pull = SyncInterval(every, delay).alpha(delay)
     assert 0.5 <= pull <= 1.0
     assert abs((kept**delay - pull) * kept ** (every - delay)) <= 0.5 + 1e-12
     assert delay or pull == 1.0
@@ -57,11 +57,11 @@ def test_a_clock_tells_steps_from_waiting_and_packing(monkeypatch: pytest.Monkey
     now, worked = [100.0], [7.0]
     monkeypatch.setattr(pace_module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(pace_module, "_worked", lambda: worked[0])
-    clock = Clock()
+    clock = RoundTimer()
     now[0] += 0.25
     worked[0] += 0.5
-    clock.pack(0.05)
-    assert clock.lap(2, waited=0.1) == pytest.approx([0.05, 0.0, 0.55])
+    clock.add_overhead(0.05)
+    assert clock.end_round(2, waited=0.1) == pytest.approx([0.05, 0.0, 0.55])
     clock.exchange_seconds = 0.3
     now[0] += 0.1
-    assert clock.lap(1, waited=0.1) == pytest.approx([0.1, 0.3, 0.0])
+    assert clock.end_round(1, waited=0.1) == pytest.approx([0.1, 0.3, 0.0])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from raytrain.errors import RecipeError
-from raytrain.optim.groups import outer_parameters
+from raytrain.optim.groups import embedding_and_head_parameters
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import OPTIMIZERS
 from raytrain.overrides import parse_overrides
@@ -71,11 +71,11 @@ def test_a_tied_parameter_has_all_its_names() -> None:
 def test_rules_survive_being_written_and_read() -> None:
     changes = parse_overrides(["optimizer.groups=[{match='*.embed*', lr_scale=0.1, weight_decay=0}, {match='b'}]"])
     changed = recipe(name="muon").with_overrides(changes)
-    assert changed.plain()["optimizer"]["groups"] == [
+    assert changed.to_dict()["optimizer"]["groups"] == [
         {"match": "*.embed*", "lr_scale": 0.1, "weight_decay": 0.0},
         {"match": "b", "lr_scale": 1.0},
     ]
-    assert TrainRecipe.parse(changed.plain()) == changed
+    assert TrainRecipe.parse(changed.to_dict()) == changed
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_what_a_group_cannot_have_apart_is_named() -> None:
     [
         (
             [{"match": "*"}, {"match": "*.embd*"}],
-            r"^optimizer.groups.1: match = '\*.embd\*' fits none of the 7 trainable parameters; the nearest: embed",
+            r"^optimizer.groups.1: match = '\*.embd\*' matches none of the 7 trainable parameters; the nearest: embed",
         ),
         (
             [{"match": "*.weight"}, {"match": "body.weight"}],
-            r"^optimizer.groups.1: match = 'body.weight' fits only what earlier rules fit, and the first that fits",
+            r"^optimizer.groups.1: match = 'body.weight' matches only parameters of earlier rules, and the first",
         ),
     ],
 )
@@ -147,7 +147,7 @@ def test_a_model_of_transformers_says_what_its_head_is(tied: bool) -> None:
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=6, tie_word_embeddings=tied)
     inner = AutoModelForCausalLM.from_config(config)
     module = nn.ModuleDict({"language": inner, "probe": nn.Linear(8, 2)})
-    outer = {name for name, value in module.named_parameters() if value in outer_parameters(module)}
+    outer = {name for name, value in module.named_parameters() if value in embedding_and_head_parameters(module)}
     expected = {"language.transformer.wte.weight", "language.transformer.wpe.weight"}
     assert outer == expected | (set() if tied else {"language.lm_head.weight"})
     assert not torch.equal(inner.transformer.wte.weight, inner.transformer.wpe.weight[:1])

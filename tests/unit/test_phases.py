@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.errors import CheckpointError, RecipeError
-from raytrain.run.checkpoint import listed, load
+from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.serialization import pack
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import train_here
-from raytrain.training.build import task_of, trainable
+from raytrain.training.build import build_task, trainable
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica, inherit, load_state, state_of
 
@@ -36,7 +36,7 @@ def recipe(**changes: Any) -> TrainRecipe:
 def model_of(folder: Path, of: TrainRecipe) -> dict[str, torch.Tensor]:
     run = train_here(of, folder)
     assert run.failure() is None
-    return load(listed(run.checkpoints)[-1], 0)["model"]
+    return load_part(list_checkpoints(run.checkpoints)[-1], 0)["model"]
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -61,7 +61,7 @@ CHANGED: list[dict[str, Any]] = [
 def test_a_run_with_phases_goes_on_from_any_checkpoint(newest: int, tmp_path: Path) -> None:
     phased = recipe(phases=CHANGED, checkpoint__every=1, checkpoint__keep=20)
     whole = model_of(tmp_path / "run", phased)
-    for path in listed(tmp_path / "run" / "checkpoints")[newest:]:
+    for path in list_checkpoints(tmp_path / "run" / "checkpoints")[newest:]:
         shutil.rmtree(path)
     assert equal(model_of(tmp_path / "run", phased), whole)
 
@@ -72,7 +72,7 @@ def test_fields_keep_their_values_in_later_phases() -> None:
     assert [stage.recipe.batch for stage in stages] == [8, 4, 4]
     assert [stage.recipe.optimizer.name for stage in stages] == ["sgd", "sgd", "adamw"]
     assert [stage.recipe.task.dropout for stage in stages] == [0.1, 0.1, 0.4]
-    assert TrainRecipe.parse(recipe(phases=CHANGED).plain()).stages() == stages, "as a run's folder has it"
+    assert TrainRecipe.parse(recipe(phases=CHANGED).to_dict()).stages() == stages, "as a run's folder has it"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def trained(of: TrainRecipe) -> Replica:
 
 
 def fresh(of: TrainRecipe) -> Replica:
-    return trainable(of, task_of(of), ExactExchange(LocalTransport()), new=True)
+    return trainable(of, build_task(of), ExactAverager(LocalTransport()), new=True)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

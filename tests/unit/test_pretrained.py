@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytrain.data.collate import scored, token_losses
+from raytrain.data.collate import lm_batch, token_losses
 from raytrain.errors import RecipeError
-from raytrain.models.adapters import adapt
-from raytrain.models.blocks import recompute
-from raytrain.models.options import OPTIONS
+from raytrain.models.adapters import inject_adapter
+from raytrain.models.blocks import checkpoint_activations
+from raytrain.models.options import ADAPTER_OPTIONS
 from raytrain.models.pretrained import Pretrained, PretrainedOptions
 
 CAUSAL = "AutoModelForCausalLM"
@@ -30,15 +30,15 @@ def parameters(module: Any) -> dict[str, Tensor]:
     ("name", "loader"), [("llama", CAUSAL), ("gpt2", CAUSAL), ("bert", HEADED), ("bert", "AutoModel")]
 )
 def test_a_model_is_a_function_of_its_seed(models: Path, name: str, loader: str) -> None:
-    one, same, other = (parameters(opened(models / name, loader).module(seed)) for seed in (0, 0, 1))
+    one, same, other = (parameters(opened(models / name, loader).load_module(seed)) for seed in (0, 0, 1))
     assert all(torch.equal(one[key], same[key]) for key in one)
     random = {key for key in one if not torch.equal(one[key], other[key])}
     assert random == ({"classifier.weight"} if loader == HEADED else set()), "only what the folder lacks is random"
 
 
 def test_a_fresh_model_takes_only_the_architecture(models: Path) -> None:
-    trained = parameters(opened(models / "llama").module(0))
-    one, same, other = (parameters(opened(models / "llama", fresh=True).module(seed)) for seed in (1, 1, 2))
+    trained = parameters(opened(models / "llama").load_module(0))
+    one, same, other = (parameters(opened(models / "llama", fresh=True).load_module(seed)) for seed in (1, 1, 2))
     assert {key: value.shape for key, value in trained.items()} == {key: value.shape for key, value in one.items()}
     assert all(torch.equal(one[key], same[key]) for key in one)
     moved = [key for key in one if not torch.equal(one[key], other[key]) and not torch.equal(one[key], trained[key])]
@@ -48,7 +48,7 @@ def test_a_fresh_model_takes_only_the_architecture(models: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fresh", [True, False])
 def test_parameters_have_the_wanted_type(models: Path, dtype: Any, fresh: bool) -> None:
-    module = opened(models / "gpt2", dtype=dtype, fresh=fresh).module(0)
+    module = opened(models / "gpt2", dtype=dtype, fresh=fresh).load_module(0)
     assert {value.dtype for value in module.parameters()} == {getattr(torch, dtype)}
 
 
@@ -62,7 +62,7 @@ def gradients(module: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_how_attention_is_computed_changes_nothing_else(models: Path, name: str) -> None:
-    made = {kind: opened(models / name, attention=kind).module(0).eval() for kind in ("sdpa", "eager")}
+    made = {kind: opened(models / name, attention=kind).load_module(0).eval() for kind in ("sdpa", "eager")}
     assert {module.config._attn_implementation for module in made.values()} == {"sdpa", "eager"}
     torch.testing.assert_close(gradients(made["sdpa"]), gradients(made["eager"]))
 
@@ -72,9 +72,9 @@ def test_recomputing_blocks_changes_no_gradient(models: Path, name: str) -> None
     found = []
     for again in (False, True):
         pretrained = opened(models / name)
-        module = pretrained.prepare(pretrained.module(0))
+        module = pretrained.prepare(pretrained.load_module(0))
         if again:
-            recompute(module)
+            checkpoint_activations(module)
         torch.manual_seed(0)  # of the dropout
         found.append(gradients(module))
         assert not module.config.use_cache
@@ -86,7 +86,7 @@ def test_what_is_exported_is_loaded_with_equal_outputs(models: Path, tmp_path: P
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pretrained = opened(models / name)
-    module = pretrained.prepare(pretrained.module(0))
+    module = pretrained.prepare(pretrained.load_module(0))
     with torch.no_grad():
         for value in module.parameters():
             value.add_(torch.randn_like(value), alpha=0.01)
@@ -100,7 +100,7 @@ def test_what_is_exported_is_loaded_with_equal_outputs(models: Path, tmp_path: P
     assert loaded.config.use_cache
     assert [path.name for path in (tmp_path / "out").glob("*.bin")] == []
     ids = tokenizer("the film was a question", return_tensors="pt")["input_ids"]
-    assert ids[0].tolist() == pretrained.tokens("the film was a question")
+    assert ids[0].tolist() == pretrained.tokenize("the film was a question")
     assert torch.equal(loaded.eval()(input_ids=ids).logits, module.eval()(input_ids=ids).logits)
     assert tokenizer.chat_template == pretrained.tokenizer.chat_template
 
@@ -108,22 +108,22 @@ def test_what_is_exported_is_loaded_with_equal_outputs(models: Path, tmp_path: P
 def test_the_tokens_of_a_text_end_where_it_ends(models: Path) -> None:
     pretrained = opened(models / "llama")
     text = "the film, naïve 漢 😀 "
-    tokens, ends = pretrained.tokens_and_ends(text)
-    assert tokens == pretrained.tokens(text)
+    tokens, ends = pretrained.tokenize_with_ends(text)
+    assert tokens == pretrained.tokenize(text)
     assert ends[-1] == len(text)
     assert pretrained.tokenizer.decode(tokens) == text
-    ended = pretrained.tokens(text + "</s>")
+    ended = pretrained.tokenize(text + "</s>")
     assert ended == tokens, "no end-of-text token that the tokenizer may add"
-    assert pretrained.tokens(text + "</s>", special=False) == [*tokens, pretrained.end()]
+    assert pretrained.tokenize(text + "</s>", special=False) == [*tokens, pretrained.eos_id()]
 
 
 @pytest.mark.parametrize(("name", "limit"), [("llama", 128), ("gpt2", 64), ("bert", 64)])
 def test_a_context_fits_the_model(models: Path, name: str, limit: int) -> None:
     pretrained = opened(models / name, "AutoModel")
-    assert pretrained.context(0, 512) == pretrained.context(limit, 512) == limit
-    assert pretrained.context(0, 16) == pretrained.context(16, 512) == 16
+    assert pretrained.context_length(0, 512) == pretrained.context_length(limit, 512) == limit
+    assert pretrained.context_length(0, 16) == pretrained.context_length(16, 512) == 16
     with pytest.raises(RecipeError, match=rf"^task.length: .*{name} sees {limit} tokens at most; got {limit + 1}$"):
-        pretrained.context(limit + 1, 512)
+        pretrained.context_length(limit + 1, 512)
 
 
 def without(*names: str) -> Callable[[Path], None]:
@@ -206,8 +206,8 @@ def test_a_folder_that_is_of_no_use_says_why(
 
     def use() -> None:
         pretrained = opened(folder, loader)
-        pretrained.context(0, 16)
-        pretrained.module(0)
+        pretrained.context_length(0, 16)
+        pretrained.load_module(0)
 
     with pytest.raises(RecipeError) as refused:
         use()
@@ -250,23 +250,23 @@ def changed_tokenizer(models: Path, folder: Path, name: str, **changes: None) ->
 def test_a_missing_padding_token_is_the_end_of_text_where_no_token_sees_it(models: Path, tmp_path: Path) -> None:
     llama = opened(models / "llama")
     assert llama.tokenizer.pad_token_id is None
-    assert llama.pad() == llama.end() == llama.tokenizer.eos_token_id
+    assert llama.pad_id() == llama.eos_id() == llama.tokenizer.eos_token_id
     bert = changed_tokenizer(models, tmp_path, "bert", pad_token=None)
     with pytest.raises(RecipeError) as refused:
-        opened(bert, HEADED).pad()
+        opened(bert, HEADED).pad_id()
     assert str(refused.value) == (
         f"task.model: the tokenizer in {bert} has no padding token, and texts differ in length; set one with "
         "tokenizer.pad_token = ..., and save the tokenizer there"
     )
     endless = changed_tokenizer(models, tmp_path, "llama", eos_token=None)
     with pytest.raises(RecipeError) as refused:
-        opened(endless).pad()
+        opened(endless).pad_id()
     assert str(refused.value) == (
         f"task.model: the tokenizer in {endless} has no padding token and no end-of-text token, and texts differ in "
         "length; set one with tokenizer.pad_token = ..., and save the tokenizer there"
     )
     with pytest.raises(RecipeError) as refused:
-        opened(endless).end()
+        opened(endless).eos_id()
     assert str(refused.value) == (
         f"task.model: the tokenizer in {endless} has no end-of-text token; set one with tokenizer.eos_token = ..., and "
         "save the tokenizer there"
@@ -275,22 +275,22 @@ def test_a_missing_padding_token_is_the_end_of_text_where_no_token_sees_it(model
 
 def test_attention_that_is_not_there_is_refused(models: Path) -> None:
     with pytest.raises(RecipeError, match=r"^task.model: .*llama cannot be loaded: FlashAttention2 has been"):
-        opened(models / "llama", attention="flash_attention_2").module(0)
+        opened(models / "llama", attention="flash_attention_2").load_module(0)
 
 
 def test_loading_is_silent(models: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    opened(models / "bert", HEADED).module(0)
+    opened(models / "bert", HEADED).load_module(0)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_models_take_adapters_in_every_layer_of_their_blocks(models: Path, name: str) -> None:
     pretrained = opened(models / name)
-    module = pretrained.prepare(pretrained.module(0)).eval()
-    batch = scored([[2, 3, 4], [5, 6]], [[3, 4, 5], [6, 7]], 1)
+    module = pretrained.prepare(pretrained.load_module(0)).eval()
+    batch = lm_batch([[2, 3, 4], [5, 6]], [[3, 4, 5], [6, 7]], 1)
     before = token_losses(module, batch).detach()
-    lora = OPTIONS["lora"]
-    adapt(module, lora(name="lora", r=2, fan_in_fan_out=name == "gpt2"), seed=0)
+    lora = ADAPTER_OPTIONS["lora"]
+    inject_adapter(module, lora(name="lora", r=2, fan_in_fan_out=name == "gpt2"), seed=0)
     losses = token_losses(module.eval(), batch)
     torch.testing.assert_close(losses, before)
     losses.sum().backward()
@@ -325,9 +325,9 @@ def test_all_that_a_folder_lacks_is_trained_beside_an_adapter(
 
     config = transformers.AutoConfig.for_model(kind, **SIZES)
     getattr(transformers, base).from_config(config).save_pretrained(tmp_path / "model")
-    module = opened(tmp_path / "model", HEADED).module(0, num_labels=3)
-    lora = OPTIONS["lora"]
-    elsewhere = adapt(module, lora(name="lora", r=2, modules_to_save=()), seed=0)
+    module = opened(tmp_path / "model", HEADED).load_module(0, num_labels=3)
+    lora = ADAPTER_OPTIONS["lora"]
+    elsewhere = inject_adapter(module, lora(name="lora", r=2, modules_to_save=()), seed=0)
     beside = {key for key, value in module.named_parameters() if value.requires_grad and "lora" not in key}
     assert {place for key in beside for place in new if key.startswith(f"{place}.")} == new
     assert all(key.startswith(tuple(f"{place}." for place in new)) for key in beside)

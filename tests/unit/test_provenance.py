@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from raytrain.launch.jobs.client import JobServer
 from raytrain.launch.jobs.job import Job
 from raytrain.launch.jobs.storage import Folder
-from raytrain.launch.jobs.transfer import fetch
-from raytrain.provenance import MARKER, named_code, refuse_code
+from raytrain.launch.jobs.transfer import fetch_run
+from raytrain.provenance import MARKER, find_code, refuse_code
 
 PLANTED = "from pathlib import Path\nPath('planted').touch()\nfrom raytrain.testing import tiny\n"
 
@@ -29,7 +29,7 @@ def test_code_is_found_wherever_it_is_named(rest: Any, path: list[str | int]) ->
     raw: Any = "mine.deep:Thing.made"
     for key in reversed(path):
         raw = {"rest": rest, key: raw} if isinstance(key, str) else [*([rest] * key), raw]
-    found = dict(named_code(raw))
+    found = dict(find_code(raw))
     assert found[".".join(map(str, path))] == "mine.deep:Thing.made"
     others = {value for value in found.values() if value != "mine.deep:Thing.made"}
     assert all(":" in value and " " not in value for value in others)
@@ -48,7 +48,7 @@ def fetched(workplace: Path) -> Path:
     (workplace / "theirs" / "recipe.toml").write_text('kind = "train"\n[task]\nname = "planted_task:tiny"\n')
     (workplace / "theirs" / "trials").mkdir()
     (workplace / "theirs" / "trials" / "recipe.toml").write_text('[task]\nname = "planted_task:tiny"\n')
-    fetch(Folder(workplace / "theirs"), workplace / "run", lambda _: None)
+    fetch_run(Folder(workplace / "theirs"), workplace / "run", lambda _: None)
     return workplace / "run"
 
 
@@ -97,7 +97,7 @@ def test_a_run_of_ones_own_and_one_without_code_need_none(
 
 
 def test_a_copy_that_is_served_again_is_marked_again(fetched: Path, workplace: Path) -> None:
-    fetch(Folder(fetched), workplace / "other", lambda _: None)
+    fetch_run(Folder(fetched), workplace / "other", lambda _: None)
     assert (workplace / "other" / MARKER).read_text() == f"{fetched}\n"
 
 
@@ -150,6 +150,6 @@ def test_what_a_job_would_take_along_is_listed(workplace: Path, raytrain: Callab
     ended = raytrain("submit", "--dry-run", "--", "train", "digits")
     assert (ended.status, ended.out) == (0, "           2  mine.py\n")
     assert ended.err.splitlines() == [
-        "a job would take 1 file(s) along, 0.0 MiB",
-        "not taken along: .env (may hold secrets), link (a link out of the folder)",
+        "a job would upload 1 file(s), 0.0 MiB",
+        "not uploaded: .env (may hold secrets), link (a link out of the folder)",
     ]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raytrain.errors import RecipeError
 from raytrain.optim.options import OPTIMIZERS
-from raytrain.overrides import merged, parse_overrides, parse_value
+from raytrain.overrides import apply_overrides, parse_overrides, parse_value
 from raytrain.recipe import dotted_fields, read_toml
 from raytrain.training.kind import KIND
 from raytrain.training.recipe import TrainRecipe
@@ -56,7 +56,7 @@ def test_overrides_come_one_after_the_other(first: dict[str, Any], second: dict[
 @given(nested, st.sampled_from(["a", "b.c", "d.a.b"]), st.integers())
 def test_an_override_leaves_all_other_fields(raw: dict[str, Any], dotted: str, value: int) -> None:
     try:
-        changed = dict(dotted_fields(merged(raw, {dotted: value})))
+        changed = dict(dotted_fields(apply_overrides(raw, {dotted: value})))
     except RecipeError:
         return  # it would have put a field inside a number
     before = dict(dotted_fields(raw))
@@ -126,7 +126,7 @@ def test_a_new_name_drops_the_options_that_only_the_old_one_has_and_says_which(
     assert found == TrainRecipe.parse({**SMALL, **raw}).with_overrides(changes)
     for section in ("optimizer", "sync"):
         kept = {key for key in raw.get(section, {}) if f"{section}.{key}" not in said} - {"name", "groups"}
-        now = found.plain()[section]
+        now = found.to_dict()[section]
         assert {key: now[key] for key in kept - {name.split(".")[-1] for name in changes}} == {
             key: raw[section][key] for key in kept - {name.split(".")[-1] for name in changes}
         }
@@ -141,7 +141,7 @@ def test_what_is_set_for_the_new_name_must_fit_it() -> None:
 @given(st.sampled_from(sorted(OPTIMIZERS)), st.sampled_from(sorted(OPTIMIZERS)))
 def test_every_optimizer_can_take_the_place_of_every_other(old: str, new: str) -> None:
     recipe = TrainRecipe.parse({**SMALL, "optimizer": {"name": old, "lr": 0.01}})
-    full = TrainRecipe.parse(recipe.plain())
+    full = TrainRecipe.parse(recipe.to_dict())
     assert full.with_overrides({"optimizer.name": new}).optimizer.name == new
 
 
@@ -151,15 +151,15 @@ def test_entries_of_lists_can_be_changed() -> None:
         parse_overrides(["optimizer.groups.0.lr_scale=3", "optimizer.groups.1.match=*", "task.widths.1=5"])
     )
     assert [(rule.match, rule.lr_scale) for rule in changed.optimizer.groups] == [("a", 3), ("*", 1)]
-    assert changed.plain()["task"]["widths"] == [8, 5]
-    assert recipe.plain()["task"]["widths"] == [8, 9]
+    assert changed.to_dict()["task"]["widths"] == [8, 5]
+    assert recipe.to_dict()["task"]["widths"] == [8, 9]
 
 
 @given(st.lists(st.integers(), min_size=1, max_size=5), st.data())
 def test_an_entry_that_is_changed_leaves_all_others(numbers: list[int], data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(numbers) - 1))
     raw = {"a": {"b": [{"c": number} for number in numbers]}}
-    found = merged(raw, {f"a.b.{place}.c": "x"})["a"]["b"]
+    found = apply_overrides(raw, {f"a.b.{place}.c": "x"})["a"]["b"]
     assert [one["c"] for one in found] == [*numbers[:place], "x", *numbers[place + 1 :]]
     assert raw == {"a": {"b": [{"c": number} for number in numbers]}}
 
@@ -172,7 +172,7 @@ def test_a_name_alone_stands_for_its_section() -> None:
 def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "text", "path": "x/../y.txt"}})
-    assert recipe.plain()["task"]["path"] == str(tmp_path / "y.txt")
+    assert recipe.to_dict()["task"]["path"] == str(tmp_path / "y.txt")
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("task.name=json:dump", r"^task.name: 'json' is a module of Python itself; name one of yours; got 'json:dump'"),
         ("task.name=a b:c", r"^task.name: expected module:attribute, as in mine:task; got 'a b:c'$"),
         (
-            "task.name=raytrain.files:write_whole",
-            r"^task.name: raytrain.files:write_whole must take nothing, or one parameter",
+            "task.name=raytrain.files:write_atomic",
+            r"^task.name: raytrain.files:write_atomic must take nothing, or one parameter",
         ),
         (
             "task.name=tomli_w:dump",

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.data.cache import StoredExamples
-from raytrain.data.columns import column, domain_of, label_of, text_of
-from raytrain.data.records import Files, Record, is_local, of_file
+from raytrain.data.columns import column_of, domain_of, label_of, text_of
+from raytrain.data.records import LocalRecords, Record, is_local, read_records
 from raytrain.errors import RecipeError
 from raytrain.tasks.splits import RecordOptions, Splits
 
@@ -53,14 +53,14 @@ def read(path: Path | str, part: str = "train", **options: Any) -> list[dict[str
 def test_what_was_written_is_read(rows: list[dict[str, str]], ending: str, tmp_path_factory: Any) -> None:
     file = tmp_path_factory.mktemp("rows") / f"x{ending}"
     write(file, rows)
-    assert [dict(record.fields) for record in of_file(file)] == rows
+    assert [dict(record.fields) for record in read_records(file)] == rows
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
 def test_types_are_kept_and_not_guessed(tmp_path: Path, ending: str) -> None:
     rows = [{"text": "2020-01-01", "label": 1, "messages": [{"role": "user", "content": "null"}]}] * 2
     write(tmp_path / f"x{ending}", rows)
-    assert [dict(record.fields) for record in of_file(tmp_path / f"x{ending}")] == rows
+    assert [dict(record.fields) for record in read_records(tmp_path / f"x{ending}")] == rows
 
 
 def test_a_table_of_tabs_may_have_a_header_and_has_no_quotes(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_table_of_tabs_may_have_a_header_and_has_no_quotes(tmp_path: Path) -> 
     (tmp_path / "named.tsv").write_text(f"satz\twert\n{body}")
     expected = [('"a film', "1"), (" \x85so-so", "0"), ("NaN", "1")]
     found = {
-        name: list(Files(str(tmp_path / f"{name}.tsv"), ("satz",)).records("train"))
+        name: list(LocalRecords(str(tmp_path / f"{name}.tsv"), ("satz",)).records("train"))
         for name in ("bare", "usual", "named")
     }
     for name, columns in (("bare", "12"), ("usual", ("Sentence", "label")), ("named", ("satz", "wert"))):
@@ -90,7 +90,8 @@ def test_a_table_of_tabs_may_have_a_header_and_has_no_quotes(tmp_path: Path) -> 
 def test_texts_are_cut_as_wanted(tmp_path: Path, unit: Any, expected: list[tuple[str, int]]) -> None:
     (tmp_path / "x.txt").write_text("a\n  b\n\n \nc\n")
     found = [
-        (record.fields["text"], record.where) for record in Files(str(tmp_path / "x.txt"), (), unit).records("train")
+        (record.fields["text"], record.where)
+        for record in LocalRecords(str(tmp_path / "x.txt"), (), unit).records("train")
     ]
     assert found == [(text, f"x.txt, line {line}") for text, line in expected]
 
@@ -124,7 +125,7 @@ def test_a_long_document_is_a_field_of_a_table(tmp_path: Path) -> None:
     rows = [{"text": "long " * 100_000, "label": "a"}, {"text": "short", "label": "b"}]
     write(tmp_path / "x.csv", rows)
     csv.field_size_limit(131_072)
-    assert [dict(record.fields) for record in of_file(tmp_path / "x.csv")] == rows
+    assert [dict(record.fields) for record in read_records(tmp_path / "x.csv")] == rows
 
 
 def test_a_glob_is_split_by_names_too(tmp_path: Path) -> None:
@@ -174,11 +175,11 @@ def test_data_that_nothing_is_learned_from_is_measured_as_a_whole(tmp_path_facto
     expected = [f"{place} of {measured}" for place in range(20)]
     learned = RecordOptions(name="x", path=str(folder / "elsewhere.tsv"), held_out="/gone.tsv")
     given_ = RecordOptions(name="x", path=str(folder), held_out="/gone.tsv")
-    options = given_.model_copy(update=given_.on_other_data(learned))
+    options = given_.model_copy(update=given_.for_evaluation(learned))
     assert [record.fields["1"] for record in Splits(options).records("valid")] == expected
     alone = read(folder / f"{measured}.tsv", "valid", valid=1)
     assert [row["1"] for row in alone] == expected
-    assert given_.on_other_data(given_) == {}, "of the run's own data, what was learned from is not measured on"
+    assert given_.for_evaluation(given_) == {}, "of the run's own data, what was learned from is not measured on"
 
 
 def test_what_nothing_is_learned_from_cannot_be_learned(tmp_path: Path) -> None:
@@ -278,11 +279,11 @@ def record(**fields: Any) -> Record:
 
 
 def test_columns_are_found_by_their_use() -> None:
-    assert column(record(id=1, Sentence="a", label="b"), "text") == "Sentence"
-    assert column(record(id=1, note="a", label="b"), "text", "note") == "note"
-    assert column(record(only="a"), "text") == column(record(only="a"), "text", "other") == "only"
+    assert column_of(record(id=1, Sentence="a", label="b"), "text") == "Sentence"
+    assert column_of(record(id=1, note="a", label="b"), "text", "note") == "note"
+    assert column_of(record(only="a"), "text") == column_of(record(only="a"), "text", "other") == "only"
     bare = Record({"1": "a", "2": "b", "3": "c"}, "", "")
-    assert (column(bare, "text"), column(bare, "label"), column(bare, "label", "2")) == ("1", "3", "2")
+    assert (column_of(bare, "text"), column_of(bare, "label"), column_of(bare, "label", "2")) == ("1", "3", "2")
     assert (domain_of(record(a=1), ""), domain_of(record(a=1), "a")) == ("x", "1")
     assert [label_of(record(label=value)) for value in (3, "3", " -3", 3.0, True, "good ", "1.5")] == [
         3, 3, -3, 3, 1, "good", "1.5",
@@ -365,8 +366,12 @@ def test_an_error_while_examples_are_made_leaves_nothing(tmp_path: Path) -> None
 def test_a_file_that_changed_has_another_stamp(tmp_path: Path) -> None:
     write(tmp_path / "train.txt", [{"text": "a"}, {"text": "b"}])
     before = splits(tmp_path)
-    stamps = {before.stamp("train"), before.stamp("valid"), splits(tmp_path, valid=0.6).stamp("train")}
+    stamps = {
+        before.fingerprint("train"),
+        before.fingerprint("valid"),
+        splits(tmp_path, valid=0.6).fingerprint("train"),
+    }
     write(tmp_path / "train.txt", [{"text": "a"}, {"text": "c"}, {"text": "d"}])
-    stamps |= {splits(tmp_path).stamp("train")}
+    stamps |= {splits(tmp_path).fingerprint("train")}
     assert len(stamps) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["train.txt"], "nothing is written beside the user's files"

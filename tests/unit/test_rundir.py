@@ -9,9 +9,9 @@ import pytest
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.run import directory as rundir
-from raytrain.run.directory import RunDirectory, rows, versions
-from raytrain.run.metrics import Recorder
-from raytrain.run.progress import Display, Tail, Wording
+from raytrain.run.directory import RunDirectory, package_versions, read_jsonl
+from raytrain.run.metrics import MetricsWriter
+from raytrain.run.progress import ProgressDisplay, Tail, Wording
 from raytrain.run.result import Result
 from raytrain.run.watchdog import hang_file
 
@@ -24,8 +24,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def opened(run: RunDirectory, recipe: str, *, resume: bool, steps: int = 0, error: Exception | None = None) -> None:
-    with run.opened(resume=resume):
-        run.begin(recipe)
+    with run.session(resume=resume):
+        run.prepare(recipe)
         for step in range(steps):
             run.append(run.metrics, {"step": step + 1})
         if error:
@@ -38,9 +38,9 @@ def test_a_new_run_needs_an_empty_folder_and_a_resumed_one_a_run(run: RunDirecto
     with pytest.raises(RecipeError, match=rf"^--resume: there is no run in {tmp_path}/other; leave --resume out"):
         opened(RunDirectory(tmp_path / "other"), "", resume=True)
     opened(run, "x = 2\n", resume=True)
-    assert run.recipe.read_text() == f"# {versions()}\nx = 1\n"  # until the checkpoint is known to fit
+    assert run.recipe.read_text() == f"# {package_versions()}\nx = 1\n"  # until the checkpoint is known to fit
     run.write_recipe("x = 2\n")
-    assert run.recipe.read_text() == f"# {versions()}\nx = 2\n"
+    assert run.recipe.read_text() == f"# {package_versions()}\nx = 2\n"
 
 
 @pytest.mark.parametrize("existed", [False, True])
@@ -73,8 +73,8 @@ def test_with_one_file_more_than_every_run_begins_with_all_stays(
     run = RunDirectory(tmp_path / "runs" / "new")
 
     def end() -> None:
-        with run.opened(resume=False):
-            run.begin("x = 1\n")
+        with run.session(resume=False):
+            run.prepare("x = 1\n")
             (run.path / left).parent.mkdir(parents=True, exist_ok=True)
             (run.path / left).write_text("x")
             raise ended
@@ -82,7 +82,7 @@ def test_with_one_file_more_than_every_run_begins_with_all_stays(
     with pytest.raises(type(ended)):
         end()
     assert (run.path / left).is_file()
-    assert run.recipe.read_text() == f"# {versions()}\nx = 1\n"
+    assert run.recipe.read_text() == f"# {package_versions()}\nx = 1\n"
     opened(run, "", resume=True)
 
 
@@ -90,10 +90,10 @@ def test_all_that_a_refused_run_begins_with_goes(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs" / "new")
 
     def refused() -> None:
-        with run.opened(resume=False):
-            run.begin("x = 1\n")
+        with run.session(resume=False):
+            run.prepare("x = 1\n")
             with run.locked("worker", 0):
-                run.announce("x = 1\n", 0, [])
+                run.record_attempt("x = 1\n", 0, [])
                 run.request_stop()
                 (run.checkpoints / rundir.RAY_MARK).touch()
                 hang_file(run.path, 1).touch()  # of a worker that was killed
@@ -118,11 +118,11 @@ def test_a_new_run_with_a_checkpoint_stays_even_if_nothing_was_logged(tmp_path: 
     run = RunDirectory(tmp_path / "run")
 
     def refused() -> None:
-        with run.opened(resume=False):
-            run.begin("")
-            before = run.trace()
+        with run.session(resume=False):
+            run.prepare("")
+            before = run.snapshot()
             (run.checkpoints / "step-00000004").mkdir()
-            assert run.trace().trained(before)
+            assert run.snapshot().has_trained_since(before)
             raise RecipeError("too late")
 
     with pytest.raises(RecipeError, match="too late"):
@@ -131,11 +131,11 @@ def test_a_new_run_with_a_checkpoint_stays_even_if_nothing_was_logged(tmp_path: 
 
 
 def test_workers_that_had_to_be_started_again_have_trained(run: RunDirectory) -> None:
-    before = run.trace()
-    run.announce("x = 1\n", 0, [])
-    assert not run.trace().trained(before)
+    before = run.snapshot()
+    run.record_attempt("x = 1\n", 0, [])
+    assert not run.snapshot().has_trained_since(before)
     run.append(run.restarts, {"workers": {}})
-    assert run.trace().trained(before)
+    assert run.snapshot().has_trained_since(before)
 
 
 def test_a_machine_without_the_folder_cannot_leave_word(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_run_in_use_is_left_as_it_is(run: RunDirectory) -> None:
     with (
         run.locked("command", 0),
         pytest.raises(RecipeError, match="in use by command process"),
-        run.opened(resume=True),
+        run.session(resume=True),
     ):
         pytest.fail("it must not be opened")
     assert run.stop_requested()
@@ -158,7 +158,7 @@ def test_a_run_in_use_is_left_as_it_is(run: RunDirectory) -> None:
 
 def test_numbers_that_json_lacks_are_null(run: RunDirectory) -> None:
     run.append(run.metrics, {"step": 1, "valid": {"loss": float("nan"), "x": [float("inf"), 1.5]}})
-    assert rows(run.metrics) == [{"step": 1, "valid": {"loss": None, "x": [None, 1.5]}}]
+    assert read_jsonl(run.metrics) == [{"step": 1, "valid": {"loss": None, "x": [None, 1.5]}}]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -175,9 +175,9 @@ def test_what_an_earlier_attempt_asked_for_is_forgotten(run: RunDirectory) -> No
     assert not run.stop_requested()
     assert run.failure() is None
     assert run.result.is_file()  # until the checkpoint is known to fit
-    run.announce("x = 2\n", 4, [{"pid": 1}])
+    run.record_attempt("x = 2\n", 4, [{"pid": 1}])
     assert not run.result.exists()
-    assert [row["from_step"] for row in rows(run.attempts)] == [4]
+    assert [row["from_step"] for row in read_jsonl(run.attempts)] == [4]
 
 
 def hold(path: Path, seconds: float) -> None:
@@ -242,7 +242,7 @@ WORDING = Wording("play", "playing", "round", "it ends", lambda row: [])
 def test_the_end_of_a_run_is_told_in_its_kinds_words(run: RunDirectory, capfd: pytest.CaptureFixture[str]) -> None:
     figures = {"rounds": 1234, "bytes_up": 0, "overlap_ratio": 0.5}
     result = Result("interrupted", {"loss": 1.5}, figures=figures, seconds=2.25, checkpoint="a")
-    Display(run, 10, WORDING).finish(result)
+    ProgressDisplay(run, 10, WORDING).finish(result)
     shown = [" ".join(line.split()) for line in capfd.readouterr().err.split("\n") if line.strip()]
     assert shown == [
         "status interrupted",
@@ -257,7 +257,7 @@ def test_the_end_of_a_run_is_told_in_its_kinds_words(run: RunDirectory, capfd: p
 
 def test_an_interrupted_run_without_workers_has_nothing_to_wait_for(run: RunDirectory) -> None:
     run.append(run.attempts, {"from_step": 0})  # of an earlier command
-    display = Display(run, 10, WORDING)
+    display = ProgressDisplay(run, 10, WORDING)
     with pytest.raises(KeyboardInterrupt):
         display.follow(Interrupted())
     assert not run.stop_requested()
@@ -267,25 +267,25 @@ def test_an_interrupted_run_without_workers_has_nothing_to_wait_for(run: RunDire
 
 
 def test_a_resumed_recorder_drops_what_is_done_again(run: RunDirectory) -> None:
-    recorder = Recorder(run, 0, 0, [])
+    recorder = MetricsWriter(run, 0, 0, [])
     for step in range(1, 8):
         recorder.write({"step": step, "loss": 1.0})
     recorder.close()
     with run.metrics.open("a") as lines:
         lines.write('{"step": 8, "lo')  # the process was killed here
-    assert [row["step"] for row in rows(run.metrics)] == [1, 2, 3, 4, 5, 6, 7]
-    again = Recorder(run, 4, 0, [])
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 3, 4, 5, 6, 7]
+    again = MetricsWriter(run, 4, 0, [])
     again.write({"step": 5, "loss": 2.0})
     again.close()
-    assert [(row["step"], row["loss"]) for row in rows(run.metrics)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)]
+    assert [(row["step"], row["loss"]) for row in read_jsonl(run.metrics)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)]
 
 
 def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(run: RunDirectory) -> None:
     for step in (2, 4):
         run.append(run.metrics, {"step": step, "loss": 1.0})
         run.append(run.metrics, {"step": step, "valid": {"loss": 1.0}})
-    Recorder(run, 4, 2, []).close()
-    assert [(row["step"], "valid" in row) for row in rows(run.metrics)] == [(2, False), (2, True), (4, False)]
+    MetricsWriter(run, 4, 2, []).close()
+    assert [(row["step"], "valid" in row) for row in read_jsonl(run.metrics)] == [(2, False), (2, True), (4, False)]
 
 
 def test_a_tail_follows_a_file_that_is_added_to_and_replaced(run: RunDirectory) -> None:
@@ -299,7 +299,7 @@ def test_a_tail_follows_a_file_that_is_added_to_and_replaced(run: RunDirectory) 
         lines.write("2}\n")
     assert tail.new() == [{"step": 2}]
     assert tail.new() == []
-    recorder = Recorder(run, 1, 0, [])  # replaces the file
+    recorder = MetricsWriter(run, 1, 0, [])  # replaces the file
     recorder.write({"step": 2})
     recorder.close()
     assert tail.new() == [{"step": 1}, {"step": 2}]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from federated.sampling import batches, common_seeds, important_directions, participants, pool_directions, pool_seeds
-from raytrain.seeds.prng import derived
+from raytrain.seeds.prng import fold_in
 from raytrain.seeds.seed_model import SeedModel
 
 masters, rounds, clients = st.integers(0, 2**63 - 1), st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)
@@ -28,12 +28,12 @@ def test_all_clients_take_part_equally_often() -> None:
 
 @given(masters, rounds, clients, st.integers(1, 2**16))
 def test_directions_are_those_of_the_specification(master: int, number: int, client: int, pool: int) -> None:
-    """k = D(D(master, 1), round, client, step) mod K, and s = D(D(master, 4), round, step), D being `derived`."""
+    """k = D(D(master, 1), round, client, step) mod K, and s = D(D(master, 4), round, step), D being `fold_in`."""
     drawn = pool_directions(master, number, client, 3, pool)
-    assert drawn.tolist() == [derived(derived(master, 1), number, client, step) % pool for step in range(3)]
+    assert drawn.tolist() == [fold_in(fold_in(master, 1), number, client, step) % pool for step in range(3)]
     seeds = common_seeds(master, number, np.arange(3))
-    assert seeds.tolist() == [derived(derived(master, 4), number, step) for step in range(3)]
-    assert tuple(pool_seeds(master, 5).tolist()) == SeedModel.of_pool("", master, 5).seeds
+    assert seeds.tolist() == [fold_in(fold_in(master, 4), number, step) for step in range(3)]
+    assert tuple(pool_seeds(master, 5).tolist()) == SeedModel.from_pool("", master, 5).seeds
 
 
 @given(masters, rounds, clients, st.integers(1, 60), st.integers(1, 12))

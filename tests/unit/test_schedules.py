@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.optim.schedules import SCHEDULES, rate
+from raytrain.optim.schedules import SCHEDULES, lr_factor
 from raytrain.registry import resolve
 
 shapes = st.sampled_from(sorted(SCHEDULES))
@@ -15,7 +15,10 @@ def test_rates_rise_and_then_never_do_and_stay_between_floor_and_one(
     name: str, steps: int, warmup: int, floor: float, decay: float
 ) -> None:
     shape = resolve(SCHEDULES, name, "schedule.name")
-    rates = [rate(shape, step, steps=steps, warmup=warmup, floor=floor, decay=decay) for step in range(steps + 1)]
+    rates = [
+        lr_factor(shape, step, steps=steps, warmup=warmup, min_lr_ratio=floor, decay_ratio=decay)
+        for step in range(steps + 1)
+    ]
     rising, falling = rates[:warmup], rates[warmup:]
     assert rising == sorted(rising)
     assert all(0 < value < 1 for value in rising)
@@ -27,16 +30,16 @@ def test_rates_rise_and_then_never_do_and_stay_between_floor_and_one(
 @pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"constant"}))
 def test_rates_end_at_the_floor(name: str) -> None:
     shape = resolve(SCHEDULES, name, "schedule.name")
-    assert rate(shape, 50, steps=50, warmup=5, floor=0.1, decay=0.3) == pytest.approx(0.1)
+    assert lr_factor(shape, 50, steps=50, warmup=5, min_lr_ratio=0.1, decay_ratio=0.3) == pytest.approx(0.1)
 
 
 def test_known_values() -> None:
     shape = resolve(SCHEDULES, "cosine", "schedule.name")
-    halfway = rate(shape, 60, steps=110, warmup=10, floor=0.2, decay=1.0)
+    halfway = lr_factor(shape, 60, steps=110, warmup=10, min_lr_ratio=0.2, decay_ratio=1.0)
     assert halfway == pytest.approx(0.2 + 0.8 * 0.5)
-    quarter = rate(shape, 35, steps=110, warmup=10, floor=0.0, decay=1.0)
+    quarter = lr_factor(shape, 35, steps=110, warmup=10, min_lr_ratio=0.0, decay_ratio=1.0)
     assert quarter == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     wsd = resolve(SCHEDULES, "wsd", "schedule.name")
     assert [
-        rate(wsd, step, steps=100, warmup=0, floor=0.0, decay=0.2) for step in (0, 79, 80, 90, 95)
+        lr_factor(wsd, step, steps=100, warmup=0, min_lr_ratio=0.0, decay_ratio=0.2) for step in (0, 79, 80, 90, 95)
     ] == pytest.approx([1, 1, 1, 0.5, 0.25])

@@ -38,7 +38,7 @@ def test_a_base_recipe_is_a_name_a_file_or_inline(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(shipped.base.to_toml())
     assert parse(base=str(file)).base == shipped.base
-    assert parse(base=shipped.base.plain()).base == shipped.base
+    assert parse(base=shipped.base.to_dict()).base == shipped.base
     assert parse(base={"name": "digits", "steps": 300, "optimizer": {"lr": 0.5}}).base.optimizer.lr == 0.5
     assert parse(base__steps=300).base.steps == 300, "as --set base.steps=300"
 
@@ -247,9 +247,9 @@ def test_metrics_that_the_task_does_not_measure() -> None:
 
 
 def shapes(recipe: Any) -> dict[str, tuple[int, ...]]:
-    from raytrain.training.build import task_of
+    from raytrain.training.build import build_task
 
-    return {name: tuple(each.shape) for name, each in task_of(recipe).model(0).named_parameters()}
+    return {name: tuple(each.shape) for name, each in build_task(recipe).model(0).named_parameters()}
 
 
 def test_shapes_that_cannot_be_inherited() -> None:

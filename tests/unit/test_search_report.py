@@ -16,7 +16,7 @@ from search.journal.journal import Journal
 from search.journal.reports import Reports
 from search.journal.rows import read_decisions, read_reports
 from search.progress import SearchDisplay
-from search.report import panels
+from search.report import search_panels
 from search.scheduling.driver import SegmentEnd, drive
 from search.scheduling.scheduler import Problem, Scheduler
 from search.scheduling.segments import Objective
@@ -64,7 +64,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Journal:
 
 
 def panels_of(journal: Journal) -> dict[str, Panel]:
-    return {panel.title: panel for panel in panels(RunDirectory(journal.lineage.path.parent))}
+    return {panel.title: panel for panel in search_panels(RunDirectory(journal.lineage.path.parent))}
 
 
 def test_the_panels_of_a_population(population: Journal) -> None:
@@ -130,12 +130,12 @@ def test_whatever_is_in_the_files_is_reported_or_left_out(
             row[data.draw(st.sampled_from(sorted(row)))] = data.draw(values)
             lines[place] = data.draw(st.sampled_from([json.dumps(row), json.dumps(row), "", "null", lines[place][:9]]))
         (folder / name).write_text("\n".join(lines) + "\n")
-    render("search", "", {}, panels(RunDirectory(folder)))
+    render("search", "", {}, search_panels(RunDirectory(folder)))
 
 
 def test_a_search_without_a_report_has_no_panels(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('kind = "search"\nsearch = 3\n')
-    assert panels(RunDirectory(tmp_path)) == []
+    assert search_panels(RunDirectory(tmp_path)) == []
 
 
 def test_reports_of_segments_that_are_trained_again_are_dropped(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import OPTIMIZERS, is_elementwise
 from raytrain.registry import resolve
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
 from raytrain.testing import ThreadGroup, ThreadTransport
-from raytrain.training.build import build, task_of
+from raytrain.training.build import build_replica, build_task
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
 
@@ -78,9 +78,9 @@ def test_other_optimizers_are_refused() -> None:
 
 def test_a_worker_that_is_alone_keeps_everything() -> None:
     alone = recipe(workers=1)
-    replica = build(alone, task_of(alone), ExactExchange(LocalTransport()))
+    replica = build_replica(alone, build_task(alone), ExactAverager(LocalTransport()))
     assert replica.shards is None
-    assert replica.parts is replica.module
+    assert replica.local_parameters is replica.module
 
 
 def test_sharded_workers_write_no_answers() -> None:
@@ -100,7 +100,7 @@ def test_threads_cannot_shard() -> None:
     two = recipe()
 
     def replica(transport: ThreadTransport) -> None:
-        build(two, task_of(two), ExactExchange(transport))
+        build_replica(two, build_task(two), ExactAverager(transport))
 
     with pytest.raises(RecipeError) as caught:
         ThreadGroup(2).run(replica)
@@ -122,7 +122,7 @@ def test_an_evaluation_runs_the_model_equally_often_everywhere(count: int, membe
             data=lambda split: [],
             losses=lambda model, rows: model(rows.float()[:, None])[:, 0],
         )
-        evaluate(task, module, list(range(count)), batch, ExactExchange(transport))
+        evaluate(task, module, list(range(count)), batch, ExactAverager(transport))
         return len(calls)
 
     assert len(set(ThreadGroup(members).run(passes))) == 1

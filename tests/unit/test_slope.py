@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raytrain.errors import RecipeError
-from raytrain.seeds.directions import Space
-from raytrain.seeds.kernels.kernel import Drawn, kernel_of
-from raytrain.tensors import wide
-from raytrain.zeroth.estimators import derivative, slope, without_outliers
-from raytrain.zeroth.perturbed import Probe
+from raytrain.seeds.directions import Directions
+from raytrain.seeds.kernels.kernel import ScaledDirection, load_kernel
+from raytrain.tensors import at_least_float32
+from raytrain.zeroth.estimators import directional_derivative, projected_gradient, reject_outliers
+from raytrain.zeroth.perturbed import PerturbedModel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -71,7 +71,7 @@ def loss_of(module: nn.Module) -> Callable[[], Tensor]:
 
     def loss() -> Tensor:
         torch.manual_seed(7)
-        return wide(module(words)).logsumexp(-1).mean()
+        return at_least_float32(module(words)).logsumexp(-1).mean()
 
     return loss
 
@@ -80,9 +80,9 @@ def copies(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def moved_by_hand(module: nn.Module, space: Space, seed: int, scale: float, loss: Callable[[], Tensor]) -> Tensor:
+def moved_by_hand(module: nn.Module, space: Directions, seed: int, scale: float, loss: Callable[[], Tensor]) -> Tensor:
     before = copies(module)
-    space.move(seed, scale)
+    space.add_direction(seed, scale)
     value = loss()
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
@@ -95,25 +95,25 @@ def moved_by_hand(module: nn.Module, space: Space, seed: int, scale: float, loss
 @torch.no_grad()
 def test_a_probe_sees_what_a_move_would_make(dtype: torch.dtype, training: bool) -> None:
     module = Odd().to(dtype).train(training)
-    space, loss = Space.of(dict(module.named_parameters())), loss_of(module)
-    probe, before, plain = Probe(module, space), copies(module), loss()
+    space, loss = Directions.of(dict(module.named_parameters())), loss_of(module)
+    probe, before, plain = PerturbedModel(module, space), copies(module), loss()
     for seed, scale in ((1, 0.01), (2, -0.3), (1, 0.0)):
-        found = probe.at(seed, scale, loss)
+        found = probe.loss_at(seed, scale, loss)
         assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
         torch.testing.assert_close(found, moved_by_hand(module, space, seed, scale, loss), rtol=1e-6, atol=1e-6)
         assert scale == 0 or found != plain
     assert torch.equal(loss(), plain)
 
 
-@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"mode": "gaussian"}, {"blocks": {"head.weight": 1}}])
+@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"distribution": "gaussian"}, {"blocks": {"head.weight": 1}}])
 @torch.no_grad()
 def test_a_probe_moves_what_the_space_says(options: dict[str, object]) -> None:
     module = Odd().eval()
     some = {name: value for name, value in module.named_parameters() if "encoder" not in name}
-    space, loss = Space.of(some, **options), loss_of(module)  # type: ignore[arg-type]
-    probe = Probe(module, space)
+    space, loss = Directions.of(some, **options), loss_of(module)  # type: ignore[arg-type]
+    probe = PerturbedModel(module, space)
     for seed in (1, 2, 3):
-        found = probe.at(seed, 0.1, loss)
+        found = probe.loss_at(seed, 0.1, loss)
         torch.testing.assert_close(found, moved_by_hand(module, space, seed, 0.1, loss), rtol=1e-6, atol=1e-6)
 
 
@@ -122,21 +122,21 @@ def test_a_probe_moves_what_the_space_says(options: dict[str, object]) -> None:
 def test_two_hundred_probes_leave_every_bit_also_when_the_loss_raises(dtype: torch.dtype) -> None:
     module = Odd().to(dtype).eval()
     before, loss = copies(module), loss_of(module)
-    probe = Probe(module, Space.of(dict(module.named_parameters())))
+    probe = PerturbedModel(module, Directions.of(dict(module.named_parameters())))
 
     def failing() -> Tensor:
         raise ArithmeticError("on purpose")
 
     handle = module.outer.inner.register_forward_hook(lambda *_: failing())
     with pytest.raises(ArithmeticError):
-        probe.at(0, 1.0, loss)
+        probe.loss_at(0, 1.0, loss)
     handle.remove()
     for seed in range(100):
-        slope(loss, probe, seed, 1e-3)
+        projected_gradient(loss, probe, seed, 1e-3)
     for late in (module.outer.again, module.head):
         handle = late.register_forward_pre_hook(lambda *_: failing())
         with pytest.raises(ArithmeticError):
-            probe.at(0, 1.0, loss)
+            probe.loss_at(0, 1.0, loss)
         handle.remove()
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(isinstance(value, nn.Parameter) for value in module.parameters())
@@ -159,18 +159,18 @@ class Quadratic(nn.Module):
 @given(st.integers(0, 2**64 - 1), st.floats(1e-3, 10), st.sampled_from(["rademacher", "gaussian"]))
 def test_the_slope_of_a_quadratic_is_its_derivative(seed: int, eps: float, mode: str) -> None:
     module = Quadratic(seed % 1000)
-    space = Space.of({"layer.weight": module.layer.weight}, mode)  # type: ignore[arg-type]
-    probe = Probe(module, space)
+    space = Directions.of({"layer.weight": module.layer.weight}, mode)  # type: ignore[arg-type]
+    probe = PerturbedModel(module, space)
     module().backward()
     direction = torch.zeros_like(module.layer.weight)
-    space.add(space.parts[0], direction, seed, 1.0)
+    space.add_to(space.slices[0], direction, seed, 1.0)
     exact = float((module.layer.weight.grad * direction).sum())
     curvature = float((module.x @ direction.T.detach()).square().sum())
     with torch.no_grad():
         at_rest = float(module())
-        both = slope(module, probe, seed, eps)
-        ahead = slope(module, probe, seed, eps, at_rest=at_rest)
-        along = derivative(module, probe, seed)
+        both = projected_gradient(module, probe, seed, eps)
+        ahead = projected_gradient(module, probe, seed, eps, base_loss=at_rest)
+        along = directional_derivative(module, probe, seed)
     size = abs(exact) + (at_rest + curvature * eps * eps) / eps
     assert math.isclose(both.value, exact, rel_tol=1e-9, abs_tol=1e-6 * size)  # directions are scaled in float32
     assert math.isclose(along.value, exact, rel_tol=1e-9, abs_tol=1e-9 * size)
@@ -182,32 +182,35 @@ def test_the_slope_of_a_quadratic_is_its_derivative(seed: int, eps: float, mode:
 @torch.no_grad()
 def test_the_exact_slope_is_the_limit_of_differences() -> None:
     module = Odd().double().eval()
-    probe = Probe(module, Space.of(dict(module.named_parameters())))
+    probe = PerturbedModel(module, Directions.of(dict(module.named_parameters())))
     for seed in (3, 4):
-        exact, near = derivative(loss_of(module), probe, seed), slope(loss_of(module), probe, seed, 1e-5)
+        exact, near = (
+            directional_derivative(loss_of(module), probe, seed),
+            projected_gradient(loss_of(module), probe, seed, 1e-5),
+        )
         assert math.isclose(exact.value, near.value, rel_tol=1e-4, abs_tol=1e-6)
 
 
 def test_only_looked_up_rows_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    kernel = kernel_of("reference")
-    move = kernel.move
+    kernel = load_kernel("reference")
+    move = kernel.axpy
 
-    def counted(direction: Drawn, base: Tensor, out: Tensor, rows: Tensor | None) -> None:
+    def counted(direction: ScaledDirection, base: Tensor, out: Tensor, rows: Tensor | None) -> None:
         drawn.append(out.numel())
         move(direction, base, out, rows)
 
     module = nn.Embedding(1000, 8)
-    probe = Probe(module, Space.of({"weight": module.weight}, kernel=kernel))
-    monkeypatch.setattr(kernel, "move", counted)
+    probe = PerturbedModel(module, Directions.of({"weight": module.weight}, kernel=kernel))
+    monkeypatch.setattr(kernel, "axpy", counted)
     with torch.no_grad():
-        probe.at(1, 0.1, lambda: module(torch.tensor([[3, 999, 3], [0, 0, 1]])).sum())
+        probe.loss_at(1, 0.1, lambda: module(torch.tensor([[3, 999, 3], [0, 0, 1]])).sum())
     assert set(drawn) == {4 * 8}
 
 
 def test_a_space_of_another_model_is_refused() -> None:
     with pytest.raises(RecipeError, match="directions: bias is not a parameter of the module"):
-        Probe(nn.Linear(3, 3), Space.of({"bias": torch.zeros(3)}))
+        PerturbedModel(nn.Linear(3, 3), Directions.of({"bias": torch.zeros(3)}))
 
 
 @dataclasses.dataclass
@@ -265,10 +268,10 @@ class OddOutput(nn.Module):
 @torch.no_grad()
 def test_layers_inside_others_types_side_by_side_and_odd_outputs() -> None:
     module = Awkward()
-    space = Space.of(dict(module.named_parameters()))
-    probe = Probe(module, space)
+    space = Directions.of(dict(module.named_parameters()))
+    probe = PerturbedModel(module, space)
     for seed in (1, 2):
-        found = probe.at(seed, 0.1, module)
+        found = probe.loss_at(seed, 0.1, module)
         torch.testing.assert_close(found, moved_by_hand(module, space, seed, 0.1, module), rtol=1e-5, atol=1e-5)
 
 
@@ -276,17 +279,17 @@ def test_layers_inside_others_types_side_by_side_and_odd_outputs() -> None:
 @torch.no_grad()
 def test_tokens_that_are_not_in_a_table_are_what_they_are_to_torch(tokens: list[int]) -> None:
     module = nn.Embedding(1000, 8)
-    probe = Probe(module, Space.of({"weight": module.weight}))
-    probe.at(0, 0.1, lambda: module(torch.tensor([5])).sum())
+    probe = PerturbedModel(module, Directions.of({"weight": module.weight}))
+    probe.loss_at(0, 0.1, lambda: module(torch.tensor([5])).sum())
 
     def loss() -> Tensor:
         return module(torch.tensor(tokens, dtype=torch.long)).sum()
 
     if not tokens:
-        assert probe.at(0, 0.1, loss) == 0
+        assert probe.loss_at(0, 0.1, loss) == 0
         return
     with pytest.raises(IndexError):
-        probe.at(0, 0.1, loss)
+        probe.loss_at(0, 0.1, loss)
     assert isinstance(module.weight, nn.Parameter)
 
 
@@ -307,8 +310,8 @@ class Graph(nn.Module):
 @torch.no_grad()
 def test_a_model_may_have_sparse_tensors() -> None:
     module, x = Graph(), torch.randn(4, 3)
-    space = Space.of(dict(module.named_parameters()))
-    found = Probe(module, space).at(1, 0.1, lambda: module(x))
+    space = Directions.of(dict(module.named_parameters()))
+    found = PerturbedModel(module, space).loss_at(1, 0.1, lambda: module(x))
     assert torch.equal(found, moved_by_hand(module, space, 1, 0.1, lambda: module(x)))
 
 
@@ -316,17 +319,17 @@ def test_a_model_may_have_sparse_tensors() -> None:
 def test_a_parameter_that_is_kept_elsewhere_is_named() -> None:
     module = nn.Linear(3, 3)
     kept = [module.weight]
-    probe = Probe(module, Space.of(dict(module.named_parameters())))
-    with pytest.raises(RecipeError, match="directions: weight is kept outside the layer that it belongs to"):
-        probe.at(0, 0.1, lambda: (module(torch.ones(2, 3)) @ kept[0]).sum())  # noqa: PLW0108 - read in each call
+    probe = PerturbedModel(module, Directions.of(dict(module.named_parameters())))
+    with pytest.raises(RecipeError, match="directions: weight is kept outside of its layer"):
+        probe.loss_at(0, 0.1, lambda: (module(torch.ones(2, 3)) @ kept[0]).sum())  # noqa: PLW0108 - read in each call
 
 
 @torch.no_grad()
 def test_buffers_stay_and_copies_of_the_model_are_plain() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).train()
-    probe = Probe(module, Space.of(dict(module.named_parameters())))
+    probe = PerturbedModel(module, Directions.of(dict(module.named_parameters())))
     before, x = copies(module), torch.randn(5, 3)
-    slope(lambda: module(x).square().sum() + module[0].weight.sum(), probe, 1, 0.1)
+    projected_gradient(lambda: module(x).square().sum() + module[0].weight.sum(), probe, 1, 0.1)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     other = pickle.loads(pickle.dumps(copy.deepcopy(module)))
     assert torch.equal(other.eval()(x), module.eval()(x))
@@ -354,11 +357,11 @@ class Counting(nn.Module):
 @torch.no_grad()
 def test_every_probe_sees_the_same_buffers(training: bool) -> None:
     module = Counting().train(training)
-    probe = Probe(module, Space.of(dict(module.named_parameters())))
+    probe = PerturbedModel(module, Directions.of(dict(module.named_parameters())))
     before, places, x = copies(module), dict(module.named_buffers()), torch.randn(3)
-    found = {float(probe.at(1, 0.1, lambda: module(x))) for _ in range(3)}
+    found = {float(probe.loss_at(1, 0.1, lambda: module(x))) for _ in range(3)}
     assert len(found) == 1
-    assert len({float(probe.at_rest(lambda: module(x))) for _ in range(3)}) == 1
+    assert len({float(probe.loss(lambda: module(x))) for _ in range(3)}) == 1
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert module.none is None
     assert all(value is places[name] for name, value in module.named_buffers())
@@ -399,10 +402,10 @@ class Keeping(nn.Linear):
 @torch.no_grad()
 def test_a_weight_that_a_layer_leaves_behind_is_the_moved_one(alias: Callable[[nn.Linear], Tensor]) -> None:
     module = Keeper(alias)
-    space = Space.of(dict(module.named_parameters()))
-    probe = Probe(module, space)
+    space = Directions.of(dict(module.named_parameters()))
+    probe = PerturbedModel(module, space)
     for seed in (1, 2):
-        found = probe.at(seed, 0.1, module)
+        found = probe.loss_at(seed, 0.1, module)
         torch.testing.assert_close(found, moved_by_hand(module, space, seed, 0.1, module), rtol=1e-5, atol=1e-5)
 
 
@@ -410,9 +413,9 @@ def test_a_weight_that_a_layer_leaves_behind_is_the_moved_one(alias: Callable[[n
 def test_parameters_may_share_their_memory_with_some_that_stand_still() -> None:
     module, flat = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)), torch.randn(18)
     module[0].weight.data, module[1].weight.data = flat[:9].view(3, 3), flat[9:].view(3, 3)
-    space = Space.of({"1.weight": module[1].weight})
+    space = Directions.of({"1.weight": module[1].weight})
     x = torch.ones(2, 3)
-    found = Probe(module, space).at(1, 0.1, lambda: module(x).square().sum())
+    found = PerturbedModel(module, space).loss_at(1, 0.1, lambda: module(x).square().sum())
     wanted = moved_by_hand(module, space, 1, 0.1, lambda: module(x).square().sum())
     torch.testing.assert_close(found, wanted)
 
@@ -421,7 +424,7 @@ def test_parameters_may_share_their_memory_with_some_that_stand_still() -> None:
 def test_outliers_are_told_by_the_median_of_their_own_block(values: list[float], blocks: int, threshold: float) -> None:
     """All at once or one after the other, history never grows, and what is used is finite and as it was."""
     slopes = list(enumerate(values))
-    used, recent = without_outliers(slopes, [[]] * blocks, threshold)
+    used, recent = reject_outliers(slopes, [[]] * blocks, threshold)
     finite = {seed: value for seed, value in slopes if math.isfinite(value)}
     if not threshold:
         assert dict(used) == finite
@@ -435,5 +438,5 @@ def test_outliers_are_told_by_the_median_of_their_own_block(values: list[float],
                 assert (seed in used) == (abs(value) <= far)
     one_by_one: list[list[float]] = [[] for _ in range(blocks)]
     for slope_of_one in slopes:
-        _, one_by_one = without_outliers([slope_of_one], one_by_one, threshold)
+        _, one_by_one = reject_outliers([slope_of_one], one_by_one, threshold)
     assert one_by_one == [sizes[-64:] for sizes in recent]

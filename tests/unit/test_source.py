@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raytrain.data.source import Generators, Local, RayData
+from raytrain.data.source import GeneratorSource, LocalSource, RayDataSource
 from raytrain.errors import RecipeError
 from raytrain.training.recipe import TrainRecipe
 
@@ -63,18 +63,18 @@ def recipe(task: Any, **changes: Any) -> TrainRecipe:
 
 @pytest.mark.parametrize("task", ["digits", "mine:plain", "mine:sized", {"name": "mine:sized", "size": 4}])
 def test_every_task_has_a_source(task: Any) -> None:
-    assert recipe(task).task.source == Local(name="local")
-    assert recipe(task, task__source="ray").task.source == RayData(name="ray")
+    assert recipe(task).task.source == LocalSource(name="local")
+    assert recipe(task, task__source="ray").task.source == RayDataSource(name="ray")
     chosen = recipe(task, task__source="ray", task__source__actors=3)
-    assert chosen.task.source == RayData(name="ray", actors=3)
-    assert TrainRecipe.parse(chosen.plain()) == chosen
-    assert recipe(task, task__source__name="mine:Simulator").task.source == Generators(name="mine:Simulator")
+    assert chosen.task.source == RayDataSource(name="ray", actors=3)
+    assert TrainRecipe.parse(chosen.to_dict()) == chosen
+    assert recipe(task, task__source__name="mine:Simulator").task.source == GeneratorSource(name="mine:Simulator")
 
 
 def test_a_generator_can_have_options_of_its_own() -> None:
-    source = recipe("digits", task__source="mine:simulate", task__source__speed=2, task__source__ahead=9).task.source
-    assert isinstance(source, Generators)
-    assert source.model_dump() == {"name": "mine:simulate", "actors": 0, "cpus": 1, "ahead": 9, "speed": 2}
+    source = recipe("digits", task__source="mine:simulate", task__source__speed=2, task__source__prefetch=9).task.source
+    assert isinstance(source, GeneratorSource)
+    assert source.model_dump() == {"name": "mine:simulate", "actors": 0, "cpus": 1, "prefetch": 9, "speed": 2}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_generator_can_have_options_of_its_own() -> None:
         ({"task__source": "mine:nothing"}, r"^task\.source\.name: 'mine' has no 'nothing'"),
         (
             {"task__source": "mine:cast"},
-            r"^task\.source\.name: mine:Clash has a field 'actors', which Generators has already; give ",
+            r"^task\.source\.name: mine:Clash has a field 'actors', which GeneratorSource has already; give ",
         ),
         (
             {"task__name": "mine:clash"},

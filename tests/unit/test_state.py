@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from raytrain.errors import CheckpointError
-from raytrain.serialization import dumps, finite, join, pack, savable, split, state_to, unpack
+from raytrain.serialization import (
+    canonical_json,
+    find_non_finite,
+    join_tensors,
+    pack,
+    split_tensors,
+    state_to_device,
+    to_savable,
+    unpack,
+)
 
 tensors = st.sampled_from(
     [
@@ -49,9 +58,9 @@ def same(one: Any, other: Any) -> bool:
 
 @given(st.dictionaries(st.sampled_from("abc"), states, max_size=3))
 def test_joining_what_was_split_gives_it_back(state: dict[str, Any]) -> None:
-    skeleton, found = split(state)
-    assert same(join(skeleton, found), state)
-    dumps(skeleton)  # is JSON
+    skeleton, found = split_tensors(state)
+    assert same(join_tensors(skeleton, found), state)
+    canonical_json(skeleton)  # is JSON
 
 
 @given(st.dictionaries(st.sampled_from("abc"), states, max_size=3))
@@ -80,7 +89,7 @@ def test_a_packed_state_has_the_tensors_that_it_speaks_of() -> None:
 
 def test_keys_with_slashes_do_not_collide() -> None:
     with pytest.raises(TypeError, match="state at the top: two tensors at 'a/b'"):
-        split({"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}})
+        split_tensors({"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}})
 
 
 @pytest.mark.parametrize(
@@ -93,12 +102,12 @@ def test_keys_with_slashes_do_not_collide() -> None:
 )
 def test_what_only_pickle_could_save_is_refused(state: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        split(state)
+        split_tensors(state)
 
 
 def test_shared_memory_is_saved_apart() -> None:
     base = torch.randn(4, 4)
-    ready = savable({"a": base, "b": base, "row": base[1], "turned": base.T})
+    ready = to_savable({"a": base, "b": base, "row": base[1], "turned": base.T})
     storages = [tensor.untyped_storage().data_ptr() for tensor in ready.values()]
     assert len(set(storages)) == 4
     assert torch.equal(ready["turned"], base.T)
@@ -108,16 +117,16 @@ def test_shared_memory_is_saved_apart() -> None:
 def test_finite_names_the_culprit() -> None:
     good = {"a": torch.ones(2), "n": torch.tensor([1, 2])}
     mask = torch.tensor([0.0, float("-inf"), float("nan")])
-    assert finite(good, {}) is None
-    assert finite({**good, "b": torch.tensor([0.0, float("nan")])}, {}) == "b"
-    assert finite({**good, "c": torch.tensor([float("-inf")])}, {"mask": mask}) == "c"
-    assert finite({**good, "mask": mask.clone()}, {"mask": mask}) is None
-    assert finite({**good, "mask": mask.flip(0)}, {"mask": mask}) == "mask"
+    assert find_non_finite(good, {}) is None
+    assert find_non_finite({**good, "b": torch.tensor([0.0, float("nan")])}, {}) == "b"
+    assert find_non_finite({**good, "c": torch.tensor([float("-inf")])}, {"mask": mask}) == "c"
+    assert find_non_finite({**good, "mask": mask.clone()}, {"mask": mask}) is None
+    assert find_non_finite({**good, "mask": mask.flip(0)}, {"mask": mask}) == "mask"
 
 
 def test_nested_state_goes_to_a_device_and_the_rest_of_it_stays() -> None:
     state = {"a": [torch.ones(2), 3, None], "b": {"c": torch.ones(1)}, "d": "x"}
-    there = state_to(state, torch.device("meta"))
+    there = state_to_device(state, torch.device("meta"))
     assert (there["a"][0].device.type, there["b"]["c"].device.type) == ("meta", "meta")
     assert (there["a"][1:], there["d"]) == ([3, None], "x")
 
@@ -126,7 +135,7 @@ def test_a_sum_over_what_was_loaded_rounds_as_over_what_it_was_saved_from(tmp_pa
     """A file puts a tensor at any place in memory, and a dot product takes what is aligned in other groups."""
     saved = {f"{size}": torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in range(60, 90)}
     save_file({"odd": torch.ones(1), **saved}, tmp_path / "file")
-    loaded = state_to(load_file(tmp_path / "file"), torch.device("cpu"))
+    loaded = state_to_device(load_file(tmp_path / "file"), torch.device("cpu"))
     for name, value in saved.items():
         other = torch.randn(len(value), generator=torch.Generator().manual_seed(1))
         assert loaded[name].dot(other).item() == value.dot(other).item()

@@ -22,10 +22,10 @@ from raytrain.launch.jobs.storage import (
     parse,
     read_list,
 )
-from raytrain.launch.jobs.transfer import fetch
+from raytrain.launch.jobs.transfer import fetch_run
 from raytrain.provenance import MARKER
 from raytrain.run.checkpoint import CheckpointStore
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 
 names = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map("/".join)
@@ -82,7 +82,7 @@ def test_a_copy_equals_what_was_copied(files: dict[str, bytes]) -> None:
         folder = Path(temporary)
         write(folder / "run", files)
         write(folder / "run", {".command.lock": b"1", "checkpoints/.step-1.partial/x": b"half"})
-        fetch(Folder(folder / "run"), folder / "copy", lambda _: None)
+        fetch_run(Folder(folder / "run"), folder / "copy", lambda _: None)
         assert contents(folder / "copy") == files
         assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
@@ -152,7 +152,7 @@ def test_what_there_is_no_room_for_is_not_begun(run: Path, tmp_path: Path) -> No
     with pytest.raises(
         RecipeError, match=r": the run's files take 4398046511104.0 MiB more, and .* MiB are free there$"
     ):
-        fetch(source, tmp_path / "copy", lambda _: None)
+        fetch_run(source, tmp_path / "copy", lambda _: None)
     assert source.reads == []
 
 
@@ -167,7 +167,7 @@ def test_no_link_is_followed_on_either_side(run: Path, tmp_path: Path) -> None:
     aside.mkdir(mode=0o755)
     (aside / "metrics.jsonl").symlink_to(tmp_path / "secret")
     (aside / "checkpoints").symlink_to(tmp_path / "secrets")
-    fetch(Folder(run), tmp_path / "copy", lambda _: None)
+    fetch_run(Folder(run), tmp_path / "copy", lambda _: None)
     assert contents(tmp_path / "copy").keys() == {"checkpoints/a", "empty", "metrics.jsonl"}
     assert [path for path in (tmp_path / "copy").rglob("*") if path.is_symlink()] == []
     assert (tmp_path / "secret").read_bytes() == (tmp_path / "secrets" / "deep").read_bytes() == b"of the user"
@@ -187,7 +187,7 @@ def test_nothing_is_copied_to_where_others_may_write(run: Path, tmp_path: Path, 
     with pytest.raises(
         RecipeError, match=r"copy.partial is not yours alone: others can write to it, or it is a link; "
     ):
-        fetch(source, tmp_path / "copy", lambda _: None)
+        fetch_run(source, tmp_path / "copy", lambda _: None)
     assert source.reads == []
 
 
@@ -198,36 +198,36 @@ def test_a_copy_is_marked_as_one_and_the_source_is_closed(run: Path, tmp_path: P
         def close(self) -> None:
             closed.append(True)
 
-    fetch(Closing(run, 0), tmp_path / "copy", lambda _: None)
+    fetch_run(Closing(run, 0), tmp_path / "copy", lambda _: None)
     assert (tmp_path / "copy" / MARKER).read_text() == f"{run}\n"
     with pytest.raises(TrainingError):
-        fetch(Closing(run, 99), tmp_path / "other", lambda _: None)
+        fetch_run(Closing(run, 99), tmp_path / "other", lambda _: None)
     assert closed == [True, True]
 
 
 def test_what_broke_off_is_tried_again_and_what_came_is_kept(run: Path, tmp_path: Path) -> None:
     said: list[str] = []
     source = Flaky(run, 1, b"xx")
-    fetch(source, tmp_path / "copy", said.append)
+    fetch_run(source, tmp_path / "copy", said.append)
     assert contents(tmp_path / "copy") == contents(run)
     assert said[1] == "the line is dead; trying again"
     dead = Flaky(run, 99)
     with pytest.raises(TrainingError, match=r"^the line is dead; what has come is kept in .*: try again$"):
-        fetch(dead, tmp_path / "other", said.append)
+        fetch_run(dead, tmp_path / "other", said.append)
     assert not (tmp_path / "other").exists()
     (tmp_path / ".other.partial" / "left").write_text("of an older list")
     (tmp_path / ".other.partial" / "checkpoints" / "a").write_bytes(b"x" * 5000)
     again = Flaky(run, 0)
-    fetch(again, tmp_path / "other", said.append)
+    fetch_run(again, tmp_path / "other", said.append)
     assert contents(tmp_path / "other") == contents(run)
     assert again.reads == ["metrics.jsonl"]  # the other was there, and is as it should be
 
 
 def test_what_is_not_as_listed_is_not_taken(run: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^checkpoints/a: expected 5000 bytes, and 2 came, or others; what has"):
-        fetch(Flaky(run, 99, b"yy", breaks=False), tmp_path / "copy", lambda _: None)
+        fetch_run(Flaky(run, 99, b"yy", breaks=False), tmp_path / "copy", lambda _: None)
     with pytest.raises(TrainingError, match=r"^checkpoints/a: expected 5000 bytes, and 5000 came, or others"):
-        fetch(Flaky(run, 99, b"y" * 5000, breaks=False), tmp_path / "copy", lambda _: None)
+        fetch_run(Flaky(run, 99, b"y" * 5000, breaks=False), tmp_path / "copy", lambda _: None)
     assert not (tmp_path / "copy").exists()
 
 
@@ -239,7 +239,7 @@ def test_a_file_that_grows_is_taken_as_it_was_listed(run: Path, tmp_path: Path) 
                 file.write(b"more\n")
             return listing
 
-    fetch(Growing(run), tmp_path / "copy", lambda _: None)
+    fetch_run(Growing(run), tmp_path / "copy", lambda _: None)
     assert (tmp_path / "copy" / "metrics.jsonl").read_bytes() == b"{}\n"
 
 
@@ -249,11 +249,11 @@ def test_a_damaged_checkpoint_is_named_and_arrives_with_a_complete_one(run: Path
     with pytest.raises(
         TrainingError, match=r"^no checkpoint of the run can be read; its files are kept in .*partial\nch"
     ):
-        fetch(Folder(run), tmp_path / "copy", lambda _: None)
+        fetch_run(Folder(run), tmp_path / "copy", lambda _: None)
     assert not (tmp_path / "copy").exists()
-    CheckpointStore(run / "checkpoints", 9, ExactExchange(LocalTransport())).save({}, {"step": 4, "best_step": 2})
+    CheckpointStore(run / "checkpoints", 9, ExactAverager(LocalTransport())).save({}, {"step": 4, "best_step": 2})
     said: list[str] = []
-    fetch(Folder(run), tmp_path / "copy", said.append)
+    fetch_run(Folder(run), tmp_path / "copy", said.append)
     assert contents(tmp_path / "copy") == contents(run)
     assert said[-1].startswith(
         "a checkpoint of the run is damaged, and others are complete: checkpoints/step-00000002/manifest.json: cannot "
@@ -270,24 +270,24 @@ def test_a_list_that_does_not_come_is_asked_for_again(run: Path, tmp_path: Path)
             return super().listing()
 
     said: list[str] = []
-    fetch(Gone(run, 2), tmp_path / "copy", said.append)
+    fetch_run(Gone(run, 2), tmp_path / "copy", said.append)
     assert said[:2] == ["the line is dead; trying again"] * 2
     assert contents(tmp_path / "copy") == contents(run)
     with pytest.raises(TrainingError, match=r"^the line is dead; try again$"):
-        fetch(Gone(run, 99), tmp_path / "other", said.append)
+        fetch_run(Gone(run, 99), tmp_path / "other", said.append)
     (tmp_path / ".other.partial").mkdir()
     with pytest.raises(
         TrainingError, match=r"^the line is dead; what has come is kept in .*/.other.partial: try again$"
     ):
-        fetch(Gone(run, 99), tmp_path / "other", said.append)
+        fetch_run(Gone(run, 99), tmp_path / "other", said.append)
 
 
 def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     write(tmp_path / "copy", {"mine": b""})
     with pytest.raises(RecipeError, match=r"copy is there already, and not empty; name another folder$"):
-        fetch(Folder(run), tmp_path / "copy", lambda _: None)
+        fetch_run(Folder(run), tmp_path / "copy", lambda _: None)
     (tmp_path / "fresh").mkdir()
-    fetch(Folder(run), tmp_path / "fresh", lambda _: None)
+    fetch_run(Folder(run), tmp_path / "fresh", lambda _: None)
 
 
 def test_what_cannot_be_replaced_is_refused_before_anything_comes(
@@ -308,9 +308,9 @@ def test_what_cannot_be_replaced_is_refused_before_anything_comes(
         with pytest.raises(
             RecipeError, match=r" is a link, a mount point or the current folder; name another, or a new"
         ):
-            fetch(source, target, lambda _: None)
+            fetch_run(source, target, lambda _: None)
     assert source.reads == []
-    fetch(source, Path("new"), lambda _: None)
+    fetch_run(source, Path("new"), lambda _: None)
     assert contents(tmp_path / "empty" / "new") == contents(run)
 
 
@@ -319,10 +319,10 @@ def test_a_store_holds_what_was_put_there_once_its_list_is_there(run: Path, tmp_
     store.announce("train digits")
     assert not store.complete()
     with pytest.raises(RecipeError, match=r"there is no files.json, which is stored last: the job still runs"):
-        fetch(store, tmp_path / "copy", lambda _: None)
+        fetch_run(store, tmp_path / "copy", lambda _: None)
     assert store.put(run) == 5003
     assert store.complete()
-    fetch(store, tmp_path / "copy", lambda _: None)
+    fetch_run(store, tmp_path / "copy", lambda _: None)
     assert contents(tmp_path / "copy") == contents(run)
     assert fsspec.filesystem("memory").exists(f"{tmp_path}/run/{LIST}")
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain.seeds.prng import Mode, derived, direction, fold_in_all, identity, philox, units
+from raytrain.seeds.prng import Distribution, fold_in, fold_in_all, noise, parameter_id, philox, quantised_noise
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "stream.json").read_text())
-MODES: tuple[Mode, ...] = ("rademacher", "gaussian")
+MODES: tuple[Distribution, ...] = ("rademacher", "gaussian")
 U64 = st.integers(0, 2**64 - 1)
 
 
@@ -40,25 +40,25 @@ def test_words_are_those_that_the_authors_of_philox_publish(counter: str, key: s
     ],
 )
 def test_seeds_that_follow_from_another_are_what_they_were(master: int, place: tuple[int, ...], seed: int) -> None:
-    assert derived(master, *place) == seed
+    assert fold_in(master, *place) == seed
 
 
 @pytest.mark.parametrize("mode", MODES)
 @given(U64, U64, st.integers(0, 2**40), st.integers(0, 300), st.data())
 def test_a_part_of_a_direction_is_that_part_of_the_whole(
-    mode: Mode, seed: int, parameter: int, start: int, count: int, data: st.DataObject
+    mode: Distribution, seed: int, parameter: int, start: int, count: int, data: st.DataObject
 ) -> None:
-    whole = direction(mode, seed, parameter, start, start + count)
+    whole = noise(mode, seed, parameter, start, start + count)
     first = data.draw(st.integers(0, count))
     last = data.draw(st.integers(first, count))
     assert whole.shape == (count,)
-    assert (direction(mode, seed, parameter, start + first, start + last) == whole[first:last]).all()
+    assert (noise(mode, seed, parameter, start + first, start + last) == whole[first:last]).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_numbers_have_the_moments_that_they_should(mode: Mode) -> None:
+def test_numbers_have_the_moments_that_they_should(mode: Distribution) -> None:
     count = 1 << 18
-    drawn = np.stack([direction(mode, seed, identity(name), 0, count) for seed in (0, 1) for name in "ab"]).astype(
+    drawn = np.stack([noise(mode, seed, parameter_id(name), 0, count) for seed in (0, 1) for name in "ab"]).astype(
         float
     )
     bound = 5 / count**0.5
@@ -74,9 +74,9 @@ def test_numbers_have_the_moments_that_they_should(mode: Mode) -> None:
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['mode']}-{case['seed']}-{case['start']}")
 def test_a_seed_means_what_it_always_did(case: dict[str, Any]) -> None:
-    assert identity(case["name"]) == case["identity"]
+    assert parameter_id(case["name"]) == case["identity"]
     start, first = case["start"], case["units"]
-    drawn = units(case["mode"], case["seed"], case["identity"], start, start + 1_000_000)
+    drawn = quantised_noise(case["mode"], case["seed"], case["identity"], start, start + 1_000_000)
     assert drawn[: len(first)].tolist() == first
     assert hashlib.sha256(drawn.astype("<i4").tobytes()).hexdigest() == case["sha256_of_a_million"]
 
@@ -88,28 +88,28 @@ def test_normal_numbers_are_those_of_box_and_muller() -> None:
     radius = np.sqrt(-2 * np.log(((words[:, 0] >> 9) + 0.5) / 2**23))
     angle = words[:, 1] * (2 * np.pi / 2**32)
     exact = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)
-    np.testing.assert_allclose(direction("gaussian", 7, 0, 0, 4000), exact, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(noise("gaussian", 7, 0, 0, 4000), exact, rtol=0, atol=1e-6)
 
 
 @given(U64, U64, st.lists(st.integers(0, 2**32 - 1), max_size=4))
 def test_derived_seeds_differ_by_master_and_place(master: int, other: int, place: list[int]) -> None:
-    seed = derived(master, *place)
+    seed = fold_in(master, *place)
     assert 0 <= seed < 2**64
-    assert seed == derived(master, *place, *[0] * (4 - len(place)))
-    assert (seed == derived(other, *place)) == (master == other)
+    assert seed == fold_in(master, *place, *[0] * (4 - len(place)))
+    assert (seed == fold_in(other, *place)) == (master == other)
     assert all(
-        derived(master, *(number ^ (at == where) for at, number in enumerate(place))) != seed
+        fold_in(master, *(number ^ (at == where) for at, number in enumerate(place))) != seed
         for where in range(len(place))
     )
 
 
 @pytest.mark.parametrize("place", [(1, 2, 3, 4, 5), (2**32,), (0, -1)])
 def test_a_place_that_does_not_fit_is_refused_and_not_cut(place: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"place: expected up to four numbers from 0 to 2\^32 - 1; got \("):
-        derived(7, *place)
+    with pytest.raises(ValueError, match=r"position: expected up to four integers from 0 to 2\^32 - 1; got \("):
+        fold_in(7, *place)
 
 
 @given(st.lists(U64, min_size=1, max_size=4), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4))
 def test_many_seeds_at_once_are_each_of_them(masters: list[int], places: list[int]) -> None:
     found = fold_in_all(np.array(masters, np.uint64)[:, None], 7, np.array(places, np.int64))
-    assert found.tolist() == [[derived(master, 7, place) for place in places] for master in masters]
+    assert found.tolist() == [[fold_in(master, 7, place) for place in places] for master in masters]

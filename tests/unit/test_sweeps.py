@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.recipe import declared_options
+from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
 from search.chooser import Chooser
 from search.options import SearchOptions
@@ -59,7 +59,7 @@ def train(work: Work, state: bytes | None) -> SegmentEnd:
 
 def sweep(seed: int = 0, steps: int = 20, **section: Any) -> Scheduler:
     factory = resolve(SEARCHES, section["name"], "search.name")
-    options = declared_options(factory, SearchOptions).model_validate({"space": TABLE, **section})
+    options = options_parameter(factory, SearchOptions).model_validate({"space": TABLE, **section})
     return factory(Problem(make_space(TABLE), Objective("loss", "lower"), steps, seed), options)
 
 

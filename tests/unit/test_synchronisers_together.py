@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raytrain.recipe import declared_options
+from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
-from raytrain.run.checkpoint import listed, load, read_manifest
-from raytrain.run.directory import RunDirectory, rows
+from raytrain.run.checkpoint import list_checkpoints, load_part, read_manifest
+from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.sync.options import ALL_SYNCHRONISERS, SCALAR_EXCHANGES
 from raytrain.tasks.task import Task, TaskOptions
 from raytrain.tensors import bits_of
@@ -130,7 +130,7 @@ def train(plan: TrainRecipe, folder: Path, ask: int = 0) -> RunDirectory:
 
 
 def saved(path: Path) -> dict[str, Tensor]:
-    model: dict[str, Tensor] = load(path, 0)["model"]
+    model: dict[str, Tensor] = load_part(path, 0)["model"]
     return model
 
 
@@ -144,7 +144,7 @@ def history(run: RunDirectory) -> list[dict[str, Any]]:
 
 def options_of(name: str) -> set[str]:
     """Return the options of a synchroniser."""
-    return {*declared_options(resolve(ALL_SYNCHRONISERS, name, "sync.name")).model_fields}
+    return {*options_parameter(resolve(ALL_SYNCHRONISERS, name, "sync.name")).model_fields}
 
 
 def recipe(name: str, sync: dict[str, Any], task: dict[str, Any], **fields: Any) -> TrainRecipe:
@@ -237,13 +237,13 @@ def check(plan: TrainRecipe, killed: int, asked: int) -> None:
         check_whole(plan, whole)
 
         shutil.copytree(whole.path, Path(folder) / "killed")
-        for path in listed(Path(folder) / "killed" / "checkpoints"):
+        for path in list_checkpoints(Path(folder) / "killed" / "checkpoints"):
             if read_manifest(path).step > killed:
                 shutil.rmtree(path)
         check_equal(whole, train(plan, Path(folder) / "killed"))
 
         stopped = train(plan, Path(folder) / "stopped", ask=asked)
-        reached = read_manifest(listed(stopped.checkpoints)[-1]).step
+        reached = read_manifest(list_checkpoints(stopped.checkpoints)[-1]).step
         assert reached <= asked + 1 + steps_to_stop(plan)
         check_equal(whole, train(plan, Path(folder) / "stopped"))
 
@@ -252,21 +252,21 @@ def check_whole(plan: TrainRecipe, run: RunDirectory) -> None:
     """Check what every checkpoint and every evaluation of a run has to be."""
     options: Any = plan.task
     first = everything(options).model(plan.seed).state_dict()
-    for path in listed(run.checkpoints):
+    for path in list_checkpoints(run.checkpoints):
         model = saved(path)
         still = ["mask", *(("first.weight", "first.bias") if options.frozen else ())]
         assert same({key: model[key] for key in still}, {key: first[key] for key in still})
         if options.norm:
             assert (model["norm.running_var"] > 0).all()
             assert model["norm.running_var"].isfinite().all()
-    measured = [row["valid"]["loss"] for row in rows(run.metrics) if "valid" in row]
+    measured = [row["valid"]["loss"] for row in read_jsonl(run.metrics) if "valid" in row]
     assert len(measured) == STEPS // 4
     assert all(map(math.isfinite, measured))
 
 
 def check_equal(one: RunDirectory, other: RunDirectory) -> None:
     """Check that two runs came to the same, to the bit, and logged the same on the way."""
-    ends = [listed(run.checkpoints)[-1] for run in (one, other)]
+    ends = [list_checkpoints(run.checkpoints)[-1] for run in (one, other)]
     assert ends[0].name == ends[1].name
     assert same(saved(ends[0]), saved(ends[1]))
     assert history(one) == history(other)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.data import corpus
-from raytrain.data.collate import UNSCORED
-from raytrain.data.corpus import Bytes, Characters, Document
+from raytrain.data.collate import IGNORE_INDEX
+from raytrain.data.corpus import ByteTokenizer, CharacterTokenizer, Document
 from raytrain.errors import RecipeError
-from raytrain.sync.averaging import ExactExchange
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.text import TextExamples, TextOptions, _collate, text
 from raytrain.training.evaluation import evaluate
@@ -29,12 +29,12 @@ def test_held_out_windows_score_every_byte_once_with_its_own_past(
     contents: list[bytes], block: int, stride: int
 ) -> None:
     stride = min(stride, block)
-    examples = TextExamples(documents(contents), Bytes(), block, stride)
+    examples = TextExamples(documents(contents), ByteTokenizer(), block, stride)
     scored = []
     for place in range(len(examples)):
         tokens, unscored = examples[place]
         assert len(tokens) <= block + 1
-        begin = tokens == Bytes.begin
+        begin = tokens == ByteTokenizer.bos_id
         assert not begin[1:].any(), "a window crosses into another document"
         scored.append(tokens[unscored + 1 :])
         if not begin[0]:
@@ -46,7 +46,7 @@ def test_held_out_windows_score_every_byte_once_with_its_own_past(
 @settings(deadline=None)
 @given(texts, st.integers(2, 12))
 def test_training_windows_start_at_every_token(contents: list[bytes], block: int) -> None:
-    examples = TextExamples(documents(contents), Bytes(), block, 0)
+    examples = TextExamples(documents(contents), ByteTokenizer(), block, 0)
     stream = [token for content in contents for token in (256, *content)] + [256]
     assert len(examples) == max(0, len(stream) - block)
     assert [examples[place][0].tolist() for place in range(len(examples))] == [
@@ -57,34 +57,34 @@ def test_training_windows_start_at_every_token(contents: list[bytes], block: int
 def test_batches_are_shifted_padded_and_marked() -> None:
     batch = _collate([(np.array([5, 6, 7, 8], np.uint16), 1), (np.array([1, 2], np.uint16), 0)])
     assert batch["inputs"].tolist() == [[5, 6, 7], [1, 0, 0]]
-    assert batch["targets"].tolist() == [[UNSCORED, 7, 8], [2, UNSCORED, UNSCORED]]
+    assert batch["targets"].tolist() == [[IGNORE_INDEX, 7, 8], [2, IGNORE_INDEX, IGNORE_INDEX]]
 
 
 @settings(deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=20, alphabet=st.characters(codec="utf-8")), min_size=1, max_size=3))
 def test_characters_are_encoded_and_counted(contents: list[str]) -> None:
     written = documents([content.encode() for content in contents])
-    characters = Characters(corpus.alphabet_of(written))
+    characters = CharacterTokenizer(corpus.alphabet_of(written))
     alphabet = sorted(set("".join(contents)))
-    assert characters.size == len(alphabet) + 1
+    assert characters.vocab_size == len(alphabet) + 1
     for document, content in zip(written, contents, strict=True):
         tokens = characters.encode(document)
-        assert tokens[0] == characters.begin
+        assert tokens[0] == characters.bos_id
         assert "".join(alphabet[token] for token in tokens[1:]) == content
-        assert characters.widths()[tokens].sum() == len(document.text)
+        assert characters.bytes_per_token()[tokens].sum() == len(document.text)
         assert characters.count(document.text) == len(content)
 
 
 def test_the_standard_library_is_split_by_file_and_the_same_everywhere() -> None:
     whole = corpus.standard_library()
-    parts = corpus.held_out(whole, 0.1)
+    parts = corpus.split_corpus(whole, 0.1)
     train, valid = ({document.name for document in parts[split]} for split in ("train", "valid"))
     assert not train & valid
     assert train | valid == {document.name for document in whole}
     assert len(valid) == round(0.1 * len(whole))
     # A file's place depends on its own name: without other files, what was held out still is.
     some = [document for document in whole if document.name in valid or document.name < "c"]
-    assert {document.name for document in corpus.held_out(some, len(valid) / len(some))["valid"]} == valid
+    assert {document.name for document in corpus.split_corpus(some, len(valid) / len(some))["valid"]} == valid
     assert not any("test" in Path(name).parts for name in train | valid)
     assert {"asyncio", "json", "argparse"} <= {document.domains[0][1] for document in whole}
 
@@ -113,16 +113,16 @@ def test_a_folder_is_split_by_file_and_its_domains_are_its_folders(tmp_path: Pat
     for name in ("a/one.txt", "a/two.txt", "b/three.txt", "four.txt", ".hidden/x.txt", "a/empty.txt", "b/skip.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("" if "empty" in name else f"some text of {name}")
-    found = corpus.read(tmp_path, "**/*.txt")
+    found = corpus.read_corpus(tmp_path, "**/*.txt")
     assert [document.name for document in found] == ["a/one.txt", "a/two.txt", "b/three.txt", "four.txt"]
     assert [document.domains for document in found] == [((0, "a"),), ((0, "a"),), ((0, "b"),), ((0, "four"),)]
-    parts = corpus.held_out(found, 0.3)
+    parts = corpus.split_corpus(found, 0.3)
     assert (len(parts["train"]), len(parts["valid"])) == (3, 1)
 
 
 @given(st.text(min_size=2, max_size=30, alphabet="aé漢😀"), st.floats(0.1, 0.9))
 def test_a_single_file_is_never_cut_inside_a_character(content: str, share: float) -> None:
-    parts = corpus.held_out([Document("x", content.encode(), ((0, "x"),))], share)
+    parts = corpus.split_corpus([Document("x", content.encode(), ((0, "x"),))], share)
     assert parts["train"][0].text.decode() + parts["valid"][0].text.decode() == content
 
 
@@ -140,7 +140,7 @@ def test_a_single_file_is_never_cut_inside_a_character(content: str, share: floa
 def test_missing_and_empty_text_is_refused_before_anything_starts(tmp_path: Path, make: object, message: str) -> None:
     make(tmp_path / "corpus")
     with pytest.raises(RecipeError, match=message):
-        text(TextOptions(name="text", path=tmp_path / "corpus")).settle()
+        text(TextOptions(name="text", path=tmp_path / "corpus")).infer_options()
 
 
 def test_short_text_and_text_without_characters_are_refused(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_bits_per_byte_are_those_of_the_definition(tmp_path: Path, model: str, t
     for value in module.parameters():
         torch.nn.init.zeros_(value)
     size = module.config.vocab_size
-    found = evaluate(task, module, task.data("valid"), 3, ExactExchange(LocalTransport()))
+    found = evaluate(task, module, task.data("valid"), 3, ExactAverager(LocalTransport()))
     held_out = (tmp_path / "x.txt").read_bytes()[round(0.9 * (tmp_path / "x.txt").stat().st_size) :].decode()
     characters = len(held_out) if tokens == "chars" else len(held_out.encode())
     assert found["loss"] == pytest.approx(math.log(size), rel=1e-6)
@@ -189,7 +189,7 @@ def test_bits_per_byte_are_those_of_the_definition(tmp_path: Path, model: str, t
 
 def test_a_smaller_stride_gives_more_past() -> None:
     contents = [bytes(range(50)) * 3]
-    long, short = (TextExamples(documents(contents), Bytes(), 20, stride) for stride in (20, 4))
+    long, short = (TextExamples(documents(contents), ByteTokenizer(), 20, stride) for stride in (20, 4))
     past = [
         np.concatenate(
             [np.arange(unscored, len(tokens) - 1) for tokens, unscored in (examples[i] for i in range(len(examples)))]
@@ -209,13 +209,13 @@ def test_references_are_xz_on_the_held_out_text(tmp_path: Path) -> None:
 def test_a_run_keeps_its_alphabet(tmp_path: Path) -> None:
     (tmp_path / "old.txt").write_text("abcd" * 20)
     options = TextOptions(name="text", path=tmp_path / "old.txt", tokens="chars", block=4)
-    settled = text(options).settle()
+    settled = text(options).infer_options()
     assert settled == {"alphabet": "abcd"}
     kept = options.model_copy(update=settled)
-    assert text(kept).settle() == {}
+    assert text(kept).infer_options() == {}
     (tmp_path / "some.txt").write_text("dcca")
     other = kept.model_copy(update={"path": tmp_path / "some.txt"})
-    other = other.model_copy(update=other.on_other_data(kept))
+    other = other.model_copy(update=other.for_evaluation(kept))
     valid = text(other).data("valid")
     assert [token for place in range(len(valid)) for token in valid[place][0][1:].tolist()] == [3, 2, 2, 0], "all of it"
     (tmp_path / "strange.txt").write_text("abé wxyz")

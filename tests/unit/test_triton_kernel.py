@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytrain.seeds.directions import Space
+from raytrain.seeds.directions import Directions
 from raytrain.seeds.kernels import triton_gpu as gpu
-from raytrain.seeds.kernels.kernel import WEIGHT_BITS, Drawn, seeds_tensor
+from raytrain.seeds.kernels.kernel import WEIGHT_BITS, ScaledDirection, seeds_tensor
 from raytrain.seeds.kernels.reference import ReferenceKernel
 from raytrain.seeds.kernels.triton_gpu import NoGPUError, TritonKernel
-from raytrain.seeds.prng import Mode
-from raytrain.seeds.updates import Nudge, materialise, replay_log
+from raytrain.seeds.prng import Distribution
+from raytrain.seeds.updates import SeedUpdate, apply_updates, materialise
 
 KERNELS = "raytrain.seeds.kernels.triton_programs"
 REFERENCE = ReferenceKernel()
@@ -63,7 +63,7 @@ def device(kernel: TritonKernel) -> str:
     ],
 )
 def test_sums_are_those_of_the_reference(
-    mode: Mode, start: int, size: int, models: int, count: int, kernel: TritonKernel
+    mode: Distribution, start: int, size: int, models: int, count: int, kernel: TritonKernel
 ) -> None:
     random = np.random.default_rng([start, size])
     seeds = seeds_tensor([int(seed) for seed in random.integers(0, 2**64, count, np.uint64)])
@@ -75,7 +75,7 @@ def test_sums_are_those_of_the_reference(
 @both_modes
 @pytest.mark.parametrize("programs", [1, 8], ids=["one after the other", "at once"])
 def test_pieces_of_the_seeds_add_up(
-    mode: Mode, programs: int, kernel: TritonKernel, monkeypatch: pytest.MonkeyPatch
+    mode: Distribution, programs: int, kernel: TritonKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "PROGRAMS", programs)
     monkeypatch.setattr(kernel._kernels, "CHUNK", 2)
@@ -90,13 +90,13 @@ def test_the_largest_weights_do_not_overflow(kernel: TritonKernel) -> None:
 
 
 def check_sums(
-    kernel: TritonKernel, mode: Mode, seeds: Tensor, weights: Tensor, *, parameter: int, start: int, size: int
+    kernel: TritonKernel, mode: Distribution, seeds: Tensor, weights: Tensor, *, parameter: int, start: int, size: int
 ) -> None:
     whole = torch.arange(len(weights) * (size + 1)).view(size + 1, len(weights))
     expected = whole.T[:, 1:]  # sums are added to what is there, wherever in memory
     out = whole.to(device(kernel), copy=True).T[:, 1:]
-    kernel.sums(mode, seeds.to(device(kernel)), weights.to(device(kernel)), parameter, start, out)
-    REFERENCE.sums(mode, seeds, weights, parameter, start, expected)
+    kernel.accumulate(mode, seeds.to(device(kernel)), weights.to(device(kernel)), parameter, start, out)
+    REFERENCE.accumulate(mode, seeds, weights, parameter, start, expected)
     assert torch.equal(out.cpu(), expected)
 
 
@@ -104,12 +104,12 @@ def check_sums(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("start", "size", "scale"), [(3, 2500, -0.001), (2**40 + 4095, 70, 1e-40), (0, 1, 0.0)])
 def test_moves_are_those_of_the_reference(
-    mode: Mode, dtype: torch.dtype, start: int, size: int, scale: float, kernel: TritonKernel
+    mode: Distribution, dtype: torch.dtype, start: int, size: int, scale: float, kernel: TritonKernel
 ) -> None:
     base = numbers(size, dtype)
     expected, out = torch.empty_like(base), base.to(device(kernel), copy=True)
-    REFERENCE.move(Drawn(mode, 2**64 - 3, scale, 2**63 + 1, start), base, expected)
-    kernel.move(Drawn(mode, 2**64 - 3, scale, 2**63 + 1, start), out, out)
+    REFERENCE.axpy(ScaledDirection(mode, 2**64 - 3, scale, 2**63 + 1, start), base, expected)
+    kernel.axpy(ScaledDirection(mode, 2**64 - 3, scale, 2**63 + 1, start), out, out)
     assert torch.equal(bits(out.cpu()), bits(expected))
 
 
@@ -118,13 +118,13 @@ def test_moves_are_those_of_the_reference(
     ("start", "shape", "rows"), [(5, (6, 7), [5, 1]), (0, (5, 3, 800), [4, 0, 4]), (31, (9, 1), [8]), (3, (2, 2), [])]
 )
 def test_rows_are_those_of_the_whole(
-    mode: Mode, start: int, shape: tuple[int, ...], rows: list[int], kernel: TritonKernel
+    mode: Distribution, start: int, shape: tuple[int, ...], rows: list[int], kernel: TritonKernel
 ) -> None:
     base, named = numbers(int(np.prod(shape)), torch.bfloat16).view(shape), torch.tensor(rows, dtype=torch.int64)
     expected = torch.empty((len(rows), *shape[1:]), dtype=base.dtype)
     out = torch.empty_like(expected, device=device(kernel))
-    REFERENCE.move(Drawn(mode, 7, 0.3, 8, start), base, expected, named)
-    kernel.move(Drawn(mode, 7, 0.3, 8, start), base.to(device(kernel)), out, named.to(device(kernel)))
+    REFERENCE.axpy(ScaledDirection(mode, 7, 0.3, 8, start), base, expected, named)
+    kernel.axpy(ScaledDirection(mode, 7, 0.3, 8, start), base.to(device(kernel)), out, named.to(device(kernel)))
     assert torch.equal(bits(out.cpu()), bits(expected))
 
 
@@ -141,7 +141,7 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
-@pytest.mark.parametrize("name", ["add_normals", "move_normals"])
+@pytest.mark.parametrize("name", ["add_normals", "axpy_normals"])
 def test_no_operation_is_fused_or_approximate(
     name: str, tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,17 +170,17 @@ def test_no_operation_is_fused_or_approximate(
 @both_modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_ways_to_apply_seeds_give_the_bits_of_the_reference(
-    mode: Mode, dtype: torch.dtype, kernel: TritonKernel
+    mode: Distribution, dtype: torch.dtype, kernel: TritonKernel
 ) -> None:
     options = {"scales": {"a.bias": 0.5}, "sparsity": 0.5, "blocks": {"b": 1}}
     seeds, weights = [2**64 - 1, 6, 0], torch.tensor([1e-3, -0.25, 0.1], dtype=torch.float64)
     found = []
     for here, drawn in (("cpu", REFERENCE), (device(kernel), kernel)):
         named = {"a": numbers(300, dtype).view(15, 20), "a.bias": numbers(20, dtype), "b": numbers(140, dtype)}
-        space = Space.of({name: value.to(here) for name, value in named.items()}, mode, kernel=drawn, **options)
+        space = Directions.of({name: value.to(here) for name, value in named.items()}, mode, kernel=drawn, **options)
         made = [*materialise(space, weights, seeds), *materialise(space, torch.stack([weights, -weights]), seeds)]
         digest = space.digest()
-        replay_log(space, [Nudge(seed, scale) for seed, scale in zip(seeds, weights.tolist(), strict=True)])
+        apply_updates(space, [SeedUpdate(seed, scale) for seed, scale in zip(seeds, weights.tolist(), strict=True)])
         found.append([digest, space.digest(), *(bits(one.cpu()).tolist() for one in made)])
     assert found[0] == found[1]
 

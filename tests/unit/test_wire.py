@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain.data.packing import decode, encode
+from raytrain.data.packing import pack_batch, unpack_batch
 
 DTYPES = [
     torch.float64,
@@ -59,26 +59,26 @@ def equal(one: Any, other: Any) -> bool:
 @given(BATCHES)
 @settings(deadline=None)
 def test_what_is_decoded_is_what_was_encoded(batch: Any) -> None:
-    assert equal(decode(encode(batch)), batch)
+    assert equal(unpack_batch(pack_batch(batch)), batch)
 
 
 def test_arrays_stay_arrays() -> None:
     frozen = np.arange(6).reshape(2, 3)[:, ::-1]
     frozen.flags.writeable = False
     batch = {"reversed": frozen, "scalar": np.array(2.5), "empty": np.zeros((0, 3), np.float32)}
-    assert equal(decode(encode(batch)), batch)
+    assert equal(unpack_batch(pack_batch(batch)), batch)
 
 
 def test_tensors_that_share_memory_come_out_equal() -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     batch = [whole, whole[1], whole.T, whole.requires_grad_() * 2, whole[:0]]
-    assert equal(decode(encode(batch)), [part.detach() for part in batch])
+    assert equal(unpack_batch(pack_batch(batch)), [part.detach() for part in batch])
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, namedtuple("Pair", "a b")(1, 2), np.float32(1)])
 def test_what_cannot_be_sent_is_refused(value: Any) -> None:
     with pytest.raises(TypeError) as caught:
-        encode([({"x": value}, 3)])
+        pack_batch([({"x": value}, 3)])
     kind = type(value)
     assert str(caught.value) == (
         "a batch can be sent as dicts, lists, tuples, tensors, arrays, numbers and strings; this one has a "

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from raytrain.errors import RecipeError
-from raytrain.optim.options import ALL
+from raytrain.optim.options import ALL_OPTIMIZERS
 from raytrain.run.directory import RunDirectory
 from raytrain.sync.transport import LocalTransport
 from raytrain.testing import ThreadGroup, ThreadTransport
 from raytrain.training import worker
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.worker import work
+from raytrain.training.worker import run_worker
 
 
 def test_all_workers_must_see_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,12 +22,12 @@ def test_all_workers_must_see_the_runs_folder(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(worker.socket, "gethostname", lambda: "elsewhere")
     recipe = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "workers": 2})
     run = RunDirectory(tmp_path / "run")
-    with run.opened(resume=False):
-        run.begin(recipe.to_toml())
+    with run.session(resume=False):
+        run.prepare(recipe.to_toml())
 
     def replica(transport: ThreadTransport) -> None:
         seen = run if transport.rank == 0 else RunDirectory(tmp_path / "not mounted here")
-        assert work(recipe, seen, transport, beat=lambda: None) is None
+        assert run_worker(recipe, seen, transport, heartbeat=lambda: None) is None
 
     ThreadGroup(2).run(replica)
     failure = run.failure()
@@ -43,7 +43,7 @@ def test_a_worker_that_cannot_leave_word_raises_its_error(tmp_path: Path) -> Non
     recipe = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny"})
     nowhere = RunDirectory(tmp_path / "not mounted here")
     with pytest.raises(RecipeError, match="^--out: cannot write to .*not mounted here: No such file or directory$"):
-        work(recipe, nowhere, LocalTransport(), beat=lambda: None)
+        run_worker(recipe, nowhere, LocalTransport(), heartbeat=lambda: None)
 
 
 TRAIN = """
@@ -55,7 +55,7 @@ from raytrain.training.recipe import TrainRecipe
 for name in sys.argv[2:]:
     task = {"name": "digits", "model": "mlp", "widths": [4]}
     raw = {"kind": "train", "task": task, "steps": 2, "log": {"loggers": []}, "optimizer": {"name": name}}
-    raw["directions"] = {"first_order": ["5.*"], "trajectory": False} if name == "zo-hybrid" else {}
+    raw["zo"] = {"first_order": ["5.*"], "trajectory": False} if name == "zo-hybrid" else {}
     run = train_here(TrainRecipe.parse(raw), Path(sys.argv[1]) / name)
     assert run.failure() is None, run.failure()
     if slow := {"torch._dynamo", "sklearn"} & sys.modules.keys():
@@ -65,6 +65,6 @@ for name in sys.argv[2:]:
 
 def test_training_imports_neither_torchs_compiler_nor_scikit_learn(tmp_path: Path) -> None:
     """Each takes about as long as torch, in every worker; torch imports the first to differentiate forward."""
-    names = [name for name in ALL if name != "forward-gradient"]
+    names = [name for name in ALL_OPTIMIZERS if name != "forward-gradient"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", TRAIN, tmp_path, *names], check=True, env=environment)

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.optimizers import load_state_by_name, make_optimizer, state_by_name
-from raytrain.optim.options import ZEROTH
-from raytrain.overrides import merged
+from raytrain.optim.options import ZEROTH_ORDER
+from raytrain.overrides import apply_overrides
 from raytrain.registry import resolve
-from raytrain.run.checkpoint import load, step_name
-from raytrain.run.directory import RunDirectory, rows
-from raytrain.seeds.directions import Space
-from raytrain.seeds.prng import direction, identity
-from raytrain.seeds.records import MAGIC, read, steps
-from raytrain.sync.averaging import ExactExchange
+from raytrain.run.checkpoint import load_part, step_name
+from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.seeds.directions import Directions
+from raytrain.seeds.prng import noise, parameter_id
+from raytrain.seeds.records import TRAJECTORY_MAGIC, read_trajectory, trajectory_steps
+from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import ScalarOptions
 from raytrain.sync.scalars import scalars
 from raytrain.sync.transport import LocalTransport
@@ -41,13 +41,13 @@ from raytrain.testing import (
     train_with_gloo,
     train_with_threads,
 )
-from raytrain.training.build import settled
+from raytrain.training.build import resolve_recipe
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
-from raytrain.zeroth.optimizers import ZOSGD, ZerothOrder, ZOConservative, space_of
-from raytrain.zeroth.perturbed import Probe
-from raytrain.zeroth.replay import retrace
-from raytrain.zeroth.step import Zeroth, loss_of
+from raytrain.zeroth.optimizers import ZOSGD, ZerothOrderOptimizer, ZOConservative, directions_of
+from raytrain.zeroth.perturbed import PerturbedModel
+from raytrain.zeroth.replay import replay_trajectory
+from raytrain.zeroth.step import ZeroOrderStep, make_closure
 from raytrain.zeroth.trajectory import Trajectory
 
 
@@ -65,13 +65,13 @@ def recipe(optimizer: str = "zo-sgd", **more: Any) -> TrainRecipe:
         "checkpoint.every": 20,
         "log": {"every": 20, "loggers": []},
     }
-    return TrainRecipe.parse(merged({}, {**fields, **more}))
+    return TrainRecipe.parse(apply_overrides({}, {**fields, **more}))
 
 
 def weights(run: RunDirectory) -> dict[str, Tensor]:
     assert run.failure() is None
     newest = max(run.checkpoints.glob("[!.]*"))
-    model: dict[str, Tensor] = load(newest, 0)["model"]
+    model: dict[str, Tensor] = load_part(newest, 0)["model"]
     return model
 
 
@@ -80,19 +80,19 @@ def equal(one: RunDirectory, other: RunDirectory) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("optimizer", ZEROTH)
+@pytest.mark.parametrize("optimizer", ZEROTH_ORDER)
 def test_every_stepper_learns_and_its_trajectory_retraces_it_to_the_bit(optimizer: str, tmp_path: Path) -> None:
     plan = recipe(optimizer, **{"zo.num_perturbations": 2, "evaluation.every": 20, "optimizer.groups": GROUPS})
     run = train_here(plan, tmp_path / "run")
-    losses = [row["valid"]["loss"] for row in rows(run.metrics) if "valid" in row]
-    plain, task = settled(plan, run)
+    losses = [row["valid"]["loss"] for row in read_jsonl(run.metrics) if "valid" in row]
+    plain, task = resolve_recipe(plan, run)
     module = task.model(plain.seed)
-    before = evaluate(task, module, task.data("valid"), 13, ExactExchange(LocalTransport()))["loss"]
+    before = evaluate(task, module, task.data("valid"), 13, ExactAverager(LocalTransport()))["loss"]
     assert losses[-1] < 0.8 * before
     if "hybrid" in optimizer:
         assert not run.trajectory.exists()
         return
-    assert retrace(run.trajectory, module) == 60
+    assert replay_trajectory(run.trajectory, module) == 60
     named = dict(module.named_parameters())
     assert all(torch.equal(named[name], value) for name, value in weights(run).items() if name in named)
     assert run.trajectory.stat().st_size < 60 * 2 * 26 + 1500
@@ -109,10 +109,10 @@ def test_a_conservative_step_goes_where_the_loss_is_least(slope: float, rate: fl
     module = nn.Linear(1, 1, bias=False)
     module.weight.fill_(1.0)
     optimizer = ZOConservative(module.parameters(), lr=1.0)
-    probe = Probe(module, Space.of(dict(module.named_parameters())))
+    probe = PerturbedModel(module, Directions.of(dict(module.named_parameters())))
     for seed in range(4):
-        z = float(direction("rademacher", seed, identity("weight"), 0, 1)[0])
-        decided = optimizer.decide([(seed, slope * z)], rate, probe, lambda: module(torch.ones(1, 1)).square().sum())
+        z = float(noise("rademacher", seed, parameter_id("weight"), 0, 1)[0])
+        decided = optimizer.select([(seed, slope * z)], rate, probe, lambda: module(torch.ones(1, 1)).square().sum())
         assert decided == [(seed, slope * z * way)]
 
 
@@ -120,7 +120,7 @@ def test_a_loss_is_the_mean_over_all_examples_of_its_micro_batches() -> None:
     task = tiny(TinyOptions(name="tiny"))
     module, examples = task.model(0).double(), task.data("train")[:9]
     cut = [task.collate(examples[start:stop]) for start, stop in ((0, 2), (2, 3), (3, 9))]
-    parts = loss_of(task, module, [(one, task.weights(one)) for one in cut], (0, 0, 0), None, "")
+    parts = make_closure(task, module, [(one, task.weights(one)) for one in cut], (0, 0, 0), None, "")
     whole = task.collate(examples)
     values, weight = task.losses(module, whole), task.weights(whole)
     torch.testing.assert_close(parts(), (values * weight).sum() / weight.sum())
@@ -186,13 +186,13 @@ GROUPS = [{"match": "out.bias", "lr_scale": 0.25}]
 def test_every_option_trains_and_retraces(options: dict[str, Any], tmp_path: Path) -> None:
     plan = recipe(**options)
     run = train_here(plan, tmp_path / "run")
-    module = settled(plan, run)[1].model(plan.seed)
+    module = resolve_recipe(plan, run)[1].model(plan.seed)
     if plan.precision == "float64":
         module.double()
-    retrace(run.trajectory, module)
+    replay_trajectory(run.trajectory, module)
     named, found = dict(module.named_parameters()), weights(run)
     assert all(torch.equal(named[name], value) for name, value in found.items() if name in named)
-    logged = [row for row in rows(run.metrics) if "slope" in row]
+    logged = [row for row in read_jsonl(run.metrics) if "slope" in row]
     assert logged
     assert all(math.isfinite(row["loss"]) and row["slope"] > 0 for row in logged)
 
@@ -217,9 +217,7 @@ def test_parameters_that_lose_small_moves_are_spoken_of(
     caplog.set_level("WARNING")
     name = "narrow" if dtype == torch.bfloat16 else "two_layers"
     assert train_here(recipe(task=f"{__name__}:{name}", steps=2), tmp_path / "run").failure() is None
-    spoken = [
-        "parameters in bfloat16 lose each move below half of their last place" in text for text in caplog.messages
-    ]
+    spoken = ["parameters in bfloat16 round away updates" in text for text in caplog.messages]
     assert spoken == ([True] if dtype == torch.bfloat16 else [])
 
 
@@ -274,22 +272,28 @@ def test_threads_and_processes_make_the_same_moves(sync: str, tmp_path: Path) ->
 def test_a_worker_more_takes_up_where_the_others_were(tmp_path: Path) -> None:
     train_with_threads(recipe(sync="one-byte", workers=2, steps=40), tmp_path / "run")
     run = train_with_threads(recipe(sync="one-byte", workers=3, steps=60), tmp_path / "run")
-    _, records = read(run.trajectory)
-    assert [len(step.slopes) for step in steps(records)] == [2] * 40 + [3] * 20
+    _, records = read_trajectory(run.trajectory)
+    assert [len(step.projected_gradients) for step in trajectory_steps(records)] == [2] * 40 + [3] * 20
     plan = recipe()
-    module = settled(plan, run)[1].model(plan.seed)
-    assert retrace(run.trajectory, module) == 60
+    module = resolve_recipe(plan, run)[1].model(plan.seed)
+    assert replay_trajectory(run.trajectory, module) == 60
     named = dict(module.named_parameters())
     assert all(torch.equal(named[name], value) for name, value in weights(run).items() if name in named)
 
 
 def test_seeds_are_those_of_the_step_the_worker_and_the_place(tmp_path: Path) -> None:
     one = train_here(recipe(**{"zo.num_perturbations": 2, "steps": 1}), tmp_path / "one")
-    _, records = read(one.trajectory)
-    assert [int(seed) for seed in records["seed"]] == [Zeroth.seed_of(0, 0, 0, 0), Zeroth.seed_of(0, 0, 0, 1)]
+    _, records = read_trajectory(one.trajectory)
+    assert [int(seed) for seed in records["seed"]] == [
+        ZeroOrderStep.direction_seed(0, 0, 0, 0),
+        ZeroOrderStep.direction_seed(0, 0, 0, 1),
+    ]
     two = train_with_threads(recipe(sync="scalars", workers=2, steps=1, batch=5), tmp_path / "two")
-    _, records = read(two.trajectory)
-    assert [int(seed) for seed in records["seed"]] == [Zeroth.seed_of(0, 0, 0, 0), Zeroth.seed_of(0, 0, 1, 0)]
+    _, records = read_trajectory(two.trajectory)
+    assert [int(seed) for seed in records["seed"]] == [
+        ZeroOrderStep.direction_seed(0, 0, 0, 0),
+        ZeroOrderStep.direction_seed(0, 0, 1, 0),
+    ]
 
 
 @pytest.mark.parametrize("name", ["zo-sgd", "zo-sgd-sign", "zo-sgd-momentum", "zo-adam"])
@@ -299,18 +303,18 @@ def test_a_stepper_takes_the_step_of_torch_on_the_mean_of_slope_times_direction(
     options = TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "optimizer": fields}).optimizer
     module, twin = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
     twin.load_state_dict(module.state_dict())
-    optimizer = make_optimizer(resolve(ZEROTH, name, "optimizer.name"), options, module)
-    assert isinstance(optimizer, ZerothOrder)
-    optimizer.shape(space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False))
+    optimizer = make_optimizer(resolve(ZEROTH_ORDER, name, "optimizer.name"), options, module)
+    assert isinstance(optimizer, ZerothOrderOptimizer)
+    optimizer.bind(directions_of(module, optimizer, distribution="rademacher", sparsity=0.0, blockwise=False))
     groups = [{"params": [twin.weight], "lr": 0.01}, {"params": [twin.bias], "lr": 0.04}]
     momentum = 0.9 if "momentum" in name else 0.0
     theirs = torch.optim.Adam(groups) if name == "zo-adam" else torch.optim.SGD(groups, momentum=momentum)
     for slopes in ([(3, 0.5), (2**63, -2.0)], [(8, 0.25), (9, 0.0)]):
-        optimizer.move(slopes, 0.01)
+        optimizer.apply(slopes, 0.01)
         for key, parameter, length in (("weight", twin.weight, 1.0), ("bias", twin.bias, 2.0)):
             parts = [
                 (float(np.sign(slope)) if "sign" in name else slope)
-                * torch.from_numpy(direction("rademacher", seed, identity(key), 0, parameter.numel())).double()
+                * torch.from_numpy(noise("rademacher", seed, parameter_id(key), 0, parameter.numel())).double()
                 for seed, slope in slopes
             ]
             # With sqrt(lr_scale) in a direction, what a slope says of the gradient is that much too large there.
@@ -327,11 +331,11 @@ def test_what_a_stepper_holds_does_not_depend_on_the_type_of_the_parameters(name
     fields = {"kind": "train", "task": "raytrain.testing:tiny", "optimizer": {"name": name, "lr": 0.01}}
     options = TrainRecipe.parse(fields).optimizer
 
-    def stepper(dtype: torch.dtype) -> tuple[nn.Module, ZerothOrder]:
+    def stepper(dtype: torch.dtype) -> tuple[nn.Module, ZerothOrderOptimizer]:
         module = nn.Linear(5, 3).to(dtype)
-        optimizer = make_optimizer(resolve(ZEROTH, name, "optimizer.name"), options, module)
-        assert isinstance(optimizer, ZerothOrder)
-        optimizer.shape(space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False))
+        optimizer = make_optimizer(resolve(ZEROTH_ORDER, name, "optimizer.name"), options, module)
+        assert isinstance(optimizer, ZerothOrderOptimizer)
+        optimizer.bind(directions_of(module, optimizer, distribution="rademacher", sparsity=0.0, blockwise=False))
         return module, optimizer
 
     (module, narrow), (plain, exact) = stepper(dtype), stepper(torch.float32)
@@ -341,7 +345,7 @@ def test_what_a_stepper_holds_does_not_depend_on_the_type_of_the_parameters(name
             module, narrow = stepper(dtype)
             load_state_by_name(narrow, module, saved, options)
         for optimizer in (narrow, exact):
-            optimizer.move([(2 * step, 1e-4), (2 * step + 1, -3e-5)], 1e-3)
+            optimizer.apply([(2 * step, 1e-4), (2 * step + 1, -3e-5)], 1e-3)
     for one, other in zip(module.parameters(), plain.parameters(), strict=True):
         assert one.dtype == dtype
         assert torch.isfinite(one).all()
@@ -358,7 +362,7 @@ def test_a_run_goes_on_in_another_type(name: str, precision: str, tmp_path: Path
     train_here(recipe(name, **fields, precision=precision), tmp_path / "run")
     run = train_here(recipe(name, **{**fields, "steps": 8}, precision=other), tmp_path / "run")
     assert {value.dtype for value in weights(run).values() if value.is_floating_point()} == {getattr(torch, other)}
-    saved = load(max(run.checkpoints.glob("[!.]*")), 0)["optimizer"]["state"]
+    saved = load_part(max(run.checkpoints.glob("[!.]*")), 0)["optimizer"]["state"]
     assert {entry.dtype for one in saved.values() for entry in one.values() if entry.dim()} == {getattr(torch, other)}
 
 
@@ -368,7 +372,7 @@ def test_a_loss_draws_the_same_dropout_in_every_call_and_another_one_in_every_st
 
     def loss(step: int) -> float:
         with torch.no_grad():
-            made = loss_of(task, module, [(batch, torch.ones(20))], (0, 0, step), None, "")
+            made = make_closure(task, module, [(batch, torch.ones(20))], (0, 0, step), None, "")
             once, again = float(made()), float(made())
         assert once == again
         return once
@@ -427,13 +431,15 @@ def steep() -> Task:
 def test_what_is_not_finite_or_far_out_is_reported_and_not_applied(tmp_path: Path) -> None:
     more = {"task": f"{__name__}:steep", "log.every": 1, "zo.outlier_threshold": 20.0, "optimizer.lr": 1e-4}
     run = train_here(recipe(**more, batch=4), tmp_path / "run")
-    skipped = [row["step"] for row in rows(run.metrics) if row.get("skipped")]
+    skipped = [row["step"] for row in read_jsonl(run.metrics) if row.get("skipped")]
     assert len(skipped) >= 2
-    _, records = read(run.trajectory)
-    assert {step.step for step in steps(records) if not step.slopes} == {step - 1 for step in skipped}
+    _, records = read_trajectory(run.trajectory)
+    assert {step.step for step in trajectory_steps(records) if not step.projected_gradients} == {
+        step - 1 for step in skipped
+    }
     assert np.isfinite(records["slope"]).all()
-    module = settled(recipe(**more), run)[1].model(0)
-    assert retrace(run.trajectory, module) == 60
+    module = resolve_recipe(recipe(**more), run)[1].model(0)
+    assert replay_trajectory(run.trajectory, module) == 60
     assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
 
 
@@ -457,24 +463,24 @@ def early() -> Task:
 def test_what_is_far_out_in_the_second_step_is_not_applied_and_does_not_become_ordinary(tmp_path: Path) -> None:
     more = {"task": f"{__name__}:early", "log.every": 1, "optimizer.lr": 1e-6, "batch": 8}
     run = train_here(recipe(**more), tmp_path / "run")
-    skipped = [row["step"] for row in rows(run.metrics) if row.get("skipped")]
+    skipped = [row["step"] for row in read_jsonl(run.metrics) if row.get("skipped")]
     assert {2, FAR_OUT[1] // 2} <= set(skipped)
     assert run.failure() is None
-    assert np.abs(read(run.trajectory)[1]["slope"]).max() < 1e4
+    assert np.abs(read_trajectory(run.trajectory)[1]["projected_gradient"]).max() < 1e4
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_ordinary_is_what_most_recent_slopes_are(blocks: int) -> None:
     module = nn.Linear(2, 1)
     optimizer = make_optimizer(ZOSGD, optimizer_options("zo-sgd")(name="zo-sgd"), module)
-    space = Space.of(dict(module.named_parameters()), blocks={"bias": blocks - 1})
-    zeroth = Zeroth(Probe(module, space), optimizer, None, 1, 1e-3, 2, False, "", 10.0, False)
+    space = Directions.of(dict(module.named_parameters()), blocks={"bias": blocks - 1})
+    zeroth = ZeroOrderStep(PerturbedModel(module, space), optimizer, None, 1, 1e-3, "central", False, "", 10.0, False)
 
     def usable(*sizes: float) -> int:
         """Count them, of the last block; slopes of another one are of another size."""
         own = [(blocks * place + blocks - 1, size) for place, size in enumerate(sizes)]
         other = [(blocks * place, 1e-7) for place in range(blocks - 1)]
-        return len(zeroth._usable([*other, *own])) - len(other)
+        return len(zeroth._reject_outliers([*other, *own])) - len(other)
 
     assert usable(1.0, -1e12, math.nan, 0.0) == 2
     assert usable(-9.0) == 1
@@ -497,7 +503,7 @@ def test_a_run_without_usable_slopes_is_given_up(tmp_path: Path) -> None:
     failure = run.failure()
     assert failure is not None
     assert failure.message.startswith(
-        "no probe of steps 1 to 20 gave a usable slope, and what is lowered is nan; a lower optimizer.lr"
+        "no perturbation of steps 1 to 20 gave a usable projected gradient, and the objective is nan; a lower "
     )
 
 
@@ -534,7 +540,9 @@ def test_a_run_without_usable_slopes_is_given_up(tmp_path: Path) -> None:
 def test_what_does_not_go_together_is_said_before_anything_starts(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         TrainRecipe.parse(
-            merged({}, {"kind": "train", "task": "raytrain.testing:tiny", "optimizer.name": "zo-sgd", **fields})
+            apply_overrides(
+                {}, {"kind": "train", "task": "raytrain.testing:tiny", "optimizer.name": "zo-sgd", **fields}
+            )
         )
     assert message in str(caught.value)
 
@@ -548,12 +556,12 @@ def test_replicas_count_by_the_weight_of_their_losses() -> None:
         module = nn.Linear(3, 1, bias=False)
         nn.init.zeros_(module.weight)
         optimizer = make_optimizer(ZOSGD, optimizer_options("zo-sgd")(name="x", lr=lr), module)
-        space = space_of(module, optimizer, mode="rademacher", sparsity=0.0, blocks=False)
+        space = directions_of(module, optimizer, distribution="rademacher", sparsity=0.0, blockwise=False)
         optimizer.shape(space)
-        sync = scalars(ExactExchange(transport), ScalarOptions(name="scalars"))
-        sync.start(module)
-        sync.begin(loads[transport.rank])
-        zeroth = Zeroth(Probe(module, space), optimizer, sync, count, 1e-3, 2, False, "", 0.0, True)
+        sync = scalars(ExactAverager(transport), ScalarOptions(name="scalars"))
+        sync.attach(module)
+        sync.set_weight(loads[transport.rank])
+        zeroth = ZeroOrderStep(PerturbedModel(module, space), optimizer, sync, count, 1e-3, 2, False, "", 0.0, True)
         own = gradients[transport.rank]
         zeroth.step(lambda: module(own[None])[0, 0], module, 7, (0, transport.rank), 1.0)
         return module.weight.detach()[0]
@@ -562,7 +570,7 @@ def test_replicas_count_by_the_weight_of_their_losses() -> None:
     expected = torch.zeros(3, dtype=torch.float64)
     for rank, gradient in enumerate(gradients.double()):
         for k in range(count):
-            z = direction("rademacher", Zeroth.seed_of(7, 0, rank, k), identity("weight"), 0, 3)
+            z = noise("rademacher", ZeroOrderStep.direction_seed(7, 0, rank, k), parameter_id("weight"), 0, 3)
             along = torch.from_numpy(z).double()
             expected -= lr * loads[rank] / sum(loads) * (gradient @ along) * along / count
     assert all(torch.equal(one, found[0]) for one in found)
@@ -598,7 +606,7 @@ def test_an_objective_without_a_gradient(tmp_path: Path) -> None:
     more = {"task": f"{__name__}:accurate", "zo.objective": "accuracy", "zo.eps": 0.3, "batch": 32}
     run = train_here(recipe(**more, steps=80, **{"zo.num_perturbations": 4, "optimizer.lr": 0.1}), tmp_path / "run")
     assert run.failure() is None
-    assert next(row["valid"]["accuracy"] for row in rows(run.metrics) if "valid" in row) > 0.8
+    assert next(row["valid"]["accuracy"] for row in read_jsonl(run.metrics) if "valid" in row) > 0.8
     run = train_here(recipe(**(more | {"zo.objective": "f1"})), tmp_path / "no")
     failure = run.failure()
     assert failure is not None
@@ -617,33 +625,33 @@ def test_an_objective_is_raised_or_with_a_minus_lowered(objective: str, value: f
         measure=lambda module, batch: {"loss": (float(task.losses(module, batch).sum()), 64), "accuracy": (48, 64)},
     )
     with torch.no_grad():
-        found = loss_of(task, module, [(batch, torch.ones(64))], (0, 0, 0), None, objective)()
+        found = make_closure(task, module, [(batch, torch.ones(64))], (0, 0, 0), None, objective)()
         expected = task.losses(module, batch).mean().item() if value is None else value
     assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_is_better_if_it_is_less_is_not_raised() -> None:
     with pytest.raises(RecipeError, match="zo.objective: less of loss is better; expected '-loss', to lower"):
-        loss_of(accurate(), nn.Linear(3, 1), [], (0, 0, 0), None, "loss")
+        make_closure(accurate(), nn.Linear(3, 1), [], (0, 0, 0), None, "loss")
 
 
 def test_a_trajectory_of_another_model_is_refused(tmp_path: Path) -> None:
     plan = recipe(steps=3)
     run = train_here(plan, tmp_path / "run")
     for name in ("frozen.weight", "version"):
-        module = settled(plan, run)[1].model(0)
+        module = resolve_recipe(plan, run)[1].model(0)
         module.state_dict()[name].add_(1)
         for first in (0, 2):
-            with pytest.raises(CheckpointError, match="starts from frozen weights and buffers with digest"):
-                retrace(run.trajectory, module, first)
+            with pytest.raises(CheckpointError, match="expected frozen weights and buffers with digest"):
+                replay_trajectory(run.trajectory, module, first)
     with pytest.raises(CheckpointError, match="expected the 4 steps that the model has behind it; got 3"):
-        retrace(run.trajectory, settled(plan, run)[1].model(0), 4)
-    other = settled(plan, run)[1].model(1)
+        replay_trajectory(run.trajectory, resolve_recipe(plan, run)[1].model(0), 4)
+    other = resolve_recipe(plan, run)[1].model(1)
     with pytest.raises(CheckpointError, match="this trajectory starts from weights and directions with digest"):
-        retrace(run.trajectory, other)
+        replay_trajectory(run.trajectory, other)
     (tmp_path / "no").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="this is not a trajectory"):
-        read(tmp_path / "no")
+        read_trajectory(tmp_path / "no")
 
 
 def test_a_trajectory_that_was_cut_off_keeps_what_is_whole(tmp_path: Path) -> None:
@@ -653,13 +661,13 @@ def test_a_trajectory_that_was_cut_off_keeps_what_is_whole(tmp_path: Path) -> No
         trajectory.append(3, 0.25, [(7, 1.0), (8, 2.0)])
     data = (tmp_path / "t").read_bytes()
     (tmp_path / "t").write_bytes(data[:-3])
-    about, records = read(tmp_path / "t")
+    about, records = read_trajectory(tmp_path / "t")
     assert about == {"base": "x"}
-    assert [(step.step, step.rate, step.slopes) for step in steps(records)] == [
+    assert [(step.step, step.lr, step.projected_gradients) for step in trajectory_steps(records)] == [
         (0, 0.5, [(2**64 - 1, -1.5)]),
         (2, 0.25, [(5, 1.0), (6, 2.0)]),
     ]
-    assert data.startswith(MAGIC)
+    assert data.startswith(TRAJECTORY_MAGIC)
     assert json.loads(data.split(b"\n")[1])["base"] == "x"
 
 
@@ -667,7 +675,7 @@ def test_slopes_of_zero_are_no_failure(tmp_path: Path) -> None:
     more = {"task": f"{__name__}:flat", "log.every": 30, "batch": 4}
     run = train_here(recipe(**more), tmp_path / "run")
     assert run.failure() is None
-    assert [row["skipped"] for row in rows(run.metrics) if "skipped" in row] == [0, 0]
+    assert [row["skipped"] for row in read_jsonl(run.metrics) if "skipped" in row] == [0, 0]
 
 
 @pytest.mark.parametrize("power", [-40, -20, 20, 40])
@@ -681,7 +689,7 @@ def test_a_byte_holds_slopes_of_any_size(power: int, blocks: bool, tmp_path: Pat
         rate = {"optimizer.lr": 0.01 / factor, "zo.blockwise": blocks, "zo.outlier_threshold": 5.0}
         run = train_here(recipe(**more, sync="one-byte", **rate), tmp_path / str(factor))
         ends.append(weights(run))
-        logged = [row for row in rows(run.metrics) if "saturated" in row]
+        logged = [row for row in read_jsonl(run.metrics) if "saturated" in row]
         assert len(logged) == 30
         assert sum(row["saturated"] + row["zeros"] for row in logged) == 0
     assert not torch.equal(ends[0]["0.weight"], scaled().model(0).state_dict()["0.weight"])
@@ -718,13 +726,13 @@ def flat() -> Task:
         ({"zo.sparsity": 0.5}, "expected sparsity = 0.0 as the run began; got 0.5"),
         (
             {"freeze.match": ["out.bias"]},
-            "expected the parameters that the run began to move, of the same types, each along directions as long as "
-            "then; freeze.match, adapter, precision or a group's lr over optimizer.lr may be others now",
+            "expected the same trainable parameters, types and scales of directions as at the start of the run; "
+            "freeze.match, adapter, precision or a group's lr_scale may have changed",
         ),
         (
             {"precision": "float64"},
-            "expected the parameters that the run began to move, of the same types, each along directions as long as "
-            "then; freeze.match, adapter, precision or a group's lr over optimizer.lr may be others now",
+            "expected the same trainable parameters, types and scales of directions as at the start of the run; "
+            "freeze.match, adapter, precision or a group's lr_scale may have changed",
         ),
         (
             {"optimizer.groups": [{"match": "out.bias", "lr_scale": 0.25}]},
@@ -748,8 +756,8 @@ def test_a_rate_that_all_share_changes_no_direction(tmp_path: Path) -> None:
     train_here(recipe(steps=20, **groups), tmp_path / "run")
     run = train_here(recipe(steps=40, **groups, **{"optimizer.lr": 0.02}), tmp_path / "run")
     assert len(weights(run)) > 0
-    module = settled(recipe(**groups), run)[1].model(recipe().seed)
-    assert retrace(run.trajectory, module) == 40
+    module = resolve_recipe(recipe(**groups), run)[1].model(recipe().seed)
+    assert replay_trajectory(run.trajectory, module) == 40
     assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
 
 
@@ -758,7 +766,7 @@ def test_a_rate_that_changes_how_long_directions_are_is_seen(tmp_path: Path) -> 
     train_here(recipe(steps=20, **groups), tmp_path / "run")
     failure = train_here(recipe(steps=40, **groups, **{"optimizer.lr": 0.02}), tmp_path / "run").failure()
     assert failure is not None
-    assert "each along directions as long as then" in failure.message
+    assert "types and scales of directions" in failure.message
 
 
 def test_steps_that_were_not_written_down_are_missed(tmp_path: Path) -> None:
@@ -768,13 +776,13 @@ def test_steps_that_were_not_written_down_are_missed(tmp_path: Path) -> None:
     failure = run.failure()
     assert failure is not None
     assert failure.message.startswith(f"zo.trajectory: expected step 21 in {run.trajectory}; it is not there; ")
-    with Trajectory(tmp_path / "t", {**read(run.trajectory)[0]}, 0) as holed:
+    with Trajectory(tmp_path / "t", {**read_trajectory(run.trajectory)[0]}, 0) as holed:
         holed.append(1, 0.5, [(1, 1.0)])
     with pytest.raises(CheckpointError, match="expected step 1 of the run next; it is not there"):
-        retrace(tmp_path / "t", settled(recipe(), run)[1].model(0))
+        replay_trajectory(tmp_path / "t", resolve_recipe(recipe(), run)[1].model(0))
     Trajectory(tmp_path / "bare", {"base": "x"}, 0).close()
-    with pytest.raises(RecipeError, match="expected mode = None as the run began; got 'gaussian'"):
-        Trajectory(tmp_path / "bare", {"space": {"mode": "gaussian"}, "optimizer": {}}, 1)
+    with pytest.raises(RecipeError, match="expected distribution = None as at the start of the run; got 'gaussian'"):
+        Trajectory(tmp_path / "bare", {"zo": {"distribution": "gaussian"}, "optimizer": {}}, 1)
 
 
 @pytest.mark.parametrize("estimator", ["forward", "central"])
@@ -806,22 +814,22 @@ RETRACE = """
 import sys
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from raytrain.zeroth.replay import retrace
+from raytrain.zeroth.replay import replay_trajectory
 from raytrain.testing import TinyModel, TinyOptions
 for name in sys.argv[1:]:
     module = TinyModel(TinyOptions(name="tiny"))
     module.load_state_dict(load_file(f"{name}/first"))
-    retrace(Path(name) / "trajectory.bin", module)
+    replay_trajectory(Path(name) / "trajectory.bin", module)
     save_file(module.state_dict(), f"{name}/last")
 """
 
 
 def test_a_trajectory_is_retraced_to_the_bit_by_a_processor_without_vector_instructions(tmp_path: Path) -> None:
     """Torch fuses products with sums where it may, and then rounds once where it rounds twice elsewhere."""
-    names = [name for name in ZEROTH if "hybrid" not in name]
+    names = [name for name in ZEROTH_ORDER if "hybrid" not in name]
     for name in names:
         run = train_here(recipe(name, steps=20), tmp_path / name)
-        save_file(settled(recipe(name), run)[1].model(0).state_dict(), run.path / "first")
+        save_file(resolve_recipe(recipe(name), run)[1].model(0).state_dict(), run.path / "first")
     subprocess.run(
         [sys.executable, "-c", RETRACE, *names],
         check=True,
@@ -835,10 +843,10 @@ def test_a_trajectory_is_retraced_to_the_bit_by_a_processor_without_vector_instr
 
 def test_a_checkpoint_and_the_tail_of_the_trajectory_give_the_model(tmp_path: Path) -> None:
     run = train_here(recipe(steps=40, **{"checkpoint.keep": 5}), tmp_path / "run")
-    module = settled(recipe(), run)[1].model(0)
-    module.load_state_dict(load(run.checkpoints / step_name(20), 0)["model"])
-    assert retrace(run.trajectory, module, 20) == 40
+    module = resolve_recipe(recipe(), run)[1].model(0)
+    module.load_state_dict(load_part(run.checkpoints / step_name(20), 0)["model"])
+    assert replay_trajectory(run.trajectory, module, 20) == 40
     assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
     run = train_here(recipe("zo-adam", steps=20), tmp_path / "adam")
-    with pytest.raises(CheckpointError, match="zo-adam with sparsity = 0 can only be retraced from its first step"):
-        retrace(run.trajectory, module, 10)
+    with pytest.raises(CheckpointError, match="zo-adam with sparsity = 0 can only be replayed from its first step"):
+        replay_trajectory(run.trajectory, module, 10)

@@ -1,4 +1,4 @@
-"""Submits, follows, stops and fetches Ray jobs: one of the few files that know Ray."""
+"""Client of Ray's job server: submit, follow, stop and fetch."""
 
 import asyncio
 import ipaddress
@@ -24,15 +24,15 @@ from ray.job_submission import JobSubmissionClient
 import raytrain
 from raytrain.environment import environment
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
-from raytrain.launch.jobs.job import ID, Job, Log, check_id
+from raytrain.launch.jobs.job import ID, Job, JobLog, check_id
 from raytrain.launch.jobs.upload import Upload, own_code
 from raytrain.launch.version import fingerprint
-from raytrain.terminal import plain, plain_line
+from raytrain.terminal import printable, printable_line
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ANSWER_SECONDS = 5.0  # for a server to say that it is there
-WAIT_SECONDS = {"GET": 20.0, "POST": 60.0, "DELETE": 20.0, "PUT": 600.0}  # the last uploads
+TIMEOUT_SECONDS = {"GET": 20.0, "POST": 60.0, "DELETE": 20.0, "PUT": 600.0}  # the last uploads
 SILENCE_SECONDS = 10.0  # without a line of the log, after which the server is asked whether it is still there
 RECONNECT_SECONDS = 60.0
 RETRY_SECONDS = 1.0
@@ -51,7 +51,7 @@ class _Client(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         known = self._server_ray_version is not None
-        patience = WAIT_SECONDS[method] if known else ANSWER_SECONDS
+        patience = TIMEOUT_SECONDS[method] if known else ANSWER_SECONDS
         allowed = {"timeout": (ANSWER_SECONDS, patience), "allow_redirects": False}
         response = super()._do_request(method, endpoint, **{**allowed, **options})
         self._check_place(response)
@@ -67,15 +67,15 @@ class _Client(JobSubmissionClient):
 
     def _raise_error(self, response: Any) -> NoReturn:
         if response.status_code == 404:
-            raise RecipeError(f"{plain_line(response.text[:1000])}; raytrain jobs lists those that there are")
-        last = plain_line(response.text.strip().rpartition("\n")[2])
+            raise RecipeError(f"{printable_line(response.text[:1000])}; raytrain jobs lists those that there are")
+        last = printable_line(response.text.strip().rpartition("\n")[2])
         answer = f"the job server answered with status {response.status_code}: {last}"
         if response.status_code >= 500:
             raise ConnectionError(answer)  # it, or something before it, fails: that says nothing of the request
         raise RuntimeError(answer)
 
     def listed(self) -> list[Any]:
-        """Return what the server says of each job; Ray's own stops at the first one that is odd."""
+        """Return the details of each job; Ray's own stops at the first one that is malformed."""
         response = self._do_request("GET", "/api/jobs/")
         if response.status_code != 200:
             self._raise_error(response)
@@ -103,7 +103,7 @@ class _Client(JobSubmissionClient):
             headers=self._headers,
             cookies=self._cookies,
             verify=self._verify,
-            timeout=(ANSWER_SECONDS, WAIT_SECONDS["GET"]),
+            timeout=(ANSWER_SECONDS, TIMEOUT_SECONDS["GET"]),
             stream=True,
             allow_redirects=False,
         )
@@ -143,7 +143,7 @@ class JobServer:
 
         Args:
             job: its name, words and place.
-            upload: what it takes along.
+            upload: files for the job.
 
         Raises:
             RecipeError: the server refuses it.
@@ -175,7 +175,7 @@ class JobServer:
             )
 
     def job(self, name: str) -> Job:
-        """Return what the server knows of a job.
+        """Return the details of a job.
 
         Raises:
             RecipeError: there is none of that name, or it is not one of ours.
@@ -186,7 +186,7 @@ class JobServer:
         try:
             job = _job_of(details)
         except ValueError as error:
-            raise RecipeError(f"{name} is not as raytrain submit makes a job: {plain_line(str(error))}") from error
+            raise RecipeError(f"{name} is not as raytrain submit makes a job: {printable_line(str(error))}") from error
         if job is None:
             raise RecipeError(f"{name} was not submitted with raytrain submit")
         return job
@@ -207,12 +207,12 @@ class JobServer:
         return sorted(found, key=lambda job: job.started), odd
 
     def stop(self, name: str) -> None:
-        """Ask a job to save and end; whether it has ended is another question."""
+        """Ask a job to checkpoint and end, without waiting for it."""
         with self.explained(name):
             self.client.stop_job(name)
 
-    def follow(self, name: str, log: Log, say: Callable[[str], None]) -> Job:
-        """Show the log of a job until it ends, over a lost connection too, and return how it ended.
+    def follow(self, name: str, log: JobLog, say: Callable[[str], None]) -> Job:
+        """Stream the log of a job until it ends, over a lost connection too, and return the job.
 
         Where the server answers and the log cannot be read, as behind a proxy without WebSockets or when the machine
         that writes it is gone, this waits for the job's end all the same.
@@ -258,7 +258,7 @@ class JobServer:
             take(text)
 
     def _found_again(self, name: str, say: Callable[[str], None]) -> Job:
-        """Return what the server knows of a job, and wait for one that does not answer."""
+        """Return the details of a job, and wait for a server that does not answer."""
         give_up, told = time.monotonic() + RECONNECT_SECONDS, False
         while True:
             try:
@@ -294,7 +294,7 @@ class JobServer:
             way_out = f"; raytrain jobs --address {self.address} shows whether {job} runs" if job else ""
             raise LostError(f"no good answer from {self.address} ({reason_of(error)}){way_out}") from error
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            what = f"{type(error).__name__}: {plain_line(str(error))}"
+            what = f"{type(error).__name__}: {printable_line(str(error))}"
             raise RecipeError(f"{self.address}: its answer is not one of a job server ({what})") from error
         except RuntimeError as error:
             raise RecipeError(f"{self.address}: {error}") from error
@@ -345,7 +345,7 @@ def _job_of(details: JobDetails) -> Job | None:
         store=about.get("raytrain_store", ""),
         with_code=bool(about.get("raytrain_code")),
         status=str(details.status),
-        message=plain(details.message or ""),
+        message=printable(details.message or ""),
         exit_code=details.driver_exit_code,
         started=times[0],
         ended=times[1],
@@ -376,7 +376,7 @@ def _explained_connection(address: str) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
         raise RecipeError(
             f"--address: what answers at {address} is not a Ray dashboard, whose port is usually 8265 "
-            f"({type(error).__name__}: {plain_line(str(error))})"
+            f"({type(error).__name__}: {printable_line(str(error))})"
         ) from error
 
 
@@ -394,4 +394,4 @@ def reason_of(error: BaseException) -> str:
         error = error.__cause__ or error.__context__ or error
     if isinstance(error, HTTPException) and not isinstance(error, ConnectionError | IncompleteRead):
         return "it does not speak HTTP"
-    return plain_line(str(error)) or type(error).__name__
+    return printable_line(str(error)) or type(error).__name__

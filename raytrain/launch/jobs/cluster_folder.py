@@ -1,4 +1,4 @@
-"""A run's folder on a cluster, as Ray's dashboard serves it: one of the few files that know Ray."""
+"""A run's folder on a cluster, served by Ray's dashboard."""
 
 import secrets
 import shlex
@@ -13,10 +13,10 @@ from raytrain.launch.jobs.client import JobServer, LostError, reason_of
 from raytrain.launch.jobs.job import SERVED, Job
 from raytrain.launch.jobs.storage import CHUNK_BYTES, LIST, ChangedError, Listing, read_list
 from raytrain.launch.jobs.upload import own_code
-from raytrain.terminal import plain_line
+from raytrain.terminal import printable_line
 
 START_SECONDS = 180.0  # for the small job that serves a run's files
-END_SECONDS = 20.0
+STOP_WAIT_SECONDS = 20.0
 POLL_SECONDS = 0.2
 
 
@@ -38,7 +38,7 @@ class ClusterFolder:
         self._place = self._serving = ""
 
     def listing(self) -> Listing:
-        """Return what there is, listed by the small job."""
+        """Return the files, as listed by the serving job."""
         self.close()
         name = f"fetch-{self._job.id}-{time.time_ns():x}"
         self._place = f"{SERVED}{self._job.id}-{secrets.token_hex(8)}"
@@ -80,7 +80,7 @@ class ClusterFolder:
         name, self._serving = self._serving, ""
         if not name:
             return
-        give_up = time.monotonic() + END_SECONDS
+        give_up = time.monotonic() + STOP_WAIT_SECONDS
         with suppress(LostError, RecipeError), self._server.explained():
             self._server.client.stop_job(name)
             while not self._server.client.get_job_info(name).status.is_terminal() and time.monotonic() < give_up:
@@ -93,7 +93,7 @@ class ClusterFolder:
         try:
             with self._server.client.stream("/api/v0/logs/file", asked) as response:
                 if response.status_code != 200:
-                    said = plain_line(next(response.iter_content(1000), b"").decode(errors="replace"))
+                    said = printable_line(next(response.iter_content(1000), b"").decode(errors="replace"))
                     raise (NotThereError if "not found" in said else ChangedError)(
                         f"{name.removeprefix('run/')}: {said}"
                     )
@@ -116,5 +116,5 @@ def _why_no_list(details: JobDetails) -> str:
             f"its machine did not start to list the run's files within {START_SECONDS:g} s; it is busy, or gone: try "
             "again later"
         )
-    last = plain_line((details.message or "").strip().rpartition("\n")[2].removeprefix("raytrain: "))
+    last = printable_line((details.message or "").strip().rpartition("\n")[2].removeprefix("raytrain: "))
     return last or f"its machine cannot list the run's files: {details.status.lower()}"

@@ -1,4 +1,4 @@
-"""What a job is, and what can be said of one without asking the cluster."""
+"""Jobs, and what is known of one without asking the cluster."""
 
 import re
 import secrets
@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raytrain.errors import RecipeError
+from raytrain.errors import INTERRUPTED, RecipeError
 from raytrain.launch.jobs.storage import check_storage
 from raytrain.recipe import dotted_fields
-from raytrain.terminal import mib
+from raytrain.terminal import format_mib
 
-INTERRUPTED = 130
 NO_PROGRAM = 127  # as a shell tells
 RUNS = "~/raytrain-runs"  # on the machine that runs the job's command: the cluster's head
 SERVED = "raytrain-"  # begins the name of what a job leaves among Ray's logs
 SHOWN_FOLDERS = 5
 ID = r"\w[\w.-]*"
-"""What a job can be called: its name becomes a part of URLs and of paths."""
+"""Pattern of job names, which become parts of URLs and paths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +73,8 @@ class Job:
 
 
 @dataclass
-class Log:
-    """What has been shown of a job's log, which the server sends from its start after each connection.
+class JobLog:
+    """The part of a job's log that has been printed; the server sends it from its start after each connection.
 
     Attributes:
         show: takes the text.
@@ -86,7 +85,7 @@ class Log:
     shown: int = 0
 
     def reader(self) -> Callable[[str], None]:
-        """Return what takes the log from its start, and shows what is new."""
+        """Return a reader that takes the log from its start, and prints what is new."""
         place = 0
 
         def take(text: str) -> None:
@@ -101,7 +100,7 @@ class Log:
 
 
 def check_id(name: str) -> None:
-    """Check that a job can be called so.
+    """Check the name of a job.
 
     Raises:
         RecipeError: it cannot.
@@ -114,7 +113,7 @@ def check_id(name: str) -> None:
 
 
 def new_id(name: str) -> str:
-    """Return a name for a job that no other has: as digits-3f2a1c.
+    """Return a unique name for a job, such as digits-3f2a1c.
 
     Raises:
         RecipeError: no job can be called so.
@@ -126,7 +125,7 @@ def new_id(name: str) -> str:
     return f"{name}-{secrets.token_hex(3)}"
 
 
-def place(job: str, out: Path | None, storage: str | None) -> tuple[str, str]:
+def run_location(job: str, out: Path | None, storage: str | None) -> tuple[str, str]:
     """Return the folder of a job's run, as the cluster sees it, and the URL to copy it to at the end, or nothing.
 
     Args:
@@ -150,7 +149,7 @@ def place(job: str, out: Path | None, storage: str | None) -> tuple[str, str]:
 
 
 def check_upload(files: Mapping[str, int], limit_bytes: int, folder: Path) -> None:
-    """Check that what a job takes along is not too much.
+    """Check that the upload of a job is not too large.
 
     Args:
         files: path below `folder` -> size in bytes.
@@ -169,18 +168,19 @@ def check_upload(files: Mapping[str, int], limit_bytes: int, folder: Path) -> No
         sizes[top + slash] = sizes.get(top + slash, 0) + size
     largest = sorted(sizes, key=lambda top: -sizes[top])[:SHOWN_FOLDERS]
     raise RecipeError(
-        f"a job takes the current folder along, and {folder} holds {mib(total)}, where Ray takes at most "
-        f"{mib(limit_bytes)}; the largest in it: {', '.join(f'{top} {mib(sizes[top])}' for top in largest)}. Name "
-        "what the job does not need in .gitignore or .rayignore, or call from another folder"
+        f"a job uploads the current folder, and {folder} holds {format_mib(total)}, where Ray takes at most "
+        f"{format_mib(limit_bytes)}; the largest in it: "
+        f"{', '.join(f'{top} {format_mib(sizes[top])}' for top in largest)}. Name what the job does not need in "
+        ".gitignore or .rayignore, or run the command from another folder"
     )
 
 
-def check_taken(needed: Mapping[str, Path], files: Mapping[str, int], folder: Path) -> None:
-    """Check that the files that a recipe names are among those that a job takes along.
+def check_uploaded(needed: Mapping[str, Path], files: Mapping[str, int], folder: Path) -> None:
+    """Check that the files that a recipe names are uploaded.
 
     Args:
         needed: how the user named it -> the path, absolute.
-        files: what is taken along: path below `folder` -> size.
+        files: uploaded: path below `folder` -> size.
         folder: the current folder.
 
     Raises:
@@ -190,24 +190,24 @@ def check_taken(needed: Mapping[str, Path], files: Mapping[str, int], folder: Pa
         inside = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else None
         if inside is None:
             raise RecipeError(
-                f"{name} is outside the current folder, which is what a job takes along; call from a folder above it, "
-                "or copy it here"
+                f"{name} is outside the current folder, which is what a job uploads; run the command from a folder "
+                "above it, or copy it here"
             )
         if path.exists() and not any(PurePosixPath(file).is_relative_to(inside) for file in files):
             raise RecipeError(
-                f"{name} is not taken along to the job: runs/, .venv/, .git/, what .gitignore or .rayignore names, "
+                f"{name} is not uploaded with the job: runs/, .venv/, .git/, what .gitignore or .rayignore names, "
                 "links out of the folder and what may hold secrets stay here; copy it elsewhere"
             )
 
 
-def taken_files(raw: Mapping[str, Any]) -> dict[str, str]:
-    """Return the fields of a job's recipe that name files which it took along -> the files, as they were here."""
+def uploaded_files(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Return the recipe fields that name uploaded files -> their paths before the upload."""
     found = {field: re.search(r"/_ray_pkg_[0-9a-f]+/(.+)", str(value)) for field, value in dotted_fields(raw)}
     return {field: match[1] for field, match in found.items() if match}
 
 
-def trouble(job: Job) -> str:
-    """Return what went wrong with a job that has ended, and the way out where it is known; nothing if it went well."""
+def describe_outcome(job: Job) -> str:
+    """Return what went wrong with a job that has ended, and the way out if known; "" if it succeeded."""
     if job.status == "SUCCEEDED":
         return ""
     if job.status == "STOPPED":

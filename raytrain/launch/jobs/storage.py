@@ -18,11 +18,11 @@ from pydantic import ConfigDict, Field, with_config
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.json_files import parse_json
-from raytrain.registry import near
+from raytrain.registry import suggest
 
 LIST = "files.json"
 CHUNK_BYTES = 1 << 20
-ATTEMPTS = 3
+READ_ATTEMPTS = 3
 LOCAL = "file://"
 MAX_LIST_BYTES = 64 << 20
 MAX_FILES = 100_000
@@ -47,7 +47,7 @@ class ChangedError(Exception):
     """A file is not, or is no longer, as it was listed: a run that goes on replaces its checkpoints."""
 
 
-class Source(Protocol):
+class RunSource(Protocol):
     """Where a run's folder can be read from.
 
     Attributes:
@@ -57,7 +57,7 @@ class Source(Protocol):
     origin: str
 
     def listing(self) -> Listing:
-        """Return what there is.
+        """Return the files.
 
         Raises:
             OSError: it cannot be listed now.
@@ -73,7 +73,7 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave nothing behind that was needed for reading."""
+        """Release what reading needed."""
         ...
 
 
@@ -93,7 +93,7 @@ class Folder:
         return pieces_of(self._path / name)
 
     def close(self) -> None:
-        """Do nothing: nothing was needed."""
+        """Do nothing."""
 
 
 class Store:
@@ -142,7 +142,7 @@ class Store:
             return bool(self._files.exists(self._place(LIST)))
 
     def listing(self) -> Listing:
-        """Return what was stored.
+        """Return the stored files.
 
         Raises:
             RecipeError: it is not complete.
@@ -162,7 +162,7 @@ class Store:
                 yield piece
 
     def close(self) -> None:
-        """Do nothing: nothing was needed."""
+        """Do nothing."""
 
     def _place(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -199,7 +199,9 @@ def check_storage(storage: str) -> str:
             f"got {storage!r}"
         )
     if separator and protocol not in fsspec.available_protocols():
-        raise RecipeError(f"--storage: no such protocol {protocol!r}; {near(protocol, fsspec.available_protocols())}")
+        raise RecipeError(
+            f"--storage: no such protocol {protocol!r}; {suggest(protocol, fsspec.available_protocols())}"
+        )
     if separator and protocol == "memory":
         raise RecipeError("--storage: memory:// ends with the job; name a shared folder, or a URL as s3://bucket/runs")
     if separator and (hidden := re.search(r"[?#]", rest)):
@@ -224,7 +226,7 @@ def list_files(folder: Path) -> Listing:
     Raises:
         TrainingError: files come and go faster than they can be listed.
     """
-    for _ in range(ATTEMPTS):
+    for _ in range(READ_ATTEMPTS):
         try:
             return {
                 path.relative_to(folder).as_posix(): measured(pieces_of(path))
@@ -258,7 +260,7 @@ def parse(text: bytes) -> Listing:
     Raises:
         TrainingError: it is not one, or names what no run has: a file outside the folder, or a hidden one.
     """
-    listing = parse_json(text, Listing, f"{LIST} is damaged", most=MAX_LIST_BYTES)
+    listing = parse_json(text, Listing, f"{LIST} is damaged", max_bytes=MAX_LIST_BYTES)
     _check_names(listing)
     return listing
 

@@ -10,14 +10,14 @@ from pathlib import Path, PurePosixPath
 
 from raytrain.errors import CheckpointError, RecipeError, TrainingError
 from raytrain.files import is_private
-from raytrain.launch.jobs.storage import ChangedError, Listing, Source, first_bytes, measured, open_file, pieces_of
+from raytrain.launch.jobs.storage import ChangedError, Listing, RunSource, first_bytes, measured, open_file, pieces_of
 from raytrain.provenance import mark_fetched
-from raytrain.terminal import mib
+from raytrain.terminal import format_mib
 
-ATTEMPTS = 3
+COPY_ATTEMPTS = 3
 
 
-def fetch(source: Source, target: Path, say: Callable[[str], None]) -> None:
+def fetch_run(source: RunSource, target: Path, say: Callable[[str], None]) -> None:
     """Copy a run's folder from `source` to `target`, which appears when it is complete.
 
     What an attempt that broke off left beside `target` is used again.
@@ -40,16 +40,16 @@ def fetch(source: Source, target: Path, say: Callable[[str], None]) -> None:
     aside.rename(target)
 
 
-def _fetched(source: Source, aside: Path, say: Callable[[str], None]) -> Listing:
+def _fetched(source: RunSource, aside: Path, say: Callable[[str], None]) -> Listing:
     """Copy what there is to `aside`, and return its list; try again where that may help."""
-    for attempts_left in range(ATTEMPTS, 0, -1):
+    for attempts_left in range(COPY_ATTEMPTS, 0, -1):
         try:
             listing = source.listing()
             if not listing:
                 raise RecipeError("the run's folder is empty")
             _make_private(aside)
             _check_room(listing, aside)
-            say(f"fetching {len(listing)} files, {mib(sum(entry.bytes for entry in listing.values()))}")
+            say(f"fetching {len(listing)} files, {format_mib(sum(entry.bytes for entry in listing.values()))}")
             _copy(source, listing, aside)
             break
         except (ChangedError, OSError) as error:
@@ -68,12 +68,12 @@ def check_checkpoints(run: Path, say: Callable[[str], None]) -> None:
     Raises:
         CheckpointError: there are checkpoints, and none of them is complete.
     """
-    from raytrain.run.checkpoint import listed, verify  # noqa: PLC0415 - slow to import
+    from raytrain.run.checkpoint import list_checkpoints, verify_checkpoint  # noqa: PLC0415 - slow to import
 
-    checkpoints, damaged = listed(run / "checkpoints"), []
+    checkpoints, damaged = list_checkpoints(run / "checkpoints"), []
     for path in checkpoints:
         try:
-            verify(path)
+            verify_checkpoint(path)
         except CheckpointError as error:
             damaged.append(str(error).replace(f"{run}/", ""))
     if damaged and len(damaged) == len(checkpoints):
@@ -119,10 +119,12 @@ def _check_room(listing: Listing, aside: Path) -> None:
     there = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
     needed, free = sum(entry.bytes for entry in listing.values()) - there, shutil.disk_usage(aside).free
     if needed > free:
-        raise RecipeError(f"{aside.parent}: the run's files take {mib(needed)} more, and {mib(free)} are free there")
+        raise RecipeError(
+            f"{aside.parent}: the run's files take {format_mib(needed)} more, and {format_mib(free)} are free there"
+        )
 
 
-def _copy(source: Source, listing: Listing, aside: Path) -> None:
+def _copy(source: RunSource, listing: Listing, aside: Path) -> None:
     for name, entry in listing.items():
         file = aside / name
         if file.is_file() and file.stat().st_size == entry.bytes and measured(pieces_of(file)) == entry:

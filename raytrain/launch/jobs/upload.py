@@ -1,4 +1,4 @@
-"""What a job takes along from the current folder: one of the few files that know Ray, which packs it."""
+"""The upload of a job from the current folder, which Ray packs."""
 
 import logging
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
-from raytrain.kinds import kind_points, shared_packages
-from raytrain.modules import spec_of
+from raytrain.kinds import kind_entry_points, shared_packages
+from raytrain.modules import find_spec
 
-LEFT_OUT = (".git", ".venv", "venv", "__pycache__", "/runs")
+EXCLUDED = (".git", ".venv", "venv", "__pycache__", "/runs")
 SECRETS = (".env*", "*.pem", "id_*", ".ssh", ".aws", ".netrc", ".kaggle")
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What a job takes along, as Ray chooses it.
+    """The upload of a job, as Ray selects it.
 
     Attributes:
         folder: the current one.
@@ -32,12 +32,12 @@ class Upload:
     withheld: dict[str, str]
 
     def excludes(self) -> list[str]:
-        """Return what Ray is to leave out, as patterns of .gitignore."""
-        return [*LEFT_OUT, *SECRETS, *_own_packages(self.folder), *(_pattern(name) for name in self.withheld)]
+        """Return the excluded paths, as patterns of .gitignore."""
+        return [*EXCLUDED, *SECRETS, *_own_packages(self.folder), *(_pattern(name) for name in self.withheld)]
 
 
 def upload_of(folder: Path) -> Upload:
-    """Return what a job would take along from a folder."""
+    """Return the upload of a job from a folder."""
     files: dict[str, int] = {}
     withheld: dict[str, str] = {}
     secret = _get_excludes(folder, SECRETS)
@@ -53,7 +53,7 @@ def upload_of(folder: Path) -> Upload:
             withheld[name] = why
         return bool(why)
 
-    left_out = _get_excludes(folder, [*LEFT_OUT, *_own_packages(folder)])
+    left_out = _get_excludes(folder, [*EXCLUDED, *_own_packages(folder)])
     heeded = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     quiet = logging.getLogger("ray._private.runtime_env")
     quiet.setLevel(logging.ERROR)
@@ -68,7 +68,7 @@ def _pattern(name: str) -> str:
 
 
 def _stray_link(path: Path, folder: Path) -> str:
-    """Return what is wrong with a link; Ray would follow it, and take along what it leads to."""
+    """Return why a link is not uploaded; Ray would follow it, and upload its target."""
     if path == folder or not path.is_symlink():
         return ""
     try:
@@ -81,13 +81,13 @@ def _stray_link(path: Path, folder: Path) -> str:
 
 
 def upload_limit() -> int:
-    """Return how many bytes the job server takes."""
+    """Return the limit of the job server in bytes."""
     return int(DASHBOARD_CLIENT_MAX_SIZE)
 
 
 def own_code() -> list[str]:
     """Return raytrain and the kinds of this machine: their packages, and the metadata that names the kinds."""
-    distributions = {point.dist.name: point.dist for point in kind_points().values() if point.dist}
+    distributions = {point.dist.name: point.dist for point in kind_entry_points().values() if point.dist}
     metadata = [
         Path(str(file.locate())).parent
         for each in distributions.values()
@@ -105,7 +105,7 @@ def _own_packages(folder: Path) -> list[str]:
 def _code() -> Iterator[Path]:
     """Yield the folders of the packages that a run's machines share, and the files of those that are one module."""
     for package in shared_packages():
-        spec = spec_of(package)
+        spec = find_spec(package)
         if spec and spec.submodule_search_locations:
             yield from map(Path, spec.submodule_search_locations)
         elif spec and spec.origin:

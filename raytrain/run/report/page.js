@@ -26,7 +26,7 @@ function layoutOf(panel, palette) {
   const axis = { gridcolor: palette.line, zerolinecolor: palette.line, linecolor: palette.line, automargin: true };
   const given = painted(panel.layout, palette.colors);
   const axes = Object.fromEntries(Object.keys({ xaxis: 0, yaxis: 0, ...given }).filter((key) => /^[xy]axis/.test(key))
-    .map((key) => [key, { ...axis, ...given[key] }]));
+    .map((key) => [key, { ...axis, ...given[key], title: { standoff: 12, ...given[key]?.title } }]));
   return {
     margin: { l: 56, r: 16, t: 8, b: 48 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: palette.text, family: "system-ui, sans-serif", size: 12 }, colorway: palette.colors,

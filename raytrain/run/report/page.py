@@ -75,10 +75,10 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def number(value: Any) -> str:
-    """Return a value as a reader wants it: floats to four significant digits."""
-    if isinstance(value, bool) or not isinstance(value, float):
+    """Return a value as a reader wants it: floats to four significant digits, and thousands apart."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
-    return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e5 else f"{value:,.0f}"
 
 
 def _data(panels: Sequence[Panel]) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 MAX_POINTS = 2_000
 """Points of a line; longer series are averaged over bins."""
+FEW_POINTS = 20
+"""Points of a line that are marked; of more, the line alone is shown."""
 MAX_ROWS = 500
 """Rows of a table."""
 
@@ -52,14 +54,19 @@ def line_chart(
     """
     shown = {name: _binned(*_drawable(*line, log=log_y)) for name, line in lines.items()}
     traces = [
-        {"type": "scatter", "mode": "lines" if len(xs) > 1 else "markers", "name": name, "x": xs, "y": ys}
+        {"type": "scatter", "mode": _mode(len(xs)), "name": name, "x": xs, "y": ys}
         for name, (xs, ys) in shown.items()
         if xs
     ]
     if not traces:
         return None
-    layout = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}, "type": "log" if log_y else "linear"}}
+    scale = {"type": "log", "exponentformat": "power"} if log_y else {"type": "linear"}
+    layout = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}, **scale}}
     return Panel(title, traces, layout, note=note)
+
+
+def _mode(points: int) -> str:
+    return "lines" if points > FEW_POINTS else "lines+markers"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> Panel | None:
@@ -79,7 +86,8 @@ def compared(reports: Mapping[str, Sequence[Panel]]) -> list[Panel]:
     Args:
         reports: name of a run -> its panels.
     """
-    titles = dict.fromkeys(panel.title for panels in reports.values() for panel in panels)
+    every = [panel for panels in reports.values() for panel in panels]
+    titles = dict.fromkeys(panel.title for panel in sorted(every, key=lambda panel: not panel.traces))  # charts first
     return [
         _joined([(run, panel) for run, panels in reports.items() for panel in panels if panel.title == title])
         for title in titles

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.files import write_whole
+from raytrain.files import write_atomic
 from raytrain.json_files import read_json
+from raytrain.recipe import read_toml
 from raytrain.run.directory import RunDirectory
 from raytrain.run.report.page import render
 from raytrain.run.report.panel import Panel, compared
@@ -26,19 +27,17 @@ def report_on(runs: Mapping[str, Panels], page: Path) -> None:
     """
     if not runs:
         raise RecipeError("RUN: the kind of this run has no report")
-    found = {folder: panels(RunDirectory(Path(folder).absolute())) for folder, panels in runs.items()}
-    names = _names(list(found))
-    several = len(found) > 1
-    shown = compared({names[folder]: each for folder, each in found.items()}) if several else next(iter(found.values()))
-    figures = {
-        f"{names[folder]}: {label}" if several else label: value
-        for folder in found
-        for label, value in _figures(Path(folder)).items()
-    }
-    folders = ", ".join(str(Path(folder).absolute()) for folder in found)
-    html = render(" and ".join(names.values()), "", figures, shown, folders)
+    names = _names(list(runs))
+    found = {names[folder]: panels(RunDirectory(Path(folder).absolute())) for folder, panels in runs.items()}
+    figures = {names[folder]: _figures(Path(folder)) for folder in runs}
+    if len(runs) == 1:
+        (shown,), (first,) = found.values(), figures.values()
+    else:
+        shown, first = [_side_by_side(figures), *compared(found)], {}
+    folders = ", ".join(str(Path(folder).absolute()) for folder in runs)
+    html = render(" and ".join(found), _about(list(runs)), first, shown, folders)
     try:
-        write_whole(page, html.encode())
+        write_atomic(page, html.encode())
     except OSError as error:
         raise RecipeError(f"--output: cannot write {page}: {error.strerror or error}") from error
 
@@ -49,12 +48,27 @@ def _names(folders: list[str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(folders) else {folder: folder for folder in folders}
 
 
+def _about(folders: list[str]) -> str:
+    """Return the kinds and names of the recipes of runs."""
+    recipes = [read_toml(folder, [])[0] for folder in folders]
+    named = (" ".join(str(recipe[field]) for field in ("kind", "name") if field in recipe) for recipe in recipes)
+    return ", ".join(dict.fromkeys(named))
+
+
+def _side_by_side(figures: Mapping[str, Mapping[str, Any]]) -> Panel:
+    """Return what the results of runs say as a table with a column for each."""
+    labels = dict.fromkeys(label for each in figures.values() for label in each)
+    rows = [[label, *(each.get(label) for each in figures.values())] for label in labels]
+    return Panel("Results", columns=["", *figures], rows=rows)
+
+
 def _figures(folder: Path) -> dict[str, Any]:
     """Return what `result.json` says, or that the run has not ended."""
     file = RunDirectory(folder.absolute()).result
     if not file.is_file():
         return {"status": "running, or cut off"}
     result = read_json(file, dict[str, Any])
-    shown = {name: value for name, value in result.items() if value and isinstance(value, str | int | float)}
     metrics = {f"{name} (held out)": value for name, value in result.get("metrics", {}).items()}
-    return {**shown, **metrics}
+    rest = {name: result.get(name) for name in ("seconds", "restarts", "error")}
+    shown = {"status": result.get("status"), **metrics, **result.get("figures", {}), **rest}
+    return {name.replace("_", " "): value for name, value in shown.items() if value or name in metrics}

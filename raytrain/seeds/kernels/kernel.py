@@ -1,4 +1,4 @@
-"""Kernels: what draws directions and adds many of them up. All give the bits that prng.py defines."""
+"""Noise kernels: generate and accumulate directions, to the bit as prng.py specifies."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -8,134 +8,135 @@ import torch
 from torch import Tensor
 
 from raytrain.errors import RaytrainError, RecipeError
-from raytrain.registry import near, resolve
+from raytrain.registry import resolve, suggest
 from raytrain.seeds.options import KERNELS
-from raytrain.seeds.prng import UNITS, Mode, checked
+from raytrain.seeds.prng import UNITS, Distribution, validate_seed
 
-FASTEST = {"cpu": ("native", "numba"), "cuda": ("triton",)}
+PREFERRED_KERNELS = {"cpu": ("native", "numba"), "cuda": ("triton",)}
 
 WEIGHT_BITS = 25
-"""Weights of sums are integers below 2^25 in magnitude."""
+"""Weights of accumulated sums are integers below 2^25 in magnitude."""
 
 
-class Drawn(NamedTuple):
-    """What a kernel draws, and how far it goes.
+class ScaledDirection(NamedTuple):
+    """scale * noise of one parameter, from element `offset` on.
 
     Attributes:
-        mode: what a seed stands for.
-        seed: 64 bits, without sign.
-        scale: a float32, by which numbers are multiplied.
-        parameter: its identity.
-        start: the first element.
+        distribution: of the noise.
+        seed: unsigned 64-bit seed.
+        scale: factor, a float32.
+        parameter_id: of the parameter.
+        offset: flat index of the first element.
     """
 
-    mode: Mode
+    distribution: Distribution
     seed: int
     scale: float
-    parameter: int
-    start: int = 0
+    parameter_id: int
+    offset: int = 0
 
 
 class Kernel(Protocol):
-    """Draws directions on one kind of device.
+    """Generates noise on one type of device.
 
     Attributes:
-        name: in the table.
-        device: the type of device that its tensors are on.
-        types: of the tensors that `move` takes.
+        name: key in `KERNELS`.
+        device: type of device of its tensors.
+        dtypes: types of tensors that `axpy` supports.
     """
 
     name: str
     device: str
-    types: frozenset[torch.dtype]
+    dtypes: frozenset[torch.dtype]
 
-    def sums(self, mode: Mode, seeds: Tensor, weights: Tensor, parameter: int, start: int, out: Tensor) -> None:
-        """Add to out[m, i] the sum over k of weights[m, k] * (number of element start + i for seeds[k]), in units.
+    def accumulate(
+        self, distribution: Distribution, seeds: Tensor, weights: Tensor, parameter_id: int, offset: int, out: Tensor
+    ) -> None:
+        """Add sum over k of weights[m, k] * noise(seeds[k])[offset + i], in units, to out[m, i].
 
         Args:
-            mode: what a seed stands for.
-            seeds: int64, shape (k,), contiguous, the bits of unsigned numbers.
+            distribution: of the noise.
+            seeds: int64, shape (k,), contiguous, the bits of unsigned integers.
             weights: int32, shape (m, k), contiguous, below 2^25 in magnitude.
-            parameter: its identity.
-            start: the first element.
+            parameter_id: of the parameter.
+            offset: flat index of the first element.
             out: int64, shape (m, n), contiguous.
         """
         ...
 
-    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
-        """Write base + scale * direction to `out`: product and sum are rounded to float32, the sum then to the type.
+    def axpy(self, direction: ScaledDirection, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
+        """Write base + scale * noise to `out`, rounding product and sum to float32, then to the type.
 
         Args:
-            drawn: the direction, its scale, and the element that `base` starts with.
+            direction: noise and scale; its offset is that of the first element of `base`.
             base: contiguous.
-            out: like `base`, which it may be, or with `rows` a row for each of them.
-            rows: int64, contiguous; take only these rows of `base`, along its first dimension. They must be there: a
-                kernel does not look.
+            out: like `base`, and possibly `base` itself; with `rows`, one row for each of them.
+            rows: int64, contiguous; only these rows of `base` along its first dimension. They are not bounds-checked.
         """
         ...
 
 
 @cache
-def kernel_of(name: str) -> Kernel:
-    """Return the kernel of this name.
+def load_kernel(name: str) -> Kernel:
+    """Load the kernel of this name.
 
     Raises:
         RecipeError: there is none.
-        RaytrainError: this machine cannot have it.
+        RaytrainError: it does not run on this machine.
     """
     kernel: Kernel = resolve(KERNELS, name, "kernel")()
     return kernel
 
 
 @cache
-def fastest(device: str) -> Kernel:
-    """Return the fastest kernel that this machine has for a type of device, as "cpu".
+def fastest_kernel(device: str) -> Kernel:
+    """Return the fastest kernel that runs here for a type of device, such as "cpu".
 
     Raises:
         RecipeError: there is none.
     """
     reasons = []
-    for name in FASTEST.get(device, ()):
+    for name in PREFERRED_KERNELS.get(device, ()):
         try:
-            return kernel_of(name)
+            return load_kernel(name)
         except RaytrainError as error:
             reasons.append(f"{name}: {error}")
     raise RecipeError(
         f"resources: seeds need a kernel for {device!r} devices, and none works "
-        f"({'; '.join(reasons) or 'none is known'}); {near(device, FASTEST)}"
+        f"({'; '.join(reasons) or 'none is known'}); {suggest(device, PREFERRED_KERNELS)}"
     )
 
 
-def active() -> dict[str, str]:
-    """Return for each kernel whether it is used, or why not, as `raytrain list` shows."""
+def kernel_status() -> dict[str, str]:
+    """Return for each kernel whether it is in use, or why not, as `raytrain list` shows."""
     found = {}
     for name in KERNELS:
         try:
-            kernel = kernel_of(name)
+            kernel = load_kernel(name)
         except RaytrainError as error:
-            found[name] = f"not here: {error}"
+            found[name] = f"unavailable: {error}"
             continue
-        used = name in FASTEST.get(kernel.device, ()) and fastest(kernel.device) is kernel
+        used = name in PREFERRED_KERNELS.get(kernel.device, ()) and fastest_kernel(kernel.device) is kernel
         found[name] = f"in use on {kernel.device}" if used else ""
     return found
 
 
 def seeds_tensor(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Return seeds as kernels take them: the bits of 64-bit numbers without sign."""
-    signed = [seed - 2**64 if checked(seed) >= 2**63 else seed for seed in seeds]
+    """Return seeds as kernels take them: int64 with the bits of unsigned 64-bit integers."""
+    signed = [seed - 2**64 if validate_seed(seed) >= 2**63 else seed for seed in seeds]
     return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
-def quantised(coefficients: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
-    """Return integer weights and their units, so that weights * unit is coefficients to 2^-25 of the largest of a row.
+def quantise(coefficients: Tensor, distribution: Distribution) -> tuple[Tensor, Tensor]:
+    """Return (weights, unit) with coefficients = weights * unit, up to 2^-25 of the largest of a row.
 
     Args:
         coefficients: float64, shape (..., k).
-        mode: whose unit is part of those returned.
+        distribution: whose unit of noise is included in `unit`.
 
     Returns:
-        int32, below 2^25 in magnitude, like `coefficients`; what one of them stands for in each row, a power of two,
-        float64, shape (...).
+        weights: int32, shape (..., k), below 2^25 in magnitude.
+        unit: float64, shape (...), powers of two.
 
     Raises:
         ValueError: a coefficient is not finite.
@@ -144,8 +145,8 @@ def quantised(coefficients: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         odd = coefficients[~torch.isfinite(coefficients)][0]
         raise ValueError(f"coefficients: expected finite numbers; got {odd:g}")
     largest = coefficients.abs().amax(-1) if coefficients.shape[-1] else coefficients.sum(-1)
-    exponents = torch.frexp(largest).exponent.clamp(min=WEIGHT_BITS - 1000)  # far above where units vanish
+    exponents = torch.frexp(largest).exponent.clamp(min=WEIGHT_BITS - 1000)  # so that units stay normal float64 numbers
     unit = torch.ldexp(torch.ones_like(largest), exponents - WEIGHT_BITS)
-    limit = 2**WEIGHT_BITS - 1  # the largest may round up to a power of two
+    limit = 2**WEIGHT_BITS - 1  # the largest may round up to 2^25
     weights = (coefficients / unit[..., None]).round().clamp(-limit, limit).int()
-    return weights, unit * UNITS[mode]
+    return weights, unit * UNITS[distribution]

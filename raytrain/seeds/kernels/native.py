@@ -1,4 +1,4 @@
-"""The fast CPU kernel in C++, compiled on first use by the machine's compiler, for processors with AVX2 and F16C."""
+"""The fast CPU kernel in C++, compiled on first use, for CPUs with AVX2 and F16C."""
 
 import ctypes
 import hashlib
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from raytrain.errors import RaytrainError
 from raytrain.files import is_private
-from raytrain.seeds.kernels.kernel import Drawn
-from raytrain.seeds.prng import COS, LOG, SIN, Mode
+from raytrain.seeds.kernels.kernel import ScaledDirection
+from raytrain.seeds.prng import COS, LOG, SIN, Distribution
 
 SOURCE = Path(__file__).with_name("native.cpp")
-# -ffp-contract: a fused multiply-add would round once where the stream says twice.
+# -ffp-contract=off: a fused multiply-add would round once where prng.py rounds twice.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-nostartfiles")
 COMPILE_SECONDS = 120
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -31,40 +31,44 @@ _U64, _I64, _INT, _FLOAT, _POINTER = ctypes.c_uint64, ctypes.c_int64, ctypes.c_i
 
 
 class CannotCompileError(RaytrainError):
-    """There is no compiler, or it refuses, or the processor lacks what the kernel needs."""
+    """There is no compiler, it fails, or the CPU lacks an instruction set that the kernel needs."""
 
 
 class NativeKernel:
-    """Philox and look-ups with AVX2; threads as torch has them.
+    """Philox and table look-ups with AVX2, on as many threads as torch uses.
 
     Raises:
-        CannotCompileError: this machine cannot have it; the message says why.
+        CannotCompileError: it cannot be compiled or run here; the message says why.
     """
 
     name = "native"
     device = "cpu"
-    types = frozenset(TYPES)
+    dtypes = frozenset(TYPES)
 
     def __init__(self) -> None:
         self._library = _library()
 
-    def sums(self, mode: Mode, seeds: Tensor, weights: Tensor, parameter: int, start: int, out: Tensor) -> None:
-        """Add to `out`; see `Kernel.sums`."""
-        drawn = (seeds.data_ptr(), len(seeds), weights.data_ptr(), len(weights))
-        span = (parameter, start, out.shape[1])
-        self._library.seeds_sums(int(mode == "gaussian"), *drawn, *span, out.data_ptr(), torch.get_num_threads())
+    def accumulate(
+        self, distribution: Distribution, seeds: Tensor, weights: Tensor, parameter_id: int, offset: int, out: Tensor
+    ) -> None:
+        """Accumulate into `out`; see `Kernel.accumulate`."""
+        terms = (seeds.data_ptr(), len(seeds), weights.data_ptr(), len(weights))
+        span = (parameter_id, offset, out.shape[1])
+        self._library.seeds_sums(
+            int(distribution == "gaussian"), *terms, *span, out.data_ptr(), torch.get_num_threads()
+        )
 
-    def move(self, drawn: Drawn, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
-        """Write to `out`; see `Kernel.move`."""
+    def axpy(self, direction: ScaledDirection, base: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
+        """Write to `out`; see `Kernel.axpy`."""
         if not out.numel():
             return
         if rows is not None and rows.dtype != torch.int64:
             raise TypeError(f"rows: expected torch.int64; got {rows.dtype}")
-        mode, *place = drawn
+        distribution, *rest = direction
         self._library.seeds_move(
-            int(mode == "gaussian"),
+            int(distribution == "gaussian"),
             TYPES[base.dtype],
-            *place,
+            *rest,
             base.numel() if rows is None else base[0].numel(),
             None if rows is None else rows.data_ptr(),
             0 if rows is None else len(rows),
@@ -76,29 +80,31 @@ class NativeKernel:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Return the compiled kernel: from the user's cache if it is there, for this source, compiler and processor."""
+    """Return the compiled kernel, cached per user by source, compiler and CPU."""
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
-        raise CannotCompileError("no C++ compiler: neither $CXX nor g++ nor clang++ is there")
+        raise CannotCompileError("no C++ compiler: none of $CXX, g++ and clang++ was found")
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         raise CannotCompileError("the processor has no AVX2")
     command = [compiler, *FLAGS, *_defined("LOG", LOG), *_defined("SIN", SIN), *_defined("COS", COS)]
-    if not SOURCE.is_file():  # as where only files of Python were copied
-        raise CannotCompileError(f"its source {SOURCE} is not there")
+    if not SOURCE.is_file():  # for example where only Python files were copied
+        raise CannotCompileError(f"its source {SOURCE} is missing")
     key = [_version(compiler), _processor(), *command, SOURCE.read_text()]
     name = f"seeds-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     try:
         return _typed(_loaded(command, name))
-    except (OSError, RuntimeError) as error:  # the latter where nobody is at home
-        raise CannotCompileError(f"the compiled kernel cannot be kept or loaded: {error}") from error
+    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
+        raise CannotCompileError(f"the compiled kernel cannot be cached or loaded: {error}") from error
 
 
 def _loaded(command: Sequence[str], name: str) -> ctypes.CDLL:
-    """Load the kernel from the cache, unless it may be another user's: to load it is to run it."""
+    """Load the kernel from the cache, unless another user can write there and so run code here."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytrain"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not is_private(folder):
-        logger.warning("others can write to %s, so the kernel that is kept there is not used: chmod go-w it", folder)
+        logger.warning(
+            "other users can write to %s, so the kernel cached there is not used; run chmod go-w on it", folder
+        )
         with tempfile.TemporaryDirectory() as own:
             return _compiled(command, Path(own) / name)
     kept = folder / name
@@ -121,12 +127,12 @@ def _compiled(command: Sequence[str], target: Path) -> ctypes.CDLL:
         except subprocess.TimeoutExpired as error:
             raise CannotCompileError(f"{command[0]} took more than {COMPILE_SECONDS} s") from error
         made.chmod(0o700)
-        made.replace(target)  # at once: another process may be looking
+        made.replace(target)  # atomic: another process may load it at the same time
     return ctypes.CDLL(str(target))
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Say what the functions take: else ctypes would cut numbers of 64 bits."""
+    """Declare argument types; without them ctypes would truncate 64-bit integers."""
     span = [_U64, _I64, _I64]
     library.seeds_sums.argtypes = [_INT, _POINTER, _I64, _POINTER, _I64, *span, _POINTER, _INT]
     library.seeds_move.argtypes = [_INT, _INT, _U64, _FLOAT, *span, _POINTER, _I64, _POINTER, _POINTER, _INT]
@@ -143,6 +149,6 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """Return what the processor can do: a cache may be shared by machines that differ, as a home folder is."""
+    """Return the CPU's features: machines with different CPUs may share a cache in a home folder."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     return next((line for line in lines if line.startswith("flags")), "")

@@ -1,6 +1,6 @@
 """The Triton programs of triton_gpu.py, operation by operation as in prng.py.
 
-All of it is made of Triton's built-in operations, which its interpreter has too: the bits are tested without a GPU.
+They consist of Triton's built-in operations only, which its interpreter supports, so the bits are tested without a GPU.
 """
 
 import math
@@ -11,27 +11,27 @@ import triton.language as tl
 from raytrain.seeds import prng
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether the functions below are Python that takes tensors of the CPU: Triton settles it when it sees them."""
+"""Whether the functions below are interpreted, on CPU tensors; Triton decides this when it decorates them."""
 
 CHUNK = 64
-"""Seeds whose weights, below 2^25 in magnitude, can be added in 32 bits."""
+"""Seeds whose weights, below 2^25 in magnitude, are summed in 32 bits."""
 
-ROUNDS = tl.constexpr(prng.ROUNDS)
-M0, M1 = tl.constexpr(prng.MULTIPLIERS[0]), tl.constexpr(prng.MULTIPLIERS[1])
-W0, W1 = tl.constexpr(prng.KEY_STEPS[0]), tl.constexpr(prng.KEY_STEPS[1])
-ROOT = tl.constexpr(prng.ROOT_HALF_BITS)
-L0, L1, L2, L3, L4, L5, L6 = (tl.constexpr(value) for value in prng.LOG)
-S0, S1, S2 = (tl.constexpr(value) for value in prng.SIN)
-C0, C1, C2 = (tl.constexpr(value) for value in prng.COS)
-LN_2 = tl.constexpr(math.log(2))
-RADIANS = tl.constexpr(2 * math.pi / 2**32)
-UNIT = tl.constexpr(prng.UNITS["gaussian"])
-SCALE = tl.constexpr(1 / prng.UNITS["gaussian"])
-U_UNIT = tl.constexpr(2.0**-24)
-EIGHTH_TURN = tl.constexpr(1 << 29)
-TO_INTEGER = tl.constexpr(2.0**23)  # floats from here to 2^24 are the integers, and their last bits count up
-TO_INTEGER_BITS = tl.constexpr(0x4B000000)
-BFLOAT16_NAN = tl.constexpr(0x7FC0)
+_ROUNDS = tl.constexpr(prng.PHILOX_ROUNDS)
+_M0, _M1 = tl.constexpr(prng.MULTIPLIERS[0]), tl.constexpr(prng.MULTIPLIERS[1])
+_W0, _W1 = tl.constexpr(prng.KEY_STEPS[0]), tl.constexpr(prng.KEY_STEPS[1])
+_ROOT = tl.constexpr(prng.ROOT_HALF_BITS)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (tl.constexpr(value) for value in prng.LOG)
+_S0, _S1, _S2 = (tl.constexpr(value) for value in prng.SIN)
+_C0, _C1, _C2 = (tl.constexpr(value) for value in prng.COS)
+_LN_2 = tl.constexpr(math.log(2))
+_RADIANS = tl.constexpr(2 * math.pi / 2**32)
+_UNIT = tl.constexpr(prng.UNITS["gaussian"])
+_SCALE = tl.constexpr(1 / prng.UNITS["gaussian"])
+_U_UNIT = tl.constexpr(2.0**-24)
+_EIGHTH_TURN = tl.constexpr(1 << 29)
+_TO_INTEGER = tl.constexpr(2.0**23)  # floats from here to 2^24 are the integers, and their last bits count up
+_TO_INTEGER_BITS = tl.constexpr(0x4B000000)
+_BFLOAT16_NAN = tl.constexpr(0x7FC0)
 
 
 @triton.jit
@@ -39,35 +39,35 @@ def _words(block, low, high, seed_low, seed_high):
     """Return the four words of each block."""
     c0, c1, c2, c3 = block.to(tl.uint32), (block >> 32).to(tl.uint32), low.to(tl.uint32), high.to(tl.uint32)
     k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
-    for _ in tl.static_range(ROUNDS):
+    for _ in tl.static_range(_ROUNDS):
         first, second = c0, c2
-        c0 = tl.umulhi(second, M1) ^ c1 ^ k0
-        c1 = tl.mul(second, M1, sanitize_overflow=False)
-        c2 = tl.umulhi(first, M0) ^ c3 ^ k1
-        c3 = tl.mul(first, M0, sanitize_overflow=False)
-        k0 = tl.add(k0, W0, sanitize_overflow=False)
-        k1 = tl.add(k1, W1, sanitize_overflow=False)
+        c0 = tl.umulhi(second, _M1) ^ c1 ^ k0
+        c1 = tl.mul(second, _M1, sanitize_overflow=False)
+        c2 = tl.umulhi(first, _M0) ^ c3 ^ k1
+        c3 = tl.mul(first, _M0, sanitize_overflow=False)
+        k0 = tl.add(k0, _W0, sanitize_overflow=False)
+        k1 = tl.add(k1, _W1, sanitize_overflow=False)
     return c0, c1, c2, c3
 
 
 @triton.jit
 def _normals(first, second):
-    """Return the two normal numbers that two words make, in units of 2^-20."""
-    u = ((first >> 9 << 1) + 1).to(tl.float32) * U_UNIT
+    """Return the two normal variates of two words, in units of 2^-20."""
+    u = ((first >> 9 << 1) + 1).to(tl.float32) * _U_UNIT
     bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - ROOT) >> 23
+    exponent = (bits - _ROOT) >> 23
     x = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     square = x * x
-    log = (square * x) * ((((((L6 * x + L5) * x + L4) * x + L3) * x + L2) * x + L1) * x + L0) + square * -0.5
-    log = (log + x) + exponent.to(tl.float32) * LN_2
-    length = tl.sqrt_rn(log * -2.0) * SCALE
+    log = (square * x) * ((((((_L6 * x + _L5) * x + _L4) * x + _L3) * x + _L2) * x + _L1) * x + _L0) + square * -0.5
+    log = (log + x) + exponent.to(tl.float32) * _LN_2
+    length = tl.sqrt_rn(log * -2.0) * _SCALE
 
-    quarter = tl.add(second, EIGHTH_TURN, sanitize_overflow=False) >> 30
+    quarter = tl.add(second, _EIGHTH_TURN, sanitize_overflow=False) >> 30
     rest = tl.sub(second, quarter << 30, sanitize_overflow=False)
-    angle = rest.to(tl.int32, bitcast=True).to(tl.float32) * RADIANS
+    angle = rest.to(tl.int32, bitcast=True).to(tl.float32) * _RADIANS
     square = angle * angle
-    sine = (square * angle) * ((S2 * square + S1) * square + S0) + angle
-    cosine = ((square * square) * ((C2 * square + C1) * square + C0) + square * -0.5) + 1.0
+    sine = (square * angle) * ((_S2 * square + _S1) * square + _S0) + angle
+    cosine = ((square * square) * ((_C2 * square + _C1) * square + _C0) + square * -0.5) + 1.0
     turned = (quarter & 1) != 0
     one = _rounded(length * tl.where(turned, sine, cosine), ((quarter + 1) & 2) != 0)
     return one, _rounded(length * tl.where(turned, cosine, sine), (quarter & 2) != 0)
@@ -75,8 +75,8 @@ def _normals(first, second):
 
 @triton.jit
 def _rounded(x, negated):
-    """Return x, below 2^23 in magnitude, as the nearest integer, the even one of two; negated where it should be."""
-    size = (tl.abs(x) + TO_INTEGER).to(tl.int32, bitcast=True) - TO_INTEGER_BITS
+    """Round x, below 2^23 in magnitude, to the nearest integer, ties to even; negate it where `negated`."""
+    size = (tl.abs(x) + _TO_INTEGER).to(tl.int32, bitcast=True) - _TO_INTEGER_BITS
     return tl.where((x < 0) != negated, -size, size)
 
 
@@ -87,7 +87,7 @@ def _add(pointer, value, mask):
 
 @triton.jit
 def _load(pointer, mask):
-    """Return numbers as float32. Those of bfloat16 are its upper halves: Triton's interpreter loses the tiniest."""
+    """Load values as float32. bfloat16 is widened by bits: Triton's interpreter loses subnormals."""
     value = tl.load(pointer, mask=mask, other=0)
     if pointer.dtype.element_ty == tl.bfloat16:
         value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -96,14 +96,14 @@ def _load(pointer, mask):
 
 @triton.jit
 def _store(pointer, value, mask):
-    """Store float32 numbers, rounded to the nearest in the type of the pointer, to the even one of two.
+    """Store float32 values, rounded to the pointer's type, to nearest with ties to even.
 
-    Triton's interpreter does not round to bfloat16 as GPUs do.
+    bfloat16 is rounded by bits: Triton's interpreter rounds otherwise than GPUs.
     """
     if pointer.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = tl.add(bits, 0x7FFF + ((bits >> 16) & 1), sanitize_overflow=False) >> 16
-        rounded = tl.where(value == value, rounded, BFLOAT16_NAN)  # noqa: PLR0124
+        rounded = tl.where(value == value, rounded, _BFLOAT16_NAN)  # noqa: PLR0124
         tl.store(pointer, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
@@ -131,8 +131,8 @@ def add_signs(
 ):
     """Add weighted sums of signs to `out`, shape (pieces, models, size).
 
-    A program has some blocks, a piece of the seeds, and some models for which it draws once: in one, two or all four
-    words of its blocks, so that a thread, which has whole blocks, keeps words and sums in its registers.
+    A program handles some blocks, a chunk of the seeds, and several models that share its noise. It covers one, two or
+    all four words of its blocks, so that a thread, which handles whole blocks, keeps words and sums in registers.
     """
     parts: tl.constexpr = 4 // words
     part, group = tl.program_id(2) % parts, tl.program_id(2) // parts
@@ -156,7 +156,7 @@ def add_signs(
             drawn = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
             sums += ((drawn >> shift) & 1).to(tl.int32)[None, :, :] * weight[:, None, None]
             total += weight
-        # The sum of those whose bit is set, less that of the others: it has 32 bits, though twice the first may not.
+        # Weights with the bit set minus the others, 2 * sums - total: it fits 32 bits, though 2 * sums may wrap.
         doubled = tl.add(sums, sums, sanitize_overflow=False)
         _add(pointer, tl.sub(doubled, total[:, None, None], sanitize_overflow=False).to(tl.int64), mask)
 
@@ -179,9 +179,9 @@ def add_normals(
     blocks: tl.constexpr,
     models: tl.constexpr,
 ):
-    """Add weighted sums of normal numbers to `out`, shape (pieces, models, size).
+    """Add weighted sums of normal variates to `out`, shape (pieces, models, size).
 
-    A program has some blocks, a piece of the seeds, and some models for which it draws once.
+    A program handles some blocks, a chunk of the seeds, and several models that share its noise.
     """
     block = start // 4 + tl.program_id(0).to(tl.int64) * blocks + tl.arange(0, blocks)
     model = tl.program_id(2) * models + tl.arange(0, models)
@@ -207,7 +207,7 @@ def add_normals(
 
 
 @triton.jit(do_not_specialize=["low", "high", "seed_low", "seed_high", "scale", "tiles"])
-def move_signs(
+def axpy_signs(
     base,
     out,
     rows,
@@ -221,7 +221,7 @@ def move_signs(
     scale: tl.int32,
     words: tl.constexpr,
 ):
-    """Write base plus signs times scale to `out`: a program has some words of one row."""
+    """Write base + scale * signs to `out`; a program handles some words of one row."""
     to = (tl.program_id(0) // tiles).to(tl.int64)
     row = to if rows is None else tl.load(rows + to)
     first = start + row * width
@@ -239,7 +239,7 @@ def move_signs(
 
 
 @triton.jit(do_not_specialize=["low", "high", "seed_low", "seed_high", "scale", "tiles"])
-def move_normals(
+def axpy_normals(
     base,
     out,
     rows,
@@ -253,7 +253,7 @@ def move_normals(
     scale: tl.int32,
     blocks: tl.constexpr,
 ):
-    """Write base plus normal numbers times scale to `out`: a program has some blocks of one row."""
+    """Write base + scale * normal variates to `out`; a program handles some blocks of one row."""
     to = (tl.program_id(0) // tiles).to(tl.int64)
     row = to if rows is None else tl.load(rows + to)
     first = start + row * width
@@ -264,5 +264,5 @@ def move_normals(
     drawn = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (blocks * 4,))
     place = at * 4 + tl.arange(0, blocks * 4) - first
     mask = (place >= 0) & (place < width)
-    added = drawn.to(tl.float32) * UNIT * scale.to(tl.float32, bitcast=True)
+    added = drawn.to(tl.float32) * _UNIT * scale.to(tl.float32, bitcast=True)
     _store(out + to * width + place, _load(base + row * width + place, mask) + added, mask)

@@ -1,0 +1,328 @@
+"""A run whose clients send parameters, which a strategy of Flower's averages."""
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.common.constant import PARTITION_ID_KEY
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from federated.build import evaluate_module, initial_module, partition_of, task_of
+from federated.channel import NoReport
+from federated.checkpoint import read_newest, write_checkpoint
+from federated.client import ClientData
+from federated.encodings import PayloadError
+from federated.faults import ClientFaultPlan
+from federated.flower.channel import GridMessenger, nobody
+from federated.flower.seeding import global_seed
+from federated.gradients import Arrays, GradientOptions, GradientTrainer, arrays_of, load_arrays
+from federated.protocols.protocol import Report
+from federated.recipe import STRATEGIES, FederateRecipe
+from federated.records import PARAMETERS
+from federated.rounds import STATES
+from federated.sampling import participants
+from federated.server import CommunicationRound, ReportLimits
+from raytrain.errors import RecipeError
+from raytrain.files import write_atomic
+from raytrain.optim.optimizers import make_optimizer
+from raytrain.optim.options import OPTIMIZERS
+from raytrain.registry import resolve
+from raytrain.seeds.prng import fold_in
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+"""Records of a message, as Flower's strategies name them."""
+MOMENTS = ("m_t", "v_t", "momentum_vector")
+"""Attributes in which Flower's strategies keep what they learn from round to round."""
+HEAD_BYTES = 4096
+"""Of an array in a message, beside its numbers."""
+NumberT = TypeVar("NumberT", int, float)
+NOTHING = np.zeros(0, np.float32)
+
+
+class StrategyRun:
+    """A run of a strategy of Flower's.
+
+    Args:
+        recipe: of the run.
+
+    Attributes:
+        task: of the recipe.
+        partition: of the task's examples.
+        arrays: the newest trainable parameters.
+        version: how many rounds made them.
+
+    Raises:
+        RecipeError: it does not fit the data, the model or the strategy.
+    """
+
+    def __init__(self, recipe: FederateRecipe) -> None:
+        self._recipe = recipe
+        self.task = task_of(recipe)
+        self.partition = partition_of(recipe, self.task)
+        self._module = initial_module(recipe, self.task)
+        self.arrays = arrays_of(self._module)
+        self._strategy = strategy_of(recipe)
+        self._rates = recipe.learning_rates()
+        self._faults = ClientFaultPlan(recipe.faults, recipe.seed)
+        self.version = 0
+
+    def is_done(self) -> bool:
+        """Return whether all rounds are done."""
+        return self.version == self._recipe.rounds
+
+    def resume(self, folder: Path) -> None:
+        """Take back the newest state in a run's folder, if there is one.
+
+        Raises:
+            RecipeError: it is of another run.
+        """
+        found = read_newest(folder / STATES)
+        if found is None:
+            return
+        about, state = found
+        if about != self._about():
+            raise RecipeError(f"{folder}: expected a run with {self._about()}; got {about}; begin another run")
+        self.version = int(state.pop("version")[0])
+        for name in MOMENTS:
+            kept = {key.removeprefix(f"{name}."): state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
+            if kept:
+                as_list = name == "momentum_vector"
+                setattr(self._strategy, name, [kept[str(i)] for i in range(len(kept))] if as_list else kept)
+        self.arrays = {name: state[f"array.{name}"] for name in self.arrays}  # some strategies go by their order
+
+    def evaluate(self) -> dict[str, float]:
+        """Return what the task measures of the newest model."""
+        load_arrays(self._module, self.arrays)
+        return evaluate_module(self._recipe, self.task, self.partition, self._module, self.version)
+
+    def save_model(self, folder: Path) -> None:
+        """Write the newest trainable parameters."""
+        write_atomic(folder / PARAMETERS, save(self.arrays, {"version": str(self.version)}))
+
+    def parameter_bytes(self) -> int:
+        """Return the size of the parameters that the run moves."""
+        return sum(value.nbytes for value in self.arrays.values())
+
+    def client_factory(self) -> Callable[[], Callable[[Message, Context], Message]]:
+        """Return what makes the clients, in a process that serves any number of them."""
+        return partial(load_clients, self._recipe.to_dict())
+
+    def play(
+        self,
+        grid: Grid,
+        nodes: Sequence[int],
+        folder: Path,
+        record: Callable[[CommunicationRound], None],
+        end_process: Callable[[int], None] = nobody,
+    ) -> Generator[CommunicationRound]:
+        """Play rounds to the end, and yield each when it is saved; see `GridMessenger`."""
+        messenger = GridMessenger(grid, nodes, self._recipe.faults.timeout_seconds, end_process)
+        while not self.is_done():
+            done = self.play_round(messenger)
+            record(done)
+            self._save(folder / STATES)
+            yield done
+
+    def play_round(self, messenger: GridMessenger) -> CommunicationRound:
+        """Sample clients, send them the parameters, and have the strategy average theirs."""
+        recipe, number = self._recipe, self.version
+        clients = participants(recipe.seed, number, self.partition.clients, recipe.clients.per_round).tolist()
+        going = CommunicationRound(number, tuple(clients), asked=set(clients))
+        contents = self._contents(messenger, clients)
+        replies: dict[int, RecordDict] = {}
+        for client in clients:
+            if self._faults.fault(number, client) == "crash":
+                messenger.end_process(client)
+        for client, content in messenger.ask(number, contents):
+            answer = content if isinstance(content, NoReport) else self._after_fault(number, client, content)
+            if isinstance(answer, NoReport):
+                going.miss(client, answer.reason)
+            else:
+                self._hear(going, client, answer, replies)
+        going.payloads, going.bytes_down = len(contents), sum(map(size_of, contents.values()))
+        self._aggregate(going, replies)
+        return going
+
+    def _contents(self, messenger: GridMessenger, clients: Sequence[int]) -> dict[int, RecordDict]:
+        """Return what the strategy sends each client."""
+        nodes = {messenger.nodes[client]: client for client in clients}
+        config = ConfigRecord({"lr-ratio": self._rates[self.version] / self._recipe.optimizer.arguments()["lr"]})
+        record = ArrayRecord({name: Array(value) for name, value in self.arrays.items()})
+        with global_seed(fold_in(self._recipe.seed, self.version)):
+            messages = self._strategy.configure_train(self.version + 1, record, config, _Sampled(list(nodes)))  # type: ignore[arg-type]
+        return {nodes[message.metadata.dst_node_id]: message.content for message in messages}
+
+    def _after_fault(self, number: int, client: int, content: RecordDict) -> RecordDict | NoReport:
+        """Return a client's reply, unless a fault happens to it."""
+        answer = self._faults.after(number, client, b"")
+        return answer if isinstance(answer, NoReport) else content
+
+    def _hear(
+        self, going: CommunicationRound, client: int, content: RecordDict, replies: dict[int, RecordDict]
+    ) -> None:
+        """Take a client's reply, or refuse it and say why."""
+        going.reports += 1
+        going.bytes_up += size_of(content)
+        try:
+            examples = check_reply(content, self.arrays, self._recipe.limits)
+        except PayloadError as error:
+            going.refuse(client, str(error))
+            return
+        replies[client] = content
+        going.heard[client] = Report(client, examples, NOTHING, NOTHING.astype(np.int64))
+
+    def _aggregate(self, going: CommunicationRound, replies: Mapping[int, RecordDict]) -> None:
+        """Average what was heard, in the order of clients; without a quorum the parameters stay as they are."""
+        self.version += 1
+        if len(replies) < self._recipe.faults.quorum:
+            return
+        going.used = [going.heard[client] for client in sorted(replies)]
+        answers = [_reply(replies[client]) for client in sorted(replies)]
+        averaged, _ = self._strategy.aggregate_train(self.version, answers)
+        if averaged is not None:
+            self.arrays = {name: averaged[name].numpy().astype(old.dtype) for name, old in self.arrays.items()}
+
+    def _save(self, folder: Path) -> None:
+        state: dict[str, NDArray[Any]] = {f"array.{name}": value for name, value in self.arrays.items()}
+        for name in MOMENTS:
+            moments = getattr(self._strategy, name, None) or {}
+            named = moments.items() if isinstance(moments, Mapping) else enumerate(moments)
+            state |= {f"{name}.{key}": np.asarray(value) for key, value in named}
+        write_checkpoint(folder, self.version, self._about(), {**state, "version": np.array([self.version])})
+
+    def _about(self) -> dict[str, str]:
+        """Return what a run is known by."""
+        recipe = self._recipe
+        fields = ("seed", "rounds", "clients", "protocol", "strategy", "optimizer", "schedule", "freeze", "adapter")
+        plain = recipe.to_dict()
+        return {name: str(plain.get(name)) for name in fields}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """The clients of a round, as the whole of a grid to a strategy that samples all of it."""
+
+    nodes: list[int]
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes."""
+        return self.nodes
+
+
+def strategy_of(recipe: FederateRecipe) -> FedAvg:
+    """Return the strategy of a recipe, which trains with all clients that it is shown and evaluates none.
+
+    Raises:
+        RecipeError: it does not take the arguments.
+    """
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # strategies write lines for each round
+    make, count = resolve(STRATEGIES, recipe.strategy.name, "strategy.name"), recipe.clients.per_round
+    sampling = {"fraction_train": 1.0, "fraction_evaluate": 0.0, "min_train_nodes": 1, "min_available_nodes": count}
+    try:
+        strategy: FedAvg = make(**sampling, **recipe.strategy.arguments)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"strategy.arguments: {recipe.strategy.name}: {error}") from error
+    return strategy
+
+
+def check_reply(content: RecordDict, sent: Arrays, limits: ReportLimits) -> int:
+    """Return the number of examples of a reply whose arrays can be averaged.
+
+    Raises:
+        PayloadError: it has other arrays, one is not finite, or it says too many examples.
+    """
+    arrays, metrics = content.get(ARRAYS), content.get(METRICS)
+    if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord) or list(arrays) != list(sent):
+        raise PayloadError(f"expected arrays {', '.join(sent)} and metrics; got {sorted(content)}"[:300])
+    examples = metrics.get("num-examples")
+    if not isinstance(examples, int) or not 1 <= examples <= limits.examples:
+        raise PayloadError(f"expected 1 to {limits.examples} examples; got {examples}")
+    for name, value in sent.items():
+        _check_array(name, arrays[name], value)
+    return examples
+
+
+def _check_array(name: str, array: Array, sent: NDArray[Any]) -> None:
+    """Refuse an array that is not like the one that was sent, before anything large is made of it."""
+    most = sent.nbytes + HEAD_BYTES
+    if len(array.data) > most:
+        raise PayloadError(f"{name}: expected at most {most} bytes; got {len(array.data)}")
+    try:
+        value = array.numpy()
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise PayloadError(f"{name}: expected an array; got {type(error).__name__}") from error
+    expected, got = (f"{each.dtype} of shape {each.shape}" for each in (sent, value))
+    if got != expected:
+        raise PayloadError(f"{name}: expected {expected}; got {got}"[:300])
+    if not np.isfinite(value).all():
+        raise PayloadError(f"{name}: expected finite numbers; got some that are not")
+
+
+def size_of(content: RecordDict) -> int:
+    """Return the bytes of the arrays in a message."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+def _reply(content: RecordDict) -> Message:
+    """Return a client's reply as a strategy reads it."""
+    return Message(content, dst_node_id=1, message_type="train")
+
+
+@dataclass(frozen=True, slots=True)
+class GradientClient:
+    """Answers for whichever client a message is for; it has the signature of a `ClientApp`.
+
+    Attributes:
+        trainer: of all clients.
+    """
+
+    trainer: GradientTrainer
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Return a client's parameters after its local steps."""
+        arrays, config = message.content.array_records[ARRAYS], message.content.config_records[CONFIG]
+        result = self.trainer.fit(
+            int(context.node_config[PARTITION_ID_KEY]),
+            _number(config, "server-round", int) - 1,
+            {name: array.numpy() for name, array in arrays.items()},
+            lr_ratio=_number(config, "lr-ratio", float),
+            proximal_mu=_number(config, "proximal-mu", float),
+        )
+        trained = ArrayRecord({name: Array(value) for name, value in result.arrays.items()})
+        metrics = MetricRecord({"num-examples": result.examples, "train_loss": result.loss})
+        return Message(RecordDict({ARRAYS: trained, METRICS: metrics}), reply_to=message)
+
+
+def _number(config: ConfigRecord, key: str, kind: Callable[[Any], NumberT]) -> NumberT:
+    """Return a number of a message's configuration, 0 if it is not there."""
+    return kind(config.get(key, 0))
+
+
+def load_clients(recipe: Mapping[str, Any]) -> GradientClient:
+    """Return the clients of a run, in a process that serves any number of them.
+
+    Args:
+        recipe: as `Recipe.plain` returns it.
+
+    Raises:
+        RecipeError: the recipe does not fit the data or the model.
+    """
+    parsed = FederateRecipe.parse(recipe)
+    torch.set_num_threads(parsed.threads())
+    task = task_of(parsed)
+    module = initial_module(parsed, task).to(parsed.device())
+    data = ClientData(task, task.data("train"), partition_of(parsed, task).indices)
+    constructor = resolve(OPTIMIZERS, parsed.optimizer.name, "optimizer.name")
+    if not isinstance(parsed.protocol, GradientOptions):
+        raise TypeError(type(parsed.protocol))
+    new_optimizer = partial(make_optimizer, constructor, parsed.optimizer, module)
+    return GradientClient(GradientTrainer(parsed.protocol, module, data, new_optimizer, parsed.seed))

@@ -1,0 +1,1 @@
+"""A kind of runs of somebody else: it draws models at random, and keeps the best."""

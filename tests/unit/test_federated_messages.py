@@ -1,0 +1,236 @@
+"""Payloads in Flower's messages, and the clients of a deployment: what comes from outside is data."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
+from hypothesis import given
+from hypothesis import strategies as st
+
+from federated.build import Federation
+from federated.channel import NoReport
+from federated.encodings import PayloadError
+from federated.flower import client_app
+from federated.flower.channel import GridChannel, GridMessenger
+from federated.flower.deployed import WHO, introduced, introduction, recipe_of
+from federated.flower.identity import assume_identity
+from federated.flower.messages import bytes_of, content_of, envelope_bytes, shipped_bytes
+from federated.flower.preview import preview, traffic_rows
+from federated.flower.strategy_run import check_reply
+from federated.recipe import FederateRecipe
+from federated.server import ReportLimits
+from raytrain.errors import RecipeError
+
+RECIPE = """
+kind = "federate"
+task = "raytrain.testing:tiny"
+rounds = 4
+
+[clients]
+count = 3
+per_round = 2
+
+[protocol]
+pool = 64
+local_steps = 6
+"""
+
+
+@given(st.binary(max_size=300))
+def test_bytes_come_back_out_of_a_message(data: bytes) -> None:
+    assert bytes_of(content_of(data)) == data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"p": MetricRecord({"p": 1.0})}),
+        RecordDict({"p": ConfigRecord({"p": "text"})}),
+        RecordDict({"p": ConfigRecord({"p": b"", "q": b""})}),
+        RecordDict({"p": ConfigRecord({"p": b""}), "q": ConfigRecord()}),
+        RecordDict({"p\x1b[2J": ConfigRecord({"p": b""})}),
+    ],
+    ids=range(6),
+)
+def test_a_message_with_something_else_is_refused(content: RecordDict) -> None:
+    with pytest.raises(PayloadError, match=r"^expected one record 'p' with bytes; got records \["):
+        bytes_of(content)
+    with pytest.raises(PayloadError, match=r"^expected a client's number"):
+        introduced(content)
+
+
+@given(down=st.integers(0, 20_000), up=st.integers(0, 2_000))
+def test_envelopes_are_what_is_shipped_beside_the_bytes(down: int, up: int) -> None:
+    more_down, more_up = envelope_bytes(down, up)
+    assume_identity(run_id=2**62)
+    message = Message(content_of(bytes(down)), dst_node_id=2**63 - 1, message_type="train")
+    assert abs(shipped_bytes(message) - down - more_down) <= 16
+    assert 300 < more_down < 330
+    assert 360 < more_up < 390, "a reply names the message that it answers"
+
+
+def test_check_shows_the_bytes_of_real_payloads(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    recipe = recipe_of({"recipe": str(tmp_path / "recipe.toml"), "set": "clients.count=2 protocol.pool=2000"})
+    federation = Federation.of(recipe)
+    server = federation.server()
+    federation.simulation(server).play_round()
+    client = server.sample().clients[0]
+    payload = server.ask(client)
+    report = federation.trainer()
+    report.start_from(server.model)
+    _, row = traffic_rows(recipe, clients=2)
+    down, up = len(payload), len(report.answer(client, payload))
+    assert row[1:3] == [f"{down:,}", f"{up:,}"]
+    shipped = sum(envelope_bytes(down, up)) + down + up
+    assert row[3].endswith(f" = {shipped:,}")
+    lines = preview(recipe)
+    assert lines[0].startswith("recipe: 2 clients (iid; ")
+    assert any(line.startswith("FedAvg of the same parameters sends ") for line in lines)
+
+
+class Answers:
+    """A grid whose clients answer as a test says."""
+
+    def __init__(self, answers: dict[int, list[RecordDict | Error]]) -> None:
+        self.answers, self.asked = answers, list[list[int]]()
+
+    def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> list[Message]:
+        self.asked.append([message.metadata.dst_node_id for message in messages])
+        replies = []
+        for message in messages:
+            left = self.answers[message.metadata.dst_node_id]
+            if left:
+                answer = left.pop(0)
+                reply = Message(content_of(b""), reply_to=message)
+                reply.__dict__["_content"] = answer if isinstance(answer, RecordDict) else None
+                reply.__dict__["_error"] = answer if isinstance(answer, Error) else None
+                replies.append(reply)
+        return replies
+
+
+def test_who_does_not_answer_as_expected_has_no_report_and_a_reason() -> None:
+    assume_identity(run_id=1)
+    crashed = Error(ErrorCode.CLIENT_APP_CRASHED, "client 0: its actor died")
+    grid = Answers(
+        {
+            10: [crashed, content_of(b"a")],
+            11: [crashed] * 9,
+            12: [Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "boom\x1b[2J" + "x" * 400)],
+            13: [RecordDict()],
+            14: [],
+            15: [content_of(b"f")],
+        }
+    )
+    channel = GridChannel(GridMessenger(grid, range(10, 16), timeout_seconds=7))
+    found = dict(channel.ask(3, dict.fromkeys(range(6), b"payload")))
+    assert found.pop(0) == b"a", "it was asked again, for another client may have ended the process"
+    assert found.pop(5) == b"f"
+    assert found.pop(1) == NoReport("client 0: its actor died")
+    reason = found.pop(2).reason
+    assert (reason[:7], len(reason)) == ("boom[2J", 300)
+    assert found == {
+        3: NoReport("expected one record 'p' with bytes; got records []"),
+        4: NoReport("no answer within 7 s"),
+    }
+    assert grid.asked == [[*range(10, 16)], [10, 11], [11]]
+
+
+def context_of(folder: Path, client: int, changes: str = "") -> Context:
+    config = {"partition-id": client, "recipe": str(folder / "recipe.toml"), "set": changes}
+    return Context(1, 7, config, RecordDict(), {"recipe": "nothing that the wire says"})
+
+
+def call(kind: str, content: RecordDict, context: Context) -> RecordDict:
+    assume_identity(run_id=1)
+    message = Message(content, dst_node_id=7, message_type=kind)
+    return client_app.app(message, context).content
+
+
+def test_a_client_of_a_deployment_remembers_its_model_in_its_context(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    federation = Federation.of(recipe_of({"recipe": str(tmp_path / "recipe.toml")}))
+    server, contexts = federation.server(), [context_of(tmp_path, client) for client in range(3)]
+    for client, context in enumerate(contexts):
+        assert introduced(call("query.who", RecordDict(), context)) == (client, server.model.origin)
+    for _ in range(4):
+        for client in server.sample().clients:
+            report = bytes_of(call("train", content_of(server.ask(client)), contexts[client]))
+            assert server.hear(client, report) == "heard", "and not lost, although each message has a new trainer"
+        server.aggregate()
+    straight = federation.server()
+    simulation = federation.simulation(straight)
+    for _ in range(4):
+        simulation.play_round()
+    assert server.model.digest == straight.model.digest
+
+
+def test_a_client_with_another_recipe_has_another_origin(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    server = Federation.of(recipe_of({"recipe": str(tmp_path / "recipe.toml")})).server()
+    said = introduced(call("query.who", RecordDict(), context_of(tmp_path, 1, "seed=1")))
+    with pytest.raises(RecipeError, match=r"^client 1: expected first weights, directions and options with digest"):
+        server.check_origin(*said)
+
+
+@pytest.mark.parametrize(
+    "said", [{"client": -1, "origin": "a"}, {"client": "1", "origin": "a"}, {"client": 1, "origin": b"a"}, {}]
+)
+def test_who_does_not_say_who_it_is_is_left_out(said: dict[str, Any]) -> None:
+    with pytest.raises(PayloadError):
+        introduced(RecordDict({WHO: ConfigRecord(said)}))
+    assert introduced(introduction(3, "abc")) == (3, "abc")
+
+
+def written(data: Any) -> Array:
+    """An array that says it has three numbers, around other data."""
+    file = io.BytesIO()
+    np.save(file, data, allow_pickle=True)
+    return Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=file.getvalue())
+
+
+SENT = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)}
+
+
+def reply(arrays: dict[str, Any], examples: Any = 5) -> RecordDict:
+    metrics = {} if examples is None else {"num-examples": examples}
+    records = ArrayRecord({name: value if isinstance(value, Array) else Array(value) for name, value in arrays.items()})
+    return RecordDict({"arrays": records, "metrics": MetricRecord(metrics)})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (reply({"w": SENT["w"]}), "expected arrays w, b and metrics; got ['arrays', 'metrics']"),
+        (reply(dict(reversed(SENT.items()))), "expected arrays w, b and metrics; got ['arrays', 'metrics']"),
+        (RecordDict(), "expected arrays w, b and metrics; got []"),
+        (reply(SENT, 10**9), "expected 1 to 50 examples; got 1000000000"),
+        (reply(SENT, 0), "expected 1 to 50 examples; got 0"),
+        (reply(SENT, 2.5), "expected 1 to 50 examples; got 2.5"),
+        (reply(SENT, None), "expected 1 to 50 examples; got None"),
+        (reply({**SENT, "b": np.zeros(4, np.float32)}), "b: expected float32 of shape (3,); got float32 of shape (4,)"),
+        (reply({**SENT, "b": np.zeros(3, np.float64)}), "b: expected float32 of shape (3,); got float64 of shape (3,)"),
+        (reply({**SENT, "b": np.zeros(10**6, np.float32)}), "b: expected at most 4108 bytes; got 4000128"),
+        (reply({**SENT, "b": written(np.array([{1: 2}] * 3))}), "b: expected an array; got ValueError"),
+        (reply({**SENT, "b": written(np.zeros(5))}), "b: expected float32 of shape (3,); got float64 of shape (5,)"),
+        (reply({**SENT, "b": np.full(3, np.nan, np.float32)}), "b: expected finite numbers; got some that are not"),
+    ],
+    ids=range(13),
+)
+def test_parameters_that_cannot_be_averaged_are_refused(content: RecordDict, message: str) -> None:
+    with pytest.raises(PayloadError) as caught:
+        check_reply(content, SENT, ReportLimits(examples=50))
+    assert str(caught.value) == message
+    assert check_reply(reply(SENT, 50), SENT, ReportLimits(examples=50)) == 50
+
+
+def test_a_recipe_of_a_deployment_is_the_machine_s_own() -> None:
+    assert recipe_of({"recipe": "digits-fedkseed", "set": "rounds=3 seed=2"}).rounds == 3
+    assert isinstance(recipe_of({"recipe": "digits-fedavg"}), FederateRecipe)
+    with pytest.raises(RecipeError, match="neither a file"):
+        recipe_of({"recipe": "digits-fedseed"})

@@ -1,0 +1,44 @@
+"""The report page of a federated run: what its rows become."""
+
+from pathlib import Path
+
+from federated.report import panels
+from raytrain.run.directory import RunDirectory
+
+METRICS = """
+{"step": 0, "valid": {"loss": 2.0, "accuracy": 0.1}}
+{"step": 1, "seconds": 2.0, "bytes_down": 100, "bytes_up": 20, "heard": 2, "missing": 1, "refused": 0}
+{"step": 2, "seconds": 5.0, "bytes_down": 300, "bytes_up": 50, "heard": 1, "missing": 1, "refused": 1}
+{"step": 2, "valid": {"loss": 1.0, "accuracy": 0.7, "clients": 0.6, "worst_tenth": 0.2, "spread": 0.1}}
+"""
+ROUNDS = """
+{"round": 0, "heard": [1, 4], "missing": {"7": "no answer"}, "refusals": []}
+{"round": 1, "heard": [2], "missing": {"3": "late by 60 s"}, "refusals": ["client 5, round 1: expected 10; got 9"]}
+"""
+
+
+def test_a_run_s_rows_become_charts(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(METRICS.lstrip())
+    (tmp_path / "rounds.jsonl").write_text(ROUNDS.lstrip())
+    found = {panel.title: panel for panel in panels(RunDirectory(tmp_path))}
+    lines = {
+        (title, trace["name"]): (list(trace["x"]), list(trace["y"]))
+        for title, panel in found.items()
+        for trace in panel.traces
+    }
+    assert lines["Held-out accuracy over rounds", "accuracy"] == ([0, 2], [0.1, 0.7])
+    assert lines["Held-out accuracy over bytes", "accuracy"] == ([0, 350 / 1e6], [0.1, 0.7])
+    assert lines["On clients' own examples", "worst_tenth"] == ([2], [0.2])
+    assert lines["Clients of a round", "heard"] == ([1, 2], [2, 1])
+    assert lines["Clients of a round", "refused"] == ([1, 2], [0, 1])
+    assert lines["Bytes of a round", "bytes_down"] == ([1, 2], [100, 200])
+    assert lines["Time of a round", "seconds"] == ([1, 2], [2.0, 3.0])
+    assert found["Clients that were not heard"].rows == [
+        [1, "client 7: no answer"],
+        [2, "client 3: late by 60 s"],
+        [2, "client 5, round 1: expected 10; got 9"],
+    ]
+
+
+def test_a_run_that_has_not_begun_has_no_panels(tmp_path: Path) -> None:
+    assert panels(RunDirectory(tmp_path)) == []
