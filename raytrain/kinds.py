@@ -42,7 +42,7 @@ class Kind:
         tables: title -> registry of components that a recipe selects by name.
         remarks: title -> () -> name -> remark about this machine in `raytrain list`.
         shorthand: field that "module:attribute" in place of a recipe sets.
-        packages: packages whose code has to be equal on all machines of a run.
+        packages: packages whose code has to be equal on all machines of a run; `submit --with-code` uploads them.
         requires: distributions whose versions a run records, besides Python, torch, Ray and NumPy.
     """
 

@@ -138,8 +138,11 @@ def test_nothing_listens_where_others_could_reach_it(
     workplace: Path, outer_interface: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", outer_interface)  # as for a cluster
-    (workplace / "slow.py").write_text("import time\ndef sleep(replica):\n    time.sleep(0.1)\n")
-    settings, heard = recipe(workplace, callbacks=["slow:sleep"]), []
+    (workplace / "slow.py").write_text(
+        "import time\nfrom pathlib import Path\ndef wait(replica):\n"
+        "    while not Path(__file__).with_name('heard').exists():\n        time.sleep(0.02)\n"
+    )
+    settings, heard = recipe(workplace, callbacks=["slow:wait"], steps=2), []
     before = set(listening([psutil.Process()]))
 
     def look() -> None:
@@ -148,6 +151,7 @@ def test_nothing_listens_where_others_could_reach_it(
         workers = [psutil.Process(worker["pid"]) for worker in attempts[0]["workers"]]
         heard.extend(listening(workers))
         heard.extend(set(listening([psutil.Process(), *psutil.Process().children()])) - before)
+        (workplace / "heard").touch()
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()

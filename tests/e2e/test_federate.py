@@ -103,3 +103,64 @@ def test_a_run_that_is_killed_and_stopped_ends_as_one_in_one_process(
     assert recorded == sorted([*((step, False) for step in range(1, 13)), *((step, True) for step in (0, 5, 10, 12))])
     evaluated = json.loads(raytrain("evaluate", str(run)).out)
     assert evaluated == {"step": 12, "loss": metrics["loss"], "accuracy": metrics["accuracy"]}
+
+
+def test_a_run_of_parameters_is_evaluated_and_reported_as_one_of_seeds(
+    ray_cluster: None, raytrain: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["rounds=2", "clients.actors=1", "clients.cpus=0.5", "strategy.name=FedAdam", "strategy.arguments.eta=0.01"]
+    ended = raytrain("federate", "digits-fedavg", *words, "--out", "run")
+    assert ended.status == 0, ended.err
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["metrics"]["accuracy"] > result["references"]["accuracy_at_start"]
+    assert result["figures"]["bytes_down"] > 20 * 9640
+    evaluated = json.loads(raytrain("evaluate", "run").out)
+    assert evaluated == {"step": 2, **result["metrics"]}
+    assert raytrain("report", "run").status == 0
+    assert "Held-out accuracy over bytes" in Path("run/report.html").read_text()
+    refused = raytrain("export", "run", "exported")
+    assert (refused.status, refused.err) == (
+        2,
+        "raytrain: task.name: the model of digits has no form to export: Task.export is None\n",
+    )
+
+
+def test_check_prints_what_follows_from_a_recipe(raytrain: Callable[..., Any]) -> None:
+    shown = raytrain("check", "digits-fedkseed").out.splitlines()
+    assert shown[-6:] == [
+        "",
+        "bytes of a client in a round   down   up  with Flower's envelopes",
+        "took part in the last round   2,098  220      2,410 + 598 = 3,008",
+        "takes part every 10 rounds    8,210  220      8,522 + 598 = 9,120",
+        "FedAvg of the same parameters sends 9,640 bytes down and as many up.",
+        "Each process keeps 3 copies of the parameters: 28,920 bytes.",
+    ]
+    assert raytrain("check", "digits-fedavg").out.splitlines()[-1] == (
+        "FedAvg sends 9,640 bytes of parameters down and as many up."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("partition=domain", "clients.count: expected 1, one for each domain with 1 examples or more, or 0; got 100"),
+        ("clients.count=5", "recipe: clients.per_round: expected at most clients.count = 5; got 10"),
+        ("workers=2", "workers: no such field; a federated recipe says clients.actors"),
+        ("clients.actors=400", "clients.actors: 400 actor(s) of 1 CPU each do not fit on 1 machine(s) with 4 CPU; "),
+    ],
+)
+def test_a_recipe_that_does_not_fit_starts_nothing(
+    ray_cluster: None,
+    raytrain: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = raytrain("federate", "digits-fedkseed", change)
+    assert ended.status == 2, ended.err
+    assert f"raytrain: {message}" in ended.err
+    assert list(tmp_path.iterdir()) in ([], [tmp_path / "runs"])
+    assert not list(tmp_path.rglob("*.toml"))

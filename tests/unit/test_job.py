@@ -136,7 +136,7 @@ def test_what_a_recipe_names_must_be_taken_along(tmp_path: Path) -> None:
         check_uploaded({name: tmp_path / name}, files, tmp_path)
     with pytest.raises(RecipeError, match=r"^runs/x is not uploaded with the job: runs/, .venv/, .git/, what ."):
         check_uploaded({"runs/x": tmp_path / "runs/x/recipe.toml"}, files, tmp_path)
-    with pytest.raises(RecipeError, match=r"^../other.toml is outside the current folder, which is what a job takes"):
+    with pytest.raises(RecipeError, match=r"^../other.toml is outside the current folder, which is what a job uploads"):
         check_uploaded({"../other.toml": tmp_path.parent / "other.toml"}, files, tmp_path)
 
 

@@ -215,7 +215,7 @@ def test_with_everything_at_once(name: str, dtype: str) -> None:
 
 
 @every_synchroniser
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_with_some_of_it_wherever_a_run_is_ended(name: str, data: st.DataObject) -> None:
     plan = data.draw(recipes(name))

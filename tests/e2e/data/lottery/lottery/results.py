@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lottery.recipe import PRIZES, LotteryRecipe
+
 from raytrain.errors import CheckpointError
 from raytrain.recipe import read_toml
 from raytrain.registry import resolve

@@ -9,6 +9,7 @@ from typing import Any
 
 from lottery.recipe import LotteryRecipe
 from lottery.results import result_of, trained
+
 from raytrain.kinds import RunOptions
 from raytrain.launch.supervise import supervise
 from raytrain.run.directory import RunDirectory, read_jsonl
