@@ -151,6 +151,32 @@ def test_reports_of_segments_that_are_trained_again_are_dropped(tmp_path: Path) 
     assert again.seconds >= read_reports(tmp_path / "metrics.jsonl")[0]["seconds"]
 
 
+FAILING = """
+class Failing:
+    def __init__(self, folder, step): ...
+
+    def write(self, row):
+        raise ConnectionError("lost")
+
+    def close(self, failed):
+        raise AssertionError("it was left out")
+"""
+
+
+def test_loggers_see_the_members_and_one_that_fails_is_left_out(
+    tmp_path: Path, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (workplace / "mine.py").write_text(FAILING)
+    reports = Reports(tmp_path / "metrics.jsonl", ["tensorboard", "mine:Failing"])
+    reports.open(set())
+    for step in (5, 10):
+        reports.add(Work("", 0, 3, Snapshot(), step, {}, 0), Done("", Snapshot("", step), {"loss": 0.5}))
+    reports.close(failed=False)
+    [events] = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"member 3/loss") == 2
+    assert caplog.text.count("mine:Failing failed, and gets no more of this attempt: ConnectionError: lost") == 1
+
+
 def test_standings_follow_the_rows(population: Journal) -> None:
     folder = population.lineage.path.parent
     standings = standings_of(Objective("q", "higher"), read_decisions(folder), read_reports(folder / "metrics.jsonl"))
