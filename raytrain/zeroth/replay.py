@@ -78,9 +78,9 @@ def trajectory_header(
         "initial": initial,
         "optimizer": optimizer.model_dump(mode="json"),
         "zo": {
-            "distribution": options["mode"],
+            "distribution": options["distribution"],
             "sparsity": options["sparsity"],
-            "blockwise": options["blocks"],
+            "blockwise": options["blockwise"],
         },
     }
 

@@ -69,7 +69,7 @@ class Search:
         self._directory = directory
         self._recipe, self._base, self._objective = checked.recipe, checked.base, checked.objective
         self._journal = Journal(directory.path, checked.recipe.scheduler(checked.objective))
-        self._reports = Reports(directory.metrics)
+        self._reports = Reports(directory.metrics, checked.base.log.loggers)
 
     def follow(self, display: SearchDisplay) -> SearchLoop:
         """Search until the end, or until Ctrl-C, and return the loop that did.
@@ -86,6 +86,7 @@ class Search:
         pool = SlotPool(self._base, each, count, self._recipe.search.timeout_seconds)
         with closing(SearchLoop(self._journal, self._reports, pool, self._recipe.search)) as loop:
             display.follow(loop.ended, loop.request_stop, lambda: pool.steps)
+        self._reports.close(failed=loop.status == "failed")
         return loop
 
     def _begin(self) -> None:

@@ -210,8 +210,9 @@ class SlotPool:
 
     @property
     def steps(self) -> dict[int, int]:
-        """How far the members are that train now."""
-        return {slot.work.member: max(slot.work.snapshot.step, slot.beat.step) for slot in self._slots if slot.work}
+        """How far the members are that train now; for another thread too."""
+        found = [(slot.work, slot.beat.step) for slot in list(self._slots)]
+        return {work.member: max(work.snapshot.step, step) for work, step in found if work is not None}
 
     def begin(self, work: Work, state: bytes | None) -> None:
         """Begin to train a segment in a slot that is idle."""

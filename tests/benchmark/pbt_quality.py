@@ -23,7 +23,8 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 from raytrain.errors import TrainingError
-from raytrain.optim.schedules import SCHEDULES, SHAPE, rate
+from raytrain.optim import schedules
+from raytrain.optim.schedules import lr_factor
 from raytrain.serialization import pack, unpack
 from search.pbt.engine import PopulationBasedTraining
 from search.pbt.options import PBTOptions
@@ -157,8 +158,9 @@ def _factor(values: Mapping[str, Any], step: int) -> float:
     """Return the factor of the learning rate of methods that search its schedule."""
     if "shape" not in values:
         return 1.0
-    shape = SHAPE.load(SCHEDULES, values["shape"])
-    return float(rate(shape, step, steps=STEPS, warmup=values["warmup"], floor=values["floor"], decay=0.2))
+    shape = getattr(schedules, values["shape"])
+    about = {"warmup": values["warmup"], "min_lr_ratio": values["floor"], "decay_ratio": 0.2}
+    return lr_factor(shape, step, steps=STEPS, **about)
 
 
 def engine_of(method: str, seed: int, adam: bool) -> Scheduler:

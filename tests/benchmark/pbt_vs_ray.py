@@ -28,8 +28,8 @@ from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
 from raytrain.kinds import RunOptions
-from raytrain.launch.session import session
-from search.launch.run import run
+from raytrain.launch.session import cluster_session
+from search.launch.run import run_search
 from search.launch.trial import Trial
 from search.launch.tune import PBTScheduler
 from search.recipe import SearchRecipe
@@ -105,7 +105,7 @@ class RayMember(tune.Trainable):
 
 def search_ours(search: SearchRecipe, folder: Path) -> dict[str, float]:
     """Search by our slots."""
-    result = run(search, RunOptions(folder / "run"))
+    result = run_search(search, RunOptions(folder / "run"))
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {"accuracy": result.best["value"], "reports": len(rows)}
 
@@ -142,7 +142,7 @@ def search_once(options: Namespace) -> None:
     """Search in this process, and leave what came of it in a file."""
     FIRST_STEP.write_text(repr(time.time()))  # `measure` asks for it
     search = recipe(options.interval, options.reports, options.seed)
-    with tempfile.TemporaryDirectory() as folder, session(None, CORES):
+    with tempfile.TemporaryDirectory() as folder, cluster_session(None, CORES):
         began = time.perf_counter()
         if options.one == "ours":
             found = search_ours(search, Path(folder))
@@ -247,7 +247,7 @@ def whole_numbers_and_words(reports: int) -> dict[str, float]:
     )
     depth = {"type": "int", "low": DEPTHS[0], "high": DEPTHS[1]}
     ours = PBTScheduler({"depth": depth, "optimizer": {"type": "choice", "values": list(WORDS)}}, interval=1)
-    with session(None, CORES):
+    with cluster_session(None, CORES):
         return {"ray_failures": failures(theirs, reports), "our_failures": failures(ours, reports)}
 
 

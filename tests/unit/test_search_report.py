@@ -16,7 +16,7 @@ from search.journal.journal import Journal
 from search.journal.reports import Reports
 from search.journal.rows import read_decisions, read_reports
 from search.progress import SearchDisplay
-from search.report import panels
+from search.report import search_panels
 from search.scheduling.driver import SegmentEnd, drive
 from search.scheduling.scheduler import Problem, Scheduler
 from search.scheduling.segments import Objective
@@ -64,7 +64,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Journal:
 
 
 def panels_of(journal: Journal) -> dict[str, Panel]:
-    return {panel.title: panel for panel in panels(RunDirectory(journal.lineage.path.parent))}
+    return {panel.title: panel for panel in search_panels(RunDirectory(journal.lineage.path.parent))}
 
 
 def test_the_panels_of_a_population(population: Journal) -> None:
@@ -130,12 +130,12 @@ def test_whatever_is_in_the_files_is_reported_or_left_out(
             row[data.draw(st.sampled_from(sorted(row)))] = data.draw(values)
             lines[place] = data.draw(st.sampled_from([json.dumps(row), json.dumps(row), "", "null", lines[place][:9]]))
         (folder / name).write_text("\n".join(lines) + "\n")
-    render("search", "", {}, panels(RunDirectory(folder)))
+    render("search", "", {}, search_panels(RunDirectory(folder)))
 
 
 def test_a_search_without_a_report_has_no_panels(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('kind = "search"\nsearch = 3\n')
-    assert panels(RunDirectory(tmp_path)) == []
+    assert search_panels(RunDirectory(tmp_path)) == []
 
 
 def test_reports_of_segments_that_are_trained_again_are_dropped(tmp_path: Path) -> None:
@@ -149,6 +149,32 @@ def test_reports_of_segments_that_are_trained_again_are_dropped(tmp_path: Path) 
     again.open({1})
     assert [row["row"] for row in again.read()] == [0]
     assert again.seconds >= read_reports(tmp_path / "metrics.jsonl")[0]["seconds"]
+
+
+FAILING = """
+class Failing:
+    def __init__(self, folder, step): ...
+
+    def write(self, row):
+        raise ConnectionError("lost")
+
+    def close(self, failed):
+        raise AssertionError("it was left out")
+"""
+
+
+def test_loggers_see_the_members_and_one_that_fails_is_left_out(
+    tmp_path: Path, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (workplace / "mine.py").write_text(FAILING)
+    reports = Reports(tmp_path / "metrics.jsonl", ["tensorboard", "mine:Failing"])
+    reports.open(set())
+    for step in (5, 10):
+        reports.add(Work("", 0, 3, Snapshot(), step, {}, 0), Done("", Snapshot("", step), {"loss": 0.5}))
+    reports.close(failed=False)
+    [events] = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"member 3/loss") == 2
+    assert caplog.text.count("mine:Failing failed, and gets no more of this attempt: ConnectionError: lost") == 1
 
 
 def test_standings_follow_the_rows(population: Journal) -> None:

@@ -437,7 +437,7 @@ def test_what_is_not_finite_or_far_out_is_reported_and_not_applied(tmp_path: Pat
     assert {step.step for step in trajectory_steps(records) if not step.projected_gradients} == {
         step - 1 for step in skipped
     }
-    assert np.isfinite(records["slope"]).all()
+    assert np.isfinite(records["projected_gradient"]).all()
     module = resolve_recipe(recipe(**more), run)[1].model(0)
     assert replay_trajectory(run.trajectory, module) == 60
     assert all(torch.equal(value, weights(run)[name]) for name, value in module.named_parameters())
@@ -557,11 +557,13 @@ def test_replicas_count_by_the_weight_of_their_losses() -> None:
         nn.init.zeros_(module.weight)
         optimizer = make_optimizer(ZOSGD, optimizer_options("zo-sgd")(name="x", lr=lr), module)
         space = directions_of(module, optimizer, distribution="rademacher", sparsity=0.0, blockwise=False)
-        optimizer.shape(space)
+        optimizer.bind(space)
         sync = scalars(ExactAverager(transport), ScalarOptions(name="scalars"))
         sync.attach(module)
         sync.set_weight(loads[transport.rank])
-        zeroth = ZeroOrderStep(PerturbedModel(module, space), optimizer, sync, count, 1e-3, 2, False, "", 0.0, True)
+        zeroth = ZeroOrderStep(
+            PerturbedModel(module, space), optimizer, sync, count, 1e-3, "central", False, "", 0.0, True
+        )
         own = gradients[transport.rank]
         zeroth.step(lambda: module(own[None])[0, 0], module, 7, (0, transport.rank), 1.0)
         return module.weight.detach()[0]
@@ -610,7 +612,7 @@ def test_an_objective_without_a_gradient(tmp_path: Path) -> None:
     run = train_here(recipe(**(more | {"zo.objective": "f1"})), tmp_path / "no")
     failure = run.failure()
     assert failure is not None
-    assert "zo.objective: the task measures accuracy; got 'f1'" in failure.message
+    assert "zo.objective: expected one of the task's metrics accuracy; got 'f1'" in failure.message
 
 
 @pytest.mark.parametrize(
@@ -631,7 +633,7 @@ def test_an_objective_is_raised_or_with_a_minus_lowered(objective: str, value: f
 
 
 def test_what_is_better_if_it_is_less_is_not_raised() -> None:
-    with pytest.raises(RecipeError, match="zo.objective: less of loss is better; expected '-loss', to lower"):
+    with pytest.raises(RecipeError, match="zo.objective: lower values of loss are better; expected '-loss', to minim"):
         make_closure(accurate(), nn.Linear(3, 1), [], (0, 0, 0), None, "loss")
 
 
@@ -644,10 +646,10 @@ def test_a_trajectory_of_another_model_is_refused(tmp_path: Path) -> None:
         for first in (0, 2):
             with pytest.raises(CheckpointError, match="expected frozen weights and buffers with digest"):
                 replay_trajectory(run.trajectory, module, first)
-    with pytest.raises(CheckpointError, match="expected the 4 steps that the model has behind it; got 3"):
+    with pytest.raises(CheckpointError, match="expected the 4 steps that the model contains; got 3"):
         replay_trajectory(run.trajectory, resolve_recipe(plan, run)[1].model(0), 4)
     other = resolve_recipe(plan, run)[1].model(1)
-    with pytest.raises(CheckpointError, match="this trajectory starts from weights and directions with digest"):
+    with pytest.raises(CheckpointError, match="expected weights and directions with digest"):
         replay_trajectory(run.trajectory, other)
     (tmp_path / "no").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="this is not a trajectory"):
@@ -722,8 +724,11 @@ def flat() -> Task:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"zo.distribution": "gaussian"}, "expected distribution = 'rademacher' as the run began; got 'gaussian'"),
-        ({"zo.sparsity": 0.5}, "expected sparsity = 0.0 as the run began; got 0.5"),
+        (
+            {"zo.distribution": "gaussian"},
+            "expected distribution = 'rademacher' as at the start of the run; got 'gaussian'",
+        ),
+        ({"zo.sparsity": 0.5}, "expected sparsity = 0.0 as at the start of the run; got 0.5"),
         (
             {"freeze.match": ["out.bias"]},
             "expected the same trainable parameters, types and scales of directions as at the start of the run; "
@@ -736,7 +741,7 @@ def flat() -> Task:
         ),
         (
             {"optimizer.groups": [{"match": "out.bias", "lr_scale": 0.25}]},
-            "expected groups = [] as the run began; got [{'match': 'out.bias', 'lr_scale': 0.25, 'decay_1d': "
+            "expected groups = [] as at the start of the run; got [{'match': 'out.bias', 'lr_scale': 0.25, 'decay_1d': "
             "None, 'lr': None}]",
         ),
     ],
@@ -775,10 +780,10 @@ def test_steps_that_were_not_written_down_are_missed(tmp_path: Path) -> None:
     run = train_here(recipe(steps=60), tmp_path / "run")
     failure = run.failure()
     assert failure is not None
-    assert failure.message.startswith(f"zo.trajectory: expected step 21 in {run.trajectory}; it is not there; ")
+    assert failure.message.startswith(f"zo.trajectory: expected step 21 in {run.trajectory}; it is missing; ")
     with Trajectory(tmp_path / "t", {**read_trajectory(run.trajectory)[0]}, 0) as holed:
         holed.append(1, 0.5, [(1, 1.0)])
-    with pytest.raises(CheckpointError, match="expected step 1 of the run next; it is not there"):
+    with pytest.raises(CheckpointError, match="expected step 1 of the run next; it is missing"):
         replay_trajectory(tmp_path / "t", resolve_recipe(recipe(), run)[1].model(0))
     Trajectory(tmp_path / "bare", {"base": "x"}, 0).close()
     with pytest.raises(RecipeError, match="expected distribution = None as at the start of the run; got 'gaussian'"):
@@ -797,10 +802,10 @@ def test_probes_leave_the_means_of_a_batch_norm(estimator: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"zo.blockwise": True}, "zo.blockwise: the model has no repeated blocks; take zo.blockwise ="),
+        ({"zo.blockwise": True}, "zo.blockwise: the model has no repeated blocks; set zo.blockwise ="),
         (
             {"optimizer.name": "zo-hybrid", "zo.first_order": ["oot.*"], "zo.trajectory": False},
-            "zo.first_order: no trainable parameter is called 'oot.*'; there are out.weight, ",
+            "zo.first_order: 'oot.*' matches no trainable parameter; there are out.weight, ",
         ),
     ],
 )
