@@ -62,7 +62,7 @@ class ProgressDisplay:
         self._speed: tuple[float, float] = (0.0, 0.0)  # (steps, samples) per second
         self._last: dict[str, Any] = {}
         self._valid: Mapping[str, float] = {}
-        self._next_line = 0.0
+        self._next_line, self._line_step = 0.0, -1  # no line says again what the last one did
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -151,7 +151,8 @@ class ProgressDisplay:
         if self._last:
             self._bar.start_task(self._task)
             self._bar.update(self._task, description=self._wording.doing, completed=self._step, numbers=self._numbers())
-        if not self._console.is_terminal and self._last and time.monotonic() > self._next_line:
+        new = bool(self._last) and self._last["step"] > self._line_step
+        if not self._console.is_terminal and new and time.monotonic() > self._next_line:
             self._line(self._last)
 
     def _update_speed(self, row: Mapping[str, Any]) -> None:
@@ -163,7 +164,7 @@ class ProgressDisplay:
             self._speed = (0.9 * old[0] + 0.1 * fresh[0], 0.9 * old[1] + 0.1 * fresh[1])
 
     def _line(self, row: Mapping[str, Any]) -> None:
-        self._next_line = time.monotonic() + LINE_SECONDS
+        self._next_line, self._line_step = time.monotonic() + LINE_SECONDS, row["step"]
         left = f"  {max(0, self._steps - row['step']) / self._speed[0]:.0f} s left" if self._speed[0] else ""
         self.print(f"{self._wording.unit} {row['step']}/{self._steps}  {self._numbers()}{left}")
 

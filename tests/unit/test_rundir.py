@@ -311,3 +311,15 @@ def test_a_tail_follows_a_file_that_is_added_to_and_replaced(run: RunDirectory) 
 def test_results_are_json(run: RunDirectory) -> None:
     run.write_result(Result("done", metrics={"loss": 1.5}, figures={"steps": 3}))
     assert json.loads(run.result.read_text())["metrics"] == {"loss": 1.5}
+
+
+def test_a_line_of_progress_is_shown_once_and_slow_steps_by_the_minute(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("raytrain.run.progress.LINE_SECONDS", 0.0)
+    display = ProgressDisplay(run, 10, WORDING)
+    for step in (1, 2):
+        run.append(run.metrics, {"step": step, "seconds": 30.0 * step})
+        for _ in range(3):
+            display._poll()
+    assert capsys.readouterr().err.splitlines() == ["round 1/10  ", "round 2/10  2.0 rounds/min  240 s left"]
