@@ -14,6 +14,7 @@ from federated.flower.identity import assume_identity
 from federated.flower.strategy_run import StrategyRun
 from federated.gradients import load_arrays, trainable_parameters
 from federated.recipe import FederateRecipe
+from federated.results import load_federated_model
 from federated.server import CommunicationRound
 from raytrain.errors import RecipeError
 
@@ -133,3 +134,26 @@ def test_arguments_that_a_strategy_does_not_take_are_refused() -> None:
         StrategyRun(recipe_of(**{"strategy.name": "FedProx", "strategy.arguments": {"mu": 1}}))
     with pytest.raises(RecipeError, match=r"^strategy.arguments: QFedAvg: .*missing 1 .*'client_learning_rate'"):
         StrategyRun(recipe_of(**{"strategy.name": "QFedAvg"}))
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ({}, ["1.weight", "1.bias", "5.weight", "5.bias"]),
+        ({"freeze.match": ["1.*"]}, ["5.weight", "5.bias"]),
+        ({"adapter.name": "lora", "adapter.r": 2, "adapter.target_modules": ["1"]}, ["1.lora_A", "1.lora_B"]),
+    ],
+    ids=["all", "last layer", "LoRA"],
+)
+def test_a_run_of_some_parameters_is_loaded_as_it_was(more: dict[str, Any], names: list[str], tmp_path: Path) -> None:
+    task = {"name": "digits", "model": "mlp", "widths": [16]}
+    recipe = recipe_of(**more, task=task, **{"protocol.local_steps": 20})
+    run = StrategyRun(recipe)
+    assert [name.removesuffix(".default.weight") for name in run.arrays] == names
+    before = run.evaluate()["loss"]
+    InProcessGrid(recipe).play(run, tmp_path)
+    run.save_model(tmp_path)
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    evaluated = load_federated_model(tmp_path, {}).evaluate()
+    assert evaluated == {"step": 3, **run.evaluate()}
+    assert evaluated["loss"] < before
