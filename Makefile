@@ -1,5 +1,5 @@
 # Everything on a machine that has only Python 3.11+ and make. A second call installs nothing.
-#   make demo    train on built-in data, in an environment of its own
+#   make demo    train, search and federate on built-in data, in an environment of its own
 #   make test    all tests, two files at a time
 #   make lint    style, imports, types
 #   make bench   benchmarks (an hour); make bench BENCH=finetune for one that takes longer
@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 BENCH ?= loop_overhead resume ingest
 
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -17,7 +18,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.base
-	$(BIN)/raytrain train digits --set workers=$$($(BIN)/python -c 'import os; print(min(2, os.cpu_count()))')
+	$(BIN)/raytrain train digits --out $(DEMO)/train workers=$$($(BIN)/python -c 'import os; print(min(2, os.cpu_count()))')
+	$(BIN)/raytrain search digits-pbt --out $(DEMO)/search
+	$(BIN)/raytrain federate digits-fedkseed --out $(DEMO)/federate
+	for run in train search federate; do $(BIN)/raytrain report $(DEMO)/$$run || exit 1; done
 
 test: $(VENV)/.dev
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

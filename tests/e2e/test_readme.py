@@ -21,6 +21,10 @@ pytestmark = pytest.mark.timeout(1800)  # on a busy machine; alone it takes a fr
 
 ROOT = Path(__file__).parents[2]
 FEWER = ["steps=4", "evaluation.every=2", "log.every=1", "log.loggers=[]", "resources.cpus=1"]
+FEWER_OF = {
+    "search": ["base.steps=20", "search.interval=10", "search.population=4", "slots=1", "base.log.loggers=[]"],
+    "federate": ["rounds=1", "protocol.local_steps=4", "clients.actors=1"],
+}
 SMALLER = {
     "digits": ["task.widths=[4]"],
     "mine:circle": [],
@@ -50,7 +54,7 @@ def commands() -> list[list[str]]:
 def fewer(words: list[str]) -> list[str]:
     """Return the words with fewer steps, and with this README as the text to learn."""
     if words[0] != "train":
-        return words
+        return [*words, *FEWER_OF.get(words[0], [])]
     if "--resume" in words:
         return [re.sub(r"^steps=.*", "steps=8", word) for word in words]
     words = [re.sub(r"^task.path=.*txt$", f"task.path={ROOT / 'README.md'}", word) for word in words]
