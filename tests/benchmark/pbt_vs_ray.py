@@ -226,7 +226,9 @@ def failures(scheduler: Any, reports: int) -> int:
         tuner = tune.Tuner(
             report_values,
             run_config=tune.RunConfig(storage_path=folder, verbose=0, stop={"training_iteration": reports}),
-            tune_config=tune.TuneConfig(scheduler=scheduler, metric="score", mode="max", num_samples=8),
+            tune_config=tune.TuneConfig(
+                scheduler=scheduler, metric="score", mode="max", num_samples=8, reuse_actors=True
+            ),
             param_space={"depth": tune.randint(DEPTHS[0], DEPTHS[1] + 1), "optimizer": tune.choice(WORDS)},
         )
         try:
@@ -234,7 +236,8 @@ def failures(scheduler: Any, reports: int) -> int:
         except Exception as error:  # of the scheduler, which ends the whole run
             print(f"{type(scheduler).__name__}: {type(error).__name__}: {error}")
             return 8
-        seen = [depth for result in results for depth in result.metrics_dataframe["seen_depth"]]
+        frames = [result.metrics_dataframe for result in results if "seen_depth" in (result.metrics or {})]
+        seen = [depth for frame in frames for depth in frame["seen_depth"]]
         return results.num_errors + sum(not DEPTHS[0] <= depth <= DEPTHS[1] for depth in seen)
 
 
