@@ -22,7 +22,7 @@ from raytrain.files import fsync_path, write_atomic
 
 FORMAT = "raytrain federated server 1"
 DIGEST_BYTES = 32
-KEPT = 2
+KEPT_STATES = 2
 
 State = dict[str, NDArray[Any]]
 
@@ -40,7 +40,7 @@ def write_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / f"round-{round_number:08d}.state", hashlib.sha256(data).digest() + data)
         fsync_path(folder)
-        for old in _listed(folder)[:-KEPT]:
+        for old in _listed(folder)[:-KEPT_STATES]:
             old.unlink()
     except OSError as error:
         raise CheckpointError(f"{folder}: the state after round {round_number} cannot be written: {error}") from error

@@ -66,7 +66,7 @@ ProtocolField = Annotated[
 PartitionField = Annotated[
     SerializeAsAny[PartitionOptions], options_by_name(PARTITIONS, "partition", options_of_partition, "iid")
 ]
-OptimizerField = Annotated[
+ClientOptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions],
     options_by_name(ALL_OPTIMIZERS, "optimizer", options_of_optimizer, "zo-sgd", known=optimizer_options),
 ]
@@ -152,7 +152,7 @@ class FederateRecipe(Recipe):
     partition: PartitionField = Field(default={}, validate_default=True)
     protocol: ProtocolField = Field(default={}, validate_default=True)
     strategy: Strategy = Strategy()
-    optimizer: OptimizerField = Field(default={}, validate_default=True)
+    optimizer: ClientOptimizerField = Field(default={}, validate_default=True)
     schedule: Schedule = Schedule(name="constant")
     zo: ZeroOrder = ZeroOrder()
     evaluation: FederatedEvaluation = FederatedEvaluation()

@@ -13,14 +13,14 @@ from typing import IO, Self
 
 from federated.encodings import PayloadError
 from federated.global_model import GlobalModel
-from federated.protocols.protocol import Protocol, Report
+from federated.protocols.protocol import ClientReport, Protocol
 from federated.wire import Cursor
 from raytrain.errors import CheckpointError
 from raytrain.files import write_atomic
 
 MAGIC = b"raytrain federated rounds 1\n"
 ROUND = struct.Struct("<IH")
-CLIENT = struct.Struct("<II")
+LOG_ENTRY = struct.Struct("<II")
 
 
 class RoundLog:
@@ -43,10 +43,10 @@ class RoundLog:
         write_atomic(path, head + kept)
         self._file: IO[bytes] = path.open("ab")
 
-    def append(self, round_number: int, reports: list[Report]) -> None:
+    def append(self, round_number: int, reports: list[ClientReport]) -> None:
         """Add a round, on the disk when this returns: the state that counts on it is saved after it."""
         entries = [
-            CLIENT.pack(report.client, report.examples) + self._protocol.encoding.write(report.scalars)
+            LOG_ENTRY.pack(report.client, report.examples) + self._protocol.encoding.write(report.scalars)
             for report in reports
         ]
         self._file.write(ROUND.pack(round_number, len(reports)) + b"".join(entries))
@@ -83,18 +83,18 @@ def replay(path: Path, protocol: Protocol, base: str) -> GlobalModel:
     return model
 
 
-def _read(cursor: Cursor, protocol: Protocol) -> Iterator[list[Report]]:
+def _read(cursor: Cursor, protocol: Protocol) -> Iterator[list[ClientReport]]:
     """Yield the reports of each round that is there as a whole."""
     steps, size = protocol.options.local_steps, protocol.encoding.size(protocol.options.local_steps)
     while cursor.left() >= ROUND.size:
         round_number, heard = ROUND.unpack(cursor.read(ROUND.size, "a round"))
-        if cursor.left() < heard * (CLIENT.size + size):
+        if cursor.left() < heard * (LOG_ENTRY.size + size):
             return
         reports = []
         for _ in range(heard):
-            client, examples = CLIENT.unpack(cursor.read(CLIENT.size, "a client"))
+            client, examples = LOG_ENTRY.unpack(cursor.read(LOG_ENTRY.size, "a client"))
             scalars = protocol.encoding.read(cursor.read(size, "scalars"), steps)
-            reports.append(Report(client, examples, scalars, protocol.directions(round_number, client)))
+            reports.append(ClientReport(client, examples, scalars, protocol.directions(round_number, client)))
         yield reports
 
 
@@ -103,7 +103,7 @@ def _rounds(path: Path, head: bytes, protocol: Protocol, version: int) -> bytes:
     content = path.read_bytes() if path.is_file() else b""
     if not content.startswith(head):
         raise CheckpointError(f"{path}: expected the log of this run; it is not there, or is another's")
-    entry = CLIENT.size + protocol.encoding.size(protocol.options.local_steps)
+    entry = LOG_ENTRY.size + protocol.encoding.size(protocol.options.local_steps)
     cursor = Cursor(content[len(head) :])
     try:
         for number in range(version):

@@ -20,7 +20,7 @@ from federated.broadcast import ModelHistory
 from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
 from federated.global_model import GlobalModel
-from federated.protocols.protocol import Protocol, Report
+from federated.protocols.protocol import ClientReport, Protocol
 from federated.sampling import participants
 from federated.wire import ReportHeader, check_report_seal, is_lost, read_report
 from raytrain.errors import RecipeError
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 REFUSALS_KEPT = 20
 """Of a round, with their reasons; all are counted."""
 
-Outcome = Literal["heard", "lost", "refused", "missing"]
+ReportOutcome = Literal["heard", "lost", "refused", "missing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,9 @@ class CommunicationRound:
     number: int
     clients: tuple[int, ...]
     asked: set[int] = field(default_factory=set)
-    heard: dict[int, Report] = field(default_factory=dict)
+    heard: dict[int, ClientReport] = field(default_factory=dict)
     missing: dict[int, str] = field(default_factory=dict)
-    used: list[Report] = field(default_factory=list)
+    used: list[ClientReport] = field(default_factory=list)
     refused: int = 0
     refusals: list[str] = field(default_factory=list)
     bytes_down: int = 0
@@ -98,7 +98,7 @@ class CommunicationRound:
         index = bisect_left(self.clients, client)
         return index < len(self.clients) and self.clients[index] == client
 
-    def refuse(self, client: int, reason: str) -> Outcome:
+    def refuse(self, client: int, reason: str) -> ReportOutcome:
         """Note that a client's report is not used."""
         self.refused += 1
         if len(self.refusals) < REFUSALS_KEPT:
@@ -106,7 +106,7 @@ class CommunicationRound:
             logger.warning("%s; the report is not used", self.refusals[-1])
         return "refused"
 
-    def miss(self, client: int, reason: str) -> Outcome:
+    def miss(self, client: int, reason: str) -> ReportOutcome:
         """Note that nothing of a client was heard in time."""
         self.missing[client] = reason
         return "missing"
@@ -188,7 +188,7 @@ class Server:
         going.payloads += 1
         return payload
 
-    def hear(self, client: int, data: bytes) -> Outcome:
+    def hear(self, client: int, data: bytes) -> ReportOutcome:
         """Take a client's report, and return what became of it.
 
         Returns:
@@ -266,7 +266,7 @@ class Server:
             raise RuntimeError("no round is going on; call sample() first")
         return self.round
 
-    def _report(self, going: CommunicationRound, client: int, data: bytes, expected: ReportHeader) -> Report:
+    def _report(self, going: CommunicationRound, client: int, data: bytes, expected: ReportHeader) -> ClientReport:
         if client not in going.asked:
             raise PayloadError("expected a client that was asked; this one was not")
         if client in going.heard:
@@ -276,4 +276,4 @@ class Server:
         finite = scalars[~np.isnan(scalars)]
         if len(finite) and np.abs(finite).max() > self._limits.largest:
             raise PayloadError(f"expected numbers up to {self._limits.largest:g}; got {np.abs(finite).max():g}")
-        return Report(client, examples, scalars, self.protocol.directions(going.number, client))
+        return ClientReport(client, examples, scalars, self.protocol.directions(going.number, client))

@@ -31,7 +31,7 @@ VARIANTS: list[Variant] = [
 """Names of protocols, and options that are awkward."""
 
 
-def protocol_of(variant: Variant, rounds: int = ROUNDS, **more: Any) -> Protocol:
+def make_protocol(variant: Variant, rounds: int = ROUNDS, **more: Any) -> Protocol:
     """Return a protocol with few steps, whose learning rate falls."""
     name, options = variant
     factory = resolve(PROTOCOLS, name, "protocol.name")
@@ -47,7 +47,7 @@ def server_of(
 ) -> Server:
     """Return a server of few clients, as a run begins."""
     participation = Participation(clients, per_round, more.pop("quorum", 1))
-    return Server(protocol_of(variant, **more), BASE, participation, limits)
+    return Server(make_protocol(variant, **more), BASE, participation, limits)
 
 
 def random_scalars(seed: int, count: int = STEPS) -> Floats:

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from federated.encodings import Encoding, Floats, PayloadError
 
 REPORT = struct.Struct("<IHHI")
-MODEL = struct.Struct("<IHH")
+MODEL_HEADER = struct.Struct("<IHH")
 SEAL_BYTES = 8
 REPORT_BYTES = REPORT.size + SEAL_BYTES
-MODEL_BYTES = MODEL.size + SEAL_BYTES
+MODEL_BYTES = MODEL_HEADER.size + SEAL_BYTES
 NO_KEY = b"no coefficients"
 """Seals what a client says that has none."""
 
@@ -187,7 +187,7 @@ class ModelHeader:
 
 def write_model(header: ModelHeader, body: bytes, key: bytes) -> bytes:
     """Return a model payload; `key` is the digest of the coefficients that it makes."""
-    fields = MODEL.pack(header.version, header.base, header.form)
+    fields = MODEL_HEADER.pack(header.version, header.base, header.form)
     return fields + _seal(fields + body, key) + body
 
 
@@ -199,12 +199,12 @@ def read_model(data: bytes) -> tuple[ModelHeader, bytes]:
     """
     if len(data) < MODEL_BYTES:
         raise PayloadError(f"expected at least {MODEL_BYTES} bytes; got {len(data)}")
-    return ModelHeader(*MODEL.unpack_from(data)), data[MODEL_BYTES:]
+    return ModelHeader(*MODEL_HEADER.unpack_from(data)), data[MODEL_BYTES:]
 
 
 def has_model_seal(data: bytes, key: bytes) -> bool:
     """Return whether a model payload is as it was sent, and makes the coefficients with this digest."""
-    return data[MODEL.size : MODEL_BYTES] == _seal(data[: MODEL.size] + data[MODEL_BYTES:], key)
+    return data[MODEL_HEADER.size : MODEL_BYTES] == _seal(data[: MODEL_HEADER.size] + data[MODEL_BYTES:], key)
 
 
 def _seal(data: bytes, key: bytes, client: int | None = None) -> bytes:

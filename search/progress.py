@@ -16,7 +16,7 @@ from raytrain.run.progress import Tail
 from raytrain.terminal import printable, printable_line
 from search.standings import Standings
 
-LOOK_SECONDS = 0.25
+SEARCH_POLL_SECONDS = 0.25
 SEARCH_LINE_SECONDS = 10.0
 MOST_ROWS = 24
 """Members in the table; of more, those with the best scores."""
@@ -70,7 +70,7 @@ class SearchDisplay:
         asked = False
         while True:
             try:
-                done = ended.wait(LOOK_SECONDS)
+                done = ended.wait(SEARCH_POLL_SECONDS)
                 self._look(steps())
                 if done:
                     return True

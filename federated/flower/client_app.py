@@ -25,7 +25,7 @@ app = ClientApp()
 
 
 @app.train()
-def train(message: Message, context: Context) -> Message:
+def answer_train(message: Message, context: Context) -> Message:
     """Return what the client reports on a round."""
     recipe = recipe_of(context.node_config)
     if not recipe.seeded:

@@ -8,15 +8,15 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-Record = ArrayRecord | MetricRecord | ConfigRecord
-FlatRecord = tuple[type[Record], dict[str, Any]]
+FlowerRecord = ArrayRecord | MetricRecord | ConfigRecord
+FlatRecord = tuple[type[FlowerRecord], dict[str, Any]]
 """The class of a record, and its instance dictionary."""
 
 FlatContent = dict[str, FlatRecord]
 """The records of a message, by name."""
 
 
-def flatten(record: Record) -> FlatRecord:
+def flatten(record: FlowerRecord) -> FlatRecord:
     """Return a record as it is now."""
     return type(record), _copied(record.__dict__)
 

@@ -31,7 +31,7 @@ app = ServerApp()
 
 
 @app.main()
-def main(grid: Grid, context: Context) -> None:
+def serve_federated(grid: Grid, context: Context) -> None:
     """Play the rounds of the recipe that the run's configuration names, from what its folder holds of them."""
     config = context.run_config
     directory = RunDirectory(Path(str(config["out"])).absolute())

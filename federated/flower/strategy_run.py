@@ -24,7 +24,7 @@ from federated.flower.channel import GridMessenger, nobody
 from federated.flower.gradient_client import ARRAYS, METRICS, load_gradient_clients
 from federated.flower.seeding import global_seed
 from federated.gradients import Arrays, arrays_of, load_arrays
-from federated.protocols.protocol import Report
+from federated.protocols.protocol import ClientReport
 from federated.recipe import STRATEGIES, FederateRecipe
 from federated.records import PARAMETERS
 from federated.rounds import STATES
@@ -171,7 +171,7 @@ class StrategyRun:
             going.refuse(client, str(error))
             return
         replies[client] = content
-        going.heard[client] = Report(client, examples, NOTHING, NOTHING.astype(np.int64))
+        going.heard[client] = ClientReport(client, examples, NOTHING, NOTHING.astype(np.int64))
 
     def _aggregate(self, going: CommunicationRound, replies: Mapping[int, RecordDict]) -> None:
         """Average what was heard, in the order of clients; without a quorum the parameters stay as they are."""

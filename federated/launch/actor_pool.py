@@ -16,8 +16,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from federated.launch.client_actor import FIRST_NODE, ClientActor, ClientFactory, Outcome, Population
-from federated.launch.outbox import LOOK_SECONDS, Outbox, Pending
+from federated.launch.client_actor import FIRST_NODE, ClientActor, ClientFactory, ClientOutcome, ClientPopulation
+from federated.launch.outbox import OUTBOX_POLL_SECONDS, Outbox, Pending
 from raytrain.errors import RecipeError
 
 ACTORS_PER_GPU = 2
@@ -96,7 +96,7 @@ class ActorPool:
         self,
         options: ActorOptions,
         factory: ClientFactory,
-        population: Population,
+        population: ClientPopulation,
         raise_if_stopped: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
@@ -110,7 +110,7 @@ class ActorPool:
         self._threads: list[ActorThread] = []
         self._places = placement_group([amounts] * self.count)
         try:
-            while not self._places.wait(LOOK_SECONDS):
+            while not self._places.wait(OUTBOX_POLL_SECONDS):
                 raise_if_stopped()
             starts = [self._start(place) for place in range(self.count)]
             _await_all([loaded for _, loaded in starts], raise_if_stopped)
@@ -163,7 +163,7 @@ def _await_all(refs: list[ray.ObjectRef], raise_if_stopped: Callable[[], None]) 
         RecipeError: one of them is an error.
     """
     while refs:
-        ready, refs = ray.wait(refs, timeout=LOOK_SECONDS)
+        ready, refs = ray.wait(refs, timeout=OUTBOX_POLL_SECONDS)
         raise_if_stopped()
         try:
             ray.get(ready)
@@ -231,11 +231,11 @@ class ActorThread(threading.Thread):
         """End the actor, whatever it does."""
         ray.kill(self._actor)
 
-    def _serve(self, messages: Sequence[Pending]) -> Outcome:
+    def _serve(self, messages: Sequence[Pending]) -> ClientOutcome:
         """Return what the actor makes of messages; an error for each of them if it dies."""
         try:
             ray.get(self._loading)
-            outcome: Outcome = ray.get(self._actor.serve.remote(self._outbox.batch_of(messages)))
+            outcome: ClientOutcome = ray.get(self._actor.serve.remote(self._outbox.batch_of(messages)))
             return outcome
         except RayActorError:
             if not self._outbox.closed:
@@ -243,4 +243,4 @@ class ActorThread(threading.Thread):
             code, reason = ErrorCode.CLIENT_APP_CRASHED, "its actor died: killed, out of memory, or crashed"
         except RayError as error:
             code, reason = ErrorCode.UNKNOWN, f"its actor failed: {_cause(error)}"
-        return Outcome([Error(code, f"client {message.node - FIRST_NODE}: {reason}") for message in messages])
+        return ClientOutcome([Error(code, f"client {message.node - FIRST_NODE}: {reason}") for message in messages])

@@ -31,7 +31,7 @@ ClientFactory = str | Callable[[], Client]
 
 
 @dataclass(frozen=True, slots=True)
-class Population:
+class ClientPopulation:
     """What all clients of a run have in common.
 
     Attributes:
@@ -53,7 +53,7 @@ class Population:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class MessageBatch:
     """Messages for an actor.
 
     Attributes:
@@ -67,12 +67,12 @@ class Batch:
     states: dict[int, FlatContent]
 
 
-Answer = FlatContent | Error
+FlatAnswer = FlatContent | Error
 """What a client answered: records, or the error in their place."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ClientOutcome:
     """What the clients of a batch answered.
 
     Attributes:
@@ -80,7 +80,7 @@ class Outcome:
         states: node -> what its client has left in `context.state`, for those that have or had something there.
     """
 
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[FlatAnswer] = field(default_factory=list)
     states: dict[int, FlatContent] = field(default_factory=dict)
 
 
@@ -96,7 +96,7 @@ class ClientActor:
         logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower's mods write a line for each client
         self._unpacker = Unpacker()
 
-    def load(self, factory: ClientFactory, population: Population) -> None:
+    def load(self, factory: ClientFactory, population: ClientPopulation) -> None:
         """Load the clients' app.
 
         Args:
@@ -110,9 +110,9 @@ class ClientActor:
         self._client = _load(factory)
         gc.freeze()  # Flower collects garbage for each client that empties a record: 0.2 s with all that is imported
 
-    def serve(self, batch: Batch) -> Outcome:
+    def serve(self, batch: MessageBatch) -> ClientOutcome:
         """Call the app for the messages of a batch, in their order, until its time is up; at least for the first."""
-        outcome = Outcome()
+        outcome = ClientOutcome()
         contents = self._unpacker.unpack(batch.contents)
         end = time.monotonic() + MAX_BATCH_SECONDS
         for fields, content in zip(batch.fields, batch.contents, strict=True):
@@ -121,7 +121,7 @@ class ClientActor:
             outcome.answers.append(self._answer(fields, restore(contents[id(content)]), batch, outcome))
         return outcome
 
-    def _answer(self, fields: Fields, content: RecordDict, batch: Batch, outcome: Outcome) -> Answer:
+    def _answer(self, fields: Fields, content: RecordDict, batch: MessageBatch, outcome: ClientOutcome) -> FlatAnswer:
         """Return the answer of a client to a message."""
         node: int = fields["_dst_node_id"]
         before = batch.states.get(node)
@@ -144,7 +144,7 @@ def client_error(node: int, error: BaseException) -> Error:
     return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
 
 
-def _content_of(reply: Any, node: int) -> Answer:
+def _content_of(reply: Any, node: int) -> FlatAnswer:
     """Return what a client answered, apart from what it may use again for the next one."""
     if not isinstance(reply, Message):
         return client_error(node, TypeError(f"expected a Message in return; got {type(reply).__name__}"))

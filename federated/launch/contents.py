@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ray
 from flwr.app import RecordDict
 
-from federated.flower.records import FlatContent, FlatRecord, Record, flatten
+from federated.flower.records import FlatContent, FlatRecord, FlowerRecord, flatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +23,7 @@ class Content:
     shared: ray.ObjectRef | None
 
 
-def pack(contents: Sequence[RecordDict]) -> dict[int, Content]:
+def pack_contents(contents: Sequence[RecordDict]) -> dict[int, Content]:
     """Return contents as they are now, by the `id` of each.
 
     Args:
@@ -33,7 +33,7 @@ def pack(contents: Sequence[RecordDict]) -> dict[int, Content]:
     uses = Counter(map(id, contents))
     distinct = {id(content): content for content in contents}
     counts: Counter[int] = Counter()
-    records: dict[int, Record] = {}
+    records: dict[int, FlowerRecord] = {}
     for key, content in distinct.items():
         for record in content.values():
             counts[id(record)] += uses[key]
@@ -42,7 +42,7 @@ def pack(contents: Sequence[RecordDict]) -> dict[int, Content]:
     places = {key: place for place, key in enumerate(shared)}
     ref = ray.put([flatten(records[key]) for key in shared]) if shared else None
 
-    def reference(record: Record) -> FlatRecord | int:
+    def reference(record: FlowerRecord) -> FlatRecord | int:
         return places[id(record)] if id(record) in places else flatten(record)
 
     return {

@@ -12,10 +12,10 @@ from flwr.common.constant import ErrorCode
 
 from federated.flower.envelope import Fields, reply_to
 from federated.flower.records import FlatContent, restore
-from federated.launch.client_actor import FIRST_NODE, MAX_BATCH_SECONDS, MIN_BATCH_SECONDS, Answer, Batch
+from federated.launch.client_actor import FIRST_NODE, MAX_BATCH_SECONDS, MIN_BATCH_SECONDS, FlatAnswer, MessageBatch
 from federated.launch.contents import Content
 
-LOOK_SECONDS = 0.25
+OUTBOX_POLL_SECONDS = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -131,12 +131,14 @@ class Outbox:
             self._expire(message, now)
         return message.given_up_at is None
 
-    def batch_of(self, messages: Sequence[Pending]) -> Batch:
+    def batch_of(self, messages: Sequence[Pending]) -> MessageBatch:
         """Return messages as an actor gets them."""
         states = {message.node: self._states[message.node] for message in messages if message.node in self._states}
-        return Batch([message.fields for message in messages], [message.content for message in messages], states)
+        return MessageBatch([message.fields for message in messages], [message.content for message in messages], states)
 
-    def answer(self, messages: Sequence[Pending], answers: Sequence[Answer], states: dict[int, FlatContent]) -> None:
+    def answer(
+        self, messages: Sequence[Pending], answers: Sequence[FlatAnswer], states: dict[int, FlatContent]
+    ) -> None:
         """Keep the answers to messages, unless nobody waits for them any longer.
 
         Args:
@@ -190,7 +192,7 @@ class Outbox:
     def _await(self, message_id: str, end: float, raise_if_stopped: Callable[[], None]) -> None:
         """Wait until a message is answered or expired, or the end has come, in seconds of `time.monotonic`."""
         while (message := self._pending.get(message_id)) and (rest := end - time.monotonic()) > 0:
-            self._changed.wait(min(LOOK_SECONDS, rest))
+            self._changed.wait(min(OUTBOX_POLL_SECONDS, rest))
             if message.expired(now := time.time()):
                 self._expire(message, now)
             raise_if_stopped()

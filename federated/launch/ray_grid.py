@@ -15,8 +15,8 @@ from flwr.supercore.run import Run, RunNotRunningException
 from federated.flower.envelope import stamp
 from federated.flower.identity import assume_identity
 from federated.launch.actor_pool import ActorOptions, ActorPool
-from federated.launch.client_actor import ClientFactory, Population
-from federated.launch.contents import pack
+from federated.launch.client_actor import ClientFactory, ClientPopulation
+from federated.launch.contents import pack_contents
 from federated.launch.outbox import Pending
 
 RUN_ID = 1
@@ -52,7 +52,7 @@ class RayGrid(Grid):
         stopped: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = logger.warning,
     ) -> None:
-        self._population = Population(clients, dict(run_config or {}))
+        self._population = ClientPopulation(clients, dict(run_config or {}))
         self._stopped = stopped
         self._numbers = count(1)
         self.set_run(Run.create_empty(RUN_ID))
@@ -111,7 +111,7 @@ class RayGrid(Grid):
         """
         self._supervise()
         outgoing = list(messages)
-        contents = pack([message.content for message in outgoing])
+        contents = pack_contents([message.content for message in outgoing])
         pending = [
             Pending(stamp(message, str(next(self._numbers))), contents[id(message.content)]) for message in outgoing
         ]

@@ -10,7 +10,14 @@ from pydantic import Field, field_validator
 
 from federated.encodings import ENCODINGS, Floats
 from federated.global_model import NewSeeds, RoundRates, SeedPool
-from federated.protocols.protocol import Protocol, ProtocolOptions, Report, check_pool, client_weights, nan_as_zero
+from federated.protocols.protocol import (
+    ClientReport,
+    Protocol,
+    ProtocolOptions,
+    check_pool,
+    client_weights,
+    nan_as_zero,
+)
 from federated.sampling import Indices, common_seeds
 from federated.wire import Cursor
 
@@ -99,7 +106,7 @@ class CommonSeeds(CommonSeedsProtocol):
         super().__init__(options, rates, master, options.up, "float32" if options.down == "float32" else "float16")
         self._mean = ENCODINGS[options.down]
 
-    def write_summary(self, reports: Sequence[Report]) -> bytes:
+    def write_summary(self, reports: Sequence[ClientReport]) -> bytes:
         """Return the mean, rounded once for all."""
         mean = np.zeros(self.options.local_steps)
         for weight, report in zip(client_weights(reports, self.options.weighting), reports, strict=True):

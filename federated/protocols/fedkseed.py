@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federated.global_model import RoundRates, SeedPool
-from federated.protocols.protocol import PoolOptions, Protocol, Report, client_weights, nan_as_zero
+from federated.protocols.protocol import ClientReport, PoolOptions, Protocol, client_weights, nan_as_zero
 from federated.sampling import Indices, pool_directions
 from federated.wire import Cursor
 
-CLIENT = struct.Struct("<II")
+SUMMARY_ENTRY = struct.Struct("<II")
 """Of a client in a summary: its number and its examples."""
 
 
@@ -36,9 +36,11 @@ class FedKSeed(Protocol):
         """Draw uniformly; both sides can, so no indices are sent."""
         return pool_directions(self.master, round_number, client, self.options.local_steps, self.pool)
 
-    def write_summary(self, reports: Sequence[Report]) -> bytes:
+    def write_summary(self, reports: Sequence[ClientReport]) -> bytes:
         """Return all reports: number and examples of each client, and its numbers."""
-        return b"".join(CLIENT.pack(report.client, report.examples) + self._write_entry(report) for report in reports)
+        return b"".join(
+            SUMMARY_ENTRY.pack(report.client, report.examples) + self._write_entry(report) for report in reports
+        )
 
     def read_summary(self, cursor: Cursor, heard: int) -> bytes:
         """Return all reports of a round."""
@@ -57,15 +59,15 @@ class FedKSeed(Protocol):
         gradients = [weight * nan_as_zero(report.scalars) for weight, report in zip(weights, reports, strict=True)]
         return np.concatenate([report.directions for report in reports]), np.concatenate(gradients)
 
-    def _read_report(self, cursor: Cursor, round_number: int) -> Report:
-        client, examples = CLIENT.unpack(cursor.read(CLIENT.size, "a client"))
+    def _read_report(self, cursor: Cursor, round_number: int) -> ClientReport:
+        client, examples = SUMMARY_ENTRY.unpack(cursor.read(SUMMARY_ENTRY.size, "a client"))
         directions, scalars = self._read_entry(cursor, round_number, client)
-        return Report(client, examples, self.encoding.read(scalars, self.options.local_steps), directions)
+        return ClientReport(client, examples, self.encoding.read(scalars, self.options.local_steps), directions)
 
     def _entry_size(self) -> int:
-        return CLIENT.size + self.encoding.size(self.options.local_steps)
+        return SUMMARY_ENTRY.size + self.encoding.size(self.options.local_steps)
 
-    def _write_entry(self, report: Report) -> bytes:
+    def _write_entry(self, report: ClientReport) -> bytes:
         return self.encoding.write(report.scalars)
 
     def _read_entry(self, cursor: Cursor, round_number: int, client: int) -> tuple[Indices, bytes]:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from federated.global_model import RoundRates
 from federated.protocols.fedkseed import FedKSeed
-from federated.protocols.protocol import PoolOptions, Report
+from federated.protocols.protocol import ClientReport, PoolOptions
 from federated.sampling import Indices, important_directions
 from federated.wire import Cursor, read_indices, write_indices
 
@@ -41,7 +41,7 @@ class FedKSeedPro(FedKSeed):
         likely: NDArray[np.float64] = scaled / scaled.sum()
         return likely
 
-    def observe(self, reports: Sequence[Report]) -> None:
+    def observe(self, reports: Sequence[ClientReport]) -> None:
         """Add a round's projected gradients to the means of their seeds."""
         for report in reports:
             heard = ~np.isnan(report.scalars)
@@ -59,7 +59,7 @@ class FedKSeedPro(FedKSeed):
     def _entry_size(self) -> int:
         return super()._entry_size() + 2 * self.options.local_steps
 
-    def _write_entry(self, report: Report) -> bytes:
+    def _write_entry(self, report: ClientReport) -> bytes:
         return write_indices(report.directions) + super()._write_entry(report)
 
     def _read_entry(self, cursor: Cursor, round_number: int, client: int) -> tuple[Indices, bytes]:  # noqa: ARG002

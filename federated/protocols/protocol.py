@@ -105,7 +105,7 @@ def check_pool(pool: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ClientReport:
     """What the server heard of a client in a round.
 
     Attributes:
@@ -163,7 +163,7 @@ class Protocol(ABC):
         """Return the indices of the directions that a client probes in a round, in order, shape (steps,)."""
 
     @abstractmethod
-    def write_summary(self, reports: Sequence[Report]) -> bytes:
+    def write_summary(self, reports: Sequence[ClientReport]) -> bytes:
         """Return what the pseudo-gradient of one or more reports follows from."""
 
     @abstractmethod
@@ -186,7 +186,7 @@ class Protocol(ABC):
             PayloadError: the summary is malformed.
         """
 
-    def observe(self, reports: Sequence[Report]) -> None:  # noqa: B027 - most learn nothing
+    def observe(self, reports: Sequence[ClientReport]) -> None:  # noqa: B027 - most learn nothing
         """Learn from a round's reports what the server alone knows."""
 
     def state(self) -> dict[str, NDArray[np.float64]]:
@@ -216,7 +216,7 @@ class Protocol(ABC):
         origin = hashlib.sha256(about + self.rates.lr.tobytes()).hexdigest()
         return GlobalModel(origin, np.zeros(self.table.size(0)))
 
-    def summarise(self, reports: Sequence[Report]) -> bytes:
+    def summarise(self, reports: Sequence[ClientReport]) -> bytes:
         """Return a round's summary: how many clients were heard, and what its pseudo-gradient follows from.
 
         Args:
@@ -257,7 +257,7 @@ class Protocol(ABC):
         return self.table.seeds(indices), model.coefficients[indices] * self.rates.shrinkage[model.version]
 
 
-def client_weights(reports: Sequence[Report], weighting: str) -> list[float]:
+def client_weights(reports: Sequence[ClientReport], weighting: str) -> list[float]:
     """Return the weight of each client among those heard; they add up to 1."""
     counts = [report.examples if weighting == "examples" else 1 for report in reports]
     return [count / sum(counts) for count in counts]

@@ -7,7 +7,7 @@ import numpy as np
 from federated.encodings import ENCODINGS, Floats, PayloadError
 from federated.global_model import RoundRates
 from federated.protocols.common_seeds import CommonOptions, CommonSeedsProtocol
-from federated.protocols.protocol import Report
+from federated.protocols.protocol import ClientReport
 from federated.wire import Cursor
 
 ALL_DECIDED, SOME_EVEN = b"\0", b"\1"
@@ -36,7 +36,7 @@ class Sign(CommonSeedsProtocol):
         """Return a vote that half of the clients cast for, and half against: one bit has no room for none."""
         return 1.0 if (seed ^ client) % 2 else -1.0
 
-    def write_summary(self, reports: Sequence[Report]) -> bytes:
+    def write_summary(self, reports: Sequence[ClientReport]) -> bytes:
         """Return a bit for each vote, and if one of them is even, another one that says whether it is decided."""
         votes = np.sum([report.scalars for report in reports], axis=0)
         bits, decided = ENCODINGS["sign"].write(votes), ENCODINGS["sign"].write(np.abs(votes))

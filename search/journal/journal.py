@@ -11,8 +11,8 @@ from raytrain.files import fsync_path, write_atomic
 from search.journal.lineage import Chain, Lineage
 from search.journal.store import StateStore
 from search.scheduling.scheduler import Scheduler
-from search.scheduling.segments import Report
-from search.scheduling.work import Outcome, Work
+from search.scheduling.segments import SegmentReport
+from search.scheduling.work import Work, WorkOutcome
 
 STATE_FORMAT = 1
 
@@ -59,7 +59,7 @@ class Journal:
             self._commit(rows)
         return works
 
-    def tell(self, outcome: Outcome) -> str:
+    def tell(self, outcome: WorkOutcome) -> str:
         """Learn how an attempt ended, and return "" or why the outcome was refused; see `Scheduler.tell`."""
         refused = self._scheduler.tell(outcome)
         if not refused:
@@ -67,7 +67,7 @@ class Journal:
         return refused
 
     @property
-    def best(self) -> Report | None:
+    def best(self) -> SegmentReport | None:
         """The best report so far."""
         return self._scheduler.best
 

@@ -10,7 +10,7 @@ from search.journal.reports import Reports
 from search.launch.slots import SlotPool
 from search.options import SearchOptions
 from search.scheduling.driver import outcome_of, read_state
-from search.scheduling.work import Done, Failed, Outcome, Work
+from search.scheduling.work import Done, Failed, Work, WorkOutcome
 
 SearchStatus = Literal["done", "stopped early", "interrupted", "failed"]
 CLOSE_SECONDS = 10.0
@@ -107,7 +107,7 @@ class SearchLoop(threading.Thread):
             self._journal.expire()
             self._last_outcome = time.monotonic()
 
-    def _tell(self, work: Work, outcome: Outcome) -> None:
+    def _tell(self, work: Work, outcome: WorkOutcome) -> None:
         self._last_outcome = time.monotonic()
         if isinstance(outcome, Done) and outcome.attempt in self._journal.under_way:
             self._reports.add(work, outcome)  # before the decision, so that none is made of what is not written down

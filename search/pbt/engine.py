@@ -24,8 +24,8 @@ from search.rng import keyed_generator, keyed_seed
 from search.scheduling.scheduler import Problem, Scheduler, SearchError, summary_of
 from search.scheduling.segments import (
     Origin,
-    Report,
     Segment,
+    SegmentReport,
     next_segment,
     report_to_plain,
     segment_from_plain,
@@ -56,11 +56,11 @@ class PopulationBasedTraining(Scheduler):
     def __init__(self, problem: Problem, options: PBTOptions) -> None:
         super().__init__(problem, options.max_failures)
         self.options = options
-        self._reports: list[Report] = []
+        self._reports: list[SegmentReport] = []
         self._failures: dict[int, tuple[Segment, Failed]] = {}
         self._active = set(range(options.population))
         self._failed_in_a_row: dict[int, int] = {}
-        self._observations: list[Report] = []
+        self._observations: list[SegmentReport] = []
         self._trapped: set[str] = set()
 
     def expire(self) -> bool:
@@ -125,7 +125,7 @@ class PopulationBasedTraining(Scheduler):
             for member in sorted(self._active):
                 self._start(member, generation=0)
 
-    def _reported(self, report: Report) -> None:
+    def _reported(self, report: SegmentReport) -> None:
         self._failed_in_a_row.pop(report.member, None)
         self._reports.append(report)
         if not self.options.synchronous:
@@ -166,7 +166,7 @@ class PopulationBasedTraining(Scheduler):
             else:
                 self._replace(*failures[member], reports)
 
-    def _decide(self, own: Report, reports: Sequence[Report]) -> None:
+    def _decide(self, own: SegmentReport, reports: Sequence[SegmentReport]) -> None:
         """Begin the next segment of a member that has reported, or end it."""
         if own.snapshot.step >= self.problem.steps or self._is_last(own.segment):
             self._close(own, "end")
@@ -190,7 +190,7 @@ class PopulationBasedTraining(Scheduler):
             statistic=dict(selection.statistic),
         )
 
-    def _replace(self, segment: Segment, failure: Failed, reports: Sequence[Report]) -> None:
+    def _replace(self, segment: Segment, failure: Failed, reports: Sequence[SegmentReport]) -> None:
         """Begin the next segment of a member that has failed, as a clone of a good one."""
         donors = self._population(segment, self._latest(reports))
         hopeless = self._failed_in_a_row[segment.member] > max(1, self.options.max_failures)
@@ -215,20 +215,22 @@ class PopulationBasedTraining(Scheduler):
         segment = Segment(self._next_row, member, generation, Origin(), None, self._until(0), configuration, seed)
         self._open(segment, action="start", **why)
 
-    def _continue(self, before: Segment, source: Report, configuration: Configuration, action: str, **why: Any) -> None:
+    def _continue(
+        self, before: Segment, source: SegmentReport, configuration: Configuration, action: str, **why: Any
+    ) -> None:
         """Begin the next segment of a member from the state at the end of another one, or of its own last one."""
         segment = next_segment(before, self._next_row, source, self._until(source.snapshot.step), configuration)
         old = dict(before.configuration.changes)
         self._open(segment, action=action, ended=before.row, parent=source.member, old=old, **why)
 
-    def _select(self, own: Report, population: Population) -> Selection:
+    def _select(self, own: SegmentReport, population: Population) -> Selection:
         quorum = self.options.quorum * len(self._active)
         few = not self.options.synchronous and len(population.reports) < quorum
         if few or own.snapshot.step < self.options.burn_in:
             return KEEP
         return self.options.exploit.select(own, population, self._rng("exploit", own.segment))
 
-    def _inherit(self, own: Report, selection: Selection) -> tuple[Report, Report]:
+    def _inherit(self, own: SegmentReport, selection: Selection) -> tuple[SegmentReport, SegmentReport]:
         """Return whose weights and whose hyperparameters a member goes on with."""
         if selection.donor is None:
             return own, own
@@ -241,7 +243,7 @@ class PopulationBasedTraining(Scheduler):
         )
 
     def _explore(
-        self, segment: Segment, values_from: Report, state_from: Report, population: Population
+        self, segment: Segment, values_from: SegmentReport, state_from: SegmentReport, population: Population
     ) -> Configuration:
         explore = self.options.explore
         for decision in values_from.segment.configuration.genome.decisions if explore.multiplies else ():
@@ -256,7 +258,7 @@ class PopulationBasedTraining(Scheduler):
         population = replace(population, level=state_from.fitness)
         return explore.propose(values_from, population, self._rng("explore", segment))
 
-    def _population(self, segment: Segment, reports: Sequence[Report]) -> Population:
+    def _population(self, segment: Segment, reports: Sequence[SegmentReport]) -> Population:
         others = (other for _, other in sorted(self._segments.items()) if other.member != segment.member)
         return Population(
             reports=tuple(sorted(reports, key=lambda report: report.member)),
@@ -267,13 +269,13 @@ class PopulationBasedTraining(Scheduler):
             observations=tuple(self._observations),
         )
 
-    def _comparable(self, own: Report, reports: Sequence[Report]) -> list[Report]:
+    def _comparable(self, own: SegmentReport, reports: Sequence[SegmentReport]) -> list[SegmentReport]:
         """Return the reports that a member's own one is compared with."""
         if self.options.step_matched:
             reports = [report for report in reports if report.snapshot.step == own.snapshot.step]
         return self._latest(reports)
 
-    def _latest(self, reports: Sequence[Report]) -> list[Report]:
+    def _latest(self, reports: Sequence[SegmentReport]) -> list[SegmentReport]:
         """Return the last report of each member, of those that can still be next_segment."""
         return list({report.member: report for report in reports if report.snapshot.step < self.problem.steps}.values())
 
@@ -285,7 +287,7 @@ class PopulationBasedTraining(Scheduler):
             latest = [report for report in self._reports if report in latest or report.snapshot.step >= slowest]
         self._reports = latest if self._active else []
 
-    def _observe(self, reports: Sequence[Report]) -> None:
+    def _observe(self, reports: Sequence[SegmentReport]) -> None:
         memory = self.options.explore.memory
         self._observations = [*self._observations, *reports][-memory:] if memory else []
 

@@ -18,7 +18,7 @@ from search.chooser import perturbing, replaying, sampling
 from search.domains import FACTOR
 from search.genome import Configuration
 from search.pbt.population import Population
-from search.scheduling.segments import Report
+from search.scheduling.segments import SegmentReport
 
 EXPLORES: dict[str, str] = {
     "perturb": "search.pbt.explore:Perturb",
@@ -42,7 +42,7 @@ class Explore(Options, ABC):
         return 0
 
     @abstractmethod
-    def propose(self, member: Report, population: Population, rng: np.random.Generator) -> Configuration:
+    def propose(self, member: SegmentReport, population: Population, rng: np.random.Generator) -> Configuration:
         """Return hyperparameters to go on with.
 
         Args:
@@ -70,7 +70,7 @@ class Perturb(Explore):
         """Whether nothing but factors changes numbers."""
         return self.resample == 0
 
-    def propose(self, member: Report, population: Population, rng: np.random.Generator) -> Configuration:
+    def propose(self, member: SegmentReport, population: Population, rng: np.random.Generator) -> Configuration:
         """Return the perturbed hyperparameters."""
         return population.space.run(perturbing(member.values, rng, self.factor, self.resample))
 
@@ -86,7 +86,7 @@ class Resample(Explore):
 
     probability: float = Field(0.25, gt=0, le=1)
 
-    def propose(self, member: Report, population: Population, rng: np.random.Generator) -> Configuration:
+    def propose(self, member: SegmentReport, population: Population, rng: np.random.Generator) -> Configuration:
         """Return the hyperparameters, some of them drawn anew."""
         kept = {path: value for path, value in member.values.items() if rng.random() >= self.probability}
         return population.space.run(replaying(kept, sampling(rng)))
@@ -95,7 +95,7 @@ class Resample(Explore):
 class NoExplore(Explore):
     """Inherited hyperparameters stay as they are."""
 
-    def propose(self, member: Report, population: Population, rng: np.random.Generator) -> Configuration:  # noqa: ARG002
+    def propose(self, member: SegmentReport, population: Population, rng: np.random.Generator) -> Configuration:  # noqa: ARG002
         """Return the hyperparameters."""
         return member.segment.configuration
 
@@ -103,7 +103,7 @@ class NoExplore(Explore):
 class CustomExplore(Explore):
     """A user's own function."""
 
-    def propose(self, member: Report, population: Population, rng: np.random.Generator) -> Configuration:
+    def propose(self, member: SegmentReport, population: Population, rng: np.random.Generator) -> Configuration:
         """Return the hyperparameters with what the function changes.
 
         Raises:
@@ -125,7 +125,7 @@ class CustomExplore(Explore):
                 )
         return found
 
-    def _checked(self, changes: Any, member: Report) -> Mapping[str, Any]:
+    def _checked(self, changes: Any, member: SegmentReport) -> Mapping[str, Any]:
         if not isinstance(changes, Mapping):
             raise TrainingError(
                 f"search.explore: {self.name} returned {changes!r}; expected a mapping of paths to values"

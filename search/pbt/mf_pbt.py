@@ -7,7 +7,7 @@ from pydantic import Field
 
 from search.pbt.exploit import KEEP, Exploit
 from search.pbt.population import Population, Selection
-from search.scheduling.segments import Report
+from search.scheduling.segments import SegmentReport
 
 
 class MultipleFrequencies(Exploit):
@@ -34,7 +34,7 @@ class MultipleFrequencies(Exploit):
                 f"expected a multiple of {parts}, at least {4 * parts}, for {parts} sub-populations; got {size}"
             )
 
-    def select(self, own: Report, population: Population, rng: np.random.Generator) -> Selection:  # noqa: ARG002
+    def select(self, own: SegmentReport, population: Population, rng: np.random.Generator) -> Selection:  # noqa: ARG002
         """Return the parent of the same rank, or a migrant."""
         size = population.size // len(self.frequencies)
         place = own.member // size
@@ -57,9 +57,9 @@ class MultipleFrequencies(Exploit):
         return Selection(migrant, statistic, explore=False, values_from=values_from)
 
 
-def _migrants(bracket: list[Report], outsiders: list[Report]) -> dict[int, Report]:
+def _migrants(bracket: list[SegmentReport], outsiders: list[SegmentReport]) -> dict[int, SegmentReport]:
     """Return member -> the outsider that takes its place; both lists have the best first."""
-    migrants: dict[int, Report] = {}
+    migrants: dict[int, SegmentReport] = {}
     for report in bracket:
         if outsiders and report.rank < outsiders[0].rank:
             migrants[report.member] = outsiders.pop(0)

@@ -12,11 +12,11 @@ from search.genome import Configuration
 from search.pbt.explore import Explore
 from search.pbt.population import Population
 from search.pbt.time_varying_gp import Array, Encoder, Inputs, TimeVaryingGP
-from search.scheduling.segments import Report
+from search.scheduling.segments import SegmentReport
 from search.space import Space
 
 CANDIDATES = 128
-KEPT = 8
+KEPT_GENERATIONS = 8
 REFINEMENTS = 3
 LEAST = 4
 
@@ -49,7 +49,7 @@ class PB2(Explore):
         """How many earlier reports the rule learns from."""
         return self.window
 
-    def propose(self, member: Report, population: Population, rng: np.random.Generator) -> Configuration:  # noqa: ARG002
+    def propose(self, member: SegmentReport, population: Population, rng: np.random.Generator) -> Configuration:  # noqa: ARG002
         """Return the configuration with the highest bound; with too few observations, a random one."""
         candidates = [population.space.sample(rng) for _ in range(CANDIDATES)]
         if sum(bool(report.segment.history) for report in population.observations) < LEAST:
@@ -90,7 +90,7 @@ def _maximum(
     """Return the best candidate, after rounds in which the best ones are perturbed."""
     for _ in range(REFINEMENTS):
         order = np.argsort(-bound(candidates), kind="stable")
-        best = [candidates[index] for index in order[:KEPT]]
-        values = [one.genome.values() for one in best for _ in range(CANDIDATES // KEPT // 2)]
+        best = [candidates[index] for index in order[:KEPT_GENERATIONS]]
+        values = [one.genome.values() for one in best for _ in range(CANDIDATES // KEPT_GENERATIONS // 2)]
         candidates = [*best, *(space.run(perturbing(each, rng, factor)) for each in values)]
     return candidates[int(np.argmax(bound(candidates)))]

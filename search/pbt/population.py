@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from search.genome import Configuration
-from search.scheduling.segments import Report
+from search.scheduling.segments import SegmentReport
 from search.space import Space
 
 
@@ -23,15 +23,15 @@ class Population:
         observations: earlier reports, oldest first, as far as the explore rule wants them.
     """
 
-    reports: tuple[Report, ...]
+    reports: tuple[SegmentReport, ...]
     size: int
     generation: int
     space: Space
     running: tuple[Configuration, ...] = ()
     level: float = 0.0
-    observations: tuple[Report, ...] = ()
+    observations: tuple[SegmentReport, ...] = ()
 
-    def ranked(self) -> list[Report]:
+    def ranked(self) -> list[SegmentReport]:
         """Return the reports from the worst to the best; of equals, the higher member counts as better."""
         return sorted(self.reports, key=lambda report: report.rank)
 
@@ -47,7 +47,7 @@ class Selection:
         values_from: whose hyperparameters to take, where the rule decides this; None: as `inherit` says.
     """
 
-    donor: Report | None
+    donor: SegmentReport | None
     statistic: Mapping[str, Any] = field(default_factory=dict)
     explore: bool = True
-    values_from: Report | None = None
+    values_from: SegmentReport | None = None

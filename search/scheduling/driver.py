@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from raytrain.errors import CheckpointError, TrainingError
 from raytrain.registry import error_location
-from search.scheduling.work import Done, Failed, Outcome, Paused, Snapshot, Work
+from search.scheduling.work import Done, Failed, Paused, Snapshot, Work, WorkOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class AsksAndTells(Protocol):
         """Return at most `limit` segments to train now."""
         ...
 
-    def tell(self, outcome: Outcome) -> str:
+    def tell(self, outcome: WorkOutcome) -> str:
         """Learn how an attempt ended."""
         ...
 
@@ -74,7 +74,7 @@ def drive(search: AsksAndTells, states: States, train: Train, stop: Callable[[],
         search.tell(outcome)
 
 
-def run_attempt(work: Work, states: States, train: Train) -> Outcome:
+def run_attempt(work: Work, states: States, train: Train) -> WorkOutcome:
     """Train a segment and return what became of it."""
     state = read_state(work, states)
     return outcome_of(work, states, state if isinstance(state, Failed) else attempt(work, state, train))
@@ -98,7 +98,7 @@ def attempt(work: Work, state: bytes | None, train: Train) -> SegmentEnd | Faile
         return Failed(work.attempt, "error", f"{type(error).__name__}: {error}{error_location(error)}")
 
 
-def outcome_of(work: Work, states: States, end: SegmentEnd | Failed) -> Outcome:
+def outcome_of(work: Work, states: States, end: SegmentEnd | Failed) -> WorkOutcome:
     """Store the state at the end of a segment, and return what the scheduler is told."""
     if isinstance(end, Failed):
         return _logged(end, work)

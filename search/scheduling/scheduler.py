@@ -13,14 +13,14 @@ from typing import Any
 from raytrain.errors import TrainingError
 from search.scheduling.segments import (
     Objective,
-    Report,
     Segment,
+    SegmentReport,
     report_from_plain,
     report_to_plain,
     segment_from_plain,
     segment_to_plain,
 )
-from search.scheduling.work import Done, Failed, Outcome, Paused, Work, WorkQueue
+from search.scheduling.work import Done, Failed, Paused, Work, WorkOutcome, WorkQueue
 from search.space import Space
 
 SEARCHES: dict[str, str] = {
@@ -72,13 +72,13 @@ class Scheduler(ABC):
 
     def __init__(self, problem: Problem, max_failures: int) -> None:
         self.problem = problem
-        self.best: Report | None = None
+        self.best: SegmentReport | None = None
         self._queue = WorkQueue(max_failures)
         self._segments: dict[int, Segment] = {}
         self._rows: list[LineageRow] = []
         self._next_row = 0
         self._order: deque[LineageRow] = deque()
-        self._early: dict[int, Outcome] = {}
+        self._early: dict[int, WorkOutcome] = {}
 
     def follow(self, rows: Iterable[LineageRow]) -> None:
         """Make decisions in the order of a lineage, whatever the order of arrivals; what comes too early waits.
@@ -93,7 +93,7 @@ class Scheduler(ABC):
         self._fill(limit)
         return self._queue.hand_out(limit)
 
-    def tell(self, outcome: Outcome) -> str:
+    def tell(self, outcome: WorkOutcome) -> str:
         """Learn how an attempt ended.
 
         Returns:
@@ -176,7 +176,7 @@ class Scheduler(ABC):
             return False
         return bool(self._order) or len(self._queue.waiting) < limit
 
-    def _process(self, outcome: Outcome) -> None:
+    def _process(self, outcome: WorkOutcome) -> None:
         work = self._queue.close(outcome.attempt)
         if isinstance(outcome, Paused):
             self._queue.add(replace(work, snapshot=outcome.snapshot))
@@ -190,7 +190,7 @@ class Scheduler(ABC):
         """Queue new segments, up to `limit` that wait."""
 
     @abstractmethod
-    def _reported(self, report: Report) -> None:
+    def _reported(self, report: SegmentReport) -> None:
         """Learn that a segment was trained to its end."""
 
     @abstractmethod
@@ -206,7 +206,7 @@ class Scheduler(ABC):
             self._fail(work, fault)
             return
         score = float(done.metrics[objective.metric])
-        report = Report(self._segments.pop(work.row), done.snapshot, score, objective.fitness(score))
+        report = SegmentReport(self._segments.pop(work.row), done.snapshot, score, objective.fitness(score))
         self._queue.forget_failures(work.row)
         if self.best is None or (report.fitness, -report.segment.row) > (self.best.fitness, -self.best.segment.row):
             self.best = report
@@ -241,7 +241,7 @@ class Scheduler(ABC):
         self._segments[segment.row] = segment
         self._queue.add(segment.work())
 
-    def _close(self, report: Report, action: str) -> None:
+    def _close(self, report: SegmentReport, action: str) -> None:
         """Write the row that ends a member, for good or until it is promoted."""
         self._note(
             action=action,
@@ -257,7 +257,7 @@ class Scheduler(ABC):
         self._rows.append({"row": self._next_row, **row})
         self._next_row += 1
 
-    def _read_report(self, plain: Mapping[str, Any]) -> Report:
+    def _read_report(self, plain: Mapping[str, Any]) -> SegmentReport:
         return report_from_plain(plain, self.problem.space, self.problem.objective)
 
 

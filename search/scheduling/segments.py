@@ -71,7 +71,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class SegmentReport:
     """How a segment ended.
 
     Attributes:
@@ -107,7 +107,7 @@ class Report:
         return (self.fitness, self.member)
 
 
-def next_segment(before: Segment, row: int, source: Report, until: int, configuration: Configuration) -> Segment:
+def next_segment(before: Segment, row: int, source: SegmentReport, until: int, configuration: Configuration) -> Segment:
     """Return the next segment of a member.
 
     Args:
@@ -189,7 +189,7 @@ def segment_from_plain(plain: Mapping[str, Any], space: Space) -> Segment:
     )
 
 
-def report_to_plain(report: Report) -> dict[str, Any]:
+def report_to_plain(report: SegmentReport) -> dict[str, Any]:
     """Return a report as plain data."""
     return {
         "segment": segment_to_plain(report.segment),
@@ -198,10 +198,10 @@ def report_to_plain(report: Report) -> dict[str, Any]:
     }
 
 
-def report_from_plain(plain: Mapping[str, Any], space: Space, objective: Objective) -> Report:
+def report_from_plain(plain: Mapping[str, Any], space: Space, objective: Objective) -> SegmentReport:
     """Return the report that `report_to_plain` wrote."""
     segment = segment_from_plain(plain["segment"], space)
-    return Report(segment, Snapshot(*plain["snapshot"]), plain["score"], objective.fitness(plain["score"]))
+    return SegmentReport(segment, Snapshot(*plain["snapshot"]), plain["score"], objective.fitness(plain["score"]))
 
 
 def _origin_to_plain(origin: Origin) -> list[Any]:

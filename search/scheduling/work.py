@@ -89,7 +89,7 @@ class Failed:
     message: str
 
 
-Outcome = Done | Paused | Failed
+WorkOutcome = Done | Paused | Failed
 
 NOT_REPEATED = ("stopped", "diverged", "unreadable")
 """Causes that would come again with the same state and the same seed."""

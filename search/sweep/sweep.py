@@ -6,7 +6,7 @@ from typing import Any
 from search.chooser import replaying, sampling
 from search.rng import keyed_generator
 from search.scheduling.scheduler import Problem, Scheduler, SearchError, summary_of
-from search.scheduling.segments import Origin, Report, Segment, next_segment, report_to_plain
+from search.scheduling.segments import Origin, Segment, SegmentReport, next_segment, report_to_plain
 from search.scheduling.work import Failed
 from search.searcher import Candidate, CandidateResult, Searcher
 from search.sweep.options import SweepOptions
@@ -28,7 +28,7 @@ class Sweep(Scheduler):
         self.options = options
         self._searcher = searcher
         self._pruner = pruner
-        self._paused: dict[int, Report] = {}
+        self._paused: dict[int, SegmentReport] = {}
         self._begun = 0
         self._last_failure = ""
         self._steps = 0
@@ -75,7 +75,7 @@ class Sweep(Scheduler):
         if self._last_failure and self.best is None and not self._segments:
             raise SearchError(f"all {self._begun} trials failed; the last one: {self._last_failure}")
 
-    def _reported(self, report: Report) -> None:
+    def _reported(self, report: SegmentReport) -> None:
         trial, step = report.member, report.snapshot.step
         self._steps += step - report.segment.origin.snapshot.step
         self._searcher.tell([CandidateResult(Candidate(trial, report.segment.configuration), report.fitness)])
@@ -125,6 +125,6 @@ class Sweep(Scheduler):
             return Candidate(trial, self.problem.space.run(policy))
         return next(iter(self._searcher.ask([trial])), None)
 
-    def _continue(self, report: Report, until: int, **about: Any) -> None:
+    def _continue(self, report: SegmentReport, until: int, **about: Any) -> None:
         segment = next_segment(report.segment, self._next_row, report, until, report.segment.configuration)
         self._open(segment, parent=report.member, **about)

@@ -23,7 +23,7 @@ from flwr.supercore.run import RunNotRunningException
 from federated.flower.records import flatten, restore
 from federated.flower.seeding import global_seed
 from federated.launch.actor_pool import ActorOptions
-from federated.launch.contents import Unpacker, pack
+from federated.launch.contents import Unpacker, pack_contents
 from federated.launch.ray_grid import RayGrid
 from raytrain.errors import RecipeError
 
@@ -166,7 +166,7 @@ def test_what_messages_share_is_in_the_object_store_once(ray_cluster: None) -> N
     arrays = ArrayRecord([])
     one = RecordDict({"arrays": arrays, "config": ConfigRecord({"lr": 0.1})})
     other = RecordDict({"arrays": arrays, "config": ConfigRecord({"lr": 0.2})})
-    packed = pack([one, other, one])
+    packed = pack_contents([one, other, one])
     assert [packed[id(content)].records["arrays"] for content in (one, other)] == [0, 0]
     assert packed[id(one)].shared == packed[id(other)].shared
     assert packed[id(one)].records["config"] == 1
@@ -174,7 +174,7 @@ def test_what_messages_share_is_in_the_object_store_once(ray_cluster: None) -> N
     unpacked = Unpacker().unpack(list(packed.values()))
     assert [restore(unpacked[id(packed[id(content)])]) for content in (one, other)] == [one, other]
     alone = RecordDict({"config": ConfigRecord()})
-    assert pack([alone])[id(alone)].shared is None, "one reader needs no object store"
+    assert pack_contents([alone])[id(alone)].shared is None, "one reader needs no object store"
 
 
 def test_exceptions_of_clients_are_replies_that_name_them(grid: RayGrid) -> None:

@@ -13,8 +13,8 @@ from federated.testing import (
     Receiver,
     Variant,
     equal,
+    make_protocol,
     play,
-    protocol_of,
     random_scalars,
     report_of,
     server_of,
@@ -32,8 +32,8 @@ def test_every_form_of_payload_makes_the_same_model_after_any_missed_rounds(
     And for a process that serves many, of which each has another version, none later than the last that it was sent.
     """
     server = server_of(variant)
-    clients = {form: Receiver(protocol_of(variant)) for form in (*FORMS, "smallest")}
-    process = Receiver(protocol_of(variant))
+    clients = {form: Receiver(make_protocol(variant)) for form in (*FORMS, "smallest")}
+    process = Receiver(make_protocol(variant))
     for present in takes_part:
         play(server)
         for form, client in clients.items() if present else ():
@@ -67,7 +67,7 @@ def test_a_damaged_model_is_never_used(variant: Variant, form: str, data: st.Dat
     play(server)
     server.sample()
     places = server.protocol.directions(1, 0) if server.protocol.sends_directions else None
-    payload, client = server.history.payload(0, places), Receiver(protocol_of(variant))
+    payload, client = server.history.payload(0, places), Receiver(make_protocol(variant))
     for place in range(len(payload)):
         change = data.draw(st.integers(1, 255)) if place % 7 == 0 else 1 << place % 8
         for damaged in (payload[:place], payload[:place] + bytes([payload[place] ^ change]) + payload[place + 1 :]):
@@ -112,7 +112,7 @@ def sealed(form: int, body: bytes, version: int = 1, base: int = 0) -> bytes:
 )
 def test_a_malformed_model_is_refused_by_name(variant: int, payload: bytes, message: str) -> None:
     with pytest.raises(PayloadError, match=f"^{message}"):
-        Receiver(protocol_of(VARIANTS[variant])).receive(payload)
+        Receiver(make_protocol(VARIANTS[variant])).receive(payload)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_client_of_another_past_is_sent_all_of_the_model() -> None:
         for _ in range(2):
             play(server)
             play(past, without=range(5))
-        client = Receiver(protocol_of(variant))
+        client = Receiver(make_protocol(variant))
         client.model = past.model
         indices = np.arange(STEPS) if server.protocol.sends_directions else None
         client.receive(server.history.payload(0, indices))

@@ -21,8 +21,8 @@ from federated.testing import (
     VARIANTS,
     Variant,
     equal,
+    make_protocol,
     play,
-    protocol_of,
     random_scalars,
     report_of,
     server_of,
@@ -223,7 +223,7 @@ def test_a_run_is_repeated_from_its_log(tmp_path: Path) -> None:
         whole = log.read_bytes()
         with log.open("ab") as file:
             file.write(b"\3\0\0\0\4\0half of")
-        assert equal(replay(log, protocol_of(variant), BASE), server.model)
+        assert equal(replay(log, make_protocol(variant), BASE), server.model)
         with RoundLog(log, server.about(), server.protocol, 3):
             assert log.read_bytes() == whole
         with RoundLog(log, server.about(), server.protocol, 2):
@@ -253,11 +253,11 @@ def test_a_million_idle_clients_cost_four_bytes_each() -> None:
 
 def test_a_client_with_another_origin_is_told_and_its_reports_are_refused() -> None:
     server = server_of(VARIANTS[0])
-    server.check_origin(3, protocol_of(VARIANTS[0]).initial(BASE).origin)
+    server.check_origin(3, make_protocol(VARIANTS[0]).initial(BASE).origin)
     client = server.sample().clients[0]
     server.ask(client)
     for base, changes in (("another", {}), (BASE, {"batch": 9}), (BASE, {"rounds": 13})):
-        strange = protocol_of(VARIANTS[0], **changes).initial(base)
+        strange = make_protocol(VARIANTS[0], **changes).initial(base)
         with pytest.raises(
             RecipeError, match=rf"^client 3: expected first weights, directions .*; got '{strange.origin[:12]}"
         ):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from search.journal.ancestry import ancestors, schedule
 from search.pbt.engine import PopulationBasedTraining
 from search.scheduling.driver import run_attempt
-from search.scheduling.work import Done, Failed, Outcome, Paused, Snapshot, Work
+from search.scheduling.work import Done, Failed, Paused, Snapshot, Work, WorkOutcome
 from search.testing import MemoryStates, toy_search, train_toy
 
 FEW = settings(max_examples=25)
@@ -36,7 +36,7 @@ def run(
     engine: PopulationBasedTraining,
     order: random.Random | None = None,
     states: MemoryStates | None = None,
-    outcome: Callable[[Work, Outcome], Outcome] = lambda work, outcome: outcome,
+    outcome: Callable[[Work, WorkOutcome], WorkOutcome] = lambda work, outcome: outcome,
 ) -> list[dict[str, Any]]:
     """Train to the end, with all work at once, in a random order of arrivals; return the rows."""
     states = states or MemoryStates()
@@ -157,7 +157,7 @@ def test_at_the_end_the_best_is_left(
     assert states.states.keys() == {engine.best.snapshot.digest}
 
 
-def assert_done(outcome: Outcome) -> Outcome:
+def assert_done(outcome: WorkOutcome) -> WorkOutcome:
     assert isinstance(outcome, Done), outcome
     return outcome
 
@@ -183,7 +183,7 @@ def test_failures_end_no_search(
     rows_that_fail = bad[: rule["population"] - 1]  # were they all of one generation, one member would be left
     causes = ["dead", "slow", "error", "stopped", "unreadable"]
 
-    def outcome(work: Work, good: Outcome) -> Outcome:
+    def outcome(work: Work, good: WorkOutcome) -> WorkOutcome:
         return Failed(work.attempt, causes[work.row % 5], "as told") if work.row in rows_that_fail else good
 
     rows = run(engine, order, outcome=outcome)

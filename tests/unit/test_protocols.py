@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from federated.protocols.protocol import Report
-from federated.testing import examples_of, protocol_of, random_scalars, report_of, server_of
+from federated.protocols.protocol import ClientReport
+from federated.testing import examples_of, make_protocol, random_scalars, report_of, server_of
 from federated.wire import MODEL_BYTES
 
 
@@ -43,16 +43,16 @@ def test_a_vote_moves_by_its_sign_and_an_even_one_not_at_all() -> None:
 
 
 def test_important_seeds_are_drawn_more_often_but_not_by_more_than_e() -> None:
-    protocol = protocol_of(("fedkseed-pro", {"pool": 4}), local_steps=2000)
+    protocol = make_protocol(("fedkseed-pro", {"pool": 4}), local_steps=2000)
     assert protocol.probabilities().tolist() == [0.25] * 4  # type: ignore[attr-defined]
     numbers = np.array([np.nan, 1e9, -3.0, 3.0], np.float32)
-    protocol.observe([Report(0, 1, numbers, np.arange(4)), Report(1, 1, np.float32([1.0]), np.array([3]))])
+    protocol.observe([ClientReport(0, 1, numbers, np.arange(4)), ClientReport(1, 1, np.float32([1.0]), np.array([3]))])
     means = np.array([0.0, 500.0, 1.5, 4 / 3])  # over an initial 0 each; 1e9 counts as 1000
     likely = np.exp(means / 500) / np.exp(means / 500).sum()
     np.testing.assert_allclose(protocol.probabilities(), likely, rtol=1e-6)  # type: ignore[attr-defined]
     counts = np.bincount(protocol.directions(3, 5), minlength=4) / 2000
     np.testing.assert_allclose(counts, likely, atol=0.05)
-    again = protocol_of(("fedkseed-pro", {"pool": 4}), local_steps=2000)
+    again = make_protocol(("fedkseed-pro", {"pool": 4}), local_steps=2000)
     again.load_state(protocol.state())
     assert np.array_equal(again.directions(3, 5), protocol.directions(3, 5))
     assert not np.array_equal(again.directions(3, 6), protocol.directions(3, 5))

@@ -20,7 +20,7 @@ from search.options import SearchOptions
 from search.scheduling.driver import SegmentEnd, run_attempt
 from search.scheduling.scheduler import SEARCHES, Problem, Scheduler, SearchError
 from search.scheduling.segments import Objective
-from search.scheduling.work import Done, Failed, Outcome, Work
+from search.scheduling.work import Done, Failed, Work, WorkOutcome
 from search.searchers.grid import grid_points
 from search.space import Space, make_space
 from search.sweep.asha import SuccessiveHalving
@@ -67,7 +67,7 @@ def run(
     engine: Scheduler,
     order: random.Random | None = None,
     slots: int = 3,
-    outcome: Callable[[Work, Outcome], Outcome] = lambda work, outcome: outcome,
+    outcome: Callable[[Work, WorkOutcome], WorkOutcome] = lambda work, outcome: outcome,
 ) -> list[dict[str, Any]]:
     states: MemoryStates = MemoryStates()
     under_way: list[Work] = []
@@ -116,7 +116,7 @@ def test_trials_that_fail_are_counted_and_the_rest_goes_on(
 ) -> None:
     engine = sweep(seed, **section)
 
-    def outcome(work: Work, good: Outcome) -> Outcome:
+    def outcome(work: Work, good: WorkOutcome) -> WorkOutcome:
         return Failed(work.attempt, "stopped", "the loss is nan") if work.row in bad else good
 
     rows = run(engine, order, outcome=outcome)
