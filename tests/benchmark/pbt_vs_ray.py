@@ -244,6 +244,7 @@ def failures(scheduler: Any, reports: int) -> int:
 def whole_numbers_and_words(reports: int) -> dict[str, float]:
     """Return the failures of Ray's scheduler and of ours."""
     theirs = PopulationBasedTraining(
+        time_attr="training_iteration",
         perturbation_interval=1,
         resample_probability=0.0,
         hyperparam_mutations={"depth": tune.randint(DEPTHS[0], DEPTHS[1] + 1), "optimizer": tune.choice(WORDS)},
@@ -269,7 +270,7 @@ def main() -> None:
     for seconds, reports in ((0.1, 3),) if options.quick else ((0.1, 8), (2.0, 8)):
         more, figures = compare(seconds, reports, seeds=1 if options.quick else 3)
         rows, headline = rows + more, headline | figures
-    headline |= whole_numbers_and_words(reports=3 if options.quick else 10)
+    headline |= whole_numbers_and_words(reports=5 if options.quick else 10)
     finish("pbt_vs_ray", rows, headline, options)
 
 
