@@ -11,7 +11,8 @@ from federated.evaluation import OwnExamples, evaluate_on, over_clients
 from federated.faults import ClientFaultPlan, FaultyChannel
 from federated.global_model import RoundRates
 from federated.partition import PARTITIONS, Partition
-from federated.protocols.protocol import PROTOCOLS, Protocol, ProtocolOptions
+from federated.protocols.options import PROTOCOLS
+from federated.protocols.protocol import Protocol, ProtocolOptions
 from federated.recipe import FederateRecipe
 from federated.rounds import Rounds
 from federated.sampling import Stream, participants

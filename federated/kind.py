@@ -12,7 +12,7 @@ KIND = Kind(
     panels="federated.report:panels",
     check="federated.flower.preview:federated_preview",
     tables={
-        "protocols": "federated.protocols.protocol:PROTOCOLS",
+        "protocols": "federated.protocols.options:PROTOCOLS",
         "partitions": "federated.partition:PARTITIONS",
         "faults": "federated.faults:FAULTS",
         "strategies": "federated.recipe:STRATEGIES",

@@ -10,7 +10,8 @@ from pydantic_core import PydanticCustomError
 from federated.client import ProbeOptions
 from federated.faults import Faults
 from federated.partition import PARTITIONS, PartitionOptions
-from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, PROTOCOLS, LocalOptions, ProtocolOptions
+from federated.protocols.options import PROTOCOLS
+from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, LocalOptions, ProtocolOptions
 from federated.server import ReportLimits
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, OptimizerOptions

@@ -30,14 +30,6 @@ from federated.sampling import Indices, Seeds
 from federated.wire import Cursor
 from raytrain.recipe import Options
 
-PROTOCOLS: dict[str, str] = {
-    "fedkseed": "federated.protocols.fedkseed:FedKSeed Local steps along a pool of K seeds (Qin et al. 2024).",
-    "fedkseed-pro": "federated.protocols.fedkseed_pro:FedKSeedPro The same, important seeds first (Qin et al. 2024).",
-    "common-seeds": "federated.protocols.common_seeds:CommonSeeds Equal seeds for all (Li et al. 2025, DeComFL).",
-    "sign": "federated.protocols.sign:Sign Votes of one bit on equal seeds (Cai et al. 2025, FeedSign).",
-    "flower": "federated.gradients:GradientTrainer Steps with gradients, averaged by a strategy of Flower's.",
-}
-
 HEARD = struct.Struct("<H")
 """Before a round's summary: how many clients were heard."""
 MOST_CLIENTS = 2**16 - 1

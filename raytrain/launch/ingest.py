@@ -152,7 +152,7 @@ class ActorStream:
 
     def _begin(self) -> None:
         self._actor = self._start(self._step_range, self._generation)
-        self._calls = deque(self._actor.more.remote() for _ in range(self._prefetch))
+        self._calls = deque(self._actor.next_rows.remote() for _ in range(self._prefetch))
 
     def wait(self) -> None:
         """Wait for the first rows, or an error."""
@@ -168,7 +168,7 @@ class ActorStream:
         if not rows:
             raise RuntimeError(f"{self.name} has nothing left, and the training takes more than it said")
         self._calls.popleft()
-        self._calls.append(self._actor.more.remote())
+        self._calls.append(self._actor.next_rows.remote())
         self._step_range = self._step_range.after(rows[-1][0])
         return rows
 
@@ -350,7 +350,7 @@ class BatchPreparer:
 
     def __call__(self, _: pa.Table) -> Iterator[pa.Table]:
         """Yield rows for the steps that are dealt out, until there are none left."""
-        while steps := ray.get(self._pipeline.deal.options(concurrency_group=DEALING).remote()):
+        while steps := ray.get(self._pipeline.next_steps.options(concurrency_group=DEALING).remote()):
             rows, began = [], time.monotonic()
             for step in steps:
                 rows.append(self._spec.pack_step(lambda: self._loader, step))

@@ -171,7 +171,7 @@ import logging
 import os
 from pathlib import Path
 from ray._raylet import AuthenticationMode, get_authentication_mode
-from raytrain.launch.train import Cluster
+from raytrain.launch.train import RayCluster
 from raytrain.run.directory import RunDirectory
 from raytrain.training.recipe import TrainRecipe
 
@@ -183,7 +183,7 @@ logging.basicConfig(level=logging.INFO)
 os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = "7"
 recipe = TrainRecipe.parse({"kind": "train", "task": {"name": "digits"}, "workers": 1, "resources": {"cpus": 1}})
 before, how_loud = dict(os.environ), loggers()
-with Cluster("local").joined(recipe, RunDirectory(Path("run")), print):
+with RayCluster("local").session(recipe, RunDirectory(Path("run")), print):
     folder = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent
     assert folder.is_dir()
     assert get_authentication_mode() == AuthenticationMode.TOKEN

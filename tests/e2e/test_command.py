@@ -61,7 +61,7 @@ def test_check_shows_each_value_and_where_it_comes_from(raytrain: Callable[..., 
         (
             ["train", "digit"],
             "'digit' is neither a file, nor a run's folder with a recipe.toml, nor a shipped recipe, nor a task as "
-            "module:attribute; did you mean digits?",
+            "module:attribute; did you mean digits or digits-tpe?",
         ),
         (["train", "digits", "--set", "wrokers=2"], "wrokers: no such field; did you mean workers?"),
         (
@@ -307,7 +307,7 @@ def test_a_kind_that_cannot_be_loaded_breaks_only_itself(raytrain: Callable[...,
     message = "kind: greet cannot be loaded from greeting:KIND: ModuleNotFoundError: No module named 'nowhere'"
     listed = raytrain("list", "schedules")
     assert (listed.status, listed.err.count(message)) == (0, 1)
-    assert "Stay at 1, then fall" in listed.out
+    assert "Constant, then linear decay" in listed.out
     assert raytrain("check", "digits").status == 0
     ended = raytrain("check", "hello.toml")
     assert (ended.status, message in ended.err) == (2, True), ended.err

@@ -486,7 +486,7 @@ def test_what_is_no_job_server_is_said_at_once(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["submit", "--", "train", "digit"], "nor a task as module:attribute; did you mean digits?"),
+        (["submit", "--", "train", "digit"], "nor a task as module:attribute; did you mean digits or digits-tpe?"),
         (["submit", "--", "train", "digits", "--set", "wrokers=2"], "wrokers: no such field; did you mean workers?"),
         (["submit", "--", "train", "digits", "--sett", "x=1"], "No such option"),
         (["submit", "--", "train"], "Missing argument 'RECIPE'"),

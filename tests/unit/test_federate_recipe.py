@@ -11,7 +11,7 @@ from federated.broadcast import payload_bytes
 from federated.build import Federation, partition_of, protocol_of, task_of
 from federated.faults import FAULTS
 from federated.partition import PARTITIONS
-from federated.protocols.protocol import PROTOCOLS
+from federated.protocols.options import PROTOCOLS
 from federated.recipe import STRATEGIES, FederateRecipe
 from raytrain.errors import RecipeError
 from raytrain.recipe import read_toml
