@@ -10,14 +10,14 @@ from federated.client import ClientData, LocalTrainer
 from federated.evaluation import OwnExamples, evaluate_on, over_clients
 from federated.faults import ClientFaultPlan, FaultyChannel
 from federated.global_model import RoundRates
-from federated.partition import PARTITIONS, Partition
-from federated.protocols.options import PROTOCOLS
+from federated.partition import Partition
 from federated.protocols.protocol import Protocol, ProtocolOptions
 from federated.recipe import FederateRecipe
 from federated.rounds import Rounds
 from federated.sampling import Stream, participants
 from federated.server import Participation, Server
 from federated.simulation import InProcessChannel
+from federated.tables import PARTITIONS, PROTOCOLS
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
 from raytrain.models.adapters import inject_adapter

@@ -11,16 +11,10 @@ from pydantic import Field
 
 from federated.channel import Channel, ClientAnswer, NoReport
 from federated.sampling import Stream
+from federated.tables import FAULTS
 from raytrain.recipe import Section
 from raytrain.registry import resolve
 from raytrain.seeds.prng import fold_in
-
-FAULTS: dict[str, str] = {
-    "drop": "federated.faults:drop A client never answers.",
-    "slow": "federated.faults:slow A client answers late.",
-    "crash": "federated.faults:crash The process that serves a client dies.",
-    "garble": "federated.faults:garble A report is damaged on its way.",
-}
 
 
 class Faults(Section):

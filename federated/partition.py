@@ -22,13 +22,6 @@ from raytrain.recipe import Options
 from raytrain.seeds.prng import fold_in
 from raytrain.tasks.task import Examples
 
-PARTITIONS: dict[str, str] = {
-    "iid": "federated.partition:iid Examples dealt at random.",
-    "dirichlet": "federated.partition:dirichlet Labels shared out by a Dirichlet distribution (Yurochkin et al. 2019).",
-    "shards": "federated.partition:shards A few labels each (McMahan et al. 2017, FedAvg).",
-    "domain": "federated.partition:domain One client for each author, speaker or package.",
-}
-
 
 class PartitionOptions(Options):
     """Options of every partition.

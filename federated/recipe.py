@@ -9,10 +9,10 @@ from pydantic_core import PydanticCustomError
 
 from federated.client import ProbeOptions
 from federated.faults import Faults
-from federated.partition import PARTITIONS, PartitionOptions
-from federated.protocols.options import PROTOCOLS
+from federated.partition import PartitionOptions
 from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, LocalOptions, ProtocolOptions
 from federated.server import ReportLimits
+from federated.tables import PARTITIONS, PROTOCOLS, STRATEGIES
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, OptimizerOptions
 from raytrain.optim.schedules import SCHEDULES, lr_factor
@@ -20,22 +20,6 @@ from raytrain.recipe import Recipe, Section, options_by_name, options_parameter
 from raytrain.registry import resolve, suggest
 from raytrain.seeds.prng import Distribution
 from raytrain.training.recipe import AdapterField, Freeze, Schedule, TaskField, options_of_optimizer
-
-STRATEGIES: dict[str, str] = {
-    "FedAvg": "flwr.serverapp.strategy:FedAvg Mean of parameters, by examples (McMahan et al. 2017).",
-    "FedProx": "flwr.serverapp.strategy:FedProx FedAvg with clients held near the model (Li et al. 2020).",
-    "FedAdam": "flwr.serverapp.strategy:FedAdam Adam on the server (Reddi et al. 2021).",
-    "FedYogi": "flwr.serverapp.strategy:FedYogi Yogi on the server (Reddi et al. 2021).",
-    "FedAdagrad": "flwr.serverapp.strategy:FedAdagrad Adagrad on the server (Reddi et al. 2021).",
-    "FedAvgM": "flwr.serverapp.strategy:FedAvgM Momentum on the server (Hsu et al. 2019).",
-    "FedMedian": "flwr.serverapp.strategy:FedMedian Median of each parameter (Yin et al. 2018).",
-    "FedTrimmedAvg": "flwr.serverapp.strategy:FedTrimmedAvg Mean without the extremes (Yin et al. 2018).",
-    "Krum": "flwr.serverapp.strategy:Krum The client nearest to its neighbours (Blanchard et al. 2017).",
-    "MultiKrum": "flwr.serverapp.strategy:MultiKrum Mean of some such clients (Blanchard et al. 2017).",
-    "Bulyan": "flwr.serverapp.strategy:Bulyan Krum, then a trimmed mean (El Mhamdi et al. 2018).",
-    "QFedAvg": "flwr.serverapp.strategy:QFedAvg Clients with a high loss count more (Li et al. 2020).",
-}
-"""Flower's, which average arrays of parameters."""
 
 ELSEWHERE = {
     "workers": "clients.actors",

@@ -8,9 +8,9 @@ import numpy as np
 from federated.broadcast import receive
 from federated.encodings import Floats
 from federated.global_model import GlobalModel, RoundRates
-from federated.protocols.options import PROTOCOLS
 from federated.protocols.protocol import Protocol, ProtocolOptions
 from federated.server import CommunicationRound, Participation, ReportLimits, Server
+from federated.tables import PROTOCOLS
 from federated.wire import ReportHeader, write_report
 from raytrain.recipe import options_parameter
 from raytrain.registry import resolve

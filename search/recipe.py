@@ -15,10 +15,11 @@ from raytrain.registry import resolve, suggest
 from search.checks import check_factors, check_guesses, check_space, check_steps
 from search.options import SearchOptions
 from search.pbt.options import PBTOptions
-from search.scheduling.scheduler import SEARCHES, Problem, Scheduler
+from search.scheduling.scheduler import Problem, Scheduler
 from search.scheduling.segments import Objective
 from search.space import Space, make_space
 from search.sweep.options import GridOptions, PrunerOptions
+from search.tables import SEARCHES
 
 
 def _read_base(value: Any) -> Recipe:

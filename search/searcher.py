@@ -12,15 +12,6 @@ from typing import Any
 from search.genome import Configuration
 from search.space import Space
 
-SEARCHERS: dict[str, str] = {
-    "random": "search.searchers.random:RandomSearcher",
-    "grid": "search.searchers.grid:GridSearcher",
-    "sobol": "search.searchers.sobol:SobolSearcher",
-    "evolution": "search.searchers.evolution:EvolutionSearcher",
-    "gp": "search.searchers.gp:GaussianProcessSearcher",
-    "tpe": "search.searchers.tpe:TPESearcher",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

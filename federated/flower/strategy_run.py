@@ -25,11 +25,12 @@ from federated.flower.gradient_client import ARRAYS, METRICS, load_gradient_clie
 from federated.flower.seeding import global_seed
 from federated.gradients import Arrays, arrays_of, load_arrays
 from federated.protocols.protocol import ClientReport
-from federated.recipe import STRATEGIES, FederateRecipe
+from federated.recipe import FederateRecipe
 from federated.records import PARAMETERS
 from federated.rounds import STATES
 from federated.sampling import participants
 from federated.server import CommunicationRound, ReportLimits
+from federated.tables import STRATEGIES
 from raytrain.errors import RecipeError
 from raytrain.files import write_atomic
 from raytrain.registry import resolve

@@ -20,13 +20,6 @@ from search.genome import Configuration
 from search.pbt.population import Population
 from search.scheduling.segments import SegmentReport
 
-EXPLORES: dict[str, str] = {
-    "perturb": "search.pbt.explore:Perturb",
-    "resample": "search.pbt.explore:Resample",
-    "pb2": "search.pbt.pb2:PB2",
-    "none": "search.pbt.explore:NoExplore",
-}
-
 
 class Explore(Options, ABC):
     """An explore rule."""

@@ -6,8 +6,9 @@ from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
 from raytrain.recipe import Options, options_by_name
 from search.options import SearchOptions
-from search.pbt.exploit import EXPLOITS, Exploit
-from search.pbt.explore import EXPLORES, CustomExplore, Explore
+from search.pbt.exploit import Exploit
+from search.pbt.explore import CustomExplore, Explore
+from search.tables import EXPLOITS, EXPLORES
 
 
 def _options_of_explore(found: Any) -> type[Options]:

@@ -23,18 +23,6 @@ from search.scheduling.segments import (
 from search.scheduling.work import Done, Failed, Paused, Work, WorkOutcome, WorkQueue
 from search.space import Space
 
-SEARCHES: dict[str, str] = {
-    "pbt": "search.pbt.engine:pbt",
-    "grid": "search.sweep.searches:grid",
-    "random": "search.sweep.searches:random",
-    "asha": "search.sweep.searches:asha",
-    "median": "search.sweep.searches:median",
-    "sobol": "search.sweep.searches:sobol",
-    "evolution": "search.sweep.searches:evolution",
-    "gp": "search.sweep.searches:gp",
-    "tpe": "search.sweep.searches:tpe",
-}
-
 LineageRow = dict[str, Any]
 """A decision, as a row of the lineage."""
 

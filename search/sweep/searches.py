@@ -2,7 +2,7 @@
 
 from raytrain.registry import resolve
 from search.scheduling.scheduler import Problem
-from search.searcher import SEARCHERS, Searcher
+from search.searcher import Searcher
 from search.searchers.grid import GridSearcher
 from search.searchers.random import RandomSearcher
 from search.sweep.asha import SuccessiveHalving
@@ -10,6 +10,7 @@ from search.sweep.median import MedianStopping
 from search.sweep.options import ASHAOptions, GridOptions, MedianOptions, SweepOptions
 from search.sweep.pruner import NoPruner
 from search.sweep.sweep import Sweep
+from search.tables import SEARCHERS
 
 
 def grid(problem: Problem, options: GridOptions) -> Sweep:

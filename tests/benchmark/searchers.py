@@ -18,8 +18,9 @@ from bench import arguments, finish
 
 from raytrain.registry import resolve
 from search.chooser import Chooser
-from search.searcher import SEARCHERS, CandidateResult, Searcher
+from search.searcher import CandidateResult, Searcher
 from search.space import Space
+from search.tables import SEARCHERS
 
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "activation_fn_1": ("relu", "tanh"),

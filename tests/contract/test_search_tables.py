@@ -11,12 +11,12 @@ import pytest
 
 import search
 from raytrain.registry import resolve, summary
-from search.pbt.exploit import EXPLOITS, Exploit
-from search.pbt.explore import EXPLORES, Explore
+from search.pbt.exploit import Exploit
+from search.pbt.explore import Explore
 from search.recipe import SearchRecipe
-from search.scheduling.scheduler import SEARCHES
 from search.scheduling.segments import Objective
-from search.searcher import SEARCHERS, Searcher
+from search.searcher import Searcher
+from search.tables import EXPLOITS, EXPLORES, SEARCHERS, SEARCHES
 
 FOLDER = Path(search.__file__).parent
 TABLES = {"searches": SEARCHES, "searchers": SEARCHERS, "exploits": EXPLOITS, "explores": EXPLORES}

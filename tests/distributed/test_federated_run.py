@@ -17,8 +17,9 @@ from federated.flower.seed_run import SeedRun
 from federated.flower.strategy_run import StrategyRun
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
-from federated.recipe import STRATEGIES, FederateRecipe
+from federated.recipe import FederateRecipe
 from federated.server import CommunicationRound, Server
+from federated.tables import STRATEGIES
 from raytrain.tensors import tensor_digest as digest
 
 FIELDS: dict[str, Any] = {

@@ -9,10 +9,8 @@ import pytest
 
 from federated.broadcast import payload_bytes
 from federated.build import Federation, partition_of, protocol_of, task_of
-from federated.faults import FAULTS
-from federated.partition import PARTITIONS
-from federated.protocols.options import PROTOCOLS
-from federated.recipe import STRATEGIES, FederateRecipe
+from federated.recipe import FederateRecipe
+from federated.tables import FAULTS, PARTITIONS, PROTOCOLS, STRATEGIES
 from raytrain.errors import RecipeError
 from raytrain.recipe import read_toml
 from raytrain.registry import summary

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from federated.build import Federation, initial_module, protocol_of, task_of, working_model_of
 from federated.encodings import ENCODINGS
-from federated.faults import FAULTS
 from federated.recipe import FederateRecipe
 from federated.round_log import replay
 from federated.sampling import batches
 from federated.server import Server
+from federated.tables import FAULTS
 from federated.wire import MODEL_BYTES, REPORT_BYTES, ReportHeader, is_lost
 from federated.working_model import WorkingModel
 from raytrain.optim.arguments import optimizer_options

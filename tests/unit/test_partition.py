@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federated.partition import (
-    PARTITIONS,
     DirichletOptions,
     Partition,
     PartitionOptions,
@@ -21,6 +20,7 @@ from federated.partition import (
     shards,
 )
 from federated.recipe import options_of_partition
+from federated.tables import PARTITIONS
 from raytrain.errors import RecipeError
 from raytrain.registry import resolve
 

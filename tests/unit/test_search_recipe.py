@@ -13,9 +13,9 @@ from search.pbt.engine import PopulationBasedTraining
 from search.pbt.exploit import Truncation
 from search.pbt.explore import Perturb
 from search.recipe import SearchRecipe
-from search.scheduling.scheduler import SEARCHES
 from search.scheduling.segments import Objective
 from search.sweep.sweep import Sweep
+from search.tables import SEARCHES
 
 LR = {"type": "float", "low": 1e-4, "high": 0.1, "scale": "log"}
 DROPOUT = {"type": "float", "low": 0, "high": 0.5, "step": 0.05}

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from raytrain.registry import resolve
 from search.domains import Float
-from search.searcher import SEARCHERS, Candidate, CandidateResult, Searcher
+from search.searcher import Candidate, CandidateResult, Searcher
 from search.searchers.gp import GaussianProcessSearcher
 from search.space import Space, make_space
 from search.surrogate.encoding import Encoded
 from search.surrogate.gaussian_process import GaussianProcess, Hyperparameters, walk
+from search.tables import SEARCHERS
 
 TABLE = {
     "kind": {"type": "choice", "values": ["a", "b"]},

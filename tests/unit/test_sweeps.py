@@ -18,13 +18,14 @@ from raytrain.registry import resolve
 from search.chooser import Chooser
 from search.options import SearchOptions
 from search.scheduling.driver import SegmentEnd, run_attempt
-from search.scheduling.scheduler import SEARCHES, Problem, Scheduler, SearchError
+from search.scheduling.scheduler import Problem, Scheduler, SearchError
 from search.scheduling.segments import Objective
 from search.scheduling.work import Done, Failed, Work, WorkOutcome
 from search.searchers.grid import grid_points
 from search.space import Space, make_space
 from search.sweep.asha import SuccessiveHalving
 from search.sweep.median import MedianStopping
+from search.tables import SEARCHES
 from search.testing import MemoryStates
 
 FEW = settings(max_examples=20)

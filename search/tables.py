@@ -1,0 +1,40 @@
+"""What a search recipe can name. It loads without NumPy, so that it is listed at once."""
+
+SEARCHES: dict[str, str] = {
+    "pbt": "search.pbt.engine:pbt",
+    "grid": "search.sweep.searches:grid",
+    "random": "search.sweep.searches:random",
+    "asha": "search.sweep.searches:asha",
+    "median": "search.sweep.searches:median",
+    "sobol": "search.sweep.searches:sobol",
+    "evolution": "search.sweep.searches:evolution",
+    "gp": "search.sweep.searches:gp",
+    "tpe": "search.sweep.searches:tpe",
+}
+
+
+SEARCHERS: dict[str, str] = {
+    "random": "search.searchers.random:RandomSearcher",
+    "grid": "search.searchers.grid:GridSearcher",
+    "sobol": "search.searchers.sobol:SobolSearcher",
+    "evolution": "search.searchers.evolution:EvolutionSearcher",
+    "gp": "search.searchers.gp:GaussianProcessSearcher",
+    "tpe": "search.searchers.tpe:TPESearcher",
+}
+
+
+EXPLOITS: dict[str, str] = {
+    "truncation": "search.pbt.exploit:Truncation",
+    "tournament": "search.pbt.exploit:Tournament",
+    "welch": "search.pbt.exploit:Welch",
+    "mf-pbt": "search.pbt.mf_pbt:MultipleFrequencies",
+    "none": "search.pbt.exploit:NoExploit",
+}
+
+
+EXPLORES: dict[str, str] = {
+    "perturb": "search.pbt.explore:Perturb",
+    "resample": "search.pbt.explore:Resample",
+    "pb2": "search.pbt.pb2:PB2",
+    "none": "search.pbt.explore:NoExplore",
+}
