@@ -89,7 +89,7 @@ class RecordOptions(TaskOptions):
             Hugging Face hub ("org/name", or "org/name:config"). Of a folder, the files (or sub-folders) called train,
             valid, validation, dev or test are these splits; if none is called so, all are for training.
         valid: share of the training records that is held out if there is no validation split, the same for every seed;
-            1: nothing is learned from, and all of the test split, or else of what there is, is measured on, as
+            1: no training examples; evaluation uses the whole test split, or all examples without one, as
             `evaluate` does with data at another path than the run's.
         held_out: what to measure on instead: a split ("test"), or a file.
         domain: the column that says where a record comes from, as federated partitions ask for; default: its file.

@@ -122,7 +122,7 @@ class Search:
         return replace(result, metrics=metrics, best={**score, "member": best.member}, checkpoint=str(checkpoint))
 
     def facts(self, result: Result) -> dict[str, str]:
-        """Return what there is to say of the search that has ended: name -> value."""
+        """Return the summary of a finished search, name -> value."""
         path, best = self._directory.path, result.best
         facts: dict[str, str] = {"status": result.status}
         if best:

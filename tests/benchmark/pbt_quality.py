@@ -195,7 +195,7 @@ class Found:
 
 
 def find(method: str, seed: int, *, adam: bool, outstanding: int = 1) -> Found:
-    """Search, with so many segments under way at a time."""
+    """Run a search with a fixed number of concurrent segments."""
     engine, states = engine_of(method, seed, adam), MemoryStates()
     train = Trainer(load(seed, 0.0 if adam else WRONG), adam=adam)
     clock, curve = 0, []

@@ -175,7 +175,7 @@ def seconds_per_step() -> float:
 
 
 def compare(seconds: float, reports: int, seeds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Return a row for each search, and the ratios, of reports after so many seconds of training."""
+    """Return a row for each search and their ratios, for one training time per report."""
     per_step = seconds_per_step()
     interval = max(1, round(seconds / per_step))
     rows = [measured(how, interval, reports, seed) for seed in range(seeds) for how in SEARCHES]

@@ -41,7 +41,7 @@ def fetch_run(source: RunSource, target: Path, say: Callable[[str], None]) -> No
 
 
 def _fetched(source: RunSource, aside: Path, say: Callable[[str], None]) -> Listing:
-    """Copy what there is to `aside`, and return its list; try again where that may help."""
+    """Copy all listed files to `aside`, with retries, and return the list."""
     for attempts_left in range(COPY_ATTEMPTS, 0, -1):
         try:
             listing = source.listing()
