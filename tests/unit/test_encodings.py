@@ -34,7 +34,12 @@ def test_a_number_beyond_its_encoding_is_not_used(name: str, value: float) -> No
     assert np.isnan(ENCODINGS[name].rounded(value))
 
 
-MAGNITUDES = st.floats(-1e3, 1e3) | st.floats(-1e-30, 1e-30) | st.sampled_from([0.0, 2.0**-20, -(2.0**-20 - 2.0**-40)])
+MAGNITUDES = (
+    st.floats(-1e3, 1e3)
+    | st.floats(-1e-30, 1e-30)
+    | st.floats(-1e-300, 1e-300)
+    | st.sampled_from([0.0, 2.0**-20, -(2.0**-20 - 2.0**-40)])
+)
 
 
 @given(st.sampled_from(list(COEFFICIENT_ENCODINGS)), st.lists(MAGNITUDES, max_size=30))
@@ -44,7 +49,7 @@ def test_coefficients_arrive_once_rounded_and_then_unchanged(name: str, values: 
     once = encoding.rounded(sent)
     assert np.array_equal(encoding.rounded(once), once)
     largest = np.abs(sent).max(initial=0)
-    least = 2.0**-149 if name == "float32" else largest * 2.0**-38
+    least = 2.0**-149 if name == "float32" else max(largest * 2.0**-38, 2.0**-1024)  # the lowest power is -1000
     assert (np.abs(once - sent) <= RELATIVE[name] * np.abs(sent) + least).all()
 
 
