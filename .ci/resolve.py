@@ -5,6 +5,7 @@ Only names and versions are read. Nothing is installed, and this machine's confi
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,11 @@ WITHOUT_PINS = ("cuda-", "nvidia-")
 
 def main() -> int:
     """Resolve for all of them; return 1 if one cannot be."""
-    uv = next((path for path in (Path(sys.executable).with_name("uv"), ROOT / ".venv/bin/uv") if path.is_file()), "uv")
+    places = (Path(sys.executable).with_name("uv"), ROOT / ".venv/bin/uv", shutil.which("uv") or "uv")
+    uv = next((path for path in map(Path, places) if path.is_file()), None)
+    if uv is None:
+        print("resolve.py needs uv, and finds none beside this Python, in .venv or on PATH; pip install uv")
+        return 1
     pins = {name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     with ThreadPoolExecutor() as threads:  # which wait for answers, most of the time
         found = list(threads.map(lambda place: resolve(str(uv), pins, *place), product(PLATFORMS, VERSIONS)))

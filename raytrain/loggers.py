@@ -22,3 +22,12 @@ def restored_loggers(*names: str) -> Iterator[None]:
             logger.setLevel(level)
             logger.handlers = handlers
             logger.propagate = propagate
+
+
+@contextmanager
+def only_errors(*names: str) -> Iterator[None]:
+    """Let loggers write errors alone inside the `with` block."""
+    with restored_loggers(*names):
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield

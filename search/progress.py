@@ -96,7 +96,7 @@ class SearchDisplay:
         for row in self._reports.new():
             standings.reported(row)
         trained = standings.steps + sum(standings.ahead(member, step) for member, step in steps.items())
-        self._pace.take(trained)
+        self._pace.update(trained)
         if self._live.is_started:
             self._live.update(Group(self._table(steps), Text(self._summary(trained))), refresh=True)
         elif standings.generation > before or (steps and time.monotonic() > self._next_line):
@@ -142,8 +142,8 @@ class SearchSpeed:
         self.steps_per_second = 0.0
         self._first: tuple[float, int] | None = None
 
-    def take(self, steps: int) -> None:
-        """Learn how many steps are done by now."""
+    def update(self, steps: int) -> None:
+        """Update the speed with the number of steps done by now."""
         now = time.monotonic()
         if self._first is None or steps <= self._first[1]:
             self._first = (now, steps)

@@ -205,7 +205,7 @@ class ActorThread(threading.Thread):
         """Serve until the outbox is closed; an exception waits for `supervise`."""
         paces: dict[str, float] = {}  # in which the sending of messages and answers is included
         try:
-            while messages := self._outbox.take(paces):
+            while messages := self._outbox.next_batch(paces):
                 self._held, began = messages, time.monotonic()
                 outcome = self._serve(messages)
                 self._held, seconds = (), time.monotonic() - began

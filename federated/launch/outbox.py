@@ -83,7 +83,7 @@ class Outbox:
             self._queue.extend(messages)
             self._changed.notify_all()
 
-    def take(self, paces: Mapping[str, float]) -> list[Pending]:
+    def next_batch(self, paces: Mapping[str, float]) -> list[Pending]:
         """Return the next messages for an actor, as soon as there is one; none when the outbox is closed.
 
         Args:

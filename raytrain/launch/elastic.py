@@ -33,7 +33,7 @@ from torch.distributed.elastic.utils.process_state import read_proc_state
 
 from raytrain.errors import RaytrainError
 from raytrain.kinds import RunOptions
-from raytrain.launch.place import train_at
+from raytrain.launch.backend import train_on
 from raytrain.launch.resources import NodeResources, available_cpus, cpus_per_worker, eligible_nodes
 from raytrain.loggers import restored_loggers
 from raytrain.run.directory import RunDirectory
@@ -58,7 +58,7 @@ def run_elastic(recipe: TrainRecipe, order: RunOptions) -> Result:
     Raises:
         RaytrainError: as `supervise`.
     """
-    return train_at(LocalMachine(), recipe, order)
+    return train_on(LocalMachine(), recipe, order)
 
 
 class LocalMachine:

@@ -105,7 +105,7 @@ def ray_loader(
     """
     source, plain = options.source, options.model_dump(mode="json")
 
-    def start(part: StepRange, generation: int) -> ActorHandle:
+    def launch_reader(part: StepRange, generation: int) -> ActorHandle:
         spec = LoaderSpec(plain, list(sys.path), part, generation)
         if isinstance(source, RayDataSource):
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -119,7 +119,10 @@ def ray_loader(
     count = min(count, step_range.steps)
     streams = [
         ActorStream(
-            f"{what} {place} of task.source = {source.name!r}", start, step_range.every_nth(place, count), prefetch
+            f"{what} {place} of task.source = {source.name!r}",
+            launch_reader,
+            step_range.every_nth(place, count),
+            prefetch,
         )
         for place in range(count)
     ]
@@ -148,9 +151,9 @@ class ActorStream:
         self._step_range = step_range
         self._prefetch = prefetch
         self._generation = 0
-        self._begin()
+        self._launch()
 
-    def _begin(self) -> None:
+    def _launch(self) -> None:
         self._actor = self._start(self._step_range, self._generation)
         self._calls = deque(self._actor.next_rows.remote() for _ in range(self._prefetch))
 
@@ -180,7 +183,7 @@ class ActorStream:
         """Replace an actor that died."""
         self.end()
         self._generation += 1
-        self._begin()
+        self._launch()
 
 
 class ActorLoader:

@@ -24,8 +24,8 @@ from raytrain.data.source import ActorSource
 from raytrain.environment import environment
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.kinds import RunOptions
+from raytrain.launch.backend import train_on
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
-from raytrain.launch.place import train_at
 from raytrain.launch.process_group import GroupConfig
 from raytrain.launch.resources import (
     CpuShare,
@@ -51,7 +51,7 @@ def run_on_ray(recipe: TrainRecipe, order: RunOptions) -> Result:
     Raises:
         RaytrainError: as `supervise`.
     """
-    return train_at(RayCluster(order.address or OWN_CLUSTER), recipe, order)
+    return train_on(RayCluster(order.address or OWN_CLUSTER), recipe, order)
 
 
 class RayCluster:

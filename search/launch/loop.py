@@ -95,7 +95,7 @@ class SearchLoop(threading.Thread):
             if isinstance(state, Failed):
                 self._tell(work, outcome_of(work, self._journal.store, state))
             else:
-                self._pool.begin(work, state)
+                self._pool.submit(work, state)
         return bool(works)
 
     def _take_in(self) -> None:

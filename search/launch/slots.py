@@ -110,7 +110,7 @@ class Slot:
         )
         self.pending: ray.ObjectRef | None = self._actor.load.remote()
 
-    def begin(self, work: Work, state: bytes | None) -> None:
+    def submit(self, work: Work, state: bytes | None) -> None:
         """Begin to train a segment."""
         self.work, self._heard = work, time.monotonic()
         self.pending = self._actor.train.remote(work, state)
@@ -214,9 +214,9 @@ class SlotPool:
         found = [(slot.work, slot.beat.step) for slot in list(self._slots)]
         return {work.member: max(work.snapshot.step, step) for work, step in found if work is not None}
 
-    def begin(self, work: Work, state: bytes | None) -> None:
+    def submit(self, work: Work, state: bytes | None) -> None:
         """Begin to train a segment in a slot that is idle."""
-        next(slot for slot in self._slots if slot.pending is None).begin(work, state)
+        next(slot for slot in self._slots if slot.pending is None).submit(work, state)
 
     def stop(self) -> None:
         """Ask all slots to end their segments after the step that they are at."""

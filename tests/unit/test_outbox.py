@@ -63,7 +63,7 @@ def test_each_message_is_answered_once_and_each_clients_in_order(
     def serve(actor: int) -> None:
         for turn in range(10**6):
             limit, done = limits[(turn + actor) % len(limits)]
-            if not (batch := outbox.take(pace(limit))):
+            if not (batch := outbox.next_batch(pace(limit))):
                 return
             mine = {message.node for message in batch}
             at_work.update(mine)
@@ -94,15 +94,15 @@ def test_each_message_is_answered_once_and_each_clients_in_order(
 def test_shares_shrink_with_what_is_left() -> None:
     outbox = Outbox(actors=2)
     outbox.post(pending(range(2, 18)))
-    assert [len(outbox.take({"train": 99.0})) for _ in range(8)] == [4, 3, 3, 2, 1, 1, 1, 1]
+    assert [len(outbox.next_batch({"train": 99.0})) for _ in range(8)] == [4, 3, 3, 2, 1, 1, 1, 1]
 
 
 def test_a_share_is_worth_a_call_and_no_more_than_a_quarter_of_a_second() -> None:
     outbox = Outbox(actors=2)
     outbox.post(pending(range(2, 1002)))
-    assert [message.node for message in outbox.take({})] == [2], "nothing is known of these clients"
-    assert [message.node for message in outbox.take({"train": 100.0})] == [*range(3, 29)]
-    assert [len(outbox.take({"train": 20_000.0})) for _ in range(3)] == [400, 400, 173]
+    assert [message.node for message in outbox.next_batch({})] == [2], "nothing is known of these clients"
+    assert [message.node for message in outbox.next_batch({"train": 100.0})] == [*range(3, 29)]
+    assert [len(outbox.next_batch({"train": 20_000.0})) for _ in range(3)] == [400, 400, 173]
 
 
 def test_a_share_is_of_one_type() -> None:
@@ -111,31 +111,31 @@ def test_a_share_is_of_one_type() -> None:
     for message in messages[2:4]:
         message.fields["_message_type"] = "query.who"
     outbox.post(messages)
-    assert [outbox.take({"train": 99.0}), outbox.take({"query.who": 99.0})] == [messages[:2], messages[2:4]]
+    assert [outbox.next_batch({"train": 99.0}), outbox.next_batch({"query.who": 99.0})] == [messages[:2], messages[2:4]]
 
 
 def test_what_was_not_served_comes_first() -> None:
     outbox = Outbox(actors=1)
     outbox.post(pending(range(2, 10)))
-    answer(outbox, outbox.take(pace(3)), done=1)
-    assert [message.node for message in outbox.take(pace(3))] == [3, 4, 5]
+    answer(outbox, outbox.next_batch(pace(3)), done=1)
+    assert [message.node for message in outbox.next_batch(pace(3))] == [3, 4, 5]
 
 
 def test_a_client_gets_its_messages_in_order_when_some_were_not_served() -> None:
     outbox = Outbox(actors=1)
     messages = pending([2] * 6)
     outbox.post(messages)
-    answer(outbox, outbox.take(pace(3)), done=1)
-    assert outbox.take(pace(2)) == messages[1:3]
+    answer(outbox, outbox.next_batch(pace(3)), done=1)
+    assert outbox.next_batch(pace(2)) == messages[1:3]
 
 
 def test_a_client_that_is_served_waits_and_others_do_not() -> None:
     outbox = Outbox(actors=1)
     outbox.post(pending([2, 2, 3]))
-    first = outbox.take(pace(1))
-    assert [message.node for message in outbox.take(pace(1))] == [3]
+    first = outbox.next_batch(pace(1))
+    assert [message.node for message in outbox.next_batch(pace(1))] == [3]
     answer(outbox, first)
-    assert [message.node for message in outbox.take(pace(1))] == [2]
+    assert [message.node for message in outbox.next_batch(pace(1))] == [2]
 
 
 def test_a_message_that_expires_is_not_served() -> None:
@@ -143,7 +143,7 @@ def test_a_message_that_expires_is_not_served() -> None:
     late, fresh = pending([2], ttl=-1), pending([3])
     fresh[0].fields["_message_id"] = "1"
     outbox.post([*late, *fresh])
-    assert outbox.take(pace(9)) == fresh
+    assert outbox.next_batch(pace(9)) == fresh
     (reply,) = outbox.collect(["0", "1"])
     assert (reply.error.code, reply.error.reason) == (
         ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
@@ -155,14 +155,14 @@ def test_what_is_not_answered_in_time_is_given_up() -> None:
     outbox = Outbox(actors=1)
     messages = pending(range(2, 8))
     outbox.post(messages)
-    answer(outbox, outbox.take(pace(1)))
-    held = outbox.take(pace(1))
+    answer(outbox, outbox.next_batch(pace(1)))
+    held = outbox.next_batch(pace(1))
     outbox.wait([message.id for message in messages], 0.05, go_on)
     assert [message.given_up_at is None for message in messages] == [True] + [False] * 5
     answer(outbox, held)
     assert len(outbox.collect([message.id for message in messages])) == 1
     outbox.post(pending([9]))
-    assert [message.node for message in outbox.take(pace(9))] == [9]
+    assert [message.node for message in outbox.next_batch(pace(9))] == [9]
 
 
 def test_waiting_ends_by_an_exception_too() -> None:
@@ -177,4 +177,6 @@ def test_waiting_ends_by_an_exception_too() -> None:
     with pytest.raises(StoppedError):
         outbox.wait(["0"], None, stop)
     outbox.post(pending([3]))
-    assert [message.node for message in outbox.take(pace(1))] == [3], "what nobody waits for any longer is not served"
+    assert [message.node for message in outbox.next_batch(pace(1))] == [3], (
+        "what nobody waits for any longer is not served"
+    )

@@ -2,7 +2,6 @@
 
 import asyncio
 import ipaddress
-import logging
 import os
 import re
 import shlex
@@ -27,6 +26,7 @@ from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.launch.jobs.job import ID, Job, JobLog, check_id
 from raytrain.launch.jobs.upload import Upload, own_code
 from raytrain.launch.version import fingerprint
+from raytrain.loggers import only_errors
 from raytrain.terminal import printable, printable_line
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
@@ -37,6 +37,9 @@ SILENCE_SECONDS = 10.0  # without a line of the log, after which the server is a
 RECONNECT_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 LOG_ATTEMPTS = 3  # to read more of a log while the server answers, before it is said that it cannot be read
+LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
+"""Of Ray, which tell the steps of an upload."""
+
 STOP_SECONDS = "300"  # that Ray leaves a stopped job to save; its own default is 3
 LATEST = 253402300799.0
 """The last second of which there is a date, since 1970."""
@@ -127,9 +130,11 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env"):
-            logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
-        with _explained_connection(address), environment({ADDRESS: address}):  # which Ray prefers to what it is given
+        with (
+            only_errors(*LOGGERS),
+            _explained_connection(address),
+            environment({ADDRESS: address}),
+        ):  # which Ray prefers to what it is given
             self.client = _Client(address)
         found = str(self.client._server_ray_version)
         if found.split(".")[:2] != ray.__version__.split(".")[:2]:
@@ -166,7 +171,7 @@ class JobServer:
             "raytrain_store": job.store,
             "raytrain_code": "of the submitter" if job.with_code else "",
         }
-        with self.explained(job.id):
+        with only_errors(*LOGGERS), self.explained(job.id):
             self.client.submit_job(
                 entrypoint=shlex.join([*entry, *store, "--", *job.words]),
                 submission_id=job.id,

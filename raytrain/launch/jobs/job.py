@@ -88,7 +88,7 @@ class JobLog:
         """Return a reader that takes the log from its start, and prints what is new."""
         place = 0
 
-        def take(text: str) -> None:
+        def show_new(text: str) -> None:
             nonlocal place
             new = text[max(0, self.shown - place) :]
             place += len(text)
@@ -96,7 +96,7 @@ class JobLog:
                 self.show(new)
                 self.shown = place
 
-        return take
+        return show_new
 
 
 def check_id(name: str) -> None:

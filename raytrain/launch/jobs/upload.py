@@ -11,9 +11,13 @@ from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
 from raytrain.kinds import kind_entry_points, shared_packages
+from raytrain.loggers import only_errors
 from raytrain.modules import find_spec
 
 EXCLUDED = (".git", ".venv", "venv", "__pycache__", "/runs")
+PACKAGING = "ray._private.runtime_env"
+"""Ray's logger of what it packs."""
+
 SECRETS = (".env*", "*.pem", "id_*", ".ssh", ".aws", ".netrc", ".kaggle")
 
 
@@ -42,7 +46,7 @@ def upload_of(folder: Path) -> Upload:
     withheld: dict[str, str] = {}
     secret = _get_excludes(folder, SECRETS)
 
-    def take(path: Path) -> None:
+    def add_file(path: Path) -> None:
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = path.stat().st_size
 
@@ -55,10 +59,9 @@ def upload_of(folder: Path) -> Upload:
 
     left_out = _get_excludes(folder, [*EXCLUDED, *_own_packages(folder)])
     heeded = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    quiet = logging.getLogger("ray._private.runtime_env")
-    quiet.setLevel(logging.ERROR)
     choices: list[Callable[[Path], bool]] = [left_out, withhold]
-    _dir_travel(folder, choices, take, include_gitignore=heeded, logger=quiet)
+    with only_errors(PACKAGING):
+        _dir_travel(folder, choices, add_file, include_gitignore=heeded, logger=logging.getLogger(PACKAGING))
     return Upload(folder, files, withheld)
 
 

@@ -1,4 +1,4 @@
-"""Trains a recipe somewhere: on this machine, or on a Ray cluster."""
+"""Training of a recipe on a backend: processes of this machine, or a Ray cluster."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,7 +22,7 @@ def columns(row: Mapping[str, Any]) -> list[str]:
 WORDING = Wording("train", "training", "step", "the workers save and end after the step they are at", columns)
 
 
-class Place(Protocol):
+class Backend(Protocol):
     """Where workers train: this machine, or a Ray cluster."""
 
     def check(self, recipe: TrainRecipe) -> None:
@@ -34,7 +34,7 @@ class Place(Protocol):
         ...
 
     def session(self, recipe: TrainRecipe, run: RunDirectory, say: Callable[[str], None]) -> Joined:
-        """Be there inside the `with` block, whose value starts the workers.
+        """Hold the machines inside the `with` block, whose value starts the workers.
 
         Args:
             recipe: what is to be trained.
@@ -47,7 +47,7 @@ class Place(Protocol):
         ...
 
 
-def train_at(place: Place, recipe: TrainRecipe, order: RunOptions) -> Result:
+def train_on(backend: Backend, recipe: TrainRecipe, order: RunOptions) -> Result:
     """Train, and return how it ended.
 
     Raises:
@@ -55,11 +55,11 @@ def train_at(place: Place, recipe: TrainRecipe, order: RunOptions) -> Result:
     """
     run = RunDirectory(order.out.absolute())
     recipe, _ = resolve_recipe(recipe, run)  # its errors are better here than in a worker
-    place.check(recipe)
+    backend.check(recipe)
     return supervise(
         run,
         recipe.to_toml(),
-        partial(place.session, recipe, run),
+        partial(backend.session, recipe, run),
         ProgressDisplay(run, recipe.steps, WORDING),
         partial(collect_result, recipe, run),
         resume=order.resume,
