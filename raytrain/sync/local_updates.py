@@ -3,22 +3,60 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raytrain.sync.averaging import Averager, ExactAverager
-from raytrain.sync.buffers import BufferMean, floating_buffers, state_tensors
+from raytrain.sync.buffers import BufferMean, state_tensors
 from raytrain.sync.compression import CompressedAverager
 from raytrain.sync.global_momentum import GlobalMomentum
 from raytrain.sync.interval import RoundTimer, SyncInterval
 from raytrain.sync.outer import OuterOptimizer
+from raytrain.sync.round_state import ReplicaVectors, RoundState, flat_zeros
 from raytrain.sync.synchroniser import StepTotals
 from raytrain.sync.transport import CompletedWork, PendingWork
 
-EXTRA_SCALARS = 4
-"""Sent with each pseudo-gradient: a stop flag, and seconds of a step, of an all-reduce and of its overhead."""
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How an average reaches a replica.
+
+    Attributes:
+        keep_local_progress: whether the steps since sending stay in the parameters.
+        alpha: interpolation weight toward the anchor; None: that of `SyncInterval.alpha`.
+        share_buffers: whether buffers are averaged in each round, and not only at the end.
+    """
+
+    keep_local_progress: bool
+    alpha: float | None
+    share_buffers: bool
+
+
+@dataclass
+class StopVote:
+    """Whether this replica asks for the end, and whether all replicas know that one does."""
+
+    requested: bool = False
+    agreed: bool = False
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A checkpoint that is loaded before the replica is attached.
+
+    Attributes:
+        replica: this replica's part; None: it starts a round at the anchor.
+        shared: the part that all replicas share.
+    """
+
+    replica: Mapping[str, Any] | None
+    shared: Mapping[str, Any]
+
+
+NOTHING_SAVED = SavedState(None, {"outer": None, "global_momentum": None, "anchor": None})
 
 
 class LocalUpdates:
@@ -68,53 +106,36 @@ class LocalUpdates:
         self._averager = averager
         self._outer = outer
         self._interval = interval
-        self._keep_local_progress = keep_local_progress
-        self._alpha = alpha
         self._global_momentum = global_momentum
-        self._share_buffers = share_buffers
+        self._rule = UpdateRule(keep_local_progress, alpha, share_buffers)
         compressor = averager.compressor if isinstance(averager, CompressedAverager) else None
         parts = (outer.penalty, global_momentum, compressor)
         self._method = " ".join(
             ["2", str(keep_local_progress), str(share_buffers), *(type(part).__name__ for part in parts)]
         )
         self._timer = RoundTimer()
-        self._apply_at = 0  # steps of the round after which the average is applied
+        self._round = RoundState()
         self._pending: PendingWork | None = None
-        self._steps = 0  # in this round
-        self._steps_since_momentum = 0
-        self._sent_steps = 0  # in the round that is in flight
-        self._samples = 0.0  # in this round
+        self._stop = StopVote()
         self._weight = 0.0  # of this step
         self._lr = 1.0  # of this step
-        self._stop_requested = False
-        self._stop = False
-        self._loaded: Mapping[str, Any] | None = None
-        self._before: Mapping[str, Any] = {"outer": None, "global_momentum": None, "anchor": None}  # as loaded
+        self._saved = NOTHING_SAVED
 
     def attach(self, module: nn.Module) -> None:
         """Start a round at the first replica's parameters and buffers, or resume the one that was loaded."""
         for value in state_tensors(module):
             self._await(self._averager.transport.broadcast(value.data))
-        parameters = [value for value in module.parameters() if value.requires_grad]
-        buffers = floating_buffers(module)
-        self._parameters = [value.data for value in parameters]
-        self._buffers = BufferMean(buffers if self._share_buffers else [])
-        self._own_buffers = [] if self._share_buffers else buffers
-        self._size = sum(value.numel() for value in self._parameters)
-        self._exact = self._buffers.size + EXTRA_SCALARS
-        # Parameters, buffers, scalars, and room for the weight.
-        self._message = _flat([*self._parameters, *self._buffers.local], self._size + self._exact + 1)
-        self._views = _views(self._message, self._parameters)
-        self._pack_parameters()
-        self._round_start = self._message[: self._size].clone()
-        anchor = self._before["anchor"]
-        self._anchor = self._round_start.clone() if anchor is None else anchor.to(self._round_start, copy=True)
-        self._outer.reset(self._anchor, self._before["outer"])
+        self._replica = replica = ReplicaVectors(module, share_buffers=self._rule.share_buffers)
+        shared = self._saved.shared
+        if shared["anchor"] is not None:
+            replica.anchor = shared["anchor"].to(replica.anchor, copy=True)
+        self._outer.reset(replica.anchor, shared["outer"])
         if self._global_momentum:
-            self._global_momentum.reset(self._anchor, parameters, self._before["global_momentum"])
-        if self._loaded is not None:
-            self._restore(self._loaded)
-        self._loaded, self._before = None, {}
+            parameters = [value for value in module.parameters() if value.requires_grad]
+            self._global_momentum.reset(replica.anchor, parameters, shared["global_momentum"])
+        if self._saved.replica is not None:
+            self._restore(self._saved.replica)
+        self._saved = NOTHING_SAVED
 
     def set_weight(self, weight: float) -> float:
         """Return the weight: gradients are of this replica's own mean loss."""
@@ -126,50 +147,50 @@ class LocalUpdates:
 
     def before_step(self, loss: float, stop: bool) -> StepTotals:
         """Return this replica's own totals, and whether to stop as all replicas know."""
-        self._stop_requested = self._stop_requested or stop
-        return StepTotals(self._weight, loss, self._stop)
+        self._stop.requested = self._stop.requested or stop
+        return StepTotals(self._weight, loss, self._stop.agreed)
 
     @torch.no_grad()
     def after_step(self, lr: float) -> None:
         """Apply the average when it is due, and send the pseudo-gradient at the end of a round."""
         began, waited = time.perf_counter(), self.waited_seconds
         self._lr = lr
-        self._steps += 1
-        self._steps_since_momentum += 1
-        self._samples += self._weight
-        if self._steps_since_momentum >= self._interval.momentum_stride:
+        self._round.add_step(self._weight)
+        if self._round.steps_since_momentum >= self._interval.momentum_stride:
             self._add_momentum()
         if self._pending is not None:
             self._pending.poll()
-            if self._steps >= self._apply_at:
+            if self._round.steps >= self._round.apply_at:
                 self._apply(self._pending)
-        if self._steps >= self._interval.every:
+        if self._round.steps >= self._interval.every:
             pending = self._launch()
-            if self._apply_at == 0:
+            if self._round.apply_at == 0:
                 self._apply(pending)
         self._timer.add_overhead(time.perf_counter() - began - (self.waited_seconds - waited))
 
     @torch.no_grad()
     def finish(self) -> None:
         """Apply what is in flight, then the plain mean of the steps since; afterwards the replicas are equal."""
-        if self._steps:
-            self._anchor.sub_(self._receive(self._launch()))
-            self._buffers.unpack(self._buffer_message)
+        replica = self._replica
+        if self._round.steps:
+            replica.anchor.sub_(self._receive(self._launch()))
+            replica.buffers.unpack(replica.buffer_message)
         elif self._pending is not None:
             self._apply(self._pending)
-        self._round_start.copy_(self._anchor)
-        self._set_parameters(self._anchor)
-        self._buffers.load()
-        if self._own_buffers:
-            self._average(self._own_buffers)
+        replica.round_start.copy_(replica.anchor)
+        replica.write(replica.anchor)
+        replica.buffers.load()
+        if replica.own_buffers:
+            self._average(replica.own_buffers)
 
     @contextmanager
     def synced_parameters(self) -> Iterator[None]:
         """Put the anchor into the module inside the `with` block."""
-        held = [*self._parameters, *self._buffers.local]
+        replica = self._replica
+        held = [*replica.parameters, *replica.buffers.local]
         aside = [value.clone() for value in held]
-        self._set_parameters(self._anchor)
-        self._buffers.load()
+        replica.write(replica.anchor)
+        replica.buffers.load()
         try:
             yield
         finally:
@@ -181,26 +202,22 @@ class LocalUpdates:
 
     def state_dict(self) -> dict[str, Any]:
         """Return this replica's state, after waiting for what is in flight; it is still applied when it is due."""
-        mean = None
+        replica, mean = self._replica, None
         if self._pending is not None:
             self._receive(self._pending)
-            mean = self._message[: -EXTRA_SCALARS - 1].clone()
-            self._pending = CompletedWork(self._message)
-        self._copy_parameters(here := torch.empty_like(self._round_start))
+            mean = replica.average.clone()
+            self._pending = CompletedWork(replica.message)
+        replica.read(here := torch.empty_like(replica.round_start))
         return {
             "method": self._method,
-            "steps": self._steps,
-            "steps_since_momentum": self._steps_since_momentum,
-            "sent_steps": self._sent_steps,
-            "samples": self._samples,
-            "apply_at": self._apply_at,
+            **asdict(self._round),
             "every": self._interval.every,
             "delay": self._interval.delay,
             "parameters": here,
-            "round_start": self._round_start,
+            "round_start": replica.round_start,
             "average": mean,
-            "buffers": [value.clone() for value in [*self._buffers.local, *self._own_buffers]],
-            "round_start_buffers": [value.clone() for value in self._buffers.round_start],
+            "buffers": [value.clone() for value in [*replica.buffers.local, *replica.own_buffers]],
+            "round_start_buffers": [value.clone() for value in replica.buffers.round_start],
             "exchange": self._averager.state_dict(),
             "shared": self._shared_state() if self._averager.transport.rank == 0 else None,
         }
@@ -211,82 +228,79 @@ class LocalUpdates:
         With another number of replicas, or after another method, it starts a round at the anchor.
         """
         if first.get("method") == self._method:
-            self._loaded, self._before = state, first["shared"]
+            self._saved = SavedState(state, first["shared"])
 
     def _shared_state(self) -> dict[str, Any]:
         """Return the state that all replicas share; the anchor only where the model has narrower types."""
         global_momentum = self._global_momentum.state_dict() if self._global_momentum else None
-        narrow = any(value.dtype != self._anchor.dtype for value in self._parameters)
+        anchor = self._replica.anchor
+        narrow = any(value.dtype != anchor.dtype for value in self._replica.parameters)
         return {
             "outer": self._outer.state_dict(),
             "global_momentum": global_momentum,
-            "anchor": self._anchor if narrow else None,
+            "anchor": anchor if narrow else None,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._steps, self._samples, self._apply_at = state["steps"], state["samples"], state["apply_at"]
-        self._steps_since_momentum, self._sent_steps = state["steps_since_momentum"], state["sent_steps"]
+        replica = self._replica
+        self._round = RoundState(**{field.name: state[field.name] for field in fields(RoundState)})
         self._interval.restore(state["every"], state["delay"])
-        self._round_start.copy_(state["round_start"])
-        self._set_parameters(state["parameters"])
+        replica.round_start.copy_(state["round_start"])
+        replica.write(state["parameters"])
         self._averager.load_state_dict(state["exchange"])
-        buffers = [*self._buffers.local, *self._own_buffers, *self._buffers.round_start]
+        buffers = [*replica.buffers.local, *replica.own_buffers, *replica.buffers.round_start]
         for value, saved in zip(buffers, [*state["buffers"], *state["round_start_buffers"]], strict=True):
             value.copy_(saved)
         if state["average"] is not None:
-            self._message[: -EXTRA_SCALARS - 1].copy_(state["average"])
-            self._pending = CompletedWork(self._message)
+            replica.average.copy_(state["average"])
+            self._pending = CompletedWork(replica.message)
 
     def _launch(self) -> PendingWork:
         """Send the pseudo-gradient and start the next round; what is in flight is applied first."""
         if self._pending is not None:
             self._apply(self._pending)
         self._add_momentum()
-        self._pack_parameters()
-        here = self._message[: self._size]
-        torch.sub(self._round_start, here, out=here)
-        if self._keep_local_progress:
-            self._copy_parameters(self._round_start)
+        replica, keep = self._replica, self._rule.keep_local_progress
+        replica.pack()
+        torch.sub(replica.round_start, replica.pseudo_gradient, out=replica.pseudo_gradient)
+        if keep:
+            replica.read(replica.round_start)
         else:
-            self._round_start.copy_(self._anchor)
-            self._set_parameters(self._anchor)
-        self._buffers.pack(self._buffer_message)
-        self._buffers.start_round(keep=self._keep_local_progress)
-        numbers = [float(self._stop_requested), *self._timer.end_round(self._steps, self.waited_seconds)]
-        self._message[-EXTRA_SCALARS - 1 : -1] = torch.tensor(numbers, dtype=torch.float64)
-        self._pending = pending = self._averager.average(self._message, self._samples, exact=self._exact)
-        self._sent_steps = self._steps
-        self._steps, self._samples, self._apply_at = 0, 0.0, self._interval.delay
+            replica.round_start.copy_(replica.anchor)
+            replica.write(replica.anchor)
+        replica.buffers.pack(replica.buffer_message)
+        replica.buffers.start_round(keep=keep)
+        measured = self._timer.end_round(self._round.steps, self.waited_seconds)
+        replica.scalars.copy_(torch.tensor([float(self._stop.requested), *measured], dtype=torch.float64))
+        self._pending = pending = self._averager.average(replica.message, self._round.samples, exact=replica.exact)
+        self._round.start_next(self._interval.delay)
         return pending
 
     def _add_momentum(self) -> None:
         """Apply global momentum for the steps since the last time."""
-        if self._global_momentum and self._steps_since_momentum:
-            self._global_momentum.apply(self._steps_since_momentum)
-        self._steps_since_momentum = 0
+        if self._global_momentum and self._round.steps_since_momentum:
+            self._global_momentum.apply(self._round.steps_since_momentum)
+        self._round.steps_since_momentum = 0
 
     def _apply(self, pending: PendingWork) -> None:
-        """Take the outer step, and interpolate the replica toward the anchor."""
-        self._add_momentum()
-        mean = self._receive(pending)
-        alpha = self._interval.alpha(self._apply_at) if self._alpha is None else self._alpha
-        if self._global_momentum:
-            self._global_momentum.update(mean, self._sent_steps)
-        self._outer(mean, self._lr)
-        here = mean  # the same memory: the average has been used
-        self._pack_parameters()
-        here.sub_(self._round_start)
-        self._round_start.lerp_(self._anchor, alpha)
-        here.add_(self._round_start)
-        torch._foreach_copy_(self._parameters, self._views)
-        self._buffers.unpack(self._buffer_message)
-        if self._keep_local_progress or not self._steps:
-            self._buffers.approach(alpha)
+        """Take the outer step, and interpolate the replica toward the anchor.
 
-    @property
-    def _buffer_message(self) -> Tensor:
-        """The buffers' part of the message."""
-        return self._message[self._size : self._size + self._buffers.size]
+        With s the round's start before: s' = s + alpha * (X - s), w <- w + (s' - s), s <- s'.
+        """
+        self._add_momentum()
+        replica, mean = self._replica, self._receive(pending)
+        alpha = self._interval.alpha(self._round.apply_at) if self._rule.alpha is None else self._rule.alpha
+        if self._global_momentum:
+            self._global_momentum.update(mean, self._round.sent_steps)
+        self._outer(mean, self._lr)
+        replica.pack()  # over the average, which has been used
+        since_start = replica.pseudo_gradient.sub_(replica.round_start)
+        replica.round_start.lerp_(replica.anchor, alpha)
+        since_start.add_(replica.round_start)
+        replica.unpack()
+        replica.buffers.unpack(replica.buffer_message)
+        if self._rule.keep_local_progress or not self._round.steps:
+            replica.buffers.approach(alpha)
 
     def _receive(self, pending: PendingWork) -> Tensor:
         """Wait for the average, and return the averaged pseudo-gradient, shape (n,)."""
@@ -294,31 +308,21 @@ class LocalUpdates:
         if pending.seconds:
             self._timer.exchange_seconds = pending.seconds
         self._pending = None
-        asked, *measured = self._message[-EXTRA_SCALARS - 1 : -1].tolist()
-        self._stop = self._stop or asked > 0
+        asked, *measured = self._replica.scalars.tolist()
+        self._stop.agreed = self._stop.agreed or asked > 0
         self._interval.update(*measured)
-        return self._message[: self._size]
+        return self._replica.pseudo_gradient
 
     def _average(self, buffers: Sequence[Tensor]) -> None:
         """Average buffers over the replicas with equal weights."""
         mean = BufferMean(buffers)
         for value in mean.anchor:
             self._await(self._averager.transport.broadcast(value))
-        message = _flat(buffers, mean.size + 1)
+        message = flat_zeros(buffers, mean.size + 1)
         mean.pack(message[:-1])
         self._await(ExactAverager(self._averager.transport).average(message, 1.0))
         mean.unpack(message[:-1])
         mean.load()
-
-    def _pack_parameters(self) -> None:
-        """Copy the parameters into the message."""
-        torch._foreach_copy_(self._views, self._parameters)
-
-    def _copy_parameters(self, flat: Tensor) -> None:
-        torch._foreach_copy_(_views(flat, self._parameters), self._parameters)
-
-    def _set_parameters(self, flat: Tensor) -> None:
-        torch._foreach_copy_(self._parameters, _views(flat, self._parameters))
 
     def _await(self, pending: PendingWork) -> None:
         started = time.perf_counter()
@@ -326,17 +330,3 @@ class LocalUpdates:
         self.waited_seconds += time.perf_counter() - started
         self.exchange_seconds += pending.seconds
         self.bytes_sent += pending.bytes_sent
-
-
-def _flat(tensors: Sequence[Tensor], size: int) -> Tensor:
-    """Return zeros, shape (size,), of the widest type of `tensors`, at least float32."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return torch.zeros(size, dtype=dtype, device=tensors[0].device)
-
-
-def _views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return views into `flat` in the shapes of `tensors`."""
-    parts = flat[: sum(tensor.numel() for tensor in tensors)].split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
