@@ -23,8 +23,8 @@ from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Examples, Task
 from raytrain.tensors import to_device
 from raytrain.zeroth.estimators import projected_gradient, reject_outliers
+from raytrain.zeroth.objective import make_closure
 from raytrain.zeroth.perturbed import Closure
-from raytrain.zeroth.step import make_closure
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from federated.sampling import batches
 from raytrain.seeds.prng import fold_in
 from raytrain.tasks.losses import loss_weights
 from raytrain.tensors import to_device
-from raytrain.zeroth.step import make_closure
+from raytrain.zeroth.objective import make_closure
 
 Arrays = dict[str, NDArray[Any]]
 """The trainable parameters of a model, by name."""

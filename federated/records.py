@@ -7,8 +7,9 @@ from typing import Any, Protocol, Self
 from federated.server import CommunicationRound
 from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import to_json
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
 from raytrain.run.metrics import MetricsWriter
+from raytrain.run.rows import read_jsonl
 
 ROUNDS, SEEDS, PARAMETERS = "rounds.jsonl", "seeds.safetensors", "parameters.safetensors"
 """In a run's folder: who was heard in each round, and the newest model that was evaluated, in one of two forms."""

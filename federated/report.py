@@ -5,8 +5,9 @@ from itertools import pairwise
 from typing import Any
 
 from federated.records import ROUNDS
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
 from raytrain.run.report.panel import Panel, Series, line_chart, table
+from raytrain.run.rows import read_jsonl
 
 Rows = Sequence[Mapping[str, Any]]
 

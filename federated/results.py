@@ -16,8 +16,9 @@ from federated.records import PARAMETERS, SEEDS
 from federated.rounds import STATES
 from raytrain.errors import CheckpointError
 from raytrain.recipe import read_toml
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
+from raytrain.run.rows import read_jsonl
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import Task
 from raytrain.training.trained_model import TrainedModel

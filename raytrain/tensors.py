@@ -98,3 +98,8 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
         values = tensor.detach().cpu().contiguous()
         total.update(name.encode() + b"\0" + values.flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest() if tensors else ""
+
+
+def autocast_type(precision: str) -> torch.dtype | None:
+    """Return the type of the forward pass for a recipe's `precision`; None: that of the parameters."""
+    return torch.bfloat16 if precision == "bfloat16" else None

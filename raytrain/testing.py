@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
+from raytrain.run.rows import read_jsonl
 from raytrain.run.watchdog import Watchdog
 from raytrain.sync.transport import GroupTransport, LocalTransport, PeerLostError, PendingWork
 from raytrain.tasks.task import Task, TaskOptions

@@ -11,19 +11,18 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, NotRequired
+from typing import IO, Any
 
 from pydantic import ConfigDict, with_config
-from typing_extensions import TypedDict
 
 from raytrain.errors import RaytrainError, RecipeError
 from raytrain.files import append_line, make_folder, write_atomic
-from raytrain.json_files import read_json, read_rows, to_json
+from raytrain.json_files import read_json, to_json
 from raytrain.kinds import kind_entry_points, load_kind
 from raytrain.run.result import Result
+from raytrain.run.rows import read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -32,34 +31,6 @@ RAY_MARK = ".validate_storage_marker"
 """What Ray Train puts into the folder of checkpoints before it starts workers."""
 KILLED_MARKS = (".token-*", "hang-worker-*.txt")
 """What workers that are killed before the first step leave, empty."""
-
-
-@with_config(ConfigDict(extra="allow"))
-class MetricsRow(TypedDict):
-    """A row of ``metrics.jsonl``: of training, or with "valid" of an evaluation."""
-
-    step: int
-    samples: NotRequired[int]
-    seconds: NotRequired[float]
-    valid: NotRequired[dict[str, Any]]
-
-
-@with_config(ConfigDict(extra="allow"))
-class AttemptRow(TypedDict):
-    """A row of ``attempts.jsonl``."""
-
-    from_step: int
-
-
-@with_config(ConfigDict(extra="allow"))
-class RestartRow(TypedDict):
-    """A row of ``restarts.jsonl``."""
-
-    workers: dict[str, str]
-
-
-ROW_TYPES: dict[str, Any] = {"metrics.jsonl": MetricsRow, "attempts.jsonl": AttemptRow, "restarts.jsonl": RestartRow}
-"""Types of rows by file; rows of other files are any JSON objects."""
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -326,21 +297,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``.jsonl`` file; damaged lines are skipped with a warning.
-
-    A last line without an end is being written, or was when its process was killed.
-    """
-    if not file.is_file():
-        return []
-    found, damaged = read_rows(file, ROW_TYPES.get(file.name, dict[str, Any]))
-    if damaged:
-        _warn_of_damage(file, damaged)
-    return found
-
-
-@cache  # once for each state of a file
-def _warn_of_damage(file: Path, damaged: int) -> None:
-    logger.warning("%s: %d line(s) are torn or damaged and are left out", file, damaged)

@@ -16,7 +16,7 @@ from raytrain.extensions import ExtensionPoint
 from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import read_json, to_json
 from raytrain.recipe import dotted_fields, read_toml
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 
 LOGGERS: dict[str, str] = {
     "tensorboard": "raytrain.run.loggers:TensorBoard TensorBoard event files, in tensorboard/ of the run.",

@@ -7,8 +7,9 @@ from typing import Any
 
 from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import to_json
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
 from raytrain.run.loggers import start_loggers
+from raytrain.run.rows import read_jsonl
 
 
 class MetricsWriter:

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain.json_files import parse_rows
-from raytrain.run.directory import ROW_TYPES, RunDirectory
+from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
+from raytrain.run.rows import ROW_TYPES
 
 REFRESH_SECONDS = 0.25
 LINE_SECONDS = 10.0

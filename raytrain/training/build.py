@@ -2,10 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
-
-import torch
 
 from raytrain.extensions import CALLBACK
 from raytrain.models.adapters import inject_adapter
@@ -14,7 +11,7 @@ from raytrain.models.freezing import HalfFineTuning, freeze
 from raytrain.optim.ema import make_average
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import ALL_OPTIMIZERS
-from raytrain.optim.schedules import SCHEDULE, SCHEDULES, lr_factor
+from raytrain.optim.schedules import SCHEDULE, SCHEDULES
 from raytrain.recipe import read_toml
 from raytrain.registry import resolve
 from raytrain.run.directory import RunDirectory
@@ -24,8 +21,7 @@ from raytrain.sync.fsdp import ShardedDataParallel
 from raytrain.sync.options import ALL_SYNCHRONISERS, FsdpOptions
 from raytrain.sync.scalars import ScalarExchange
 from raytrain.tasks.task import TASKS, Task, make_task
-from raytrain.tensors import tensor_digest
-from raytrain.training.loop import LoopConfig
+from raytrain.tensors import autocast_type, tensor_digest
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Progress, Replica
 from raytrain.zeroth.optimizers import ZerothOrderOptimizer, directions_of
@@ -33,33 +29,6 @@ from raytrain.zeroth.perturbed import PerturbedModel
 from raytrain.zeroth.step import ZeroOrderStep
 
 logger = logging.getLogger(__name__)
-
-
-def loop_config(recipe: TrainRecipe) -> LoopConfig:
-    """Return the loop configuration of a recipe."""
-    schedule = recipe.schedule
-    shape = SCHEDULE.load(SCHEDULES, schedule.name)
-    return LoopConfig(
-        steps=recipe.steps,
-        seed=recipe.seed,
-        batch=recipe.batch,
-        accumulate=recipe.accumulate,
-        clip=recipe.clip,
-        gradient_noise=recipe.optimizer.gradient_noise,
-        gradient_noise_decay=recipe.optimizer.gradient_noise_decay,
-        autocast=torch.bfloat16 if recipe.precision == "bfloat16" else None,
-        lr_factor=partial(
-            lr_factor,
-            shape,
-            steps=recipe.steps,
-            warmup=schedule.warmup,
-            min_lr_ratio=schedule.min_lr_ratio,
-            decay_ratio=schedule.decay_ratio,
-        ),
-        evaluate_every=recipe.evaluation.every,
-        checkpoint_every=recipe.checkpoint.every,
-        patience=recipe.evaluation.patience,
-    )
 
 
 def build_task(recipe: TrainRecipe) -> Task:
@@ -85,7 +54,7 @@ def resolve_recipe(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe,
     for name in recipe.log.loggers:
         logger_class(name)
     load_callbacks(recipe)
-    loop_config(recipe)
+    SCHEDULE.load(SCHEDULES, recipe.schedule.name)
     task = build_task(recipe)
     changes = options_from_data(task, run)
     if not changes:
@@ -142,7 +111,7 @@ def build_replica(
         compile_blocks(module, recipe.compile, transport.device)
     if recipe.activation_checkpointing:
         checkpoint_activations(module)
-    shards = sync.shard(module, loop_config(recipe).autocast) if isinstance(sync, ShardedDataParallel) else None
+    shards = sync.shard(module, autocast_type(recipe.precision)) if isinstance(sync, ShardedDataParallel) else None
     parts = shards.local if shards else module.to(transport.device)
     optimizer = make_optimizer(
         resolve(ALL_OPTIMIZERS, recipe.optimizer.name, "optimizer.name"), recipe.optimizer, parts

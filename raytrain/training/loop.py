@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from raytrain.tasks.task import Batch, Task
 from raytrain.tensors import seed_everything_at, to_device, weighted_sum
 from raytrain.training.loader import BatchLoader
 from raytrain.training.replica import Progress, Replica, Status
-from raytrain.zeroth.step import ZeroOrderStep, make_closure
+from raytrain.zeroth.objective import make_closure
+
+if TYPE_CHECKING:
+    from raytrain.zeroth.step import ZeroOrderStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,7 @@ def gradient_step(
 
 
 def zero_order_step(
-    replica: Replica, zeroth: ZeroOrderStep, task: Task, loader: BatchLoader, config: LoopConfig, stop: bool
+    replica: Replica, zeroth: "ZeroOrderStep", task: Task, loader: BatchLoader, config: LoopConfig, stop: bool
 ) -> tuple[StepTotals, dict[str, float]]:
     """Estimate projected gradients on this replica's batch, and step with those of all replicas."""
     progress = replica.progress

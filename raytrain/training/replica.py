@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ConfigDict, with_config
@@ -13,12 +13,14 @@ from raytrain.errors import CheckpointError
 from raytrain.json_files import parse_json
 from raytrain.models.freezing import HalfFineTuning
 from raytrain.optim.ema import Average
-from raytrain.optim.optimizers import load_state_by_name, state_by_name
 from raytrain.optim.options import OptimizerOptions
+from raytrain.optim.state import load_state_by_name, state_by_name
 from raytrain.serialization import canonical_json, state_to_device
 from raytrain.sync.shards import Shards
 from raytrain.sync.synchroniser import Synchroniser
-from raytrain.zeroth.step import ZeroOrderStep
+
+if TYPE_CHECKING:
+    from raytrain.zeroth.step import ZeroOrderStep
 
 Status = Literal["running", "done", "stopped early", "interrupted"]
 
@@ -123,7 +125,7 @@ class Replica:
     rank: int
     world_size: int
     shards: Shards | None = None
-    zero_order: ZeroOrderStep | None = None
+    zero_order: "ZeroOrderStep | None" = None
 
     @property
     def local_parameters(self) -> nn.Module:

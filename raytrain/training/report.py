@@ -4,8 +4,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
 from raytrain.run.report.panel import Panel, Series, line_chart, table
+from raytrain.run.rows import read_jsonl
 
 MetricsRows = Sequence[Mapping[str, Any]]
 

@@ -12,12 +12,14 @@ from raytrain.errors import CheckpointError
 from raytrain.recipe import read_toml
 from raytrain.registry import error_location
 from raytrain.run.checkpoint import CheckpointStore, Manifest, checkpoint_errors, load_part, read_manifest, step_name
-from raytrain.run.directory import Failure, RunDirectory, read_jsonl
+from raytrain.run.directory import Failure, RunDirectory
 from raytrain.run.result import Result
+from raytrain.run.rows import read_jsonl
 from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
-from raytrain.training.build import build_replica, build_task, loop_config
+from raytrain.tensors import autocast_type
+from raytrain.training.build import build_replica, build_task
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import load_model, progress_from_dict
 from raytrain.training.trained_model import TrainedModel
@@ -107,7 +109,7 @@ def load_best(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
         module=partial(_module, recipe, task, path),
         adapted=recipe.adapter.name != "none",
         batch=recipe.evaluation.batch,
-        autocast=loop_config(recipe).autocast,
+        autocast=autocast_type(recipe.precision),
         workers=recipe.workers,
         resources=recipe.resources,
     )

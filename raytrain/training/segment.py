@@ -2,13 +2,42 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
+from raytrain.optim.schedules import SCHEDULE, SCHEDULES, lr_factor
 from raytrain.tasks.task import Task
-from raytrain.training.build import loop_config
+from raytrain.tensors import autocast_type
 from raytrain.training.loader import LoaderFactory, StepRange, local_loader
 from raytrain.training.loop import LoopCallbacks, LoopConfig, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
+
+
+def loop_config(recipe: TrainRecipe) -> LoopConfig:
+    """Return the loop configuration of a recipe."""
+    schedule = recipe.schedule
+    shape = SCHEDULE.load(SCHEDULES, schedule.name)
+    return LoopConfig(
+        steps=recipe.steps,
+        seed=recipe.seed,
+        batch=recipe.batch,
+        accumulate=recipe.accumulate,
+        clip=recipe.clip,
+        gradient_noise=recipe.optimizer.gradient_noise,
+        gradient_noise_decay=recipe.optimizer.gradient_noise_decay,
+        autocast=autocast_type(recipe.precision),
+        lr_factor=partial(
+            lr_factor,
+            shape,
+            steps=recipe.steps,
+            warmup=schedule.warmup,
+            min_lr_ratio=schedule.min_lr_ratio,
+            decay_ratio=schedule.decay_ratio,
+        ),
+        evaluate_every=recipe.evaluation.every,
+        checkpoint_every=recipe.checkpoint.every,
+        patience=recipe.evaluation.patience,
+    )
 
 
 def segment(

@@ -19,7 +19,8 @@ from raytrain.run.watchdog import Watchdog, hang_file
 from raytrain.sync.averaging import Averager, ExactAverager
 from raytrain.sync.transport import PeerLostError, Transport
 from raytrain.tasks.task import Task
-from raytrain.training.build import build_task, load_callbacks, loop_config, resolve_recipe, trainable
+from raytrain.tensors import autocast_type
+from raytrain.training.build import build_task, load_callbacks, resolve_recipe, trainable
 from raytrain.training.callbacks import RunCallbacks, non_finite_buffers
 from raytrain.training.evaluation import evaluate
 from raytrain.training.loader import LoaderFactory, local_loader
@@ -151,7 +152,7 @@ def _watch(
         examples=task.data("valid"),
         batch=recipe.evaluation.batch,
         averager=averager,
-        autocast=loop_config(recipe).autocast,
+        autocast=autocast_type(recipe.precision),
     )
     return RunCallbacks(
         run=run,

@@ -13,7 +13,8 @@ from raytrain.serialization import pack, unpack
 from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.task import Task
-from raytrain.training.build import build_task, load_callbacks, loop_config, trainable
+from raytrain.tensors import autocast_type
+from raytrain.training.build import build_task, load_callbacks, trainable
 from raytrain.training.callbacks import check_finite, non_finite_buffers
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
@@ -108,7 +109,7 @@ class SegmentCallbacks:
             examples=task.data("valid"),
             batch=recipe.evaluation.batch,
             averager=averager,
-            autocast=loop_config(recipe).autocast,
+            autocast=autocast_type(recipe.precision),
         )
         self._callbacks = load_callbacks(recipe)
         self._stop = stop

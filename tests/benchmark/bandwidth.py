@@ -40,18 +40,19 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from raytrain.overrides import apply_overrides
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.interval import MAX_OVERHEAD
 from raytrain.sync.transport import GroupTransport, LocalTransport
 from raytrain.tasks.task import Task
 from raytrain.testing import train_each_with_gloo
-from raytrain.training.build import build_replica, build_task, loop_config
+from raytrain.training.build import build_replica, build_task
 from raytrain.training.evaluation import evaluate
 from raytrain.training.loader import local_loader
 from raytrain.training.loop import LoopConfig, backward, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
+from raytrain.training.segment import loop_config
 from raytrain.training.worker import _step_range
 
 RATES = (10, 30, 100, 300, 1000)

@@ -25,7 +25,8 @@ from bench import finish, parse, parser_of
 from scipy import stats
 
 from raytrain.overrides import apply_overrides
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import train_each_with_gloo
 from raytrain.training.recipe import TrainRecipe
 

@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from raytrain.optim.schedules import cosine, lr_factor
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.tasks.task import Task
 from raytrain.tasks.text import TextOptions, text
 from raytrain.training.replica import Replica

@@ -29,7 +29,7 @@ import torch
 from bench import finish, parse, parser_of
 
 from raytrain.run.checkpoint import list_checkpoints, load_part
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 
 WORDS = [
     "task.dropout=0.1", "task.norm=batch", "workers=2", "steps=800", "batch=16", "resources.cpus=1",

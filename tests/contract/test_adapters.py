@@ -134,7 +134,7 @@ def test_it_learns_saves_little_and_merges_into_a_plain_model(name: str, tmp_pat
 
 
 def rows_of(run: RunDirectory) -> list[dict[str, Any]]:
-    from raytrain.run.directory import read_jsonl
+    from raytrain.run.rows import read_jsonl
 
     return [row for row in read_jsonl(run.metrics) if "valid" in row]
 

@@ -15,8 +15,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from raytrain.errors import RecipeError
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
 from raytrain.run.loggers import LOGGERS, TensorBoard, flatten_row, logger_class
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import train_here, train_with_gloo
 from raytrain.training.recipe import TrainRecipe
 

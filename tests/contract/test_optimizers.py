@@ -16,12 +16,11 @@ from torch.nn.functional import cross_entropy
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.ema import make_average
 from raytrain.optim.optimizers import (
-    load_state_by_name,
     make_optimizer,
-    state_by_name,
     state_bytes,
 )
 from raytrain.optim.options import NOT_ELEMENTWISE, OPTIMIZERS, SINGLE_LR, OptimizerOptions, is_elementwise
+from raytrain.optim.state import load_state_by_name, state_by_name
 from raytrain.registry import resolve
 from raytrain.run.checkpoint import CheckpointStore, load_part
 from raytrain.sync.averaging import ExactAverager

@@ -20,7 +20,8 @@ from raytrain.kinds import RunOptions
 from raytrain.launch.dispatch import run_training
 from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import list_checkpoints, load_part
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import train_with_threads
 from raytrain.testing_command import Command, start_command
 from raytrain.training.recipe import TrainRecipe

@@ -11,7 +11,8 @@ import torch
 
 from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import list_checkpoints, load_part, read_manifest
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import PEER_LOST_STATUS, repeatable_rows, train_here, train_with_gloo, train_with_threads
 from raytrain.training.recipe import TrainRecipe
 

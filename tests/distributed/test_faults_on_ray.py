@@ -12,7 +12,7 @@ from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import RunOptions
 from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import list_checkpoints, load_part
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import repeatable_rows, train_with_gloo, train_with_threads
 from raytrain.training.recipe import TrainRecipe
 

@@ -16,7 +16,7 @@ from raytrain.errors import TrainingError
 from raytrain.kinds import RunOptions
 from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import list_checkpoints, load_part
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import repeatable_rows, train_here, train_with_gloo
 from raytrain.training.build import build_task
 from raytrain.training.loader import BatchLoader, GeneratorLoader, MicroBatches, StepRange, local_loader

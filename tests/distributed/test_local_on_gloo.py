@@ -12,7 +12,7 @@ import torch
 
 from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import list_checkpoints, load_part
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import (
     PEER_LOST_STATUS,
     repeatable_rows,

@@ -8,7 +8,8 @@ import torch
 
 from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import list_checkpoints, load_part, read_manifest
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
+from raytrain.run.rows import read_jsonl
 from raytrain.seeds.records import read_trajectory, trajectory_steps
 from raytrain.testing import PEER_LOST_STATUS, train_here, train_with_gloo, train_with_threads
 from raytrain.training.build import resolve_recipe

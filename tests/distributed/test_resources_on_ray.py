@@ -12,7 +12,7 @@ import pytest
 
 from raytrain.errors import RecipeError
 from raytrain.kinds import RunOptions
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.training.recipe import TrainRecipe
 
 # `ray start` would give it an address that others can reach, where a cluster of our own is not.

@@ -15,7 +15,8 @@ import torch
 
 from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import list_checkpoints, load_part
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import PEER_LOST_STATUS, repeatable_rows, train_each_with_gloo, train_here, train_with_gloo
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.results import load_best

@@ -15,7 +15,7 @@ import pytest
 from federated.build import Federation
 from federated.recipe import FederateRecipe
 from raytrain.recipe import read_toml
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.testing_command import Command
 
 Start = Callable[..., Command]

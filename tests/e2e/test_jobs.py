@@ -25,7 +25,7 @@ from ray.util import get_node_ip_address
 from raytrain.provenance import MARKER
 from raytrain.recipe import read_toml
 from raytrain.run.checkpoint import list_checkpoints, load_part, verify_checkpoint
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import train_here
 from raytrain.testing_command import Command, start_command
 from raytrain.training.recipe import TrainRecipe

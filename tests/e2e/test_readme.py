@@ -12,7 +12,7 @@ import pytest
 
 from raytrain.overrides import apply_overrides, parse_overrides
 from raytrain.recipe import read_toml
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import train_here
 from raytrain.training.kind import KIND
 from raytrain.training.recipe import TrainRecipe

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from raytrain.run.checkpoint import list_checkpoints, load_part
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.testing_command import Command
 
 Start = Callable[..., Command]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 
 INSTALLED = Path(__file__).parent / "data" / "lottery"
 EACH = """

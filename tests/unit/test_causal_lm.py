@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from raytrain.data.collate import IGNORE_INDEX, lm_batch, model_inputs, pad, target_logits, token_losses, token_weights
 from raytrain.errors import RecipeError
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.causal_lm import CausalLmOptions, Tokenized, byte_widths, causal_lm, pack_documents, split_document

@@ -18,7 +18,7 @@ from raytrain.errors import RecipeError
 from raytrain.models.discriminant import find_head
 from raytrain.overrides import apply_overrides
 from raytrain.run.checkpoint import load_part, step_name
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.classify import INIT_BATCH, ClassifyOptions, classify

@@ -28,7 +28,8 @@ from raytrain.run.checkpoint import (
     read_manifest,
     verify_checkpoint,
 )
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
+from raytrain.run.rows import read_jsonl
 from raytrain.seeds.records import RECORD_DTYPE, TRAJECTORY_MAGIC, read_trajectory
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.sync.averaging import ExactAverager

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from raytrain.errors import TrainingError
 from raytrain.files import AppendOnlyFile, append_line, fsync_path, make_folder, read_bytes, write_atomic
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import train_here
 from raytrain.training.recipe import TrainRecipe
 

@@ -11,8 +11,9 @@ from raytrain import testing
 from raytrain.errors import CheckpointError, TrainingError
 from raytrain.files import append_line, write_atomic
 from raytrain.run.checkpoint import CheckpointStore, list_checkpoints, load_part, read_manifest
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
 from raytrain.run.metrics import MetricsWriter
+from raytrain.run.rows import read_jsonl
 from raytrain.seeds.records import read_trajectory
 from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport

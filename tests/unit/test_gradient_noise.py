@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raytrain.optim.gradient_noise import add_gradient_noise
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.sync.averaging import ExactAverager
 from raytrain.testing import ThreadGroup, ThreadTransport, tiny, train_here
-from raytrain.training.build import build_replica, loop_config
+from raytrain.training.build import build_replica
 from raytrain.training.evaluation import evaluate
 from raytrain.training.loader import IndexedLoader
 from raytrain.training.loop import train
 from raytrain.training.recipe import TrainRecipe
+from raytrain.training.segment import loop_config
 
 
 def noise(seed: int = 0, step: int = 0, variance: float = 0.3, decay: float = 0.55) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from raytrain.data.collate import IGNORE_INDEX
 from raytrain.errors import RecipeError
 from raytrain.models.generation import longest_common_subsequence, rouge_l
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.tasks.instruct import InstructOptions, instruct

@@ -35,9 +35,10 @@ from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.options import ScalarOptions
 from raytrain.sync.scalars import ScalarExchange
 from raytrain.sync.transport import LocalTransport
+from raytrain.zeroth.objective import make_closure
 from raytrain.zeroth.optimizers import ZerothOrderOptimizer, directions_of
 from raytrain.zeroth.perturbed import PerturbedModel
-from raytrain.zeroth.step import ZeroOrderStep, make_closure
+from raytrain.zeroth.step import ZeroOrderStep
 
 FIELDS: dict[str, Any] = {
     "kind": "federate",

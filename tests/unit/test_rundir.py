@@ -9,10 +9,11 @@ import pytest
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.run import directory as rundir
-from raytrain.run.directory import RunDirectory, package_versions, read_jsonl
+from raytrain.run.directory import RunDirectory, package_versions
 from raytrain.run.metrics import MetricsWriter
 from raytrain.run.progress import ProgressDisplay, Tail, Wording
 from raytrain.run.result import Result
+from raytrain.run.rows import read_jsonl
 from raytrain.run.watchdog import hang_file
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
 from raytrain.run.checkpoint import list_checkpoints, load_part, read_manifest
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
+from raytrain.run.rows import read_jsonl
 from raytrain.sync.options import ALL_SYNCHRONISERS, SCALAR_EXCHANGES
 from raytrain.tasks.task import Task, TaskOptions
 from raytrain.tensors import bits_of

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from raytrain.errors import CheckpointError, RecipeError
 from raytrain.optim.arguments import optimizer_options
-from raytrain.optim.optimizers import load_state_by_name, make_optimizer, state_by_name
+from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import ZEROTH_ORDER
+from raytrain.optim.state import load_state_by_name, state_by_name
 from raytrain.overrides import apply_overrides
 from raytrain.registry import resolve
 from raytrain.run.checkpoint import load_part, step_name
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
+from raytrain.run.rows import read_jsonl
 from raytrain.seeds.directions import Directions
 from raytrain.seeds.prng import noise, parameter_id
 from raytrain.seeds.records import TRAJECTORY_MAGIC, read_trajectory, trajectory_steps
@@ -44,10 +46,11 @@ from raytrain.testing import (
 from raytrain.training.build import resolve_recipe
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
+from raytrain.zeroth.objective import make_closure
 from raytrain.zeroth.optimizers import ZOSGD, ZerothOrderOptimizer, ZOConservative, directions_of
 from raytrain.zeroth.perturbed import PerturbedModel
 from raytrain.zeroth.replay import replay_trajectory
-from raytrain.zeroth.step import ZeroOrderStep, make_closure
+from raytrain.zeroth.step import ZeroOrderStep
 from raytrain.zeroth.trajectory import Trajectory
 
 

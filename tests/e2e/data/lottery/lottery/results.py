@@ -10,9 +10,10 @@ from lottery.recipe import PRIZES, LotteryRecipe
 from raytrain.errors import CheckpointError
 from raytrain.recipe import read_toml
 from raytrain.registry import resolve
-from raytrain.run.directory import Failure, RunDirectory, read_jsonl
+from raytrain.run.directory import Failure, RunDirectory
 from raytrain.run.report.panel import Panel, line_chart
 from raytrain.run.result import Result
+from raytrain.run.rows import read_jsonl
 from raytrain.testing import TinyOptions, tiny
 from raytrain.training.trained_model import TrainedModel
 

@@ -12,9 +12,10 @@ from lottery.results import result_of, trained
 
 from raytrain.kinds import RunOptions
 from raytrain.launch.supervise import supervise
-from raytrain.run.directory import RunDirectory, read_jsonl
+from raytrain.run.directory import RunDirectory
 from raytrain.run.progress import ProgressDisplay, Wording
 from raytrain.run.result import Result
+from raytrain.run.rows import read_jsonl
 
 
 def columns(row: Mapping[str, Any]) -> list[str]:
