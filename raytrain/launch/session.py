@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import ray
@@ -90,7 +91,8 @@ def _start_ray(address: str | None, **how: Any) -> None:
     on_terminate = signal.getsignal(signal.SIGTERM)
     for last in (False, True):
         try:
-            ray.init(address or "local", **quiet, **how)
+            with kept_interrupts():
+                ray.init(address or "local", **quiet, **how)
             break
         except (OSError, ValueError, RuntimeError, RayError) as error:
             raise RecipeError(f"{what}: {error}") from error
@@ -101,6 +103,32 @@ def _start_ray(address: str | None, **how: Any) -> None:
                 ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the command on the spot
+
+
+@contextlib.contextmanager
+def kept_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end of the `with` block if Ctrl-C was lost inside it.
+
+    An exception in a hook of `os.fork` is printed and ignored, and Ray forks with hooks of the standard library.
+    """
+    heard = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        heard = True
+        signal.default_int_handler(signum, frame)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _init_args(address: str) -> dict[str, Any]:
