@@ -41,7 +41,7 @@ ZEROTH_ORDER: dict[str, str] = {
     "zo-hybrid": "raytrain.zeroth.optimizers:ZOHybrid",
     "forward-gradient": "raytrain.zeroth.optimizers:ForwardGradient",
 }
-"""Optimizers that take slopes along directions, and no gradients."""
+"""Optimizers that take projected gradients, and no gradients."""
 
 ALL_OPTIMIZERS = OPTIMIZERS | ZEROTH_ORDER
 
@@ -90,13 +90,13 @@ class OptimizerOptions(Options):
     averages: ClassVar[bool] = False
     """Whether it averages the weights by itself."""
     zeroth: ClassVar[bool] = False
-    """Whether it takes slopes along directions, and no gradients."""
+    """Whether it takes projected gradients, and no gradients."""
     exact: ClassVar[bool] = False
-    """Whether these slopes are derivatives, and not differences."""
+    """Whether these are directional derivatives, and not finite differences."""
     selects: ClassVar[bool] = False
     """Whether it decides by a loss which way to go."""
     hybrid: ClassVar[bool] = False
-    """Whether it takes slopes for some of the parameters, and gradients for others."""
+    """Whether it takes projected gradients for some of the parameters, and gradients for others."""
     decay_1d: bool = False
     gradient_noise: float = Field(0.0, ge=0)
     gradient_noise_decay: float = Field(0.55, ge=0)

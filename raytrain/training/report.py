@@ -13,7 +13,7 @@ MetricsRows = Sequence[Mapping[str, Any]]
 CHARTS = (
     ("Learning rate", ("lr",), "learning rate"),
     ("Gradient norm", ("gradient_norm",), "norm before clipping"),
-    ("Projected gradient", ("slope",), "root mean square"),
+    ("Projected gradient", ("projected_gradient",), "root mean square"),
     ("Perturbations not used", ("skipped",), "in a step"),
     ("Synchronisation interval", ("every", "delay"), "steps"),
     ("Bytes sent", ("bytes_sent",), "bytes of the first worker"),

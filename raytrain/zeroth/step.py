@@ -72,7 +72,7 @@ class ZeroOrderStep:
             lr_factor: of the learning rate in this step.
 
         Returns:
-            "loss" of this replica; "slope", the root mean square of all projected gradients that were used; "skipped",
+            "loss" of this replica; "projected_gradient", the root mean square of all projected gradients that were used; "skipped",
             the number of those that were not.
 
         Raises:
@@ -98,7 +98,7 @@ class ZeroOrderStep:
         loss = sum(one.loss for one in estimates) / len(estimates)
         self._check_progress(step, bool(used), loss)
         mean_square = sum(value**2 for value in used.values()) / max(1, len(used))
-        return {"loss": loss, "slope": math.sqrt(mean_square), "skipped": len(gathered) - len(used)}
+        return {"loss": loss, "projected_gradient": math.sqrt(mean_square), "skipped": len(gathered) - len(used)}
 
     def _update(self, closure: Closure, weighted: ProjectedGradients, lr: float) -> ProjectedGradients:
         """Update the parameters, and return the projected gradients that were applied."""

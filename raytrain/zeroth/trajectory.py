@@ -45,7 +45,7 @@ class Trajectory:
         Raises:
             TrainingError: the file cannot be written.
         """
-        rows = [(step, len(projected_gradients), lr, seed, slope, 0) for seed, slope in projected_gradients] or [
+        rows = [(step, len(projected_gradients), lr, seed, value, 0) for seed, value in projected_gradients] or [
             (step, 0, lr, 0, 0.0, 0)
         ]
         records = np.array(rows, RECORD_DTYPE)

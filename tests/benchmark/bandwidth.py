@@ -559,7 +559,7 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
             for row in mine
             if (row["mbits"], row["method"]) == (rate, "delayed-averaging")
         ]
-        place.plot(rates, top, color="black", linestyle=":", label="ceiling of late")
+        place.plot(rates, top, color="black", linestyle=":", label="ceiling of delayed-averaging")
         place.set(xscale="log", xlabel="Mbit/s between the workers", title=titles[model], ylim=(0, 1.12))
         place.set_xticks(rates, [str(rate) for rate in rates])
         place.grid(alpha=0.3)

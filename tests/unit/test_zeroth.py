@@ -195,9 +195,9 @@ def test_every_option_trains_and_retraces(options: dict[str, Any], tmp_path: Pat
     replay_trajectory(run.trajectory, module)
     named, found = dict(module.named_parameters()), weights(run)
     assert all(torch.equal(named[name], value) for name, value in found.items() if name in named)
-    logged = [row for row in read_jsonl(run.metrics) if "slope" in row]
+    logged = [row for row in read_jsonl(run.metrics) if "projected_gradient" in row]
     assert logged
-    assert all(math.isfinite(row["loss"]) and row["slope"] > 0 for row in logged)
+    assert all(math.isfinite(row["loss"]) and row["projected_gradient"] > 0 for row in logged)
 
 
 def test_a_hybrid_moves_some_by_their_gradients_and_the_others_along_directions(tmp_path: Path) -> None:
