@@ -62,12 +62,12 @@ def segment(
         recording: entered once examples can be taken.
     """
     config = replace(loop_config(recipe), steps=until)
-    with make_loader(task, recipe.task, _walk(replica, config)) as loader, recording or nullcontext():
+    with make_loader(task, recipe.task, loop_range(replica, config)) as loader, recording or nullcontext():
         train(replica, task, loader, config, watch)
 
 
-def _walk(replica: Replica, config: LoopConfig) -> StepRange:
-    """Return the positions that the loop will take examples from."""
+def loop_range(replica: Replica, config: LoopConfig) -> StepRange:
+    """Return the positions of the examples that the loop will read."""
     return StepRange(
         seed=config.seed,
         rank=replica.rank,

@@ -72,8 +72,8 @@ class ZeroOrderStep:
             lr_factor: of the learning rate in this step.
 
         Returns:
-            "loss" of this replica; "projected_gradient", the root mean square of all projected gradients that were used; "skipped",
-            the number of those that were not.
+            "loss" of this replica; "projected_gradient", the root mean square of all that were used; "skipped", the
+            number of those that were not.
 
         Raises:
             TrainingError: no projected gradient was usable for `MAX_EMPTY_STEPS` steps.

@@ -53,7 +53,6 @@ from raytrain.training.loop import LoopConfig, backward, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
 from raytrain.training.segment import loop_config
-from raytrain.training.worker import _step_range
 
 RATES = (10, 30, 100, 300, 1000)
 PORT = 29700
@@ -201,7 +200,7 @@ def measure(order: Fields) -> dict[str, float]:
         meter: Meter | Evaluating = Evaluating(task, plan)
     else:
         meter = Meter(transport.rank == 0, method != "none", **order["window"])
-    with local_loader(task, recipe.task, _step_range(replica, plan)) as feed:
+    with local_loader(task, recipe.task, loop_range(replica, plan)) as feed:
         if method == "ddp-powersgd":
             train_with_power_sgd(replica, task, feed, plan, meter)
         else:

@@ -1,9 +1,11 @@
 """The shape that the code keeps: what a reader can count on."""
 
 import ast
+import importlib
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,17 @@ def test_a_public_name_is_defined_once() -> None:
             places[name].add(str(file.relative_to(ROOT)))
     twice = {name: files for name, files in places.items() if len(files) > 1 and not name.startswith("_")}
     assert {name: files for name, files in twice.items() if name not in CONVENTIONS} == {}
+
+
+def test_what_benchmarks_import_is_there() -> None:
+    """They are not run by tests, and a name that has changed would be found out months later."""
+    for file in sorted((ROOT / "tests" / "benchmark").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES:
+                module = importlib.import_module(str(node.module))
+                lacking = [
+                    name.name
+                    for name in node.names
+                    if not hasattr(module, name.name) and not find_spec(f"{node.module}.{name.name}")
+                ]
+                assert lacking == [], f"{file.name}: {node.module}"
