@@ -52,7 +52,7 @@ from raytrain.training.loader import local_loader
 from raytrain.training.loop import LoopConfig, backward, train
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
-from raytrain.training.segment import loop_config
+from raytrain.training.segment import loop_config, loop_range
 
 RATES = (10, 30, 100, 300, 1000)
 PORT = 29700
@@ -543,7 +543,7 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, places = pyplot.subplots(1, len(MODELS), figsize=(11, 4.2), sharey=True)
+    figure, places = pyplot.subplots(1, len(MODELS), figsize=(11.5, 4.2), sharey=True)
     titles = {"gpt": "GPT of 0.8M parameters", "mlp": "MLP of 1.1M parameters"}
     for place, model in zip(places, MODELS, strict=True):
         mine = [row for row in found if row["model"] == model]
@@ -564,7 +564,7 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
         place.grid(alpha=0.3)
     places[0].set_ylabel("steps per second over those without communication")
     figure.legend(*places[0].get_legend_handles_labels(), fontsize=8, loc="center right")
-    figure.tight_layout(rect=(0, 0, 0.87, 1))
+    figure.tight_layout(rect=(0, 0, 0.82, 1))
     figure.savefig(file)
 
 

@@ -37,7 +37,7 @@ SILENCE_SECONDS = 10.0  # without a line of the log, after which the server is a
 RECONNECT_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 LOG_ATTEMPTS = 3  # to read more of a log while the server answers, before it is said that it cannot be read
-LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
+UPLOAD_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 """Of Ray, which tell the steps of an upload."""
 
 STOP_SECONDS = "300"  # that Ray leaves a stopped job to save; its own default is 3
@@ -131,7 +131,7 @@ class JobServer:
     def __init__(self, address: str) -> None:
         self.address = address
         with (
-            only_errors(*LOGGERS),
+            only_errors(*UPLOAD_LOGGERS),
             _explained_connection(address),
             environment({ADDRESS: address}),
         ):  # which Ray prefers to what it is given
@@ -171,7 +171,7 @@ class JobServer:
             "raytrain_store": job.store,
             "raytrain_code": "of the submitter" if job.with_code else "",
         }
-        with only_errors(*LOGGERS), self.explained(job.id):
+        with only_errors(*UPLOAD_LOGGERS), self.explained(job.id):
             self.client.submit_job(
                 entrypoint=shlex.join([*entry, *store, "--", *job.words]),
                 submission_id=job.id,
