@@ -3,9 +3,10 @@
 import logging
 from functools import cache
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
 
 from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from raytrain.json_files import read_rows
 
