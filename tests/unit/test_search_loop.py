@@ -32,7 +32,7 @@ class OneSlot:
     def idle(self) -> int:
         return int(self._work is None)
 
-    def begin(self, work: Work, state: bytes | None) -> None:
+    def submit(self, work: Work, state: bytes | None) -> None:
         self._work = (work, state)
 
     def stop(self) -> None:
