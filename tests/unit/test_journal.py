@@ -197,7 +197,7 @@ def test_a_torn_last_row_is_healed(whole: Path, kept: str) -> None:
         (lambda text: text[:-40], "cannot be read: JSONDecodeError: "),
         (lambda text: '{"format": 1}', "cannot be read: KeyError: 'sha256'"),
         (lambda text: "3", "cannot be read: TypeError: "),
-        (lambda text: text.replace('"format": 1', '"format": 7'), "expected format 1; got 7; go on with that version"),
+        (lambda text: text.replace('"format": 2', '"format": 7'), "expected format 2; got 7; go on with that version"),
     ],
 )
 def test_a_damaged_state_is_named(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
