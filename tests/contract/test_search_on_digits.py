@@ -130,7 +130,7 @@ def test_the_schedule_of_the_winner_trains_the_winner_again(whole: Journal) -> N
         work = Work("", 0, 0, Snapshot("", phase.from_step), until, phase.changes, phase.seed)
         end = train(work, end and end.state)
     assert end.metrics["loss"] == best.score
-    winner, again = (unpack(packed)["replica"] for packed in (whole.store.get(best.snapshot.digest), end.state))
+    winner, again = (unpack(packed)["replicas"][0] for packed in (whole.store.get(best.snapshot.digest), end.state))
     assert all(winner["model"][name].equal(tensor) for name, tensor in again["model"].items())
 
 
@@ -176,7 +176,7 @@ def test_segments_are_the_training_that_they_are_parts_of(name: str, cuts: set[i
 
 
 def same_model(one: SegmentEnd, other: SegmentEnd) -> bool:
-    models = [unpack(end.state)["replica"]["model"] for end in (one, other)]
+    models = [unpack(end.state)["replicas"][0]["model"] for end in (one, other)]
     return models[0].keys() == models[1].keys() and all(models[0][name].equal(models[1][name]) for name in models[0])
 
 
