@@ -115,7 +115,9 @@ class Search:
     def result(self, loop: SearchLoop) -> Result:
         """Return the result of the search, and leave its best model in the folder."""
         standings = standings_of(self._objective, self._journal.lineage.read(), self._reports.read())
-        figures = {"trials": len(standings.members), "failed": standings.failures, "steps": standings.steps}
+        figures = {"trials": len(standings.members), "failed": standings.failures}
+        if self._in_segments:
+            figures["steps"] = standings.steps
         result = Result(
             loop.status,
             figures=figures,

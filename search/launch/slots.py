@@ -106,11 +106,12 @@ class Slot:
         try:
             ended = ray.get(pending)
         except RayTaskError as error:
+            if isinstance(error.cause, RayError):  # of another worker of this slot
+                raise error.cause from error
             if work is None:
                 known = isinstance(error.cause, RaytrainError)
                 raise error.cause if known else TrainingError(f"a slot cannot start: {error.cause}") from error
-            lost = isinstance(error.cause, RayError)  # another worker of the same slot
-            ended = self.failure("dead", DIED) if lost else self.failure("error", str(error.cause))
+            ended = self.failure("error", str(error.cause))
         if work is None:
             self._host = ended
             return None
