@@ -46,7 +46,7 @@ def slot_count(wanted: int, most: int, each: SlotResources, machines: Sequence[N
     Raises:
         RecipeError: they do not fit, and would wait for ever.
     """
-    room = sum(machine.fits(each.cpus) for machine in machines) // each.workers
+    room = _room(each, [machine.fits(each.cpus) for machine in machines])
     if room < max(wanted, 1):
         way_out = f"slots={room}" if room else "a smaller base.resources.cpus"
         raise RecipeError(
@@ -54,6 +54,17 @@ def slot_count(wanted: int, most: int, each: SlotResources, machines: Sequence[N
             f"{sum(machine.cpus for machine in machines):g} CPU; set {way_out}"
         )
     return min(wanted or room, most)
+
+
+def _room(each: SlotResources, workers: Sequence[int]) -> int:
+    """Return how many slots there is room for, from how many workers fit on each machine."""
+    if each.placement == "STRICT_PACK":
+        return sum(count // each.workers for count in workers)
+    room = sum(workers) // each.workers
+    if each.placement == "STRICT_SPREAD":
+        while sum(min(count, room) for count in workers) < room * each.workers:
+            room -= 1
+    return room
 
 
 class Slot:
