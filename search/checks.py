@@ -100,7 +100,7 @@ def check_shapes(base: Recipe, search: SearchOptions, shapes: Shapes) -> None:
     Raises:
         RecipeError: a dimension changes the shape of a parameter, and members inherit weights.
     """
-    if not isinstance(search, PBTOptions) or search.inherit == "hyperparameters":
+    if not isinstance(search, PBTOptions) or search.inherit == "hyperparameters" or search.other_shapes == "reset":
         return
     before = shapes(base)
     for place, changes in _probes(search, make_space(search.space)):
@@ -110,7 +110,8 @@ def check_shapes(base: Recipe, search: SearchOptions, shapes: Shapes) -> None:
                 raise RecipeError(
                     f"{place}: {_listed(changes)} changes the shape of {name} from {before.get(name)} to "
                     f"{after.get(name)}, and weights of another shape cannot be inherited; set "
-                    "search.inherit = 'hyperparameters'"
+                    "search.other_shapes = 'reset', with which such parameters start new, or search.inherit = "
+                    "'hyperparameters'"
                 )
 
 

@@ -154,7 +154,7 @@ class TrainRecipe(Recipe):
         callbacks: functions of the replica ("module:attribute") called on every worker after every step.
         phases: later parts of the training, with changed fields: each a table of `from`, the steps done before it, and
             fields, which keep their values from then on. Weights go on, and so does the state of an optimizer of the
-            same name.
+            same name, unless the table has `reset_optimizer = true`.
     """
 
     kind: Literal["train"] = "train"
@@ -252,21 +252,24 @@ class TrainRecipe(Recipe):
             return [Stage(0, self.steps, self)]
         # Laid over the whole recipe, defaults included: as a run's folder has it, so that it repeats the run.
         recipe, begin, stages = self.parse_with(self.to_dict(), {"phases": []}), 0, []
+        reset = False
         for place, phase in enumerate(self.phases):
             changes = dict(dotted_fields(phase))
-            end = changes.pop("from", None)
+            end, reset_next = changes.pop("from", None), changes.pop("reset_optimizer", False)
             if not isinstance(end, int) or not begin < end < self.steps:
                 raise RecipeError(
                     f"phases.{place}.from: expected a step from {begin + 1} to {self.steps - 1}; got {end!r}"
                 )
             if fixed := [name for name in changes if name.partition(".")[0] in OF_THE_WHOLE]:
                 raise RecipeError(f"phases.{place}.{fixed[0]}: the same for the whole run; set it outside of phases")
-            stages.append(Stage(begin, end, recipe))
+            if not isinstance(reset_next, bool):
+                raise RecipeError(f"phases.{place}.reset_optimizer: expected true or false; got {reset_next!r}")
+            stages.append(Stage(begin, end, recipe, reset))
             try:
-                recipe, begin = recipe.with_overrides(changes), end
+                recipe, begin, reset = recipe.with_overrides(changes), end, reset_next
             except RecipeError as error:
                 raise RecipeError(f"phases.{place}.{error}") from None
-        return [*stages, Stage(begin, self.steps, recipe)]
+        return [*stages, Stage(begin, self.steps, recipe, reset)]
 
     def stages_from(self, step: int) -> list["Stage"]:
         """Return the parts of the training that are not done after some steps; of one that is done, the last."""
@@ -334,11 +337,13 @@ class Stage:
         begin: steps done before it.
         end: step that it trains to.
         recipe: without phases.
+        reset_optimizer: whether the optimizer's state starts new here.
     """
 
     begin: int
     end: int
     recipe: TrainRecipe
+    reset_optimizer: bool = False
 
 
 def _is_zeroth(section: Any) -> bool:

@@ -220,7 +220,14 @@ def load_state(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, An
     replica.sync.load_state_dict(own["sync"] if own is not None else None, shared["sync"])
 
 
-def inherit(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] | None, path: object) -> list[str]:
+def inherit(
+    replica: Replica,
+    shared: Mapping[str, Any],
+    own: Mapping[str, Any] | None,
+    path: object,
+    *,
+    reset_optimizer: bool = False,
+) -> list[str]:
     """Put of a state what fits into a replica of another recipe, and return the names of weights that stay new.
 
     Weights and their averages are taken by name where shapes agree. So is the optimizer's state; that of an optimizer
@@ -231,13 +238,14 @@ def inherit(replica: Replica, shared: Mapping[str, Any], own: Mapping[str, Any] 
         shared: what the first replica saved.
         own: as for `load_state`.
         path: where it came from, for the error message.
+        reset_optimizer: whether the optimizer's state starts new whatever its name.
 
     Raises:
         CheckpointError: it is the state of an adapter beside another model.
     """
     new = dict(_tensors(replica, replica.module))
     model = {name: value for name, value in shared["model"].items() if name in new and new[name].shape == value.shape}
-    same = shared["optimizer"]["name"] == replica.options.name
+    same = shared["optimizer"]["name"] == replica.options.name and not reset_optimizer
     if same and model.keys() == new.keys() == shared["model"].keys():
         load_state(replica, shared, own, path)
         return []

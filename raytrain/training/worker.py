@@ -122,7 +122,8 @@ def _train(
         task = task if stage.recipe.task == recipe.task else build_task(stage.recipe)
         replica = trainable(stage.recipe, task, averager, new=found is None, heartbeat=heartbeat)
         if found:
-            restore_replica(replica, found, inherit if found.step == stage.begin > 0 else load_state)
+            begins = partial(inherit, reset_optimizer=stage.reset_optimizer)
+            restore_replica(replica, found, begins if found.step == stage.begin > 0 else load_state)
         heartbeat()  # preparation reads, imports and compiles, which can take as long as many steps
         if not announced:
             _record_attempt(recipe, run, averager, replica.progress.step)

@@ -13,11 +13,13 @@ class Phase:
         from_step: optimizer steps done before it.
         changes: dotted field of the base recipe -> value.
         seed: of the recipe.
+        reset_optimizer: whether the optimizer's state starts new here.
     """
 
     from_step: int
     changes: Mapping[str, Any]
     seed: int
+    reset_optimizer: bool = False
 
 
 def ancestors(rows: Sequence[Mapping[str, Any]], row: int) -> list[Mapping[str, Any]]:
@@ -44,7 +46,8 @@ def schedule(rows: Sequence[Mapping[str, Any]], row: int) -> list[Phase]:
     """
     phases: list[Phase] = []
     for segment in ancestors(rows, row):
-        phase = Phase(segment["step"], segment["new"], segment["seed"])
-        if not phases or (phases[-1].changes, phases[-1].seed) != (phase.changes, phase.seed):
+        reset = segment.get("reset_optimizer", False)
+        phase = Phase(segment["step"], segment["new"], segment["seed"], reset)
+        if reset or not phases or (phases[-1].changes, phases[-1].seed) != (phase.changes, phase.seed):
             phases.append(phase)
     return phases

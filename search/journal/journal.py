@@ -14,7 +14,7 @@ from search.scheduling.scheduler import Scheduler
 from search.scheduling.segments import SegmentReport
 from search.scheduling.work import Work, WorkOutcome
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 class Journal:

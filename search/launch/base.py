@@ -27,11 +27,14 @@ class CheckedSearch:
         recipe: of the search, with the options of its base recipe that the training data decides.
         base: its base recipe.
         objective: what it improves.
+        in_segments: whether each slot trains segments of members by itself; otherwise a trial is a whole run of the
+            base recipe's kind, in a folder of its own.
     """
 
     recipe: SearchRecipe
-    base: TrainRecipe
+    base: Recipe
     objective: Objective
+    in_segments: bool = True
 
 
 def check_search(recipe: SearchRecipe) -> CheckedSearch:
@@ -40,16 +43,11 @@ def check_search(recipe: SearchRecipe) -> CheckedSearch:
     Raises:
         RecipeError: the base recipe cannot be searched so.
     """
-    base = recipe.base
-    if not isinstance(base, TrainRecipe):
-        raise RecipeError(f"base.kind: a search trains recipes of the kind train; got {base.kind}")
-    if base.workers > 1:
-        raise RecipeError(
-            f"base.workers: a search trains each member in one process; got {base.workers}; set base.workers=1"
-        )
+    if not isinstance(recipe.base, TrainRecipe):
+        return _check_of_any_kind(recipe)
+    base = recipe.base.with_overrides({"resources.cpus": recipe.base.resources.cpus or 1.0})  # which sums depend on
     if base.phases:
         raise RecipeError("base.phases: expected none, because the search decides when fields change")
-    base = base.with_overrides({"resources.cpus": base.resources.cpus or 1.0})  # threads, on which sums depend
     task = build_task(base)
     if found := task.infer_options():  # what an earlier attempt has decided is in the recipe already
         known = {name: getattr(base.task, name, None) or value for name, value in found.items()}
@@ -61,6 +59,21 @@ def check_search(recipe: SearchRecipe) -> CheckedSearch:
     recipe = recipe.model_copy(update={"base": base, "search": search})
     check_shapes(base, recipe.search, BaseShapes())
     return CheckedSearch(recipe, base, objective)
+
+
+def _check_of_any_kind(recipe: SearchRecipe) -> CheckedSearch:
+    """Check a search whose trials are runs of another kind than `train`.
+
+    Raises:
+        RecipeError: it does not say which of the metrics of such a run it improves.
+    """
+    for field in ("metric", "mode"):
+        if not getattr(recipe.search, field):
+            raise RecipeError(
+                f"search.{field}: required with a base recipe of the kind {recipe.base.kind}; search.metric is one of "
+                "the metrics in the result of its runs, search.mode is min or max"
+            )
+    return CheckedSearch(recipe, recipe.base, recipe.objective(recipe.search.metric, "lower"), in_segments=False)
 
 
 def _measured(recipe: SearchRecipe, base: TrainRecipe, task: Task) -> tuple[str, ...]:

@@ -11,19 +11,23 @@ from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, ray_session
 from raytrain.recipe import read_toml
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
+from raytrain.training.recipe import TrainRecipe
 from search.checks import check_resume
 from search.journal.ancestry import Phase, schedule
 from search.journal.journal import Journal
 from search.journal.reports import Reports
+from search.launch.actors import SlotResources
 from search.launch.base import CheckedSearch, check_search
 from search.launch.loop import SearchLoop
-from search.launch.slots import SlotPool, SlotResources, slot_count
-from search.launch.winner import BEST, WINNER, winner_recipe, write_winner
+from search.launch.slots import SlotPool, slot_count
+from search.launch.winner import BEST, WINNER, copy_winner, winner_recipe, write_winner
 from search.progress import SearchDisplay
 from search.recipe import SearchRecipe
+from search.scheduling.segments import SegmentReport
 from search.standings import Standings, standings_of
 
 SHOWN_PHASES = 3
+NO_RESOURCES = SlotResources(0.0, {}, {})
 
 
 def run_search(recipe: SearchRecipe, order: RunOptions) -> Result:
@@ -68,8 +72,10 @@ class Search:
     def __init__(self, directory: RunDirectory, checked: CheckedSearch) -> None:
         self._directory = directory
         self._recipe, self._base, self._objective = checked.recipe, checked.base, checked.objective
+        self._in_segments = checked.in_segments
         self._journal = Journal(directory.path, checked.recipe.scheduler(checked.objective))
-        self._reports = Reports(directory.metrics, checked.base.log.loggers)
+        loggers = checked.base.log.loggers if isinstance(checked.base, TrainRecipe) else ()
+        self._reports = Reports(directory.metrics, loggers)
 
     def follow(self, display: SearchDisplay) -> SearchLoop:
         """Search until the end, or until Ctrl-C, and return the loop that did.
@@ -78,16 +84,25 @@ class Search:
             RecipeError: the slots do not fit on the cluster.
             CheckpointError: what is in the folder is damaged.
         """
-        resources = self._base.resources
-        each = SlotResources(resources.cpus, resources.extra_resources(), resources.labels)
-        count = slot_count(self._recipe.slots, self._recipe.members, each, cluster_nodes(1, resources))
-        display.say(f"starting {count} slot(s) with {each.cpus:g} CPU each")
+        count, each = self._slots()
+        display.say(f"starting {count} slot(s) with {each}")
         self._begin()
-        pool = SlotPool(self._base, each, count, self._recipe.search.timeout_seconds)
+        whole_runs_in = None if self._in_segments else self._directory.path
+        pool = SlotPool(self._base, each, count, self._recipe.search.timeout_seconds, whole_runs_in)
         with closing(SearchLoop(self._journal, self._reports, pool, self._recipe.search)) as loop:
             display.follow(loop.ended, loop.request_stop, lambda: pool.steps)
         self._reports.close(failed=loop.status == "failed")
         return loop
+
+    def _slots(self) -> tuple[int, SlotResources]:
+        """Return how many slots there are, and what each takes; of whole runs, the runs take what they need."""
+        if not isinstance(self._base, TrainRecipe):
+            return self._recipe.slots or 1, NO_RESOURCES
+        resources, workers = self._base.resources, self._base.workers
+        beside_cpus, labels = resources.extra_resources(), resources.labels
+        each = SlotResources(resources.cpus, beside_cpus, labels, workers, resources.placement)
+        nodes = cluster_nodes(workers, resources)
+        return slot_count(self._recipe.slots, self._recipe.members, each, nodes), each
 
     def _begin(self) -> None:
         """Make the folder ready, and go on from what is in it."""
@@ -100,7 +115,9 @@ class Search:
     def result(self, loop: SearchLoop) -> Result:
         """Return the result of the search, and leave its best model in the folder."""
         standings = standings_of(self._objective, self._journal.lineage.read(), self._reports.read())
-        figures = {"trials": len(standings.members), "failed": standings.failures, "steps": standings.steps}
+        figures = {"trials": len(standings.members), "failed": standings.failures}
+        if self._in_segments:
+            figures["steps"] = standings.steps
         result = Result(
             loop.status,
             figures=figures,
@@ -112,14 +129,24 @@ class Search:
         if best is None:
             return result
         metrics = self._reports.metrics(best.segment.row)
-        recipe = winner_recipe(self._base, self._phases())
         try:
-            packed = self._journal.store.get(best.snapshot.digest)
-            checkpoint = write_winner(self._directory.path, recipe, packed, best.snapshot.step, metrics)
+            checkpoint = self._keep(best, metrics)
         except (CheckpointError, OSError) as error:
             return replace(result, status="failed", error=result.error or f"the best model cannot be written: {error}")
         score = {"metric": self._objective.metric, "value": best.score, "step": best.snapshot.step}
-        return replace(result, metrics=metrics, best={**score, "member": best.member}, checkpoint=str(checkpoint))
+        return replace(result, metrics=metrics, best={**score, "member": best.member}, checkpoint=checkpoint)
+
+    def _keep(self, best: SegmentReport, metrics: Mapping[str, float]) -> str:
+        """Leave the best model and its recipe in the folder; return its checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged.
+            OSError: there is no room.
+        """
+        recipe, state = winner_recipe(self._base, self._phases()), self._journal.store.get(best.snapshot.digest)
+        if self._in_segments and isinstance(recipe, TrainRecipe):
+            return str(write_winner(self._directory.path, recipe, state, best.snapshot.step, metrics))
+        return copy_winner(self._directory.path, recipe, state.decode())
 
     def facts(self, result: Result) -> dict[str, str]:
         """Return the summary of a finished search, name -> value."""
@@ -137,7 +164,7 @@ class Search:
         facts["run"] = str(path)
         if best:
             facts["model"] = f"{path / BEST}, as for raytrain evaluate {path}"
-            facts["train it again"] = f"raytrain train {path / WINNER}"
+            facts["train it again"] = f"raytrain {self._base.kind} {path / WINNER}"
         if result.status in ("interrupted", "stopped early"):
             facts["go on"] = f"raytrain search {path} --resume"
         return facts

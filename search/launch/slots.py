@@ -6,19 +6,19 @@ An actor trains whatever member is next, so that to change members neither a pro
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
-from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from raytrain.launch.resources import Node
 from raytrain.launch.version import fingerprint
 from raytrain.recipe import Recipe
 from raytrain.run.directory import host_suffix
-from search.launch.trial_actor import Beat, TrialActor, TrialOptions
+from search.launch.actors import SlotActors, SlotResources
+from search.launch.trial_actor import Beat, TrialOptions
 from search.scheduling.driver import SegmentEnd
 from search.scheduling.work import Cause, Failed, Work
 
@@ -34,26 +34,6 @@ End = SegmentEnd | Failed
 """How an attempt ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class SlotResources:
-    """What each slot takes of the cluster.
-
-    Attributes:
-        cpus: processors, which are also its threads.
-        beside_cpus: GPUs and custom resources, by the cluster's names.
-        labels: of the machines, as in a recipe's `resources.labels`.
-    """
-
-    cpus: float
-    beside_cpus: Mapping[str, float]
-    labels: Mapping[str, str]
-
-    @property
-    def threads(self) -> int:
-        """Threads of its process."""
-        return max(1, int(self.cpus))
-
-
 def slot_count(wanted: int, most: int, each: SlotResources, machines: Sequence[Node]) -> int:
     """Return how many slots to start.
 
@@ -61,26 +41,37 @@ def slot_count(wanted: int, most: int, each: SlotResources, machines: Sequence[N
         wanted: by the recipe; 0: as many as fit.
         most: segments that can be trained side by side.
         each: what a slot takes.
-        machines: those that have what a slot takes.
+        machines: those that have what a worker takes.
 
     Raises:
         RecipeError: they do not fit, and would wait for ever.
     """
-    room = sum(machine.fits(each.cpus) for machine in machines)
+    room = _room(each, [machine.fits(each.cpus) for machine in machines])
     if room < max(wanted, 1):
         way_out = f"slots={room}" if room else "a smaller base.resources.cpus"
         raise RecipeError(
-            f"slots: {max(wanted, 1)} of {each.cpus:g} CPU each do not fit on {len(machines)} machine(s) with "
+            f"slots: {max(wanted, 1)} of {each} do not fit on {len(machines)} machine(s) with "
             f"{sum(machine.cpus for machine in machines):g} CPU; set {way_out}"
         )
     return min(wanted or room, most)
 
 
+def _room(each: SlotResources, workers: Sequence[int]) -> int:
+    """Return how many slots there is room for, from how many workers fit on each machine."""
+    if each.placement == "STRICT_PACK":
+        return sum(count // each.workers for count in workers)
+    room = sum(workers) // each.workers
+    if each.placement == "STRICT_SPREAD":
+        while sum(min(count, room) for count in workers) < room * each.workers:
+            room -= 1
+    return room
+
+
 class Slot:
-    """An actor, and the segment that it trains.
+    """Actors that train a member together, mostly one, and the segment that they train.
 
     Args:
-        options: of the trial that the actor is.
+        options: of its trials.
         each: what it takes of the cluster.
 
     Attributes:
@@ -96,35 +87,24 @@ class Slot:
         self._host = ""
         self._question: ray.ObjectRef | None = None
         self._heard = self._asked = time.monotonic()
-        custom = {name: amount for name, amount in each.beside_cpus.items() if name != "GPU"}
-        self._actor = (
-            ray.remote(concurrency_groups={"control": 1})(TrialActor)
-            .options(
-                num_cpus=each.cpus,
-                num_gpus=each.beside_cpus.get("GPU", 0),
-                resources=custom or None,
-                label_selector=dict(each.labels) or None,
-                runtime_env={"env_vars": WORKER_ENVIRONMENT},
-            )
-            .remote(options)
-        )
-        self.pending: ray.ObjectRef | None = self._actor.load.remote()
+        self._actors = SlotActors(options, each)
+        self.pending: ray.ObjectRef | None = self._actors.load()
 
     def submit(self, work: Work, state: bytes | None) -> None:
         """Begin to train a segment."""
         self.work, self._heard = work, time.monotonic()
-        self.pending = self._actor.train.remote(work, state)
+        self.pending = self._actors.first.train.remote(work, state)
 
     def stop(self) -> None:
         """Ask for the end of the segment after the step that it is at; there is no other segment after it."""
         if self.work is None or self._stopping:
             return
         self._stopping = True
-        self._actor.stop.options(concurrency_group="control").remote()
+        self._actors.first.stop.options(concurrency_group="control").remote()
 
     def kill(self) -> None:
-        """End the actor, whatever it does."""
-        ray.kill(self._actor)
+        """End its processes, whatever they do."""
+        self._actors.kill()
 
     def end(self) -> End | None:
         """Return how the segment has ended, once `pending` is ready; None: the actor has started.
@@ -137,6 +117,8 @@ class Slot:
         try:
             ended = ray.get(pending)
         except RayTaskError as error:
+            if isinstance(error.cause, RayError):  # of another worker of this slot
+                raise error.cause from error
             if work is None:
                 known = isinstance(error.cause, RaytrainError)
                 raise error.cause if known else TrainingError(f"a slot cannot start: {error.cause}") from error
@@ -158,7 +140,7 @@ class Slot:
             return None
         now = time.monotonic()
         if self._question is None and now - self._asked > ASK_SECONDS:
-            self._question, self._asked = self._actor.beat.options(concurrency_group="control").remote(), now
+            self._question, self._asked = self._actors.first.beat.options(concurrency_group="control").remote(), now
         if self._question is not None and ray.wait([self._question], timeout=0)[0]:
             self._hear(now)
         if now - self._heard < seconds:
@@ -190,15 +172,24 @@ class SlotPool:
         each: what a slot takes of the cluster.
         count: how many there are.
         timeout_seconds: how long one may give no sign of progress in a segment.
+        whole_runs_in: the search's folder, if each trial is a whole run.
 
     Attributes:
         restarts: how often a slot's actor had to be replaced.
     """
 
-    def __init__(self, base: Recipe, each: SlotResources, count: int, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        base: Recipe,
+        each: SlotResources,
+        count: int,
+        timeout_seconds: float,
+        whole_runs_in: Path | None = None,
+    ) -> None:
         self.restarts = 0
         path = [os.getcwd(), *(os.path.abspath(folder) for folder in sys.path)]
-        self._options, self._each = TrialOptions(base.to_dict(), each.threads, path, fingerprint()), each
+        self._options = TrialOptions(base.to_dict(), each.threads, path, fingerprint(), whole_runs_in)
+        self._each = each
         self._timeout_seconds = timeout_seconds
         self._failed_starts = 0
         self._slots = [Slot(self._options, each) for _ in range(count)]
@@ -262,6 +253,8 @@ class SlotPool:
             self._replace(slot)
             return None if starting else slot.failure("dead", DIED)
         self._failed_starts = 0
+        if isinstance(end, Failed) and self._each.workers > 1:
+            self._replace(slot)  # what was in flight between its workers goes with them
         return end
 
     def _replace(self, slot: Slot) -> None:

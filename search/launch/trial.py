@@ -1,17 +1,18 @@
-"""A trial: trains segments of a training recipe in one process, from a packed state to the next one."""
+"""A trial: trains segments of a training recipe in one process or a few, from a packed state to the next one."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from threading import Event
+from typing import Any
 
 import torch
 
 from raytrain.run.checkpoint import checkpoint_errors
 from raytrain.serialization import pack, unpack
 from raytrain.sync.averaging import ExactAverager
-from raytrain.sync.transport import LocalTransport
+from raytrain.sync.transport import LocalTransport, Transport
 from raytrain.tasks.task import Task
 from raytrain.tensors import autocast_type
 from raytrain.training.build import build_task, load_callbacks, trainable
@@ -37,43 +38,63 @@ class Trial:
         base: the recipe whose fields are searched.
         device: where to compute.
         beat: called with the step at every sign of progress.
-
-    Attributes:
-        stop: set it to have a segment end after the step that it is at.
+        connect: connects this worker with the others of the trial, for one segment; None: there are no others.
     """
 
-    def __init__(self, base: TrainRecipe, device: torch.device, beat: Callable[[int], None]) -> None:
-        self.stop = Event()
+    def __init__(
+        self,
+        base: TrainRecipe,
+        device: torch.device,
+        beat: Callable[[int], None],
+        connect: Callable[[], AbstractContextManager[Transport]] | None = None,
+    ) -> None:
+        self._stop = Event()
         self._base = base
-        self._averager = ExactAverager(LocalTransport(device))
+        self._connect = connect or (lambda: nullcontext(LocalTransport(device)))
         self._beat = beat
         self._task: tuple[object, Task] | None = None
 
     def train(self, work: Work, packed: bytes | None) -> SegmentEnd:
         """Train a segment; equal work and equal states give equal states, whatever this process trained before.
 
+        Returns:
+            How it ended; of several workers, that of the first one has the states of all.
+
         Raises:
             TrainingError: the loss or the weights are no longer numbers, or the state does not fit the recipe.
         """
         recipe = self._base.with_overrides({"seed": work.seed, **work.changes, **ONCE})
-        task, replica = self._start(recipe, work, packed)
-        callbacks = SegmentCallbacks(recipe, task, self._averager, self.stop, self._beat)
+        with self._connect() as transport:
+            return self._train(recipe, work, packed, ExactAverager(transport))
+
+    def _train(self, recipe: TrainRecipe, work: Work, packed: bytes | None, averager: ExactAverager) -> SegmentEnd:
+        task, replica = self._start(recipe, work, packed, averager)
+        callbacks = SegmentCallbacks(recipe, task, averager, self._stop, self._beat)
         constants = non_finite_buffers(replica.module)
         segment(recipe, task, replica, work.until, callbacks)
-        state, step = state_of(replica), replica.progress.step
-        check_finite(state["model"], constants, step)
+        step, states = replica.progress.step, _states_of_all(replica, averager)
+        if replica.rank > 0:
+            return SegmentEnd(b"", step, callbacks.metrics)
+        check_finite(states[0]["model"], constants, step)
         progress = {**progress_to_dict(replica.progress), **NO_TIMES}
-        return SegmentEnd(pack({"replica": state, "progress": progress}), step, callbacks.metrics)
+        return SegmentEnd(pack({"replicas": states, "progress": progress}), step, callbacks.metrics)
 
-    def _start(self, recipe: TrainRecipe, work: Work, packed: bytes | None) -> tuple[Task, Replica]:
+    def stop(self) -> None:
+        """Have a segment end after the step that it is at."""
+        self._stop.set()
+
+    def _start(
+        self, recipe: TrainRecipe, work: Work, packed: bytes | None, averager: ExactAverager
+    ) -> tuple[Task, Replica]:
         """Return the recipe's task, and a replica that stands where the segment begins."""
         task = self._task_of(recipe)
         beat = partial(self._beat, work.snapshot.step)
-        replica = trainable(recipe, task, self._averager, new=packed is None, heartbeat=beat)
+        replica = trainable(recipe, task, averager, new=packed is None, heartbeat=beat)
         if packed is not None:
             state = unpack(packed)
             with checkpoint_errors(work.snapshot.digest):
-                inherit(replica, state["replica"], state["replica"], work.snapshot.digest)
+                saved, reset = state["replicas"], work.reset_optimizer
+                inherit(replica, saved[0], saved[replica.rank], work.snapshot.digest, reset_optimizer=reset)
             replica.progress = replace(progress_from_dict(state["progress"], work.snapshot.digest), status="running")
         beat()
         return task, replica
@@ -85,13 +106,21 @@ class Trial:
         return self._task[1]
 
 
+def _states_of_all(replica: Replica, averager: ExactAverager) -> list[Any]:
+    """Return the states of all replicas, on each of them."""
+    state = state_of(replica)
+    if replica.world_size == 1:
+        return [state]
+    return [unpack(part) for part in averager.all_gather_bytes(pack(state))]
+
+
 class SegmentCallbacks:
     """What surrounds the loop in a segment: evaluate at its end, save nothing, stop when asked to.
 
     Args:
         recipe: of the segment.
         task: the recipe's.
-        averager: of the one replica.
+        averager: with the trial's other replicas.
         stop: set when the segment is to end after the step that it is at.
         beat: called with the step at every sign of progress.
 

@@ -80,7 +80,9 @@ class PBTScheduler(TrialScheduler):
     ) -> None:
         super().__init__()
         self._section = {**options, "name": "pbt", "space": space, "interval": interval}
-        PBTOptions.model_validate(self._section)  # is wrong now rather than in a trial
+        checked = PBTOptions.model_validate(self._section)  # is wrong now rather than in a trial
+        if checked.optimizer_state == "reset":
+            raise RecipeError("PBTScheduler: optimizer_state: expected 'copy', because checkpoints are copied whole")
         self._space = make_space(space)
         self._time_attr, self._metric, self._mode, self._seed = time_attr, metric, mode, seed
         self._lineage, self._chain = Lineage(lineage) if lineage else None, Chain()

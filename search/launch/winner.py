@@ -1,12 +1,17 @@
 """What a search leaves of its best model: the folder of a run that can be used, and the recipe that trains it again."""
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
 from raytrain.files import write_atomic
+from raytrain.kinds import load_kind
 from raytrain.overrides import apply_overrides
+from raytrain.recipe import Recipe, read_toml
+from raytrain.registry import resolve
 from raytrain.run.checkpoint import CheckpointStore
 from raytrain.run.directory import RunDirectory
 from raytrain.serialization import unpack
@@ -14,7 +19,6 @@ from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
 from raytrain.training.build import build_task
 from raytrain.training.recipe import TrainRecipe
-from raytrain.training.results import load_best
 from raytrain.training.trained_model import TrainedModel
 from search.journal.ancestry import Phase
 
@@ -22,7 +26,7 @@ WINNER = "winner.toml"
 BEST = "best"
 
 
-def winner_recipe(base: TrainRecipe, phases: Sequence[Phase]) -> TrainRecipe:
+def winner_recipe(base: Recipe, phases: Sequence[Phase]) -> Recipe:
     """Return the recipe that trains a model again.
 
     Args:
@@ -30,8 +34,13 @@ def winner_recipe(base: TrainRecipe, phases: Sequence[Phase]) -> TrainRecipe:
         phases: what the model was trained with, the oldest first.
     """
     first, *later = phases
-    changes = [apply_overrides({"from": phase.from_step, "seed": phase.seed}, phase.changes) for phase in later]
-    return base.with_overrides({"seed": first.seed, **first.changes, "phases": changes})
+    changes = [apply_overrides(_beginning(phase), phase.changes) for phase in later]
+    return base.with_overrides({"seed": first.seed, **first.changes, **({"phases": changes} if later else {})})
+
+
+def _beginning(phase: Phase) -> dict[str, Any]:
+    reset = {"reset_optimizer": True} if phase.reset_optimizer else {}
+    return {"from": phase.from_step, "seed": phase.seed, **reset}
 
 
 def write_winner(folder: Path, recipe: TrainRecipe, packed: bytes, step: int, metrics: Mapping[str, float]) -> Path:
@@ -54,10 +63,26 @@ def write_winner(folder: Path, recipe: TrainRecipe, packed: bytes, step: int, me
     store = CheckpointStore(run.checkpoints, 1, ExactAverager(LocalTransport()))
     store.clean()
     progress = {**state["progress"], "best": metrics[build_task(recipe).metric], "best_step": step}
-    store.save(state["replica"], progress)
+    store.save(state["replicas"][0], progress)
     checkpoint = store.save_metrics(progress, metrics)
     write_atomic(folder / WINNER, recipe.to_toml().encode())
     return checkpoint
+
+
+def copy_winner(folder: Path, recipe: Recipe, run: str) -> str:
+    """Write the winner's recipe, and a copy of its run; return the copy's checkpoint.
+
+    Args:
+        folder: of the search.
+        recipe: that trains the winner.
+        run: the winner's folder in it.
+    """
+    best = folder / BEST
+    shutil.rmtree(best, ignore_errors=True)
+    shutil.copytree(folder / run, best)
+    write_atomic(folder / WINNER, recipe.to_toml().encode())
+    checkpoint = Path(json.loads(RunDirectory(best).result.read_bytes())["checkpoint"])
+    return str(best / checkpoint.relative_to(folder / run)) if checkpoint.is_relative_to(folder / run) else ""
 
 
 def load_winner(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
@@ -74,4 +99,6 @@ def load_winner(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:
     best = folder / BEST
     if not RunDirectory(best).recipe.is_file():
         raise RecipeError(f"{folder}: this search has left no model yet; it does when it ends, or is interrupted")
-    return load_best(best, overrides)
+    raw, _ = read_toml(str(best), [])
+    found: TrainedModel = resolve({}, load_kind(raw["kind"]).load, "kind")(best, overrides)
+    return found

@@ -220,6 +220,8 @@ class PopulationBasedTraining(Scheduler):
     ) -> None:
         """Begin the next segment of a member from the state at the end of another one, or of its own last one."""
         segment = next_segment(before, self._next_row, source, self._until(source.snapshot.step), configuration)
+        if source.member != before.member and self.options.optimizer_state == "reset":
+            segment = replace(segment, reset_optimizer=True)
         old = dict(before.configuration.changes)
         self._open(segment, action=action, ended=before.row, parent=source.member, old=old, **why)
 

@@ -38,6 +38,9 @@ class PBTOptions(SearchOptions):
         exploit: whom a member inherits from.
         explore: how inherited hyperparameters change.
         inherit: what a member takes from its donor: "weights", "hyperparameters" or "both".
+        optimizer_state: of a member that takes a donor's weights: "copy", the donor's, or "reset", a new one.
+        other_shapes: of parameters whose shape a dimension changes: "refuse", such a search does not start; "reset",
+            they start new where shapes differ, and all others are inherited by name.
         burn_in: steps before the first exploitation.
         synchronous: whether a decision waits for all members; otherwise each is made when its member reports.
         step_matched: without synchronous: compare a member with reports of the same step alone.
@@ -50,6 +53,8 @@ class PBTOptions(SearchOptions):
     exploit: ExploitField = Field(default={}, validate_default=True)
     explore: ExploreField = Field(default={}, validate_default=True)
     inherit: Literal["weights", "hyperparameters", "both"] = "both"
+    optimizer_state: Literal["copy", "reset"] = "copy"
+    other_shapes: Literal["refuse", "reset"] = "refuse"
     burn_in: int = Field(0, ge=0)
     synchronous: bool = True
     step_matched: bool = False

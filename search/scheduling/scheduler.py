@@ -167,7 +167,7 @@ class Scheduler(ABC):
     def _process(self, outcome: WorkOutcome) -> None:
         work = self._queue.close(outcome.attempt)
         if isinstance(outcome, Paused):
-            self._queue.add(replace(work, snapshot=outcome.snapshot))
+            self._queue.add(replace(work, snapshot=outcome.snapshot, reset_optimizer=False))
         elif isinstance(outcome, Failed):
             self._fail(work, outcome)
         else:
@@ -224,6 +224,7 @@ class Scheduler(ABC):
             state=segment.origin.snapshot.digest,
             new=dict(segment.configuration.changes),
             seed=segment.seed,
+            **({"reset_optimizer": True} if segment.reset_optimizer else {}),
             **about,
         )
         self._segments[segment.row] = segment

@@ -45,6 +45,7 @@ class Segment:
         configuration: its hyperparameters.
         seed: of the recipe.
         history: fitness of the model that it continues, at most `WINDOW` values, the newest last.
+        reset_optimizer: whether it takes the weights of its origin without the optimizer's state.
     """
 
     row: int
@@ -56,6 +57,7 @@ class Segment:
     configuration: Configuration
     seed: int
     history: tuple[float, ...] = ()
+    reset_optimizer: bool = False
 
     def work(self) -> Work:
         """Return the work to queue."""
@@ -67,6 +69,7 @@ class Segment:
             until=self.until,
             changes=self.configuration.changes,
             seed=self.seed,
+            reset_optimizer=self.reset_optimizer,
         )
 
 
@@ -171,6 +174,7 @@ def segment_to_plain(segment: Segment) -> dict[str, Any]:
         "values": segment.configuration.genome.values(),
         "seed": segment.seed,
         "history": list(segment.history),
+        "reset_optimizer": segment.reset_optimizer,
     }
 
 
@@ -186,6 +190,7 @@ def segment_from_plain(plain: Mapping[str, Any], space: Space) -> Segment:
         configuration=space.replay(plain["values"]),
         seed=plain["seed"],
         history=tuple(plain["history"]),
+        reset_optimizer=plain["reset_optimizer"],
     )
 
 

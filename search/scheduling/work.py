@@ -33,6 +33,7 @@ class Work:
         until: step to train to.
         changes: dotted field of the base recipe -> value.
         seed: of the recipe, unless the changes have one: data order, dropout, and without a state the weights.
+        reset_optimizer: whether the optimizer's state starts new, whatever that of the snapshot is.
     """
 
     attempt: str
@@ -42,6 +43,7 @@ class Work:
     until: int
     changes: Mapping[str, Any]
     seed: int
+    reset_optimizer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """A population of digit classifiers, trained by the loop that `raytrain train` uses, one segment after the other."""
 
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.errors import TrainingError
+from raytrain.run.directory import read_jsonl
 from raytrain.serialization import unpack
+from raytrain.testing import train_here
 from raytrain.training.recipe import TrainRecipe
 from search.journal.ancestry import schedule
 from search.journal.journal import Journal
 from search.launch.trial import Trial
+from search.launch.winner import winner_recipe
 from search.recipe import SearchRecipe
 from search.scheduling.driver import SegmentEnd, drive
+from search.scheduling.segments import Objective
 from search.scheduling.work import Snapshot, Work
 
 RAW: dict[str, Any] = {
@@ -88,6 +94,25 @@ def test_a_killed_search_makes_the_same_decisions(whole: Journal, tmp_path: Path
     assert again.best == whole.best
 
 
+def test_a_resume_reads_no_pickle(tmp_path: Path) -> None:
+    """Pickles that can do harm import names, which an audit hook sees."""
+    found: list[tuple[Any, ...]] = []
+    watching = False
+    sys.addaudithook(lambda event, args: found.append(args) if watching and event == "pickle.find_class" else None)
+    with pytest.raises(Interrupted):
+        search(tmp_path, 12)
+    watching = True
+    try:
+        with pytest.raises(Interrupted):
+            search(tmp_path, 8)
+        seen = list(found)
+        pickle.loads(pickle.dumps(Path))
+    finally:
+        watching = False
+    assert seen == []
+    assert found, "the hook sees what it should"
+
+
 def test_the_population_improves(whole: Journal) -> None:
     rows = whole.lineage.read()
     first = [row["score"] for row in rows if "score" in row][:8]
@@ -105,8 +130,28 @@ def test_the_schedule_of_the_winner_trains_the_winner_again(whole: Journal) -> N
         work = Work("", 0, 0, Snapshot("", phase.from_step), until, phase.changes, phase.seed)
         end = train(work, end and end.state)
     assert end.metrics["loss"] == best.score
-    winner, again = (unpack(packed)["replica"] for packed in (whole.store.get(best.snapshot.digest), end.state))
+    winner, again = (unpack(packed)["replicas"][0] for packed in (whole.store.get(best.snapshot.digest), end.state))
     assert all(winner["model"][name].equal(tensor) for name, tensor in again["model"].items())
+
+
+def test_a_winner_of_other_shapes_and_with_new_optimizer_states_trains_again(tmp_path: Path) -> None:
+    space = {
+        "optimizer": {"lr": {"type": "float", "low": 1e-3, "high": 0.1, "scale": "log"}},
+        "task": {"widths": {"type": "choice", "values": [[16], [24], [32]]}},
+    }
+    more = {"population": 4, "space": space, "optimizer_state": "reset", "other_shapes": "reset"}
+    raw = {**RAW, "base": {**RAW["base"], "optimizer": "adamw"}, "search": {**RAW["search"], **more}, "seed": 2}
+    recipe = SearchRecipe.parse(raw)
+    journal = Journal(tmp_path, recipe.scheduler(Objective("loss", "lower")))
+    journal.open()
+    drive(journal, journal.store, trial(recipe.base).train)
+    phases = schedule(journal.lineage.read(), journal.best.segment.row)
+    assert len({str(phase.changes["task.widths"]) for phase in phases}) > 1
+    assert [phase.reset_optimizer for phase in phases] == [False] + [True] * (len(phases) - 1)
+    again = winner_recipe(recipe.base, phases).with_overrides({"evaluation.every": 5})
+    rows = read_jsonl(train_here(again, tmp_path / "again").metrics)
+    (found,) = (row for row in rows if "valid" in row and row["step"] == journal.best.snapshot.step)
+    assert found["valid"]["loss"] == journal.best.score
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -131,14 +176,14 @@ def test_segments_are_the_training_that_they_are_parts_of(name: str, cuts: set[i
 
 
 def same_model(one: SegmentEnd, other: SegmentEnd) -> bool:
-    models = [unpack(end.state)["replica"]["model"] for end in (one, other)]
+    models = [unpack(end.state)["replicas"][0]["model"] for end in (one, other)]
     return models[0].keys() == models[1].keys() and all(models[0][name].equal(models[1][name]) for name in models[0])
 
 
 def test_a_trial_that_is_asked_to_stop_ends_after_its_step() -> None:
     base = SearchRecipe.parse(RAW).base
     steps: list[int] = []
-    one = Trial(base, torch.device("cpu"), lambda step: (steps.append(step), step == 3 and one.stop.set()))
+    one = Trial(base, torch.device("cpu"), lambda step: (steps.append(step), step == 3 and one.stop()))
     end = one.train(Work("", 0, 0, Snapshot(), 30, {}, seed=0), None)
     assert (end.step, end.metrics) == (4, {})
     assert steps == sorted(steps)

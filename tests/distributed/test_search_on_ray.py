@@ -1,22 +1,28 @@
 """A search on Ray makes the decisions that it makes without: whatever the slots, and whatever happens to them."""
 
 import json
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray.util import placement_group_table
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import RunOptions
 from raytrain.recipe import read_toml
 from raytrain.run.result import Result
+from raytrain.sync.transport import Transport
+from raytrain.testing import ThreadGroup
 from search.journal.journal import Journal
 from search.launch.base import check_search
 from search.launch.run import run_search
 from search.launch.trial import Trial
 from search.recipe import SearchRecipe
-from search.scheduling.driver import drive
+from search.scheduling.driver import SegmentEnd, drive
+from search.scheduling.work import Work
 
 RAW: dict[str, Any] = {
     "kind": "search",
@@ -66,6 +72,22 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+OF_TWO_WORKERS: dict[str, Any] = {
+    "kind": "search",
+    "base": {
+        "kind": "train",
+        "steps": 20,
+        "workers": 2,
+        "task": "raytrain.testing:tiny",  # whose draws are safe in threads
+        "sync": {"name": "delayed-averaging", "every": 4, "delay": 2},
+    },
+    "search": {
+        "name": "pbt",
+        "population": 4,
+        "interval": 5,
+        "space": {"optimizer": {"lr": {"type": "float", "low": 1e-3, "high": 0.5, "scale": "log"}}},
+    },
+}
 STRIKE = """
 import os, signal, time
 from pathlib import Path
@@ -73,7 +95,7 @@ from pathlib import Path
 def strike(replica):
     for step, harm in ((7, die), (13, stand_still), (16, fail)):
         mark = Path(__file__).with_name(f"{step}.mark")
-        if replica.progress.step == step and not mark.exists():
+        if replica.rank >= 0 and replica.progress.step == step and not mark.exists():
             mark.touch()
             harm()
 
@@ -105,6 +127,31 @@ def test_decisions_do_not_depend_on_what_happens_to_processes(
         "step 15: error: ZeroDivisionError: mine (mine.py, line 19)",
     ):
         assert part in caplog.text
+
+
+def test_members_of_two_workers_make_the_decisions_of_two_threads(workplace: Path) -> None:
+    """Although one of the two dies once; what their slots took of the cluster is free afterwards."""
+    (workplace / "mine.py").write_text(
+        STRIKE.replace("(13, stand_still), (16, fail)", "").replace("rank >= 0", "rank == 1")
+    )
+    mine = {"base.callbacks": ["mine:strike"]}
+    result = run_search(SearchRecipe.parse_with(OF_TWO_WORKERS, mine), RunOptions(workplace / "run"))
+    assert (result.status, result.restarts, result.figures["failed"]) == ("done", 1, 0)
+    checked = check_search(SearchRecipe.parse(OF_TWO_WORKERS))
+    (workplace / "threads").mkdir()
+    journal = Journal(workplace / "threads", checked.recipe.scheduler(checked.objective))
+    journal.open()
+
+    def train(work: Work, packed: bytes | None) -> SegmentEnd:
+        def one(transport: Transport) -> SegmentEnd:
+            connect = partial(nullcontext, transport)
+            return Trial(checked.base, torch.device("cpu"), lambda step: None, connect).train(work, packed)
+
+        return ThreadGroup(2).run(one)[0]
+
+    drive(journal, journal.store, train)
+    assert lineage(workplace / "run") == lineage(workplace / "threads")
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
 
 
 def test_one_slot_is_enough_and_a_search_that_is_out_of_time_goes_on_later(plain: Path, tmp_path: Path) -> None:

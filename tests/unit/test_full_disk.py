@@ -21,6 +21,10 @@ from raytrain.testing import repeatable_rows, train_here
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica
 from raytrain.zeroth.trajectory import Trajectory
+from search.journal.journal import Journal
+from search.scheduling.driver import SegmentEnd, drive, run_attempt
+from search.scheduling.work import Work
+from search.testing import toy_search, train_toy
 
 FULL = "No space left on device"
 
@@ -158,3 +162,45 @@ def test_a_note_that_finds_no_room_does_not_harm_the_next(small_disk: Any) -> No
     run.append(run.restarts, {"workers": {"1": "it died"}})
     assert read_jsonl(run.restarts) == [{"workers": {}}, {"workers": {"1": "it died"}}]
     assert {path.name for path in small_disk.path.iterdir()} == {"restarts.jsonl"}
+
+
+def test_a_search_that_finds_no_room_ends_with_a_word_and_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, small_disk: Any
+) -> None:
+    def opened(folder: Path) -> Journal:
+        folder.mkdir(exist_ok=True)
+        journal = Journal(folder, toy_search(steps=15, population=4, exploit="truncation", first=()))
+        journal.open()
+        return journal
+
+    whole, search = opened(tmp_path / "whole"), opened(small_disk.path / "search")
+    drive(whole, whole.store, train_toy)
+    for _ in range(6):
+        search.tell(run_attempt(search.ask(1)[0], search.store, train_toy))
+    small_disk.fill()
+    with pytest.raises(CheckpointError, match=rf"^{small_disk.path}/search/state.json: cannot be written: {FULL}$"):
+        drive(search, search.store, train_toy)
+    small_disk.free()
+    search = opened(small_disk.path / "search")
+    drive(search, search.store, train_toy)
+    assert search.lineage.read() == whole.lineage.read()
+    assert search.best.snapshot == whole.best.snapshot
+
+
+def test_a_state_that_finds_no_room_fails_its_segment_and_not_the_search(small_disk: Any) -> None:
+    """What a search writes of its decisions is small, and has room where a model has none."""
+    search = Journal(
+        small_disk.path, toy_search(steps=10, population=4, exploit="truncation", first=(), max_failures=0)
+    )
+    search.open()
+
+    def train(work: Work, state: bytes | None) -> SegmentEnd:
+        end = train_toy(work, state and state.rstrip(b" "))
+        padding = 5 << 20 if (work.member, work.snapshot.step) == (1, 0) else 0
+        return SegmentEnd(end.state + b" " * padding, end.step, end.metrics)
+
+    drive(search, search.store, train)
+    (row,) = (row for row in search.lineage.read() if "failure" in row)
+    message = f"its state cannot be stored: [Errno 28] {FULL}"
+    assert (row["action"], row["member"], row["failure"]["message"][: len(message)]) == ("replace", 1, message)
+    assert [row["action"] for row in search.lineage.read()[-4:]] == ["end"] * 4

@@ -14,7 +14,7 @@ from search.pbt.engine import PopulationBasedTraining
 from search.rng import keyed_seed
 from search.scheduling.driver import drive
 from search.scheduling.scheduler import SearchError
-from search.scheduling.work import Done, Failed, Snapshot
+from search.scheduling.work import Done, Failed, Paused, Snapshot
 from search.testing import HALVES, MemoryStates, toy_search, train_toy
 
 
@@ -86,6 +86,20 @@ def test_what_a_member_inherits(inherit: str, state: str, values_from: int) -> N
     assert loser["statistic"] == {"opponent": 1}
     assert (winner["action"], winner["state"], winner["new"]) == ("continue", "b5", HALVES[1])
     assert loser["seed"] != winner["seed"], "the child goes on with its own order of the data"
+
+
+@pytest.mark.parametrize(("inherit", "resets"), [("both", True), ("hyperparameters", False)])
+def test_the_optimizer_state_of_a_donor_is_reset_once(inherit: str, resets: bool) -> None:
+    """With the donor's weights; not again where the segment goes on after a pause."""
+    engine = toy_search(explore="none", inherit=inherit, optimizer_state="reset")
+    loser, winner = told(engine, [0.1, 0.9])
+    assert loser.get("reset_optimizer", False) == resets
+    assert "reset_optimizer" not in winner
+    (child, _) = engine.ask(2)
+    assert child.reset_optimizer == resets
+    engine.tell(Paused(child.attempt, Snapshot("a7", 7)))
+    (rest,) = engine.ask(2)
+    assert (rest.row, rest.snapshot.step, rest.reset_optimizer) == (child.row, 7, False)
 
 
 def test_a_member_that_is_never_replaced_is_an_ordinary_training() -> None:

@@ -14,7 +14,7 @@ from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.serialization import pack
 from raytrain.sync.averaging import ExactAverager
 from raytrain.sync.transport import LocalTransport
-from raytrain.testing import train_here
+from raytrain.testing import repeatable_rows, train_here
 from raytrain.training.build import build_task, trainable
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.replica import Replica, inherit, load_state, state_of
@@ -66,6 +66,16 @@ def test_a_run_with_phases_goes_on_from_any_checkpoint(newest: int, tmp_path: Pa
     assert equal(model_of(tmp_path / "run", phased), whole)
 
 
+def test_a_phase_that_resets_the_optimizer_differs_from_one_that_does_not(tmp_path: Path) -> None:
+    def rows(**more: Any) -> list[Any]:
+        run = recipe(phases=[{"from": 5, **more}], optimizer={"name": "adamw", "lr": 0.01})
+        return repeatable_rows(train_here(run, tmp_path / str(len(more))).metrics)
+
+    plain, reset = rows(), rows(reset_optimizer=True)
+    first = next(place for place, (one, other) in enumerate(zip(plain, reset, strict=True)) if one != other)
+    assert reset[first]["step"] > 5
+
+
 def test_fields_keep_their_values_in_later_phases() -> None:
     stages = recipe(phases=CHANGED).stages()
     assert [(stage.begin, stage.end) for stage in stages] == [(0, 5), (5, 8), (8, 12)]
@@ -86,6 +96,7 @@ def test_fields_keep_their_values_in_later_phases() -> None:
             [{"from": 3, "log": {"every": 2}}],
             "phases.0.log.every: the same for the whole run; set it outside of phases",
         ),
+        ([{"from": 3, "reset_optimizer": 1}], "phases.0.reset_optimizer: expected true or false; got 1"),
         ([{"from": 3, "btch": 2}], "phases.0.btch: no such field; did you mean batch?"),
         ([{"from": 3, "optimizer": {"lr": -1}}], "phases.0.optimizer.lr: "),
     ],

@@ -1,11 +1,13 @@
 """The loop of a search, with slots that train in this process."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from search.journal.journal import Journal
+from search.journal.lineage import Lineage
 from search.journal.reports import Reports
 from search.launch.loop import SearchLoop
 from search.options import SearchOptions
@@ -76,11 +78,35 @@ class Interrupting(OneSlot):
         return train_toy(work, state)
 
 
-def begun(folder: Path, slot: OneSlot) -> tuple[SearchLoop, Journal]:
-    journal, reports = Journal(folder, toy_search(steps=30)), Reports(folder / "metrics.jsonl")
+class SlotPerMember(OneSlot):
+    """As many slots as members; the segments of one member take ten times as long as those of the others."""
+
+    idle = 4
+
+    def __init__(self, folder: Path, slow: int, seconds: float) -> None:
+        super().__init__(folder)
+        self._slow, self._seconds = slow, seconds
+        self._works: list[tuple[float, Work, bytes | None]] = []
+
+    def begin(self, work: Work, state: bytes | None) -> None:
+        seconds = self._seconds * (10 if work.member == self._slow else 1)
+        self._works.append((time.monotonic() + seconds, work, state))
+        self.idle -= 1
+
+    def wait(self) -> list[tuple[Work, SegmentEnd | Failed]]:
+        time.sleep(0.005)
+        now = time.monotonic()
+        ready = [(work, state) for end, work, state in self._works if end <= now]
+        self._works = [waiting for waiting in self._works if waiting[0] > now]
+        self.idle += len(ready)
+        return [(work, attempt(work, state, self.train)) for work, state in ready]
+
+
+def begun(folder: Path, slot: OneSlot, options: SearchOptions = OPTIONS, **search: Any) -> tuple[SearchLoop, Journal]:
+    journal, reports = Journal(folder, toy_search(steps=30, **search)), Reports(folder / "metrics.jsonl")
     journal.open()
     reports.open(journal.unfinished)
-    return SearchLoop(journal, reports, slot, OPTIONS), journal
+    return SearchLoop(journal, reports, slot, options), journal
 
 
 def lineage(folder: Path) -> bytes:
@@ -130,6 +156,28 @@ def test_an_interrupted_search_goes_on_with_equal_decisions(plain: Path, tmp_pat
     again, _ = begun(tmp_path, OneSlot(tmp_path))
     assert again.ended.wait(END_SECONDS)
     assert lineage(tmp_path) == lineage(plain)
+
+
+def test_a_member_ten_times_slower_is_waited_for_unless_a_quorum_may_go_on(tmp_path: Path) -> None:
+    options = OPTIONS.model_copy(update={"timeout_seconds": 0.15})
+    population = {"population": 4, "first": (), "exploit": "truncation"}
+    folders = {quorum: tmp_path / str(quorum) for quorum in (1.0, 0.75)}
+    for quorum, folder in folders.items():
+        folder.mkdir()
+        slots = SlotPerMember(folder, slow=2, seconds=0.03)
+        loop, _ = begun(folder, slots, options, **population, quorum=quorum)
+        assert loop.ended.wait(END_SECONDS)
+        assert (loop.status, loop.error) == ("done", "")
+    (tmp_path / "plain").mkdir()
+    plain = Journal(tmp_path / "plain", toy_search(steps=30, **population))
+    plain.open()
+    drive(plain, plain.store, train_toy)
+    assert lineage(folders[1.0]) == lineage(tmp_path / "plain")
+    rows = Lineage(folders[0.75] / "lineage.jsonl").read()
+    given_up = [row for row in rows if "failure" in row]
+    assert {(row["member"], row["failure"]["cause"]) for row in given_up} == {(2, "slow")}
+    assert given_up[0]["action"] == "replace"
+    assert {row["member"] for row in rows if row["action"] == "end"} >= {0, 1, 3}
 
 
 def test_a_defect_is_told_to_whoever_waits(tmp_path: Path) -> None:
