@@ -23,6 +23,11 @@ class Domain(Section, ABC):
 
     type: str
 
+    @property
+    @abstractmethod
+    def count(self) -> float:
+        """Number of values; infinite for real numbers."""
+
     @abstractmethod
     def contains(self, value: Any) -> bool:
         """Return whether `value` is one of them."""
@@ -141,6 +146,11 @@ class Float(_Numeric):
     type: Literal["float"] = "float"
     step: float = Field(0.0, ge=0)
 
+    @property
+    def count(self) -> float:
+        """Infinity."""
+        return math.inf
+
     def contains(self, value: Any) -> bool:
         """Return whether `value` is a number between the bounds."""
         return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
@@ -187,6 +197,11 @@ class Int(_Numeric):
     low: int
     high: int
     scale: Literal["linear", "log"] = "linear"
+
+    @property
+    def count(self) -> float:
+        """Number of whole numbers."""
+        return self.high - self.low + 1
 
     def contains(self, value: Any) -> bool:
         """Return whether `value` is a whole number between the bounds."""
@@ -239,6 +254,10 @@ class _Listed(Domain):
         if len(self.values) < 2:
             raise ValueError(f"expected at least 2 values; got {list(self.values)!r}")
         return self
+
+    @property
+    def count(self) -> float:
+        return len(self.values)
 
     def contains(self, value: Any) -> bool:
         return _index(self.values, value) is not None

@@ -17,6 +17,8 @@ KIND = Kind(
         "exploits": "search.tables:EXPLOITS",
         "explores": "search.tables:EXPLORES",
     },
+    shorthand="search.space",
+    accepts="search.space_function:is_space_function",
     packages=("raytrain", "search"),
     requires=("optuna",),
 )

@@ -16,7 +16,7 @@ Or it is a Python function, with loops and conditions of its own, as "module:spa
 Both become a `Space`: sampling, replay, mutation and enumeration are policies of the chooser that it is run with.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,11 @@ from pydantic import ValidationError
 
 from raytrain.errors import RecipeError
 from raytrain.recipe import dotted_fields, explain_errors
-from raytrain.registry import error_location, resolve, suggest
+from raytrain.registry import suggest
 from search.chooser import Chooser, Policy, replaying, sampling
 from search.domains import DOMAINS, Domain
 from search.genome import Configuration
-
-FIELD = "search.space"
+from search.space_function import FIELD, SpaceFunction, load_space_function
 
 
 class Space:
@@ -45,9 +44,7 @@ class Space:
     {'optimizer.lr': 0.01}
     """
 
-    def __init__(
-        self, program: Callable[[Chooser], Mapping[str, Any]], domains: Mapping[str, Domain] | None = None
-    ) -> None:
+    def __init__(self, program: SpaceFunction, domains: Mapping[str, Domain] | None = None) -> None:
         self._program = program
         self._domains = dict(domains or {})
 
@@ -62,20 +59,17 @@ class Space:
         Raises:
             RecipeError: the space decides a path twice, or gives it another domain than before.
         """
-        chooser = Chooser(policy)
+        chooser = Chooser(policy, self._domains)
         changes = dict(self._program(chooser))
-        for decision in chooser.genome.decisions:
-            known = self._domains.setdefault(decision.path, decision.domain)
-            if known is not decision.domain and known != decision.domain:
-                raise RecipeError(
-                    f"{decision.path}: a path has one domain; got {known.summary()}, and then "
-                    f"{decision.domain.summary()}; put what decides between them into the path"
-                )
         return Configuration(chooser.genome, changes)
 
     def sample(self, rng: np.random.Generator) -> Configuration:
         """Draw a configuration."""
         return self.run(sampling(rng))
+
+    def is_single(self) -> bool:
+        """Return whether there is nothing to decide: the space has one configuration."""
+        return not self.sample(np.random.default_rng(0)).genome.decisions
 
     def replay(self, values: Mapping[str, Any]) -> Configuration:
         """Return the configuration of known values.
@@ -115,22 +109,7 @@ def make_space(source: str | Mapping[str, Any]) -> Space:
     if not isinstance(source, str):
         dimensions = parse_dimensions(source)
         return Space(_table_program(dimensions), {name: dimension.domain for name, dimension in dimensions.items()})
-    program = resolve({}, source, FIELD) if ":" in source else None
-    if not callable(program):
-        raise RecipeError(f"{FIELD}: expected a table, or a function as module:attribute; got {source!r}")
-
-    def checked(choose: Chooser) -> Mapping[str, Any]:
-        try:
-            changes = program(choose)
-        except RecipeError as error:
-            raise RecipeError(f"{source}: {error}{error_location(error)}") from error
-        except Exception as error:
-            raise RecipeError(f"{source}: {type(error).__name__}: {error}{error_location(error)}") from error
-        if not isinstance(changes, Mapping):
-            raise RecipeError(f"{source}: expected a mapping of recipe fields to values; got {changes!r}")
-        return changes
-
-    return Space(checked)
+    return Space(load_space_function(source))
 
 
 def parse_dimensions(table: Mapping[str, Any]) -> dict[str, Dimension]:
@@ -151,7 +130,7 @@ def parse_dimensions(table: Mapping[str, Any]) -> dict[str, Dimension]:
     return dimensions
 
 
-def _table_program(dimensions: Mapping[str, Dimension]) -> Callable[[Chooser], Mapping[str, Any]]:
+def _table_program(dimensions: Mapping[str, Dimension]) -> SpaceFunction:
     def program(choose: Chooser) -> Mapping[str, Any]:
         changes: dict[str, Any] = {}
         for name, dimension in dimensions.items():

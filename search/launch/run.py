@@ -81,6 +81,8 @@ class Search:
         resources = self._base.resources
         each = SlotResources(resources.cpus, resources.extra_resources(), resources.labels)
         count = slot_count(self._recipe.slots, self._recipe.members, each, cluster_nodes(1, resources))
+        if self._recipe.space().is_single():
+            display.say("the space has 1 candidate")
         display.say(f"starting {count} slot(s) with {each.cpus:g} CPU each")
         self._begin()
         pool = SlotPool(self._base, each, count, self._recipe.search.timeout_seconds)

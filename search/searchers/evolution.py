@@ -54,7 +54,7 @@ class EvolutionSearcher(Searcher):
         }
 
     def _child(self, rng: np.random.Generator) -> Configuration:
-        if len(self._results) < TOURNAMENT:
+        if len(self._results) < TOURNAMENT or self.space.is_single():
             return self.space.sample(rng)
         members = list(self._results.values())
         chosen = [members[place] for place in rng.choice(len(members), TOURNAMENT, replace=False)]

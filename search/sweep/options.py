@@ -1,13 +1,17 @@
 """What `[search]` can say for sweeps."""
 
-from pydantic import Field
+from typing import Any
 
-from search.options import SearchOptions
+from pydantic import Field, model_validator
+
+from search.options import SearchOptions, rename_field
 from search.searchers.grid import POINTS
 
 
 class SweepOptions(SearchOptions):
     """Options of every sweep. It ends with the first of its budgets.
+
+    `budget` is another word for `trials`, and takes its place.
 
     Attributes:
         trials: configurations that are tried.
@@ -16,6 +20,11 @@ class SweepOptions(SearchOptions):
 
     trials: int = Field(32, ge=1)
     total_steps: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, raw: Any) -> Any:
+        return rename_field(raw, "budget", "trials")
 
 
 class GridOptions(SweepOptions):

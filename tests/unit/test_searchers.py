@@ -105,6 +105,15 @@ def test_nothing_is_asked_twice_and_a_space_can_be_spent(name: str) -> None:
     assert len(asked) == len(set(asked)) == 6
 
 
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_a_space_with_one_candidate_is_searched(name: str) -> None:
+    searcher = searcher_of(name, Space(lambda choose: {"batch": choose.one_of("batch", [16])}))
+    for number in range(8):
+        for candidate in searcher.ask([number]):
+            assert candidate.configuration.changes == {"batch": 16}
+            searcher.tell([CandidateResult(candidate, 1.0)])
+
+
 def test_sobol_fills_a_space_more_evenly_than_draws() -> None:
     table = {"a": {"type": "float", "low": 0, "high": 1}, "b": {"type": "float", "low": 0, "high": 1}}
 
