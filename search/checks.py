@@ -10,7 +10,7 @@ from search.domains import Float
 from search.options import SearchOptions
 from search.pbt.options import PBTOptions
 from search.rng import keyed_generator
-from search.space import Dimension, Space, make_space, parse_dimensions
+from search.space import Dimension, Space, guessed, make_space, parse_dimensions
 from search.space_function import FIELD, field_line
 from search.sweep.options import PrunerOptions
 
@@ -121,6 +121,18 @@ def check_guesses(search: SearchOptions, space: Space, members: int) -> None:
                 raise RecipeError(f"{field}: expected {domain.summary()}; got {value!r}")
             if _multiplies(search) and domain.traps(value):
                 raise RecipeError(f"{field}: no factor leads away from 0; give search.space.{path} {WAY_OUT_OF_ZERO}")
+
+
+def check_limit(search: SearchOptions, space: Space, seed: int) -> None:
+    """Check that some candidates, and all guesses, keep to the limit of a space.
+
+    Raises:
+        RecipeError: none of 10,000 draws does, or a guess does not.
+    """
+    space.sample(keyed_generator(seed, "limit"))
+    for number, guess in enumerate(search.first):
+        if not space.allows(guessed(space, guess, seed, number)):
+            raise RecipeError(f"search.first.{number}: over a limit of search.limits, with {_listed(guess)}")
 
 
 def check_shapes(base: Recipe, search: SearchOptions, shapes: Shapes) -> None:

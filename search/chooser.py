@@ -164,6 +164,20 @@ def replaying(values: Mapping[str, Any], otherwise: Policy) -> Policy:
     return lambda path, domain: values[path] if path in values else otherwise(path, domain)
 
 
+def fitting(values: Mapping[str, Any], rng: np.random.Generator) -> Policy:
+    """Return the policy that repeats the values that domains of this space contain, and draws the rest.
+
+    Args:
+        values: path -> value, of a genome of this space or of an earlier version of it.
+        rng: of all draws.
+    """
+
+    def decide(path: str, domain: Domain) -> Any:
+        return values[path] if path in values and domain.contains(values[path]) else domain.sample(rng)
+
+    return decide
+
+
 def perturbing(
     values: Mapping[str, Any], rng: np.random.Generator, factor: float = FACTOR, resample: float = 0.0
 ) -> Policy:

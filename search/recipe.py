@@ -13,14 +13,17 @@ from raytrain.overrides import apply_overrides
 from raytrain.recipe import Recipe, dotted_fields, options_by_name, options_parameter, read_toml
 from raytrain.registry import resolve, suggest
 from search.checks import check_factors, check_guesses, check_space, check_steps
+from search.limits import Limit
 from search.options import SearchOptions, rename_field
 from search.pbt.options import PBTOptions
 from search.scheduling.scheduler import Problem, Scheduler
 from search.scheduling.segments import Objective
 from search.space import Space, make_space
-from search.sweep.options import GridOptions, PrunerOptions
+from search.sweep.options import GridOptions, PrunerOptions, SweepOptions
 from search.tables import SEARCHES
 
+LIMIT = "search.limits.parameters"
+PARAMETER_COUNT = "search.model_statistics:ParameterCount"
 FUNCTION_SEARCH = "gp"
 """The method for a space that is a function, where none is named."""
 
@@ -94,7 +97,7 @@ class SearchRecipe(Recipe):
     @model_validator(mode="after")
     def _fit(self) -> Self:
         check_steps(self.base, self.search)
-        space = self.space()
+        space = make_space(self.search.space)
         check_space(self.base, self.search, space)
         check_factors(self.search, space)
         check_guesses(self.search, space, self.members)
@@ -118,8 +121,13 @@ class SearchRecipe(Recipe):
         return getattr(self.search, "total_steps", 0) or self.members * self.steps
 
     def space(self) -> Space:
-        """Return the space that is searched."""
-        return make_space(self.search.space)
+        """Return the space that is searched, within its limits."""
+        space = make_space(self.search.space)
+        bound = self.search.limits.parameters if isinstance(self.search, SweepOptions) else 0
+        if not bound:
+            return space
+        count = resolve({}, PARAMETER_COUNT, LIMIT)(self.base)  # imports torch, which only a limit needs here
+        return space.limited(Limit(LIMIT, bound, count))
 
     def objective(self, metric: str, better: Literal["lower", "higher"], measured: Collection[str] = ()) -> Objective:
         """Return what is improved.

@@ -29,7 +29,12 @@ from raytrain.registry import suggest
 from search.chooser import Chooser, Policy, replaying, sampling
 from search.domains import DOMAINS, Domain
 from search.genome import Configuration
+from search.limits import Limit
+from search.rng import keyed_generator
 from search.space_function import FIELD, SpaceFunction, load_space_function
+
+MAX_DRAWS = 10_000
+"""Draws until a limit counts as one that the space cannot keep to."""
 
 
 class Space:
@@ -38,15 +43,19 @@ class Space:
     Args:
         program: (chooser) -> dotted field of the recipe -> value. It decides by the chooser alone.
         domains: path -> domain, as far as they are known beforehand.
+        limit: what configurations have to keep to; None: any.
 
     >>> space = Space(lambda choose: {"optimizer.lr": choose.float("lr", 1e-4, 1e-1, log=True)})
     >>> space.replay({"lr": 0.01}).changes
     {'optimizer.lr': 0.01}
     """
 
-    def __init__(self, program: SpaceFunction, domains: Mapping[str, Domain] | None = None) -> None:
+    def __init__(
+        self, program: SpaceFunction, domains: Mapping[str, Domain] | None = None, limit: Limit | None = None
+    ) -> None:
         self._program = program
         self._domains = dict(domains or {})
+        self._limit = limit
 
     @property
     def domains(self) -> Mapping[str, Domain]:
@@ -63,9 +72,27 @@ class Space:
         changes = dict(self._program(chooser))
         return Configuration(chooser.genome, changes)
 
+    def limited(self, limit: Limit) -> "Space":
+        """Return the part of the space that keeps to a limit."""
+        return Space(self._program, self._domains, limit)
+
+    def allows(self, configuration: Configuration) -> bool:
+        """Return whether a configuration keeps to the limit."""
+        return self._limit is None or self._limit.allows(configuration.changes)
+
     def sample(self, rng: np.random.Generator) -> Configuration:
-        """Draw a configuration."""
-        return self.run(sampling(rng))
+        """Draw a configuration within the limit.
+
+        Raises:
+            RecipeError: none of 10,000 draws is.
+        """
+        if self._limit is None:
+            return self.run(sampling(rng))
+        for _ in range(MAX_DRAWS):
+            drawn = self.run(sampling(rng))
+            if self._limit.allows(drawn.changes):
+                return drawn
+        raise RecipeError(self._limit.refusal(MAX_DRAWS))
 
     def is_single(self) -> bool:
         """Return whether there is nothing to decide: the space has one configuration."""
@@ -78,6 +105,18 @@ class Space:
             RecipeError: the space decides on a path that has no value.
         """
         return self.run(replaying(values, _missing))
+
+
+def guessed(space: Space, values: Mapping[str, Any], seed: int, number: int) -> Configuration:
+    """Return the configuration of the user's guess: its values, and draws for what it leaves out.
+
+    Args:
+        space: what is searched.
+        values: path -> value, of some decisions.
+        seed: of the search.
+        number: of the guess.
+    """
+    return space.run(replaying(values, sampling(keyed_generator(seed, "first", number))))
 
 
 @dataclass(frozen=True, slots=True)

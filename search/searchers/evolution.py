@@ -14,7 +14,7 @@ from search.space import Space
 POPULATION = 20
 TOURNAMENT = 5
 PROPOSAL_ATTEMPTS = 100
-"""Draws of a mutation before an equal child is accepted: of a space with one candidate."""
+"""Mutations that are equal to the parent or over the limits of the space, before a candidate is drawn instead."""
 
 
 class EvolutionSearcher(Searcher):
@@ -63,6 +63,6 @@ class EvolutionSearcher(Searcher):
             mutated = str(rng.choice(list(parent)))
             kept = {path: value for path, value in parent.items() if path != mutated}
             child = self.space.run(replaying(kept, sampling(rng)))
-            if child.genome.values() != parent:
-                break
-        return child
+            if child.genome.values() != parent and self.space.allows(child):
+                return child
+        return self.space.sample(rng)

@@ -4,6 +4,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from raytrain.recipe import AbsolutePath
+from search.limits import LimitOptions
 from search.options import SearchOptions, rename_field
 from search.searchers.grid import POINTS
 
@@ -16,10 +18,12 @@ class SweepOptions(SearchOptions):
     Attributes:
         trials: configurations that are tried.
         total_steps: optimizer steps of all trials together; 0: any.
+        limits: what candidates have to keep to.
     """
 
     trials: int = Field(32, ge=1)
     total_steps: int = Field(0, ge=0)
+    limits: LimitOptions = LimitOptions()
 
     @model_validator(mode="before")
     @classmethod
@@ -37,6 +41,17 @@ class GridOptions(SweepOptions):
 
     trials: int = Field(10_000, ge=1)
     points: int = Field(POINTS, ge=2)
+
+
+class PriorOptions(SweepOptions):
+    """Options of sweeps that learn from earlier searches too.
+
+    Attributes:
+        prior: folders of earlier searches over some of the same paths, of other data or another size for example. They
+            give the first candidates and a mean function, and lose their say as far as own results disagree.
+    """
+
+    prior: tuple[AbsolutePath, ...] = ()
 
 
 class PrunerOptions(SweepOptions):

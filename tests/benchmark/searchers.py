@@ -18,7 +18,7 @@ from bench import arguments, finish
 
 from raytrain.registry import resolve
 from search.chooser import Chooser
-from search.searcher import CandidateResult, Searcher
+from search.searcher import Candidate, CandidateResult, Searcher
 from search.space import Space
 from search.tables import SEARCHERS
 
@@ -43,6 +43,7 @@ TARGETS = {
 }
 """The exact median of the best of 500 random configurations of each table."""
 BUDGET = 200
+PRIOR_RESULTS = 400
 OURS = ("gp", "tpe", "evolution", "sobol", "random")
 
 Ask = Callable[[int], tuple[int, Callable[[float], None]]]
@@ -62,9 +63,19 @@ def row_of(changes: dict[str, Any]) -> int:
     return int(STRIDES @ [values.index(changes[name]) for name, values in DIMENSIONS.items()])
 
 
+def losses_of(table: str, data: Path) -> np.ndarray[Any, Any]:
+    """Return the losses of a table, shape (62208, 4)."""
+    losses: np.ndarray[Any, Any] = np.load(data / "hpolib" / f"{table}.npz")["valid_mse"].astype(float)
+    return losses
+
+
 def ours(name: str, seed: int) -> Ask:
     """Return one of our searchers."""
-    searcher: Searcher = resolve(SEARCHERS, name, "searcher")(Space(space), seed)
+    return asking(resolve(SEARCHERS, name, "searcher")(Space(space), seed))
+
+
+def asking(searcher: Searcher) -> Ask:
+    """Return how to ask a searcher of ours."""
 
     def ask(number: int) -> tuple[int, Callable[[float], None]]:
         [candidate] = searcher.ask([number])
@@ -73,6 +84,23 @@ def ours(name: str, seed: int) -> Ask:
         )
 
     return ask
+
+
+def earlier(table: str, data: Path, seed: int, *, wrong: bool) -> list[list[CandidateResult]]:
+    """Return random search's results on each of the other tables; wrong: each result under another configuration."""
+    found = []
+    for other in sorted(TARGETS.keys() - {table}):
+        rng = np.random.default_rng([seed, len(found)])
+        points = [Space(space).sample(rng) for _ in range(PRIOR_RESULTS)]
+        losses = losses_of(other, data)[[row_of(dict(point.changes)) for point in points], seed % 4]
+        if wrong:
+            rng.shuffle(losses)
+        results = [
+            CandidateResult(Candidate(number, point), -float(loss))
+            for number, (point, loss) in enumerate(zip(points, losses, strict=True))
+        ]
+        found.append(results)
+    return found
 
 
 def optunas(sampler: optuna.samplers.BaseSampler) -> Ask:
