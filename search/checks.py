@@ -9,10 +9,11 @@ from raytrain.registry import suggest
 from search.domains import Float
 from search.options import SearchOptions
 from search.pbt.options import PBTOptions
+from search.prior import read_priors
 from search.rng import keyed_generator
 from search.space import Dimension, Space, guessed, make_space, parse_dimensions
 from search.space_function import FIELD, field_line
-from search.sweep.options import PrunerOptions
+from search.sweep.options import PriorOptions, PrunerOptions
 
 SAMPLES = 32
 """Configurations of a space function that are tried."""
@@ -123,13 +124,15 @@ def check_guesses(search: SearchOptions, space: Space, members: int) -> None:
                 raise RecipeError(f"{field}: no factor leads away from 0; give search.space.{path} {WAY_OUT_OF_ZERO}")
 
 
-def check_limit(search: SearchOptions, space: Space, seed: int) -> None:
-    """Check that some candidates, and all guesses, keep to the limit of a space.
+def check_candidates(search: SearchOptions, space: Space, seed: int) -> None:
+    """Check that some candidates, and all guesses, keep to the limit of a space, and that priors can be read.
 
     Raises:
-        RecipeError: none of 10,000 draws does, or a guess does not.
+        RecipeError: none of 10,000 draws does, or a guess does not, or an earlier search is of no use.
     """
     space.sample(keyed_generator(seed, "limit"))
+    if isinstance(search, PriorOptions):
+        read_priors(search.prior, space)
     for number, guess in enumerate(search.first):
         if not space.allows(guessed(space, guess, seed, number)):
             raise RecipeError(f"search.first.{number}: over a limit of search.limits, with {_listed(guess)}")

@@ -36,6 +36,9 @@ from search.space_function import FIELD, SpaceFunction, load_space_function
 MAX_DRAWS = 10_000
 """Draws until a limit counts as one that the space cannot keep to."""
 
+MAX_COMPLETIONS = 100
+"""Draws of what a guess leaves out until a limit counts as one that the guess cannot keep to."""
+
 
 class Space:
     """A search space.
@@ -108,7 +111,9 @@ class Space:
 
 
 def guessed(space: Space, values: Mapping[str, Any], seed: int, number: int) -> Configuration:
-    """Return the configuration of the user's guess: its values, and draws for what it leaves out.
+    """Return the configuration of the user's guess: its values, and draws for what it leaves out, within the limit.
+
+    If no draw keeps to the limit, one that does not is returned.
 
     Args:
         space: what is searched.
@@ -116,7 +121,12 @@ def guessed(space: Space, values: Mapping[str, Any], seed: int, number: int) -> 
         seed: of the search.
         number: of the guess.
     """
-    return space.run(replaying(values, sampling(keyed_generator(seed, "first", number))))
+    policy = replaying(values, sampling(keyed_generator(seed, "first", number)))
+    for _ in range(MAX_COMPLETIONS):
+        configuration = space.run(policy)
+        if space.allows(configuration):
+            break
+    return configuration
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import pytest
 from raytrain.errors import RecipeError
 from raytrain.training.recipe import TrainRecipe
 from search.checks import check_resume, check_shapes
+from search.launch.base import check_search
 from search.pbt.engine import PopulationBasedTraining
 from search.pbt.exploit import Truncation
 from search.pbt.explore import Perturb
@@ -247,6 +248,25 @@ def test_a_space_is_short_for_a_search(workplace: Path) -> None:
     with pytest.raises(RecipeError) as error:
         SearchRecipe.parse_with(raw, {"recipe": "digits", "search.budget": 1, "search.first": [{}, {"batch": 2}]})
     assert str(error.value) == "search.trials: expected at least 2, one for each guess in search.first; got 1"
+
+
+def test_a_limit_counts_the_parameters_of_the_model(workplace: Path) -> None:
+    (workplace / "mine.py").write_text(
+        "def space(choose):\n    return {'task.widths': [choose.ordered('width', [8, 64]), choose.int('last', 1, 9)]}\n"
+    )
+    section = {"name": "random", "space": "mine:space", "limits": {"parameters": 1000}}
+    recipe = parse(search=section, base__task={"name": "digits", "model": "mlp", "norm": "none"})
+    for work in recipe.scheduler(Objective("loss", "lower")).ask(9):
+        [first, last] = work.changes["task.widths"]
+        assert first == 8
+        model = shapes(recipe.base.with_overrides(dict(work.changes)))
+        assert sum(np.prod(shape) for shape in model.values()) == 64 * 8 + 8 + 9 * last + 10 * last + 10
+    with pytest.raises(RecipeError) as error:
+        check_search(recipe.with_overrides({"search.limits.parameters": 100}))
+    assert str(error.value) == "search.limits.parameters: none of 10,000 draws has at most 100; the smallest has 549"
+    with pytest.raises(RecipeError) as error:
+        check_search(recipe.with_overrides({"search.first": [{"last": 2}, {"width": 64}]}))
+    assert str(error.value) == "search.first.1: over a limit of search.limits, with width = 64"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrain.errors import RecipeError
 from raytrain.registry import resolve
 from search.domains import Float
+from search.limits import Limit
 from search.searcher import Candidate, CandidateResult, Searcher
 from search.searchers.gp import GaussianProcessSearcher
 from search.space import Space, make_space
@@ -112,6 +114,26 @@ def test_a_space_with_one_candidate_is_searched(name: str) -> None:
         for candidate in searcher.ask([number]):
             assert candidate.configuration.changes == {"batch": 16}
             searcher.tell([CandidateResult(candidate, 1.0)])
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_a_candidate_over_the_limit_is_never_asked(name: str) -> None:
+    """Half of the draws are."""
+    limit = Limit("search.limits.parameters", 40, lambda changes: int(changes["width"]) * int(changes["depth"]))
+    searcher, asked = searcher_of(name, make_space(TABLE).limited(limit)), []
+    for number in range(24):
+        candidates = searcher.ask([number])
+        asked += candidates
+        told(searcher, candidates)
+    assert len(asked) >= 20
+    assert all(each.configuration.changes["width"] * each.configuration.changes["depth"] <= 40 for each in asked)
+
+
+def test_a_limit_that_nothing_keeps_to_says_the_smallest() -> None:
+    limit = Limit("search.limits.parameters", 7, lambda changes: int(changes["width"]))
+    with pytest.raises(RecipeError) as error:
+        searcher_of("random", make_space(TABLE).limited(limit)).ask([0])
+    assert str(error.value) == "search.limits.parameters: none of 10,000 draws has at most 7; the smallest has 8"
 
 
 def test_sobol_fills_a_space_more_evenly_than_draws() -> None:
