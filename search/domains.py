@@ -28,6 +28,11 @@ class Domain(Section, ABC):
     def count(self) -> float:
         """Number of values; infinite for real numbers."""
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether its values are listed one by one."""
+        return False
+
     @abstractmethod
     def contains(self, value: Any) -> bool:
         """Return whether `value` is one of them."""
@@ -258,6 +263,10 @@ class _Listed(Domain):
     @property
     def count(self) -> float:
         return len(self.values)
+
+    @property
+    def is_listed(self) -> bool:
+        return True
 
     def contains(self, value: Any) -> bool:
         return _index(self.values, value) is not None

@@ -20,8 +20,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, solve_triangular
-from scipy.special import ndtr
 
+from search.surrogate.acquisition import expected_improvement
 from search.surrogate.encoding import Encoded, FloatArray
 
 LENGTH = {True: 0.6, False: 1.0}
@@ -49,6 +49,11 @@ class Hyperparameters:
     def prior(cls, ordered: NDArray[np.bool_]) -> Self:
         """Return the medians of the prior."""
         return cls(np.where(ordered, LENGTH[True], LENGTH[False]), 0.5, NOISE)
+
+    def extended(self, ordered: NDArray[np.bool_]) -> "Hyperparameters":
+        """Return these for more decisions, which come after the others and have the medians of the prior."""
+        medians = np.where(ordered, LENGTH[True], LENGTH[False])
+        return Hyperparameters(np.concatenate([self.lengths, medians[len(self.lengths) :]]), self.additive, self.noise)
 
     def log_prior(self, ordered: NDArray[np.bool_]) -> float:
         """Return the logarithm of the prior density, up to a constant."""
@@ -151,13 +156,10 @@ class GaussianProcess:
     def expected_improvement(self, rows: slice) -> FloatArray:
         """Return the expected improvement over the best predicted mean of the evaluated ones, shape (m,).
 
-        Source: Mockus 1978; the noisy incumbent of Wang and de Freitas 2014.
+        Source: the noisy incumbent of Wang and de Freitas 2014.
         """
-        best = self.predict(self._known)[0].min()
-        mean, deviation = self.predict(rows)
-        z = (best - mean) / deviation
-        improvement: FloatArray = (best - mean) * ndtr(z) + deviation * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
-        return improvement
+        best = float(self.predict(self._known)[0].min())
+        return expected_improvement(*self.predict(rows), best)
 
     def _covariance(self, rows: slice) -> FloatArray:
         codes, hyper = self._encoded.codes, self.hyperparameters

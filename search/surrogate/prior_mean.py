@@ -33,11 +33,10 @@ class PriorMean:
         chosen = ranked[np.unique(np.linspace(0, len(ranked) - 1, RESULTS).astype(int))]
         self._configurations = [configurations[place] for place in chosen]
         self._targets = targets[chosen]
-        some = rng.permutation(len(chosen))[:TUNED]
-        encoded = Encoded.of([self._configurations[place] for place in some])
-        tuned = walk(encoded, self._targets[some], Hyperparameters.prior(encoded.ordered), TUNING_STEPS, rng)
-        self._lengths = dict(zip(encoded.paths, tuned.hyperparameters.lengths.tolist(), strict=True))
-        self._tuned = tuned.hyperparameters
+        encoded = Encoded.of(self._configurations)
+        some = np.sort(rng.permutation(len(chosen))[:TUNED])
+        start = Hyperparameters.prior(encoded.ordered)
+        self._tuned = walk(encoded.rows(some), self._targets[some], start, TUNING_STEPS, rng).hyperparameters
         left_out = self._process([]).leave_one_out()
         spread = left_out.std() * self._targets.std()
         centred = (left_out - left_out.mean()) * (self._targets - self._targets.mean())
@@ -53,9 +52,4 @@ class PriorMean:
 
     def _process(self, configurations: Sequence[Configuration]) -> GaussianProcess:
         encoded = Encoded.of([*self._configurations, *configurations])
-        prior = Hyperparameters.prior(encoded.ordered)
-        lengths = [
-            self._lengths.get(path, median) for path, median in zip(encoded.paths, prior.lengths.tolist(), strict=True)
-        ]
-        hyperparameters = Hyperparameters(np.array(lengths), self._tuned.additive, self._tuned.noise)
-        return GaussianProcess(encoded, self._targets, hyperparameters)
+        return GaussianProcess(encoded, self._targets, self._tuned.extended(encoded.ordered))

@@ -1,6 +1,6 @@
 """What `[search]` can say for sweeps."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,11 +54,21 @@ class PriorOptions(SweepOptions):
     prior: tuple[AbsolutePath, ...] = ()
 
 
+class NARSOptions(SweepOptions):
+    """Options of predictor-guided evolution.
+
+    Attributes:
+        predictor: "gp", "ridge" or "trees"; "": whichever ranks the results so far best in leave-one-out.
+    """
+
+    predictor: Literal["", "gp", "ridge", "trees"] = ""
+
+
 class PrunerOptions(SweepOptions):
     """Options of sweeps that stop bad trials early.
 
     Attributes:
-        searcher: proposes the configurations: "random", "sobol", "evolution", "gp" or "tpe".
+        searcher: proposes the configurations: "random", "sobol", "evolution", "gp", "nars" or "tpe".
         interval: steps after which a trial is judged for the first time.
     """
 

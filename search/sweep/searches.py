@@ -6,10 +6,11 @@ from search.scheduling.scheduler import Problem
 from search.searcher import Searcher
 from search.searchers.gp import GaussianProcessSearcher
 from search.searchers.grid import GridSearcher
+from search.searchers.nars import NARSSearcher
 from search.searchers.random import RandomSearcher
 from search.sweep.asha import SuccessiveHalving
 from search.sweep.median import MedianStopping
-from search.sweep.options import ASHAOptions, GridOptions, MedianOptions, PriorOptions, SweepOptions
+from search.sweep.options import ASHAOptions, GridOptions, MedianOptions, NARSOptions, PriorOptions, SweepOptions
 from search.sweep.pruner import NoPruner
 from search.sweep.sweep import Sweep
 from search.tables import SEARCHERS
@@ -40,6 +41,12 @@ def gp(problem: Problem, options: PriorOptions) -> Sweep:
     """Bayesian optimisation with a Gaussian process, each proposal trained to the end."""
     priors = read_priors(options.prior, problem.space)
     searcher = GaussianProcessSearcher(problem.space, problem.seed, priors)
+    return Sweep(problem, options, searcher, NoPruner(problem.steps))
+
+
+def nars(problem: Problem, options: NARSOptions) -> Sweep:
+    """Evolution guided by the best predictor (after FBNetV3's NARS), each proposal trained to the end."""
+    searcher = NARSSearcher(problem.space, problem.seed, options.predictor)
     return Sweep(problem, options, searcher, NoPruner(problem.steps))
 
 

@@ -27,7 +27,7 @@ TABLE = {
     "depth": {"type": "int", "low": 1, "high": 4},
     "bias": {"type": "bool"},
 }
-LEARNING = ["evolution", "gp", "tpe"]
+LEARNING = ["evolution", "gp", "nars", "tpe"]
 
 
 def searcher_of(name: str, space: Space | None = None, seed: int = 0) -> Searcher:
@@ -96,7 +96,7 @@ def test_others_results_are_learned_from(name: str) -> None:
     assert np.median([fitness_of(each) or -5 for each in proposals]) > usual
 
 
-@pytest.mark.parametrize("name", ["gp", "grid"])
+@pytest.mark.parametrize("name", ["gp", "grid", "nars"])
 def test_nothing_is_asked_twice_and_a_space_can_be_spent(name: str) -> None:
     space = make_space({"kind": TABLE["kind"], "depth": {"type": "int", "low": 1, "high": 3}})
     searcher, asked = searcher_of(name, space), []
@@ -204,7 +204,8 @@ def test_the_hyperparameters_find_what_matters() -> None:
     assert lengths[0] < 0.7 * min(lengths[1:])
 
 
-def test_a_gaussian_process_beats_draws() -> None:
+@pytest.mark.parametrize("learning", ["gp", "nars"])
+def test_a_model_beats_draws(learning: str) -> None:
     def best(name: str, seed: int) -> float:
         searcher, found = searcher_of(name, seed=seed), []
         for number in range(18):
@@ -213,7 +214,7 @@ def test_a_gaussian_process_beats_draws() -> None:
             found += [fitness_of(each) or -5.0 for each in candidates]
         return max(found)
 
-    pairs = [(best("gp", seed), best("random", seed)) for seed in range(5)]
+    pairs = [(best(learning, seed), best("random", seed)) for seed in range(5)]
     assert np.mean([one for one, _ in pairs]) > np.mean([other for _, other in pairs]) + 0.1
 
 
