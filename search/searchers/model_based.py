@@ -1,9 +1,7 @@
 """Searchers that model all results so far: their book-keeping."""
 
-import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +10,10 @@ from search.chooser import replaying, sampling
 from search.genome import Configuration
 from search.rng import keyed_generator
 from search.searcher import Candidate, CandidateResult, Searcher
-from search.searchers.grid import grid_points
+from search.searchers.proposals import key_of, new_draw, unasked
 from search.space import Space
-from search.surrogate.encoding import GRID, FloatArray
+from search.surrogate.encoding import FloatArray
 from search.surrogate.targets import standardised
-
-MAX_ENUMERATED = 100_000
 
 
 class ModelBasedSearcher(Searcher):
@@ -85,24 +81,12 @@ class ModelBasedSearcher(Searcher):
         return {key_of(configuration) for configuration in self._configurations.values()}
 
     def _draw(self, rng: np.random.Generator) -> Configuration | None:
-        """Return a random configuration that was not asked yet."""
-        return next(self._unasked(iter([self.space.sample(rng)])), None)
+        """Return a random configuration that was not asked yet; None where the space is spent."""
+        return new_draw(self.space, self._asked(), rng)
 
-    def _unasked(self, drawn: Iterator[Configuration]) -> Iterator[Configuration]:
-        """Yield those of `drawn` that were not asked yet, each once.
-
-        Where all of these were asked, the space is gone through; it is spent where that yields nothing.
-        """
-        asked = self._asked()
-        seen = set(asked)
-        for configuration in drawn:
-            if (key := key_of(configuration)) not in seen:
-                seen.add(key)
-                yield configuration
-        if seen == asked:
-            every = islice(grid_points(self.space, GRID), MAX_ENUMERATED)
-            new = (point for point in every if key_of(point) not in asked and self.space.allows(point))
-            yield from islice(new, 1)
+    def _unasked(self, drawn: Iterable[Configuration]) -> Iterator[Configuration]:
+        """Yield those of `drawn` that were not asked yet, each once."""
+        return unasked(self.space, self._asked(), drawn)
 
     def _first_allowed(self, pool: Sequence[Configuration], values: FloatArray) -> Configuration | None:
         """Return the configuration of the highest value, among those within the limits of the space."""
@@ -116,8 +100,3 @@ class ModelBasedSearcher(Searcher):
             parent = parents[place % len(parents)]
             kept = {name: value for name, value in parent.items() if rng.random() >= 2 / len(parent)}
             yield self.space.run(replaying(kept, sampling(rng)))
-
-
-def key_of(configuration: Configuration) -> str:
-    """Return what two equal configurations have in common."""
-    return json.dumps(configuration.genome.values(), sort_keys=True)

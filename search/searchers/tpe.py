@@ -13,6 +13,7 @@ from search.domains import Domain, Float, Int, Ordered
 from search.genome import Configuration, Decision
 from search.rng import keyed_generator, keyed_seed
 from search.searcher import Candidate, CandidateResult, Searcher
+from search.searchers.proposals import key_of, new_draw
 from search.space import Space
 
 PROPOSAL_ATTEMPTS = 20
@@ -65,13 +66,15 @@ class TPESearcher(Searcher):
         }
 
     def _propose(self, number: int) -> Configuration:
-        """Return a proposal within the limits of the space, or a draw after some that are not."""
+        """Return a proposal that is new and within the limits of the space, or a draw after some that are not."""
+        asked = {key_of(configuration) for configuration, *_ in self._results.values()}
         for attempt in range(PROPOSAL_ATTEMPTS):
             trial = self._study(keyed_seed(self.seed, "candidate", number, *[attempt] * (attempt > 0))).ask()
             configuration = self.space.run(partial(_suggested, trial))
-            if self.space.allows(configuration):
+            if key_of(configuration) not in asked and self.space.allows(configuration):
                 return configuration
-        return self.space.sample(keyed_generator(self.seed, "candidate", number))
+        rng = keyed_generator(self.seed, "candidate", number)
+        return new_draw(self.space, asked, rng) or self.space.sample(rng)
 
     def _study(self, seed: int) -> optuna.Study:
         with warnings.catch_warnings():

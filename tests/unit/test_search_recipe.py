@@ -105,7 +105,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"search": {"name": "pbt"}}, "search.space: required, and not given"),
     (
         {"search__name": "ptb"},
-        "search.name: no such name 'ptb'; did you mean pbt? known: asha, evolution, gp, grid, median, pbt, "
+        "search.name: no such name 'ptb'; did you mean pbt? known: asha, evolution, gp, grid, median, nars, pbt, "
         "random, sobol, tpe, or your own "
         "as module:attribute",
     ),

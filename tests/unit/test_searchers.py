@@ -136,6 +136,19 @@ def test_a_limit_that_nothing_keeps_to_says_the_smallest() -> None:
     assert str(error.value) == "search.limits.parameters: none of 10,000 draws has at most 7; the smallest has 8"
 
 
+@pytest.mark.parametrize("name", LEARNING)
+def test_nothing_is_asked_twice(name: str) -> None:
+    """Here 16 of 24 candidates, of which the best ones are proposed again and again."""
+    table = {"kind": TABLE["kind"], "width": TABLE["width"], "depth": TABLE["depth"]}
+    searcher, asked = searcher_of(name, make_space(table)), []
+    for number in range(16):
+        [candidate] = searcher.ask([number])
+        asked.append(json.dumps(candidate.configuration.changes))
+        changes = candidate.configuration.changes
+        searcher.tell([CandidateResult(candidate, -changes["depth"] - 8 / changes["width"])])
+    assert len(set(asked)) == len(asked)
+
+
 def test_sobol_fills_a_space_more_evenly_than_draws() -> None:
     table = {"a": {"type": "float", "low": 0, "high": 1}, "b": {"type": "float", "low": 0, "high": 1}}
 
