@@ -42,6 +42,8 @@ class Kind:
         tables: title -> registry of components that a recipe selects by name.
         remarks: title -> () -> name -> remark about this machine in `raytrain list`.
         shorthand: field that "module:attribute" in place of a recipe sets.
+        accepts: (object) -> whether an object at "module:attribute" is of this kind where the command names none; "":
+            only `train` is assumed.
         packages: packages whose code has to be equal on all machines of a run; `submit --with-code` uploads them.
         requires: distributions whose versions a run records, besides Python, torch, Ray and NumPy.
     """
@@ -55,6 +57,7 @@ class Kind:
     tables: Mapping[str, str] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
     shorthand: str = ""
+    accepts: str = ""
     packages: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
 

@@ -9,9 +9,11 @@ from raytrain.registry import suggest
 from search.domains import Float
 from search.options import SearchOptions
 from search.pbt.options import PBTOptions
+from search.prior import read_priors
 from search.rng import keyed_generator
-from search.space import Dimension, Space, make_space, parse_dimensions
-from search.sweep.options import PrunerOptions
+from search.space import Dimension, Space, guessed, make_space, parse_dimensions
+from search.space_function import FIELD, field_line
+from search.sweep.options import PriorOptions, PrunerOptions
 
 SAMPLES = 32
 """Configurations of a space function that are tried."""
@@ -44,16 +46,44 @@ def check_steps(base: Recipe, search: SearchOptions) -> None:
 
 
 def check_space(base: Recipe, search: SearchOptions, space: Space) -> None:
-    """Check that the base recipe takes both bounds, or all values, of each dimension.
+    """Check that the base recipe takes both bounds, or all values, of each dimension; of a function, some draws.
 
     Raises:
-        RecipeError: it refuses one; the message has its own reason.
+        RecipeError: it refuses one; the message has its own reason, and of a function all fields that are refused.
     """
+    if isinstance(search.space, str):
+        _check_draws(base, search.space, space)
+        return
     for place, changes in _probes(search, space):
         try:
             base.with_overrides(changes)
         except RecipeError as error:
             raise RecipeError(f"{place}: the base recipe refuses {_listed(changes)}: {error}") from None
+
+
+def _check_draws(base: Recipe, source: str, space: Space) -> None:
+    """Check draws of a function; of each refused field the first value is named, with the line that names the field."""
+    refused: dict[str, str] = {}
+    for changes in _draws(space):
+        try:
+            base.with_overrides(changes)
+        except RecipeError as error:
+            for reason in str(error).splitlines():
+                about = _fields_of(reason, changes)
+                line = "".join([field_line(source, field) for field in about][:1])
+                refused.setdefault(
+                    ", ".join(about), f"{FIELD}: the base recipe refuses {_listed(about)}{line}: {reason}"
+                )
+    if refused:
+        raise RecipeError("\n".join(refused.values()))
+
+
+def _fields_of(reason: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changes that the base recipe's message is about: it begins with a field; else all of them."""
+    place = reason.partition(":")[0]
+    about = {field: value for field, value in changes.items() if f"{place}.".startswith(f"{field}.")}
+    about |= {field: value for field, value in changes.items() if field.startswith(f"{place}.")}
+    return about or dict(changes)
 
 
 def check_factors(search: SearchOptions, space: Space) -> None:
@@ -72,12 +102,17 @@ def check_factors(search: SearchOptions, space: Space) -> None:
             )
 
 
-def check_guesses(search: SearchOptions, space: Space) -> None:
+def check_guesses(search: SearchOptions, space: Space, members: int) -> None:
     """Check the hyperparameters to begin with.
 
     Raises:
-        RecipeError: one is not searched, outside its domain, or a 0 that its explore rule cannot leave.
+        RecipeError: there are more than members, or one is not searched, outside its domain, or a 0 that its explore
+            rule cannot leave.
     """
+    if len(search.first) > members:
+        raise RecipeError(
+            f"search.trials: expected at least {len(search.first)}, one for each guess in search.first; got {members}"
+        )
     for number, guess in enumerate(search.first):
         for path, value in guess.items():
             field, domain = f"search.first.{number}.{path}", space.domains.get(path)
@@ -87,6 +122,20 @@ def check_guesses(search: SearchOptions, space: Space) -> None:
                 raise RecipeError(f"{field}: expected {domain.summary()}; got {value!r}")
             if _multiplies(search) and domain.traps(value):
                 raise RecipeError(f"{field}: no factor leads away from 0; give search.space.{path} {WAY_OUT_OF_ZERO}")
+
+
+def check_candidates(search: SearchOptions, space: Space, seed: int) -> None:
+    """Check that some candidates, and all guesses, keep to the limit of a space, and that priors can be read.
+
+    Raises:
+        RecipeError: none of 10,000 draws does, or a guess does not, or an earlier search is of no use.
+    """
+    space.sample(keyed_generator(seed, "limit"))
+    if isinstance(search, PriorOptions):
+        read_priors(search.prior, space)
+    for number, guess in enumerate(search.first):
+        if not space.allows(guessed(space, guess, seed, number)):
+            raise RecipeError(f"search.first.{number}: over a limit of search.limits, with {_listed(guess)}")
 
 
 def check_shapes(base: Recipe, search: SearchOptions, shapes: Shapes) -> None:
@@ -148,8 +197,7 @@ def _difference(old: Dimension | None, new: Dimension | None) -> str:
 def _probes(search: SearchOptions, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (field of the recipe, changes) of configurations that the base recipe has to take."""
     if isinstance(search.space, str):
-        for number in range(SAMPLES):
-            yield "search.space", dict(space.sample(keyed_generator(0, "probe", number)).changes)
+        yield from ((FIELD, changes) for changes in _draws(space))
         return
     active: dict[str, dict[str, Any]] = {}
     for name, dimension in parse_dimensions(search.space).items():
@@ -158,6 +206,10 @@ def _probes(search: SearchOptions, space: Space) -> Iterator[tuple[str, dict[str
             active[name] |= {**active[other], other: values[0]}
         for value in dimension.domain.extremes():
             yield f"search.space.{name}", {**active[name], name: value}
+
+
+def _draws(space: Space) -> Iterator[dict[str, Any]]:
+    return (dict(space.sample(keyed_generator(0, "probe", number)).changes) for number in range(SAMPLES))
 
 
 def _multiplies(search: SearchOptions) -> bool:

@@ -1,7 +1,7 @@
 """Choosers: what a search space asks for its values, and the policies that answer."""
 
 import builtins
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -22,10 +22,12 @@ class Chooser:
 
     Args:
         policy: how decisions are taken.
+        known: path -> domain, of earlier runs of the space; those of this one are added.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, known: MutableMapping[str, Domain] | None = None) -> None:
         self._policy = policy
+        self._known = {} if known is None else known
         self._decisions: dict[str, Decision] = {}
         self._prefix = ""
 
@@ -38,11 +40,17 @@ class Chooser:
         """Return a value of the domain.
 
         Raises:
-            RecipeError: the space has asked for this path before.
+            RecipeError: the space has asked for this path before, or in an earlier run with another domain.
         """
         path = f"{self._prefix}{name}"
         if path in self._decisions:
             raise RecipeError(f"{path}: decided twice; give each decision a name of its own, as with choose.under")
+        known = self._known.setdefault(path, domain)
+        if known is not domain and known != domain:
+            raise RecipeError(
+                f"{path}: a path has one domain; got {known.summary()}, and then {domain.summary()}; put what decides "
+                "between them into the path"
+            )
         value = self._policy(path, domain)
         self._decisions[path] = Decision(path, domain, value)
         return value
@@ -76,6 +84,11 @@ class Chooser:
         """Return a real number between two bounds; see `domains.Float` for the scales and `step`."""
         scale = "one-minus" if one_minus else "log" if log else "linear"
         return self._between(name, low, high, Float, scale=scale, step=step)
+
+    def some_of(self, name: str, values: Sequence[Any]) -> list[Any]:
+        """Return any of `values`, in their order: none, some or all."""
+        with self.under(name):
+            return [value for place, value in enumerate(values) if self.bool(f"{place}")]
 
     @contextmanager
     def under(self, *names: str | builtins.int) -> Iterator[None]:
@@ -149,6 +162,20 @@ def sampling(rng: np.random.Generator) -> Policy:
 def replaying(values: Mapping[str, Any], otherwise: Policy) -> Policy:
     """Return the policy that repeats known values as they are, and asks another one for the rest."""
     return lambda path, domain: values[path] if path in values else otherwise(path, domain)
+
+
+def fitting(values: Mapping[str, Any], rng: np.random.Generator) -> Policy:
+    """Return the policy that repeats the values that domains of this space contain, and draws the rest.
+
+    Args:
+        values: path -> value, of a genome of this space or of an earlier version of it.
+        rng: of all draws.
+    """
+
+    def decide(path: str, domain: Domain) -> Any:
+        return values[path] if path in values and domain.contains(values[path]) else domain.sample(rng)
+
+    return decide
 
 
 def perturbing(

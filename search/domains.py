@@ -23,6 +23,16 @@ class Domain(Section, ABC):
 
     type: str
 
+    @property
+    @abstractmethod
+    def count(self) -> float:
+        """Number of values; infinite for real numbers."""
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether its values are listed one by one."""
+        return False
+
     @abstractmethod
     def contains(self, value: Any) -> bool:
         """Return whether `value` is one of them."""
@@ -141,6 +151,11 @@ class Float(_Numeric):
     type: Literal["float"] = "float"
     step: float = Field(0.0, ge=0)
 
+    @property
+    def count(self) -> float:
+        """Infinity."""
+        return math.inf
+
     def contains(self, value: Any) -> bool:
         """Return whether `value` is a number between the bounds."""
         return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
@@ -187,6 +202,11 @@ class Int(_Numeric):
     low: int
     high: int
     scale: Literal["linear", "log"] = "linear"
+
+    @property
+    def count(self) -> float:
+        """Number of whole numbers."""
+        return self.high - self.low + 1
 
     def contains(self, value: Any) -> bool:
         """Return whether `value` is a whole number between the bounds."""
@@ -239,6 +259,14 @@ class _Listed(Domain):
         if len(self.values) < 2:
             raise ValueError(f"expected at least 2 values; got {list(self.values)!r}")
         return self
+
+    @property
+    def count(self) -> float:
+        return len(self.values)
+
+    @property
+    def is_listed(self) -> bool:
+        return True
 
     def contains(self, value: Any) -> bool:
         return _index(self.values, value) is not None

@@ -14,9 +14,12 @@ KIND = Kind(
     tables={
         "searches": "search.tables:SEARCHES",
         "searchers": "search.tables:SEARCHERS",
+        "predictors": "search.tables:PREDICTORS",
         "exploits": "search.tables:EXPLOITS",
         "explores": "search.tables:EXPLORES",
     },
+    shorthand="search.space",
+    accepts="search.space_function:is_space_function",
     packages=("raytrain", "search"),
-    requires=("optuna",),
+    requires=("optuna", "scikit-learn"),
 )

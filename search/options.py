@@ -1,5 +1,6 @@
 """What the `[search]` section of a recipe can say, for every kind of search."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -27,3 +28,10 @@ class SearchOptions(Options):
     timeout_seconds: float = Field(60.0, gt=0)
     max_failures: int = Field(3, ge=0)
     seconds: float = Field(0.0, ge=0)
+
+
+def rename_field(raw: Any, word: str, field: str) -> Any:
+    """Return raw data with a field under its own name, where another word for it is used."""
+    if not isinstance(raw, Mapping) or word not in raw:
+        return raw
+    return {**{name: value for name, value in raw.items() if name != word}, field: raw[word]}

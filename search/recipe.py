@@ -13,13 +13,19 @@ from raytrain.overrides import apply_overrides
 from raytrain.recipe import Recipe, dotted_fields, options_by_name, options_parameter, read_toml
 from raytrain.registry import resolve, suggest
 from search.checks import check_factors, check_guesses, check_space, check_steps
-from search.options import SearchOptions
+from search.limits import Limit
+from search.options import SearchOptions, rename_field
 from search.pbt.options import PBTOptions
 from search.scheduling.scheduler import Problem, Scheduler
 from search.scheduling.segments import Objective
 from search.space import Space, make_space
-from search.sweep.options import GridOptions, PrunerOptions
+from search.sweep.options import GridOptions, PrunerOptions, SweepOptions
 from search.tables import SEARCHES
+
+LIMIT = "search.limits.parameters"
+PARAMETER_COUNT = "search.model_statistics:ParameterCount"
+FUNCTION_SEARCH = "gp"
+"""The method for a space that is a function, where none is named."""
 
 
 def _read_base(value: Any) -> Recipe:
@@ -60,10 +66,13 @@ SearchField = Annotated[
 class SearchRecipe(Recipe):
     """How to search the fields of another recipe.
 
+    `recipe` is another word for `base`, and takes its place.
+
     Attributes:
         base: the recipe whose fields are searched: a name or a file, also as base.name with fields to lay over it, or a
             whole recipe with its kind.
-        search: the method, its budget and the space.
+        search: the method, its budget and the space. Without a name, a table of dimensions is searched by "pbt", and a
+            function, whose configurations can differ in shape, by "gp".
         slots: members that train side by side; 0: as many as the cluster has room for.
     """
 
@@ -72,13 +81,26 @@ class SearchRecipe(Recipe):
     search: SearchField
     slots: int = Field(0, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        section = raw.get("search")
+        if isinstance(section, Mapping) and isinstance(section.get("space"), str):
+            raw = {**raw, "search": {"name": FUNCTION_SEARCH, **section}}
+        spelled = rename_field(raw, "recipe", "base")
+        if "base" not in spelled:
+            raise RecipeError("base: expected the recipe whose fields are searched, as in recipe=digits; got none")
+        return spelled
+
     @model_validator(mode="after")
     def _fit(self) -> Self:
         check_steps(self.base, self.search)
-        space = self.space()
+        space = make_space(self.search.space)
         check_space(self.base, self.search, space)
         check_factors(self.search, space)
-        check_guesses(self.search, space)
+        check_guesses(self.search, space, self.members)
         return self
 
     @property
@@ -99,8 +121,13 @@ class SearchRecipe(Recipe):
         return getattr(self.search, "total_steps", 0) or self.members * self.steps
 
     def space(self) -> Space:
-        """Return the space that is searched."""
-        return make_space(self.search.space)
+        """Return the space that is searched, within its limits."""
+        space = make_space(self.search.space)
+        bound = self.search.limits.parameters if isinstance(self.search, SweepOptions) else 0
+        if not bound:
+            return space
+        count = resolve({}, PARAMETER_COUNT, LIMIT)(self.base)  # imports torch, which only a limit needs here
+        return space.limited(Limit(LIMIT, bound, count))
 
     def objective(self, metric: str, better: Literal["lower", "higher"], measured: Collection[str] = ()) -> Objective:
         """Return what is improved.

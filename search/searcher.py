@@ -58,6 +58,10 @@ class Searcher(ABC):
     def tell(self, results: Sequence[CandidateResult]) -> None:  # noqa: B027 - not all learn
         """Learn from results."""
 
+    def remark(self) -> dict[str, Any]:
+        """Return what the lineage says of the last proposal beside its values, as plain data."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that proposals depend on, as plain data."""
         return {}

@@ -16,7 +16,7 @@ Or it is a Python function, with loops and conditions of its own, as "module:spa
 Both become a `Space`: sampling, replay, mutation and enumeration are policies of the chooser that it is run with.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,19 @@ from pydantic import ValidationError
 
 from raytrain.errors import RecipeError
 from raytrain.recipe import dotted_fields, explain_errors
-from raytrain.registry import error_location, resolve, suggest
+from raytrain.registry import suggest
 from search.chooser import Chooser, Policy, replaying, sampling
 from search.domains import DOMAINS, Domain
 from search.genome import Configuration
+from search.limits import Limit
+from search.rng import keyed_generator
+from search.space_function import FIELD, SpaceFunction, load_space_function
 
-FIELD = "search.space"
+MAX_DRAWS = 10_000
+"""Draws until a limit counts as one that the space cannot keep to."""
+
+MAX_COMPLETIONS = 100
+"""Draws of what a guess leaves out until a limit counts as one that the guess cannot keep to."""
 
 
 class Space:
@@ -39,6 +46,7 @@ class Space:
     Args:
         program: (chooser) -> dotted field of the recipe -> value. It decides by the chooser alone.
         domains: path -> domain, as far as they are known beforehand.
+        limit: what configurations have to keep to; None: any.
 
     >>> space = Space(lambda choose: {"optimizer.lr": choose.float("lr", 1e-4, 1e-1, log=True)})
     >>> space.replay({"lr": 0.01}).changes
@@ -46,10 +54,11 @@ class Space:
     """
 
     def __init__(
-        self, program: Callable[[Chooser], Mapping[str, Any]], domains: Mapping[str, Domain] | None = None
+        self, program: SpaceFunction, domains: Mapping[str, Domain] | None = None, limit: Limit | None = None
     ) -> None:
         self._program = program
         self._domains = dict(domains or {})
+        self._limit = limit
 
     @property
     def domains(self) -> Mapping[str, Domain]:
@@ -62,20 +71,35 @@ class Space:
         Raises:
             RecipeError: the space decides a path twice, or gives it another domain than before.
         """
-        chooser = Chooser(policy)
+        chooser = Chooser(policy, self._domains)
         changes = dict(self._program(chooser))
-        for decision in chooser.genome.decisions:
-            known = self._domains.setdefault(decision.path, decision.domain)
-            if known is not decision.domain and known != decision.domain:
-                raise RecipeError(
-                    f"{decision.path}: a path has one domain; got {known.summary()}, and then "
-                    f"{decision.domain.summary()}; put what decides between them into the path"
-                )
         return Configuration(chooser.genome, changes)
 
+    def limited(self, limit: Limit) -> "Space":
+        """Return the part of the space that keeps to a limit."""
+        return Space(self._program, self._domains, limit)
+
+    def allows(self, configuration: Configuration) -> bool:
+        """Return whether a configuration keeps to the limit."""
+        return self._limit is None or self._limit.allows(configuration.changes)
+
     def sample(self, rng: np.random.Generator) -> Configuration:
-        """Draw a configuration."""
-        return self.run(sampling(rng))
+        """Draw a configuration within the limit.
+
+        Raises:
+            RecipeError: none of 10,000 draws is.
+        """
+        if self._limit is None:
+            return self.run(sampling(rng))
+        for _ in range(MAX_DRAWS):
+            drawn = self.run(sampling(rng))
+            if self._limit.allows(drawn.changes):
+                return drawn
+        raise RecipeError(self._limit.refusal(MAX_DRAWS))
+
+    def is_single(self) -> bool:
+        """Return whether there is nothing to decide: the space has one configuration."""
+        return not self.sample(np.random.default_rng(0)).genome.decisions
 
     def replay(self, values: Mapping[str, Any]) -> Configuration:
         """Return the configuration of known values.
@@ -84,6 +108,25 @@ class Space:
             RecipeError: the space decides on a path that has no value.
         """
         return self.run(replaying(values, _missing))
+
+
+def guessed(space: Space, values: Mapping[str, Any], seed: int, number: int) -> Configuration:
+    """Return the configuration of the user's guess: its values, and draws for what it leaves out, within the limit.
+
+    If no draw keeps to the limit, one that does not is returned.
+
+    Args:
+        space: what is searched.
+        values: path -> value, of some decisions.
+        seed: of the search.
+        number: of the guess.
+    """
+    policy = replaying(values, sampling(keyed_generator(seed, "first", number)))
+    for _ in range(MAX_COMPLETIONS):
+        configuration = space.run(policy)
+        if space.allows(configuration):
+            break
+    return configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +158,7 @@ def make_space(source: str | Mapping[str, Any]) -> Space:
     if not isinstance(source, str):
         dimensions = parse_dimensions(source)
         return Space(_table_program(dimensions), {name: dimension.domain for name, dimension in dimensions.items()})
-    program = resolve({}, source, FIELD) if ":" in source else None
-    if not callable(program):
-        raise RecipeError(f"{FIELD}: expected a table, or a function as module:attribute; got {source!r}")
-
-    def checked(choose: Chooser) -> Mapping[str, Any]:
-        try:
-            changes = program(choose)
-        except RecipeError as error:
-            raise RecipeError(f"{source}: {error}{error_location(error)}") from error
-        except Exception as error:
-            raise RecipeError(f"{source}: {type(error).__name__}: {error}{error_location(error)}") from error
-        if not isinstance(changes, Mapping):
-            raise RecipeError(f"{source}: expected a mapping of recipe fields to values; got {changes!r}")
-        return changes
-
-    return Space(checked)
+    return Space(load_space_function(source))
 
 
 def parse_dimensions(table: Mapping[str, Any]) -> dict[str, Dimension]:
@@ -151,7 +179,7 @@ def parse_dimensions(table: Mapping[str, Any]) -> dict[str, Dimension]:
     return dimensions
 
 
-def _table_program(dimensions: Mapping[str, Dimension]) -> Callable[[Chooser], Mapping[str, Any]]:
+def _table_program(dimensions: Mapping[str, Dimension]) -> SpaceFunction:
     def program(choose: Chooser) -> Mapping[str, Any]:
         changes: dict[str, Any] = {}
         for name, dimension in dimensions.items():

@@ -9,6 +9,7 @@ SEARCHES: dict[str, str] = {
     "sobol": "search.sweep.searches:sobol",
     "evolution": "search.sweep.searches:evolution",
     "gp": "search.sweep.searches:gp",
+    "nars": "search.sweep.searches:nars",
     "tpe": "search.sweep.searches:tpe",
 }
 
@@ -19,7 +20,15 @@ SEARCHERS: dict[str, str] = {
     "sobol": "search.searchers.sobol:SobolSearcher",
     "evolution": "search.searchers.evolution:EvolutionSearcher",
     "gp": "search.searchers.gp:GaussianProcessSearcher",
+    "nars": "search.searchers.nars:NARSSearcher",
     "tpe": "search.searchers.tpe:TPESearcher",
+}
+
+
+PREDICTORS: dict[str, str] = {
+    "gp": "search.predictor.gaussian_process:GaussianProcessPredictor",
+    "ridge": "search.predictor.ridge:Ridge",
+    "trees": "search.predictor.trees:Trees",
 }
 
 

@@ -24,7 +24,7 @@ from raytrain.cli.jobs import add_job_commands
 from raytrain.cli.request import Commands
 from raytrain.errors import INTERRUPTED, RaytrainError, RecipeError
 from raytrain.kinds import RunOptions, kind_entry_points, load_kind, load_kinds
-from raytrain.overrides import parse_overrides
+from raytrain.overrides import apply_overrides, parse_overrides
 from raytrain.provenance import check_trusted
 from raytrain.recipe import Recipe, dotted_fields, read_toml
 from raytrain.registry import resolve, suggest, summary
@@ -44,8 +44,8 @@ app = typer.Typer(
 
 # Help of arguments is written here, because click 8.5 forgets what typer 0.20 tells it of them.
 RECIPE_HELP = (
-    "RECIPE is a file, a shipped recipe (raytrain list recipes), a run's folder, or a task as module:attribute. "
-    "FIELD=VALUE is short for --set FIELD=VALUE."
+    "RECIPE is a file, a shipped recipe (raytrain list recipes), a run's folder, or a task (of a search: a space) as "
+    "module:attribute. FIELD=VALUE is short for --set FIELD=VALUE."
 )
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE")]
 FieldArguments = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")]
@@ -272,7 +272,7 @@ def _runner(verb: str) -> Callable[..., int]:
 def _read(source: str, verb: str | None, trust: bool) -> tuple[dict[str, Any], Path]:
     """Return a recipe's data, with its kind and name filled in, and its file.
 
-    "module:attribute" is short for a recipe that says no more than this of its task.
+    "module:attribute" is short for a recipe that says no more than this, of its task or of what its kind names so.
 
     Raises:
         RecipeError: there is none, it is of another kind than `verb`, or of a fetched run, names code and is not
@@ -280,7 +280,7 @@ def _read(source: str, verb: str | None, trust: bool) -> tuple[dict[str, Any], P
     """
     kinds = load_kinds()
     if ":" in source and not Path(source).is_file():
-        raw, file = _shorthand(source, verb or "train"), Path(source.partition(":")[2])
+        raw, file = _shorthand(source, verb or _kind_of(source)), Path(source.partition(":")[2])
     else:
         raw, file = read_toml(source, [kind.recipes for kind in kinds.values() if kind.recipes])
         if not trust:
@@ -303,7 +303,14 @@ def _shorthand(place: str, verb: str) -> dict[str, Any]:
     field = load_kind(verb).shorthand
     if not field:
         raise RecipeError(f"{place!r}: expected a file, a run's folder, or one of raytrain list recipes")
-    return {field: place}
+    return apply_overrides({"kind": verb}, {field: place})
+
+
+def _kind_of(place: str) -> str:
+    """Return the kind that accepts what is at "module:attribute", or else `train`."""
+    found = resolve({}, place, "recipe")
+    accepting = {name: kind.accepts for name, kind in load_kinds().items() if kind.accepts}
+    return next((name for name, accepts in accepting.items() if resolve({}, accepts, "kind")(found)), "train")
 
 
 def _parse(raw: dict[str, Any], overrides: dict[str, Any]) -> Recipe:

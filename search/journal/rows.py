@@ -22,6 +22,7 @@ class DecisionRow(TypedDict):
     parent: NotRequired[int]
     parent_row: NotRequired[int | None]
     new: NotRequired[dict[str, Any]]
+    genome: NotRequired[dict[str, Any]]
     ended: NotRequired[int]
     score: NotRequired[float]
     parent_score: NotRequired[float]

@@ -11,7 +11,7 @@ from raytrain.tasks.task import Task
 from raytrain.training.build import build_replica, build_task
 from raytrain.training.evaluation import evaluate
 from raytrain.training.recipe import TrainRecipe
-from search.checks import check_shapes
+from search.checks import check_candidates, check_shapes
 from search.recipe import SearchRecipe
 from search.scheduling.segments import Objective
 
@@ -58,6 +58,7 @@ def check_search(recipe: SearchRecipe) -> CheckedSearch:
     search = recipe.search.model_copy(update={"metric": objective.metric, "mode": mode})  # for readers of the recipe
     recipe = recipe.model_copy(update={"base": base, "search": search})
     check_shapes(base, recipe.search, BaseShapes())
+    check_candidates(recipe.search, recipe.space(), recipe.seed)
     return CheckedSearch(recipe, base, objective)
 
 

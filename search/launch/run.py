@@ -85,6 +85,8 @@ class Search:
             CheckpointError: what is in the folder is damaged.
         """
         count, each = self._slots()
+        if self._recipe.space().is_single():
+            display.say("the space has 1 candidate")
         display.say(f"starting {count} slot(s) with {each}")
         self._begin()
         whole_runs_in = None if self._in_segments else self._directory.path

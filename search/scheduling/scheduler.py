@@ -214,7 +214,10 @@ class Scheduler(ABC):
             self._given_up(segment, failure)
 
     def _open(self, segment: Segment, action: str, **about: Any) -> None:
-        """Write the row that begins a segment, and queue it."""
+        """Write the row that begins a segment, and queue it; a function's decisions are not its changes."""
+        changes, genome = dict(segment.configuration.changes), segment.configuration.genome.values()
+        if genome != changes:
+            about["genome"] = genome
         self._note(
             action=action,
             member=segment.member,
@@ -222,7 +225,7 @@ class Scheduler(ABC):
             step=segment.origin.snapshot.step,
             parent_row=segment.origin.row,
             state=segment.origin.snapshot.digest,
-            new=dict(segment.configuration.changes),
+            new=changes,
             seed=segment.seed,
             **({"reset_optimizer": True} if segment.reset_optimizer else {}),
             **about,

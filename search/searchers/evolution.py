@@ -9,12 +9,13 @@ from search.chooser import replaying, sampling
 from search.genome import Configuration
 from search.rng import keyed_generator
 from search.searcher import Candidate, CandidateResult, Searcher
+from search.searchers.proposals import key_of, new_draw
 from search.space import Space
 
 POPULATION = 20
 TOURNAMENT = 5
 PROPOSAL_ATTEMPTS = 100
-"""Draws of a mutation before an equal child is accepted: of a space with one candidate."""
+"""Mutations that were asked already or are over the limits of the space, before a candidate is drawn instead."""
 
 
 class EvolutionSearcher(Searcher):
@@ -28,10 +29,16 @@ class EvolutionSearcher(Searcher):
     def __init__(self, space: Space, seed: int) -> None:
         super().__init__(space, seed)
         self._results: dict[int, tuple[Configuration, float]] = {}
+        self._asked: dict[str, None] = {}
 
     def ask(self, numbers: Sequence[int]) -> list[Candidate]:
         """Return a child of the population for each number; the first ones are drawn."""
-        return [Candidate(number, self._child(keyed_generator(self.seed, "candidate", number))) for number in numbers]
+        candidates = []
+        for number in numbers:
+            configuration = self._child(keyed_generator(self.seed, "candidate", number))
+            self._asked[key_of(configuration)] = None
+            candidates.append(Candidate(number, configuration))
+        return candidates
 
     def tell(self, results: Sequence[CandidateResult]) -> None:
         """Learn from results; failures never become parents."""
@@ -43,19 +50,20 @@ class EvolutionSearcher(Searcher):
         self._results = dict(list(self._results.items())[-POPULATION:])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the population, the oldest first."""
+        """Return the population, the oldest first, and what was asked."""
         rows = [[number, each.genome.values(), fitness] for number, (each, fitness) in self._results.items()]
-        return {"population": rows}
+        return {"population": rows, "asked": list(self._asked)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a population."""
+        """Go on from a population and what was asked."""
+        self._asked = dict.fromkeys(state["asked"])
         self._results = {
             number: (self.space.replay(values), fitness) for number, values, fitness in state["population"]
         }
 
     def _child(self, rng: np.random.Generator) -> Configuration:
-        if len(self._results) < TOURNAMENT:
-            return self.space.sample(rng)
+        if len(self._results) < TOURNAMENT or self.space.is_single():
+            return self._draw(rng)
         members = list(self._results.values())
         chosen = [members[place] for place in rng.choice(len(members), TOURNAMENT, replace=False)]
         parent = max(chosen, key=lambda member: member[1])[0].genome.values()
@@ -63,6 +71,9 @@ class EvolutionSearcher(Searcher):
             mutated = str(rng.choice(list(parent)))
             kept = {path: value for path, value in parent.items() if path != mutated}
             child = self.space.run(replaying(kept, sampling(rng)))
-            if child.genome.values() != parent:
-                break
-        return child
+            if key_of(child) not in self._asked and child.genome.values() != parent and self.space.allows(child):
+                return child
+        return self._draw(rng)
+
+    def _draw(self, rng: np.random.Generator) -> Configuration:
+        return new_draw(self.space, self._asked, rng) or self.space.sample(rng)

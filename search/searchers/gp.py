@@ -1,20 +1,21 @@
 """Bayesian optimisation with a Gaussian process."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from search.chooser import replaying, sampling
+from search.chooser import sampling
 from search.genome import Configuration
 from search.rng import keyed_generator
-from search.searcher import Candidate, CandidateResult, Searcher
-from search.searchers.grid import grid_points
+from search.searcher import CandidateResult
+from search.searchers.model_based import ModelBasedSearcher
 from search.space import Space
-from search.surrogate.encoding import GRID, Encoded, FloatArray
-from search.surrogate.gaussian_process import Hyperparameters, walk
+from search.surrogate.encoding import Encoded, FloatArray
+from search.surrogate.gaussian_process import Hyperparameters, Trend, walk
+from search.surrogate.prior_mean import PriorMean
+from search.surrogate.targets import standardised
 
 INITIAL = 6
 """Candidates that are drawn at random before the first model."""
@@ -25,127 +26,88 @@ DRAWS = 4
 """Draws of the hyperparameters, whose expected improvements are averaged."""
 ACQUISITION_STEPS = 6
 """Metropolis steps of each draw for a candidate; it goes on where it was for the last one."""
-MAX_ENUMERATED = 100_000
+INITIAL_WITH_PRIOR = 3
+LEAST_RESULTS = 5
+"""Results below which an earlier search is not used."""
+PRIOR_SPREAD = 0.7
+"""Standard deviation of the coefficients of priors, whose guess sums to 1."""
 
 
-class GaussianProcessSearcher(Searcher):
+class GaussianProcessSearcher(ModelBasedSearcher):
     """Proposes what a Gaussian process over the decisions expects to improve most.
 
-    The process models standardised losses: the logarithm where all are positive, and no worse than as far above the
-    median as the best is below, since how bad a bad one is says nothing of the good ones. Failures count as the worst,
-    and outstanding candidates as the mean (constant liar, Ginsbourger et al. 2010). The improvement is maximised over
-    random configurations and mutants of the best.
+    Outstanding candidates count as the mean (constant liar, Ginsbourger et al. 2010), failures as the worst; see
+    `standardised`. The improvement is maximised over random configurations and mutants of the best.
 
-    Source: Mockus 1978; Snoek et al. 2012.
+    Earlier searches give the first candidates, the best that each one predicts, and the mean function: the mean of
+    their predictions, each times a coefficient that own results correct, so that one that does not fit loses its say.
+
+    Args:
+        space: what is searched.
+        seed: of all draws.
+        priors: results of earlier searches, as configurations of this space.
+
+    Source: Mockus 1978; Snoek et al. 2012; the mean function: Rasmussen and Williams 2006, section 2.7.
     """
 
-    def __init__(self, space: Space, seed: int) -> None:
+    def __init__(self, space: Space, seed: int, priors: Sequence[Sequence[CandidateResult]] = ()) -> None:
         super().__init__(space, seed)
-        self._configurations: dict[int, Configuration] = {}
-        self._fitness: dict[int, float | None] = {}
         self._draws: list[dict[str, Any]] = [{} for _ in range(DRAWS)]
-
-    def ask(self, numbers: Sequence[int]) -> list[Candidate]:
-        """Return a proposal for each number, or fewer where the space is spent."""
-        candidates = []
-        for number in numbers:
-            configuration = self._propose(keyed_generator(self.seed, "candidate", number))
-            if configuration is None:
-                break
-            self._configurations[number] = configuration
-            candidates.append(Candidate(number, configuration))
-        return candidates
-
-    def tell(self, results: Sequence[CandidateResult]) -> None:
-        """Learn from results."""
-        for result in results:
-            self._configurations[result.candidate.number] = result.candidate.configuration
-            self._fitness[result.candidate.number] = result.fitness
+        means = [_prior_mean(prior, keyed_generator(seed, "prior", place)) for place, prior in enumerate(priors)]
+        self._priors = [mean for mean in means if mean and mean.reliability]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all candidates, results and draws of hyperparameters."""
-        return {
-            "candidates": [[number, each.genome.values()] for number, each in sorted(self._configurations.items())],
-            "fitness": sorted(self._fitness.items()),
-            "draws": self._draws,
-        }
+        return {**super().state_dict(), "draws": self._draws}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from all candidates, results and draws of hyperparameters."""
-        self._configurations = {number: self.space.replay(values) for number, values in state["candidates"]}
-        self._fitness = dict(state["fitness"])
+        super().load_state_dict(state)
         self._draws = list(state["draws"])
 
     def _propose(self, rng: np.random.Generator) -> Configuration | None:
-        asked = {_key(configuration) for configuration in self._configurations.values()}
-        if len(self._configurations) < INITIAL or not any(value is not None for value in self._fitness.values()):
-            return next(self._new(asked, rng, 1), None)
-        pool = list(self._new(asked, rng, ACQUISITION_SAMPLES))
-        if not pool:
-            return None
+        turn = len(self._configurations)
+        if turn < len(self._priors):
+            pool = self._pool(rng)
+            return self._first_allowed(pool, -self._priors[turn].predict(pool))
+        if turn < (INITIAL_WITH_PRIOR if self._priors else INITIAL) or not self._measured:
+            return self._draw(rng)
+        pool = self._pool(rng)
         known = list(self._configurations.values())
-        encoded = Encoded.of([*known, *pool])
-        improvement = self._improvement(encoded, slice(len(known), None), rng)
-        return pool[int(improvement.argmax())]
+        encoded, trend = Encoded.of([*known, *pool]), self._trend([*known, *pool])
+        return self._first_allowed(pool, self._improvement(encoded, trend, slice(len(known), None), rng))
 
-    def _improvement(self, encoded: Encoded, rows: slice, rng: np.random.Generator) -> FloatArray:
+    def _pool(self, rng: np.random.Generator) -> list[Configuration]:
+        return list(self._unasked(self._drawn(rng)))
+
+    def _drawn(self, rng: np.random.Generator) -> Iterator[Configuration]:
+        draws = (self.space.run(sampling(rng)) for _ in range(ACQUISITION_SAMPLES))
+        return chain(draws, self._mutants(self._best(PARENTS), MUTANTS, rng))
+
+    def _trend(self, configurations: Sequence[Configuration]) -> Trend | None:
+        """Return what the priors say: their mean, each with a factor that own results correct, and a constant."""
+        if not self._priors:
+            return None
+        columns = [np.ones(len(configurations)), *(prior.predict(configurations) for prior in self._priors)]
+        guess = np.array([0.0, *(1 / len(self._priors) for _ in self._priors)])
+        return Trend(np.stack(columns, axis=1), guess, PRIOR_SPREAD)
+
+    def _improvement(self, encoded: Encoded, trend: Trend | None, rows: slice, rng: np.random.Generator) -> FloatArray:
         """Return the expected improvement of some rows, averaged over draws of the hyperparameters."""
-        targets = self._targets()
-        total = np.zeros(len(encoded.codes[rows]))
+        targets, total = self._targets(), np.zeros(len(encoded.codes[rows]))
         for place, draw in enumerate(self._draws):
-            process = walk(encoded, targets, _hyperparameters(draw, encoded), ACQUISITION_STEPS, rng)
+            process = walk(encoded, targets, _hyperparameters(draw, encoded), ACQUISITION_STEPS, rng, trend)
             self._draws[place] = _plain(process.hyperparameters, encoded)
             total += process.expected_improvement(rows)
         return total
 
-    def _targets(self) -> FloatArray:
-        """Return what the process models of each candidate, lower being better."""
-        measured = -np.array([value for value in self._fitness.values() if value is not None])
-        losses = {number: -value for number, value in self._fitness.items() if value is not None}
-        logarithmic = bool((measured > 0).all())
-        scores = np.log(measured) if logarithmic else measured
-        median = float(np.median(scores))
-        ceiling = 2 * median - float(scores.min())
-        mean = float(np.minimum(scores, ceiling).mean())
-        values = []
-        for number in self._configurations:
-            if number in losses:
-                loss = losses[number]
-                values.append(min(float(np.log(loss)) if logarithmic else loss, ceiling))
-            else:
-                values.append(ceiling if number in self._fitness else mean)
-        targets = np.array(values)
-        standardised: FloatArray = (targets - targets.mean()) / (targets.std() or 1.0)
-        return standardised
 
-    def _new(self, asked: set[str], rng: np.random.Generator, count: int) -> Iterator[Configuration]:
-        """Yield configurations that were not asked yet: random ones, then mutants of the best.
-
-        Where all of these were asked, the space is gone through; it is spent where that yields nothing.
-        """
-        seen = set(asked)
-        for configuration in self._drawn(rng, count):
-            if (key := _key(configuration)) not in seen:
-                seen.add(key)
-                yield configuration
-        if seen == asked:
-            every = islice(grid_points(self.space, GRID), MAX_ENUMERATED)
-            yield from islice((point for point in every if _key(point) not in asked), 1)
-
-    def _drawn(self, rng: np.random.Generator, count: int) -> Iterator[Configuration]:
-        yield from (self.space.sample(rng) for _ in range(count))
-        if count == 1:
-            return
-        fitness = [(value, number) for number, value in self._fitness.items() if value is not None]
-        best = [self._configurations[number].genome.values() for _, number in sorted(fitness, reverse=True)[:PARENTS]]
-        for place in range(MUTANTS):
-            parent = best[place % len(best)]
-            kept = {name: value for name, value in parent.items() if rng.random() >= 2 / len(parent)}
-            yield self.space.run(replaying(kept, sampling(rng)))
-
-
-def _key(configuration: Configuration) -> str:
-    return json.dumps(configuration.genome.values(), sort_keys=True)
+def _prior_mean(results: Sequence[CandidateResult], rng: np.random.Generator) -> PriorMean | None:
+    """Return the model of an earlier search, or None if it has too few results."""
+    told = [(result.candidate.configuration, -result.fitness) for result in results if result.fitness is not None]
+    if len(told) < LEAST_RESULTS:
+        return None
+    return PriorMean([each for each, _ in told], standardised(np.array([loss for _, loss in told])), rng)
 
 
 def _hyperparameters(draw: Mapping[str, Any], encoded: Encoded) -> Hyperparameters:

@@ -25,7 +25,7 @@ class GridSearcher(Searcher):
         super().__init__(space, seed)
         self._points = points
         self._asked = 0
-        self._grid = grid_points(space, points)
+        self._grid = self._points_within_limits()
 
     def ask(self, numbers: Sequence[int]) -> list[Candidate]:
         """Return the next points, or fewer at the end of the grid."""
@@ -39,8 +39,11 @@ class GridSearcher(Searcher):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the points that were proposed."""
-        self._grid = grid_points(self.space, self._points)
+        self._grid = self._points_within_limits()
         self._asked = len(list(islice(self._grid, state["asked"])))
+
+    def _points_within_limits(self) -> Iterator[Configuration]:
+        return filter(self.space.allows, grid_points(self.space, self._points))
 
 
 def grid_points(space: Space, points: int) -> Iterator[Configuration]:

@@ -14,6 +14,9 @@ from search.space import Space
 MAX_DIMENSIONS = 256
 """Decisions of a configuration that have a dimension of the sequence; later ones are drawn."""
 
+MAX_SKIPPED = 1000
+"""Points in a row that are over the limits of the space."""
+
 
 class SobolSearcher(Searcher):
     """Proposes the points of a Sobol sequence, which fill the space more evenly than draws.
@@ -33,17 +36,24 @@ class SobolSearcher(Searcher):
         engine = qmc.Sobol(MAX_DIMENSIONS, rng=np.random.default_rng(keyed_seed(self.seed, "sobol")))
         if self._asked:
             engine.fast_forward(self._asked)
-        points = [engine.random()[0] for _ in numbers]
-        self._asked += len(numbers)
-        return [self._at(number, point) for number, point in zip(numbers, points, strict=True)]
+        return [self._next(number, engine) for number in numbers]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many points were proposed."""
+        """Return how many points of the sequence are used up."""
         return {"asked": self._asked}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the points that were proposed."""
+        """Go on after these points."""
         self._asked = state["asked"]
+
+    def _next(self, number: int, engine: qmc.Sobol) -> Candidate:
+        """Return the next point within the limits of the space, or a draw after so many that are not."""
+        for _ in range(MAX_SKIPPED):
+            self._asked += 1
+            candidate = self._at(number, engine.random()[0])
+            if self.space.allows(candidate.configuration):
+                return candidate
+        return Candidate(number, self.space.sample(keyed_generator(self.seed, "candidate", number)))
 
     def _at(self, number: int, point: np.ndarray[Any, Any]) -> Candidate:
         coordinates = iter(point.tolist())

@@ -11,9 +11,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.domains import Domain, Float, Int, Ordered
 from search.genome import Configuration, Decision
-from search.rng import keyed_seed
+from search.rng import keyed_generator, keyed_seed
 from search.searcher import Candidate, CandidateResult, Searcher
+from search.searchers.proposals import key_of, new_draw
 from search.space import Space
+
+PROPOSAL_ATTEMPTS = 20
 
 
 class TPESearcher(Searcher):
@@ -35,8 +38,7 @@ class TPESearcher(Searcher):
         """Return a proposal for each number; those before count as outstanding."""
         candidates = []
         for number in numbers:
-            trial = self._study(number).ask()
-            configuration = self.space.run(partial(_suggested, trial))
+            configuration = self._propose(number)
             self._results[number] = (configuration, TrialState.RUNNING, None)
             candidates.append(Candidate(number, configuration))
         return candidates
@@ -63,10 +65,21 @@ class TPESearcher(Searcher):
             for number, values, name, fitness in state["results"]
         }
 
-    def _study(self, number: int) -> optuna.Study:
+    def _propose(self, number: int) -> Configuration:
+        """Return a proposal that is new and within the limits of the space, or a draw after some that are not."""
+        asked = {key_of(configuration) for configuration, *_ in self._results.values()}
+        for attempt in range(PROPOSAL_ATTEMPTS):
+            trial = self._study(keyed_seed(self.seed, "candidate", number, *[attempt] * (attempt > 0))).ask()
+            configuration = self.space.run(partial(_suggested, trial))
+            if key_of(configuration) not in asked and self.space.allows(configuration):
+                return configuration
+        rng = keyed_generator(self.seed, "candidate", number)
+        return new_draw(self.space, asked, rng) or self.space.sample(rng)
+
+    def _study(self, seed: int) -> optuna.Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group`
-            sampler = optuna.samplers.TPESampler(seed=keyed_seed(self.seed, "candidate", number), group=True)
+            sampler = optuna.samplers.TPESampler(seed=seed, group=True)
         study = optuna.create_study(sampler=sampler, direction="maximize")
         worst = min((fitness for *_, fitness in self._results.values() if fitness is not None), default=0.0)
         study.add_trials([_trial(*result, worst) for _, result in sorted(self._results.items())])

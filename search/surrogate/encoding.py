@@ -52,6 +52,10 @@ class Encoded:
         ordered = np.array([domain.unit(domain.extremes()[0]) is not None for domain in domains.values()], bool)
         return cls(tuple(columns), ordered, codes)
 
+    def rows(self, places: NDArray[np.intp]) -> "Encoded":
+        """Return some of the configurations, with the same decisions."""
+        return Encoded(self.paths, self.ordered, self.codes[places])
+
     def distances(self) -> FloatArray:
         """Return how far two codes of a decision are apart, shape (d, c, c) for c codes.
 

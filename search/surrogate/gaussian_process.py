@@ -20,8 +20,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, solve_triangular
-from scipy.special import ndtr
 
+from search.surrogate.acquisition import expected_improvement
 from search.surrogate.encoding import Encoded, FloatArray
 
 LENGTH = {True: 0.6, False: 1.0}
@@ -50,6 +50,11 @@ class Hyperparameters:
         """Return the medians of the prior."""
         return cls(np.where(ordered, LENGTH[True], LENGTH[False]), 0.5, NOISE)
 
+    def extended(self, ordered: NDArray[np.bool_]) -> "Hyperparameters":
+        """Return these for more decisions, which come after the others and have the medians of the prior."""
+        medians = np.where(ordered, LENGTH[True], LENGTH[False])
+        return Hyperparameters(np.concatenate([self.lengths, medians[len(self.lengths) :]]), self.additive, self.noise)
+
     def log_prior(self, ordered: NDArray[np.bool_]) -> float:
         """Return the logarithm of the prior density, up to a constant."""
         medians = np.where(ordered, LENGTH[True], LENGTH[False])
@@ -65,6 +70,38 @@ class Hyperparameters:
         return Hyperparameters(lengths, float(np.clip(additive, 0, 1)), float(np.clip(noise, 1e-4, 1)))
 
 
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """A linear model of the scores beside the process, its coefficients normal around a guess.
+
+    Attributes:
+        columns: shape (m, s), what each configuration has, the evaluated ones first.
+        guess: shape (s,), the mean of the coefficients.
+        spread: their standard deviation, in units of the signal's.
+
+    Source: Rasmussen and Williams 2006, section 2.7.
+    """
+
+    columns: FloatArray
+    guess: FloatArray
+    spread: float
+
+    @property
+    def mean(self) -> FloatArray:
+        """The scores that are guessed, shape (m,)."""
+        return self.columns @ self.guess
+
+    def covariance(self, rows: slice, known: slice) -> FloatArray:
+        """Return the covariance that uncertain coefficients add."""
+        added: FloatArray = self.spread**2 * self.columns[rows] @ self.columns[known].T
+        return added
+
+    def variance(self, rows: slice) -> FloatArray:
+        """Return the variance that they add to each configuration, shape (m,)."""
+        added: FloatArray = self.spread**2 * (self.columns[rows] ** 2).sum(axis=1)
+        return added
+
+
 class GaussianProcess:
     """The posterior of scores, given some of them.
 
@@ -72,19 +109,27 @@ class GaussianProcess:
         encoded: configurations, the evaluated ones first.
         targets: shape (n,), what those scored: mean about 0, deviation about 1; lower is better.
         hyperparameters: of the covariance.
+        trend: what is known of the scores beforehand; None: nothing.
     """
 
-    def __init__(self, encoded: Encoded, targets: FloatArray, hyperparameters: Hyperparameters) -> None:
+    def __init__(
+        self,
+        encoded: Encoded,
+        targets: FloatArray,
+        hyperparameters: Hyperparameters,
+        trend: Trend | None = None,
+    ) -> None:
         self._encoded = encoded
-        self._targets = targets
+        self._trend = trend
+        self._targets = targets - trend.mean[: len(targets)] if trend else targets
         self._known = slice(0, len(targets))
         self.hyperparameters = hyperparameters
         self._correlations = _matern(encoded.distances() / hyperparameters.lengths[:, None, None])
         covariance = self._covariance(self._known)
         covariance[np.diag_indices_from(covariance)] += hyperparameters.noise + KERNEL_JITTER
         self._factor = np.linalg.cholesky(covariance)
-        self._weights = cho_solve((self._factor, True), targets)
-        self.scale = max(float(targets @ self._weights) / len(targets), 1e-9)
+        self._weights = cho_solve((self._factor, True), self._targets)
+        self.scale = max(float(self._targets @ self._weights) / len(targets), 1e-9)
 
     def log_posterior(self) -> float:
         """Return the logarithm of the hyperparameters' density, the signal's variance at its most likely."""
@@ -95,19 +140,26 @@ class GaussianProcess:
         """Return mean and standard deviation of the scores of configurations, shape (m,) each."""
         cross = self._covariance(rows)
         solved = solve_triangular(self._factor, cross.T, lower=True)
-        variance = np.maximum(1 - (solved * solved).sum(axis=0), 1e-12)
-        return cross @ self._weights, np.sqrt(self.scale * variance)
+        variance = np.maximum(self._prior_variance(rows) - (solved * solved).sum(axis=0), 1e-12)
+        mean = cross @ self._weights + (self._trend.mean[rows] if self._trend else 0.0)
+        return mean, np.sqrt(self.scale * variance)
+
+    def leave_one_out(self) -> FloatArray:
+        """Return what is predicted of each evaluated configuration from all the others, shape (n,).
+
+        Source: Rasmussen and Williams 2006, equation 5.12.
+        """
+        inverse = cho_solve((self._factor, True), np.eye(len(self._targets)))
+        predicted: FloatArray = self._targets - self._weights / np.diag(inverse)
+        return predicted
 
     def expected_improvement(self, rows: slice) -> FloatArray:
         """Return the expected improvement over the best predicted mean of the evaluated ones, shape (m,).
 
-        Source: Mockus 1978; the noisy incumbent of Wang and de Freitas 2014.
+        Source: the noisy incumbent of Wang and de Freitas 2014.
         """
-        best = self.predict(self._known)[0].min()
-        mean, deviation = self.predict(rows)
-        z = (best - mean) / deviation
-        improvement: FloatArray = (best - mean) * ndtr(z) + deviation * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
-        return improvement
+        best = float(self.predict(self._known)[0].min())
+        return expected_improvement(*self.predict(rows), best)
 
     def _covariance(self, rows: slice) -> FloatArray:
         codes, hyper = self._encoded.codes, self.hyperparameters
@@ -118,7 +170,12 @@ class GaussianProcess:
             total = total + correlation
             product = product * correlation
         covariance: FloatArray = hyper.additive * total / len(hyper.lengths) + (1 - hyper.additive) * product
+        if self._trend:
+            covariance = covariance + self._trend.covariance(rows, self._known)
         return covariance
+
+    def _prior_variance(self, rows: slice) -> FloatArray | float:
+        return 1.0 + self._trend.variance(rows) if self._trend else 1.0
 
 
 def _matern(distance: FloatArray) -> FloatArray:
@@ -128,13 +185,18 @@ def _matern(distance: FloatArray) -> FloatArray:
 
 
 def walk(
-    encoded: Encoded, targets: FloatArray, start: Hyperparameters, steps: int, rng: np.random.Generator
+    encoded: Encoded,
+    targets: FloatArray,
+    start: Hyperparameters,
+    steps: int,
+    rng: np.random.Generator,
+    trend: Trend | None = None,
 ) -> GaussianProcess:
     """Return the process after some Metropolis steps of its hyperparameters."""
-    here = GaussianProcess(encoded, targets, start)
+    here = GaussianProcess(encoded, targets, start, trend)
     density = here.log_posterior()
     for _ in range(steps):
-        there = GaussianProcess(encoded, targets, here.hyperparameters.proposal(rng))
+        there = GaussianProcess(encoded, targets, here.hyperparameters.proposal(rng), trend)
         proposed = there.log_posterior()
         if np.log(rng.random()) < proposed - density:
             here, density = there, proposed

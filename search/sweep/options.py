@@ -1,21 +1,34 @@
 """What `[search]` can say for sweeps."""
 
-from pydantic import Field
+from typing import Any, Literal
 
-from search.options import SearchOptions
+from pydantic import Field, model_validator
+
+from raytrain.recipe import AbsolutePath
+from search.limits import LimitOptions
+from search.options import SearchOptions, rename_field
 from search.searchers.grid import POINTS
 
 
 class SweepOptions(SearchOptions):
     """Options of every sweep. It ends with the first of its budgets.
 
+    `budget` is another word for `trials`, and takes its place.
+
     Attributes:
         trials: configurations that are tried.
         total_steps: optimizer steps of all trials together; 0: any.
+        limits: what candidates have to keep to.
     """
 
     trials: int = Field(32, ge=1)
     total_steps: int = Field(0, ge=0)
+    limits: LimitOptions = LimitOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, raw: Any) -> Any:
+        return rename_field(raw, "budget", "trials")
 
 
 class GridOptions(SweepOptions):
@@ -30,11 +43,32 @@ class GridOptions(SweepOptions):
     points: int = Field(POINTS, ge=2)
 
 
+class PriorOptions(SweepOptions):
+    """Options of sweeps that learn from earlier searches too.
+
+    Attributes:
+        prior: folders of earlier searches over some of the same paths, of other data or another size for example. They
+            give the first candidates and a mean function, and lose their say as far as own results disagree.
+    """
+
+    prior: tuple[AbsolutePath, ...] = ()
+
+
+class NARSOptions(SweepOptions):
+    """Options of predictor-guided evolution.
+
+    Attributes:
+        predictor: "gp", "ridge" or "trees"; "": whichever ranks the results so far best in leave-one-out.
+    """
+
+    predictor: Literal["", "gp", "ridge", "trees"] = ""
+
+
 class PrunerOptions(SweepOptions):
     """Options of sweeps that stop bad trials early.
 
     Attributes:
-        searcher: proposes the configurations: "random", "sobol", "evolution", "gp" or "tpe".
+        searcher: proposes the configurations: "random", "sobol", "evolution", "gp", "nars" or "tpe".
         interval: steps after which a trial is judged for the first time.
     """
 

@@ -1,13 +1,16 @@
 """The sweeps that a recipe can name."""
 
 from raytrain.registry import resolve
+from search.prior import read_priors
 from search.scheduling.scheduler import Problem
 from search.searcher import Searcher
+from search.searchers.gp import GaussianProcessSearcher
 from search.searchers.grid import GridSearcher
+from search.searchers.nars import NARSSearcher
 from search.searchers.random import RandomSearcher
 from search.sweep.asha import SuccessiveHalving
 from search.sweep.median import MedianStopping
-from search.sweep.options import ASHAOptions, GridOptions, MedianOptions, SweepOptions
+from search.sweep.options import ASHAOptions, GridOptions, MedianOptions, NARSOptions, PriorOptions, SweepOptions
 from search.sweep.pruner import NoPruner
 from search.sweep.sweep import Sweep
 from search.tables import SEARCHERS
@@ -34,9 +37,17 @@ def evolution(problem: Problem, options: SweepOptions) -> Sweep:
     return Sweep(problem, options, _searcher("evolution", problem), NoPruner(problem.steps))
 
 
-def gp(problem: Problem, options: SweepOptions) -> Sweep:
+def gp(problem: Problem, options: PriorOptions) -> Sweep:
     """Bayesian optimisation with a Gaussian process, each proposal trained to the end."""
-    return Sweep(problem, options, _searcher("gp", problem), NoPruner(problem.steps))
+    priors = read_priors(options.prior, problem.space)
+    searcher = GaussianProcessSearcher(problem.space, problem.seed, priors)
+    return Sweep(problem, options, searcher, NoPruner(problem.steps))
+
+
+def nars(problem: Problem, options: NARSOptions) -> Sweep:
+    """Evolution guided by the best predictor (after FBNetV3's NARS), each proposal trained to the end."""
+    searcher = NARSSearcher(problem.space, problem.seed, options.predictor)
+    return Sweep(problem, options, searcher, NoPruner(problem.steps))
 
 
 def tpe(problem: Problem, options: SweepOptions) -> Sweep:

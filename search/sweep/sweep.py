@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from search.chooser import replaying, sampling
-from search.rng import keyed_generator
 from search.scheduling.scheduler import Problem, Scheduler, SearchError, summary_of
 from search.scheduling.segments import Origin, Segment, SegmentReport, next_segment, report_to_plain
 from search.scheduling.work import Failed
 from search.searcher import Candidate, CandidateResult, Searcher
+from search.space import guessed
 from search.sweep.options import SweepOptions
 from search.sweep.pruner import Pruner
 
@@ -115,14 +114,13 @@ class Sweep(Scheduler):
         self._begun += 1
         until, seed = self._pruner.first, self.problem.base_seed  # trials differ by their configurations alone
         segment = Segment(self._next_row, trial, 0, Origin(), None, until, candidate.configuration, seed)
-        self._open(segment, action="start")
+        self._open(segment, action="start", **self._searcher.remark())
         return True
 
     def _candidate(self, trial: int) -> Candidate | None:
         if trial < len(self.options.first):
-            rng = keyed_generator(self.problem.seed, "first", trial)
-            policy = replaying(self.options.first[trial], sampling(rng))
-            return Candidate(trial, self.problem.space.run(policy))
+            guess = self.options.first[trial]
+            return Candidate(trial, guessed(self.problem.space, guess, self.problem.seed, trial))
         return next(iter(self._searcher.ask([trial])), None)
 
     def _continue(self, report: SegmentReport, until: int, **about: Any) -> None:

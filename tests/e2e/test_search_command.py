@@ -133,3 +133,39 @@ def test_check_shows_the_dimensions_and_the_first_population(raytrain: Callable[
     shown = raytrain("check", "digits-pbt").out
     assert "# optimizer.lr: between 0.0001 and 0.03 (log)\n" in shown
     assert "# member 7 begins with {'optimizer.lr': " in shown
+
+
+MINE = """
+def space(choose):
+    widths = [choose.one_of(f"width{i}", [8, 16, 32, 64]) for i in range(choose.int("layers", 1, 3))]
+    return {"task.widths": widths, "task.norm": choose.one_of("norm", ["none", "batch", "layer"])}
+"""
+
+
+def test_a_space_in_place_of_a_recipe(workplace: Path, raytrain: Callable[..., Any]) -> None:
+    """`check` finds out that it is one, and prints its size and samples; what is wrong is said before Ray starts."""
+    (workplace / "mine.py").write_text(MINE)
+    shown = raytrain("check", "mine:space", "recipe=digits", "search.budget=5")
+    assert shown.status == 0, shown.err
+    assert "# mine:space: 252 candidates\n" in shown.out
+    assert "# sample 3\ntask.widths = [" in shown.out
+    assert "# member 4 begins with {'task.widths': " in shown.out
+    (workplace / "wrong.py").write_text(MINE.replace("task.norm", "task.nrm"))
+    ended = raytrain("search", "wrong:space", "--set", "recipe=digits", "search.budget=5", "--out", "run")
+    message = "raytrain: search.space: the base recipe refuses task.nrm = 'batch' (wrong.py, line 4): task.nrm: no such"
+    assert (ended.status, ended.err.startswith(message)) == (2, True), ended.err
+    assert not (workplace / "run").exists()
+
+
+def test_a_space_is_searched_and_its_winner_is_a_recipe(workplace: Path) -> None:
+    """Without Ray, by the loop that a slot runs."""
+    (workplace / "mine.py").write_text(MINE)
+    raw = {"kind": "search", "name": "space", "search": {"space": "mine:space"}}
+    recipe = SearchRecipe.parse_with(raw, {"recipe": "digits", "recipe.steps": 10, "search.budget": 8})
+    checked = check_search(recipe)
+    journal = Journal(workplace, checked.recipe.scheduler(checked.objective))
+    journal.open()
+    drive(journal, journal.store, Trial(checked.base, torch.device("cpu"), lambda step: None).train)
+    changes = [row["new"] for row in journal.lineage.read() if row["action"] == "start"]
+    assert len({json.dumps(each) for each in changes}) == 8, "all different"
+    assert journal.best.segment.configuration.changes in changes

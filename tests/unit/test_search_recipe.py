@@ -4,11 +4,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from raytrain.errors import RecipeError
 from raytrain.training.recipe import TrainRecipe
 from search.checks import check_resume, check_shapes
+from search.launch.base import check_search
 from search.pbt.engine import PopulationBasedTraining
 from search.pbt.exploit import Truncation
 from search.pbt.explore import Perturb
@@ -103,7 +105,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"search": {"name": "pbt"}}, "search.space: required, and not given"),
     (
         {"search__name": "ptb"},
-        "search.name: no such name 'ptb'; did you mean pbt? known: asha, evolution, gp, grid, median, pbt, "
+        "search.name: no such name 'ptb'; did you mean pbt? known: asha, evolution, gp, grid, median, nars, pbt, "
         "random, sobol, tpe, or your own "
         "as module:attribute",
     ),
@@ -209,9 +211,79 @@ def test_no_factor_leads_across_zero(workplace: Path) -> None:
 def test_a_function_whose_values_are_refused(workplace: Path) -> None:
     (workplace / "mine.py").write_text("def space(choose):\n    return {'batch': choose.int('batch', -3, -1)}\n")
     with pytest.raises(
-        RecipeError, match=r"^search.space: the base recipe refuses batch = -\d: batch: expected greater"
+        RecipeError,
+        match=r"^search.space: the base recipe refuses batch = -\d \(mine.py, line 2\): batch: expected greater",
     ):
         parse(search__space="mine:space")
+
+
+def test_all_fields_that_a_function_has_wrong_are_named_with_their_lines(workplace: Path) -> None:
+    (workplace / "mine.py").write_text(
+        "def space(choose):\n"
+        "    return {\n"
+        "        'batch': choose.one_of('batch', [0, -1]),\n"
+        "        'task.nrm': choose.one_of('norm', ['none', 'none2']),\n"
+        "    }\n"
+    )
+    with pytest.raises(RecipeError) as error:
+        parse(search__space="mine:space")
+    first, second = sorted(str(error.value).splitlines())
+    assert first.startswith("search.space: the base recipe refuses batch = ")
+    assert " (mine.py, line 3): batch: expected greater than or equal to 1; got " in first
+    assert second.startswith("search.space: the base recipe refuses task.nrm = 'none")
+    assert " (mine.py, line 4): task.nrm: no such field; did you mean norm? known: " in second
+
+
+def test_a_space_is_short_for_a_search(workplace: Path) -> None:
+    """The fields as the command line sets them: `raytrain search mine:space recipe=digits search.budget=40`."""
+    (workplace / "mine.py").write_text("def space(choose):\n    return {'batch': choose.int('batch', 1, 4)}\n")
+    raw = {"kind": "search", "name": "space", "search": {"space": "mine:space"}}
+    recipe = SearchRecipe.parse_with(raw, {"recipe": "digits", "recipe.steps": 20, "search.budget": 40})
+    assert (recipe.search.name, recipe.members, recipe.steps, recipe.base.name) == ("gp", 40, 20, "digits")
+    assert SearchRecipe.parse_with(raw, {"recipe": "digits", "search.name": "tpe"}).search.name == "tpe"
+    assert SearchRecipe.parse(tomllib.loads(recipe.to_toml())) == recipe
+    with pytest.raises(RecipeError) as error:
+        SearchRecipe.parse_with(raw, {"search.budget": 40})
+    assert str(error.value) == "base: expected the recipe whose fields are searched, as in recipe=digits; got none"
+    with pytest.raises(RecipeError) as error:
+        SearchRecipe.parse_with(raw, {"recipe": "digits", "search.budget": 1, "search.first": [{}, {"batch": 2}]})
+    assert str(error.value) == "search.trials: expected at least 2, one for each guess in search.first; got 1"
+
+
+def test_a_limit_counts_the_parameters_of_the_model(workplace: Path) -> None:
+    (workplace / "mine.py").write_text(
+        "def space(choose):\n    return {'task.widths': [choose.ordered('width', [8, 64]), choose.int('last', 1, 9)]}\n"
+    )
+    section = {"name": "random", "space": "mine:space", "limits": {"parameters": 1000}}
+    recipe = parse(search=section, base__task={"name": "digits", "model": "mlp", "norm": "none"})
+    for work in recipe.scheduler(Objective("loss", "lower")).ask(9):
+        [first, last] = work.changes["task.widths"]
+        assert first == 8
+        model = shapes(recipe.base.with_overrides(dict(work.changes)))
+        assert sum(np.prod(shape) for shape in model.values()) == 64 * 8 + 8 + 9 * last + 10 * last + 10
+    with pytest.raises(RecipeError) as error:
+        check_search(recipe.with_overrides({"search.limits.parameters": 100}))
+    assert str(error.value) == "search.limits.parameters: none of 10,000 draws has at most 100; the smallest has 549"
+    with pytest.raises(RecipeError) as error:
+        check_search(recipe.with_overrides({"search.first": [{"last": 2}, {"width": 64}]}))
+    assert str(error.value) == "search.first.1: over a limit of search.limits, with width = 64"
+
+
+@pytest.mark.parametrize(
+    ("space", "base"),
+    [
+        ("digits:mlp", "digits"),
+        ("digits:cnn", "digits"),
+        ("text:gpt", "stdlib-lm"),
+        ("text:llama", "stdlib-lm"),
+        ("classify:fine_tuning", "sst2-minilm"),
+    ],
+)
+def test_ready_spaces_fit_their_tasks(space: str, base: str) -> None:
+    recipe = SearchRecipe.parse({"kind": "search", "base": base, "search": {"space": f"search.spaces.{space}"}})
+    for seed in range(40):
+        changes = dict(recipe.space().sample(np.random.default_rng(seed)).changes)
+        assert recipe.base.with_overrides(changes).to_dict() != recipe.base.to_dict()
 
 
 def test_values_are_tried_under_their_conditions() -> None:

@@ -1,5 +1,6 @@
 """Search spaces: a table and a function are the same object, and a genome replays."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from raytrain.errors import RecipeError
 from search.chooser import Chooser, crossing, perturbing
 from search.domains import Domain
 from search.genome import Configuration
+from search.searchers.grid import grid_points
 from search.space import Space, make_space
+from search.space_size import space_size
 
 TABLE = {
     "optimizer": {
@@ -116,6 +119,64 @@ def test_a_function_by_name_is_a_space(workplace: Any) -> None:
     found = make_space("mine:space").sample(np.random.default_rng(0))
     assert isinstance(found, Configuration)
     assert found.genome.values() == dict(found.changes)
+
+
+def test_a_function_that_decides_wrongly_is_named_with_the_line_in_its_file(workplace: Any) -> None:
+    """Not with the line of the chooser that refuses it."""
+    lines = {
+        "choose.bool('x'); choose.bool('x')": "x: decided twice; give each decision a name of its own, as with "
+        "choose.under",
+        "choose.one_of('x', [])": "x: expected at least 2 values; got []",
+        "choose.float('x', 2, 1)": "x: expected low < high; got low = 2 and high = 1",
+        "choose.float('x', 0, 1, log=True)": "x: expected low > 0 with scale = 'log'; got low = 0; use scale = "
+        "'linear'",
+        "choose.int('x', 1, choose.int('n', 2, 3))": "x: a path has one domain; got between 1 and ",
+    }
+    for number, (line, message) in enumerate(lines.items()):
+        name = f"wrong{number}"
+        (workplace / f"{name}.py").write_text(f"def space(choose):\n    batch = 3\n    {line}\n    return {{}}\n")
+        space = make_space(f"{name}:space")
+        with pytest.raises(RecipeError) as error:
+            [space.sample(np.random.default_rng(seed)) for seed in range(20)]
+        assert str(error.value).startswith(f"{name}:space: {message}")
+        assert str(error.value).endswith(f" ({name}.py, line 3)")
+
+
+def test_some_of_are_any_of_the_values() -> None:
+    space = Space(lambda choose: {"on": choose.some_of("on", ["a", "b"])})
+    found = {tuple(point.changes["on"]) for point in grid_points(space, 2)}
+    assert found == {(), ("a",), ("b",), ("a", "b")}
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    branch=st.integers(1, 3),
+    log=st.booleans(),
+)
+def test_count_and_enumeration_agree(sizes: list[int], branch: int, log: bool) -> None:
+    def program(choose: Chooser) -> dict[str, Any]:
+        some = [choose.int(f"n{place}", 1, size, log=log) for place, size in enumerate(sizes)]
+        if some[0] == 1:  # one branch has more decisions
+            some += [choose.one_of(f"m{place}", [1, 2, 3]) for place in range(branch)]
+        return {"some": some}
+
+    points = [json.dumps(point.genome.values()) for point in grid_points(Space(program), 6)]
+    size = space_size(Space(program))
+    assert len(set(points)) == len(points) == size.count
+    assert size.exact
+
+
+def test_a_size_is_told_in_words() -> None:
+    def words(program: Any) -> str:
+        return str(space_size(Space(program)))
+
+    assert words(lambda choose: {"a": choose.int("a", 3, 3)}) == "1 candidate"
+    assert words(lambda choose: {"a": choose.int("a", 1, 12_000)}) == "12,000 candidates"
+    assert words(lambda choose: {"a": choose.int("a", 1, 30_000)}) == "about 3e+04 candidates"
+    assert words(lambda choose: {"a": choose.int("a", 1, 10**7) * choose.int("b", 1, 10**7)}) == (
+        "more than 10^12 candidates"
+    )
+    assert words(lambda choose: {"a": choose.float("a", 0, 1)}) == "more than 10^12 candidates, some real-valued"
 
 
 FLOAT = {"type": "float", "low": 0, "high": 1}

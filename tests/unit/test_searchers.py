@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrain.errors import RecipeError
 from raytrain.registry import resolve
 from search.domains import Float
+from search.limits import Limit
 from search.searcher import Candidate, CandidateResult, Searcher
 from search.searchers.gp import GaussianProcessSearcher
 from search.space import Space, make_space
@@ -25,7 +27,7 @@ TABLE = {
     "depth": {"type": "int", "low": 1, "high": 4},
     "bias": {"type": "bool"},
 }
-LEARNING = ["evolution", "gp", "tpe"]
+LEARNING = ["evolution", "gp", "nars", "tpe"]
 
 
 def searcher_of(name: str, space: Space | None = None, seed: int = 0) -> Searcher:
@@ -94,7 +96,7 @@ def test_others_results_are_learned_from(name: str) -> None:
     assert np.median([fitness_of(each) or -5 for each in proposals]) > usual
 
 
-@pytest.mark.parametrize("name", ["gp", "grid"])
+@pytest.mark.parametrize("name", ["gp", "grid", "nars"])
 def test_nothing_is_asked_twice_and_a_space_can_be_spent(name: str) -> None:
     space = make_space({"kind": TABLE["kind"], "depth": {"type": "int", "low": 1, "high": 3}})
     searcher, asked = searcher_of(name, space), []
@@ -103,6 +105,48 @@ def test_nothing_is_asked_twice_and_a_space_can_be_spent(name: str) -> None:
             asked.append(json.dumps(candidate.configuration.changes))
             searcher.tell([CandidateResult(candidate, float(len(asked)))])
     assert len(asked) == len(set(asked)) == 6
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_a_space_with_one_candidate_is_searched(name: str) -> None:
+    searcher = searcher_of(name, Space(lambda choose: {"batch": choose.one_of("batch", [16])}))
+    for number in range(8):
+        for candidate in searcher.ask([number]):
+            assert candidate.configuration.changes == {"batch": 16}
+            searcher.tell([CandidateResult(candidate, 1.0)])
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_a_candidate_over_the_limit_is_never_asked(name: str) -> None:
+    """Half of the draws are."""
+    limit = Limit("search.limits.parameters", 40, lambda changes: int(changes["width"]) * int(changes["depth"]))
+    searcher, asked = searcher_of(name, make_space(TABLE).limited(limit)), []
+    for number in range(24):
+        candidates = searcher.ask([number])
+        asked += candidates
+        told(searcher, candidates)
+    assert len(asked) >= 20
+    assert all(each.configuration.changes["width"] * each.configuration.changes["depth"] <= 40 for each in asked)
+
+
+def test_a_limit_that_nothing_keeps_to_says_the_smallest() -> None:
+    limit = Limit("search.limits.parameters", 7, lambda changes: int(changes["width"]))
+    with pytest.raises(RecipeError) as error:
+        searcher_of("random", make_space(TABLE).limited(limit)).ask([0])
+    assert str(error.value) == "search.limits.parameters: none of 10,000 draws has at most 7; the smallest has 8"
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_nothing_is_asked_twice(name: str) -> None:
+    """Here 16 of 24 candidates, of which the best ones are proposed again and again."""
+    table = {"kind": TABLE["kind"], "width": TABLE["width"], "depth": TABLE["depth"]}
+    searcher, asked = searcher_of(name, make_space(table)), []
+    for number in range(16):
+        [candidate] = searcher.ask([number])
+        asked.append(json.dumps(candidate.configuration.changes))
+        changes = candidate.configuration.changes
+        searcher.tell([CandidateResult(candidate, -changes["depth"] - 8 / changes["width"])])
+    assert len(set(asked)) == len(asked)
 
 
 def test_sobol_fills_a_space_more_evenly_than_draws() -> None:
@@ -173,7 +217,8 @@ def test_the_hyperparameters_find_what_matters() -> None:
     assert lengths[0] < 0.7 * min(lengths[1:])
 
 
-def test_a_gaussian_process_beats_draws() -> None:
+@pytest.mark.parametrize("learning", ["gp", "nars"])
+def test_a_model_beats_draws(learning: str) -> None:
     def best(name: str, seed: int) -> float:
         searcher, found = searcher_of(name, seed=seed), []
         for number in range(18):
@@ -182,7 +227,7 @@ def test_a_gaussian_process_beats_draws() -> None:
             found += [fitness_of(each) or -5.0 for each in candidates]
         return max(found)
 
-    pairs = [(best("gp", seed), best("random", seed)) for seed in range(5)]
+    pairs = [(best(learning, seed), best("random", seed)) for seed in range(5)]
     assert np.mean([one for one, _ in pairs]) > np.mean([other for _, other in pairs]) + 0.1
 
 

@@ -1,0 +1,1 @@
+"""Predictors of what a configuration scores, behind one interface."""

@@ -1,0 +1,71 @@
+"""How many candidates a space has."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from search.domains import Domain, Int
+from search.rng import keyed_generator
+from search.searchers.grid import grid_points
+from search.space import Space
+
+ENUMERATED = 20_000
+SHOWN = 10**12
+PROBES = 400
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceSize:
+    """The number of candidates of a space.
+
+    Attributes:
+        count: of values that are listed or whole numbers; infinite if some are real.
+        exact: whether all were enumerated; else the count is estimated.
+    """
+
+    count: float
+    exact: bool
+
+    def __str__(self) -> str:
+        """Return the number in words."""
+        if self.count == 1:
+            return "1 candidate"
+        if math.isinf(self.count):
+            return "more than 10^12 candidates, some real-valued"
+        if self.count > SHOWN:
+            return "more than 10^12 candidates"
+        return f"{self.count:,.0f} candidates" if self.exact else f"about {self.count:.2g} candidates"
+
+
+def space_size(space: Space) -> SpaceSize:
+    """Return how many candidates a space has: enumerated up to 20,000, else estimated.
+
+    The estimate is the mean, over paths of uniform choices, of the product of the numbers of values on the path.
+
+    Source: Knuth 1975, Estimating the Efficiency of Backtrack Programs, section 2.
+    """
+    products = []
+    for number in range(PROBES):
+        rng = keyed_generator(0, "probe", number)
+        decisions = space.run(lambda _, domain, rng=rng: _uniform(domain, rng)).genome.decisions
+        products.append(math.prod(decision.domain.count for decision in decisions))
+    if math.isinf(max(products)):
+        return SpaceSize(math.inf, exact=False)
+    if max(products) <= ENUMERATED:
+        count = 0
+        for count, _ in enumerate(grid_points(space, ENUMERATED + 1), start=1):
+            if count > ENUMERATED:
+                break
+        else:
+            return SpaceSize(count, exact=True)
+    return SpaceSize(float(np.mean(products)), exact=False)
+
+
+def _uniform(domain: Domain, rng: np.random.Generator) -> Any:
+    """Draw a value of a finite domain, each with equal probability, whatever its scale."""
+    if math.isinf(domain.count):
+        return domain.sample(rng)
+    index = int(rng.integers(int(domain.count)))
+    return domain.low + index if isinstance(domain, Int) else domain.extremes()[index]
