@@ -128,7 +128,8 @@ def fold_in(master: int, *position: int) -> int:
         raise ValueError(BAD_POSITION.format(position))
     key = [validate_seed(master) & LOW, master >> 32]
     low, high, *_ = _philox_rounds([*numbers, *[0] * (MOST_NUMBERS - len(numbers))], key)
-    return low | high << 32
+    seed: int = low | high << 32
+    return seed
 
 
 def fold_in_all(masters: int | SeedArray, *position: int | NDArray[np.integer]) -> SeedArray:
