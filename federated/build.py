@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -20,13 +21,17 @@ from federated.simulation import InProcessChannel
 from federated.tables import PARTITIONS, PROTOCOLS
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
-from raytrain.models.adapters import inject_adapter
+from raytrain.kinds import load_kind
+from raytrain.models.adapters import inject_adapter, merge_adapter
 from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
+from raytrain.provenance import check_trusted
+from raytrain.recipe import read_toml
 from raytrain.registry import resolve
 from raytrain.seeds.prng import fold_in
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import TASKS, Task, make_task
+from raytrain.training.trained_model import TrainedModel
 from raytrain.zeroth.optimizers import ZOSGD, ZerothOrderOptimizer, directions_of
 
 
@@ -86,13 +91,41 @@ def working_model_of(
 
 
 def initial_module(recipe: FederateRecipe, task: Task) -> nn.Module:
-    """Return the model with its first weights, its adapter and what is frozen."""
+    """Return the model with its first weights, its adapter and what is frozen.
+
+    Raises:
+        RecipeError: the run that it starts from has another model, or none.
+    """
     module = task.model(recipe.seed)
-    if task.init_head:
+    if recipe.start:
+        load_start(module, recipe.start)
+    elif task.init_head:
         task.init_head(module, recipe.seed)
     freeze(module, recipe.freeze.match)
     inject_adapter(module, recipe.adapter, recipe.seed)
     return module
+
+
+def load_start(module: nn.Module, folder: Path) -> None:
+    """Set a module to the best model of a run of any kind, adapters merged.
+
+    Raises:
+        RecipeError: the run has another model, or none, or was fetched and names code.
+        CheckpointError: its checkpoint is damaged, or not there yet.
+    """
+    raw, file = read_toml(str(folder), [])
+    check_trusted(raw, file)
+    load = load_kind(raw.get("kind", "train")).load
+    if not load:
+        raise RecipeError(f"start: {folder} is a run of the kind {raw['kind']}, which leaves no model")
+    trained: TrainedModel = resolve({}, load, "kind")(folder, {})
+    found = trained.module()
+    if trained.adapted:
+        merge_adapter(found)
+    try:
+        module.load_state_dict(found.state_dict())
+    except RuntimeError as error:
+        raise RecipeError(f"start: expected a run with the model of this task; {folder} has another: {error}") from None
 
 
 def evaluate_module(

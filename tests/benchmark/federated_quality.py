@@ -8,8 +8,8 @@ and Dirichlet 0.5 and 0.1. In all rows a client takes the same number of steps o
 of a gradient; "centralised" has one client with all of the data and ten directions a step, so as many forward passes.
 
 Each method's learning rate is the best of four, on each partition, by the loss on a tenth of the training images that
-no client has; these runs are three eighths as long. Rows are measured with all training images at the clients, on the images
-that are held out. All is done in this process, which gives what `raytrain federate` does, to the bit.
+no client has; these runs are three eighths as long. Rows are measured with all training images at the clients, on the
+images that are held out. All is done in this process, which gives what `raytrain federate` does, to the bit.
 """
 
 import json
