@@ -80,6 +80,7 @@ class RunRecords:
                 "heard": len(done.heard),
                 "missing": len(done.missing),
                 "refused": done.refused,
+                "late": len(done.late),
             }
         )
         if self._model.is_done() or (self._every and (done.number + 1) % self._every == 0):
@@ -101,6 +102,7 @@ def row_of(done: CommunicationRound) -> dict[str, Any]:
         "missing": {str(client): reason for client, reason in sorted(done.missing.items())},
         "refused": done.refused,
         "refusals": done.refusals,
+        "late": [str(answer) for answer in done.late],
         "bytes_down": done.bytes_down,
         "bytes_up": done.bytes_up,
     }

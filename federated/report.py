@@ -31,7 +31,7 @@ def panels(run: RunDirectory) -> list[Panel]:
         *_quality(evaluations, "step", "Held-out {} over rounds", "rounds"),
         *_quality(evaluations, "megabytes", "Held-out {} over bytes", "MB, both ways, all clients"),
         _chart("On clients' own examples", evaluations, OVER_CLIENTS, "metric"),
-        _chart("Clients of a round", played, ("heard", "missing", "refused"), "clients"),
+        _chart("Clients of a round", played, ("heard", "missing", "refused", "late"), "clients"),
         _chart("Bytes of a round", _differences(played, TRAFFIC), TRAFFIC, "bytes"),
         _chart("Time of a round", _differences(played, ["seconds"]), ["seconds"], "seconds"),
         _left_out(read_jsonl(run.path / ROUNDS)),
@@ -69,6 +69,7 @@ def _left_out(rounds: Rows) -> Panel | None:
         for what in [
             *(f"client {client}: {reason}" for client, reason in row["missing"].items()),
             *row["refusals"],
+            *row["late"],
         ]
     ]
     return table("Clients that were not heard", ["round", "client and reason"], left_out)

@@ -10,7 +10,8 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
 from federated.build import Federation
-from federated.flower.channel import GridChannel, GridMessenger, nobody
+from federated.channel import LateAnswer
+from federated.flower.channel import GridChannel, GridMessenger, nobody, nothing_late
 from federated.flower.client import TrainingClient
 from federated.global_model import GlobalModel
 from federated.recipe import FederateRecipe
@@ -70,9 +71,10 @@ class SeedRun:
         folder: Path,
         record: Callable[[CommunicationRound], None],
         end_process: Callable[[int], None] = nobody,
+        late_answers: Callable[[], Sequence[LateAnswer]] = nothing_late,
     ) -> Generator[CommunicationRound]:
         """Play rounds to the end, and yield each when it is saved; see `GridMessenger` and `Rounds.run`."""
-        messenger = GridMessenger(grid, nodes, self.federation.recipe.faults.timeout_seconds, end_process)
+        messenger = GridMessenger(grid, nodes, self.federation.recipe.faults.timeout_seconds, end_process, late_answers)
         return self.federation.rounds(self.server, GridChannel(messenger)).run(folder, record)
 
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from federated.build import evaluate_module, initial_module, partition_of, task_of
-from federated.channel import NoReport
+from federated.channel import LateAnswer, NoReport
 from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
 from federated.faults import ClientFaultPlan
-from federated.flower.channel import GridMessenger, nobody
+from federated.flower.channel import GridMessenger, nobody, nothing_late
 from federated.flower.gradient_client import ARRAYS, METRICS, load_gradient_clients
 from federated.flower.seeding import global_seed
 from federated.gradients import Arrays, arrays_of, load_arrays
@@ -117,9 +117,10 @@ class StrategyRun:
         folder: Path,
         record: Callable[[CommunicationRound], None],
         end_process: Callable[[int], None] = nobody,
+        late_answers: Callable[[], Sequence[LateAnswer]] = nothing_late,
     ) -> Generator[CommunicationRound]:
         """Play rounds to the end, and yield each when it is saved; see `GridMessenger`."""
-        messenger = GridMessenger(grid, nodes, self._recipe.faults.timeout_seconds, end_process)
+        messenger = GridMessenger(grid, nodes, self._recipe.faults.timeout_seconds, end_process, late_answers)
         while not self.is_done():
             done = self.play_round(messenger)
             record(done)
@@ -142,6 +143,7 @@ class StrategyRun:
                 going.miss(client, answer.reason)
             else:
                 self._hear(going, client, answer, replies)
+        going.late = list(messenger.late_answers())
         going.payloads, going.bytes_down = len(contents), sum(map(size_of, contents.values()))
         self._aggregate(going, replies)
         return going

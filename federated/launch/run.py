@@ -140,7 +140,12 @@ class Playing(threading.Thread):
 
     def _play_on(self, grid: RayGrid, records: RunRecords) -> None:
         rounds = self._federation.play(
-            grid, grid.get_node_ids(), self._directory.path, records.add, end_process=grid.end_actor
+            grid,
+            grid.get_node_ids(),
+            self._directory.path,
+            records.add,
+            end_process=grid.end_actor,
+            late_answers=grid.late_answers,
         )
         with contextlib.closing(rounds):
             for _ in rounds:
