@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from federated.channel import Channel
 from federated.client import ClientData, LocalTrainer
-from federated.evaluation import OwnExamples, evaluate_on, over_clients
+from federated.evaluation import ClientScore, KeepScores, OwnExamples, evaluate_on, forget, over_clients
 from federated.faults import ClientFaultPlan, FaultyChannel
 from federated.global_model import RoundRates
 from federated.partition import Partition
@@ -129,7 +129,12 @@ def load_start(module: nn.Module, folder: Path) -> None:
 
 
 def evaluate_module(
-    recipe: FederateRecipe, task: Task, partition: Partition, module: nn.Module, version: int
+    recipe: FederateRecipe,
+    task: Task,
+    partition: Partition,
+    module: nn.Module,
+    version: int,
+    keep: KeepScores = forget,
 ) -> dict[str, float]:
     """Return what a task measures of a model: on held-out examples, and on some clients' own.
 
@@ -139,13 +144,19 @@ def evaluate_module(
         partition: of its training examples.
         module: the model.
         version: rounds that made it, from which the clients follow.
+        keep: called with the clients' scores, if there are any.
     """
     batch, held_out = recipe.evaluation.batch, task.data("valid")
     metrics = evaluate_on(task, module, held_out, batch)
     if count := round(recipe.evaluation.clients * partition.clients):
         some = participants(fold_in(recipe.seed, Stream.EVALUATION), version, partition.clients, count).tolist()
-        own = [OwnExamples(task.data("train"), partition.indices(client)) for client in some]
-        metrics |= over_clients([evaluate_on(task, module, examples, batch) for examples in own], task)
+        own = {client: OwnExamples(task.data("train"), partition.indices(client)) for client in some}
+        scores = [
+            ClientScore(client, len(examples), evaluate_on(task, module, examples, batch))
+            for client, examples in own.items()
+        ]
+        keep(scores)
+        metrics |= over_clients(scores, task)
     return metrics
 
 
@@ -175,10 +186,11 @@ class Federation:
         task = task_of(recipe)
         return cls(recipe, task, partition_of(recipe, task), working_model_of(recipe, task, device=device))
 
-    def evaluate(self, server: Server) -> dict[str, float]:
+    def evaluate(self, server: Server, keep: KeepScores = forget) -> dict[str, float]:
         """Return what the task measures of the server's model: on held-out examples, and on some clients' own."""
         self.model.set_to(server.model, protocol_of(self.recipe))
-        return evaluate_module(self.recipe, self.task, self.partition, self.model.module, server.model.version)
+        module, version = self.model.module, server.model.version
+        return evaluate_module(self.recipe, self.task, self.partition, module, version, keep)
 
     def parameter_bytes(self) -> int:
         """Return the size of the parameters that the run moves, which a gradient method would send."""

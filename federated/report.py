@@ -2,13 +2,25 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from federated.records import ROUNDS
+from typing_extensions import TypedDict
+
+from federated.records import PARTITION, ROUNDS
+from raytrain.json_files import read_json
 from raytrain.run.directory import RunDirectory, read_jsonl
 from raytrain.run.report.panel import Panel, Series, line_chart, table
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+class _Labels(TypedDict):
+    """How many clients are shown, and label -> how many examples of it each of them has."""
+
+    clients: int
+    labels: dict[str, list[int]]
+
 
 OVER_CLIENTS = ("clients", "worst_tenth", "spread")
 """Metrics of the model on clients' own examples."""
@@ -34,6 +46,7 @@ def panels(run: RunDirectory) -> list[Panel]:
         _chart("Clients of a round", played, ("heard", "missing", "refused", "late"), "clients"),
         _chart("Bytes of a round", _differences(played, TRAFFIC), TRAFFIC, "bytes"),
         _chart("Time of a round", _differences(played, ["seconds"]), ["seconds"], "seconds"),
+        _partition(run.path / PARTITION),
         _left_out(read_jsonl(run.path / ROUNDS)),
     ]
     return [panel for panel in charts if panel is not None]
@@ -59,6 +72,19 @@ def _differences(played: Rows, names: Sequence[str]) -> Rows:
         {"step": row["step"], **{name: row[name] - last[name] for name in names}}
         for last, row in pairwise([before, *played])
     ]
+
+
+def _partition(path: Path) -> Panel | None:
+    """Return the labels of the first clients, as stacked bars."""
+    if not path.is_file():
+        return None
+    known = read_json(path, _Labels)
+    traces = [
+        {"type": "bar", "name": label, "x": list(range(known["clients"])), "y": counts}
+        for label, counts in known["labels"].items()
+    ]
+    layout = {"barmode": "stack", "xaxis": {"title": {"text": "client"}}, "yaxis": {"title": {"text": "examples"}}}
+    return Panel("Labels of clients", traces, layout)
 
 
 def _left_out(rounds: Rows) -> Panel | None:

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from federated.build import Federation
 from federated.channel import LateAnswer
+from federated.evaluation import KeepScores, forget
 from federated.flower.channel import GridChannel, GridMessenger, nobody, nothing_late
 from federated.flower.client import TrainingClient
 from federated.global_model import GlobalModel
@@ -48,9 +49,9 @@ class SeedRun:
         """Take back the newest state in a run's folder, if there is one."""
         self.server.resume(folder / STATES)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, keep: KeepScores = forget) -> dict[str, float]:
         """Return what the task measures of the newest model."""
-        return self.federation.evaluate(self.server)
+        return self.federation.evaluate(self.server, keep)
 
     def save_model(self, folder: Path) -> None:
         """Write the newest model, as seeds and coefficients."""

@@ -19,6 +19,7 @@ from federated.build import evaluate_module, initial_module, partition_of, task_
 from federated.channel import LateAnswer, NoReport
 from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
+from federated.evaluation import KeepScores, forget
 from federated.faults import ClientFaultPlan
 from federated.flower.channel import GridMessenger, nobody, nothing_late
 from federated.flower.gradient_client import ARRAYS, METRICS, load_gradient_clients
@@ -93,10 +94,10 @@ class StrategyRun:
                 setattr(self._strategy, name, [kept[str(i)] for i in range(len(kept))] if as_list else kept)
         self.arrays = {name: state[f"array.{name}"] for name in self.arrays}  # some strategies go by their order
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, keep: KeepScores = forget) -> dict[str, float]:
         """Return what the task measures of the newest model."""
         load_arrays(self._module, self.arrays)
-        return evaluate_module(self._recipe, self.task, self.partition, self._module, self.version)
+        return evaluate_module(self._recipe, self.task, self.partition, self._module, self.version, keep)
 
     def save_model(self, folder: Path) -> None:
         """Write the newest trainable parameters."""

@@ -20,6 +20,7 @@ ROUNDS = """
 def test_a_run_s_rows_become_charts(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(METRICS.lstrip())
     (tmp_path / "rounds.jsonl").write_text(ROUNDS.lstrip())
+    (tmp_path / "partition.json").write_text('{"clients": 3, "labels": {"0": [1, 0, 2], "7": [0, 4, 0]}}')
     found = {panel.title: panel for panel in panels(RunDirectory(tmp_path))}
     lines = {
         (title, trace["name"]): (list(trace["x"]), list(trace["y"]))
@@ -33,6 +34,9 @@ def test_a_run_s_rows_become_charts(tmp_path: Path) -> None:
     assert lines["Clients of a round", "refused"] == ([1, 2], [0, 1])
     assert lines["Bytes of a round", "bytes_down"] == ([1, 2], [100, 200])
     assert lines["Time of a round", "seconds"] == ([1, 2], [2.0, 3.0])
+    assert lines["Labels of clients", "0"] == ([0, 1, 2], [1, 0, 2])
+    assert lines["Labels of clients", "7"] == ([0, 1, 2], [0, 4, 0])
+    assert found["Labels of clients"].layout["barmode"] == "stack"
     assert found["Clients that were not heard"].rows == [
         [1, "client 7: no answer"],
         [2, "client 3: no answer"],
