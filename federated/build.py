@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from federated.channel import Channel
 from federated.client import ClientData, LocalTrainer
-from federated.evaluation import OwnExamples, evaluate_on, over_clients
+from federated.evaluation import ClientScore, KeepScores, OwnExamples, evaluate_on, forget, over_clients
 from federated.faults import ClientFaultPlan, FaultyChannel
 from federated.global_model import RoundRates
 from federated.partition import Partition
@@ -20,13 +21,17 @@ from federated.simulation import InProcessChannel
 from federated.tables import PARTITIONS, PROTOCOLS
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
-from raytrain.models.adapters import inject_adapter
+from raytrain.kinds import load_kind
+from raytrain.models.adapters import inject_adapter, merge_adapter
 from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
+from raytrain.provenance import check_trusted
+from raytrain.recipe import read_toml
 from raytrain.registry import resolve
 from raytrain.seeds.prng import fold_in
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import TASKS, Task, make_task
+from raytrain.training.trained_model import TrainedModel
 from raytrain.zeroth.optimizers import ZOSGD, ZerothOrderOptimizer, directions_of
 
 
@@ -86,17 +91,50 @@ def working_model_of(
 
 
 def initial_module(recipe: FederateRecipe, task: Task) -> nn.Module:
-    """Return the model with its first weights, its adapter and what is frozen."""
+    """Return the model with its first weights, its adapter and what is frozen.
+
+    Raises:
+        RecipeError: the run that it starts from has another model, or none.
+    """
     module = task.model(recipe.seed)
-    if task.init_head:
+    if recipe.start:
+        load_start(module, recipe.start)
+    elif task.init_head:
         task.init_head(module, recipe.seed)
     freeze(module, recipe.freeze.match)
     inject_adapter(module, recipe.adapter, recipe.seed)
     return module
 
 
+def load_start(module: nn.Module, folder: Path) -> None:
+    """Set a module to the best model of a run of any kind, adapters merged.
+
+    Raises:
+        RecipeError: the run has another model, or none, or was fetched and names code.
+        CheckpointError: its checkpoint is damaged, or not there yet.
+    """
+    raw, file = read_toml(str(folder), [])
+    check_trusted(raw, file)
+    load = load_kind(raw.get("kind", "train")).load
+    if not load:
+        raise RecipeError(f"start: {folder} is a run of the kind {raw['kind']}, which leaves no model")
+    trained: TrainedModel = resolve({}, load, "kind")(folder, {})
+    found = trained.module()
+    if trained.adapted:
+        merge_adapter(found)
+    try:
+        module.load_state_dict(found.state_dict())
+    except RuntimeError as error:
+        raise RecipeError(f"start: expected a run with the model of this task; {folder} has another: {error}") from None
+
+
 def evaluate_module(
-    recipe: FederateRecipe, task: Task, partition: Partition, module: nn.Module, version: int
+    recipe: FederateRecipe,
+    task: Task,
+    partition: Partition,
+    module: nn.Module,
+    version: int,
+    keep: KeepScores = forget,
 ) -> dict[str, float]:
     """Return what a task measures of a model: on held-out examples, and on some clients' own.
 
@@ -106,13 +144,19 @@ def evaluate_module(
         partition: of its training examples.
         module: the model.
         version: rounds that made it, from which the clients follow.
+        keep: called with the clients' scores, if there are any.
     """
     batch, held_out = recipe.evaluation.batch, task.data("valid")
     metrics = evaluate_on(task, module, held_out, batch)
     if count := round(recipe.evaluation.clients * partition.clients):
         some = participants(fold_in(recipe.seed, Stream.EVALUATION), version, partition.clients, count).tolist()
-        own = [OwnExamples(task.data("train"), partition.indices(client)) for client in some]
-        metrics |= over_clients([evaluate_on(task, module, examples, batch) for examples in own], task)
+        own = {client: OwnExamples(task.data("train"), partition.indices(client)) for client in some}
+        scores = [
+            ClientScore(client, len(examples), evaluate_on(task, module, examples, batch))
+            for client, examples in own.items()
+        ]
+        keep(scores)
+        metrics |= over_clients(scores, task)
     return metrics
 
 
@@ -142,10 +186,11 @@ class Federation:
         task = task_of(recipe)
         return cls(recipe, task, partition_of(recipe, task), working_model_of(recipe, task, device=device))
 
-    def evaluate(self, server: Server) -> dict[str, float]:
+    def evaluate(self, server: Server, keep: KeepScores = forget) -> dict[str, float]:
         """Return what the task measures of the server's model: on held-out examples, and on some clients' own."""
         self.model.set_to(server.model, protocol_of(self.recipe))
-        return evaluate_module(self.recipe, self.task, self.partition, self.model.module, server.model.version)
+        module, version = self.model.module, server.model.version
+        return evaluate_module(self.recipe, self.task, self.partition, module, version, keep)
 
     def parameter_bytes(self) -> int:
         """Return the size of the parameters that the run moves, which a gradient method would send."""

@@ -1,6 +1,6 @@
 """What carries payloads to clients and reports back: the interface of all channels."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,23 @@ class NoReport:
     """
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LateAnswer:
+    """What came of a client after the end of its round, and is not used.
+
+    Attributes:
+        client: its number.
+        round_number: of the round that it was asked in, counted from 0.
+    """
+
+    client: int
+    round_number: int
+
+    def __str__(self) -> str:
+        """Return this in words."""
+        return f"client {self.client}, round {self.round_number}: it answered after the end of the round"
 
 
 ClientAnswer = bytes | NoReport
@@ -30,6 +47,10 @@ class Channel(Protocol):
             round_number: counted from 0.
             payloads: client -> what it is sent.
         """
+        ...
+
+    def late_answers(self) -> Sequence[LateAnswer]:
+        """Return what came late since the last call."""
         ...
 
     def lose_process(self, client: int) -> None:

@@ -1,6 +1,6 @@
 """How good the global model is: on the task's held-out examples, and on each client's own."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,28 @@ class OwnExamples:
         return self.examples[int(self.indices[index])]
 
 
+@dataclass(frozen=True, slots=True)
+class ClientScore:
+    """What a model is worth to a client.
+
+    Attributes:
+        client: its number.
+        examples: that it has.
+        metrics: of the model, on these.
+    """
+
+    client: int
+    examples: int
+    metrics: Mapping[str, float]
+
+
+KeepScores = Callable[[Sequence[ClientScore]], None]
+
+
+def forget(scores: Sequence[ClientScore]) -> None:
+    """Keep no scores of clients."""
+
+
 def evaluate_on(task: Task, module: nn.Module, examples: Examples, batch: int) -> dict[str, float]:
     """Return what the task measures of a module, over some examples.
 
@@ -46,9 +68,9 @@ def evaluate_on(task: Task, module: nn.Module, examples: Examples, batch: int) -
     return evaluate(task, module, examples, batch, ExactAverager(LocalTransport()))
 
 
-def over_clients(rows: Iterable[Mapping[str, float]], task: Task) -> dict[str, float]:
+def over_clients(scores: Sequence[ClientScore], task: Task) -> dict[str, float]:
     """Return the mean of the metric over clients, that of the worst tenth of them, and its standard deviation."""
-    values = np.sort(np.array([row[task.metric] for row in rows]))
+    values = np.sort(np.array([score.metrics[task.metric] for score in scores]))
     worst = values if task.better == "higher" else values[::-1]
     few = max(1, round(WORST * len(values)))
     return {"clients": float(values.mean()), "worst_tenth": float(worst[:few].mean()), "spread": float(values.std())}

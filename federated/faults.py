@@ -3,13 +3,13 @@
 Which fault happens to a client in a round follows from the seed, so a run with faults is repeated as one without.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
-from federated.channel import Channel, ClientAnswer, NoReport
+from federated.channel import Channel, ClientAnswer, LateAnswer, NoReport
 from federated.sampling import Stream
 from federated.tables import FAULTS
 from raytrain.recipe import Section
@@ -117,6 +117,10 @@ class FaultyChannel:
                 self.lose_process(client)
         for client, answer in self._channel.ask(round_number, payloads):
             yield client, answer if isinstance(answer, NoReport) else self._plan.after(round_number, client, answer)
+
+    def late_answers(self) -> Sequence[LateAnswer]:
+        """Return what came late."""
+        return self._channel.late_answers()
 
     def lose_process(self, client: int) -> None:
         """End a process that serves clients."""

@@ -11,6 +11,7 @@ KIND = Kind(
     load="federated.results:load_federated_model",
     panels="federated.report:panels",
     check="federated.flower.preview:federated_preview",
+    app="federated.launch.app:run_app_folder",
     tables={
         "protocols": "federated.tables:PROTOCOLS",
         "partitions": "federated.tables:PARTITIONS",

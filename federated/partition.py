@@ -7,6 +7,7 @@ Where flwr-datasets has the same partitioner, the same seed gives the same examp
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -244,6 +245,22 @@ def labels_of(examples: Examples) -> NDArray[Any]:
     if ask is None:
         raise RecipeError("partition.name: expected examples with labels; the task's have none; take iid or domain")
     return np.array([ask(index) for index in range(len(examples))])
+
+
+def label_counts(partition: Partition, examples: Examples, clients: int) -> dict[str, list[int]]:
+    """Return label -> how many examples of it each of the first clients has; "examples" stands for all without labels.
+
+    Args:
+        partition: of the examples.
+        examples: all of them.
+        clients: how many of the clients.
+    """
+    label = getattr(examples, "label", None)
+    counts = [
+        Counter(str(label(index)) if label else "examples" for index in partition.indices(client).tolist())
+        for client in range(clients)
+    ]
+    return {name: [one[name] for one in counts] for name in sorted({name for one in counts for name in one})}
 
 
 def _draws(

@@ -16,7 +16,7 @@ from federated.tables import PARTITIONS, PROTOCOLS, STRATEGIES
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, OptimizerOptions
 from raytrain.optim.schedules import SCHEDULES, lr_factor
-from raytrain.recipe import Recipe, Section, options_by_name, options_parameter
+from raytrain.recipe import AbsolutePath, Recipe, Section, options_by_name, options_parameter
 from raytrain.registry import resolve, suggest
 from raytrain.seeds.prng import Distribution
 from raytrain.training.recipe import AdapterField, Freeze, Schedule, TaskField, options_of_optimizer
@@ -125,12 +125,14 @@ class FederateRecipe(Recipe):
 
     Attributes:
         rounds: communication rounds.
+        start: folder of a run, as of `raytrain train`, whose best model the clients begin with; None: the task's own.
         limits: what a client's report may say.
     """
 
     kind: Literal["federate"] = "federate"
     rounds: int = Field(40, ge=1, le=MOST_ROUNDS)
     task: TaskField
+    start: AbsolutePath | None = None
     adapter: AdapterField = Field(default={}, validate_default=True)
     freeze: Freeze = Freeze()
     clients: Clients = Clients()

@@ -1,18 +1,29 @@
 """What a run leaves on the disk beside the server's state: rows of rounds and evaluations, and the model as seeds."""
 
+import csv
+import io
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from federated.evaluation import ClientScore, KeepScores
+from federated.partition import Partition, label_counts
 from federated.server import CommunicationRound
 from raytrain.files import AppendOnlyFile, write_atomic
 from raytrain.json_files import to_json
 from raytrain.run.directory import RunDirectory
 from raytrain.run.metrics import MetricsWriter
 from raytrain.run.rows import read_jsonl
+from raytrain.tasks.task import Examples
 
 ROUNDS, SEEDS, PARAMETERS = "rounds.jsonl", "seeds.safetensors", "parameters.safetensors"
 """In a run's folder: who was heard in each round, and the newest model that was evaluated, in one of two forms."""
+CLIENTS, PARTITION = "clients.csv", "partition.json"
+"""In a run's folder: what this model is worth to each client that evaluated it, and the labels of clients."""
+CLIENTS_SHOWN = 100
+"""Whose labels the report page shows."""
 
 
 class RecordedModel(Protocol):
@@ -27,8 +38,8 @@ class RecordedModel(Protocol):
         """Return whether these are all."""
         ...
 
-    def evaluate(self) -> dict[str, float]:
-        """Return what the task measures of it."""
+    def evaluate(self, keep: KeepScores) -> dict[str, float]:
+        """Return what the task measures of it, after `keep` was called with the scores of clients, if there are any."""
         ...
 
     def save_model(self, folder: Path) -> None:
@@ -81,6 +92,7 @@ class RunRecords:
                 "heard": len(done.heard),
                 "missing": len(done.missing),
                 "refused": done.refused,
+                "late": len(done.late),
             }
         )
         if self._model.is_done() or (self._every and (done.number + 1) % self._every == 0):
@@ -89,8 +101,25 @@ class RunRecords:
         self._recorder.keep()
 
     def _measure(self) -> None:
-        self._recorder.write({"step": self._model.version, "valid": self._model.evaluate()})
+        keep = partial(write_scores, self._folder / CLIENTS)
+        self._recorder.write({"step": self._model.version, "valid": self._model.evaluate(keep)})
         self._model.save_model(self._folder)
+
+
+def write_scores(path: Path, scores: Sequence[ClientScore]) -> None:
+    """Write what the newest model is worth to clients: a line of CSV for each that evaluated it."""
+    text = io.StringIO()
+    names = list(scores[0].metrics)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["client", "examples", *names])
+    writer.writerows([score.client, score.examples, *(score.metrics[name] for name in names)] for score in scores)
+    write_atomic(path, text.getvalue().encode())
+
+
+def write_partition(path: Path, partition: Partition, examples: Examples) -> None:
+    """Write the labels of the first clients, for the report page."""
+    clients = min(partition.clients, CLIENTS_SHOWN)
+    write_atomic(path, to_json({"clients": clients, "labels": label_counts(partition, examples, clients)}).encode())
 
 
 def row_of(done: CommunicationRound) -> dict[str, Any]:
@@ -102,6 +131,7 @@ def row_of(done: CommunicationRound) -> dict[str, Any]:
         "missing": {str(client): reason for client, reason in sorted(done.missing.items())},
         "refused": done.refused,
         "refusals": done.refusals,
+        "late": [str(answer) for answer in done.late],
         "bytes_down": done.bytes_down,
         "bytes_up": done.bytes_up,
     }

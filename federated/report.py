@@ -2,14 +2,26 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from federated.records import ROUNDS
+from typing_extensions import TypedDict
+
+from federated.records import PARTITION, ROUNDS
+from raytrain.json_files import read_json
 from raytrain.run.directory import RunDirectory
 from raytrain.run.report.panel import Panel, Series, line_chart, table
 from raytrain.run.rows import read_jsonl
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+class _Labels(TypedDict):
+    """How many clients are shown, and label -> how many examples of it each of them has."""
+
+    clients: int
+    labels: dict[str, list[int]]
+
 
 OVER_CLIENTS = ("clients", "worst_tenth", "spread")
 """Metrics of the model on clients' own examples."""
@@ -32,9 +44,10 @@ def panels(run: RunDirectory) -> list[Panel]:
         *_quality(evaluations, "step", "Held-out {} over rounds", "rounds"),
         *_quality(evaluations, "megabytes", "Held-out {} over bytes", "MB, both ways, all clients"),
         _chart("On clients' own examples", evaluations, OVER_CLIENTS, "metric"),
-        _chart("Clients of a round", played, ("heard", "missing", "refused"), "clients"),
+        _chart("Clients of a round", played, ("heard", "missing", "refused", "late"), "clients"),
         _chart("Bytes of a round", _differences(played, TRAFFIC), TRAFFIC, "bytes"),
         _chart("Time of a round", _differences(played, ["seconds"]), ["seconds"], "seconds"),
+        _partition(run.path / PARTITION),
         _left_out(read_jsonl(run.path / ROUNDS)),
     ]
     return [panel for panel in charts if panel is not None]
@@ -62,6 +75,19 @@ def _differences(played: Rows, names: Sequence[str]) -> Rows:
     ]
 
 
+def _partition(path: Path) -> Panel | None:
+    """Return the labels of the first clients, as stacked bars."""
+    if not path.is_file():
+        return None
+    known = read_json(path, _Labels)
+    traces = [
+        {"type": "bar", "name": label, "x": list(range(known["clients"])), "y": counts}
+        for label, counts in known["labels"].items()
+    ]
+    layout = {"barmode": "stack", "xaxis": {"title": {"text": "client"}}, "yaxis": {"title": {"text": "examples"}}}
+    return Panel("Labels of clients", traces, layout)
+
+
 def _left_out(rounds: Rows) -> Panel | None:
     """Return who was not heard, and why."""
     left_out = [
@@ -70,6 +96,7 @@ def _left_out(rounds: Rows) -> Panel | None:
         for what in [
             *(f"client {client}: {reason}" for client, reason in row["missing"].items()),
             *row["refusals"],
+            *row["late"],
         ]
     ]
     return table("Clients that were not heard", ["round", "client and reason"], left_out)

@@ -40,7 +40,7 @@ def result_of(run: RunDirectory, task: Task, parameter_bytes: int, *, done: bool
     last: dict[str, Any] = rounds[-1] if rounds else {}
     start = {f"{task.metric}_at_start": row["valid"][task.metric] for row in evaluations if not row["step"]}
     figures = {"rounds": last.get("step", 0), **{name: last.get(name, 0) for name in ("bytes_down", "bytes_up")}}
-    figures |= {name: sum(row[name] for row in rounds) for name in ("heard", "missing", "refused")}
+    figures |= {name: sum(row[name] for row in rounds) for name in ("heard", "missing", "refused", "late")}
     figures["bytes_of_fedavg"] = 2 * parameter_bytes * last.get("payloads", 0)
     newest = newest_state(run.path / STATES)
     return Result(

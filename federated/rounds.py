@@ -57,6 +57,7 @@ class Rounds:
         lost = self._ask(going, going.clients)
         for client in self._ask(going, lost):
             going.miss(client, "it cannot make the model of the whole of it")
+        going.late = list(self._channel.late_answers())
         return self._server.aggregate()
 
     def _ask(self, going: CommunicationRound, clients: Iterable[int]) -> list[int]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from federated.broadcast import ModelHistory
+from federated.channel import LateAnswer
 from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
 from federated.global_model import GlobalModel
@@ -74,6 +75,7 @@ class CommunicationRound:
         used: the reports that were added up, in the order of clients; none without a quorum.
         refused: how many reports are not used.
         refusals: why, of the first ones.
+        late: answers to earlier rounds that came during this one, and are not used.
         bytes_down: of all payloads.
         bytes_up: of all reports.
         payloads: how many were sent.
@@ -88,6 +90,7 @@ class CommunicationRound:
     used: list[ClientReport] = field(default_factory=list)
     refused: int = 0
     refusals: list[str] = field(default_factory=list)
+    late: list[LateAnswer] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0
     payloads: int = 0

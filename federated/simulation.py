@@ -1,8 +1,8 @@
 """A channel within one process: every message is the bytes that would travel, and clients are served one by one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from federated.channel import ClientAnswer
+from federated.channel import ClientAnswer, LateAnswer
 from federated.client import LocalTrainer
 
 
@@ -21,6 +21,10 @@ class InProcessChannel:
         """Yield each client's report."""
         for client, payload in payloads.items():
             yield client, self._trainer.answer(client, payload)
+
+    def late_answers(self) -> Sequence[LateAnswer]:
+        """Return nothing: a round waits for all."""
+        return ()
 
     def lose_process(self, client: int) -> None:  # noqa: ARG002 - there is one process
         """Begin again with a trainer that remembers nothing."""

@@ -39,6 +39,8 @@ class Kind:
         load: (run's folder, overrides) -> TrainedModel, for `evaluate`, `predict` and `export`; "": no model.
         panels: (RunDirectory) -> list[Panel], shown by `raytrain report`.
         check: (recipe) -> lines that `raytrain check` prints after the fields.
+        app: (folder, overrides, address or None) -> None; runs the app of another framework in a folder, as it is, for
+            `--app`; "": there are none.
         tables: title -> registry of components that a recipe selects by name.
         remarks: title -> () -> name -> remark about this machine in `raytrain list`.
         shorthand: field that "module:attribute" in place of a recipe sets.
@@ -54,6 +56,7 @@ class Kind:
     load: str = ""
     panels: str = ""
     check: str = ""
+    app: str = ""
     tables: Mapping[str, str] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
     shorthand: str = ""

@@ -74,11 +74,15 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         field, equals, text = word.partition("=")
         first, *rest = field.split(".")
-        fits = first.isidentifier() and all(part.isidentifier() or part.isdecimal() for part in rest)
+        fits = first.isidentifier() and all(_is_key(part) or part.isdecimal() for part in rest)
         if not equals or not fits:
             raise RecipeError(f"{word!r}: expected FIELD=VALUE, as in optimizer.lr=0.001")
         changes[field] = parse_value(text)
     return changes
+
+
+def _is_key(part: str) -> bool:
+    return part.replace("-", "_").isidentifier() and not part.startswith("-")
 
 
 def parse_value(text: str) -> Any:

@@ -6,7 +6,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from federated.channel import ClientAnswer, NoReport
+from federated.channel import ClientAnswer, LateAnswer, NoReport
 from federated.encodings import PayloadError
 from federated.flower.messages import bytes_of, content_of
 from raytrain.terminal import printable
@@ -20,6 +20,11 @@ def nobody(client: int) -> None:
     """End no process that serves a client: those of a deployment are not ours to end."""
 
 
+def nothing_late() -> Sequence[LateAnswer]:
+    """Return no late answers: a deployment's SuperLink drops them."""
+    return ()
+
+
 class GridMessenger:
     """Sends contents to clients, and returns what they reply.
 
@@ -31,6 +36,7 @@ class GridMessenger:
         nodes: the node of each client.
         timeout_seconds: after which a round ends; 0: it waits for all.
         end_process: ends a process that may serve a client.
+        late_answers: returns what came after the end of a round, since it was last called.
     """
 
     def __init__(
@@ -39,8 +45,9 @@ class GridMessenger:
         nodes: Sequence[int],
         timeout_seconds: float = 0.0,
         end_process: Callable[[int], None] = nobody,
+        late_answers: Callable[[], Sequence[LateAnswer]] = nothing_late,
     ) -> None:
-        self.grid, self.nodes, self.end_process = grid, nodes, end_process
+        self.grid, self.nodes, self.end_process, self.late_answers = grid, nodes, end_process, late_answers
         self._timeout_seconds = timeout_seconds
 
     def ask(self, round_number: int, contents: Mapping[int, RecordDict]) -> Iterator[tuple[int, RecordDict | NoReport]]:
@@ -89,6 +96,10 @@ class GridChannel:
         contents = {client: distinct.setdefault(payload, content_of(payload)) for client, payload in payloads.items()}
         for client, content in self._messenger.ask(round_number, contents):
             yield client, content if isinstance(content, NoReport) else _report_of(content)
+
+    def late_answers(self) -> Sequence[LateAnswer]:
+        """Return what came late."""
+        return self._messenger.late_answers()
 
     def lose_process(self, client: int) -> None:
         """End a process that may serve a client."""

@@ -15,6 +15,7 @@ from federated.client import LocalTrainer
 from federated.flower.client import TrainingClient
 from federated.flower.deployed import WHO, introduction, recipe_of
 from federated.flower.gradient_client import load_gradient_clients
+from federated.flower.guard import check_closed
 from federated.global_model import GlobalModel
 from federated.recipe import FederateRecipe
 
@@ -41,7 +42,12 @@ def answer_train(message: Message, context: Context) -> Message:
 
 @app.query(WHO)
 def who(message: Message, context: Context) -> Message:
-    """Return the client's number, and the digest of what it begins with."""
+    """Return the client's number, and the digest of what it begins with.
+
+    Raises:
+        RecipeError: its SuperNode is open to strangers, or its recipe is wrong.
+    """
+    check_closed("flower-supernode", insecure=bool(context.node_config.get("insecure", False)))
     recipe = recipe_of(context.node_config)
     origin = _trainer(recipe).newest.origin if recipe.seeded else ""
     return Message(introduction(int(context.node_config[PARTITION_ID_KEY]), origin), reply_to=message)

@@ -10,7 +10,9 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
 from federated.build import Federation
-from federated.flower.channel import GridChannel, GridMessenger, nobody
+from federated.channel import LateAnswer
+from federated.evaluation import KeepScores, forget
+from federated.flower.channel import GridChannel, GridMessenger, nobody, nothing_late
 from federated.flower.client import TrainingClient
 from federated.global_model import GlobalModel
 from federated.recipe import FederateRecipe
@@ -47,9 +49,9 @@ class SeedRun:
         """Take back the newest state in a run's folder, if there is one."""
         self.server.resume(folder / STATES)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, keep: KeepScores = forget) -> dict[str, float]:
         """Return what the task measures of the newest model."""
-        return self.federation.evaluate(self.server)
+        return self.federation.evaluate(self.server, keep)
 
     def save_model(self, folder: Path) -> None:
         """Write the newest model, as seeds and coefficients."""
@@ -70,9 +72,10 @@ class SeedRun:
         folder: Path,
         record: Callable[[CommunicationRound], None],
         end_process: Callable[[int], None] = nobody,
+        late_answers: Callable[[], Sequence[LateAnswer]] = nothing_late,
     ) -> Generator[CommunicationRound]:
         """Play rounds to the end, and yield each when it is saved; see `GridMessenger` and `Rounds.run`."""
-        messenger = GridMessenger(grid, nodes, self.federation.recipe.faults.timeout_seconds, end_process)
+        messenger = GridMessenger(grid, nodes, self.federation.recipe.faults.timeout_seconds, end_process, late_answers)
         return self.federation.rounds(self.server, GridChannel(messenger)).run(folder, record)
 
 

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from federated.build import task_of
 from federated.encodings import PayloadError
 from federated.flower.deployed import WHO, introduced, recipe_of
+from federated.flower.guard import check_closed
 from federated.flower.runs import FederatedRun, run_of
 from federated.flower.seed_run import SeedRun
 from federated.records import RunRecords
@@ -32,8 +33,13 @@ app = ServerApp()
 
 @app.main()
 def serve_federated(grid: Grid, context: Context) -> None:
-    """Play the rounds of the recipe that the run's configuration names, from what its folder holds of them."""
+    """Play the rounds of the recipe that the run's configuration names, from what its folder holds of them.
+
+    Raises:
+        RecipeError: the deployment is open to strangers, or the recipe is wrong.
+    """
     config = context.run_config
+    check_closed("flower-superlink", insecure=bool(config.get("insecure", False)))
     directory = RunDirectory(Path(str(config["out"])).absolute())
     recipe = recipe_of(config)
     recipe = recipe.with_overrides(options_from_data(task_of(recipe), directory))

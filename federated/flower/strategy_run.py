@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from federated.build import evaluate_module, initial_module, partition_of, task_of
-from federated.channel import NoReport
+from federated.channel import LateAnswer, NoReport
 from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
+from federated.evaluation import KeepScores, forget
 from federated.faults import ClientFaultPlan
-from federated.flower.channel import GridMessenger, nobody
+from federated.flower.channel import GridMessenger, nobody, nothing_late
 from federated.flower.gradient_client import ARRAYS, METRICS, load_gradient_clients
 from federated.flower.seeding import global_seed
 from federated.gradients import Arrays, arrays_of, load_arrays
@@ -93,10 +94,10 @@ class StrategyRun:
                 setattr(self._strategy, name, [kept[str(i)] for i in range(len(kept))] if as_list else kept)
         self.arrays = {name: state[f"array.{name}"] for name in self.arrays}  # some strategies go by their order
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, keep: KeepScores = forget) -> dict[str, float]:
         """Return what the task measures of the newest model."""
         load_arrays(self._module, self.arrays)
-        return evaluate_module(self._recipe, self.task, self.partition, self._module, self.version)
+        return evaluate_module(self._recipe, self.task, self.partition, self._module, self.version, keep)
 
     def save_model(self, folder: Path) -> None:
         """Write the newest trainable parameters."""
@@ -117,9 +118,10 @@ class StrategyRun:
         folder: Path,
         record: Callable[[CommunicationRound], None],
         end_process: Callable[[int], None] = nobody,
+        late_answers: Callable[[], Sequence[LateAnswer]] = nothing_late,
     ) -> Generator[CommunicationRound]:
         """Play rounds to the end, and yield each when it is saved; see `GridMessenger`."""
-        messenger = GridMessenger(grid, nodes, self._recipe.faults.timeout_seconds, end_process)
+        messenger = GridMessenger(grid, nodes, self._recipe.faults.timeout_seconds, end_process, late_answers)
         while not self.is_done():
             done = self.play_round(messenger)
             record(done)
@@ -142,6 +144,7 @@ class StrategyRun:
                 going.miss(client, answer.reason)
             else:
                 self._hear(going, client, answer, replies)
+        going.late = list(messenger.late_answers())
         going.payloads, going.bytes_down = len(contents), sum(map(size_of, contents.values()))
         self._aggregate(going, replies)
         return going

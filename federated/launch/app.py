@@ -8,21 +8,56 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from flwr.app import Context, RecordDict
 from flwr.app.user_config import UserConfig, UserConfigValue
+from flwr.clientapp import ClientApp
 from flwr.common.config import get_fused_config_from_dir, get_project_config
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid, ServerApp
+from pydantic import Field
 
 from federated.flower.seeding import SeededClient, global_seed, seed_globals
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
-from raytrain.errors import RecipeError
-from raytrain.launch.session import ray_session
-from raytrain.registry import resolve, suggest
+from raytrain.errors import RaytrainError, RecipeError, TrainingError
+from raytrain.launch.session import OWN_CLUSTER, ray_session
+from raytrain.recipe import Recipe, Section, dotted_fields
+from raytrain.registry import error_location, resolve, suggest
 
 logger = logging.getLogger(__name__)
+
+ComponentT = TypeVar("ComponentT", ServerApp, ClientApp)
+
+
+class AppClients(Section):
+    """Who takes part in an app, and on what.
+
+    Attributes:
+        count: clients that there are.
+        actors: processes that serve them; 0: as many as there are free CPUs, and at most two for each GPU.
+        cpus: of each process.
+        gpus: of each process.
+    """
+
+    count: int = Field(10, ge=1, lt=2**32)
+    actors: int = Field(0, ge=0)
+    cpus: float = Field(1, gt=0)
+    gpus: float = Field(0, ge=0)
+
+
+class AppRun(Recipe):
+    """What `raytrain federate --app DIR` may change.
+
+    Attributes:
+        clients: that the app has.
+        config: keys of its `[tool.flwr.app.config]`.
+    """
+
+    kind: Literal["federate"] = "federate"
+    clients: AppClients = AppClients()
+    config: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +106,32 @@ def read_app(folder: Path, changes: Mapping[str, UserConfigValue] | None = None)
     return FlowerApp(folder.absolute(), components["serverapp"], components["clientapp"], {**run_config, **changes})
 
 
+def run_app_folder(folder: Path, overrides: Mapping[str, Any], address: str | None) -> None:
+    """Run the Flower app in a folder, as `raytrain federate --app` does.
+
+    Args:
+        folder: of the app.
+        overrides: dotted fields of `AppRun`.
+        address: of the Ray cluster; None or "local": one of this machine's processors.
+
+    Raises:
+        RecipeError: there is no app, it cannot be loaded, or a field is wrong.
+        TrainingError: its server raised an exception.
+    """
+    run = AppRun.parse_with({}, overrides)
+    app, clients = read_app(folder, dict(dotted_fields(run.config))), run.clients
+    actors, cluster = (
+        ActorOptions(clients.actors, clients.cpus, clients.gpus),
+        None if address == OWN_CLUSTER else address,
+    )
+    try:
+        run_app(app, clients.count, actors, seed=run.seed, address=cluster, say=print)
+    except RaytrainError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"serverapp: {type(error).__name__}: {error}{error_location(error)}") from error
+
+
 def run_app(
     app: FlowerApp,
     clients: int,
@@ -98,12 +159,26 @@ def run_app(
     Raises:
         RecipeError: the app cannot be loaded, or the cluster has no room for the actors.
     """
-    with _first_on_path(app.folder), ray_session(address), global_seed(seed):
-        server = resolve({}, app.server, "serverapp")
-        if not isinstance(server, ServerApp):
-            raise RecipeError(f"serverapp: expected a ServerApp at {app.server}; got {type(server).__name__}")
-        with RayGrid(partial(app.load_client, seed), clients, actors, app.run_config, stopped=stopped, say=say) as grid:
+    with _first_on_path(app.folder), global_seed(seed):
+        server = _component("serverapp", app.server, ServerApp)
+        _component("clientapp", app.client, ClientApp)
+        with (
+            ray_session(address),
+            RayGrid(partial(app.load_client, seed), clients, actors, app.run_config, stopped=stopped, say=say) as grid,
+        ):
             return serve(server, grid, app.run_config, seed)
+
+
+def _component(what: str, target: str, kind: type[ComponentT]) -> ComponentT:
+    """Return an app of an app's folder.
+
+    Raises:
+        RecipeError: it cannot be imported, or is something else.
+    """
+    found = resolve({}, target, what)
+    if not isinstance(found, kind):
+        raise RecipeError(f"{what}: expected a {kind.__name__} at {target}; got {type(found).__name__}")
+    return found
 
 
 def serve(server: ServerApp, grid: Grid, run_config: UserConfig, seed: int) -> Context:

@@ -16,6 +16,8 @@ from federated.launch.client_actor import FIRST_NODE, MAX_BATCH_SECONDS, MIN_BAT
 from federated.launch.contents import Content
 
 OUTBOX_POLL_SECONDS = 0.25
+MOST_LATE = 10_000
+"""Late answers that are known until they are collected: those of a user's app never are."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +52,12 @@ class Pending:
         node: int = self.fields["_dst_node_id"]
         return node
 
+    @property
+    def group(self) -> str:
+        """Return the group of the message: the number of its round."""
+        group: str = self.fields["_group_id"]
+        return group
+
     def expired(self, now: float) -> bool:
         """Return whether the message is no longer valid at a Unix time, in seconds."""
         expires: float = self.fields["_created_at"] + self.fields["_ttl"]
@@ -72,6 +80,7 @@ class Outbox:
         self._queue: deque[Pending] = deque()
         self._pending: dict[str, Pending] = {}
         self._replies: dict[str, Message] = {}
+        self._late: deque[tuple[int, str]] = deque(maxlen=MOST_LATE)
         self._served: set[int] = set()  # the nodes whose clients an actor has now
         self._states: dict[int, FlatContent] = {}
         self.closed = False
@@ -152,6 +161,11 @@ class Outbox:
             for message, answer in zip(messages[:done], answers, strict=True)
         }
         with self._changed:
+            self._late.extend(
+                (message.node, message.group)
+                for message, answer in zip(messages, answers, strict=False)
+                if message.given_up_at is not None and not isinstance(answer, Error)
+            )
             self._replies.update((key, reply) for key, reply in replies.items() if self._pending.pop(key, None))
             self._states.update(states)
             for node in [node for node, state in states.items() if not state]:
@@ -168,6 +182,13 @@ class Outbox:
                 if (message := self._pending.get(message_id)) and message.expired(now):
                     self._expire(message, now)
             return [self._replies.pop(message_id) for message_id in ids if message_id in self._replies]
+
+    def collect_late(self) -> list[tuple[int, str]]:
+        """Return (node, group) of messages that were answered when nobody waited any longer, and forget them."""
+        with self._changed:
+            late = list(self._late)
+            self._late.clear()
+            return late
 
     def wait(
         self, message_ids: Iterable[str], timeout_seconds: float | None, raise_if_stopped: Callable[[], None]

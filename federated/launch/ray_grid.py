@@ -12,10 +12,11 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run, RunNotRunningException
 
+from federated.channel import LateAnswer
 from federated.flower.envelope import stamp
 from federated.flower.identity import assume_identity
 from federated.launch.actor_pool import ActorOptions, ActorPool
-from federated.launch.client_actor import ClientFactory, ClientPopulation
+from federated.launch.client_actor import FIRST_NODE, ClientFactory, ClientPopulation
 from federated.launch.contents import pack_contents
 from federated.launch.outbox import Pending
 
@@ -80,6 +81,10 @@ class RayGrid(Grid):
     def end_actor(self, client: int) -> None:
         """End an actor that may serve a client; another one takes its place when it has messages to serve."""
         self._pool.end_actor(client)
+
+    def late_answers(self) -> list[LateAnswer]:
+        """Return what was answered since the last call to messages that were no longer waited for, all of a round."""
+        return [LateAnswer(node - FIRST_NODE, int(group)) for node, group in self._pool.outbox.collect_late()]
 
     def set_run(self, run: Run) -> None:
         """Set the run, whose id the messages bear that this process constructs."""

@@ -15,7 +15,7 @@ from federated.flower.runs import FederatedRun, run_of
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
-from federated.records import RunRecords
+from federated.records import PARTITION, RunRecords, write_partition
 from federated.results import result_of
 from raytrain.kinds import RunOptions
 from raytrain.launch.resources import check_reachable
@@ -135,12 +135,19 @@ class Playing(threading.Thread):
         options, factory = ActorOptions(clients.actors, clients.cpus, clients.gpus), self._federation.client_factory()
         with RayGrid(factory, count, options, stopped=self._stop_at_once.is_set, say=self._say) as grid:
             self._directory.record_attempt(self._recipe.to_toml(), self._federation.version, [{"actors": grid.actors}])
+            data = self._federation.task.data("train")
+            write_partition(self._directory.path / PARTITION, self._federation.partition, data)
             with RunRecords(self._directory, self._federation, every=self._recipe.evaluation.every) as records:
                 self._play_on(grid, records)
 
     def _play_on(self, grid: RayGrid, records: RunRecords) -> None:
         rounds = self._federation.play(
-            grid, grid.get_node_ids(), self._directory.path, records.add, end_process=grid.end_actor
+            grid,
+            grid.get_node_ids(),
+            self._directory.path,
+            records.add,
+            end_process=grid.end_actor,
+            late_answers=grid.late_answers,
         )
         with contextlib.closing(rounds):
             for _ in rounds:

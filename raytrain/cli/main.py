@@ -237,14 +237,16 @@ def _loader(run: Path, *, trust: bool) -> str:
 
 @cache
 def _add_kinds() -> None:
-    """Add a subcommand for each installed kind, which is loaded when it is used."""
+    """Add a subcommand for each installed kind; one that cannot be loaded says so when it is used."""
+    kinds = load_kinds()
     for name in kind_entry_points():
-        app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name))
+        has_apps = name in kinds and bool(kinds[name].app)
+        app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name, has_apps))
     add_job_commands(Commands(app, _read, _parse))
 
 
-def _runner(verb: str) -> Callable[..., int]:
-    """Return the subcommand that runs recipes of a kind."""
+def _runner(verb: str, has_apps: bool) -> Callable[..., int]:
+    """Return the subcommand that runs recipes of a kind, and apps if it has them."""
 
     def command(
         recipe: RecipeArgument,
@@ -254,11 +256,20 @@ def _runner(verb: str) -> Callable[..., int]:
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RECIPE's folder or --out.")] = False,
         address: RayAddress = None,
         *,
+        whole_app: Annotated[
+            bool, typer.Option("--app", hidden=not has_apps, help="RECIPE is the folder of an app, run as it is.")
+        ] = False,
         trust: TrustOption = False,
     ) -> int:
+        overrides = parse_overrides([*(changes or []), *(more or [])])
+        if whole_app:
+            if out or resume:
+                raise RecipeError("--app: expected neither --out nor --resume: an app writes its files where it says")
+            _run_app(verb, Path(recipe), overrides, address or None)
+            return 0
         raw, _ = _read(recipe, verb, trust)
         kind = load_kind(verb)
-        resolved = _parse(raw, parse_overrides([*(changes or []), *(more or [])]))
+        resolved = _parse(raw, overrides)
         if resume and out is None and not Path(recipe).is_dir():
             raise RecipeError(f"--resume: say which run, as in raytrain {verb} runs/NAME-TIME --resume")
         new = Path("runs") / f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -267,6 +278,19 @@ def _runner(verb: str) -> Callable[..., int]:
         return {"interrupted": INTERRUPTED, "failed": 1}.get(result.status, 0)
 
     return command
+
+
+def _run_app(verb: str, folder: Path, overrides: dict[str, Any], address: str | None) -> None:
+    """Run the app in a folder.
+
+    Raises:
+        RecipeError: the kind has no apps, or this is none.
+        TrainingError: it failed.
+    """
+    run = load_kind(verb).app
+    if not run:
+        raise RecipeError(f"--app: raytrain {verb} runs recipes, and no apps")
+    resolve({}, run, "kind")(folder, overrides, address)
 
 
 def _read(source: str, verb: str | None, trust: bool) -> tuple[dict[str, Any], Path]:

@@ -86,7 +86,7 @@ def _read_words(commands: Commands, words: list[str]) -> tuple[str, dict[str, An
     """Return the subcommand of a job and its parameters, as the command will read them.
 
     Raises:
-        RecipeError: there is no such subcommand, or it is given an address.
+        RecipeError: there is no such subcommand, or it is given an address or an app.
         click.UsageError: the arguments do not fit it.
     """
     kinds = kind_entry_points()
@@ -99,6 +99,8 @@ def _read_words(commands: Commands, words: list[str]) -> tuple[str, dict[str, An
     context = group.commands[verb].make_context(f"raytrain {verb}", rest)
     if context.get_parameter_source("address") is click.core.ParameterSource.COMMANDLINE:
         raise RecipeError("--address: it goes before the words of the job, which runs where it is submitted to")
+    if context.params["whole_app"]:
+        raise RecipeError("--app: expected a recipe, which is what a job runs")
     return verb, context.params
 
 

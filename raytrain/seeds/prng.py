@@ -29,7 +29,7 @@ Any change here changes what every seed means; tests/golden holds the values.
 
 import hashlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,9 @@ PHILOX_ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
+MOST_NUMBERS = 4
+"""Of a position, from which a seed is derived."""
+BAD_POSITION = "position: expected up to four integers from 0 to 2^32 - 1; got {}"
 
 # Minimax polynomials, all in float32: ln(1 + x) = x - x^2 / 2 + x^3 LOG(x) for sqrt(1/2) <= 1 + x < sqrt(2), and
 # sin a = a + a^3 SIN(a^2), cos a = 1 - a^2 / 2 + a^4 COS(a^2) for |a| <= pi / 4; lowest power first.
@@ -73,19 +76,25 @@ def philox(counters: PhiloxWords, keys: PhiloxWords) -> PhiloxWords:
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    counter = [counters[..., word].astype(np.uint64) for word in range(4)]
-    key = [keys[..., word].astype(np.uint64) for word in range(2)]
-    shift = np.uint64(32)
+    words = _philox_rounds(
+        [counters[..., word].astype(np.uint64) for word in range(4)],
+        [keys[..., word].astype(np.uint64) for word in range(2)],
+    )
+    return np.stack(np.broadcast_arrays(*words), axis=-1).astype(np.uint32)
+
+
+def _philox_rounds(counter: list[Any], key: list[Any]) -> list[Any]:
+    """Return the words of blocks: of many, as arrays of 64-bit integers, or of one, as integers, which is faster."""
     for _ in range(PHILOX_ROUNDS):
-        first, second = counter[0] * np.uint64(MULTIPLIERS[0]), counter[2] * np.uint64(MULTIPLIERS[1])
+        first, second = counter[0] * MULTIPLIERS[0], counter[2] * MULTIPLIERS[1]
         counter = [
-            (second >> shift) ^ counter[1] ^ key[0],
-            second & np.uint64(LOW),
-            (first >> shift) ^ counter[3] ^ key[1],
-            first & np.uint64(LOW),
+            (second >> 32) ^ counter[1] ^ key[0],
+            second & LOW,
+            (first >> 32) ^ counter[3] ^ key[1],
+            first & LOW,
         ]
-        key = [(part + np.uint64(step)) & np.uint64(LOW) for part, step in zip(key, KEY_STEPS, strict=True)]
-    return np.stack(np.broadcast_arrays(*counter), axis=-1).astype(np.uint32)
+        key = [(key[0] + KEY_STEPS[0]) & LOW, (key[1] + KEY_STEPS[1]) & LOW]
+    return counter
 
 
 def philox_blocks(seed: int, parameter: int, start: int, stop: int) -> PhiloxWords:
@@ -114,7 +123,13 @@ def fold_in(master: int, *position: int) -> int:
     Raises:
         ValueError: there are more integers, or larger ones.
     """
-    return int(fold_in_all(validate_seed(master), *position))
+    numbers = [int(number) for number in position]
+    if len(numbers) > MOST_NUMBERS or not all(0 <= number <= LOW for number in numbers):
+        raise ValueError(BAD_POSITION.format(position))
+    key = [validate_seed(master) & LOW, master >> 32]
+    low, high, *_ = _philox_rounds([*numbers, *[0] * (MOST_NUMBERS - len(numbers))], key)
+    seed: int = low | high << 32
+    return seed
 
 
 def fold_in_all(masters: int | SeedArray, *position: int | NDArray[np.integer]) -> SeedArray:
@@ -124,10 +139,12 @@ def fold_in_all(masters: int | SeedArray, *position: int | NDArray[np.integer]) 
         ValueError: as `fold_in`.
     """
     numbers = [np.asarray(number) for number in position]
-    if len(numbers) > 4 or not all(((number >= 0) & (number <= LOW)).all() for number in numbers):
-        raise ValueError(f"position: expected up to four integers from 0 to 2^32 - 1; got {position}")
+    if len(numbers) > MOST_NUMBERS or not all(((number >= 0) & (number <= LOW)).all() for number in numbers):
+        raise ValueError(BAD_POSITION.format(position))
     keys = np.asarray(masters, np.uint64)
-    counters = [number.astype(np.uint32) for number in (*numbers, *[np.zeros((), np.uint32)] * (4 - len(position)))]
+    counters = [
+        number.astype(np.uint32) for number in (*numbers, *[np.zeros((), np.uint32)] * (MOST_NUMBERS - len(position)))
+    ]
     words = philox(
         np.stack(np.broadcast_arrays(*counters), axis=-1),
         np.stack([keys & np.uint64(LOW), keys >> np.uint64(32)], axis=-1).astype(np.uint32),

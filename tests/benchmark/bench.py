@@ -69,7 +69,7 @@ def finish(
     name: str, rows: Sequence[Mapping[str, Any]], headline: Mapping[str, float], options: argparse.Namespace
 ) -> None:
     """Print the table and the headline, and write the JSON."""
-    columns = list(rows[0])
+    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
     cells = [[_shown(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(len(column), *(len(row[place]) for row in cells)) for place, column in enumerate(columns)]
     for row in [columns, *cells]:

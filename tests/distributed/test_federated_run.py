@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from flwr.app import Context, Message
 
 from federated.build import Federation
 from federated.flower.seed_run import SeedRun
@@ -18,6 +19,8 @@ from federated.flower.strategy_run import StrategyRun
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
 from federated.recipe import FederateRecipe
+from federated.records import row_of
+from federated.sampling import participants
 from federated.server import CommunicationRound, Server
 from federated.tables import STRATEGIES
 from raytrain.tensors import tensor_digest as digest
@@ -111,6 +114,38 @@ def test_an_actor_that_is_killed_in_a_round_changes_nothing(ray_cluster: None, t
     assert said == ["an actor died; starting another in its place"]
     assert [len(done.heard) for done in rounds] == [5] * 3
     assert run.server.model.digest == in_process(recipe, tmp_path / "one").model.digest
+
+
+def test_who_answers_after_the_end_of_a_round_is_named_and_not_used(ray_cluster: None, tmp_path: Path) -> None:
+    run = SeedRun(recipe_of(**{"rounds": 2, "faults.timeout_seconds": 3}))
+    slow, load = participants(5, 0, 12, 5).tolist()[2], run.client_factory()
+
+    def load_with_a_slow_one() -> Callable[[Message, Context], Message]:
+        answer = load()
+
+        def client(message: Message, context: Context) -> Message:
+            if (message.metadata.group_id, context.node_config["partition-id"]) == ("0", slow):
+                time.sleep(5)
+            return answer(message, context)
+
+        return client
+
+    with RayGrid(load_with_a_slow_one, 12, ActorOptions(2, 0.5)) as grid:
+        recorded: list[dict[str, Any]] = []
+
+        def record(done: CommunicationRound) -> None:
+            recorded.append(row_of(done))
+            give_up = time.monotonic() + 60
+            while done.number == 0 and not grid._pool.outbox._late:
+                assert time.monotonic() < give_up
+                time.sleep(0.05)
+
+        nodes = grid.get_node_ids()
+        first, _ = run.play(grid, nodes, tmp_path, record, late_answers=grid.late_answers)
+    assert first.missing[slow] == "no answer within 3 s"
+    assert slow not in first.heard
+    assert recorded[0]["late"] == []
+    assert f"client {slow}, round 0: it answered after the end of the round" in recorded[1]["late"]
 
 
 def test_a_million_clients_are_registered_in_a_second(ray_cluster: None, tmp_path: Path) -> None:

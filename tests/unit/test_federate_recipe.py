@@ -1,7 +1,9 @@
 """The recipe of a federated run: what it takes, what it refuses and how it says so."""
 
+import csv
 import re
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from federated.broadcast import payload_bytes
 from federated.build import Federation, partition_of, protocol_of, task_of
 from federated.recipe import FederateRecipe
+from federated.records import write_scores
 from federated.tables import FAULTS, PARTITIONS, PROTOCOLS, STRATEGIES
 from raytrain.errors import RecipeError
 from raytrain.recipe import read_toml
@@ -121,9 +124,16 @@ def test_groups_and_frozen_parameters_shape_the_directions() -> None:
     assert other.model.base != Federation.of(recipe_of()).model.base
 
 
-def test_an_evaluation_tells_of_the_worst_tenth_of_clients() -> None:
+def test_an_evaluation_tells_of_each_client_and_of_the_worst_tenth(tmp_path: Path) -> None:
     federation = Federation.of(recipe_of(**{"evaluation.clients": 0.2, "partition": {"name": "dirichlet"}}))
-    metrics = federation.evaluate(federation.server())
+    metrics = federation.evaluate(federation.server(), partial(write_scores, tmp_path / "clients.csv"))
+    rows = list(csv.DictReader((tmp_path / "clients.csv").read_text().splitlines()))
+    sizes = {int(row["client"]): int(row["examples"]) for row in rows}
+    assert sizes == {client: federation.partition.size(client) for client in sizes}
+    accuracies = sorted(float(row["accuracy"]) for row in rows)
+    assert len(rows) == 20
+    assert metrics["clients"] == pytest.approx(sum(accuracies) / 20)
+    assert metrics["worst_tenth"] == pytest.approx(sum(accuracies[:2]) / 2)
     assert 0 <= metrics["worst_tenth"] <= metrics["clients"] <= 1
     assert metrics["spread"] > 0
     assert 0 <= metrics["accuracy"] <= 0.3

@@ -1,6 +1,8 @@
 """Payloads in Flower's messages, and the clients of a deployment: what comes from outside is data."""
 
 import io
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,18 @@ from federated.channel import NoReport
 from federated.encodings import PayloadError
 from federated.flower import client_app
 from federated.flower.channel import GridChannel, GridMessenger
+from federated.flower.client import TrainingClient
 from federated.flower.deployed import WHO, introduced, introduction, recipe_of
+from federated.flower.gradient_client import load_gradient_clients
 from federated.flower.identity import assume_identity
 from federated.flower.messages import bytes_of, content_of, envelope_bytes, shipped_bytes
 from federated.flower.preview import federated_preview, traffic_rows
-from federated.flower.strategy_run import check_reply
+from federated.flower.strategy_run import StrategyRun, check_reply
+from federated.flower.testing import FIRST_NODE, InProcessGrid
 from federated.recipe import FederateRecipe
 from federated.server import ReportLimits
 from raytrain.errors import RecipeError
+from raytrain.seeds.seed_model import SeedModel
 
 RECIPE = """
 kind = "federate"
@@ -234,3 +240,42 @@ def test_a_recipe_of_a_deployment_is_the_machine_s_own() -> None:
     assert isinstance(recipe_of({"recipe": "digits-fedavg"}), FederateRecipe)
     with pytest.raises(RecipeError, match="neither a file"):
         recipe_of({"recipe": "digits-fedseed"})
+
+
+class Unpickled:
+    """Notes what is unpickled in this process, while it listens."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+        self.listens = False
+        sys.addaudithook(self._hear)  # for good
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.listens and event == "pickle.find_class":
+            self.found.append(arguments)
+
+
+def test_no_message_file_or_state_is_unpickled(tmp_path: Path) -> None:
+    unpickled, nodes = Unpickled(), range(FIRST_NODE, FIRST_NODE + 3)
+    averaged = {"protocol": {"name": "flower", "local_steps": 2}, "strategy.name": "FedAvg", "optimizer.name": "sgd"}
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    seeded = recipe_of({"recipe": str(tmp_path / "recipe.toml")})
+    recipe = seeded.with_overrides(averaged)
+    assume_identity(run_id=1)
+    unpickled.listens = True
+    federation = Federation.of(seeded)
+    grid = InProcessGrid(TrainingClient(federation.trainer()))
+    server = federation.server()
+    rounds = federation.rounds(server, GridChannel(GridMessenger(grid, nodes)))
+    assert [len(done.heard) for done in rounds.run(tmp_path / "seeds")] == [2] * 4
+    federation.seed_model(server).save(tmp_path / "seeds.safetensors")
+    SeedModel.load(tmp_path / "seeds.safetensors")
+    assert federation.server().resume(tmp_path / "seeds" / "states")
+    run = StrategyRun(recipe)
+    clients = InProcessGrid(load_gradient_clients(recipe.to_dict()))
+    assert [len(done.heard) for done in run.play(clients, nodes, tmp_path / "averaged", lambda done: None)] == [2] * 4
+    StrategyRun(recipe).resume(tmp_path / "averaged")
+    assert unpickled.found == []
+    pickle.loads(pickle.dumps(Path))
+    unpickled.listens = False
+    assert unpickled.found == [("pathlib", "Path")]

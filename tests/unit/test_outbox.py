@@ -159,7 +159,10 @@ def test_what_is_not_answered_in_time_is_given_up() -> None:
     held = outbox.next_batch(pace(1))
     outbox.wait([message.id for message in messages], 0.05, go_on)
     assert [message.given_up_at is None for message in messages] == [True] + [False] * 5
+    assert outbox.collect_late() == []
     answer(outbox, held)
+    assert [node for node, _ in outbox.collect_late()] == [held[0].node], "it is known that it came"
+    assert outbox.collect_late() == []
     assert len(outbox.collect([message.id for message in messages])) == 1
     outbox.post(pending([9]))
     assert [message.node for message in outbox.next_batch(pace(9))] == [9]

@@ -1,6 +1,7 @@
 """Partitions: disjoint and complete, or they say that they draw; equal to those of flwr-datasets where it has them."""
 
 import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from federated.partition import (
     dirichlet,
     domain,
     iid,
+    label_counts,
     shards,
 )
 from federated.recipe import options_of_partition
@@ -71,6 +73,10 @@ def test_every_example_belongs_to_one_client(
     assert not partition.with_replacement
     assert [partition.size(client) for client in range(clients)] == list(map(len, found))
     assert min(map(len, found)) >= minimum
+    labels = label_counts(partition, examples, clients)
+    assert [sum(column) for column in zip(*labels.values(), strict=True)] == list(map(len, found))
+    assert {name: sum(counts) for name, counts in labels.items()} == dict(Counter(map(str, examples)))
+    assert list(label_counts(partition, range(len(examples)), 1)) == ["examples"]
     again = made(name, examples, clients, seed, **options)
     assert [again.indices(client).tolist() for client in reversed(range(clients))] == found[::-1]
     if sizes == "equal" and name == "iid":

@@ -77,6 +77,7 @@ def test_values_are_read_as_toml(value: object) -> None:
 
 def test_what_is_not_toml_is_a_string() -> None:
     assert parse_overrides(["a=b c", "a.b=/x/y", "c=1", "c=2", "d="]) == {"a": "b c", "a.b": "/x/y", "c": 2, "d": ""}
+    assert parse_overrides(["config.num-rounds=3"]) == {"config.num-rounds": 3}
 
 
 BETAS = {"optimizer": {"name": "adamw", "lr": 0.1, "betas": [0.8, 0.9]}}

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
 
 from federated.flower.channel import GridMessenger
 from federated.flower.gradient_client import GradientClient, load_gradient_clients
 from federated.flower.identity import assume_identity
 from federated.flower.strategy_run import StrategyRun
+from federated.flower.testing import InProcessGrid
 from federated.gradients import load_arrays, trainable_parameters
 from federated.recipe import FederateRecipe
 from federated.results import load_federated_model
@@ -39,16 +39,12 @@ def identity() -> None:
     assume_identity(run_id=1)
 
 
-class InProcessGrid:
-    """A grid whose clients are served at once; client i is node i + 2."""
+class RecordingGrid(InProcessGrid):
+    """A grid whose clients are those of a recipe, and which notes the clients whose processes are ended."""
 
     def __init__(self, recipe: FederateRecipe) -> None:
-        self.client, self.ended = load_gradient_clients(recipe.to_dict()), list[int]()
-
-    def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> list[Message]:
-        nodes = [message.metadata.dst_node_id for message in messages]
-        contexts = [Context(1, node, {"partition-id": node - 2}, RecordDict(), {}) for node in nodes]
-        return [self.client(*pair) for pair in zip(messages, contexts, strict=True)]
+        super().__init__(load_gradient_clients(recipe.to_dict()))
+        self.ended: list[int] = []
 
     def play(self, run: StrategyRun, folder: Path) -> list[CommunicationRound]:
         return list(run.play(self, range(2, 8), folder, lambda done: None, self.ended.append))
@@ -58,7 +54,7 @@ def test_a_round_of_fedavg_is_the_mean_of_its_clients_by_examples(tmp_path: Path
     recipe = recipe_of(**{"partition.sizes": "zipf"})
     run, client = StrategyRun(recipe), load_gradient_clients(recipe.to_dict())
     before = {name: value.copy() for name, value in run.arrays.items()}
-    done = run.play_round(GridMessenger(InProcessGrid(recipe), range(2, 8)))
+    done = run.play_round(GridMessenger(RecordingGrid(recipe), range(2, 8)))
     results = [client.trainer.fit(each, 0, before, lr_ratio=1.0, proximal_mu=0.0) for each in sorted(done.heard)]
     counts = np.array([result.examples for result in results])
     assert len(set(counts.tolist())) > 1
@@ -102,7 +98,7 @@ def test_only_trainable_parameters_travel() -> None:
 def test_faults_are_counted_and_a_round_without_a_quorum_moves_nothing(tmp_path: Path) -> None:
     faults = {"faults.drop": 0.3, "faults.crash": 0.3, "rounds": 6, "faults.quorum": 2}
     recipe = recipe_of(**faults)
-    grid, run = InProcessGrid(recipe), StrategyRun(recipe)
+    grid, run = RecordingGrid(recipe), StrategyRun(recipe)
     rounds = grid.play(run, tmp_path)
     assert {reason for done in rounds for reason in done.missing.values()} == {"no answer", "its process was lost"}
     crashed = [client for done in rounds for client, reason in done.missing.items() if "process" in reason]
@@ -112,13 +108,13 @@ def test_faults_are_counted_and_a_round_without_a_quorum_moves_nothing(tmp_path:
     without = recipe_of(**{"faults.drop": 1.0, "rounds": 1})
     still = StrategyRun(without)
     before = {name: value.copy() for name, value in still.arrays.items()}
-    InProcessGrid(without).play(still, tmp_path / "still")
+    RecordingGrid(without).play(still, tmp_path / "still")
     assert all(np.array_equal(before[name], value) for name, value in still.arrays.items())
 
 
 def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
     recipe = recipe_of()
-    InProcessGrid(recipe).play(StrategyRun(recipe), tmp_path)
+    RecordingGrid(recipe).play(StrategyRun(recipe), tmp_path)
     other = StrategyRun(recipe_of(**{"strategy.name": "FedMedian"}))
     with pytest.raises(
         RecipeError, match=r'expected a run with strategy = {"arguments": {}, "name": "FedMedian"}; got {'
@@ -151,7 +147,7 @@ def test_a_run_of_some_parameters_is_loaded_as_it_was(more: dict[str, Any], name
     run = StrategyRun(recipe)
     assert [name.removesuffix(".default.weight") for name in run.arrays] == names
     before = run.evaluate()["loss"]
-    InProcessGrid(recipe).play(run, tmp_path)
+    RecordingGrid(recipe).play(run, tmp_path)
     run.save_model(tmp_path)
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     evaluated = load_federated_model(tmp_path, {}).evaluate()
