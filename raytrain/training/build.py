@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from raytrain.extensions import CALLBACK
 from raytrain.models.adapters import inject_adapter
@@ -26,7 +27,7 @@ from raytrain.sync.scalars import ScalarExchange
 from raytrain.tasks.task import TASKS, Task, make_task
 from raytrain.tensors import tensor_digest
 from raytrain.training.loop import LoopConfig
-from raytrain.training.recipe import TrainRecipe
+from raytrain.training.recipe import Perturbation, TrainRecipe
 from raytrain.training.replica import Progress, Replica
 from raytrain.zeroth.optimizers import ZerothOrderOptimizer, directions_of
 from raytrain.zeroth.perturbed import PerturbedModel
@@ -203,9 +204,26 @@ def build_zero_order(
     Raises:
         RecipeError: the section [zo] of the recipe does not fit the model.
     """
-    module, options = replica.module, recipe.zo
     if not isinstance(replica.sync, ScalarExchange):  # the recipe sees to that
         raise TypeError(type(replica.sync))
+    return make_zero_order(replica.module, optimizer, replica.sync, recipe.zo, weighted=weighted)
+
+
+def make_zero_order(
+    module: nn.Module, optimizer: ZerothOrderOptimizer, sync: ScalarExchange, options: Perturbation, *, weighted: bool
+) -> ZeroOrderStep:
+    """Return the zeroth-order step of a model that has its first weights.
+
+    Args:
+        module: the model.
+        optimizer: of its parameters.
+        sync: to the other replicas.
+        options: of the perturbations.
+        weighted: whether losses have weights.
+
+    Raises:
+        RecipeError: the options do not fit the model.
+    """
     directions = directions_of(
         module,
         optimizer,
@@ -216,7 +234,7 @@ def build_zero_order(
     )
     perturbed = {part.tensor.data_ptr() for part in directions.slices}
     narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in directions.slices if part.tensor.itemsize < 4}
-    if narrow and replica.rank == 0:
+    if narrow and sync.rank == 0:
         logger.warning(
             "parameters in %s round away updates below half a unit in the last place, which most zeroth-order updates "
             'are, and parts of each perturbation; float32 parameters keep them (task.dtype = "float32"), and '
@@ -227,7 +245,7 @@ def build_zero_order(
     return ZeroOrderStep(
         model=PerturbedModel(module, directions),
         optimizer=optimizer,
-        sync=replica.sync,
+        sync=sync,
         num_perturbations=options.num_perturbations,
         eps=options.eps,
         estimator=options.estimator,
