@@ -39,6 +39,7 @@ class Kind:
         load: (run's folder, overrides) -> TrainedModel, for `evaluate`, `predict` and `export`; "": no model.
         panels: (RunDirectory) -> list[Panel], shown by `raytrain report`.
         check: (recipe) -> lines that `raytrain check` prints after the fields.
+        dry_run: (recipe) -> lines about a step that is taken in this process, for `raytrain check --dry`; "": none.
         tables: title -> registry of components that a recipe selects by name.
         remarks: title -> () -> name -> remark about this machine in `raytrain list`.
         shorthand: field that "module:attribute" in place of a recipe sets.
@@ -52,6 +53,7 @@ class Kind:
     load: str = ""
     panels: str = ""
     check: str = ""
+    dry_run: str = ""
     tables: Mapping[str, str] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
     shorthand: str = ""

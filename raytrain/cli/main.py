@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -21,13 +22,15 @@ from rich.table import Table
 
 from raytrain.api import run_recipe
 from raytrain.cli.jobs import add_job_commands
+from raytrain.cli.recipes import add_recipe_commands
 from raytrain.cli.request import Commands
 from raytrain.errors import INTERRUPTED, RaytrainError, RecipeError
 from raytrain.kinds import kind_entry_points, load_kind, load_kinds
 from raytrain.overrides import parse_overrides
 from raytrain.reading import model_loader, parse_recipe, read_recipe, recipe_of_run
-from raytrain.recipe import dotted_fields
+from raytrain.recipe import Recipe, dotted_fields
 from raytrain.registry import resolve, suggest, summary
+from raytrain.run.listing import list_runs
 from raytrain.terminal import printable
 
 RECIPES = "recipes"
@@ -101,15 +104,26 @@ def about(
 
 @app.command(name="check")
 def check_recipe(
-    recipe: RecipeArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
+    recipe: RecipeArgument,
+    more: FieldArguments = None,
+    changes: SetOptions = None,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Read the data, build the model and take one step in this process.")
+    ] = False,
+    *,
+    trust: TrustOption = False,
 ) -> None:
     """Print the resolved recipe, and where each value comes from; start nothing.
 
+    With --dry print instead what one step takes: parameters, shapes, seconds and memory.
     Modules that the recipe names as task, source, optimizer, adapter or synchroniser are imported.
     """
     raw, origin = read_recipe(recipe, None, trust)
     overrides = parse_overrides([*(changes or []), *(more or [])])
     resolved = parse_recipe(raw, overrides)
+    if dry:
+        _print_dry_run(resolved)
+        return
     given = dict(dotted_fields(raw))
     for field, value in dotted_fields(resolved.to_dict()):
         spellings = {field, field.removesuffix(".name")}  # `optimizer=lion` is short for `optimizer.name=lion`
@@ -119,6 +133,34 @@ def check_recipe(
         print(f"{' '.join(line.split()):<48}  # {source}")
     if hook := load_kind(raw["kind"]).check:
         print("", *resolve({}, hook, "kind")(resolved), sep="\n")
+
+
+def _print_dry_run(recipe: Recipe) -> None:
+    """Print the lines of a dry run as they come.
+
+    Raises:
+        RecipeError: recipes of this kind have none.
+    """
+    hook = load_kind(recipe.kind).dry_run
+    if not hook:
+        raise RecipeError(
+            f"--dry: expected a recipe of the kind train; got one of {recipe.kind}; check the recipe that it trains"
+        )
+    for line in resolve({}, hook, "kind")(recipe):
+        print(line, flush=True)
+
+
+@app.command(name="runs")
+def print_runs(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("runs")) -> None:
+    """List the runs in FOLDER, by default runs, the newest first: status, best metric and its step."""
+    grid = Table(box=None, padding=(0, 2), header_style="")
+    for heading in ("run", "kind", "status", "best", "step", "started"):
+        grid.add_column(heading, overflow="fold")
+    for run in list_runs(folder):
+        value, started = run.best.get("value"), time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started))
+        best = f"{run.best['metric']} {value:.4f}" if value is not None else ""
+        grid.add_row(str(run.folder), run.kind, run.status, best, str(run.best.get("step", "")), started)
+    Console(highlight=False).print(grid)
 
 
 @app.command(name="list")
@@ -215,6 +257,7 @@ def _add_kinds() -> None:
     """Add a subcommand for each installed kind, which is loaded when it is used."""
     for name in kind_entry_points():
         app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name))
+    add_recipe_commands(app)
     add_job_commands(Commands(app, read_recipe, parse_recipe))
 
 

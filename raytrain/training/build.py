@@ -1,6 +1,7 @@
 """Builds the task and the replica of a recipe: model, optimizer and synchroniser."""
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytrain.data.source import GeneratorSource
+from raytrain.errors import RecipeError
 from raytrain.extensions import CALLBACK
 from raytrain.models.adapters import inject_adapter
 from raytrain.models.blocks import checkpoint_activations, compile_blocks
@@ -89,10 +92,24 @@ def resolve_recipe(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe,
     loop_config(recipe)
     task = build_task(recipe)
     changes = options_from_data(task, run)
+    if recipe.epochs:
+        changes["steps"] = steps_in_epochs(recipe, task)
     if not changes:
         return recipe, task
     settled = recipe.with_overrides(changes)
     return settled, build_task(settled)
+
+
+def steps_in_epochs(recipe: TrainRecipe, task: Task) -> int:
+    """Return the optimizer steps in a recipe's epochs, the last one whole.
+
+    Raises:
+        RecipeError: the training examples have no number.
+    """
+    if isinstance(recipe.task.source, GeneratorSource):
+        raise RecipeError(f"epochs: {recipe.task.source.name} makes examples without end; set steps instead")
+    batch = recipe.workers * recipe.batch * recipe.accumulate
+    return max(1, math.ceil(recipe.epochs * len(task.data("train")) / batch))
 
 
 def options_from_data(task: Task, run: RunDirectory) -> dict[str, Any]:

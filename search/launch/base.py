@@ -47,6 +47,8 @@ def check_search(recipe: SearchRecipe) -> CheckedSearch:
         raise RecipeError(
             f"base.workers: a search trains each member in one process; got {base.workers}; set base.workers=1"
         )
+    if base.epochs:
+        raise RecipeError(f"base.epochs: a search counts steps; got {base.epochs:g}; set base.steps")
     if base.phases:
         raise RecipeError("base.phases: expected none, because the search decides when fields change")
     base = base.with_overrides({"resources.cpus": base.resources.cpus or 1.0})  # threads, on which sums depend
