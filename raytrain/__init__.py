@@ -1,11 +1,66 @@
-"""Train neural networks on a Ray cluster.
+"""Train, search and federate neural networks on a Ray cluster.
 
->>> from raytrain import Task
+What is named here is imported when it is used, and the import of this package itself takes no time.
+
+>>> from raytrain import Task, train
 """
 
-from raytrain.errors import RaytrainError, RecipeError, TrainingError
-from raytrain.recipe import Options
-from raytrain.tasks.task import Examples, Task
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from raytrain.errors import CheckpointError, RaytrainError, RecipeError, TrainingError
+
+if TYPE_CHECKING:
+    from raytrain.api import evaluate, federate, load, search, train
+    from raytrain.recipe import Options
+    from raytrain.run.result import Result
+    from raytrain.sync.loop import CO2, DDP, CoCoD, DelayedAveraging, DiLoCo, LocalSGD, SlowMo
+    from raytrain.tasks.task import Examples, Task
+    from raytrain.training.zero_order import ZeroOrder
 
 __version__ = "0.1.0"
-__all__ = ["Examples", "Options", "RaytrainError", "RecipeError", "Task", "TrainingError"]
+__all__ = [
+    "CO2",
+    "DDP",
+    "CheckpointError",
+    "CoCoD",
+    "DelayedAveraging",
+    "DiLoCo",
+    "Examples",
+    "LocalSGD",
+    "Options",
+    "RaytrainError",
+    "RecipeError",
+    "Result",
+    "SlowMo",
+    "Task",
+    "TrainingError",
+    "ZeroOrder",
+    "evaluate",
+    "federate",
+    "load",
+    "search",
+    "train",
+]
+
+_MODULES = {
+    **dict.fromkeys(("evaluate", "federate", "load", "search", "train"), "raytrain.api"),
+    **dict.fromkeys(("Examples", "Task"), "raytrain.tasks.task"),
+    **dict.fromkeys(("CO2", "DDP", "CoCoD", "DelayedAveraging", "DiLoCo", "LocalSGD", "SlowMo"), "raytrain.sync.loop"),
+    "Options": "raytrain.recipe",
+    "Result": "raytrain.run.result",
+    "ZeroOrder": "raytrain.training.zero_order",
+}
+"""Name -> module, of what is imported when it is used."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'raytrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Return the names, those that are not imported yet too."""
+    return sorted({*globals(), *__all__})

@@ -41,6 +41,7 @@ class Kind:
         check: (recipe) -> lines that `raytrain check` prints after the fields.
         app: (folder, overrides, address or None) -> None; runs the app of another framework in a folder, as it is, for
             `--app`; "": there are none.
+        dry_run: (recipe) -> lines about a step that is taken in this process, for `raytrain check --dry`; "": none.
         tables: title -> registry of components that a recipe selects by name.
         remarks: title -> () -> name -> remark about this machine in `raytrain list`.
         shorthand: field that "module:attribute" in place of a recipe sets.
@@ -57,6 +58,7 @@ class Kind:
     panels: str = ""
     check: str = ""
     app: str = ""
+    dry_run: str = ""
     tables: Mapping[str, str] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
     shorthand: str = ""

@@ -31,6 +31,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from raytrain.errors import RecipeError
 from raytrain.files import read_bytes
+from raytrain.habits import HABITS
 from raytrain.overrides import apply_overrides, as_table
 from raytrain.registry import resolve, suggest
 
@@ -58,7 +59,7 @@ class Section(BaseModel):
             raise PydanticCustomError(
                 "unknown_field",
                 "no such field; {known}",
-                {"field": unknown[0], "known": suggest(unknown[0], cls.model_fields)},
+                {"field": unknown[0], "known": suggest(unknown[0], cls.model_fields, HABITS.get(unknown[0], ""))},
             )
         return value
 
@@ -167,7 +168,13 @@ def options_by_name(
 
 
 class Recipe(Section):
-    """The fields that recipes of every kind have."""
+    """The fields that recipes of every kind have.
+
+    Attributes:
+        kind: of the run, which is the command that runs it.
+        name: of the recipe, with which the name of a run's folder begins.
+        seed: of all random draws.
+    """
 
     kind: str
     name: str = Field("run", pattern=r"^[\w.-]+$")

@@ -21,14 +21,19 @@ TARGET = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 """Pattern of "module:attribute"."""
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str], meant: str = "") -> str:
     """Return the end of an error message: the names most similar to `name`, then all known ones.
+
+    Args:
+        name: that is not known.
+        known: names.
+        meant: the name to suggest in place of similar ones.
 
     >>> suggest("adm", ["adam", "sgd"])
     'did you mean adam? known: adam, sgd'
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=2)
+    close = [meant] if meant else difflib.get_close_matches(name, names, n=2)
     guess = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{guess}known: {', '.join(names)}"
 

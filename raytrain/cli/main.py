@@ -20,14 +20,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from raytrain.api import run_recipe
 from raytrain.cli.jobs import add_job_commands
+from raytrain.cli.recipes import add_recipe_commands
 from raytrain.cli.request import Commands
 from raytrain.errors import INTERRUPTED, RaytrainError, RecipeError
-from raytrain.kinds import RunOptions, kind_entry_points, load_kind, load_kinds
-from raytrain.overrides import apply_overrides, parse_overrides
-from raytrain.provenance import check_trusted
-from raytrain.recipe import Recipe, dotted_fields, read_toml
+from raytrain.kinds import kind_entry_points, load_kind, load_kinds
+from raytrain.overrides import parse_overrides
+from raytrain.reading import model_loader, parse_recipe, read_recipe, recipe_of_run
+from raytrain.recipe import Recipe, dotted_fields
 from raytrain.registry import resolve, suggest, summary
+from raytrain.run.listing import list_runs
 from raytrain.terminal import printable
 
 RECIPES = "recipes"
@@ -101,15 +104,26 @@ def about(
 
 @app.command(name="check")
 def check_recipe(
-    recipe: RecipeArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
+    recipe: RecipeArgument,
+    more: FieldArguments = None,
+    changes: SetOptions = None,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Read the data, build the model and take one step in this process.")
+    ] = False,
+    *,
+    trust: TrustOption = False,
 ) -> None:
     """Print the resolved recipe, and where each value comes from; start nothing.
 
+    With --dry print instead what one step takes: parameters, shapes, seconds and memory.
     Modules that the recipe names as task, source, optimizer, adapter or synchroniser are imported.
     """
-    raw, origin = _read(recipe, None, trust)
+    raw, origin = read_recipe(recipe, None, trust)
     overrides = parse_overrides([*(changes or []), *(more or [])])
-    resolved = _parse(raw, overrides)
+    resolved = parse_recipe(raw, overrides)
+    if dry:
+        _print_dry_run(resolved)
+        return
     given = dict(dotted_fields(raw))
     for field, value in dotted_fields(resolved.to_dict()):
         spellings = {field, field.removesuffix(".name")}  # `optimizer=lion` is short for `optimizer.name=lion`
@@ -119,6 +133,34 @@ def check_recipe(
         print(f"{' '.join(line.split()):<48}  # {source}")
     if hook := load_kind(raw["kind"]).check:
         print("", *resolve({}, hook, "kind")(resolved), sep="\n")
+
+
+def _print_dry_run(recipe: Recipe) -> None:
+    """Print the lines of a dry run as they come.
+
+    Raises:
+        RecipeError: recipes of this kind have none.
+    """
+    hook = load_kind(recipe.kind).dry_run
+    if not hook:
+        raise RecipeError(
+            f"--dry: expected a recipe of the kind train; got one of {recipe.kind}; check the recipe that it trains"
+        )
+    for line in resolve({}, hook, "kind")(recipe):
+        print(line, flush=True)
+
+
+@app.command(name="runs")
+def print_runs(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("runs")) -> None:
+    """List the runs in FOLDER, by default runs, the newest first: status, best metric and its step."""
+    grid = Table(box=None, padding=(0, 2), header_style="")
+    for heading in ("run", "kind", "status", "best", "step", "started"):
+        grid.add_column(heading, overflow="fold")
+    for run in list_runs(folder):
+        value, started = run.best.get("value"), time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started))
+        best = f"{run.best['metric']} {value:.4f}" if value is not None else ""
+        grid.add_row(str(run.folder), run.kind, run.status, best, str(run.best.get("step", "")), started)
+    Console(highlight=False).print(grid)
 
 
 @app.command(name="list")
@@ -155,7 +197,9 @@ def evaluate_run(
     run: RunArgument, more: FieldArguments = None, changes: SetOptions = None, trust: TrustOption = False
 ) -> None:
     """Evaluate the best checkpoint of the run in the folder RUN on held-out data, and print the metrics as JSON."""
-    trained = resolve({}, _loader(run, trust=trust), "kind")(run, parse_overrides([*(changes or []), *(more or [])]))
+    trained = resolve({}, model_loader(run, trust=trust), "kind")(
+        run, parse_overrides([*(changes or []), *(more or [])])
+    )
     print(json.dumps(trained.evaluate(), indent=2))
 
 
@@ -172,7 +216,7 @@ def predict_run(
 ) -> None:
     """Predict each example of a file with the best checkpoint of the run in the folder RUN."""
     overrides = parse_overrides([*(changes or []), *(more or [])])
-    load = _loader(run, trust=trust)
+    load = model_loader(run, trust=trust)
     from raytrain.launch.predict import predict_file  # noqa: PLC0415 - slow to import
 
     count = predict_file(load, run, overrides, source, target, address or None)
@@ -188,7 +232,7 @@ def export_run(
     trust: TrustOption = False,
 ) -> None:
     """Write the best model of the run in the folder RUN to DIR, as Hugging Face's `from_pretrained` reads it."""
-    load = resolve({}, _loader(run, trust=trust), "kind")
+    load = resolve({}, model_loader(run, trust=trust), "kind")
     load(run, parse_overrides([*(changes or []), *(more or [])])).export(folder)
 
 
@@ -203,36 +247,9 @@ def report_runs(
     from raytrain.run.report.runs import report_on  # noqa: PLC0415 - slow to import
 
     page = output or runs[0] / "report.html"
-    recorded = {str(run): load_kind(_recipe_of(run)["kind"]).panels for run in runs}
+    recorded = {str(run): load_kind(recipe_of_run(run)["kind"]).panels for run in runs}
     report_on({run: resolve({}, panels, "kind") for run, panels in recorded.items() if panels}, page)
     print(page)
-
-
-def _recipe_of(run: Path) -> dict[str, Any]:
-    """Return the data of the recipe of a run; the code that it names is not run.
-
-    Raises:
-        RecipeError: there is no run.
-    """
-    file = run / "recipe.toml"
-    if not file.is_file():
-        raise RecipeError(f"{run}: there is no run here (no recipe.toml); a run's folder is what --out named")
-    return _read(str(file), None, trust=True)[0]
-
-
-def _loader(run: Path, *, trust: bool) -> str:
-    """Return `Kind.load` of the run in a folder.
-
-    Raises:
-        RecipeError: there is no run, or its kind leaves no model, or it was fetched, names code and is not trusted.
-    """
-    raw = _recipe_of(run)
-    if not trust:
-        check_trusted(raw, run / "recipe.toml")
-    load = load_kind(raw["kind"]).load
-    if not load:
-        raise RecipeError(f"kind: {run} is a run of the kind {raw['kind']}, which leaves no model")
-    return load
 
 
 @cache
@@ -242,7 +259,8 @@ def _add_kinds() -> None:
     for name in kind_entry_points():
         has_apps = name in kinds and bool(kinds[name].app)
         app.command(name, help=f"Run a recipe of the kind {name}.\n\n{RECIPE_HELP}")(_runner(name, has_apps))
-    add_job_commands(Commands(app, _read, _parse))
+    add_recipe_commands(app)
+    add_job_commands(Commands(app, read_recipe, parse_recipe))
 
 
 def _runner(verb: str, has_apps: bool) -> Callable[..., int]:
@@ -267,14 +285,11 @@ def _runner(verb: str, has_apps: bool) -> Callable[..., int]:
                 raise RecipeError("--app: expected neither --out nor --resume: an app writes its files where it says")
             _run_app(verb, Path(recipe), overrides, address or None)
             return 0
-        raw, _ = _read(recipe, verb, trust)
-        kind = load_kind(verb)
-        resolved = _parse(raw, overrides)
+        raw, _ = read_recipe(recipe, verb, trust)
+        resolved = parse_recipe(raw, overrides)
         if resume and out is None and not Path(recipe).is_dir():
             raise RecipeError(f"--resume: say which run, as in raytrain {verb} runs/NAME-TIME --resume")
-        new = Path("runs") / f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = out or (Path(recipe) if resume else new)
-        result = resolve({}, kind.run, "kind")(resolved, RunOptions(folder, resume, address or None))
+        result = run_recipe(resolved, recipe, out, resume=resume, address=address or None)
         return {"interrupted": INTERRUPTED, "failed": 1}.get(result.status, 0)
 
     return command
@@ -291,54 +306,6 @@ def _run_app(verb: str, folder: Path, overrides: dict[str, Any], address: str | 
     if not run:
         raise RecipeError(f"--app: raytrain {verb} runs recipes, and no apps")
     resolve({}, run, "kind")(folder, overrides, address)
-
-
-def _read(source: str, verb: str | None, trust: bool) -> tuple[dict[str, Any], Path]:
-    """Return a recipe's data, with its kind and name filled in, and its file.
-
-    "module:attribute" is short for a recipe that says no more than this, of its task or of what its kind names so.
-
-    Raises:
-        RecipeError: there is none, it is of another kind than `verb`, or of a fetched run, names code and is not
-            trusted.
-    """
-    kinds = load_kinds()
-    if ":" in source and not Path(source).is_file():
-        raw, file = _shorthand(source, verb or _kind_of(source)), Path(source.partition(":")[2])
-    else:
-        raw, file = read_toml(source, [kind.recipes for kind in kinds.values() if kind.recipes])
-        if not trust:
-            check_trusted(raw, file)
-    raw = {"kind": verb or "train", "name": file.stem, **raw}
-    if not isinstance(raw["kind"], str):
-        raise RecipeError(f"kind: expected a name; got {raw['kind']!r}")
-    load_kind(raw["kind"])
-    if verb not in (None, raw["kind"]):
-        raise RecipeError(f"kind: {source} is a recipe to {raw['kind']}: raytrain {raw['kind']} {source}")
-    return raw, file
-
-
-def _shorthand(place: str, verb: str) -> dict[str, Any]:
-    """Return the recipe that "module:attribute" is short for.
-
-    Raises:
-        RecipeError: recipes of this kind have no short form.
-    """
-    field = load_kind(verb).shorthand
-    if not field:
-        raise RecipeError(f"{place!r}: expected a file, a run's folder, or one of raytrain list recipes")
-    return apply_overrides({"kind": verb}, {field: place})
-
-
-def _kind_of(place: str) -> str:
-    """Return the kind that accepts what is at "module:attribute", or else `train`."""
-    found = resolve({}, place, "recipe")
-    accepting = {name: kind.accepts for name, kind in load_kinds().items() if kind.accepts}
-    return next((name for name, accepts in accepting.items() if resolve({}, accepts, "kind")(found)), "train")
-
-
-def _parse(raw: dict[str, Any], overrides: dict[str, Any]) -> Recipe:
-    return load_kind(raw["kind"]).recipe_class().parse_with(raw, overrides)
 
 
 def _first_comment(file: Path) -> str:

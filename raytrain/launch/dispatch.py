@@ -1,5 +1,6 @@
 """Chooses the backend of a recipe, this machine or a Ray cluster, and imports it."""
 
+from raytrain.by_value import check_importable
 from raytrain.data.source import ActorSource
 from raytrain.kinds import RunOptions
 from raytrain.launch import forkserver
@@ -14,6 +15,8 @@ def run_training(recipe: TrainRecipe, order: RunOptions) -> Result:
         RecipeError: the recipe, the folder, this machine or the cluster does not allow it.
         TrainingError: the run failed; what was computed is in its folder.
     """
+    if isinstance(recipe.task.source, ActorSource):
+        check_importable(recipe, "an actor that prepares data")
     if needs_ray(recipe, order.address):
         from raytrain.launch.train import run_on_ray  # noqa: PLC0415 - slow to import
 

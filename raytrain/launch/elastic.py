@@ -31,9 +31,11 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 from torch.distributed.elastic.utils.process_state import read_proc_state
 
+from raytrain.by_value import dump_objects, load_objects
 from raytrain.errors import RaytrainError
 from raytrain.kinds import RunOptions
 from raytrain.launch.backend import train_on
+from raytrain.launch.forkserver import without_main
 from raytrain.launch.resources import NodeResources, available_cpus, cpus_per_worker, eligible_nodes
 from raytrain.loggers import restored_loggers
 from raytrain.run.directory import RunDirectory
@@ -131,6 +133,7 @@ class LocalWorkers(threading.Thread):
             "threads": threads,
             "folder": str(self._folder),
             "environment": dict(os.environ),
+            "objects": dump_objects(recipe),
         }
         self._agent = _Agent(recipe, run, config)
         self.start()
@@ -184,6 +187,12 @@ class _Agent(LocalElasticAgent):
         self.causes: dict[int, str] = {}
         self._silence = _Silence(recipe.sync.timeout_seconds)
         self._run_directory = run
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        """Start the workers, and return local rank -> pid."""
+        with without_main():
+            started: dict[int, Any] = super()._start_workers(worker_group)
+        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Check the workers, as the agent does every `AGENT_POLL_SECONDS`.
@@ -310,6 +319,7 @@ def _work(config: dict[str, Any]) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     rank, run = int(agents["RANK"]), RunDirectory(Path(config["run"]))
     try:
+        load_objects(config["objects"])
         recipe = TrainRecipe.parse(config["recipe"])
         torch.set_num_threads(config["threads"])
         transport = _meet(recipe, Path(config["folder"]), rank)

@@ -5,7 +5,11 @@ the command may have used either, if only because a module of the user's has whe
 """
 
 import multiprocessing
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
+from types import ModuleType
 
 from raytrain.environment import environment
 
@@ -23,3 +27,18 @@ def start_forkserver() -> None:
     multiprocessing.set_forkserver_preload(["raytrain.launch.elastic"])
     with environment(WORKER_ENVIRONMENT):
         forkserver.ensure_running()
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Start processes inside the `with` block that do not run the user's script again.
+
+    Python would: a process that is not forked imports the main module of the one that starts it, in case an argument
+    is defined there. Ours are not, and a script that calls `raytrain.train` at its top would train in each worker.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

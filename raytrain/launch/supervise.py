@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from typing import Protocol
 
 from raytrain.errors import RecipeError, TrainingError
@@ -65,7 +66,7 @@ def supervise(
             with closing(start()) as workers:
                 ended = display.follow(workers.ended)
         failure = _failure(run, before, workers.error if ended else "")
-        result = result_of(failure)
+        result = replace(result_of(failure), folder=str(run.path))
         try:
             run.write_result(result)
         except OSError as error:

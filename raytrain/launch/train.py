@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 import raytrain
+from raytrain.by_value import dump_objects, load_objects
 from raytrain.data.source import ActorSource
 from raytrain.environment import environment
 from raytrain.errors import RaytrainError, RecipeError
@@ -189,6 +190,7 @@ def _trainer(
             "actors": share.actors,
             "actor_cpus": share.actor_cpus,
             "import_from": os.getcwd(),
+            "objects": dump_objects(recipe),
             "code": fingerprint(),
         },
         torch_config=GroupConfig(
@@ -225,6 +227,7 @@ def _worker(config: dict[str, Any]) -> None:
                 "install the same version on every machine"
             )
         sys.path.append(config["import_from"])
+        load_objects(config["objects"])
         recipe = TrainRecipe.parse(config["recipe"])
         torch.set_num_threads(config["threads"])
         device = get_device() if recipe.resources.gpus else torch.device("cpu")

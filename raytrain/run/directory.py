@@ -216,6 +216,17 @@ class RunDirectory:
             file.flush()
             yield
 
+    def in_use(self) -> bool:
+        """Return whether a command works in the folder."""
+        try:
+            with self._lock("command").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     def request_stop(self) -> None:
         """Request the workers to checkpoint and end after the current step."""
         self._stop.touch()

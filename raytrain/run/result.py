@@ -18,6 +18,7 @@ class Result:
         seconds: time spent computing, over all attempts.
         restarts: how often workers had to be started again.
         checkpoint: the last one, if there is one.
+        folder: of the run.
         error: why it failed.
     """
 
@@ -29,4 +30,5 @@ class Result:
     seconds: float = 0.0
     restarts: int = 0
     checkpoint: str = ""
+    folder: str = ""
     error: str = ""

@@ -139,6 +139,11 @@ class ScalarExchange(StepSynchroniser):
         return len(self._averager.transport.members)
 
     @property
+    def rank(self) -> int:
+        """This replica's rank."""
+        return self._averager.transport.rank
+
+    @property
     def _alone(self) -> bool:
         return self.members == 1
 

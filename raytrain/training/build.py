@@ -1,9 +1,14 @@
 """Builds the task and the replica of a recipe: model, optimizer and synchroniser."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from raytrain.data.source import GeneratorSource
+from raytrain.errors import RecipeError
 from raytrain.extensions import CALLBACK
 from raytrain.models.adapters import inject_adapter
 from raytrain.models.blocks import checkpoint_activations, compile_blocks
@@ -22,7 +27,7 @@ from raytrain.sync.options import ALL_SYNCHRONISERS, FsdpOptions
 from raytrain.sync.scalars import ScalarExchange
 from raytrain.tasks.task import TASKS, Task, make_task
 from raytrain.tensors import autocast_type, tensor_digest
-from raytrain.training.recipe import TrainRecipe
+from raytrain.training.recipe import Perturbation, TrainRecipe
 from raytrain.training.replica import Progress, Replica
 from raytrain.zeroth.optimizers import ZerothOrderOptimizer, directions_of
 from raytrain.zeroth.perturbed import PerturbedModel
@@ -57,10 +62,24 @@ def resolve_recipe(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe,
     SCHEDULE.load(SCHEDULES, recipe.schedule.name)
     task = build_task(recipe)
     changes = options_from_data(task, run)
+    if recipe.epochs:
+        changes["steps"] = steps_in_epochs(recipe, task)
     if not changes:
         return recipe, task
     settled = recipe.with_overrides(changes)
     return settled, build_task(settled)
+
+
+def steps_in_epochs(recipe: TrainRecipe, task: Task) -> int:
+    """Return the optimizer steps in a recipe's epochs, the last one whole.
+
+    Raises:
+        RecipeError: the training examples have no number.
+    """
+    if isinstance(recipe.task.source, GeneratorSource):
+        raise RecipeError(f"epochs: {recipe.task.source.name} makes examples without end; set steps instead")
+    batch = recipe.workers * recipe.batch * recipe.accumulate
+    return max(1, math.ceil(recipe.epochs * len(task.data("train")) / batch))
 
 
 def options_from_data(task: Task, run: RunDirectory) -> dict[str, Any]:
@@ -172,9 +191,26 @@ def build_zero_order(
     Raises:
         RecipeError: the section [zo] of the recipe does not fit the model.
     """
-    module, options = replica.module, recipe.zo
     if not isinstance(replica.sync, ScalarExchange):  # the recipe sees to that
         raise TypeError(type(replica.sync))
+    return make_zero_order(replica.module, optimizer, replica.sync, recipe.zo, weighted=weighted)
+
+
+def make_zero_order(
+    module: nn.Module, optimizer: ZerothOrderOptimizer, sync: ScalarExchange, options: Perturbation, *, weighted: bool
+) -> ZeroOrderStep:
+    """Return the zeroth-order step of a model that has its first weights.
+
+    Args:
+        module: the model.
+        optimizer: of its parameters.
+        sync: to the other replicas.
+        options: of the perturbations.
+        weighted: whether losses have weights.
+
+    Raises:
+        RecipeError: the options do not fit the model.
+    """
     directions = directions_of(
         module,
         optimizer,
@@ -185,7 +221,7 @@ def build_zero_order(
     )
     perturbed = {part.tensor.data_ptr() for part in directions.slices}
     narrow = {str(part.tensor.dtype).removeprefix("torch.") for part in directions.slices if part.tensor.itemsize < 4}
-    if narrow and replica.rank == 0:
+    if narrow and sync.rank == 0:
         logger.warning(
             "parameters in %s round away updates below half a unit in the last place, which most zeroth-order updates "
             'are, and parts of each perturbation; float32 parameters keep them (task.dtype = "float32"), and '
@@ -196,7 +232,7 @@ def build_zero_order(
     return ZeroOrderStep(
         model=PerturbedModel(module, directions),
         optimizer=optimizer,
-        sync=replica.sync,
+        sync=sync,
         num_perturbations=options.num_perturbations,
         eps=options.eps,
         estimator=options.estimator,

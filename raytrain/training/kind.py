@@ -10,6 +10,7 @@ KIND = Kind(
     recipes=Path(__file__).parents[1] / "recipes",
     load="raytrain.training.results:load_best",
     panels="raytrain.training.report:training_panels",
+    dry_run="raytrain.training.dry_run:dry_run",
     tables={
         "tasks": "raytrain.tasks.task:TASKS",
         "adapters": "raytrain.models.options:ADAPTERS",

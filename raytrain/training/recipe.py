@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from raytrain.errors import RecipeError
 from raytrain.extensions import CALLBACK
@@ -13,6 +13,7 @@ from raytrain.models.options import ADAPTERS, AdapterOptions
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, ZEROTH_ORDER, OptimizerOptions, is_elementwise
 from raytrain.optim.schedules import SCHEDULE, SCHEDULES
+from raytrain.overrides import as_table
 from raytrain.recipe import Options, Recipe, Section, dotted_fields, options_by_name
 from raytrain.registry import lazy, resolve
 from raytrain.sections import Checkpoint, Evaluation, Logging, Resources
@@ -123,7 +124,7 @@ class Perturbation(Section):
 
 
 OF_THE_WHOLE = frozenset(
-    {"kind", "name", "workers", "steps", "max_failures", "sync", "resources", "log", "checkpoint", "phases"}
+    {"kind", "name", "workers", "steps", "epochs", "max_failures", "sync", "resources", "log", "checkpoint", "phases"}
 )
 """Fields that no phase can change."""
 
@@ -134,6 +135,8 @@ class TrainRecipe(Recipe):
     Attributes:
         workers: data-parallel processes, the world size.
         steps: optimizer steps.
+        epochs: passes over the training examples, in place of `steps`, which are counted when the run starts and take
+            its place in the run's recipe; 0: as `steps` says.
         batch: examples of each worker in each forward pass, the micro-batch size (per_device_train_batch_size).
         accumulate: micro-batches of each worker in each step, as gradient_accumulation_steps of Hugging Face and
             accumulate_grad_batches of Lightning: it multiplies the effective batch, workers * batch * accumulate. For
@@ -160,6 +163,7 @@ class TrainRecipe(Recipe):
     kind: Literal["train"] = "train"
     workers: int = Field(1, ge=1)
     steps: int = Field(1000, ge=1)
+    epochs: float = Field(0.0, ge=0)
     batch: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -174,13 +178,22 @@ class TrainRecipe(Recipe):
     freeze: Freeze = Freeze()
     optimizer: OptimizerField = Field(default={}, validate_default=True)
     zo: Perturbation = Perturbation()
-    schedule: Schedule = Schedule()
+    schedule: Annotated[Schedule, BeforeValidator(as_table)] = Schedule()
     sync: SyncField = Field(default={}, validate_default=True)
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     resources: Resources = Resources()
     log: Logging = Logging()
     phases: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def parse_with(cls, raw: Mapping[str, Any], changes: Mapping[str, Any]) -> Self:
+        """Validate nested plain data with dotted fields overridden; new `steps` take the place of epochs.
+
+        Raises:
+            RecipeError: as `Recipe.parse_with`.
+        """
+        return super().parse_with(raw, {"epochs": 0, **changes} if "steps" in changes else changes)
 
     @model_validator(mode="before")
     @classmethod
@@ -237,6 +250,8 @@ class TrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _fit_phases(self) -> Self:
+        if self.phases and self.epochs:
+            raise ValueError(f"epochs: expected 0 with phases, which begin at steps; got {self.epochs:g}; set steps")
         recipes = [stage.recipe for stage in self.stages()]
         if len(recipes) > 1 and any(recipe.optimizer.zeroth and recipe.zo.trajectory for recipe in recipes):
             raise ValueError("phases: expected zo.trajectory = false, because a trajectory has one beginning")

@@ -46,6 +46,8 @@ def check_search(recipe: SearchRecipe) -> CheckedSearch:
     if not isinstance(recipe.base, TrainRecipe):
         return _check_of_any_kind(recipe)
     base = recipe.base.with_overrides({"resources.cpus": recipe.base.resources.cpus or 1.0})  # which sums depend on
+    if base.epochs:
+        raise RecipeError(f"base.epochs: a search counts steps; got {base.epochs:g}; set base.steps")
     if base.phases:
         raise RecipeError("base.phases: expected none, because the search decides when fields change")
     task = build_task(base)

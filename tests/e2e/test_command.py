@@ -1,6 +1,7 @@
 """What the command says and returns without starting anything."""
 
 import json
+import resource
 import socket
 import subprocess
 import sys
@@ -262,6 +263,13 @@ def test_what_trains_nothing_imports_neither_torch_nor_ray(workplace: Path) -> N
         (["check", "digits", "optimizer=zo-hybrid", "zo.first_order=['*']", "zo.trajectory=false"], 0),
         *((["check", "digits", f"sync={name}"], 0) for name in SYNCHRONISERS),
         *((["check", "digits", f"adapter={name}"], 0) for name in ADAPTERS),
+        (["explain", "optimizer.lr"], 0),
+        (["explain", "max_steps"], 0),
+        (["runs", "."], 0),
+        (["copy", "digits", "copied.toml"], 0),
+        (["check", "copied.toml", "epochs=2"], 0),
+        (["completion", "bash"], 0),
+        (["completion", "bash", "--", "train", "digits", "optimizer", "=", "ada"], 0),
         (["trian", "digits"], 2),
         (["train", "digit"], 2),
         (["train", "digits", "wrokers=2"], 2),
@@ -285,10 +293,42 @@ for words, expected in {ours!r}:
     heavy = sys.modules.keys() & {{"torch", "ray", "transformers", "peft", "numpy", "datasets"}}
     assert not heavy, (words, heavy)
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=workplace)
     assert ended.returncode == 0, ended.stderr[-2000:]
     for word in ("train", "evaluate", "check", "list", "Classification of handwritten digits"):
         assert word in ended.stdout
+
+
+@pytest.mark.parametrize("words", ["--help", "check digits", "list", "explain optimizer.lr", "runs ."])
+def test_what_starts_nothing_takes_little_time(workplace: Path, words: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "raytrain", *words.split()], cwd=workplace, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+def test_a_recipe_is_copied_and_a_file_never_overwritten(raytrain: Callable[..., Any], workplace: Path) -> None:
+    copied = raytrain("copy", "digits-pbt")
+    assert copied.out == "edit digits-pbt.toml, then: raytrain search digits-pbt.toml\n"
+    assert raytrain("check", "digits-pbt.toml").status == 0
+    (workplace / "digits-pbt.toml").write_text("mine")
+    again = raytrain("copy", "digits-pbt")
+    assert (again.status, "FILE: digits-pbt.toml exists; name another file" in again.err) == (2, True)
+    assert (workplace / "digits-pbt.toml").read_text() == "mine"
+    assert "RECIPE: 'digit' is not a shipped recipe; did you mean digits or" in raytrain("copy", "digit").err
+
+
+def test_a_field_is_explained_and_runs_are_listed(raytrain: Callable[..., Any], workplace: Path) -> None:
+    explained = raytrain("explain", "gradient_accumulation_steps").out
+    assert explained.startswith(
+        "accumulate (train)\n  type: integer >= 1\n  default: 1\n  micro-batches of each worker"
+    )
+    train_here(
+        TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", "steps": 4}), workplace / "runs" / "a"
+    )
+    heading, row = raytrain("runs").out.splitlines()
+    assert heading.split() == ["run", "kind", "status", "best", "step", "started"]
+    assert row.split()[:4] == ["runs/a", "train", "killed", "loss"]
 
 
 def install(workplace: Path, kinds: str) -> None:
