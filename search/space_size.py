@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,8 @@ def space_size(space: Space) -> SpaceSize:
     """
     products = []
     for number in range(PROBES):
-        rng = keyed_generator(0, "probe", number)
-        decisions = space.run(lambda _, domain, rng=rng: _uniform(domain, rng)).genome.decisions
+        draw = partial(_uniform, keyed_generator(0, "probe", number))
+        decisions = space.run(draw).genome.decisions
         products.append(math.prod(decision.domain.count for decision in decisions))
     if math.isinf(max(products)):
         return SpaceSize(math.inf, exact=False)
@@ -63,7 +64,7 @@ def space_size(space: Space) -> SpaceSize:
     return SpaceSize(float(np.mean(products)), exact=False)
 
 
-def _uniform(domain: Domain, rng: np.random.Generator) -> Any:
+def _uniform(rng: np.random.Generator, _: str, domain: Domain) -> Any:
     """Draw a value of a finite domain, each with equal probability, whatever its scale."""
     if math.isinf(domain.count):
         return domain.sample(rng)

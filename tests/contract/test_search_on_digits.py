@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.errors import TrainingError
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.serialization import unpack
 from raytrain.testing import train_here
 from raytrain.training.recipe import TrainRecipe

@@ -11,7 +11,7 @@ from torch import nn
 
 from raytrain.errors import RecipeError
 from raytrain.run.checkpoint import list_checkpoints, load_part
-from raytrain.run.directory import read_jsonl
+from raytrain.run.rows import read_jsonl
 from raytrain.sync import loop
 from raytrain.sync.loop import CO2, DDP, CoCoD, DelayedAveraging, DiLoCo, LocalSGD, LoopSynchroniser, SlowMo
 from raytrain.sync.options import SYNCHRONISERS
