@@ -9,8 +9,8 @@ from typing import Any
 from raytrain.errors import RecipeError
 from raytrain.json_files import read_json
 from raytrain.run.directory import RunDirectory
-from raytrain.run.rows import read_jsonl
 from raytrain.run.result import Result
+from raytrain.run.rows import read_jsonl
 
 
 @dataclass(frozen=True, slots=True)
