@@ -22,8 +22,8 @@ from raytrain.training.build import build_task
 from raytrain.training.loader import train_loader
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.zero_order import ZeroOrder
+from raytrain.zeroth.objective import make_closure
 from raytrain.zeroth.optimizers import ZOSGD, ZOAdam
-from raytrain.zeroth.step import make_closure
 
 CLASSES = [CO2, DDP, CoCoD, DelayedAveraging, DiLoCo, LocalSGD, SlowMo]
 STEPS = 17
