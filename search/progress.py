@@ -30,14 +30,15 @@ class SearchDisplay:
         standings: without a row.
         steps: of a whole training.
         total_steps: of all members together; 0: not known beforehand.
+        unit: of what is counted, "steps" or whole "runs".
     """
 
-    def __init__(self, folder: Path, standings: Standings, steps: int, total_steps: int) -> None:
+    def __init__(self, folder: Path, standings: Standings, steps: int, total_steps: int, unit: str = "steps") -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
         self._decisions = Tail(folder / "lineage.jsonl")
         self._reports = Tail(folder / "metrics.jsonl")
-        self._standings, self._steps, self._total_steps = standings, steps, total_steps
+        self._standings, self._steps, self._total_steps, self._unit = standings, steps, total_steps, unit
         self._pace = SearchSpeed()
         self._next_line = time.monotonic() + SEARCH_LINE_SECONDS
 
@@ -122,14 +123,14 @@ class SearchDisplay:
     def _summary(self, trained: int) -> str:
         standings, metric = self._standings, self._standings.objective.metric
         head = f"generation {standings.generation}: " if standings.generation else ""
-        parts = [f"{trained}{f'/{self._total_steps}' if self._total_steps else ''} steps"]
+        parts = [f"{trained}{f'/{self._total_steps}' if self._total_steps else ''} {self._unit}"]
         if standings.best:
             parts.append(f"best {metric} {_number(standings.best.score)} (member {standings.best.member})")
             parts.append(f"median {_number(standings.median())}")
         if standings.failures:
             parts.append(f"{standings.failures} failed")
         if speed := self._pace.steps_per_second:
-            parts.append(f"{speed:.0f} steps/s")
+            parts.append(f"{speed:.{0 if self._unit == 'steps' else 3}f} {self._unit}/s")
             if self._total_steps:
                 parts.append(f"{max(0, self._total_steps - trained) / speed:.0f} s left")
         return head + ", ".join(parts)

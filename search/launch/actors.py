@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from search.launch.trial_actor import TrialActor, TrialOptions
@@ -72,6 +72,9 @@ class SlotActors:
         where: dict[str, Any] = {"label_selector": dict(each.labels) or None}
         if self._group is not None:
             where = {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, rank)}
+        elif options.whole_runs_in is not None:  # whose folder may be on this machine alone
+            here = ray.get_runtime_context().get_node_id()
+            where = {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
         return (
             ray.remote(concurrency_groups={"control": 1})(TrialActor)
             .options(

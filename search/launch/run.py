@@ -42,7 +42,8 @@ def run_search(recipe: SearchRecipe, order: RunOptions) -> Result:
     directory = RunDirectory(order.out.absolute())
     checked = check_search(recipe)
     recipe, standings = checked.recipe, Standings(checked.objective)
-    display = SearchDisplay(directory.path, standings, recipe.steps, recipe.total_steps)
+    unit = "steps" if checked.in_segments else "runs"
+    display = SearchDisplay(directory.path, standings, recipe.steps, recipe.total_steps, unit)
     with directory.session(resume=order.resume), display:
         if order.resume:
             check_resume(SearchRecipe.parse(read_toml(str(directory.recipe), [])[0]).search, recipe.search)
@@ -87,7 +88,8 @@ class Search:
         count, each = self._slots()
         if self._recipe.space().is_single():
             display.say("the space has 1 candidate")
-        display.say(f"starting {count} slot(s) with {each}")
+        what = f"with {each}" if self._in_segments else "for whole runs"
+        display.say(f"starting {count} slot(s) {what}")
         self._begin()
         whole_runs_in = None if self._in_segments else self._directory.path
         pool = SlotPool(self._base, each, count, self._recipe.search.timeout_seconds, whole_runs_in)

@@ -44,8 +44,8 @@ class WholeRun:
         recipe = self._base.with_overrides({"seed": work.seed, **work.changes})
         run = self._run = RunDirectory(self._folder / name)
         options = RunOptions(run.path, resume=run.recipe.is_file(), address=OWN_CLUSTER)
-        run.path.mkdir(parents=True, exist_ok=True)
         log = self._folder / RUNS / f"{work.member}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
             result: Result = resolve({}, load_kind(recipe.kind).run, "kind")(recipe, options)
         step = work.snapshot.step if result.status == "interrupted" else work.until

@@ -11,6 +11,7 @@ from raytrain.kinds import RunOptions, load_kind
 from raytrain.recipe import read_toml
 from raytrain.registry import resolve
 from raytrain.run.directory import RunDirectory
+from raytrain.training.callbacks import STOP_CHECK_SECONDS
 from search.launch.base import check_search
 from search.launch.run import run_search
 from search.launch.whole_run import WholeRun
@@ -62,11 +63,12 @@ def test_a_federated_recipe_is_searched_through_its_kind(tmp_path: Path) -> None
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_of_two_workers_that_is_stopped_goes_on(workplace: Path) -> None:
     (workplace / "mine.py").write_text(
-        "from pathlib import Path\n\n"
+        "import time\nfrom pathlib import Path\n\n"
         "def stop(replica):\n"
         "    if replica.progress.step == 8 and not (mark := Path(__file__).with_name('mark')).exists():\n"
         "        mark.touch()\n"
         f"        Path({str(workplace)!r}, 'search', 'runs', '3', 'stop').touch()\n"
+        f"        time.sleep({1.5 * STOP_CHECK_SECONDS})\n"
     )
     base = check_search(recipe({**TRAIN, "callbacks": ["mine:stop"]})).base
     trial = WholeRun(base, workplace / "search")
