@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -54,11 +55,8 @@ def space_size(space: Space) -> SpaceSize:
     if math.isinf(max(products)):
         return SpaceSize(math.inf, exact=False)
     if max(products) <= ENUMERATED:
-        count = 0
-        for count, _ in enumerate(grid_points(space, ENUMERATED + 1), start=1):
-            if count > ENUMERATED:
-                break
-        else:
+        count = sum(1 for _ in islice(grid_points(space, ENUMERATED + 1), ENUMERATED + 1))
+        if count <= ENUMERATED:
             return SpaceSize(count, exact=True)
     return SpaceSize(float(np.mean(products)), exact=False)
 

@@ -63,10 +63,12 @@ def test_candidates_are_valid_in_any_order_of_results(name: str, data: st.DataOb
 @pytest.mark.parametrize("name", SEARCHERS)
 def test_a_search_goes_on_with_the_same_proposals(name: str) -> None:
     whole, cut = searcher_of(name), searcher_of(name)
+    foreign = Candidate(-1, whole.space.sample(np.random.default_rng(5)))
     for searcher in (whole, cut):
         for number in range(10):
             told(searcher, searcher.ask([number]))
         searcher.ask([10])  # outstanding
+        told(searcher, [foreign])
     again = searcher_of(name)
     again.load_state_dict(json.loads(json.dumps(cut.state_dict())))
     for number in range(11, 14):
