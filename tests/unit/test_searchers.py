@@ -1,5 +1,6 @@
 """Searchers: laws that hold for each of them, in any order of results; and the Gaussian process against NumPy."""
 
+import itertools
 import json
 from typing import Any
 
@@ -194,7 +195,9 @@ def test_the_posterior_is_that_of_dense_algebra(seed: int, count: int) -> None:
             apart = 1.0 if inactive else abs(a - b) / 64 if encoded.ordered[column] else float(a != b)
             r = 5**0.5 * apart / length
             matern.append((1 + r + r * r / 3) * np.exp(-r))
-        return hyper.additive * float(np.mean(matern)) + (1 - hyper.additive) * float(np.prod(matern))
+        pairs = np.mean([a * b for a, b in itertools.combinations(matern, 2)])
+        whole = hyper.additive * np.mean(matern) + (1 - hyper.additive) * np.prod(matern)
+        return float(0.5 * pairs + 0.5 * whole)
 
     every = np.array([[covariance(one, other) for other in range(count + 3)] for one in range(count + 3)])
     inverse = np.linalg.inv(every[:count, :count] + (hyper.noise + 1e-8) * np.eye(count))
