@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from search.chooser import Policy
 from search.domains import Domain, Int
 from search.rng import keyed_generator
 from search.searchers.grid import grid_points
@@ -49,8 +50,7 @@ def space_size(space: Space) -> SpaceSize:
     """
     products = []
     for number in range(PROBES):
-        rng = keyed_generator(0, "probe", number)
-        decisions = space.run(lambda _, domain, rng=rng: _uniform(domain, rng)).genome.decisions
+        decisions = space.run(_uniform(keyed_generator(0, "probe", number))).genome.decisions
         products.append(math.prod(decision.domain.count for decision in decisions))
     if math.isinf(max(products)):
         return SpaceSize(math.inf, exact=False)
@@ -61,9 +61,13 @@ def space_size(space: Space) -> SpaceSize:
     return SpaceSize(float(np.mean(products)), exact=False)
 
 
-def _uniform(domain: Domain, rng: np.random.Generator) -> Any:
-    """Draw a value of a finite domain, each with equal probability, whatever its scale."""
-    if math.isinf(domain.count):
-        return domain.sample(rng)
-    index = int(rng.integers(int(domain.count)))
-    return domain.low + index if isinstance(domain, Int) else domain.extremes()[index]
+def _uniform(rng: np.random.Generator) -> Policy:
+    """Return the policy that draws each value of a finite domain with equal probability, whatever its scale."""
+
+    def decide(_: str, domain: Domain) -> Any:
+        if math.isinf(domain.count):
+            return domain.sample(rng)
+        index = int(rng.integers(int(domain.count)))
+        return domain.low + index if isinstance(domain, Int) else domain.extremes()[index]
+
+    return decide
