@@ -126,7 +126,7 @@ class GaussianProcess:
         self._known = slice(0, len(targets))
         self.hyperparameters = hyperparameters
         self._correlations = _matern(encoded.distances() / hyperparameters.lengths[:, None, None])
-        covariance = self._covariance(self._known)
+        covariance = self.covariance(self._known)
         covariance[np.diag_indices_from(covariance)] += hyperparameters.noise + KERNEL_JITTER
         self._factor = np.linalg.cholesky(covariance)
         self._weights = cho_solve((self._factor, True), self._targets)
@@ -139,7 +139,7 @@ class GaussianProcess:
 
     def predict(self, rows: slice) -> tuple[FloatArray, FloatArray]:
         """Return mean and standard deviation of the scores of configurations, shape (m,) each."""
-        cross = self._covariance(rows)
+        cross = self.covariance(rows)
         solved = solve_triangular(self._factor, cross.T, lower=True)
         variance = np.maximum(self._prior_variance(rows) - (solved * solved).sum(axis=0), 1e-12)
         mean = cross @ self._weights + (self._trend.mean[rows] if self._trend else 0.0)
@@ -162,7 +162,8 @@ class GaussianProcess:
         best = float(self.predict(self._known)[0].min())
         return expected_improvement(*self.predict(rows), best)
 
-    def _covariance(self, rows: slice) -> FloatArray:
+    def covariance(self, rows: slice) -> FloatArray:
+        """Return the covariance of configurations with the evaluated ones, without noise, shape (m, n)."""
         codes, weight, count = self._encoded.codes, self.hyperparameters.additive, len(self._correlations)
         total: Any = 0.0
         squares: Any = 0.0

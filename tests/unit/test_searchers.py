@@ -17,7 +17,7 @@ from search.searcher import Candidate, CandidateResult, Searcher
 from search.searchers.gp import GaussianProcessSearcher
 from search.space import Space, make_space
 from search.surrogate.encoding import Encoded
-from search.surrogate.gaussian_process import GaussianProcess, Hyperparameters, walk
+from search.surrogate.gaussian_process import GaussianProcess, Hyperparameters, Trend, walk
 from search.tables import SEARCHERS
 
 TABLE = {
@@ -207,6 +207,26 @@ def test_the_posterior_is_that_of_dense_algebra(seed: int, count: int) -> None:
     scale = targets @ inverse @ targets / count
     expected = np.sqrt(scale * np.maximum(1 - np.einsum("ij,jk,ik->i", cross, inverse, cross), 1e-12))
     np.testing.assert_allclose(deviation, expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(2, 10), spread=st.floats(0.1, 3))
+def test_a_trend_is_a_regression_beside_the_process(seed: int, count: int, spread: float) -> None:
+    """Rasmussen and Williams, section 2.7: coefficients normal around a guess, written out with an inverse."""
+    rng, space = np.random.default_rng(seed), make_space(TABLE)
+    encoded = Encoded.of([space.sample(rng) for _ in range(count + 3)])
+    targets, hyper = rng.normal(size=count), Hyperparameters.prior(encoded.ordered)
+    trend = Trend(rng.normal(size=(count + 3, 2)), rng.normal(size=2), spread)
+    every = GaussianProcess(encoded, rng.normal(size=count + 3), hyper).covariance(slice(None))
+    every = every + spread**2 * trend.columns @ trend.columns.T
+    inverse = np.linalg.inv(every[:count, :count] + (hyper.noise + 1e-8) * np.eye(count))
+    cross, residual = every[count:, :count], targets - trend.columns[:count] @ trend.guess
+    mean, deviation = GaussianProcess(encoded, targets, hyper, trend).predict(slice(count, None))
+    np.testing.assert_allclose(
+        mean, trend.columns[count:] @ trend.guess + cross @ inverse @ residual, rtol=1e-5, atol=1e-6
+    )
+    variance = np.diag(every)[count:] - np.einsum("ij,jk,ik->i", cross, inverse, cross)
+    np.testing.assert_allclose(deviation**2, residual @ inverse @ residual / count * variance, rtol=1e-4, atol=1e-8)
 
 
 def test_the_hyperparameters_find_what_matters() -> None:
