@@ -102,17 +102,12 @@ def check_factors(search: SearchOptions, space: Space) -> None:
             )
 
 
-def check_guesses(search: SearchOptions, space: Space, members: int) -> None:
+def check_guesses(search: SearchOptions, space: Space) -> None:
     """Check the hyperparameters to begin with.
 
     Raises:
-        RecipeError: there are more than members, or one is not searched, outside its domain, or a 0 that its explore
-            rule cannot leave.
+        RecipeError: one is not searched, outside its domain, or a 0 that its explore rule cannot leave.
     """
-    if len(search.first) > members:
-        raise RecipeError(
-            f"search.trials: expected at least {len(search.first)}, one for each guess in search.first; got {members}"
-        )
     for number, guess in enumerate(search.first):
         for path, value in guess.items():
             field, domain = f"search.first.{number}.{path}", space.domains.get(path)

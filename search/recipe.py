@@ -100,7 +100,7 @@ class SearchRecipe(Recipe):
         space = make_space(self.search.space)
         check_space(self.base, self.search, space)
         check_factors(self.search, space)
-        check_guesses(self.search, space, self.members)
+        check_guesses(self.search, space)
         return self
 
     @property

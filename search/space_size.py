@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from search.chooser import Policy
 from search.domains import Domain, Int
 from search.rng import keyed_generator
 from search.searchers.grid import grid_points
@@ -49,24 +50,24 @@ def space_size(space: Space) -> SpaceSize:
     """
     products = []
     for number in range(PROBES):
-        draw = partial(_uniform, keyed_generator(0, "probe", number))
-        decisions = space.run(draw).genome.decisions
+        decisions = space.run(_uniform(keyed_generator(0, "probe", number))).genome.decisions
         products.append(math.prod(decision.domain.count for decision in decisions))
     if math.isinf(max(products)):
         return SpaceSize(math.inf, exact=False)
     if max(products) <= ENUMERATED:
-        count = 0
-        for count, _ in enumerate(grid_points(space, ENUMERATED + 1), start=1):
-            if count > ENUMERATED:
-                break
-        else:
+        count = sum(1 for _ in islice(grid_points(space, ENUMERATED + 1), ENUMERATED + 1))
+        if count <= ENUMERATED:
             return SpaceSize(count, exact=True)
     return SpaceSize(float(np.mean(products)), exact=False)
 
 
-def _uniform(rng: np.random.Generator, _: str, domain: Domain) -> Any:
-    """Draw a value of a finite domain, each with equal probability, whatever its scale."""
-    if math.isinf(domain.count):
-        return domain.sample(rng)
-    index = int(rng.integers(int(domain.count)))
-    return domain.low + index if isinstance(domain, Int) else domain.extremes()[index]
+def _uniform(rng: np.random.Generator) -> Policy:
+    """Return the policy that draws each value of a finite domain with equal probability, whatever its scale."""
+
+    def decide(_: str, domain: Domain) -> Any:
+        if math.isinf(domain.count):
+            return domain.sample(rng)
+        index = int(rng.integers(int(domain.count)))
+        return domain.low + index if isinstance(domain, Int) else domain.extremes()[index]
+
+    return decide

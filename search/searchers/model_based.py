@@ -47,10 +47,10 @@ class ModelBasedSearcher(Searcher):
             self._fitness[result.candidate.number] = result.fitness
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all candidates and results."""
+        """Return all candidates and results, in the order of the model's rows."""
         return {
-            "candidates": [[number, each.genome.values()] for number, each in sorted(self._configurations.items())],
-            "fitness": sorted(self._fitness.items()),
+            "candidates": [[number, each.genome.values()] for number, each in self._configurations.items()],
+            "fitness": list(self._fitness.items()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """A Gaussian process over the decisions of a space.
 
-The covariance of two configurations is the mean of an additive part, in which decisions count one by one, and of a
-product, in which they interact:
+The covariance of two configurations has an additive part, in which decisions count one by one, a part in which pairs of
+them interact, and a product, in which all do:
 
-    k(x, x') = w / d * sum_i m(r_i / l_i) + (1 - w) * prod_i m(r_i / l_i)
+    k(x, x') = w / (2 d) * sum_i m_i + 1 / (d (d - 1)) * sum_(i < j) m_i m_j + (1 - w) / 2 * prod_i m_i
+    m_i = m(r_i / l_i)
     m(r) = (1 + sqrt(5) r + 5/3 r^2) exp(-sqrt(5) r)      (Matern, nu = 5/2)
 
 with r_i the distance in decision i. The length scales l_i, the weight w and the noise are drawn from their posterior by
@@ -11,7 +12,7 @@ Metropolis steps; predictions are averages over some draws, as a maximum of the 
 twenty results.
 
 Source: Rasmussen and Williams 2006, Algorithm 2.1; Snoek et al. 2012 (integrated acquisition); Duvenaud et al. 2011
-(additive kernels).
+(additive kernels; the sum over pairs by Newton's identity).
 """
 
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class GaussianProcess:
         self._known = slice(0, len(targets))
         self.hyperparameters = hyperparameters
         self._correlations = _matern(encoded.distances() / hyperparameters.lengths[:, None, None])
-        covariance = self._covariance(self._known)
+        covariance = self.covariance(self._known)
         covariance[np.diag_indices_from(covariance)] += hyperparameters.noise + KERNEL_JITTER
         self._factor = np.linalg.cholesky(covariance)
         self._weights = cho_solve((self._factor, True), self._targets)
@@ -138,7 +139,7 @@ class GaussianProcess:
 
     def predict(self, rows: slice) -> tuple[FloatArray, FloatArray]:
         """Return mean and standard deviation of the scores of configurations, shape (m,) each."""
-        cross = self._covariance(rows)
+        cross = self.covariance(rows)
         solved = solve_triangular(self._factor, cross.T, lower=True)
         variance = np.maximum(self._prior_variance(rows) - (solved * solved).sum(axis=0), 1e-12)
         mean = cross @ self._weights + (self._trend.mean[rows] if self._trend else 0.0)
@@ -161,15 +162,19 @@ class GaussianProcess:
         best = float(self.predict(self._known)[0].min())
         return expected_improvement(*self.predict(rows), best)
 
-    def _covariance(self, rows: slice) -> FloatArray:
-        codes, hyper = self._encoded.codes, self.hyperparameters
+    def covariance(self, rows: slice) -> FloatArray:
+        """Return the covariance of configurations with the evaluated ones, without noise, shape (m, n)."""
+        codes, weight, count = self._encoded.codes, self.hyperparameters.additive, len(self._correlations)
         total: Any = 0.0
+        squares: Any = 0.0
         product: Any = 1.0
         for column, table in enumerate(self._correlations):
             correlation = table[codes[rows, column][:, None], codes[self._known, column]]
             total = total + correlation
+            squares = squares + correlation * correlation
             product = product * correlation
-        covariance: FloatArray = hyper.additive * total / len(hyper.lengths) + (1 - hyper.additive) * product
+        pairs = (total * total - squares) / (count * (count - 1)) if count > 1 else product
+        covariance: FloatArray = 0.5 * (weight * total / count + pairs + (1 - weight) * product)
         if self._trend:
             covariance = covariance + self._trend.covariance(rows, self._known)
         return covariance

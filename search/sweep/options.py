@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raytrain.recipe import AbsolutePath
 from search.limits import LimitOptions
@@ -24,6 +24,13 @@ class SweepOptions(SearchOptions):
     trials: int = Field(32, ge=1)
     total_steps: int = Field(0, ge=0)
     limits: LimitOptions = LimitOptions()
+
+    @field_validator("trials")
+    @classmethod
+    def _one_for_each_guess(cls, trials: int, info: ValidationInfo) -> int:
+        if trials < len(guesses := info.data.get("first", ())):
+            raise ValueError(f"expected at least {len(guesses)}, one for each guess in first; got {trials}")
+        return trials
 
     @model_validator(mode="before")
     @classmethod

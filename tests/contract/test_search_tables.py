@@ -13,14 +13,21 @@ import search
 from raytrain.registry import resolve, summary
 from search.pbt.exploit import Exploit
 from search.pbt.explore import Explore
+from search.predictor.predictor import Predictor
 from search.recipe import SearchRecipe
 from search.scheduling.segments import Objective
 from search.searcher import Searcher
-from search.tables import EXPLOITS, EXPLORES, SEARCHERS, SEARCHES
+from search.tables import EXPLOITS, EXPLORES, PREDICTORS, SEARCHERS, SEARCHES
 
 FOLDER = Path(search.__file__).parent
-TABLES = {"searches": SEARCHES, "searchers": SEARCHERS, "exploits": EXPLOITS, "explores": EXPLORES}
-BASES = {"searchers": Searcher, "exploits": Exploit, "explores": Explore}
+TABLES = {
+    "searches": SEARCHES,
+    "searchers": SEARCHERS,
+    "predictors": PREDICTORS,
+    "exploits": EXPLOITS,
+    "explores": EXPLORES,
+}
+BASES = {"searchers": Searcher, "predictors": Predictor, "exploits": Exploit, "explores": Explore}
 
 
 @pytest.mark.parametrize(("title", "name"), [(title, name) for title, table in TABLES.items() for name in table])
@@ -40,7 +47,7 @@ def test_shipped_recipes_are_complete(file: Path) -> None:
     assert recipe.scheduler(Objective("loss", "lower")).ask(2)
 
 
-@pytest.mark.parametrize("module", ["search.rng", "search.space"])
+@pytest.mark.parametrize("module", ["search.rng", "search.space", "search.surrogate.encoding"])
 def test_examples_in_docstrings_run(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert (result.failed, result.attempted > 0) == (0, True)

@@ -247,7 +247,7 @@ def test_a_space_is_short_for_a_search(workplace: Path) -> None:
     assert str(error.value) == "base: expected the recipe whose fields are searched, as in recipe=digits; got none"
     with pytest.raises(RecipeError) as error:
         SearchRecipe.parse_with(raw, {"recipe": "digits", "search.budget": 1, "search.first": [{}, {"batch": 2}]})
-    assert str(error.value) == "search.trials: expected at least 2, one for each guess in search.first; got 1"
+    assert str(error.value) == "search.trials: expected at least 2, one for each guess in first; got 1"
 
 
 def test_a_limit_counts_the_parameters_of_the_model(workplace: Path) -> None:

@@ -1,5 +1,6 @@
 """Searchers: laws that hold for each of them, in any order of results; and the Gaussian process against NumPy."""
 
+import itertools
 import json
 from typing import Any
 
@@ -16,7 +17,7 @@ from search.searcher import Candidate, CandidateResult, Searcher
 from search.searchers.gp import GaussianProcessSearcher
 from search.space import Space, make_space
 from search.surrogate.encoding import Encoded
-from search.surrogate.gaussian_process import GaussianProcess, Hyperparameters, walk
+from search.surrogate.gaussian_process import GaussianProcess, Hyperparameters, Trend, walk
 from search.tables import SEARCHERS
 
 TABLE = {
@@ -63,10 +64,12 @@ def test_candidates_are_valid_in_any_order_of_results(name: str, data: st.DataOb
 @pytest.mark.parametrize("name", SEARCHERS)
 def test_a_search_goes_on_with_the_same_proposals(name: str) -> None:
     whole, cut = searcher_of(name), searcher_of(name)
+    foreign = Candidate(-1, whole.space.sample(np.random.default_rng(5)))
     for searcher in (whole, cut):
         for number in range(10):
             told(searcher, searcher.ask([number]))
         searcher.ask([10])  # outstanding
+        told(searcher, [foreign])
     again = searcher_of(name)
     again.load_state_dict(json.loads(json.dumps(cut.state_dict())))
     for number in range(11, 14):
@@ -192,7 +195,9 @@ def test_the_posterior_is_that_of_dense_algebra(seed: int, count: int) -> None:
             apart = 1.0 if inactive else abs(a - b) / 64 if encoded.ordered[column] else float(a != b)
             r = 5**0.5 * apart / length
             matern.append((1 + r + r * r / 3) * np.exp(-r))
-        return hyper.additive * float(np.mean(matern)) + (1 - hyper.additive) * float(np.prod(matern))
+        pairs = np.mean([a * b for a, b in itertools.combinations(matern, 2)])
+        whole = hyper.additive * np.mean(matern) + (1 - hyper.additive) * np.prod(matern)
+        return float(0.5 * pairs + 0.5 * whole)
 
     every = np.array([[covariance(one, other) for other in range(count + 3)] for one in range(count + 3)])
     inverse = np.linalg.inv(every[:count, :count] + (hyper.noise + 1e-8) * np.eye(count))
@@ -202,6 +207,26 @@ def test_the_posterior_is_that_of_dense_algebra(seed: int, count: int) -> None:
     scale = targets @ inverse @ targets / count
     expected = np.sqrt(scale * np.maximum(1 - np.einsum("ij,jk,ik->i", cross, inverse, cross), 1e-12))
     np.testing.assert_allclose(deviation, expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(2, 10), spread=st.floats(0.1, 3))
+def test_a_trend_is_a_regression_beside_the_process(seed: int, count: int, spread: float) -> None:
+    """Rasmussen and Williams, section 2.7: coefficients normal around a guess, written out with an inverse."""
+    rng, space = np.random.default_rng(seed), make_space(TABLE)
+    encoded = Encoded.of([space.sample(rng) for _ in range(count + 3)])
+    targets, hyper = rng.normal(size=count), Hyperparameters.prior(encoded.ordered)
+    trend = Trend(rng.normal(size=(count + 3, 2)), rng.normal(size=2), spread)
+    every = GaussianProcess(encoded, rng.normal(size=count + 3), hyper).covariance(slice(None))
+    every = every + spread**2 * trend.columns @ trend.columns.T
+    inverse = np.linalg.inv(every[:count, :count] + (hyper.noise + 1e-8) * np.eye(count))
+    cross, residual = every[count:, :count], targets - trend.columns[:count] @ trend.guess
+    mean, deviation = GaussianProcess(encoded, targets, hyper, trend).predict(slice(count, None))
+    np.testing.assert_allclose(
+        mean, trend.columns[count:] @ trend.guess + cross @ inverse @ residual, rtol=1e-5, atol=1e-6
+    )
+    variance = np.diag(every)[count:] - np.einsum("ij,jk,ik->i", cross, inverse, cross)
+    np.testing.assert_allclose(deviation**2, residual @ inverse @ residual / count * variance, rtol=1e-4, atol=1e-8)
 
 
 def test_the_hyperparameters_find_what_matters() -> None:
