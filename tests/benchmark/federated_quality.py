@@ -239,14 +239,15 @@ def plot(table: Sequence[Mapping[str, Any]], file: Path) -> None:
     measured = [name for name in PARTITIONS if any(row["partition"] == name for row in table)]
     figure, places = pyplot.subplots(1, len(measured), figsize=(2.2 + 4.2 * len(measured), 4.4), squeeze=False)
     for place, partition in zip(places[0], measured, strict=True):
-        for number, method in enumerate(METHODS):
-            style = {"color": f"C{number % 10}", "linestyle": ":" if method in BESIDE else "-"}
+        for number, method in enumerate(name for name in METHODS if name != CENTRALISED):
+            style = {"color": f"C{number}", "linestyle": ":" if method in BESIDE else "-"}
             for row in table:
-                if (row["partition"], row["method"]) == (partition, method) and method != CENTRALISED:
+                if (row["partition"], row["method"]) == (partition, method):
                     megabytes, accuracies = zip(*row["curve"][1:], strict=True)
                     place.plot(megabytes, accuracies, marker="o", markersize=3, label=method, **style)
-                elif row["method"] == method == CENTRALISED:
-                    place.axhline(row["accuracy"], color="black", linewidth=0.8, label="centralised, no messages")
+        for row in table:
+            if row["method"] == CENTRALISED:
+                place.axhline(row["accuracy"], color="black", linewidth=0.8, label="centralised, no messages")
         place.set(xscale="log", xlabel="MB, both ways, all clients", title=partition, ylim=(0, 1))
         place.grid(alpha=0.3)
     places[0][0].set_ylabel("accuracy on held-out digits")
