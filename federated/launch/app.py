@@ -120,10 +120,8 @@ def run_app_folder(folder: Path, overrides: Mapping[str, Any], address: str | No
     """
     run = AppRun.parse_with({}, overrides)
     app, clients = read_app(folder, dict(dotted_fields(run.config))), run.clients
-    actors, cluster = (
-        ActorOptions(clients.actors, clients.cpus, clients.gpus),
-        None if address == OWN_CLUSTER else address,
-    )
+    actors = ActorOptions(clients.actors, clients.cpus, clients.gpus)
+    cluster = None if address == OWN_CLUSTER else address
     try:
         run_app(app, clients.count, actors, seed=run.seed, address=cluster, say=print)
     except RaytrainError:

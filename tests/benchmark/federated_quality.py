@@ -1,7 +1,7 @@
 """What federated methods reach, and for how many bytes, where clients are alike and where they are not.
 
     python tests/benchmark/federated_quality.py             # five seeds: an hour and a half of one core
-    python tests/benchmark/federated_quality.py --quick     # one seed of Dirichlet 0.5: 8 minutes
+    python tests/benchmark/federated_quality.py --quick     # one seed of Dirichlet 0.5: 9 minutes
 
 Handwritten digits, a network of 2,410 parameters from random weights, 100 clients of which 10 take part in a round, IID
 and Dirichlet 0.5 and 0.1. In all rows a client takes the same number of steps over all rounds, of two forward passes or
@@ -239,14 +239,15 @@ def plot(table: Sequence[Mapping[str, Any]], file: Path) -> None:
     measured = [name for name in PARTITIONS if any(row["partition"] == name for row in table)]
     figure, places = pyplot.subplots(1, len(measured), figsize=(2.2 + 4.2 * len(measured), 4.4), squeeze=False)
     for place, partition in zip(places[0], measured, strict=True):
-        for number, method in enumerate(METHODS):
-            style = {"color": f"C{number % 10}", "linestyle": ":" if method in BESIDE else "-"}
+        for number, method in enumerate(name for name in METHODS if name != CENTRALISED):
+            style = {"color": f"C{number}", "linestyle": ":" if method in BESIDE else "-"}
             for row in table:
-                if (row["partition"], row["method"]) == (partition, method) and method != CENTRALISED:
+                if (row["partition"], row["method"]) == (partition, method):
                     megabytes, accuracies = zip(*row["curve"][1:], strict=True)
                     place.plot(megabytes, accuracies, marker="o", markersize=3, label=method, **style)
-                elif row["method"] == method == CENTRALISED:
-                    place.axhline(row["accuracy"], color="black", linewidth=0.8, label="centralised, no messages")
+        for row in table:
+            if row["method"] == CENTRALISED:
+                place.axhline(row["accuracy"], color="black", linewidth=0.8, label="centralised, no messages")
         place.set(xscale="log", xlabel="MB, both ways, all clients", title=partition, ylim=(0, 1))
         place.grid(alpha=0.3)
     places[0][0].set_ylabel("accuracy on held-out digits")
@@ -259,23 +260,25 @@ def main() -> None:
     """Measure and report."""
     parser = parser_of(__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each row")
-    parser.add_argument("--partition", choices=PARTITIONS, help="measure this one, and keep the rows of the others")
+    parser.add_argument("--partition", choices=PARTITIONS, action="append", help="measure these rows and keep others")
+    parser.add_argument("--method", choices=METHODS, action="append", help="likewise")
     options = parse(parser)
     if options.quick:
-        options.seeds, options.partition = 1, options.partition or "dirichlet 0.5"
+        options.seeds, options.partition = 1, options.partition or ["dirichlet 0.5"]
     file = options.json or RESULTS / f"federated_quality{'-quick' if options.quick else ''}.json"
-    chosen = [options.partition] if options.partition else list(PARTITIONS)
     before = json.loads(file.read_text())["rows"] if file.is_file() else []
-    table: list[dict[str, Any]] = [row for row in before if row["partition"] not in chosen]
+    table = {(row["partition"], row["method"]): row for row in before}
     torch.set_num_threads(1)
     assume_identity(run_id=1)
-    for partition in chosen:
-        for method in METHODS if partition == "iid" else [name for name in METHODS if name != CENTRALISED]:
-            table.append(row_of(method, partition, options.seeds))
-            print({name: value for name, value in table[-1].items() if name != "curve"}, flush=True)
-    table.sort(key=lambda row: list(PARTITIONS).index(row["partition"]))
-    finish("federated_quality", table, headline_of(table), options)
-    plot(table, file.with_suffix(".svg"))
+    for partition in options.partition or PARTITIONS:
+        for method in options.method or METHODS:
+            if method != CENTRALISED or partition == "iid":
+                row = table[partition, method] = row_of(method, partition, options.seeds)
+                print({name: value for name, value in row.items() if name != "curve"}, flush=True)
+    keys = [(partition, method) for partition in PARTITIONS for method in METHODS]
+    rows = [table[key] for key in keys if key in table]
+    finish("federated_quality", rows, headline_of(rows), options)
+    plot(rows, file.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
