@@ -309,7 +309,8 @@ class RunDirectory:
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`."""
-        write_atomic(self.result, to_json(asdict(result), indent=2).encode() + b"\n")
+        written = asdict(replace(result, folder=str(self.path)))
+        write_atomic(self.result, to_json(written, indent=2).encode() + b"\n")
 
     def append(self, file: Path, row: dict[str, Any]) -> None:
         """Append a row to one of the ``.jsonl`` files, and flush it to disk."""
