@@ -28,6 +28,8 @@ from raytrain.run.result import Result
 logger = logging.getLogger(__name__)
 
 RESERVE_BYTES = 64 << 10
+GLANCE_SECONDS = 0.5
+"""How long a lock may be held by who only looks whether the folder is in use."""
 RAY_MARK = ".validate_storage_marker"
 """What Ray Train puts into the folder of checkpoints before it starts workers."""
 KILLED_MARKS = (".token-*", "hang-worker-*.txt")
@@ -138,7 +140,7 @@ class RunDirectory:
         self._check(resume)
         with self._writing():
             new = make_folder(self.path)
-        with self.locked("command", 0):
+        with self.locked("command", GLANCE_SECONDS):
             self._check(resume)  # another command may have been quicker
             try:
                 yield
