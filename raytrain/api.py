@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +177,7 @@ def run_recipe(
     if resume and out is None:
         folder = Path(str(source))
     result: Result = resolve({}, load_kind(recipe.kind).run, "kind")(recipe, RunOptions(folder, resume, address))
-    return result
+    return replace(result, folder=str(folder.absolute()))
 
 
 def _run(

@@ -111,9 +111,18 @@ def dump_objects(recipe: Recipe) -> bytes:
 
 
 def load_objects(sent: bytes) -> None:
-    """Take the objects that `dump_objects` returned in the process that started this one."""
-    if sent:
-        _objects.update(cloudpickle.loads(sent))
+    """Take the objects that `dump_objects` returned in the process that started this one.
+
+    Raises:
+        RecipeError: they need a module that is not here.
+    """
+    try:
+        _objects.update(cloudpickle.loads(sent) if sent else {})
+    except Exception as error:  # of any object
+        raise RecipeError(
+            f"objects given by value cannot be made in a worker: {type(error).__name__}: {error}; define them in a "
+            "file that workers can import"
+        ) from error
 
 
 def check_importable(recipe: Recipe, who: str) -> None:

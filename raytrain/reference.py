@@ -81,7 +81,8 @@ def explain_field(name: str) -> list[tuple[str, RecipeField]]:
             if found := [each for each in fields if each[1].name == wanted]:
                 return found
         known |= {field.name for _, field in fields}
-    raise RecipeError(f"{name}: no such field; {suggest(name, known)}")
+    similar = suggest(name, known).partition("known: ")[0]
+    raise RecipeError(f"{name}: no such field; {similar}raytrain explain --all prints all of them")
 
 
 def _fields(model: type[BaseModel], prefix: str, owner: str) -> Iterator[RecipeField]:

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
-from dataclasses import replace
 from typing import Protocol
 
 from raytrain.errors import RecipeError, TrainingError
@@ -66,7 +65,7 @@ def supervise(
             with closing(start()) as workers:
                 ended = display.follow(workers.ended)
         failure = _failure(run, before, workers.error if ended else "")
-        result = replace(result_of(failure), folder=str(run.path))
+        result = result_of(failure)
         try:
             run.write_result(result)
         except OSError as error:

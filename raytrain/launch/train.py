@@ -41,6 +41,7 @@ from raytrain.run.directory import RunDirectory, host_suffix
 from raytrain.run.result import Result
 from raytrain.run.watchdog import kept_stack
 from raytrain.sync.transport import GroupTransport, LocalTransport
+from raytrain.training.build import build_task, check_examples
 from raytrain.training.loader import LoaderFactory, local_loader
 from raytrain.training.recipe import TrainRecipe
 from raytrain.training.worker import run_watched_worker
@@ -66,15 +67,17 @@ class RayCluster:
         self._address = None if address == OWN_CLUSTER else address
 
     def check(self, recipe: TrainRecipe) -> None:
-        """Check that the cluster answers, or that the workers fit on this machine.
+        """Check that the cluster answers, or that the workers fit on this machine and their examples can be read.
 
         Raises:
-            RecipeError: it does not, or they do not.
+            RecipeError: it does not, they do not, or the examples cannot.
         """
         if self._address is not None:
             check_reachable(self._address)
-        elif not ray.is_initialized():
+            return
+        if not ray.is_initialized():
             _allocate(nodes_here(recipe.workers, recipe.resources), recipe)
+        check_examples(recipe, build_task(recipe))
 
     @contextlib.contextmanager
     def session(

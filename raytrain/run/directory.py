@@ -27,6 +27,8 @@ from raytrain.run.rows import read_jsonl
 logger = logging.getLogger(__name__)
 
 RESERVE_BYTES = 64 << 10
+GLANCE_SECONDS = 0.5
+"""How long a lock may be held by who only looks whether the folder is in use."""
 RAY_MARK = ".validate_storage_marker"
 """What Ray Train puts into the folder of checkpoints before it starts workers."""
 KILLED_MARKS = (".token-*", "hang-worker-*.txt")
@@ -104,10 +106,12 @@ class RunDirectory:
             RecipeError: there is one where none may be, or none where one must be, or another command uses it, or it
                 cannot be written.
         """
+        if self.in_use():  # which for a new run is more to the point than that there is one
+            raise RecipeError(self._used_by("command", self._lock("command").read_text()))
         self._check(resume)
         with self._writing():
             new = make_folder(self.path)
-        with self.locked("command", 0):
+        with self.locked("command", GLANCE_SECONDS):
             self._check(resume)  # another command may have been quicker
             try:
                 yield
@@ -157,6 +161,8 @@ class RunDirectory:
         return RunSnapshot(len(read_jsonl(self.attempts)), len(read_jsonl(self.restarts)), frozenset(checkpoints))
 
     def _check(self, resume: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RecipeError(f"--out: {self.path} is a file, and a run needs a folder; name another")
         if resume and not self.recipe.is_file():
             raise RecipeError(f"--resume: there is no run in {self.path}; leave --resume out to start one")
         if (
@@ -170,6 +176,11 @@ class RunDirectory:
 
     def _lock(self, who: str) -> Path:
         return self.path / f".{who}.lock"
+
+    def _used_by(self, who: str, pid: str) -> str:
+        """Return the message that another process works in the folder."""
+        ending = f"wait for it, end it (kill {pid or '?'}), or name another folder"
+        return f"--out: {self.path} is in use by {who} process {pid or '?'}; {ending}"
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -208,8 +219,7 @@ class RunDirectory:
             while not _try_lock(file):
                 if time.monotonic() > give_up:
                     file.seek(0)
-                    holder = file.read() or "?"
-                    raise RecipeError(f"{self.path} is in use by {who} process {holder}; wait for it or end it")
+                    raise RecipeError(self._used_by(who, file.read()))
                 time.sleep(0.1)
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -221,7 +231,7 @@ class RunDirectory:
         try:
             with self._lock("command").open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except BlockingIOError:
             return True
@@ -272,7 +282,8 @@ class RunDirectory:
 
     def write_result(self, result: Result) -> None:
         """Write `result.json`."""
-        write_atomic(self.result, to_json(asdict(result), indent=2).encode() + b"\n")
+        written = asdict(replace(result, folder=str(self.path)))
+        write_atomic(self.result, to_json(written, indent=2).encode() + b"\n")
 
     def append(self, file: Path, row: dict[str, Any]) -> None:
         """Append a row to one of the ``.jsonl`` files, and flush it to disk."""

@@ -58,7 +58,9 @@ class ProgressDisplay:
         self._metrics = Tail(run.metrics)
         self._restarts = Tail(run.restarts, from_end=True)
         self._attempts = Tail(run.attempts, from_end=True)
+        self._resumed = run.metrics.is_file()
         self._working = False
+        self._from_step = 0  # of this attempt; rows up to there are of earlier ones
         self._step = 0
         self._speed: tuple[float, float] = (0.0, 0.0)  # (steps, samples) per second
         self._last: dict[str, Any] = {}
@@ -107,10 +109,11 @@ class ProgressDisplay:
                     return True
                 self._poll()
             except KeyboardInterrupt:
-                self._working = self._working or bool(self._attempts.new())
+                self._read_attempts()
                 if not self._working:
                     raise
                 if asked:
+                    self.print("ending the workers at once: what they did since the last checkpoint is lost")
                     return False
                 asked = True
                 self._run.request_stop()
@@ -139,8 +142,9 @@ class ProgressDisplay:
         for note in self._restarts.new():
             causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in sorted(note["workers"].items()))
             self.print(f"{causes}; starting all workers again from the last checkpoint")
-        for row in self._metrics.new():
-            if row["step"] < self._step:
+        self._read_attempts()
+        for row in self._metrics.new() if self._working or not self._resumed else ():
+            if row["step"] < self._step or (self._resumed and row["step"] <= self._from_step):
                 continue  # done before, in an attempt that was interrupted
             self._step = row["step"]
             if "valid" in row:
@@ -155,6 +159,11 @@ class ProgressDisplay:
         new = bool(self._last) and self._last["step"] > self._line_step
         if not self._console.is_terminal and new and time.monotonic() > self._next_line:
             self._line(self._last)
+
+    def _read_attempts(self) -> None:
+        """Note whether workers have begun, and at which step."""
+        for attempt in self._attempts.new():
+            self._working, self._from_step = True, attempt["from_step"]
 
     def _update_speed(self, row: Mapping[str, Any]) -> None:
         before = {**row, **self._last}

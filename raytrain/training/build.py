@@ -18,7 +18,7 @@ from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import ALL_OPTIMIZERS
 from raytrain.optim.schedules import SCHEDULE, SCHEDULES
 from raytrain.recipe import read_toml
-from raytrain.registry import resolve
+from raytrain.registry import error_location, resolve
 from raytrain.run.directory import RunDirectory
 from raytrain.run.loggers import logger_class
 from raytrain.sync.averaging import Averager
@@ -68,6 +68,29 @@ def resolve_recipe(recipe: TrainRecipe, run: RunDirectory) -> tuple[TrainRecipe,
         return recipe, task
     settled = recipe.with_overrides(changes)
     return settled, build_task(settled)
+
+
+def check_examples(recipe: TrainRecipe, task: Task) -> None:
+    """Check that the examples can be read and collated, where workers take long to start.
+
+    Raises:
+        RecipeError: they cannot, or there are none to train on.
+    """
+    generated = isinstance(recipe.task.source, GeneratorSource)
+    for split in ("valid",) if generated else ("train", "valid"):
+        try:
+            examples = task.data(split)  # type: ignore[arg-type]
+            if count := len(examples):
+                task.collate([examples[0]])
+        except RecipeError:
+            raise
+        except Exception as error:  # in code of the user
+            raise RecipeError(
+                f"task.name: {recipe.task.name} cannot read the examples of the split {split!r}: "
+                f"{type(error).__name__}: {error}{error_location(error)}"
+            ) from error
+        if not count and split == "train":
+            raise RecipeError(f"task.name: {recipe.task.name} has no examples to train on: Task.data('train') is empty")
 
 
 def steps_in_epochs(recipe: TrainRecipe, task: Task) -> int:

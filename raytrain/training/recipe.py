@@ -188,11 +188,15 @@ class TrainRecipe(Recipe):
 
     @classmethod
     def parse_with(cls, raw: Mapping[str, Any], changes: Mapping[str, Any]) -> Self:
-        """Validate nested plain data with dotted fields overridden; new `steps` take the place of epochs.
+        """Validate nested plain data with dotted fields overridden.
+
+        New `steps` take the place of epochs, and `schedule=NAME` is short for `schedule.name=NAME`.
 
         Raises:
             RecipeError: as `Recipe.parse_with`.
         """
+        named = isinstance(changes.get("schedule"), str)
+        changes = {"schedule.name" if named and field == "schedule" else field: changes[field] for field in changes}
         return super().parse_with(raw, {"epochs": 0, **changes} if "steps" in changes else changes)
 
     @model_validator(mode="before")

@@ -93,6 +93,11 @@ def test_every_command_runs(raytrain: Callable[..., Any], workplace: Path) -> No
     assert ran >= 7
 
 
+def test_the_first_lines_of_python_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(blocks("python")[1], {})
+    assert capsys.readouterr().out.startswith("done {'step': 100, ")
+
+
 def recipes_without_a_command() -> list[str]:
     trained = {words[2] for words in commands() if words[:2] == ["raytrain", "train"]}
     return sorted({file.stem for file in KIND.recipes.glob("*.toml")} - trained)

@@ -97,3 +97,5 @@ def test_what_cannot_be_sent_or_imported_is_said() -> None:
     )
     with pytest.raises(RecipeError, match="unknown: it was defined in the notebook or script that started the run, "):
         resolve({}, "raytrain.by_value:unknown", "task.name")
+    with pytest.raises(RecipeError, match=r"objects given by value cannot be made in a worker: \w+: .*; define"):
+        load_objects(b"not one")

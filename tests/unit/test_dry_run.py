@@ -73,6 +73,14 @@ def test_epochs_become_steps_when_the_run_starts(tmp_path: Path, epochs: float, 
     assert recipe(epochs=3).with_overrides({"steps": 7}).epochs == 0
 
 
+def test_a_schedule_is_named_in_short() -> None:
+    told = recipe(schedule={"warmup": 5}).with_overrides({"schedule": "wsd"})
+    assert (told.schedule.name, told.schedule.warmup) == ("wsd", 5)
+    assert recipe(schedule="constant").with_overrides({"schedule.warmup": 3}).schedule.name == "constant"
+    with pytest.raises(RecipeError, match=r"schedule.name: no such name 'cosin'; did you mean cosine\?"):
+        recipe(schedule="cosin")
+
+
 def test_epochs_need_a_number_of_examples_and_no_phases(tmp_path: Path, endless: dict[str, str]) -> None:
     told = recipe(epochs=1, task=endless)
     with pytest.raises(RecipeError, match="epochs: mine:simulate makes examples without end; set steps"):

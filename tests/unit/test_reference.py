@@ -57,7 +57,7 @@ def test_options_of_components_differ_by_component() -> None:
     assert (lion.type, lion.default) == ("list of number", "[0.9, 0.99]")
     [(_, bound)] = explain_field("seed")
     assert bound.type == "integer >= 0, < 2^63"
-    with pytest.raises(RecipeError, match=r"optimiser.lr: no such field; did you mean optimizer.lr"):
+    with pytest.raises(RecipeError, match=r"optimiser.lr: no such field; did you mean optimizer.lr.*\? raytrain expl"):
         explain_field("optimiser.lr")
 
 

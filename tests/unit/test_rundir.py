@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import threading
 import time
 import uuid
@@ -157,6 +158,23 @@ def test_a_run_in_use_is_left_as_it_is(run: RunDirectory) -> None:
     assert run.result.is_file()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_use_is_named_as_such_for_a_new_run_too(run: RunDirectory, resume: bool) -> None:
+    with run.locked("command", 0), pytest.raises(RecipeError) as refused, run.session(resume=resume):
+        pytest.fail("it must not be opened")
+    pid = os.getpid()
+    way_out = f"wait for it, end it (kill {pid}), or name another folder"
+    assert str(refused.value) == f"--out: {run.path} is in use by command process {pid}; {way_out}"
+    assert not run.in_use()
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RecipeError, match=rf"^--out: {tmp_path}/file is a file, and a run needs a folder; name"):
+        opened(RunDirectory(tmp_path / "file"), "", resume=False)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_numbers_that_json_lacks_are_null(run: RunDirectory) -> None:
     run.append(run.metrics, {"step": 1, "valid": {"loss": float("nan"), "x": [float("inf"), 1.5]}})
     assert read_jsonl(run.metrics) == [{"step": 1, "valid": {"loss": None, "x": [None, 1.5]}}]
@@ -256,7 +274,9 @@ def test_the_end_of_a_run_is_told_in_its_kinds_words(run: RunDirectory, capfd: p
     ]
 
 
-def test_an_interrupted_run_without_workers_has_nothing_to_wait_for(run: RunDirectory) -> None:
+def test_an_interrupted_run_without_workers_has_nothing_to_wait_for(
+    run: RunDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
     run.append(run.attempts, {"from_step": 0})  # of an earlier command
     display = ProgressDisplay(run, 10, WORDING)
     with pytest.raises(KeyboardInterrupt):
@@ -265,6 +285,9 @@ def test_an_interrupted_run_without_workers_has_nothing_to_wait_for(run: RunDire
     run.append(run.attempts, {"from_step": 0})
     assert display.follow(Interrupted()) is False
     assert run.stop_requested()
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "ending the workers at once: what they did since the last checkpoint is lost"
+    )
 
 
 def test_a_resumed_recorder_drops_what_is_done_again(run: RunDirectory) -> None:
@@ -324,3 +347,21 @@ def test_a_line_of_progress_is_shown_once_and_slow_steps_by_the_minute(
         for _ in range(3):
             display._poll()
     assert capsys.readouterr().err.splitlines() == ["round 1/10  ", "round 2/10  2.0 rounds/min  240 s left"]
+
+
+def test_a_resumed_run_shows_nothing_of_the_attempts_before(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("raytrain.run.progress.LINE_SECONDS", 0.0)
+    for step in (1, 2):
+        run.append(run.metrics, {"step": step, "seconds": 30.0 * step})
+    run.append(run.metrics, {"step": 2, "valid": {"loss": 1.0}})
+    display = ProgressDisplay(run, 10, WORDING)
+    display._poll()
+    MetricsWriter(run, 2, 2, []).close()  # replaces the file
+    run.append(run.attempts, {"from_step": 2})
+    display._poll()
+    assert capsys.readouterr().err == ""
+    run.append(run.metrics, {"step": 3, "valid": {"loss": 0.5}})
+    display._poll()
+    assert capsys.readouterr().err.splitlines() == ["round 3/10  valid loss 0.5000"]
