@@ -12,10 +12,10 @@ from search.pbt.options import PBTOptions
 from search.prior import read_priors
 from search.rng import keyed_generator
 from search.space import Dimension, Space, guessed, make_space, parse_dimensions
-from search.space_function import FIELD, field_line
+from search.space_function import SPACE_FIELD, field_line
 from search.sweep.options import PriorOptions, PrunerOptions
 
-SAMPLES = 32
+CHECKED_SAMPLES = 32
 """Configurations of a space function that are tried."""
 
 Shapes = Callable[[Recipe], Mapping[str, tuple[int, ...]]]
@@ -72,7 +72,7 @@ def _check_draws(base: Recipe, source: str, space: Space) -> None:
                 about = _fields_of(reason, changes)
                 line = "".join([field_line(source, field) for field in about][:1])
                 refused.setdefault(
-                    ", ".join(about), f"{FIELD}: the base recipe refuses {_listed(about)}{line}: {reason}"
+                    ", ".join(about), f"{SPACE_FIELD}: the base recipe refuses {_listed(about)}{line}: {reason}"
                 )
     if refused:
         raise RecipeError("\n".join(refused.values()))
@@ -192,7 +192,7 @@ def _difference(old: Dimension | None, new: Dimension | None) -> str:
 def _probes(search: SearchOptions, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (field of the recipe, changes) of configurations that the base recipe has to take."""
     if isinstance(search.space, str):
-        yield from ((FIELD, changes) for changes in _draws(space))
+        yield from ((SPACE_FIELD, changes) for changes in _draws(space))
         return
     active: dict[str, dict[str, Any]] = {}
     for name, dimension in parse_dimensions(search.space).items():
@@ -204,7 +204,7 @@ def _probes(search: SearchOptions, space: Space) -> Iterator[tuple[str, dict[str
 
 
 def _draws(space: Space) -> Iterator[dict[str, Any]]:
-    return (dict(space.sample(keyed_generator(0, "probe", number)).changes) for number in range(SAMPLES))
+    return (dict(space.sample(keyed_generator(0, "probe", number)).changes) for number in range(CHECKED_SAMPLES))
 
 
 def _multiplies(search: SearchOptions) -> bool:

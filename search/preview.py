@@ -11,8 +11,8 @@ from search.scheduling.segments import Objective
 from search.space import parse_dimensions
 from search.space_size import space_size
 
-SHOWN = 8
-SAMPLES = 3
+SHOWN_MEMBERS = 8
+SHOWN_SAMPLES = 3
 
 
 def search_preview(recipe: SearchRecipe) -> list[str]:
@@ -28,14 +28,14 @@ def search_preview(recipe: SearchRecipe) -> list[str]:
     else:
         dimensions = parse_dimensions(search.space).items()
         lines += [f"# {name}: {dimension.domain.summary()}" for name, dimension in dimensions]
-    first = recipe.scheduler(Objective(search.metric, "lower")).ask(min(SHOWN, recipe.members))
+    first = recipe.scheduler(Objective(search.metric, "lower")).ask(min(SHOWN_MEMBERS, recipe.members))
     return lines + [f"# member {work.member} begins with {dict(work.changes)}" for work in first]
 
 
 def _function_lines(recipe: SearchRecipe) -> list[str]:
     space = recipe.space()
     lines = [f"# {recipe.search.space}: {space_size(space)}"]
-    for number in range(SAMPLES):
+    for number in range(SHOWN_SAMPLES):
         changes = space.sample(keyed_generator(recipe.seed, "sample", number)).changes
         lines += ["", f"# sample {number + 1}", *_recipe_lines(changes)]
     return [*lines, ""]

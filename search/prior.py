@@ -12,8 +12,8 @@ from search.rng import keyed_generator
 from search.searcher import Candidate, CandidateResult
 from search.space import Space
 
-FIELD = "search.prior"
-PROBES = 32
+PRIOR_FIELD = "search.prior"
+PATH_PROBES = 32
 
 
 def read_priors(folders: Sequence[Path], space: Space) -> list[list[CandidateResult]]:
@@ -24,20 +24,20 @@ def read_priors(folders: Sequence[Path], space: Space) -> list[list[CandidateRes
     Raises:
         RecipeError: a folder is not that of a search, or its results share no path with the space.
     """
-    for number in range(PROBES):
+    for number in range(PATH_PROBES):
         space.sample(keyed_generator(0, "probe", number))
     return [_read_prior(folder, space) for folder in folders]
 
 
 def _read_prior(folder: Path, space: Space) -> list[CandidateResult]:
     if not (folder / "lineage.jsonl").is_file():
-        raise RecipeError(f"{FIELD}: {folder} is not the folder of a search (no lineage.jsonl)")
+        raise RecipeError(f"{PRIOR_FIELD}: {folder} is not the folder of a search (no lineage.jsonl)")
     results = _scores(folder)
     paths = {path for values, _ in results for path in values}
     if not paths & space.domains.keys():
         raise RecipeError(
-            f"{FIELD}: {folder} shares no path with the space; it has {', '.join(sorted(paths)) or 'no results'}, and "
-            f"the space has {', '.join(sorted(space.domains))}"
+            f"{PRIOR_FIELD}: {folder} shares no path with the space; it has {', '.join(sorted(paths)) or 'no results'}, "
+            f"and the space has {', '.join(sorted(space.domains))}"
         )
     sign = -1 if read_toml(str(folder), [])[0]["search"]["mode"] == "min" else 1
     found = []

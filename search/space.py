@@ -31,7 +31,7 @@ from search.domains import DOMAINS, Domain
 from search.genome import Configuration
 from search.limits import Limit
 from search.rng import keyed_generator
-from search.space_function import FIELD, SpaceFunction, load_space_function
+from search.space_function import SPACE_FIELD, SpaceFunction, load_space_function
 
 MAX_DRAWS = 10_000
 """Draws until a limit counts as one that the space cannot keep to."""
@@ -170,12 +170,12 @@ def parse_dimensions(table: Mapping[str, Any]) -> dict[str, Dimension]:
     dimensions: dict[str, Dimension] = {}
     for name, raw in _flat(table):
         if name in dimensions:
-            raise RecipeError(f"{FIELD}.{name}: given twice")
+            raise RecipeError(f"{SPACE_FIELD}.{name}: given twice")
         when = _conditions(name, raw.get("when", {}), dimensions)
         domain = _domain(name, {key: value for key, value in raw.items() if key != "when"})
         dimensions[name] = Dimension(domain, when)
     if not dimensions:
-        raise RecipeError(f"{FIELD}: expected at least one dimension")
+        raise RecipeError(f"{SPACE_FIELD}: expected at least one dimension")
     return dimensions
 
 
@@ -195,7 +195,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Map
     for key, value in table.items():
         name = f"{prefix}{key}"
         if not isinstance(value, Mapping):
-            raise RecipeError(f'{FIELD}.{name}: expected a dimension, as {{type = "float", ...}}; got {value!r}')
+            raise RecipeError(f'{SPACE_FIELD}.{name}: expected a dimension, as {{type = "float", ...}}; got {value!r}')
         if isinstance(value.get("type"), str):
             yield name, value
         else:
@@ -204,27 +204,27 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Map
 
 def _domain(name: str, raw: Mapping[str, Any]) -> Domain:
     if raw["type"] not in DOMAINS:
-        raise RecipeError(f"{FIELD}.{name}.type: no such type {raw['type']!r}; {suggest(raw['type'], DOMAINS)}")
+        raise RecipeError(f"{SPACE_FIELD}.{name}.type: no such type {raw['type']!r}; {suggest(raw['type'], DOMAINS)}")
     try:
         return DOMAINS[raw["type"]].model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(explain_errors(error, f"{FIELD}.{name}")) from None
+        raise RecipeError(explain_errors(error, f"{SPACE_FIELD}.{name}")) from None
 
 
 def _conditions(name: str, raw: Any, earlier: Mapping[str, Dimension]) -> dict[str, tuple[Any, ...]]:
     if not isinstance(raw, Mapping):
-        raise RecipeError(f'{FIELD}.{name}.when: expected a table, as {{optimizer.name = "sgd"}}; got {raw!r}')
+        raise RecipeError(f'{SPACE_FIELD}.{name}.when: expected a table, as {{optimizer.name = "sgd"}}; got {raw!r}')
     when: dict[str, tuple[Any, ...]] = {}
     for other, wanted in dotted_fields(raw):
         if other not in earlier:
             raise RecipeError(
-                f"{FIELD}.{name}.when: expected an earlier dimension; got {other!r}; {suggest(other, earlier)}"
+                f"{SPACE_FIELD}.{name}.when: expected an earlier dimension; got {other!r}; {suggest(other, earlier)}"
             )
         domain = earlier[other].domain
         when[other] = tuple(wanted) if isinstance(wanted, list) else (wanted,)
         for value in when[other]:
             if not domain.contains(value):
-                raise RecipeError(f"{FIELD}.{name}.when: {other} is never {value!r}; it is {domain.summary()}")
+                raise RecipeError(f"{SPACE_FIELD}.{name}.when: {other} is never {value!r}; it is {domain.summary()}")
     return when
 
 

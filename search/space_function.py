@@ -11,7 +11,7 @@ from raytrain.errors import RecipeError
 from raytrain.registry import resolve
 from search.chooser import Chooser
 
-FIELD = "search.space"
+SPACE_FIELD = "search.space"
 ARGUMENT = "choose"
 
 SpaceFunction = Callable[[Chooser], Mapping[str, Any]]
@@ -24,9 +24,9 @@ def load_space_function(source: str) -> SpaceFunction:
     Raises:
         RecipeError: there is no such function.
     """
-    function = resolve({}, source, FIELD) if ":" in source else None
+    function = resolve({}, source, SPACE_FIELD) if ":" in source else None
     if not callable(function):
-        raise RecipeError(f"{FIELD}: expected a table, or a function as module:attribute; got {source!r}")
+        raise RecipeError(f"{SPACE_FIELD}: expected a table, or a function as module:attribute; got {source!r}")
 
     def checked(choose: Chooser) -> Mapping[str, Any]:
         try:
@@ -52,7 +52,7 @@ def is_space_function(found: Any) -> bool:
 
 def field_line(source: str, field: str) -> str:
     """Return the line that names a field, as " (mine.py, line 4)", or "" if the source has no such line."""
-    function = inspect.unwrap(resolve({}, source, FIELD))
+    function = inspect.unwrap(resolve({}, source, SPACE_FIELD))
     try:
         lines, first = inspect.getsourcelines(function)
     except (OSError, TypeError):

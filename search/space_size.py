@@ -14,8 +14,8 @@ from search.searchers.grid import grid_points
 from search.space import Space
 
 ENUMERATED = 20_000
-SHOWN = 10**12
-PROBES = 400
+COUNT_LIMIT = 10**12
+SIZE_PROBES = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class SpaceSize:
             return "1 candidate"
         if math.isinf(self.count):
             return "more than 10^12 candidates, some real-valued"
-        if self.count > SHOWN:
+        if self.count > COUNT_LIMIT:
             return "more than 10^12 candidates"
         return f"{self.count:,.0f} candidates" if self.exact else f"about {self.count:.2g} candidates"
 
@@ -49,7 +49,7 @@ def space_size(space: Space) -> SpaceSize:
     Source: Knuth 1975, Estimating the Efficiency of Backtrack Programs, section 2.
     """
     products = []
-    for number in range(PROBES):
+    for number in range(SIZE_PROBES):
         decisions = space.run(_uniform(keyed_generator(0, "probe", number))).genome.decisions
         products.append(math.prod(decision.domain.count for decision in decisions))
     if math.isinf(max(products)):

@@ -6,6 +6,9 @@ Nothing public in Flower 1.41 sets it.
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 
+FIRST_NODE = SUPERLINK_NODE_ID + 1
+"""Node of client 0 where the nodes are not real: client i is node i + FIRST_NODE."""
+
 TASK = 1  # Flower's own simulation has one task, too
 
 

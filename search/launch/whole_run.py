@@ -13,7 +13,7 @@ from raytrain.run.result import Result
 from search.scheduling.driver import SegmentEnd
 from search.scheduling.work import Work
 
-RUNS = "runs"
+MEMBER_RUNS = "runs"
 """Folder of the runs in the search's; each has the number of its trial."""
 
 
@@ -38,13 +38,13 @@ class WholeRun:
         Raises:
             RaytrainError: the recipe does not fit, or the run failed.
         """
-        name = f"{RUNS}/{work.member}"
+        name = f"{MEMBER_RUNS}/{work.member}"
         if self._stop.is_set():
             return SegmentEnd(name.encode(), work.snapshot.step, {})
         recipe = self._base.with_overrides({"seed": work.seed, **work.changes})
         run = self._run = RunDirectory(self._folder / name)
         options = RunOptions(run.path, resume=run.recipe.is_file(), address=OWN_CLUSTER)
-        log = self._folder / RUNS / f"{work.member}.log"
+        log = self._folder / MEMBER_RUNS / f"{work.member}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
             result: Result = resolve({}, load_kind(recipe.kind).run, "kind")(recipe, options)

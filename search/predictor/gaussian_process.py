@@ -9,7 +9,7 @@ from search.predictor.predictor import Predictor
 from search.surrogate.encoding import Encoded, FloatArray
 from search.surrogate.gaussian_process import GaussianProcess, Hyperparameters, walk
 
-STEPS = 40
+WALK_STEPS = 40
 """Metropolis steps of the hyperparameters."""
 
 
@@ -20,7 +20,7 @@ class GaussianProcessPredictor(Predictor):
         """Learn from results."""
         self._configurations, self._targets = list(configurations), targets
         encoded = Encoded.of(self._configurations)
-        self._process = walk(encoded, targets, Hyperparameters.prior(encoded.ordered), STEPS, rng)
+        self._process = walk(encoded, targets, Hyperparameters.prior(encoded.ordered), WALK_STEPS, rng)
         self.hyperparameters = self._process.hyperparameters
 
     def predict(self, configurations: Sequence[Configuration]) -> tuple[FloatArray, FloatArray]:

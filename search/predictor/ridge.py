@@ -9,7 +9,7 @@ from search.predictor.features import Features
 from search.predictor.predictor import Predictor
 from search.surrogate.encoding import FloatArray
 
-PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)
+RIDGE_PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class Ridge(Predictor):
@@ -22,8 +22,8 @@ class Ridge(Predictor):
         """Learn from results."""
         self._features = Features(configurations)
         rows = self._features.rows(configurations)
-        fits = {penalty: _Fit(rows, targets, penalty) for penalty in PENALTIES}
-        self.penalty = min(PENALTIES, key=lambda penalty: fits[penalty].error)
+        fits = {penalty: _Fit(rows, targets, penalty) for penalty in RIDGE_PENALTIES}
+        self.penalty = min(RIDGE_PENALTIES, key=lambda penalty: fits[penalty].error)
         self._fit = fits[self.penalty]
 
     def predict(self, configurations: Sequence[Configuration]) -> tuple[FloatArray, FloatArray]:

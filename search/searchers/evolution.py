@@ -14,7 +14,7 @@ from search.space import Space
 
 POPULATION = 20
 TOURNAMENT = 5
-PROPOSAL_ATTEMPTS = 100
+MUTATION_ATTEMPTS = 100
 """Mutations that were asked already or are over the limits of the space, before a candidate is drawn instead."""
 
 
@@ -67,7 +67,7 @@ class EvolutionSearcher(Searcher):
         members = list(self._results.values())
         chosen = [members[place] for place in rng.choice(len(members), TOURNAMENT, replace=False)]
         parent = max(chosen, key=lambda member: member[1])[0].genome.values()
-        for _ in range(PROPOSAL_ATTEMPTS):
+        for _ in range(MUTATION_ATTEMPTS):
             mutated = str(rng.choice(list(parent)))
             kept = {path: value for path, value in parent.items() if path != mutated}
             child = self.space.run(replaying(kept, sampling(rng)))

@@ -17,11 +17,11 @@ from search.surrogate.gaussian_process import Hyperparameters, Trend, walk
 from search.surrogate.prior_mean import PriorMean
 from search.surrogate.targets import standardised
 
-INITIAL = 6
+GP_INITIAL = 6
 """Candidates that are drawn at random before the first model."""
 ACQUISITION_SAMPLES = 1000
 MUTANTS = 300
-PARENTS = 5
+GP_PARENTS = 5
 DRAWS = 4
 """Draws of the hyperparameters, whose expected improvements are averaged."""
 ACQUISITION_STEPS = 6
@@ -70,7 +70,7 @@ class GaussianProcessSearcher(ModelBasedSearcher):
         if turn < len(self._priors):
             pool = self._pool(rng)
             return self._first_allowed(pool, -self._priors[turn].predict(pool))
-        if turn < (INITIAL_WITH_PRIOR if self._priors else INITIAL) or not self._measured:
+        if turn < (INITIAL_WITH_PRIOR if self._priors else GP_INITIAL) or not self._measured:
             return self._draw(rng)
         pool = self._pool(rng)
         known = list(self._configurations.values())
@@ -82,7 +82,7 @@ class GaussianProcessSearcher(ModelBasedSearcher):
 
     def _drawn(self, rng: np.random.Generator) -> Iterator[Configuration]:
         draws = (self.space.run(sampling(rng)) for _ in range(ACQUISITION_SAMPLES))
-        return chain(draws, self._mutants(self._best(PARENTS), MUTANTS, rng))
+        return chain(draws, self._mutants(self._best(GP_PARENTS), MUTANTS, rng))
 
     def _trend(self, configurations: Sequence[Configuration]) -> Trend | None:
         """Return what the priors say: their mean, each with a factor that own results correct, and a constant."""

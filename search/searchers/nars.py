@@ -15,9 +15,9 @@ from search.space import Space
 from search.surrogate.acquisition import expected_improvement
 from search.tables import PREDICTORS
 
-INITIAL = 8
+NARS_INITIAL = 8
 """Candidates that are drawn at random before the first prediction."""
-PARENTS = 20
+NARS_PARENTS = 20
 """Evaluated candidates that evolution begins with, the best ones."""
 DRAWN = 200
 """Random ones that it begins with."""
@@ -70,7 +70,7 @@ class NARSSearcher(ModelBasedSearcher):
         return self._forced or max(PREDICTORS, key=lambda name: self._correlations.get(name, 0.0))
 
     def _propose(self, rng: np.random.Generator) -> Configuration | None:
-        if len(self._configurations) < INITIAL or not self._measured:
+        if len(self._configurations) < NARS_INITIAL or not self._measured:
             return self._draw(rng)
         known, targets = list(self._configurations.values()), self._targets()
         if len(self._fitness) >= GROWTH * self._compared:
@@ -96,7 +96,7 @@ class NARSSearcher(ModelBasedSearcher):
 
     def _first_generation(self, rng: np.random.Generator) -> Iterator[Configuration]:
         draws = (self.space.run(sampling(rng)) for _ in range(DRAWN))
-        return chain(draws, self._mutants(self._best(PARENTS), CHILDREN, rng))
+        return chain(draws, self._mutants(self._best(NARS_PARENTS), CHILDREN, rng))
 
     def _children(self, population: Sequence[Configuration], rng: np.random.Generator) -> Iterator[Configuration]:
         parents = [each.genome.values() for each in population]

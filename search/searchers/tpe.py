@@ -16,7 +16,7 @@ from search.searcher import Candidate, CandidateResult, Searcher
 from search.searchers.proposals import key_of, new_draw
 from search.space import Space
 
-PROPOSAL_ATTEMPTS = 20
+TPE_ATTEMPTS = 20
 
 
 class TPESearcher(Searcher):
@@ -68,7 +68,7 @@ class TPESearcher(Searcher):
     def _propose(self, number: int) -> Configuration:
         """Return a proposal that is new and within the limits of the space, or a draw after some that are not."""
         asked = {key_of(configuration) for configuration, *_ in self._results.values()}
-        for attempt in range(PROPOSAL_ATTEMPTS):
+        for attempt in range(TPE_ATTEMPTS):
             trial = self._study(keyed_seed(self.seed, "candidate", number, *[attempt] * (attempt > 0))).ask()
             configuration = self.space.run(partial(_suggested, trial))
             if key_of(configuration) not in asked and self.space.allows(configuration):

@@ -3,11 +3,11 @@
 from typing import Any
 
 from search.chooser import Chooser
-from search.spaces.recipe import adamw, schedule
+from search.spaces.recipe import adamw, choose_schedule
 
 
 def fine_tuning(choose: Chooser) -> dict[str, Any]:
-    """Head, learning rate and schedule of full fine-tuning, or of a LoRA adapter of rank 2 to 16."""
+    """Head, learning rate and choose_schedule of full fine-tuning, or of a LoRA adapter of rank 2 to 16."""
     head = choose.one_of("head", ["own", "mean"])
     lora = choose.bool("lora")
     adapter = {"adapter.name": "lora", "adapter.r": choose.ordered("rank", [2, 4, 8, 16])} if lora else {}
@@ -19,5 +19,5 @@ def fine_tuning(choose: Chooser) -> dict[str, Any]:
         "batch": choose.ordered("batch", [8, 16, 32]),
         **adapter,
         **optimizer,
-        **schedule(choose, 100),
+        **choose_schedule(choose, 100),
     }

@@ -3,7 +3,7 @@
 from typing import Any
 
 from search.chooser import Chooser
-from search.spaces.recipe import adamw, schedule
+from search.spaces.recipe import adamw, choose_schedule
 
 NORMS = ["none", "batch", "layer"]
 
@@ -26,5 +26,5 @@ def _network(choose: Chooser, widths: list[int], layers: int) -> dict[str, Any]:
         "task.dropout": choose.float("dropout", 0.0, 0.5),
         "batch": choose.ordered("batch", [16, 32, 64]),
         **adamw(choose, 1e-4, 3e-2),
-        **schedule(choose, 50),
+        **choose_schedule(choose, 50),
     }

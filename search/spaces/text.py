@@ -3,7 +3,7 @@
 from typing import Any
 
 from search.chooser import Chooser
-from search.spaces.recipe import adamw, schedule
+from search.spaces.recipe import adamw, choose_schedule
 
 
 def gpt(choose: Chooser) -> dict[str, Any]:
@@ -25,5 +25,5 @@ def _transformer(choose: Chooser) -> dict[str, Any]:
         "task.width": heads * choose.ordered("head_width", [16, 32, 64]),
         "batch": choose.ordered("batch", [8, 16, 32]),
         **adamw(choose, 3e-4, 1e-2),
-        **schedule(choose, 100),
+        **choose_schedule(choose, 100),
     }
