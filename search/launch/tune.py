@@ -155,7 +155,7 @@ class PBTScheduler(TrialScheduler):
         known = self._space.domains
         first = [{name: value for name, value in config.items() if name in known} for config in given]
         options = PBTOptions.model_validate({**self._section, "population": len(first), "first": first})
-        check_guesses(options, self._space, len(first))
+        check_guesses(options, self._space)
         objective = Objective(str(self._metric), "lower" if self._mode == "min" else "higher")
         return PopulationBasedTraining(Problem(self._space, objective, NO_END, self._seed), options)
 
