@@ -36,8 +36,8 @@ def _read_prior(folder: Path, space: Space) -> list[CandidateResult]:
     paths = {path for values, _ in results for path in values}
     if not paths & space.domains.keys():
         raise RecipeError(
-            f"{PRIOR_FIELD}: {folder} shares no path with the space; it has {', '.join(sorted(paths)) or 'no results'} "
-            f"and the space has {', '.join(sorted(space.domains))}"
+            f"{PRIOR_FIELD}: {folder} shares no path with the space; it has "
+            f"{', '.join(sorted(paths)) or 'no results'}, and the space has {', '.join(sorted(space.domains))}"
         )
     sign = -1 if read_toml(str(folder), [])[0]["search"]["mode"] == "min" else 1
     found = []
