@@ -88,7 +88,7 @@ class SlotPerMember(OneSlot):
         self._slow, self._seconds = slow, seconds
         self._works: list[tuple[float, Work, bytes | None]] = []
 
-    def begin(self, work: Work, state: bytes | None) -> None:
+    def submit(self, work: Work, state: bytes | None) -> None:
         seconds = self._seconds * (10 if work.member == self._slow else 1)
         self._works.append((time.monotonic() + seconds, work, state))
         self.idle -= 1
