@@ -7,7 +7,7 @@ from search.spaces.recipe import adamw, choose_schedule
 
 
 def fine_tuning(choose: Chooser) -> dict[str, Any]:
-    """Head, learning rate and choose_schedule of full fine-tuning, or of a LoRA adapter of rank 2 to 16."""
+    """Head, learning rate and schedule of full fine-tuning, or of a LoRA adapter of rank 2 to 16."""
     head = choose.one_of("head", ["own", "mean"])
     lora = choose.bool("lora")
     adapter = {"adapter.name": "lora", "adapter.r": choose.ordered("rank", [2, 4, 8, 16])} if lora else {}

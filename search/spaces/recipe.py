@@ -16,9 +16,9 @@ def adamw(choose: Chooser, low: float, high: float) -> dict[str, Any]:
 
 
 def choose_schedule(choose: Chooser, warmup: int) -> dict[str, Any]:
-    """Return a choose_schedule: its shape, up to `warmup` steps of warm-up, and the final learning rate."""
+    """Return a schedule: its shape, up to `warmup` steps of warm-up, and the final learning rate."""
     return {
-        "choose_schedule.name": choose.one_of("choose_schedule", ["linear", "cosine", "wsd"]),
-        "choose_schedule.warmup": choose.int("warmup", 0, warmup),
-        "choose_schedule.min_lr_ratio": choose.ordered("min_lr_ratio", [0.0, 0.03, 0.1]),
+        "schedule.name": choose.one_of("schedule", ["linear", "cosine", "wsd"]),
+        "schedule.warmup": choose.int("warmup", 0, warmup),
+        "schedule.min_lr_ratio": choose.ordered("min_lr_ratio", [0.0, 0.03, 0.1]),
     }
