@@ -61,7 +61,7 @@ def engine_of(method: str, seed: int, adam: bool) -> Scheduler:
     own = COMMON if adam else {**COMMON, **MOMENTUM}
     table = own if method in RULES else {**own, **SCHEDULE}
     problem = Problem(make_space(table), Objective("loss", "lower"), STEPS, seed, seed)
-    section = {"space": table, "name": method}
+    section: dict[str, Any] = {"space": table, "name": method}
     if method in RULES:
         section |= {"name": "pbt", "population": MEMBERS, "interval": INTERVAL, **RULES[method]}
         return PopulationBasedTraining(problem, PBTOptions.model_validate(section))
