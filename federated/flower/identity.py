@@ -6,6 +6,8 @@ Nothing public in Flower 1.41 sets it.
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 
+FIRST_NODE = SUPERLINK_NODE_ID + 1
+"""Of client 0, where clients are played on this side: client i is node FIRST_NODE + i."""
 TASK = 1  # Flower's own simulation has one task, too
 
 

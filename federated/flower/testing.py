@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable
 
 from flwr.app import Context, Message, RecordDict
-from flwr.common.constant import PARTITION_ID_KEY, SUPERLINK_NODE_ID
+from flwr.common.constant import PARTITION_ID_KEY
 
-FIRST_NODE = SUPERLINK_NODE_ID + 1
+from federated.flower.identity import FIRST_NODE
 
 
 class InProcessGrid:

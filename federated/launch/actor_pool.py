@@ -16,7 +16,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from federated.launch.client_actor import FIRST_NODE, ClientActor, ClientFactory, ClientOutcome, ClientPopulation
+from federated.flower.identity import FIRST_NODE
+from federated.launch.client_actor import ClientActor, ClientFactory, ClientOutcome, ClientPopulation
 from federated.launch.outbox import OUTBOX_POLL_SECONDS, Outbox, Pending
 from raytrain.errors import RecipeError
 

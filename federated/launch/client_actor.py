@@ -10,16 +10,15 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
-from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode
 
 from federated.flower.envelope import Fields, message_of
-from federated.flower.identity import assume_identity
+from federated.flower.identity import FIRST_NODE, assume_identity
 from federated.flower.records import FlatContent, flatten_all, restore
 from federated.launch.contents import Content, Unpacker
 from raytrain.errors import RecipeError
 from raytrain.registry import error_location, resolve
 
-FIRST_NODE = SUPERLINK_NODE_ID + 1
 MIN_BATCH_SECONDS, MAX_BATCH_SECONDS = 0.02, 0.25
 MAX_REASON_CHARACTERS = 2000
 

@@ -11,8 +11,9 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
 from federated.flower.envelope import Fields, reply_to
+from federated.flower.identity import FIRST_NODE
 from federated.flower.records import FlatContent, restore
-from federated.launch.client_actor import FIRST_NODE, MAX_BATCH_SECONDS, MIN_BATCH_SECONDS, FlatAnswer, MessageBatch
+from federated.launch.client_actor import MAX_BATCH_SECONDS, MIN_BATCH_SECONDS, FlatAnswer, MessageBatch
 from federated.launch.contents import Content
 
 OUTBOX_POLL_SECONDS = 0.25

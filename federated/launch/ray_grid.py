@@ -14,9 +14,9 @@ from flwr.supercore.run import Run, RunNotRunningException
 
 from federated.channel import LateAnswer
 from federated.flower.envelope import stamp
-from federated.flower.identity import assume_identity
+from federated.flower.identity import FIRST_NODE, assume_identity
 from federated.launch.actor_pool import ActorOptions, ActorPool
-from federated.launch.client_actor import FIRST_NODE, ClientFactory, ClientPopulation
+from federated.launch.client_actor import ClientFactory, ClientPopulation
 from federated.launch.contents import pack_contents
 from federated.launch.outbox import Pending
 
