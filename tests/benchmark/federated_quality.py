@@ -28,9 +28,9 @@ from federated.broadcast import payload_bytes
 from federated.build import Federation, protocol_of
 from federated.flower.channel import GridMessenger
 from federated.flower.gradient_client import load_gradient_clients
-from federated.flower.identity import assume_identity
+from federated.flower.identity import FIRST_NODE, assume_identity
 from federated.flower.strategy_run import StrategyRun
-from federated.flower.testing import FIRST_NODE, InProcessGrid
+from federated.flower.testing import InProcessGrid
 from federated.recipe import FederateRecipe
 from federated.server import CommunicationRound
 from raytrain.recipe import read_toml

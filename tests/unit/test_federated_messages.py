@@ -21,11 +21,11 @@ from federated.flower.channel import GridChannel, GridMessenger
 from federated.flower.client import TrainingClient
 from federated.flower.deployed import WHO, introduced, introduction, recipe_of
 from federated.flower.gradient_client import load_gradient_clients
-from federated.flower.identity import assume_identity
+from federated.flower.identity import FIRST_NODE, assume_identity
 from federated.flower.messages import bytes_of, content_of, envelope_bytes, shipped_bytes
 from federated.flower.preview import federated_preview, traffic_rows
 from federated.flower.strategy_run import StrategyRun, check_reply
-from federated.flower.testing import FIRST_NODE, InProcessGrid
+from federated.flower.testing import InProcessGrid
 from federated.recipe import FederateRecipe
 from federated.server import ReportLimits
 from raytrain.errors import RecipeError
