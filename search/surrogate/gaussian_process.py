@@ -169,7 +169,7 @@ class GaussianProcess:
         squares: Any = 0.0
         product: Any = 1.0
         for column, table in enumerate(self._correlations):
-            correlation = table[codes[rows, column][:, None], codes[self._known, column]]
+            correlation = table[codes[rows, column]].take(codes[self._known, column], axis=1)
             total = total + correlation
             squares = squares + correlation * correlation
             product = product * correlation

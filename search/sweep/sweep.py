@@ -114,7 +114,8 @@ class Sweep(Scheduler):
         self._begun += 1
         until, seed = self._pruner.first, self.problem.base_seed  # trials differ by their configurations alone
         segment = Segment(self._next_row, trial, 0, Origin(), None, until, candidate.configuration, seed)
-        self._open(segment, action="start", **self._searcher.remark())
+        remark = {} if trial < len(self.options.first) else self._searcher.remark()
+        self._open(segment, action="start", **remark)
         return True
 
     def _candidate(self, trial: int) -> Candidate | None:
