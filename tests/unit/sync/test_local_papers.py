@@ -25,7 +25,7 @@ from raytrain.sync.options import SYNCHRONISERS
 from raytrain.testing import ThreadGroup, ThreadTransport
 
 Floats = NDArray[np.float64]
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "torchft_diloco.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "torchft_diloco.json").read_text())
 START = np.array([0.0, 1.0, 2.0])
 
 

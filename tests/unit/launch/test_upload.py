@@ -40,7 +40,7 @@ def test_a_job_takes_along_what_git_would(workplace: Path) -> None:
     assert packed(workplace) == set(upload.files)
     assert upload.withheld == {}
     assert "/raytrain" not in upload.excludes()
-    assert "/raytrain" in upload_of(Path(__file__).parents[2]).excludes()
+    assert "/raytrain" in upload_of(Path(__file__).parents[3]).excludes()
 
 
 def test_secrets_stay_here_and_are_named(workplace: Path) -> None:

@@ -237,7 +237,7 @@ def test_an_error_of_the_users_code_comes_with_its_place(run: RunDirectory) -> N
         run.record_failure(error, 3)
     failure = run.failure()
     assert (failure.message, failure.exit_status) == ("worker 3: KeyError: 'x'", 1)
-    assert "test_rundir.py" in failure.trace
+    assert "test_directory.py" in failure.trace
 
 
 def test_a_failure_on_another_machine_says_where(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import Task
 
 TABLES = (PROTOCOLS, PARTITIONS, FAULTS, STRATEGIES)
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "federated" / "recipes").glob("*.toml"))
 DIGITS = {"task": {"name": "digits", "model": "mlp", "widths": [4]}, "optimizer": {"lr": 1e-3}}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from raytrain.seeds.prng import Distribution, fold_in, fold_in_all, noise, parameter_id, philox, quantised_noise
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "stream.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "stream.json").read_text())
 MODES: tuple[Distribution, ...] = ("rademacher", "gaussian")
 U64 = st.integers(0, 2**64 - 1)
 

@@ -29,5 +29,5 @@ def test_a_run_is_done_even_if_there_is_nothing_to_compare_with(
     assert (result.status, result.figures["steps"], result.references) == ("done", 2, {})
     assert result.metrics["loss"] > 0
     assert capsys.readouterr().err.startswith(
-        "raytrain: Task.references failed: ZeroDivisionError: division by zero (test_finished.py, line "
+        "raytrain: Task.references failed: ZeroDivisionError: division by zero (test_trained_model.py, line "
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKAGES = ("raytrain", "search", "federated")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
@@ -91,7 +91,13 @@ def test_nothing_is_unpickled() -> None:
 def test_tests_are_not_packages() -> None:
     """A test folder named after a package, or an __init__.py, would be imported in its place."""
     assert list((ROOT / "tests").rglob("__init__.py")) == []
-    assert [path for path in (ROOT / "tests").rglob("*") if path.is_dir() and path.name in PACKAGES] == []
+    assert [path for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name in PACKAGES] == []
+
+
+def test_unit_tests_mirror_the_packages() -> None:
+    """Those of search and federated are in a folder each, those of a folder of raytrain in one of its name."""
+    folders = {path.name for path in (ROOT / "raytrain").iterdir() if path.is_dir()} | {"ground", "search", "federated"}
+    assert {path.parent.name for path in (ROOT / "tests" / "unit").rglob("test_*.py")} <= folders
 
 
 @pytest.mark.parametrize("package", PACKAGES)
