@@ -64,7 +64,10 @@ def expand_shorthand(place: str, verb: str) -> dict[str, Any]:
 
 def kind_at(place: str) -> str:
     """Return the kind that accepts what is at "module:attribute", or else `train`."""
-    found = resolve({}, place, "recipe")
+    try:
+        found = resolve({}, place, "recipe")
+    except RecipeError:
+        return "train"  # which refuses it too, and names its field
     accepting = {name: kind.accepts for name, kind in load_kinds().items() if kind.accepts}
     return next((name for name, accepts in accepting.items() if resolve({}, accepts, "kind")(found)), "train")
 

@@ -108,7 +108,7 @@ def test_an_interrupted_and_killed_search_ends_as_if_nothing_had_happened(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["base.workers=2"], "base.workers: a search trains each member in one process; got 2; set base.workers=1"),
+        (["base.epochs=2"], "base.epochs: a search counts steps; got 2; set base.steps"),
         (["base.phases=[{from = 20}]"], "base.phases: expected none, because the search decides when fields change"),
         (["search.metric=loss2"], "search.metric: the task does not measure 'loss2'; did you mean loss?"),
         (
