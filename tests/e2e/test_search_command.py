@@ -40,13 +40,13 @@ task.dropout = {type = "float", low = 0, high = 0.5, step = 0.05}
 """
 
 
-def wait_for_reports(run: Path, count: int) -> None:
+def wait_for_reports(run: Path, count: int, command: Command) -> None:
     file, give_up = run / "metrics.jsonl", time.monotonic() + 300
-    while time.monotonic() < give_up:
+    while time.monotonic() < give_up and command.process.exitcode is None:
         if file.is_file() and file.read_bytes().count(b"\n") >= count:
             return
         time.sleep(0.02)
-    raise TimeoutError(f"{run} did not come to {count} reports")
+    raise TimeoutError(f"{run} did not come to {count} reports: {(command.folder / 'err').read_text()}")
 
 
 def plain_search(folder: Path) -> Journal:
@@ -72,7 +72,7 @@ def test_an_interrupted_and_killed_search_ends_as_if_nothing_had_happened(
     run = workplace / "run"
 
     first = start(workplace, "search", "mine.toml", "--out", "run")
-    wait_for_reports(run, 6)
+    wait_for_reports(run, 6, first)
     second = raytrain("search", "run", "--resume")
     assert (second.status, f"{run} is in use by command process {first.pid}" in second.err) == (2, True), second.err
     os.kill(first.pid, signal.SIGINT)
@@ -83,7 +83,7 @@ def test_an_interrupted_and_killed_search_ends_as_if_nothing_had_happened(
     assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
 
     killed = start(workplace, "search", "run", "--resume")
-    wait_for_reports(run, 14)
+    wait_for_reports(run, 14, killed)
     killed.kill()
     killed.process.join()
 
