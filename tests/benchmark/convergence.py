@@ -162,7 +162,7 @@ def against(runs: Runs, task: str, tau: int, method: str) -> dict[str, float]:
     return {
         "seeds": len(values),
         "mean": statistics.mean(values.values()),
-        "gap": statistics.mean(gaps),
+        "gap": statistics.mean(gaps) if gaps else math.nan,  # without rows of `ddp` there is nothing to compare with
         "half_width": float(wide),
     }
 
