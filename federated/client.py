@@ -34,8 +34,8 @@ class ProbeOptions(Section):
 
     Attributes:
         eps: length of a perturbation, of each parameter.
-        outlier_threshold: projected gradients beyond so many robust standard deviations of the client's own in this
-            round are not used; 0: all are.
+        outlier_threshold: drop projected gradients larger than this many robust standard deviations of those of the
+            client in this round; 0 keeps all.
         train_mode: whether the model is in training mode, with dropout.
         objective: a value that the task measures, to be raised in place of lowering the loss; with a minus, lowered.
     """

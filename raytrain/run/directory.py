@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 RESERVE_BYTES = 64 << 10
 GLANCE_SECONDS = 0.5
-"""How long a lock may be held by who only looks whether the folder is in use."""
+"""Longest time that a check for a folder in use holds its lock."""
 RAY_MARK = ".validate_storage_marker"
 """What Ray Train puts into the folder of checkpoints before it starts workers."""
 KILLED_MARKS = (".token-*", "hang-worker-*.txt")

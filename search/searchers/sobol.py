@@ -47,7 +47,7 @@ class SobolSearcher(Searcher):
         self._asked = state["asked"]
 
     def _next(self, number: int, engine: qmc.Sobol) -> Candidate:
-        """Return the next point within the limits of the space, or a draw after so many that are not."""
+        """Return the next point within the limits of the space; after too many outside, a random draw within."""
         for _ in range(MAX_SKIPPED):
             self._asked += 1
             candidate = self._at(number, engine.random()[0])

@@ -43,7 +43,7 @@ STEPS = 4_000
 TUNING_STEPS = 1_500
 SEEDS = 5
 TUNING_SHARE = 10
-"""Of the training images one in so many is no client's."""
+"""Inverse of the share of training images that are kept from clients, for tuning."""
 CURVE_POINTS = 10
 TUNING_TASK = f"{Path(__file__).stem}:tuning_digits"
 PARTITIONS: dict[str, dict[str, Any]] = {
@@ -112,7 +112,7 @@ class Outcome:
 
     Attributes:
         metrics: of its last model.
-        curve: (megabytes of all messages until then, accuracy), every so many rounds.
+        curve: (megabytes of all messages until then, accuracy), at each evaluation.
         client_round_bytes: of a message and its answer.
         seconds: it took.
     """
