@@ -128,7 +128,9 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process, which `launch.run` uses as it finds it."""
     from raytrain.launch.session import cluster_session
+    from raytrain.testing_ray_worker import fork_ray_workers
 
+    fork_ray_workers()
     with cluster_session(None, cpus=4):
         yield
 
@@ -153,7 +155,9 @@ def ended_with_the_test() -> Iterator[dict[str, str]]:
 def start() -> Iterator[Callable[..., "Command"]]:
     """Start the command in a process of its own, as `start(folder, "train", "digits")`."""
     from raytrain.testing_command import start_command
+    from raytrain.testing_ray_worker import fork_ray_workers
 
+    fork_ray_workers()
     with ended_with_the_test() as environment:
         yield lambda folder, *words: start_command(words, folder, environment)
 
