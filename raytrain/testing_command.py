@@ -71,8 +71,8 @@ def _command(words: list[str], folder: str, environment: dict[str, str], output:
     sys.argv = ["raytrain", *words]
     # Who only starts it needs neither.
     from raytrain.cli.main import main  # noqa: PLC0415
+    from raytrain.launch.forked_workers import ADDRESS, fork_ray_workers  # noqa: PLC0415
     from raytrain.launch.private_cluster import reload_ray_environment  # noqa: PLC0415
-    from raytrain.testing_ray_worker import ADDRESS, fork_ray_workers  # noqa: PLC0415
 
     reload_ray_environment()
     if ADDRESS in environment:

@@ -127,8 +127,8 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process, which `launch.run` uses as it finds it."""
+    from raytrain.launch.forked_workers import fork_ray_workers
     from raytrain.launch.session import cluster_session
-    from raytrain.testing_ray_worker import fork_ray_workers
 
     fork_ray_workers()
     with cluster_session(None, cpus=4):
@@ -154,8 +154,8 @@ def ended_with_the_test() -> Iterator[dict[str, str]]:
 @pytest.fixture
 def start() -> Iterator[Callable[..., "Command"]]:
     """Start the command in a process of its own, as `start(folder, "train", "digits")`."""
+    from raytrain.launch.forked_workers import fork_ray_workers
     from raytrain.testing_command import start_command
-    from raytrain.testing_ray_worker import fork_ray_workers
 
     fork_ray_workers()
     with ended_with_the_test() as environment:

@@ -9,10 +9,15 @@ it hands its arguments, environment and output to the fork server, and lives as 
 """
 
 import array
+import gc
+import importlib
 import json
 import os
+import selectors
+import signal
 import socket
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,7 +58,7 @@ def _start_fork_server() -> str:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)
         listener.listen(128)
-        command = [sys.executable, "-m", "raytrain.testing_ray_worker", "fork-server", str(listener.fileno())]
+        command = [sys.executable, "-m", "raytrain.launch.forked_workers", "fork-server", str(listener.fileno())]
         server = subprocess.Popen(
             command,
             pass_fds=[listener.fileno()],
@@ -86,60 +91,59 @@ def ask_for_worker(arguments: list[str]) -> None:
         server.recv(1)  # nothing comes; the connection ends with the worker
 
 
-def serve(listener: socket.socket) -> None:
-    """Fork a worker for each connection; end a worker whose connection ends, and a connection whose worker ends."""
-    import gc  # noqa: PLC0415
-    import importlib  # noqa: PLC0415
-    import selectors  # noqa: PLC0415
-    import signal  # noqa: PLC0415
+class ForkServer:
+    """Forks a worker for each connection; ends a worker whose connection ends, and a connection whose worker ends."""
 
-    for name in PRELOADED:
-        importlib.import_module(name)
-    gc.freeze()
-    events = selectors.DefaultSelector()
-    events.register(listener, selectors.EVENT_READ)
-    events.register(sys.stdin.fileno(), selectors.EVENT_READ)
-    workers: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor of their process
-    while True:
-        for key, _ in events.select():
-            if key.fileobj == sys.stdin.fileno():  # who started this process has ended
-                for pid, _ in workers.values():
-                    os.kill(pid, signal.SIGKILL)
-                return
-            if key.fileobj is listener:
-                connection = listener.accept()[0]
-                if pid := _fork(connection, [listener, *(other for _, other in workers.values())]):
-                    process = os.pidfd_open(pid)
-                    workers[process] = pid, connection
-                    events.register(process, selectors.EVENT_READ, process)
-                    events.register(connection, selectors.EVENT_READ, process)
-            elif key.data in workers:
-                pid, connection = workers.pop(key.data)
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                events.unregister(key.data)
-                events.unregister(connection)
-                os.close(key.data)
-                connection.close()
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._events = selectors.DefaultSelector()
+        self._events.register(listener, selectors.EVENT_READ)
+        self._events.register(sys.stdin.fileno(), selectors.EVENT_READ)
+        self._workers: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor of their process
 
+    def run(self) -> None:
+        """Serve until the process that started this one ends."""
+        while True:
+            for key, _ in self._events.select():
+                if key.fileobj == sys.stdin.fileno():
+                    for process in list(self._workers):
+                        self._end(process)
+                    return
+                if key.fileobj is self._listener:
+                    self._start(self._listener.accept()[0])
+                elif key.data in self._workers:
+                    self._end(key.data)
 
-def _fork(connection: socket.socket, others: list[socket.socket]) -> int:
-    """Fork a worker that does what the connection asks for, and return its process id."""
-    request, streams, *_ = socket.recv_fds(connection, LONGEST_REQUEST, 2)
-    pid = os.fork()
-    if pid == 0:
-        for each in (connection, *others):
-            each.close()
-        status = 1
-        try:
-            _become_worker(json.loads(request), streams)
-            status = 0
-        finally:
-            os._exit(status)
-    for stream in streams:
-        os.close(stream)
-    return pid
+    def _start(self, connection: socket.socket) -> None:
+        """Fork a worker that does what the connection asks for."""
+        request, streams, *_ = socket.recv_fds(connection, LONGEST_REQUEST, 2)
+        pid = os.fork()
+        if pid == 0:
+            for each in (connection, self._listener, *(other for _, other in self._workers.values())):
+                each.close()
+            try:
+                _become_worker(json.loads(request), streams)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        for stream in streams:
+            os.close(stream)
+        process = os.pidfd_open(pid)
+        self._workers[process] = pid, connection
+        self._events.register(process, selectors.EVENT_READ, process)
+        self._events.register(connection, selectors.EVENT_READ, process)
+
+    def _end(self, process: int) -> None:
+        """End a worker and its connection, of which one has ended."""
+        pid, connection = self._workers.pop(process)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        self._events.unregister(process)
+        self._events.unregister(connection)
+        os.close(process)
+        connection.close()
 
 
 def _become_worker(request: dict[str, Any], streams: list[int]) -> None:
@@ -150,7 +154,7 @@ def _become_worker(request: dict[str, Any], streams: list[int]) -> None:
     import numpy as np  # noqa: PLC0415
     from ray._private.runtime_env.context import RuntimeEnvContext  # noqa: PLC0415
     from ray._private.workers import setup_worker  # noqa: PLC0415
-    from ray._raylet import setproctitle  # noqa: PLC0415
+    from ray._raylet import setproctitle  # type: ignore[attr-defined]  # noqa: PLC0415
 
     from raytrain.launch.private_cluster import reload_ray_environment  # noqa: PLC0415
 
@@ -181,7 +185,10 @@ def _become_worker(request: dict[str, Any], streams: list[int]) -> None:
 def main() -> None:
     """Be the fork server, or the process that Ray starts for a worker."""
     if sys.argv[1] == "fork-server":
-        serve(socket.socket(fileno=int(sys.argv[2])))
+        for name in PRELOADED:
+            importlib.import_module(name)
+        gc.freeze()
+        ForkServer(socket.socket(fileno=int(sys.argv[2]))).run()
         return
     try:
         ask_for_worker(sys.argv[1:])
