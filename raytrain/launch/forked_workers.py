@@ -20,9 +20,9 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-ADDRESS = "RAYTRAIN_TEST_FORK_SERVER"  # the environment variable with the address of the fork server
+FORK_SERVER = "RAYTRAIN_TEST_FORK_SERVER"  # the environment variable with the address of the fork server
 LONGEST_REQUEST = 1 << 18  # bytes
 READ_ONCE = {"RAY_JOB_ID": "01000000"}  # by Ray, when it is imported; it is that of a cluster's first driver
 PRELOADED = (
@@ -43,8 +43,8 @@ def fork_ray_workers() -> None:
     if sys.platform != "linux":
         return
     ray_constants.SETUP_WORKER_FILENAME = __file__
-    if ADDRESS not in os.environ:
-        os.environ[ADDRESS] = _start_fork_server()
+    if FORK_SERVER not in os.environ:
+        os.environ[FORK_SERVER] = _start_fork_server()
 
 
 def _start_fork_server() -> str:
@@ -83,7 +83,7 @@ def ask_for_worker(arguments: list[str]) -> None:
         OSError: there is no fork server.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.connect(os.environ[ADDRESS])
+        server.connect(os.environ[FORK_SERVER])
         request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
         server.sendmsg(
             [json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [1, 2]))]
@@ -103,16 +103,16 @@ class ForkServer:
 
     def run(self) -> None:
         """Serve until the process that started this one ends."""
-        while True:
+        ended = False
+        while not ended:
             for key, _ in self._events.select():
-                if key.fileobj == sys.stdin.fileno():
-                    for process in list(self._workers):
-                        self._end(process)
-                    return
+                ended |= key.fileobj == sys.stdin.fileno()
                 if key.fileobj is self._listener:
                     self._start(self._listener.accept()[0])
                 elif key.data in self._workers:
                     self._end(key.data)
+        for process in list(self._workers):
+            self._end(process)
 
     def _start(self, connection: socket.socket) -> None:
         """Fork a worker that does what the connection asks for."""
@@ -121,12 +121,7 @@ class ForkServer:
         if pid == 0:
             for each in (connection, self._listener, *(other for _, other in self._workers.values())):
                 each.close()
-            try:
-                _become_worker(json.loads(request), streams)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
+            _be_worker(json.loads(request), streams)
         for stream in streams:
             os.close(stream)
         process = os.pidfd_open(pid)
@@ -146,7 +141,19 @@ class ForkServer:
         connection.close()
 
 
-def _become_worker(request: dict[str, Any], streams: list[int]) -> None:
+def _be_worker(request: dict[str, Any], streams: list[int]) -> NoReturn:
+    """Run a worker, and end this process."""
+    status = 1
+    try:
+        _run_worker(request, streams)
+        status = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _run_worker(request: dict[str, Any], streams: list[int]) -> None:
     """Do what Ray's script and the worker's do."""
     import random  # noqa: PLC0415
     import runpy  # noqa: PLC0415
@@ -182,7 +189,7 @@ def _become_worker(request: dict[str, Any], streams: list[int]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def main() -> None:
+def _main() -> None:
     """Be the fork server, or the process that Ray starts for a worker."""
     if sys.argv[1] == "fork-server":
         for name in PRELOADED:
@@ -199,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _main()
