@@ -71,12 +71,12 @@ def _command(words: list[str], folder: str, environment: dict[str, str], output:
     sys.argv = ["raytrain", *words]
     # Who only starts it needs neither.
     from raytrain.cli.main import main  # noqa: PLC0415
-    from raytrain.launch.forked_workers import FORK_SERVER, fork_ray_workers  # noqa: PLC0415
+    from raytrain.launch.forked_processes import FORK_SERVER, fork_ray_processes  # noqa: PLC0415
     from raytrain.launch.private_cluster import reload_ray_environment  # noqa: PLC0415
 
     reload_ray_environment()
     if FORK_SERVER in environment:
-        fork_ray_workers()
+        fork_ray_processes()
     try:
         main()
     finally:

@@ -127,10 +127,10 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process, which `launch.run` uses as it finds it."""
-    from raytrain.launch.forked_workers import fork_ray_workers
+    from raytrain.launch.forked_processes import fork_ray_processes
     from raytrain.launch.session import cluster_session
 
-    fork_ray_workers()
+    fork_ray_processes()
     with cluster_session(None, cpus=4):
         yield
 
@@ -154,10 +154,10 @@ def ended_with_the_test() -> Iterator[dict[str, str]]:
 @pytest.fixture
 def start() -> Iterator[Callable[..., "Command"]]:
     """Start the command in a process of its own, as `start(folder, "train", "digits")`."""
-    from raytrain.launch.forked_workers import fork_ray_workers
+    from raytrain.launch.forked_processes import fork_ray_processes
     from raytrain.testing_command import start_command
 
-    fork_ray_workers()
+    fork_ray_processes()
     with ended_with_the_test() as environment:
         yield lambda folder, *words: start_command(words, folder, environment)
 
