@@ -27,9 +27,8 @@ from bench import RESULTS, ROOT, finish, parse, parser_of
 from federated.broadcast import payload_bytes
 from federated.build import Federation, protocol_of
 from federated.flower.channel import GridMessenger
-from federated.flower.gradient_client import load_gradient_clients
 from federated.flower.identity import FIRST_NODE, assume_identity
-from federated.flower.strategy_run import StrategyRun
+from federated.flower.strategy_run import StrategyRun, load_gradient_clients
 from federated.flower.testing import InProcessGrid
 from federated.recipe import FederateRecipe
 from federated.server import CommunicationRound

@@ -20,14 +20,13 @@ from federated.flower import client_app
 from federated.flower.channel import GridChannel, GridMessenger
 from federated.flower.client import TrainingClient
 from federated.flower.deployed import WHO, introduced, introduction, recipe_of
-from federated.flower.gradient_client import load_gradient_clients
 from federated.flower.identity import FIRST_NODE, assume_identity
 from federated.flower.messages import bytes_of, content_of, envelope_bytes, shipped_bytes
 from federated.flower.preview import federated_preview, traffic_rows
-from federated.flower.strategy_run import StrategyRun, check_reply
+from federated.flower.strategy_run import StrategyRun, check_reply, load_gradient_clients
 from federated.flower.testing import InProcessGrid
+from federated.options import ReportLimits
 from federated.recipe import FederateRecipe
-from federated.server import ReportLimits
 from raytrain.errors import RecipeError
 from raytrain.seeds.seed_model import SeedModel
 
