@@ -118,6 +118,8 @@ class ModelHistory:
 def payload_bytes(protocol: Protocol, heard: int, missed: int) -> tuple[int, int]:
     """Return the bytes down and up of a client, in a round some rounds after the last one that it took part in.
 
+    What changed since then may be smaller; how many coefficients these are depends on the draws.
+
     Args:
         protocol: of the run.
         heard: clients that were heard in each of these rounds.

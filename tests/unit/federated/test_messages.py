@@ -72,7 +72,7 @@ def test_a_message_with_something_else_is_refused(content: RecordDict) -> None:
 
 @given(down=st.integers(0, 20_000), up=st.integers(0, 2_000))
 def test_envelopes_are_what_is_shipped_beside_the_bytes(down: int, up: int) -> None:
-    assume_identity(run_id=2**63)  # ids are numbers of 64 bits, whose length counts
+    assume_identity(run_id=2**63, task_id=2**63)  # ids are numbers of 64 bits, whose length counts
     message = Message(content_of(bytes(down)), dst_node_id=2**63, message_type="train", group_id="65535")
     stamp(message, message.object_id)  # as a deployment does: a reply names the message that it answers
     reply = Message(content_of(bytes(up)), reply_to=message)
