@@ -148,7 +148,15 @@ QUICK: dict[str, Mapping[str, Any]] = {
 }
 START_STEPS, QUICK_START_STEPS = 4_000, 20
 """Of training the GPT that speakers begin with."""
-START_MODEL: dict[str, Any] = {"tokens": "bytes", "model": "gpt", "layers": 2, "heads": 2, "width": 64, "block": 64, "stride": 64}
+START_MODEL: dict[str, Any] = {
+    "tokens": "bytes",
+    "model": "gpt",
+    "layers": 2,
+    "heads": 2,
+    "width": 64,
+    "block": 64,
+    "stride": 64,
+}
 
 
 @dataclass(frozen=True, slots=True)
