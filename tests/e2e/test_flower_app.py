@@ -2,20 +2,16 @@
 
 import json
 import random
-import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from federated.faults import ClientFaultPlan
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.app import FlowerApp, read_app, run_app
-from federated.options import Faults
 from raytrain.errors import RecipeError
 
 DATA = Path(__file__).parent / "data"
@@ -50,31 +46,6 @@ def test_an_app_with_client_fn_and_server_fn_runs(ray_cluster: None, workplace: 
     number, end = json.loads(f"[{Path('final.txt').read_text().replace(' ', ',', 1)}]")
     assert "train  heard 3 of 3" in ended.out
     assert (number, end) == (3, pytest.approx([1 - 1 / 8**3] * 2)), "each round goes 7/8 of the way to the mean, 1"
-
-
-def test_faults_happen_to_the_same_clients_of_an_app_on_any_number_of_actors(
-    ray_cluster: None, workplace: Path
-) -> None:
-    app, faults = (
-        read_app(DATA / "flower_legacy", {"rounds": 3}),
-        Faults(drop=0.2, slow=0.2, slow_seconds=400, crash=0.1),
-    )
-    faults = faults.model_copy(update={"timeout_seconds": 300.0})
-    told: list[list[str]] = []
-    for actors in (1, 2):
-        lines: list[str] = []
-        run_app(app, 6, ActorOptions(actors, cpus=0.5), seed=2, faults=faults, say=lines.append)
-        exchanges = [line for line in lines if line.startswith("exchange ")]
-        told.append([re.sub(r"[\d.]+ s  ", "", f"{line}  ") for line in exchanges])
-    assert told[0] == told[1]
-    plan = ClientFaultPlan(faults, 2)
-    for number, line in enumerate(told[0]):
-        happened = [plan.fault(number, client) for client in range(6)]
-        assert f"heard {happened.count('')} of 6" in line
-        words = {"drop": "no answer", "slow": "late by 400 s", "crash": "its process was lost"}
-        reasons = [f"client {client}: {words[name]}" for client, name in enumerate(happened) if name]
-        assert all(reason in line for reason in reasons[:3])
-    assert len({name for number in range(len(told[0])) for name in map(partial(plan.fault, number), range(6))}) == 4
 
 
 @pytest.mark.parametrize(
