@@ -136,7 +136,7 @@ class Group:
 
 GROUPS: dict[str, Group] = {
     "digits": Group("digits-fedkseed", "tuning_digits", "accuracy", PARTITIONS, DIGITS, 4_000, 1_500, 10, 1.0),
-    "sst2": Group("sst2-fedkseed", "tuning_sentences", "accuracy", PARTITIONS, SST2, 400, 100, 4, 0.1),
+    "sst2": Group("sst2-fedkseed", "tuning_sentences", "accuracy", PARTITIONS, SST2, 400, 60, 4, 0.1),
     "shakespeare": Group(
         "shakespeare-speakers", "tuning_text", "bits_per_byte", SPEAKERS, SHAKESPEARE, 1_000, 200, 5, 0.0
     ),
