@@ -20,7 +20,6 @@ does, to the bit.
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -128,7 +127,7 @@ def row_of(name: str, group: Group, method: str, partition: str, count: int) -> 
     values = [outcome.metrics[group.metric] for outcome in outcomes]
 
     def mean(name: str) -> float:
-        return statistics.mean(outcome.metrics.get(name, math.nan) for outcome in outcomes)
+        return statistics.mean(outcome.metrics[name] for outcome in outcomes)
 
     return {
         "data": name,
@@ -138,8 +137,8 @@ def row_of(name: str, group: Group, method: str, partition: str, count: int) -> 
         "start": statistics.mean(outcome.curve[0][1] for outcome in outcomes),
         "quality": mean(group.metric),
         "range": max(values) - min(values),
-        "clients": mean("clients"),
-        "worst_tenth": mean("worst_tenth"),
+        "clients": mean("clients") if group.clients else None,
+        "worst_tenth": mean("worst_tenth") if group.clients else None,
         "rounds": recipe.rounds,
         "client_round_bytes": outcomes[0].client_round_bytes,
         "megabytes": outcomes[0].curve[-1][0],
