@@ -15,21 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from federated.encodings import PayloadError
+from federated.encodings import Cursor, PayloadError, read_indices, write_indices
 from federated.global_model import GlobalModel
 from federated.protocols.protocol import HEARD, Protocol
 from federated.sampling import Indices
-from federated.wire import (
-    MODEL_BYTES,
-    REPORT_BYTES,
-    Cursor,
-    ModelHeader,
-    has_model_seal,
-    read_indices,
-    read_model,
-    write_indices,
-    write_model,
-)
+from federated.wire import MODEL_BYTES, REPORT_BYTES, ModelHeader, has_model_seal, read_model, write_model
 
 FORMS = ("whole", "changed", "summaries")
 WHOLE, CHANGED, SUMMARIES = range(3)
@@ -127,6 +117,8 @@ class ModelHistory:
 
 def payload_bytes(protocol: Protocol, heard: int, missed: int) -> tuple[int, int]:
     """Return the bytes down and up of a client, in a round some rounds after the last one that it took part in.
+
+    What changed since then may be smaller; how many coefficients these are depends on the draws.
 
     Args:
         protocol: of the run.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from federated.client import ClientData, LocalTrainer
 from federated.evaluation import ClientScore, KeepScores, OwnExamples, evaluate_on, forget, over_clients
 from federated.faults import ClientFaultPlan, FaultyChannel
 from federated.global_model import RoundRates
+from federated.gradients import GradientTrainer
 from federated.partition import Partition
-from federated.protocols.protocol import Protocol, ProtocolOptions
+from federated.protocols.options import GradientOptions, ProtocolOptions
+from federated.protocols.protocol import Protocol
 from federated.recipe import FederateRecipe
 from federated.rounds import Rounds
 from federated.sampling import Stream, participants
@@ -25,6 +28,7 @@ from raytrain.kinds import load_kind
 from raytrain.models.adapters import inject_adapter, merge_adapter
 from raytrain.models.freezing import freeze
 from raytrain.optim.optimizers import make_optimizer
+from raytrain.optim.options import OPTIMIZERS
 from raytrain.provenance import check_trusted
 from raytrain.recipe import read_toml
 from raytrain.registry import resolve
@@ -104,6 +108,22 @@ def initial_module(recipe: FederateRecipe, task: Task) -> nn.Module:
     freeze(module, recipe.freeze.match)
     inject_adapter(module, recipe.adapter, recipe.seed)
     return module
+
+
+def gradient_trainer_of(recipe: FederateRecipe) -> GradientTrainer:
+    """Return what answers for the clients of a run whose messages are parameters.
+
+    Raises:
+        RecipeError: the recipe does not fit the data or the model.
+    """
+    if not isinstance(recipe.protocol, GradientOptions):
+        raise TypeError(f"protocol.name: {recipe.protocol.name} sends numbers along seeds")
+    task = task_of(recipe)
+    module = initial_module(recipe, task).to(recipe.device())
+    data = ClientData(task, task.data("train"), partition_of(recipe, task).indices)
+    constructor = resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name")
+    new_optimizer = partial(make_optimizer, constructor, recipe.optimizer, module)
+    return GradientTrainer(recipe.protocol, module, data, new_optimizer, recipe.seed)
 
 
 def load_start(module: nn.Module, folder: Path) -> None:

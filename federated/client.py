@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from federated.broadcast import receive
 from federated.encodings import Floats, PayloadError
 from federated.global_model import GlobalModel
+from federated.options import ProbeOptions
 from federated.protocols.protocol import Protocol
 from federated.sampling import Indices, batches
 from federated.wire import ReportHeader, read_model, write_lost, write_report
 from federated.working_model import WorkingModel
 from raytrain.errors import RecipeError
-from raytrain.recipe import Section
 from raytrain.seeds.prng import fold_in
 from raytrain.tasks.losses import loss_weights
 from raytrain.tasks.task import Examples, Task
@@ -27,23 +26,6 @@ from raytrain.zeroth.objective import make_closure
 from raytrain.zeroth.perturbed import Closure
 
 logger = logging.getLogger(__name__)
-
-
-class ProbeOptions(Section):
-    """How clients probe a loss.
-
-    Attributes:
-        eps: length of a perturbation, of each parameter.
-        outlier_threshold: drop projected gradients larger than this many robust standard deviations of those of the
-            client in this round; 0 keeps all.
-        train_mode: whether the model is in training mode, with dropout.
-        objective: a value that the task measures, to be raised in place of lowering the loss; with a minus, lowered.
-    """
-
-    eps: float = Field(1e-3, gt=0)
-    outlier_threshold: float = Field(10.0, ge=0)
-    train_mode: bool = False
-    objective: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,36 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field
-
 from federated.channel import Channel, ClientAnswer, LateAnswer, NoReport
+from federated.options import Faults
 from federated.sampling import Stream
 from federated.tables import FAULTS
-from raytrain.recipe import Section
 from raytrain.registry import resolve
 from raytrain.seeds.prng import fold_in
-
-
-class Faults(Section):
-    """Faults of a run, and when a round goes on without those who have not answered.
-
-    Attributes:
-        drop: probability that a client never answers in a round.
-        slow: probability that it answers late.
-        slow_seconds: how late.
-        crash: probability that its process dies.
-        garble: probability that its report is damaged.
-        timeout_seconds: after which a round ends; 0: it waits for all.
-        quorum: clients that have to be heard, or the round moves nothing.
-    """
-
-    drop: float = Field(0.0, ge=0, le=1)
-    slow: float = Field(0.0, ge=0, le=1)
-    slow_seconds: float = Field(60.0, ge=0)
-    crash: float = Field(0.0, ge=0, le=1)
-    garble: float = Field(0.0, ge=0, le=1)
-    timeout_seconds: float = Field(0.0, ge=0)
-    quorum: int = Field(1, ge=1)
 
 
 def drop(report: bytes, draw: int, faults: Faults) -> ClientAnswer:  # noqa: ARG001 - all faults take the same

@@ -1,4 +1,4 @@
-"""The model of a run: coefficients of directions, the seeds that these stand for, and the rates they move at."""
+"""The model of a run: coefficients of directions, and the rates that they move at."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,9 +6,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-
-from federated.encodings import Coefficients
-from federated.sampling import Indices, Seeds, common_seeds, pool_seeds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +20,7 @@ class GlobalModel:
     """
 
     origin: str
-    coefficients: Coefficients
+    coefficients: NDArray[np.float64]
     version: int = 0
     digest: bytes = field(init=False)
 
@@ -31,51 +28,6 @@ class GlobalModel:
         """Find the digest."""
         about = f"{self.origin} {self.version} ".encode()
         object.__setattr__(self, "digest", hashlib.sha256(about + self.coefficients.tobytes()).digest())
-
-
-class SeedPool:
-    """A fixed number of seeds, which every round draws from.
-
-    Args:
-        master: that they follow from.
-        size: how many.
-    """
-
-    grows = False
-
-    def __init__(self, master: int, size: int) -> None:
-        self._seeds = pool_seeds(master, size)
-
-    def size(self, version: int) -> int:  # noqa: ARG002 - it is the same for all
-        """Return the number of directions of a model."""
-        return len(self._seeds)
-
-    def seeds(self, indices: Indices) -> Seeds:
-        """Return the seeds of some directions."""
-        return self._seeds[indices]
-
-
-class NewSeeds:
-    """New seeds in each round, which the model keeps.
-
-    Args:
-        master: that they follow from.
-        steps: how many a round adds.
-    """
-
-    grows = True
-
-    def __init__(self, master: int, steps: int) -> None:
-        self._master = master
-        self._steps = steps
-
-    def size(self, version: int) -> int:
-        """Return the number of directions of a model."""
-        return version * self._steps
-
-    def seeds(self, indices: Indices) -> Seeds:
-        """Return the seeds of some directions."""
-        return common_seeds(self._master, indices // self._steps, indices % self._steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from federated.client import ClientData
-from federated.protocols.protocol import LocalOptions
+from federated.protocols.options import GradientOptions
 from federated.sampling import batches
 from raytrain.seeds.prng import fold_in
 from raytrain.tasks.losses import loss_weights
@@ -20,10 +20,6 @@ from raytrain.zeroth.objective import make_closure
 
 Arrays = dict[str, NDArray[Any]]
 """The trainable parameters of a model, by name."""
-
-
-class GradientOptions(LocalOptions):
-    """Options of `flower`: what is sent and averaged are the trainable parameters, as `freeze` and `adapter` say."""
 
 
 @dataclass(frozen=True, slots=True)

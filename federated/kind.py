@@ -10,7 +10,7 @@ KIND = Kind(
     recipes=Path(__file__).parent / "recipes",
     load="federated.results:load_federated_model",
     panels="federated.report:panels",
-    check="federated.flower.preview:federated_preview",
+    check="federated.preview:federated_preview",
     app="federated.launch.app:run_app_folder",
     tables={
         "protocols": "federated.tables:PROTOCOLS",

@@ -10,54 +10,17 @@ import heapq
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
+from federated.options import DirichletOptions, PartitionOptions, ShardsOptions
 from federated.sampling import Indices
 from raytrain.data.sampler import Sampler
 from raytrain.errors import RecipeError
-from raytrain.recipe import Options
 from raytrain.seeds.prng import fold_in
 from raytrain.tasks.task import Examples
-
-
-class PartitionOptions(Options):
-    """Options of every partition.
-
-    Attributes:
-        sizes: how the numbers of examples differ: "equal", "zipf" or "lognormal".
-        spread: of these: the exponent of "zipf", or the standard deviation of the logarithm.
-        minimum: examples of a client.
-        size: mean number of examples that a client draws where there are more clients than examples.
-    """
-
-    sizes: Literal["equal", "zipf", "lognormal"] = "equal"
-    spread: float = Field(1.0, gt=0, le=5)
-    minimum: int = Field(1, ge=1)
-    size: int = Field(20, ge=1)
-
-
-class DirichletOptions(PartitionOptions):
-    """Options of `dirichlet`.
-
-    Attributes:
-        alpha: concentration: with 0.1 most clients have one or two labels, with 100 all have all alike.
-    """
-
-    alpha: float = Field(0.5, gt=0)
-
-
-class ShardsOptions(PartitionOptions):
-    """Options of `shards`.
-
-    Attributes:
-        labels: shards of each client, of which each has one label, or two neighbouring ones.
-    """
-
-    labels: int = Field(2, ge=1)
 
 
 class Partition(Protocol):

@@ -7,18 +7,20 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from federated.client import ProbeOptions
-from federated.faults import Faults
-from federated.partition import PartitionOptions
-from federated.protocols.protocol import MOST_CLIENTS, MOST_ROUNDS, LocalOptions, ProtocolOptions
-from federated.server import ReportLimits
+from federated.options import PARTITION_OPTIONS, Faults, PartitionOptions, ProbeOptions, ReportLimits
+from federated.protocols.options import (
+    MOST_CLIENTS,
+    MOST_ROUNDS,
+    PROTOCOL_OPTIONS,
+    LocalOptions,
+    ProtocolOptions,
+)
 from federated.tables import PARTITIONS, PROTOCOLS, STRATEGIES
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, OptimizerOptions
 from raytrain.optim.schedules import SCHEDULES, lr_factor
 from raytrain.recipe import AbsolutePath, Recipe, Section, options_by_name, options_parameter
 from raytrain.registry import resolve, suggest
-from raytrain.seeds.prng import Distribution
 from raytrain.training.recipe import AdapterField, Freeze, Schedule, TaskField, options_of_optimizer
 
 ELSEWHERE = {
@@ -46,10 +48,12 @@ def options_of_partition(partition: Any) -> type[PartitionOptions]:
 
 
 ProtocolField = Annotated[
-    SerializeAsAny[LocalOptions], options_by_name(PROTOCOLS, "protocol", options_of_protocol, "fedkseed")
+    SerializeAsAny[LocalOptions],
+    options_by_name(PROTOCOLS, "protocol", options_of_protocol, "fedkseed", known=PROTOCOL_OPTIONS.get),
 ]
 PartitionField = Annotated[
-    SerializeAsAny[PartitionOptions], options_by_name(PARTITIONS, "partition", options_of_partition, "iid")
+    SerializeAsAny[PartitionOptions],
+    options_by_name(PARTITIONS, "partition", options_of_partition, "iid", known=PARTITION_OPTIONS.get),
 ]
 ClientOptimizerField = Annotated[
     SerializeAsAny[OptimizerOptions],
@@ -83,7 +87,7 @@ class ZeroOrder(ProbeOptions):
         sparsity: share of each matrix, its elements of largest magnitude in w0, that stands still.
     """
 
-    distribution: Distribution = "rademacher"
+    distribution: Literal["rademacher", "gaussian"] = "rademacher"
     sparsity: float = Field(0.0, ge=0, lt=1)
 
 

@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Self
 
-from federated.encodings import PayloadError
+from federated.encodings import Cursor, PayloadError
 from federated.global_model import GlobalModel
 from federated.protocols.protocol import ClientReport, Protocol
-from federated.wire import Cursor
 from raytrain.errors import CheckpointError
 from raytrain.files import write_atomic
 

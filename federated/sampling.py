@@ -65,3 +65,48 @@ def batches(master: int, round_number: int, client: int, examples: int, steps: i
     """Draw each step's examples among those of a client, all once before any comes again, shape (steps, batch)."""
     order = Sampler(examples, fold_in(fold_in(master, Stream.EXAMPLES), round_number, client))
     return order.indices(0, steps * batch).reshape(steps, batch)
+
+
+class SeedPool:
+    """A fixed number of seeds, which every round draws from.
+
+    Args:
+        master: that they follow from.
+        size: how many.
+    """
+
+    grows = False
+
+    def __init__(self, master: int, size: int) -> None:
+        self._seeds = pool_seeds(master, size)
+
+    def size(self, version: int) -> int:  # noqa: ARG002 - it is the same for all
+        """Return the number of directions of a model."""
+        return len(self._seeds)
+
+    def seeds(self, indices: Indices) -> Seeds:
+        """Return the seeds of some directions."""
+        return self._seeds[indices]
+
+
+class NewSeeds:
+    """New seeds in each round, which the model keeps.
+
+    Args:
+        master: that they follow from.
+        steps: how many a round adds.
+    """
+
+    grows = True
+
+    def __init__(self, master: int, steps: int) -> None:
+        self._master = master
+        self._steps = steps
+
+    def size(self, version: int) -> int:
+        """Return the number of directions of a model."""
+        return version * self._steps
+
+    def seeds(self, indices: Indices) -> Seeds:
+        """Return the seeds of some directions."""
+        return common_seeds(self._master, indices // self._steps, indices % self._steps)

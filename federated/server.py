@@ -14,18 +14,17 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from federated.broadcast import ModelHistory
 from federated.channel import LateAnswer
 from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
 from federated.global_model import GlobalModel
+from federated.options import ReportLimits
 from federated.protocols.protocol import ClientReport, Protocol
 from federated.sampling import participants
 from federated.wire import ReportHeader, check_report_seal, is_lost, read_report
 from raytrain.errors import RecipeError
-from raytrain.recipe import Section
 
 logger = logging.getLogger(__name__)
 
@@ -48,18 +47,6 @@ class Participation:
     clients: int
     per_round: int
     quorum: int = 1
-
-
-class ReportLimits(Section):
-    """What a client's report may say.
-
-    Attributes:
-        examples: of a client, at most, so that none owns the mean by its own word.
-        largest: magnitude of a number.
-    """
-
-    examples: int = Field(100_000, ge=1, lt=2**32)
-    largest: float = Field(1e6, gt=0)
 
 
 @dataclass(slots=True)

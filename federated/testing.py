@@ -8,8 +8,10 @@ import numpy as np
 from federated.broadcast import receive
 from federated.encodings import Floats
 from federated.global_model import GlobalModel, RoundRates
-from federated.protocols.protocol import Protocol, ProtocolOptions
-from federated.server import CommunicationRound, Participation, ReportLimits, Server
+from federated.options import ReportLimits
+from federated.protocols.options import ProtocolOptions
+from federated.protocols.protocol import Protocol
+from federated.server import CommunicationRound, Participation, Server
 from federated.tables import PROTOCOLS
 from federated.wire import ReportHeader, write_report
 from raytrain.recipe import options_parameter

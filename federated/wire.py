@@ -14,9 +14,6 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from federated.encodings import Encoding, Floats, PayloadError
 
 REPORT = struct.Struct("<IHHI")
@@ -26,60 +23,6 @@ REPORT_BYTES = REPORT.size + SEAL_BYTES
 MODEL_BYTES = MODEL_HEADER.size + SEAL_BYTES
 NO_KEY = b"no coefficients"
 """Seals what a client says that has none."""
-
-
-class Cursor:
-    """Reads a payload from its start to its end, and never beyond.
-
-    Args:
-        data: the payload.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        self._data = memoryview(data)
-        self._offset = 0
-
-    def read(self, size: int, what: str) -> bytes:
-        """Return the next bytes.
-
-        Raises:
-            PayloadError: there are fewer.
-        """
-        left = len(self._data) - self._offset
-        if size > left:
-            raise PayloadError(f"expected {size} bytes of {what}; got {left}")
-        self._offset += size
-        return bytes(self._data[self._offset - size : self._offset])
-
-    def left(self) -> int:
-        """Return how many bytes are left."""
-        return len(self._data) - self._offset
-
-    def end(self) -> None:
-        """Check that nothing is left.
-
-        Raises:
-            PayloadError: something is.
-        """
-        if self.left():
-            raise PayloadError(f"expected no more bytes; got {self.left()}")
-
-
-def write_indices(indices: NDArray[np.int64]) -> bytes:
-    """Return indices in a pool, two bytes each."""
-    return indices.astype("<u2").tobytes()
-
-
-def read_indices(cursor: Cursor, count: int, pool: int) -> NDArray[np.int64]:
-    """Return so many indices in a pool.
-
-    Raises:
-        PayloadError: there are fewer, or one is outside of the pool.
-    """
-    indices = np.frombuffer(cursor.read(2 * count, "indices in the pool"), "<u2").astype(np.int64)
-    if count and indices.max() >= pool:
-        raise PayloadError(f"expected indices below {pool}; got {indices.max()}")
-    return indices
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,16 @@ A SuperNode says in `--node-config` which recipe it takes part in, with its own 
 """
 
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import PARTITION_ID_KEY
 
-from federated.build import Federation
+from federated.build import Federation, gradient_trainer_of
 from federated.client import LocalTrainer
 from federated.flower.client import TrainingClient
 from federated.flower.deployed import WHO, introduction, recipe_of
-from federated.flower.gradient_client import load_gradient_clients
+from federated.flower.gradient_client import GradientClient
 from federated.flower.guard import check_closed
 from federated.global_model import GlobalModel
 from federated.recipe import FederateRecipe
@@ -29,8 +30,9 @@ app = ClientApp()
 def answer_train(message: Message, context: Context) -> Message:
     """Return what the client reports on a round."""
     recipe = recipe_of(context.node_config)
+    torch.set_num_threads(recipe.threads())
     if not recipe.seeded:
-        return load_gradient_clients(recipe.to_dict())(message, context)
+        return GradientClient(gradient_trainer_of(recipe))(message, context)
     trainer = _trainer(recipe)
     _remember(trainer, context)
     reply = TrainingClient(trainer)(message, context)

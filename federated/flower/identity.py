@@ -12,11 +12,12 @@ FIRST_NODE = SUPERLINK_NODE_ID + 1
 TASK = 1  # Flower's own simulation has one task, too
 
 
-def assume_identity(run_id: int, node_id: int = SUPERLINK_NODE_ID) -> None:
+def assume_identity(run_id: int, node_id: int = SUPERLINK_NODE_ID, task_id: int = TASK) -> None:
     """Make this process a node of a run: the source of the messages that it constructs.
 
     Args:
         run_id: of the run.
         node_id: of a client, or that of the server.
+        task_id: of the process; a deployment draws 64 bits.
     """
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, TASK
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id

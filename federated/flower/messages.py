@@ -1,11 +1,9 @@
 """Payloads and reports in Flower's messages: one record with one key of one letter, around the bytes."""
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from federated.encodings import PayloadError
-from federated.flower.envelope import stamp
-from federated.flower.identity import assume_identity
 
 MESSAGE_NAME = "p"
 """Of the record and of its key: every letter travels."""
@@ -32,19 +30,3 @@ def bytes_of(content: RecordDict) -> bytes:
 def shipped_bytes(message: Message) -> int:
     """Return the size of what Flower ships of a message: all of its objects."""
     return sum(len(each.deflate()) for each in get_all_nested_objects(message).values())
-
-
-def envelope_bytes(down: int, up: int) -> tuple[int, int]:
-    """Return what Flower adds to a payload and to a report, measured on real messages.
-
-    It makes this process a node of a run that does not exist.
-
-    Args:
-        down: bytes of the payload.
-        up: bytes of the report.
-    """
-    assume_identity(run_id=2**63)  # ids are numbers of 64 bits, whose length counts
-    sent = Message(content_of(bytes(down)), dst_node_id=2**63, message_type=MessageType.TRAIN)
-    stamp(sent, sent.object_id)  # as a deployment does: a reply names the message that it answers
-    reply = Message(content_of(bytes(up)), reply_to=sent)
-    return shipped_bytes(sent) - down, shipped_bytes(reply) - up

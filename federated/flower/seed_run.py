@@ -83,7 +83,7 @@ def load_seed_clients(recipe: Mapping[str, Any], model: GlobalModel) -> Training
     """Return the clients of a run, in a process that serves any number of them.
 
     Args:
-        recipe: as `Recipe.plain` returns it.
+        recipe: as `Recipe.to_dict` returns it.
         model: the newest, which clients of a run that goes on have already.
 
     Raises:

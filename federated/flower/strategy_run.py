@@ -9,28 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from federated.build import evaluate_module, initial_module, partition_of, task_of
+from federated.build import evaluate_module, gradient_trainer_of, initial_module, partition_of, task_of
 from federated.channel import LateAnswer, NoReport
 from federated.checkpoint import check_same_run, read_newest, write_checkpoint
 from federated.encodings import PayloadError
 from federated.evaluation import KeepScores, forget
 from federated.faults import ClientFaultPlan
 from federated.flower.channel import GridMessenger, nobody, nothing_late
-from federated.flower.gradient_client import ARRAYS, METRICS, load_gradient_clients
+from federated.flower.gradient_client import ARRAYS, METRICS, GradientClient
 from federated.flower.seeding import global_seed
 from federated.gradients import Arrays, arrays_of, load_arrays
+from federated.options import ReportLimits
 from federated.protocols.protocol import ClientReport
 from federated.recipe import FederateRecipe
 from federated.records import PARAMETERS
 from federated.rounds import STATES
 from federated.sampling import participants
-from federated.server import CommunicationRound, ReportLimits
+from federated.server import CommunicationRound
 from federated.tables import STRATEGIES
 from raytrain.errors import RecipeError
 from raytrain.files import write_atomic
@@ -202,6 +204,20 @@ class StrategyRun:
         fields = ("seed", "rounds", "protocol", "strategy", "optimizer", "schedule", "freeze", "adapter")
         clients = f"{self.partition.clients}, {recipe.clients.per_round} a round"
         return {"clients": clients, **{name: json.dumps(plain.get(name), sort_keys=True) for name in fields}}
+
+
+def load_gradient_clients(recipe: Mapping[str, Any]) -> GradientClient:
+    """Return the clients of a run, in a process that serves any number of them.
+
+    Args:
+        recipe: as `Recipe.to_dict` returns it.
+
+    Raises:
+        RecipeError: the recipe does not fit the data or the model.
+    """
+    parsed = FederateRecipe.parse(recipe)
+    torch.set_num_threads(parsed.threads())
+    return GradientClient(gradient_trainer_of(parsed))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,13 @@ from flwr.clientapp import ClientApp
 from flwr.common.config import get_fused_config_from_dir, get_project_config
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid, ServerApp
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from federated.faults import ClientFaultPlan
 from federated.flower.seeding import SeededClient, global_seed, seed_globals
 from federated.launch.actor_pool import ActorOptions
-from federated.launch.ray_grid import RayGrid
+from federated.launch.app_grid import AppGrid
+from federated.options import Faults
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.launch.session import OWN_CLUSTER, ray_session
 from raytrain.recipe import Recipe, Section, dotted_fields
@@ -52,12 +54,23 @@ class AppRun(Recipe):
 
     Attributes:
         clients: that the app has.
+        faults: that happen to clients; its strategy says how many have to be heard.
         config: keys of its `[tool.flwr.app.config]`.
     """
 
     kind: Literal["federate"] = "federate"
     clients: AppClients = AppClients()
+    faults: Faults = Faults()
     config: Mapping[str, Any] = {}
+
+    @field_validator("faults")
+    @classmethod
+    def _known_to_apps(cls, faults: Faults) -> Faults:
+        if faults.garble:
+            raise ValueError(f"garble: expected 0, as the messages of an app have no seal; got {faults.garble:g}")
+        if faults.quorum != 1:
+            raise ValueError(f"quorum: expected 1, as the app's strategy says who has to be heard; got {faults.quorum}")
+        return faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +136,16 @@ def run_app_folder(folder: Path, overrides: Mapping[str, Any], address: str | No
     actors = ActorOptions(clients.actors, clients.cpus, clients.gpus)
     cluster = None if address == OWN_CLUSTER else address
     try:
-        run_app(app, clients.count, actors, seed=run.seed, address=cluster, say=print)
+        run_app(app, clients.count, actors, seed=run.seed, faults=run.faults, address=cluster, say=_say)
     except RaytrainError:
         raise
     except Exception as error:
         raise TrainingError(f"serverapp: {type(error).__name__}: {error}{error_location(error)}") from error
+
+
+def _say(line: str) -> None:
+    """Show a line at once, also where it is read by another process."""
+    print(line, flush=True)
 
 
 def run_app(
@@ -136,6 +154,7 @@ def run_app(
     actors: ActorOptions | None = None,
     *,
     seed: int = 0,
+    faults: Faults | None = None,
     address: str | None = None,
     stopped: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = logger.warning,
@@ -149,10 +168,11 @@ def run_app(
         app: the app.
         clients: how many there are.
         actors: how many actors serve them, and what each takes of the cluster.
-        seed: of the global random streams, in the server and for each call of a client.
+        seed: of the global random streams, in the server and for each call of a client, and of faults.
+        faults: that happen to clients in `send_and_receive`.
         address: of the Ray cluster; None: one of this machine's processors. Of no use in a process that is in one.
         stopped: returns whether the run is to stop, which raises `RunNotRunningException` in the server.
-        say: shows the user a line: an actor died, or the cluster is busy.
+        say: shows the user a line: an exchange is over, an actor died, or the cluster is busy.
 
     Raises:
         RecipeError: the app cannot be loaded, or the cluster has no room for the actors.
@@ -160,9 +180,10 @@ def run_app(
     with _first_on_path(app.folder), global_seed(seed):
         server = _component("serverapp", app.server, ServerApp)
         _component("clientapp", app.client, ClientApp)
+        load, plan = partial(app.load_client, seed), ClientFaultPlan(faults or Faults(), seed)
         with (
             ray_session(address),
-            RayGrid(partial(app.load_client, seed), clients, actors, app.run_config, stopped=stopped, say=say) as grid,
+            AppGrid(load, clients, actors, app.run_config, plan=plan, stopped=stopped, say=say) as grid,
         ):
             return serve(server, grid, app.run_config, seed)
 

@@ -10,10 +10,10 @@ import torch
 from flwr.supercore.run import RunNotRunningException
 
 from federated.build import task_of
-from federated.flower.preview import run_summary
 from federated.flower.runs import FederatedRun, run_of
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
+from federated.preview import run_summary
 from federated.recipe import FederateRecipe
 from federated.records import PARTITION, RunRecords, write_partition
 from federated.results import result_of

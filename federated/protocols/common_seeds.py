@@ -2,55 +2,20 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 
-from federated.encodings import ENCODINGS, Floats
-from federated.global_model import NewSeeds, RoundRates, SeedPool
+from federated.encodings import ENCODINGS, Cursor, Floats
+from federated.global_model import RoundRates
+from federated.protocols.options import CommonOptions, CommonSeedsOptions
 from federated.protocols.protocol import (
     ClientReport,
     Protocol,
-    ProtocolOptions,
-    check_pool,
     client_weights,
     nan_as_zero,
 )
-from federated.sampling import Indices, common_seeds
-from federated.wire import Cursor
-
-
-class CommonOptions(ProtocolOptions):
-    """Options of protocols with common seeds.
-
-    Attributes:
-        pool: seeds that all rounds draw from; 0: each round has new ones, and the model keeps them all.
-        local: whether a client moves along each direction before it probes the next; else it probes all of them where
-            the round starts, and the model moves by their mean.
-    """
-
-    pool: int = Field(0, ge=0)
-    local: bool = False
-
-    @field_validator("pool")
-    @classmethod
-    def _two_bytes(cls, pool: int) -> int:
-        return check_pool(pool)
-
-
-class CommonSeedsOptions(CommonOptions):
-    """Options of `common-seeds`.
-
-    Attributes:
-        up: how a client's numbers are written.
-        down: how the mean of a round is written: it is this exact, for the server too. A pool's coefficients are then
-            "float16" unless this is "float32".
-    """
-
-    up: Literal["float32", "float16", "one-byte"] = "one-byte"
-    down: Literal["float32", "float16", "one-byte"] = "one-byte"
+from federated.sampling import Indices, NewSeeds, SeedPool, common_seeds
 
 
 class CommonSeedsProtocol(Protocol):

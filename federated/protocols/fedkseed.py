@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from federated.global_model import RoundRates, SeedPool
-from federated.protocols.protocol import ClientReport, PoolOptions, Protocol, client_weights, nan_as_zero
-from federated.sampling import Indices, pool_directions
-from federated.wire import Cursor
+from federated.encodings import Cursor
+from federated.global_model import RoundRates
+from federated.protocols.options import PoolOptions
+from federated.protocols.protocol import ClientReport, Protocol, client_weights, nan_as_zero
+from federated.sampling import Indices, SeedPool, pool_directions
 
 SUMMARY_ENTRY = struct.Struct("<II")
 """Of a client in a summary: its number and its examples."""

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from federated.encodings import Cursor, read_indices, write_indices
 from federated.global_model import RoundRates
 from federated.protocols.fedkseed import FedKSeed
-from federated.protocols.protocol import ClientReport, PoolOptions
+from federated.protocols.options import PoolOptions
+from federated.protocols.protocol import ClientReport
 from federated.sampling import Indices, important_directions
-from federated.wire import Cursor, read_indices, write_indices
 
 LARGEST = 1000.0
 """A projected gradient counts no more than this."""

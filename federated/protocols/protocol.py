@@ -18,82 +18,17 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 
-from federated.encodings import COEFFICIENT_ENCODINGS, ENCODINGS, Coefficients, Encoding, Floats
-from federated.global_model import GlobalModel, NewSeeds, RoundRates, SeedPool
-from federated.sampling import Indices, Seeds
-from federated.wire import Cursor
-from raytrain.recipe import Options
+from federated.encodings import COEFFICIENT_ENCODINGS, ENCODINGS, Coefficients, Cursor, Encoding, Floats
+from federated.global_model import GlobalModel, RoundRates
+from federated.protocols.options import ProtocolOptions
+from federated.sampling import Indices, NewSeeds, SeedPool, Seeds
 
 HEARD = struct.Struct("<H")
 """Before a round's summary: how many clients were heard."""
-MOST_CLIENTS = 2**16 - 1
-"""Of a round: two bytes say how many were heard."""
-MOST_SEEDS = 2**16
-"""In a pool: two bytes say which one."""
-MOST_ROUNDS = 2**16 - 1
-"""Of a run: two bytes say which one."""
-
-
-class LocalOptions(Options):
-    """Options of whatever clients do.
-
-    Attributes:
-        local_steps: of a client in a round (tau): the directions that it probes, or its steps with gradients.
-        batch: examples of a client in each step; one that has fewer takes them again.
-    """
-
-    local_steps: int = Field(200, ge=1, le=2**16 - 1)
-    batch: int = Field(8, ge=1)
-
-
-class ProtocolOptions(LocalOptions):
-    """Options of every zeroth-order protocol.
-
-    Attributes:
-        weighting: what a client's report counts: the number of its "examples", or "equal".
-        weight_decay: towards w0, as a share of the learning rate.
-        form: in which clients are sent the model: "whole", "changed" or "summaries", where it can be so, or "smallest".
-    """
-
-    weighting: Literal["examples", "equal"] = "examples"
-    weight_decay: float = Field(0.0, ge=0)
-    form: Literal["smallest", "whole", "changed", "summaries"] = "smallest"
-
-
-class PoolOptions(ProtocolOptions):
-    """Options of protocols that draw from a pool.
-
-    Attributes:
-        pool: seeds of the pool (K).
-        up: how a client's numbers are written.
-        down: how the model's coefficients are written: they are this exact, for the server too.
-    """
-
-    pool: int = Field(4096, ge=1)
-    up: Literal["float32", "float16", "one-byte"] = "one-byte"
-    down: Literal["float32", "float16"] = "float16"
-
-    @field_validator("pool")
-    @classmethod
-    def _two_bytes(cls, pool: int) -> int:
-        return check_pool(pool)
-
-
-def check_pool(pool: int) -> int:
-    """Return the size of a pool.
-
-    Raises:
-        ValueError: it has more seeds than two bytes can tell apart.
-    """
-    if pool > MOST_SEEDS:
-        raise ValueError(f"expected at most {MOST_SEEDS} seeds, which two bytes tell apart; got {pool}")
-    return pool
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from federated.encodings import ENCODINGS, Floats, PayloadError
+from federated.encodings import ENCODINGS, Cursor, Floats, PayloadError
 from federated.global_model import RoundRates
-from federated.protocols.common_seeds import CommonOptions, CommonSeedsProtocol
+from federated.protocols.common_seeds import CommonSeedsProtocol
+from federated.protocols.options import SignOptions
 from federated.protocols.protocol import ClientReport
-from federated.wire import Cursor
 
 ALL_DECIDED, SOME_EVEN = b"\0", b"\1"
 """Before a round's votes: whether a second bit for each follows, which says that it is decided."""
-
-
-class SignOptions(CommonOptions):
-    """Options of `sign`; every client has one vote, whatever `weighting` says."""
 
 
 class Sign(CommonSeedsProtocol):

@@ -29,6 +29,7 @@ DOWN_BYTES, UP_BYTES = 16_384, 1_200
 ACTORS = 2
 SCALES = [100, 200, 1_000, 2_000, 10_000, 20_000, 100_000]
 IDLE = [1_000, 10_000, 100_000, 1_000_000]
+QUICK_SCALES, QUICK_IDLE = [200, 2_000, 20_000], [1_000, 1_000_000]
 ASKED = 1_000
 CLIENTS_A_ROW = 60_000  # served by RayGrid, so that a row takes seconds
 
@@ -148,10 +149,11 @@ def row_of(engine: str, clients: int, asked: int, figures: Sequence[Figures]) ->
 def plan(quick: bool) -> list[tuple[str, int, int, int]]:
     """Return (engine, clients, asked, rounds) of what is measured in a turn."""
     share = 4 if quick else 1
-    scales = [("RayGrid", count, count, max(2, CLIENTS_A_ROW // share // count)) for count in SCALES]
-    idle = [("RayGrid", count, ASKED, CLIENTS_A_ROW // share // ASKED) for count in IDLE]
+    scales, idle = (QUICK_SCALES, QUICK_IDLE) if quick else (SCALES, IDLE)
+    ours = [("RayGrid", count, count, max(2, CLIENTS_A_ROW // share // count)) for count in scales]
+    others = [("RayGrid", count, ASKED, CLIENTS_A_ROW // share // ASKED) for count in idle]
     flower = [("Flower", 200, 200, 5), ("Flower", 2_000, 2_000, 1)]
-    return [*scales, *flower, *(each for each in idle if each[:3] not in [known[:3] for known in scales])]
+    return [*ours, *flower, *(each for each in others if each[:3] not in [known[:3] for known in ours])]
 
 
 def headline_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -85,12 +85,12 @@ def answers(replies: Iterable[Message], key: str) -> list[Any]:
 
 def results(grid: RayGrid) -> dict[str, Any]:
     """Return what all strategies lead to, and one that samples clients."""
-    from flower_strategies import NAMES, FedAvg, add_up_by_partition, follow, np, outcome
+    from flower_strategies import NAMES, FedAvg, add_up_by_partition, follow, np, outcome, seeds_by_partition
 
     with global_seed(3):
         some = outcome(FedAvg(fraction_train=0.5), ArrayRecord([np.zeros(4)]), grid)
     found = {name: follow(name, grid) for name in NAMES}
-    return {**found, "by partition": add_up_by_partition(grid), "some": some}
+    return {**found, "by partition": add_up_by_partition(grid), "some": some, "seeds": seeds_by_partition(grid)}
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +317,7 @@ def test_flowers_own_simulation_leads_to_the_same(
     assert on_flowers_own.wait(600) == 0, (apps / "log.txt").read_text()[-2000:]
     theirs = json.loads((apps / "theirs.json").read_text())
     assert theirs.pop("by partition") == ours["by partition"], "to the bit"
+    assert theirs.pop("seeds") == ours["seeds"], "the reports of a federated run, to the bit"
     assert len(theirs) == 4
     for name, result in theirs.items():  # which adds replies up as they come, and so rounds otherwise
         for key in ("trained", "evaluated"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from federated.tables import PARTITIONS, PROTOCOLS
 from raytrain.kinds import load_kinds
 from raytrain.launch.version import fingerprint
 from raytrain.models.options import ADAPTERS
@@ -277,6 +278,10 @@ def test_what_trains_nothing_imports_neither_torch_nor_ray(workplace: Path) -> N
         (["train", "digits", "optimizer.lr=-1"], 2),
         (["train", "digits", "adapter=lora", "adapter.rank=3"], 2),
         (["train", "digits", "sync=co2", "sync.penalty=x"], 2),
+        (["federate", "digits-fedkseed", "wrokers=2"], 2),
+        *((["federate", "digits-fedkseed", f"protocol={name}", "protocol.batch=0"], 2) for name in PROTOCOLS),
+        *((["federate", "digits-fedkseed", f"partition={name}", "partition.size=0"], 2) for name in PARTITIONS),
+        (["explain", "clients.per_round"], 0),
         (["submit", "--", "trian", "digits"], 2),
         (["list", "optimiser"], 2),
     ]

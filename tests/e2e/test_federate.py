@@ -131,8 +131,8 @@ def test_check_prints_what_follows_from_a_recipe(raytrain: Callable[..., Any]) -
     assert shown[-6:] == [
         "",
         "bytes of a client in a round   down   up  with Flower's envelopes",
-        "took part in the last round   2,098  220      2,410 + 598 = 3,008",
-        "takes part every 10 rounds    8,210  220      8,522 + 598 = 9,120",
+        "took part in the last round   2,098  220      2,423 + 611 = 3,034",
+        "takes part every 10 rounds    8,210  220      8,535 + 611 = 9,146",
         "FedAvg of the same parameters sends 9,640 bytes down and as many up.",
         "Each process keeps 3 copies of the parameters: 28,920 bytes.",
     ]

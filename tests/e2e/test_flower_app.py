@@ -44,7 +44,16 @@ def test_an_app_with_client_fn_and_server_fn_runs(ray_cluster: None, workplace: 
     ended = raytrain("federate", str(DATA / "flower_legacy"), "--app", *fields)
     assert ended.status == 0, ended.err
     number, end = json.loads(f"[{Path('final.txt').read_text().replace(' ', ',', 1)}]")
+    assert "train  heard 3 of 3" in ended.out
     assert (number, end) == (3, pytest.approx([1 - 1 / 8**3] * 2)), "each round goes 7/8 of the way to the mean, 1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [("garble=0.1", "as the messages of an app"), ("quorum=2", "strategy says")]
+)
+def test_faults_that_an_app_cannot_have_are_refused(raytrain: Call, workplace: Path, changes: str, said: str) -> None:
+    ended = raytrain("federate", "--app", str(DATA / "flower_legacy"), f"faults.{changes}")
+    assert (ended.status, said in ended.err) == (2, True)
 
 
 def test_an_app_that_draws_when_it_is_imported_draws_the_same_in_each_actor(workplace: Path) -> None:

@@ -8,6 +8,7 @@ runs some of them on Flower's own simulation, and writes what they lead to.
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flower_clients import TREES, client
+from flower_clients import SEEDS, TREES, client
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp, strategy
 from flwr.serverapp.strategy import FedAvg, Strategy
@@ -23,7 +24,10 @@ from flwr.simulation import run_simulation
 from flwr.supercore.run import Run
 
 from federated.flower.identity import assume_identity
+from federated.flower.seed_run import SeedRun
 from federated.flower.seeding import global_seed
+from federated.recipe import FederateRecipe
+from federated.rounds import REPORTS
 
 CLIENTS = 9
 ROUNDS = 2
@@ -97,6 +101,17 @@ def add_up_by_partition(grid: Grid) -> list[Any]:
     return [array.tolist() for array in arrays.to_numpy_ndarrays()]
 
 
+def seeds_by_partition(grid: Grid) -> str:
+    """Return the reports of a federated run with numbers along seeds."""
+    replies = ask(grid, "query.who", list(grid.get_node_ids()), RecordDict())
+    node_of = {reply.content["answer"]["partition"]: reply.metadata.src_node_id for reply in replies}
+    with tempfile.TemporaryDirectory() as folder:
+        run = SeedRun(FederateRecipe.parse(SEEDS))
+        for _ in run.play(grid, [node_of[client] for client in range(CLIENTS)], Path(folder), lambda done: None):
+            pass
+        return (Path(folder) / REPORTS).read_bytes().hex()
+
+
 def ask(grid: Grid, kind: str, nodes: Iterable[int], content: RecordDict) -> list[Message]:
     return list(grid.send_and_receive([Message(content, dst_node_id=node, message_type=kind) for node in nodes]))
 
@@ -141,7 +156,7 @@ def main(write: Callable[[str], Any]) -> None:
     @server.main()
     def serve(grid: Grid, context: Context) -> None:
         results = {name: follow(name, grid) for name in ON_FLOWERS_OWN}
-        write(json.dumps({**results, "by partition": add_up_by_partition(grid)}))
+        write(json.dumps({**results, "by partition": add_up_by_partition(grid), "seeds": seeds_by_partition(grid)}))
 
     resources = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 2}}
     try:

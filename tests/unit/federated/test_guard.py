@@ -1,10 +1,16 @@
 """A deployment that is open to strangers is refused, unless that is wanted."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from federated.flower import guard
+from federated.flower.guard import check_closed, look_by_ps, look_in_proc
+from raytrain.errors import RecipeError
 
 CHECK = """
 import sys
@@ -55,3 +61,22 @@ def test_what_cannot_be_seen_is_said(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines() == ["closed", "closed"]
     assert ended.stderr == "flower-superlink: cannot see how it was started; it needs TLS, and keys of SuperNodes\n"
+
+
+@pytest.mark.skipif(not shutil.which("ps") or not Path("/proc/self/stat").is_file(), reason="one of them is not there")
+def test_ps_shows_the_same_processes_as_proc() -> None:
+    words, parent = look_by_ps(os.getpid())
+    assert parent == os.getppid()
+    assert words == " ".join(look_in_proc(os.getpid())[0]).split()
+
+
+def test_where_processes_cannot_be_looked_at_nobody_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(pid: int) -> tuple[list[str], int]:
+        raise FileNotFoundError(2, "No such file or directory", "ps")
+
+    monkeypatch.setattr(guard, "look_in_proc", look)
+    with pytest.raises(
+        RecipeError, match=r"^flower-supernode: expected to see how it was started, in /proc or by ps; "
+    ):
+        check_closed("flower-supernode", insecure=False)
+    check_closed("flower-supernode", insecure=True)

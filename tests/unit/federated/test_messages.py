@@ -20,14 +20,14 @@ from federated.flower import client_app
 from federated.flower.channel import GridChannel, GridMessenger
 from federated.flower.client import TrainingClient
 from federated.flower.deployed import WHO, introduced, introduction, recipe_of
-from federated.flower.gradient_client import load_gradient_clients
+from federated.flower.envelope import stamp
 from federated.flower.identity import FIRST_NODE, assume_identity
-from federated.flower.messages import bytes_of, content_of, envelope_bytes, shipped_bytes
-from federated.flower.preview import federated_preview, traffic_rows
-from federated.flower.strategy_run import StrategyRun, check_reply
+from federated.flower.messages import bytes_of, content_of, shipped_bytes
+from federated.flower.strategy_run import StrategyRun, check_reply, load_gradient_clients
 from federated.flower.testing import InProcessGrid
+from federated.options import ReportLimits
+from federated.preview import ENVELOPE_DOWN_BYTES, ENVELOPE_UP_BYTES, federated_preview, traffic_rows
 from federated.recipe import FederateRecipe
-from federated.server import ReportLimits
 from raytrain.errors import RecipeError
 from raytrain.seeds.seed_model import SeedModel
 
@@ -72,12 +72,12 @@ def test_a_message_with_something_else_is_refused(content: RecordDict) -> None:
 
 @given(down=st.integers(0, 20_000), up=st.integers(0, 2_000))
 def test_envelopes_are_what_is_shipped_beside_the_bytes(down: int, up: int) -> None:
-    more_down, more_up = envelope_bytes(down, up)
-    assume_identity(run_id=2**62)
-    message = Message(content_of(bytes(down)), dst_node_id=2**63 - 1, message_type="train")
-    assert abs(shipped_bytes(message) - down - more_down) <= 16
-    assert 300 < more_down < 330
-    assert 360 < more_up < 390, "a reply names the message that it answers"
+    assume_identity(run_id=2**63, task_id=2**63)  # ids are numbers of 64 bits, whose length counts
+    message = Message(content_of(bytes(down)), dst_node_id=2**63, message_type="train", group_id="65535")
+    stamp(message, message.object_id)  # as a deployment does: a reply names the message that it answers
+    reply = Message(content_of(bytes(up)), reply_to=message)
+    assert abs(shipped_bytes(message) - down - ENVELOPE_DOWN_BYTES) <= 16
+    assert abs(shipped_bytes(reply) - up - ENVELOPE_UP_BYTES) <= 16
 
 
 def test_check_shows_the_bytes_of_real_payloads(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_check_shows_the_bytes_of_real_payloads(tmp_path: Path) -> None:
     _, row = traffic_rows(recipe, clients=2)
     down, up = len(payload), len(report.answer(client, payload))
     assert row[1:3] == [f"{down:,}", f"{up:,}"]
-    shipped = sum(envelope_bytes(down, up)) + down + up
+    shipped = ENVELOPE_DOWN_BYTES + down + ENVELOPE_UP_BYTES + up
     assert row[3].endswith(f" = {shipped:,}")
     lines = federated_preview(recipe)
     assert lines[0].startswith("recipe: 2 clients (iid; ")

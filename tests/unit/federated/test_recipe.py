@@ -11,12 +11,14 @@ import pytest
 
 from federated.broadcast import payload_bytes
 from federated.build import Federation, partition_of, protocol_of, task_of
-from federated.recipe import FederateRecipe
+from federated.options import PARTITION_OPTIONS
+from federated.protocols.options import PROTOCOL_OPTIONS
+from federated.recipe import FederateRecipe, options_of_partition, options_of_protocol
 from federated.records import write_scores
 from federated.tables import FAULTS, PARTITIONS, PROTOCOLS, STRATEGIES
 from raytrain.errors import RecipeError
 from raytrain.recipe import read_toml
-from raytrain.registry import summary
+from raytrain.registry import resolve, summary
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import Task
 
@@ -33,6 +35,13 @@ def recipe_of(**more: Any) -> FederateRecipe:
 @pytest.mark.parametrize(("table", "name"), [pytest.param(table, name, id=name) for table in TABLES for name in table])
 def test_every_name_stands_for_something_described(table: dict[str, str], name: str) -> None:
     assert summary(table, name).endswith((".", ")"))
+
+
+def test_options_that_are_read_without_torch_are_those_that_constructors_declare() -> None:
+    protocols = {name: options_of_protocol(resolve(PROTOCOLS, name, "protocol.name")) for name in PROTOCOLS}
+    assert protocols == PROTOCOL_OPTIONS
+    partitions = {name: options_of_partition(resolve(PARTITIONS, name, "partition.name")) for name in PARTITIONS}
+    assert partitions == PARTITION_OPTIONS
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federated.global_model import RoundRates
+from federated.options import ReportLimits
 from federated.round_log import RoundLog, replay
-from federated.server import ReportLimits, Server
+from federated.server import Server
 from federated.testing import (
     BASE,
     STEPS,

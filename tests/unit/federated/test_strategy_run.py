@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from federated.flower.channel import GridMessenger
-from federated.flower.gradient_client import GradientClient, load_gradient_clients
+from federated.flower.gradient_client import GradientClient
 from federated.flower.identity import assume_identity
-from federated.flower.strategy_run import StrategyRun
+from federated.flower.strategy_run import StrategyRun, load_gradient_clients
 from federated.flower.testing import InProcessGrid
 from federated.gradients import load_arrays, trainable_parameters
 from federated.recipe import FederateRecipe

@@ -5,9 +5,11 @@ import importlib
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[3]
@@ -71,6 +73,20 @@ def test_shipped_code_raises_and_never_asserts() -> None:
         if isinstance(node, ast.Assert)
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("package", ["federated"])
+def test_imports_are_few_deep(package: str) -> None:
+    """Below Ray, so that what a file rests on can be read in an hour."""
+    graph = grimp.build_graph(package, exclude_type_checking_imports=True)
+
+    @cache
+    def chain(module: str) -> tuple[str, ...]:
+        below = map(chain, sorted(graph.find_modules_directly_imported_by(module)))
+        return (module, *max(below, key=len, default=()))
+
+    deepest = max((chain(module) for module in graph.modules if f"{package}.launch" not in module), key=len)
+    assert len(deepest) <= 9, " > ".join(deepest)
 
 
 BY_VALUE = ROOT / "raytrain" / "by_value.py"
