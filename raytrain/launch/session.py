@@ -15,6 +15,7 @@ from ray.job_config import JobConfig
 
 from raytrain.environment import environment
 from raytrain.errors import RecipeError
+from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from raytrain.launch.private_cluster import private_cluster
 from raytrain.launch.resources import Node, NodeResources, available_cpus, eligible_nodes
 from raytrain.loggers import restored_loggers
@@ -59,13 +60,15 @@ def ray_session(address: str | None) -> Iterator[None]:
 def cluster_session(address: str | None, cpus: int) -> Iterator[None]:
     """Connect to the Ray cluster at `address` inside the `with` block, or to a private one of `cpus` CPUs.
 
-    The environment and the loggers of this process are afterwards as they were.
+    A private cluster has `WORKER_ENVIRONMENT`, so its workers need no runtime environment, and those that Ray has started
+    before they are asked for serve. The environment and the loggers of this process are afterwards as they were.
 
     Raises:
         RecipeError: Ray cannot be reached or started.
     """
     with (
         environment({name: os.environ.get(name, value) for name, value in {**RAY_SETTINGS, **SET_BY_RAY}.items()}),
+        environment({} if address else WORKER_ENVIRONMENT),
         restored_loggers("ray"),
         contextlib.nullcontext(_init_args(address)) if address else private_cluster() as how,
     ):

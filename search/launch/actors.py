@@ -1,5 +1,6 @@
 """The actors of a slot: one for each worker of the base recipe."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,7 @@ class SlotActors:
 
     def _actor(self, options: TrialOptions, each: SlotResources, rank: int) -> Any:
         custom = {name: amount for name, amount in each.beside_cpus.items() if name != "GPU"}
+        lacking = {name: value for name, value in WORKER_ENVIRONMENT.items() if os.environ.get(name) != value}
         where: dict[str, Any] = {"label_selector": dict(each.labels) or None}
         if self._group is not None:
             where = {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, rank)}
@@ -81,7 +83,7 @@ class SlotActors:
                 num_cpus=each.cpus,
                 num_gpus=each.beside_cpus.get("GPU", 0),
                 resources=custom or None,
-                runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                runtime_env={"env_vars": lacking} if lacking else None,
                 **where,
             )
             .remote(options)

@@ -12,13 +12,12 @@ from typing import Any
 
 import ray
 import torch
-from ray.train._internal.utils import get_address_and_port
 
 import raytrain
 from raytrain.errors import RecipeError
 from raytrain.kinds import load_kind
 from raytrain.launch.version import fingerprint
-from raytrain.sync.transport import GroupTransport, PeerLostError, join_group
+from raytrain.sync.transport import GroupTransport, PeerLostError, free_address, join_group
 from raytrain.training.recipe import TrainRecipe
 from search.launch.trial import Trial
 from search.launch.whole_run import WholeRun
@@ -98,7 +97,8 @@ class TrialActor:
     def _meet(self) -> None:
         """Form a process group with the other workers."""
         loading = [peer.load.remote() for peer in self._peers]
-        address, secret, members = get_address_and_port(), secrets.token_hex(16), 1 + len(self._peers)
+        address, secret = free_address(ray.util.get_node_ip_address()), secrets.token_hex(16)
+        members = 1 + len(self._peers)
         joining = [peer.join.remote(rank, members, address, secret) for rank, peer in enumerate(self._peers, start=1)]
         self.join(0, members, address, secret)
         ray.get([*loading, *joining])
