@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -52,7 +52,7 @@ def parse_json(
     if len(data) > max_bytes:
         raise error(f"{where}: cannot be read: expected at most {max_bytes} bytes; got {len(data)}")
     try:
-        found: ModelT = _adapter(model).validate_json(data, strict=True)
+        found: ModelT = _adapter(cast(Any, model)).validate_json(data, strict=True)
         return found
     except ValidationError as problem:
         detail = problem.errors(include_url=False, include_input=False)[0]

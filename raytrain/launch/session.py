@@ -15,9 +15,8 @@ from ray.job_config import JobConfig
 
 from raytrain.environment import environment
 from raytrain.errors import RecipeError
-from raytrain.launch.forkserver import WORKER_ENVIRONMENT
 from raytrain.launch.private_cluster import private_cluster
-from raytrain.launch.resources import Node, NodeResources, available_cpus, eligible_nodes
+from raytrain.launch.resources import Node, available_cpus, eligible_nodes
 from raytrain.loggers import restored_loggers
 from raytrain.sections import Resources
 
@@ -60,15 +59,13 @@ def ray_session(address: str | None) -> Iterator[None]:
 def cluster_session(address: str | None, cpus: int) -> Iterator[None]:
     """Connect to the Ray cluster at `address` inside the `with` block, or to a private one of `cpus` CPUs.
 
-    A private cluster has `WORKER_ENVIRONMENT`, so its workers need no runtime environment, and those that Ray has started
-    before they are asked for serve. The environment and the loggers of this process are afterwards as they were.
+    The environment and the loggers of this process are afterwards as they were.
 
     Raises:
         RecipeError: Ray cannot be reached or started.
     """
     with (
         environment({name: os.environ.get(name, value) for name, value in {**RAY_SETTINGS, **SET_BY_RAY}.items()}),
-        environment({} if address else WORKER_ENVIRONMENT),
         restored_loggers("ray"),
         contextlib.nullcontext(_init_args(address)) if address else private_cluster() as how,
     ):
@@ -137,16 +134,6 @@ def kept_interrupts() -> Iterator[None]:
 def _init_args(address: str) -> dict[str, Any]:
     """Return arguments of `ray.init` to join a cluster; Ray Train's helpers look for it again by RAY_ADDRESS."""
     return {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}} if address != "auto" else {}
-
-
-def nodes_here(workers: int, resources: Resources) -> list[Node]:
-    """Return this machine as the only node of a private cluster.
-
-    Raises:
-        RecipeError: it lacks a resource of a worker.
-    """
-    here: NodeResources = ({"CPU": available_cpus()}, {})
-    return eligible_nodes([here], workers, resources.custom, resources.labels, resources.placement)
 
 
 def cluster_nodes(workers: int, resources: Resources) -> list[Node]:

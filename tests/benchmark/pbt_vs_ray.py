@@ -3,17 +3,18 @@
     python tests/benchmark/pbt_vs_ray.py
 
 (a) 16 digit classifiers on 2 cores, continuous dimensions; both train by the same `Trial`, so that what differs is what
-surrounds it. Ray's PBT reuses actors; it runs synchronously and asynchronously, and the faster of the two counts. Each
-search is a process of its own with a Ray of its own; wall time counts from when Ray has started to the end of the search.
-The overhead of a report is what is left of it when training is taken away: wall time * 2 cores / reports - training, where
-training is what the same steps take in 2 processes side by side with nothing around them. The marginal overhead counts
-the time from the last report of the first generation to the last one alone, and so leaves out what a search takes to
-start; that is `start_seconds`.
+surrounds it. Ours are slots of this machine. Ray's PBT reuses actors; it runs synchronously and asynchronously, and the
+faster of the two counts. Each search is a process of its own. Wall time counts from its beginning to its end: of Ray's,
+from when its cluster has started; ours has none to start. The overhead of a report is what is left of it when training
+is taken away: wall time * 2 cores / reports - training, where training is what the same steps take in 2 processes side
+by side with nothing around them. The marginal overhead counts the time from the last report of the first generation to
+the last one alone, and so leaves out what a search takes to start; that is `start_seconds`.
 
 (b) whole numbers and words: how many values of 8 trials are outside of what was declared, or end in an error, in Ray's
 PBT and in our scheduler under Tune.
 """
 
+import contextlib
 import json
 import random
 import statistics
@@ -34,7 +35,7 @@ from ray.tune.schedulers import PopulationBasedTraining
 
 from raytrain.kinds import RunOptions
 from raytrain.launch.session import cluster_session
-from search.launch.run import run_search
+from search.launch.dispatch import dispatch_search
 from search.launch.trial import Trial
 from search.launch.tune import PBTScheduler
 from search.recipe import SearchRecipe
@@ -117,7 +118,7 @@ def spans(ends: Sequence[float]) -> dict[str, float]:
 
 def search_ours(search: SearchRecipe, folder: Path) -> dict[str, float]:
     """Search by our slots."""
-    result = run_search(search, RunOptions(folder / "run"))
+    result = dispatch_search(search, RunOptions(folder / "run"))
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {"accuracy": result.best["value"], **spans([row["seconds"] for row in rows])}
 
@@ -154,7 +155,8 @@ def search_once(options: Namespace) -> None:
     """Search in this process, and leave what came of it in a file."""
     FIRST_STEP.write_text(repr(time.time()))  # `measure` asks for it
     search = recipe(options.interval, options.reports, options.seed)
-    with tempfile.TemporaryDirectory() as folder, cluster_session(None, CORES):
+    cluster = contextlib.nullcontext() if options.one == "ours" else cluster_session(None, CORES)
+    with tempfile.TemporaryDirectory() as folder, cluster:
         began = time.perf_counter()
         if options.one == "ours":
             found = search_ours(search, Path(folder))
