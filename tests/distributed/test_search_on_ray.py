@@ -123,7 +123,7 @@ def test_decisions_do_not_depend_on_what_happens_to_processes(
     """One that dies, is stopped or fails loses a segment, which is trained again."""
     (workplace / "mine.py").write_text(STRIKE)
     options = RunOptions(workplace / "run", address=address)
-    result = searched(options, slots=3, base__callbacks=["mine:strike"], search__timeout_seconds=4)
+    result = searched(options, slots=2, base__callbacks=["mine:strike"], search__timeout_seconds=4)
     assert lineage(workplace / "run") == lineage(plain)
     assert (result.status, result.restarts) == ("done", 2)
     causes = [row["failure"]["cause"] for row in lineage(plain) if "failure" in row]
