@@ -19,7 +19,7 @@ KIND = Kind(
         "explores": "search.tables:EXPLORES",
     },
     shorthand="search.space",
-    accepts="search.space_function:is_space_function",
+    accepts="search.space:is_space_function",
     packages=("raytrain", "search"),
     requires=("optuna", "scikit-learn"),
 )

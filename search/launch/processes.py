@@ -25,7 +25,7 @@ from search.scheduling.work import Work
 
 COUNT, STEP, STOP = range(3)
 """Places in the shared memory: signs of progress, optimizer steps done, whether to stop."""
-STOPPED = "T"
+SUSPENDED = "T"
 """State of a process, as the kernel has it."""
 
 
@@ -57,7 +57,7 @@ class SlotProcess:
 
     def beat(self) -> Beat | None:
         """Return the last sign of progress, or None if the process is stopped."""
-        if read_proc_state(self._process.pid or 0) == STOPPED:
+        if read_proc_state(self._process.pid or 0) == SUSPENDED:
             return None
         return Beat(self._shared[COUNT], self._shared[STEP])
 
