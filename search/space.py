@@ -206,6 +206,11 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Map
             raise RecipeError(f'{SPACE_FIELD}.{name}: expected a dimension, as {{type = "float", ...}}; got {value!r}')
         if isinstance(value.get("type"), str):
             yield name, value
+        elif not all(isinstance(inner, Mapping) for inner in value.values()):  # a slip in the name of another one
+            raise RecipeError(
+                f'{SPACE_FIELD}.{name}: expected a dimension, as {{type = "float", ...}}; got {dict(value)!r}, '
+                f"which has no type; {suggest(key, [other for other in table if other != key])}"
+            )
         else:
             yield from _flat(value, f"{name}.")
 
