@@ -190,7 +190,7 @@ def seconds_per_step(steps: int) -> float:
 def seconds_per_step_on_all_cores() -> float:
     """Return how long a step takes when each core trains, and nothing else runs: the median of three times."""
     with get_context("spawn").Pool(CORES) as pool:
-        times = [statistics.mean(pool.map(seconds_per_step, [500] * CORES, chunksize=1)) for _ in range(4)]
+        times = [statistics.mean(pool.map(seconds_per_step, [300] * CORES, chunksize=1)) for _ in range(4)]
     return statistics.median(times[1:])  # in the first one they import
 
 
