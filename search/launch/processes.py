@@ -53,6 +53,7 @@ class SlotProcess:
 
     def train(self, work: Work, state: bytes | None) -> Future[Any]:
         """Begin to train a segment; the future has its end."""
+        self._shared[STEP] = work.snapshot.step
         return self._caller.submit(self._call, work, state)
 
     def beat(self) -> Beat | None:

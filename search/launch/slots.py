@@ -153,6 +153,7 @@ class Slot:
         """Begin to train a segment."""
         self.work, self._progressed = work, time.monotonic()
         self._answered = self._progressed
+        self.beat = Beat(self.beat.count, work.snapshot.step)  # its step was that of the segment before
         self.pending = self._workers.train(work, state)
 
     def stop(self) -> None:

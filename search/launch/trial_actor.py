@@ -76,6 +76,7 @@ class TrialActor:
     def train(self, work: Work, state: bytes | None) -> SegmentEnd | Failed:
         """Train a segment, with the other workers if there are some."""
         torch.set_num_threads(self._options.threads)  # of this thread
+        self._beat = Beat(self._beat.count, work.snapshot.step)
         theirs = [peer.train.remote(work, state) for peer in self._peers]
         own = attempt(work, state, self._trial.train)
         if not theirs:
