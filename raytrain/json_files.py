@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -51,12 +52,19 @@ def parse_json(
     if len(data) > max_bytes:
         raise error(f"{where}: cannot be read: expected at most {max_bytes} bytes; got {len(data)}")
     try:
-        return TypeAdapter(model).validate_json(data, strict=True)
+        found: ModelT = _adapter(cast(Any, model)).validate_json(data, strict=True)
+        return found
     except ValidationError as problem:
         detail = problem.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in detail["loc"])
         at = "" if not field else f"{field}: " if field.isprintable() else f"{field!r}: "
         raise error(f"{where}: cannot be read: {at}{detail['msg']}") from problem
+
+
+@cache
+def _adapter(model: Any) -> TypeAdapter[Any]:
+    """Return what validates a type; to make one takes longer than to parse most documents."""
+    return TypeAdapter(model)
 
 
 def read_rows(path: Path, model: type[ModelT]) -> tuple[list[ModelT], int]:

@@ -8,12 +8,10 @@ from raytrain.recipe import Recipe
 from raytrain.registry import suggest
 from search.domains import Float
 from search.options import SearchOptions
-from search.pbt.options import PBTOptions
 from search.prior import read_priors
 from search.rng import keyed_generator
-from search.space import Dimension, Space, guessed, make_space, parse_dimensions
-from search.space_function import SPACE_FIELD, field_line
-from search.sweep.options import PriorOptions, PrunerOptions
+from search.space import SPACE_FIELD, Dimension, Space, field_line, guessed, make_space, parse_dimensions
+from search.sweep.options import PriorOptions
 
 CHECKED_SAMPLES = 32
 """Configurations of a space function that are tried."""
@@ -30,8 +28,7 @@ def check_steps(base: Recipe, search: SearchOptions) -> None:
     Raises:
         RecipeError: the interval does not fit the base recipe's steps, or it has none.
     """
-    interval = getattr(search, "interval", None)
-    if interval is None:
+    if getattr(search, "interval", None) is None:
         return
     steps = getattr(base, "steps", None)
     if steps is None:
@@ -39,10 +36,7 @@ def check_steps(base: Recipe, search: SearchOptions) -> None:
             f"search.name: {search.name} trains a recipe part by part, and {base.kind} has no steps; use random, grid "
             "or tpe"
         )
-    if isinstance(search, PrunerOptions) and interval >= steps:
-        raise RecipeError(f"search.interval: expected less than base.steps = {steps}; got {interval}")
-    if isinstance(search, PBTOptions) and steps % interval:
-        raise RecipeError(f"search.interval: expected a divisor of base.steps = {steps}; got {interval}")
+    search.check_interval(steps)
 
 
 def check_space(base: Recipe, search: SearchOptions, space: Space) -> None:
@@ -92,7 +86,7 @@ def check_factors(search: SearchOptions, space: Space) -> None:
     Raises:
         RecipeError: a dimension has 0 between its bounds.
     """
-    if not _multiplies(search):
+    if not search.multiplies:
         return
     for path, domain in space.domains.items():
         if isinstance(domain, Float) and domain.traps(0) and domain.low < 0 < domain.high:
@@ -115,7 +109,7 @@ def check_guesses(search: SearchOptions, space: Space) -> None:
                 raise RecipeError(f"{field}: not searched; {suggest(path, space.domains)}")
             if not domain.contains(value):
                 raise RecipeError(f"{field}: expected {domain.summary()}; got {value!r}")
-            if _multiplies(search) and domain.traps(value):
+            if search.multiplies and domain.traps(value):
                 raise RecipeError(f"{field}: no factor leads away from 0; give search.space.{path} {WAY_OUT_OF_ZERO}")
 
 
@@ -144,7 +138,7 @@ def check_shapes(base: Recipe, search: SearchOptions, shapes: Shapes) -> None:
     Raises:
         RecipeError: a dimension changes the shape of a parameter, and members inherit weights.
     """
-    if not isinstance(search, PBTOptions) or search.inherit == "hyperparameters" or search.other_shapes == "reset":
+    if not search.inherits_whole_weights:
         return
     before = shapes(base)
     for place, changes in _probes(search, make_space(search.space)):
@@ -205,10 +199,6 @@ def _probes(search: SearchOptions, space: Space) -> Iterator[tuple[str, dict[str
 
 def _draws(space: Space) -> Iterator[dict[str, Any]]:
     return (dict(space.sample(keyed_generator(0, "probe", number)).changes) for number in range(CHECKED_SAMPLES))
-
-
-def _multiplies(search: SearchOptions) -> bool:
-    return isinstance(search, PBTOptions) and search.explore.multiplies
 
 
 def _listed(changes: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from raytrain.kinds import Kind
 
 KIND = Kind(
     recipe="search.recipe:SearchRecipe",
-    run="search.launch.run:run_search",
+    run="search.launch.dispatch:dispatch_search",
     recipes=Path(__file__).parent / "recipes",
     load="search.launch.winner:load_winner",
     panels="search.report:search_panels",
@@ -19,7 +19,7 @@ KIND = Kind(
         "explores": "search.tables:EXPLORES",
     },
     shorthand="search.space",
-    accepts="search.space_function:is_space_function",
+    accepts="search.space:is_space_function",
     packages=("raytrain", "search"),
     requires=("optuna", "scikit-learn"),
 )

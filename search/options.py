@@ -29,6 +29,23 @@ class SearchOptions(Options):
     max_failures: int = Field(3, ge=0)
     seconds: float = Field(0.0, ge=0)
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether numbers change by factors, which lead neither from 0 nor across it."""
+        return False
+
+    @property
+    def inherits_whole_weights(self) -> bool:
+        """Whether trials take the weights of trials with other hyperparameters, which must not change their shapes."""
+        return False
+
+    def check_interval(self, steps: int) -> None:
+        """Check that a training of so many steps can be cut where the search decides.
+
+        Raises:
+            RecipeError: it cannot.
+        """
+
 
 def rename_field(raw: Any, word: str, field: str) -> Any:
     """Return raw data with a field under its own name, where another word for it is used."""

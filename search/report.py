@@ -43,7 +43,7 @@ def search_panels(run: RunDirectory) -> list[Panel]:
         _parallel(objective, trials),
         _correlations(trials),
         _ancestry(objective, winner, scored),
-        _members(standings_of(objective, decisions, began)),
+        _members(standings_of(objective, decisions, began), going_on=not run.result.is_file()),
         _failures(decisions),
     ]
     return [panel for panel in charts if panel is not None]
@@ -203,11 +203,12 @@ def _ancestry(objective: Objective, winner: LineageRows, scored: Scored) -> Pane
     return table("The winner's ancestry", columns, rows)
 
 
-def _members(standings: Standings) -> Panel | None:
-    rows = [
-        [number, member.step, member.score, member.parent, member.state, _listed(member.values)]
-        for number, member in standings.ranked()
-    ]
+def _members(standings: Standings, *, going_on: bool) -> Panel | None:
+    """Return the members; of a search that was interrupted, none is training."""
+    rows = []
+    for number, member in standings.ranked():
+        state = member.state if going_on or member.state != "training" else "paused"
+        rows.append([number, member.step, member.score, member.parent, state, _listed(member.values)])
     columns = ["member", "step", standings.objective.metric, "last donor", "state", "hyperparameters"]
     return table("Members", columns, rows)
 

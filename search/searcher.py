@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search.genome import Configuration
+from search.chooser import Configuration
 from search.space import Space
 
 

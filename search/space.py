@@ -16,28 +16,36 @@ Or it is a Python function, with loops and conditions of its own, as "module:spa
 Both become a `Space`: sampling, replay, mutation and enumeration are policies of the chooser that it is run with.
 """
 
-from collections.abc import Iterator, Mapping
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
+import search.chooser
 from raytrain.errors import RecipeError
 from raytrain.recipe import dotted_fields, explain_errors
-from raytrain.registry import suggest
-from search.chooser import Chooser, Policy, replaying, sampling
+from raytrain.registry import resolve, suggest
+from search.chooser import Chooser, Configuration, Policy, replaying, sampling
 from search.domains import DOMAINS, Domain
-from search.genome import Configuration
 from search.limits import Limit
 from search.rng import keyed_generator
-from search.space_function import SPACE_FIELD, SpaceFunction, load_space_function
 
+SPACE_FIELD = "search.space"
+ARGUMENT = "choose"
 MAX_DRAWS = 10_000
 """Draws until a limit counts as one that the space cannot keep to."""
 
 MAX_COMPLETIONS = 100
 """Draws of what a guess leaves out until a limit counts as one that the guess cannot keep to."""
+
+
+SpaceFunction = Callable[[Chooser], Mapping[str, Any]]
+"""(chooser) -> dotted field of the recipe -> value."""
 
 
 class Space:
@@ -198,6 +206,11 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Map
             raise RecipeError(f'{SPACE_FIELD}.{name}: expected a dimension, as {{type = "float", ...}}; got {value!r}')
         if isinstance(value.get("type"), str):
             yield name, value
+        elif not all(isinstance(inner, Mapping) for inner in value.values()):  # a slip in the name of another one
+            raise RecipeError(
+                f'{SPACE_FIELD}.{name}: expected a dimension, as {{type = "float", ...}}; got {dict(value)!r}, '
+                f"which has no type; {suggest(key, [other for other in table if other != key])}"
+            )
         else:
             yield from _flat(value, f"{name}.")
 
@@ -230,3 +243,55 @@ def _conditions(name: str, raw: Any, earlier: Mapping[str, Dimension]) -> dict[s
 
 def _missing(path: str, _: Domain) -> Any:
     raise RecipeError(f"{path}: the genome has no value for this decision; it is of another space")
+
+
+def load_space_function(source: str) -> SpaceFunction:
+    """Return the function at "module:attribute", its errors as those of a recipe.
+
+    Raises:
+        RecipeError: there is no such function.
+    """
+    function = resolve({}, source, SPACE_FIELD) if ":" in source else None
+    if not callable(function):
+        raise RecipeError(f"{SPACE_FIELD}: expected a table, or a function as module:attribute; got {source!r}")
+
+    def checked(choose: Chooser) -> Mapping[str, Any]:
+        try:
+            changes = function(choose)
+        except RecipeError as error:
+            raise RecipeError(f"{source}: {error}{_user_line(error)}") from error
+        except Exception as error:
+            raise RecipeError(f"{source}: {type(error).__name__}: {error}{_user_line(error)}") from error
+        if not isinstance(changes, Mapping):
+            raise RecipeError(f"{source}: expected a mapping of recipe fields to values; got {changes!r}")
+        return changes
+
+    return checked
+
+
+def is_space_function(found: Any) -> bool:
+    """Return whether an object is a function with one argument, called `choose` or annotated as a `Chooser`."""
+    if not inspect.isfunction(found):
+        return False
+    parameters = list(inspect.signature(found).parameters.values())
+    return len(parameters) == 1 and (parameters[0].name == ARGUMENT or parameters[0].annotation is Chooser)
+
+
+def field_line(source: str, field: str) -> str:
+    """Return the line that names a field, as " (mine.py, line 4)", or "" if the source has no such line."""
+    function = inspect.unwrap(resolve({}, source, SPACE_FIELD))
+    try:
+        lines, first = inspect.getsourcelines(function)
+    except (OSError, TypeError):
+        return ""
+    for number, line in enumerate(lines, first):
+        if f'"{field}"' in line or f"'{field}'" in line:
+            return f" ({Path(inspect.getfile(function)).name}, line {number})"
+    return ""
+
+
+def _user_line(error: BaseException) -> str:
+    """Return where the user's code was when an error was raised, as " (mine.py, line 3)"."""
+    ours = {__file__, search.chooser.__file__}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

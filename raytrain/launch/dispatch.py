@@ -21,7 +21,7 @@ def run_training(recipe: TrainRecipe, order: RunOptions) -> Result:
         from raytrain.launch.train import run_on_ray  # noqa: PLC0415 - slow to import
 
         return run_on_ray(recipe, order)
-    forkserver.start_forkserver()  # it imports torch while this process does
+    forkserver.start_forkserver("raytrain.launch.elastic")  # which imports torch while this process does
     from raytrain.launch.elastic import run_elastic  # noqa: PLC0415
 
     return run_elastic(recipe, order)

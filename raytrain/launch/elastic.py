@@ -9,7 +9,6 @@ the loopback interface, so nothing can be reached from outside.
 import contextlib
 import datetime
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -35,7 +34,7 @@ from raytrain.by_value import dump_objects, load_objects
 from raytrain.errors import RaytrainError
 from raytrain.kinds import RunOptions
 from raytrain.launch.backend import train_on
-from raytrain.launch.forkserver import without_main
+from raytrain.launch.forkserver import leave_command, without_main
 from raytrain.launch.resources import NodeResources, available_cpus, cpus_per_worker, eligible_nodes
 from raytrain.loggers import restored_loggers
 from raytrain.run.directory import RunDirectory
@@ -310,10 +309,7 @@ class _Alone(RendezvousHandler):
 
 def _work(config: dict[str, Any]) -> None:
     """Train as one of the processes that the agent started."""
-    os.setpgid(0, 0)  # Ctrl-C at the terminal is for the command, which asks the workers to end
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, signal.SIG_DFL)
-    threading.Thread(target=_end_with_command, daemon=True).start()
+    leave_command()
     agents = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ.update({**config["environment"], **agents})  # the server has that of the first run
     logging.getLogger().setLevel(logging.WARNING)
@@ -333,13 +329,6 @@ def _work(config: dict[str, Any]) -> None:
 def device_of(rank: int, gpus: float) -> torch.device:
     """Return the device of a worker, where each has `gpus` GPUs or shares of one, in rank order."""
     return torch.device("cuda", int(rank * gpus)) if gpus else torch.device("cpu")
-
-
-def _end_with_command() -> None:
-    """End this process when the command dies, which is not its parent: a fork server is."""
-    if command := multiprocessing.parent_process():
-        command.join()
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _meet(recipe: TrainRecipe, folder: Path, rank: int) -> Transport:

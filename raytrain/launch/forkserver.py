@@ -5,7 +5,10 @@ the command may have used either, if only because a module of the user's has whe
 """
 
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -22,9 +25,13 @@ WORKER_ENVIRONMENT = {
 """Environment variables that must be set when a worker's process starts, that is, in the fork server."""
 
 
-def start_forkserver() -> None:
-    """Start the fork server in the background, unless it runs: it imports torch while this process does."""
-    multiprocessing.set_forkserver_preload(["raytrain.launch.elastic"])
+def start_forkserver(module: str) -> None:
+    """Start the fork server in the background, unless it runs: it imports torch while this process does.
+
+    Args:
+        module: what workers need; it is imported in the server.
+    """
+    multiprocessing.set_forkserver_preload([module])
     with environment(WORKER_ENVIRONMENT):
         forkserver.ensure_running()
 
@@ -42,3 +49,18 @@ def without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+def leave_command() -> None:
+    """Make this process, a worker, one that Ctrl-C does not reach, and that is killed when the command dies."""
+    os.setpgid(0, 0)  # Ctrl-C at the terminal is for the command, which asks the workers to end
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.SIG_DFL)
+    threading.Thread(target=_end_with_command, daemon=True).start()
+
+
+def _end_with_command() -> None:
+    """End this process when the command dies, which is not its parent: a fork server is."""
+    if command := multiprocessing.parent_process():
+        command.join()
+        os.kill(os.getpid(), signal.SIGKILL)

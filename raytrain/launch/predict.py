@@ -14,8 +14,8 @@ from ray.exceptions import RayError
 from ray.util import ActorPool
 
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
-from raytrain.launch.resources import check_reachable, cpus_per_worker
-from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, nodes_here, ray_session
+from raytrain.launch.resources import check_reachable, cpus_per_worker, nodes_here
+from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, ray_session
 from raytrain.registry import error_location, resolve
 from raytrain.tasks.task import Examples
 from raytrain.training.trained_model import TrainedModel

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raytrain.errors import RecipeError
+from raytrain.sections import Resources
 
 REACH_SECONDS = 5.0
 MOST_ACTORS = 8
@@ -235,3 +236,13 @@ def check_reachable(address: str) -> None:
             f"--address: no Ray cluster answers at {address} ({error}); is `ray start --head` running there, and its "
             "port open to this machine? Leave --address out to train on this machine"
         ) from None
+
+
+def nodes_here(workers: int, resources: Resources) -> list[Node]:
+    """Return this machine as the only node of a private cluster.
+
+    Raises:
+        RecipeError: it lacks a resource of a worker.
+    """
+    here: NodeResources = ({"CPU": available_cpus()}, {})
+    return eligible_nodes([here], workers, resources.custom, resources.labels, resources.placement)

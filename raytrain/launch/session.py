@@ -16,7 +16,7 @@ from ray.job_config import JobConfig
 from raytrain.environment import environment
 from raytrain.errors import RecipeError
 from raytrain.launch.private_cluster import private_cluster
-from raytrain.launch.resources import Node, NodeResources, available_cpus, eligible_nodes
+from raytrain.launch.resources import Node, available_cpus, eligible_nodes
 from raytrain.loggers import restored_loggers
 from raytrain.sections import Resources
 
@@ -134,16 +134,6 @@ def kept_interrupts() -> Iterator[None]:
 def _init_args(address: str) -> dict[str, Any]:
     """Return arguments of `ray.init` to join a cluster; Ray Train's helpers look for it again by RAY_ADDRESS."""
     return {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}} if address != "auto" else {}
-
-
-def nodes_here(workers: int, resources: Resources) -> list[Node]:
-    """Return this machine as the only node of a private cluster.
-
-    Raises:
-        RecipeError: it lacks a resource of a worker.
-    """
-    here: NodeResources = ({"CPU": available_cpus()}, {})
-    return eligible_nodes([here], workers, resources.custom, resources.labels, resources.placement)
 
 
 def cluster_nodes(workers: int, resources: Resources) -> list[Node]:

@@ -34,8 +34,9 @@ from raytrain.launch.resources import (
     allocate_cpus,
     check_reachable,
     cpus_per_worker,
+    nodes_here,
 )
-from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, nodes_here, ray_session
+from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, ray_session
 from raytrain.launch.version import fingerprint
 from raytrain.run.directory import RunDirectory, host_suffix
 from raytrain.run.result import Result

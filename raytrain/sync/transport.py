@@ -184,10 +184,23 @@ def join_group(
     dist.init_process_group(backend, store=PrefixStore(secret, store), rank=rank, world_size=members, timeout=timeout)
 
 
+def free_address(host: str) -> tuple[str, int]:
+    """Return an address of this machine with a port that nobody listens on yet.
+
+    >>> free_address("127.0.0.1")[0]
+    '127.0.0.1'
+    """
+    with socket.create_server((host, 0), family=_family(host)) as listener:
+        return host, listener.getsockname()[1]
+
+
 def _listening(host: str, port: int) -> int:
     """Return the file descriptor of a socket that listens on one address, for a store to own."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=MAX_MEMBERS).detach()
+    return socket.create_server((host, port), family=_family(host), backlog=MAX_MEMBERS).detach()
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class GroupTransport:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import CheckpointError
-from raytrain.files import fsync_path, write_atomic
+from raytrain.files import write_atomic
 from search.journal.lineage import Chain, Lineage
 from search.journal.store import StateStore
 from search.scheduling.scheduler import Scheduler
@@ -72,6 +72,11 @@ class Journal:
         return self._scheduler.best
 
     @property
+    def waiting(self) -> int:
+        """How many segments are decided on and not handed out."""
+        return self._scheduler.waiting
+
+    @property
     def under_way(self) -> Mapping[str, Work]:
         """The attempts that are handed out and not ended."""
         return self._scheduler.under_way
@@ -102,7 +107,6 @@ class Journal:
         signed = {"format": STATE_FORMAT, "sha256": _sha256(state), "state": state}
         try:
             write_atomic(self._file, _canonical(signed))
-            fsync_path(self._file.parent)
             self._chain = chain
             if lines:
                 self.lineage.append(lines)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from raytrain.errors import CheckpointError
-from raytrain.files import fsync_path, write_atomic
+from raytrain.files import write_atomic
 
 NAME = re.compile(r"^[0-9a-f]{64}\.state$")
 LEFTOVER = re.compile(r"^\.[0-9a-f]{64}\.state\.[0-9a-f]{32}\.tmp$")
@@ -31,7 +31,6 @@ class StateStore:
         digest = hashlib.sha256(state).hexdigest()
         self._folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self._folder / f"{digest}.state", state)
-        fsync_path(self._folder)
         return digest
 
     def get(self, digest: str) -> bytes:

@@ -1,43 +1,23 @@
-"""The actors of a slot: one for each worker of the base recipe."""
+"""The actors of a slot on a Ray cluster: one for each worker of the base recipe."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from concurrent.futures import Future
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from raytrain.errors import RaytrainError, TrainingError
 from raytrain.launch.forkserver import WORKER_ENVIRONMENT
-from search.launch.trial_actor import TrialActor, TrialOptions
+from search.launch.slots import Beat, SlotDiedError, SlotResources
+from search.launch.trial_actor import TrialActor
+from search.launch.trial_options import TrialOptions
+from search.scheduling.work import Work
 
-
-@dataclass(frozen=True, slots=True)
-class SlotResources:
-    """What each slot takes of the cluster.
-
-    Attributes:
-        cpus: processors of each worker, which are also its threads.
-        beside_cpus: GPUs and custom resources of each worker, by the cluster's names.
-        labels: of the machines, as in a recipe's `resources.labels`.
-        workers: processes that train a member together.
-        placement: of several workers on the machines, as in a recipe's `resources.placement`.
-    """
-
-    cpus: float
-    beside_cpus: Mapping[str, float]
-    labels: Mapping[str, str]
-    workers: int = 1
-    placement: str = "PACK"
-
-    @property
-    def threads(self) -> int:
-        """Threads of each process."""
-        return max(1, int(self.cpus))
-
-    def __str__(self) -> str:
-        """Return what is said of a slot."""
-        return f"{self.cpus:g} CPU each" if self.workers == 1 else f"{self.workers} workers with {self.cpus:g} CPU each"
+ASK_SECONDS = 0.5
+"""How often an actor is asked for a sign of progress."""
 
 
 class SlotActors:
@@ -46,23 +26,45 @@ class SlotActors:
     Args:
         options: of the trial that they train.
         each: what the slot takes of the cluster.
-
-    Attributes:
-        first: the actor that is told what to train, and tells the others.
     """
 
     def __init__(self, options: TrialOptions, each: SlotResources) -> None:
         self._group = _group(each) if each.workers > 1 else None
-        self.first, *self._others = [self._actor(options, each, rank) for rank in range(each.workers)]
+        self._first, *self._others = [self._actor(options, each, rank) for rank in range(each.workers)]
+        self._question: ray.ObjectRef | None = None
+        self._asked = time.monotonic()
 
-    def load(self) -> ray.ObjectRef:
-        """Begin to start them."""
-        loading: ray.ObjectRef = self.first.load.remote(self._others)
-        return loading
+    def load(self) -> Future[Any]:
+        """Begin to start them; the future has the machine's name."""
+        return _future(self._first.load.remote(self._others))
+
+    def train(self, work: Work, state: bytes | None) -> Future[Any]:
+        """Begin to train a segment; the future has its end."""
+        return _future(self._first.train.remote(work, state))
+
+    def beat(self) -> Beat | None:
+        """Return a new sign of progress, or None if there is no answer yet."""
+        now = time.monotonic()
+        if self._question is None and now - self._asked > ASK_SECONDS:
+            self._question, self._asked = self._first.beat.options(concurrency_group="control").remote(), now
+        if self._question is None or not ray.wait([self._question], timeout=0)[0]:
+            return None
+        question, self._question = self._question, None
+        try:
+            found: Beat = ray.get(question)
+        except RayError:
+            return None  # it has died, which its segment's future tells
+        return found
+
+    def stop(self) -> None:
+        """Ask for the end of the segment after the step that it is at."""
+        self._first.stop.options(concurrency_group="control").remote()
 
     def kill(self) -> None:
         """End them, whatever they do, and free what they took."""
-        for actor in (self.first, *self._others):
+        if not ray.is_initialized():
+            return
+        for actor in (self._first, *self._others):
             ray.kill(actor)
         if self._group is not None:
             remove_placement_group(self._group)
@@ -92,3 +94,24 @@ def _group(each: SlotResources) -> PlacementGroup:
     bundles = [{"CPU": each.cpus, **each.beside_cpus}] * each.workers
     labels = [dict(each.labels)] * each.workers if each.labels else None
     return placement_group(bundles, strategy=each.placement, bundle_label_selector=labels)
+
+
+def _future(answer: ray.ObjectRef) -> Future[Any]:
+    """Return the future of an actor's answer, whose errors are those that a slot knows."""
+    future: Future[Any] = Future()
+
+    def settle(found: Future[Any]) -> None:
+        if error := found.exception():
+            future.set_exception(_known(error))
+        else:
+            future.set_result(found.result())
+
+    answer.future().add_done_callback(settle)
+    return future
+
+
+def _known(error: BaseException) -> RaytrainError:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RayError):  # of this actor, or of another worker of its slot
+        return SlotDiedError(str(cause))
+    return cause if isinstance(cause, RaytrainError) else TrainingError(str(cause))

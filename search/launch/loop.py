@@ -99,8 +99,15 @@ class SearchLoop(threading.Thread):
         return bool(works)
 
     def _take_in(self) -> None:
-        """Learn which segments have ended, and give up those that a quorum has waited for long enough."""
-        for work, end in self._pool.wait():
+        """Learn which segments have ended, and give up those that a quorum has waited for long enough.
+
+        Slots go on with what was decided before, while what has ended is written down.
+        """
+        ended = self._pool.wait()
+        ready = min(self._pool.idle, self._journal.waiting)
+        if ready and not self._why_to_stop():
+            self._hand_out(ready)
+        for work, end in ended:
             if not self._abandoned.is_set():
                 self._tell(work, outcome_of(work, self._journal.store, end))
         if time.monotonic() - self._last_outcome > self._options.timeout_seconds:

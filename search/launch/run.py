@@ -1,13 +1,17 @@
-"""Runs a search on Ray: the `run_search` of its kind."""
+"""Runs a search in a folder."""
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from raytrain.errors import CheckpointError, TrainingError
 from raytrain.kinds import RunOptions
-from raytrain.launch.session import OWN_CLUSTER, cluster_nodes, ray_session
+from raytrain.launch.resources import Node
+from raytrain.launch.version import fingerprint
 from raytrain.recipe import read_toml
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
@@ -16,10 +20,11 @@ from search.checks import check_resume
 from search.journal.ancestry import Phase, schedule
 from search.journal.journal import Journal
 from search.journal.reports import Reports
-from search.launch.actors import SlotResources
+from search.launch.backend import SlotBackend, slot_backend
 from search.launch.base import CheckedSearch, check_search
 from search.launch.loop import SearchLoop
-from search.launch.slots import SlotPool, slot_count
+from search.launch.slots import SlotPool, SlotResources, slot_count
+from search.launch.trial_options import TrialOptions
 from search.launch.winner import BEST, WINNER, copy_winner, winner_recipe, write_winner
 from search.progress import SearchDisplay
 from search.recipe import SearchRecipe
@@ -31,7 +36,7 @@ NO_RESOURCES = SlotResources(0.0, {}, {})
 
 
 def run_search(recipe: SearchRecipe, order: RunOptions) -> Result:
-    """Search on the Ray cluster at `order.address`, or else on one of this machine, and return how it ended.
+    """Search on the Ray cluster at `order.address`, or without one on this machine, and return how it ended.
 
     Ctrl-C pauses the members after the step that they are at; a second one ends them at once.
 
@@ -47,10 +52,9 @@ def run_search(recipe: SearchRecipe, order: RunOptions) -> Result:
     with directory.session(resume=order.resume), display:
         if order.resume:
             check_resume(SearchRecipe.parse(read_toml(str(directory.recipe), [])[0]).search, recipe.search)
-        display.say("starting Ray" if order.address in (None, OWN_CLUSTER) else f"connecting to Ray at {order.address}")
-        with ray_session(None if order.address == OWN_CLUSTER else order.address):
+        with slot_backend(checked.base, order.address, display.say) as backend:
             search = Search(directory, checked)
-            loop = search.follow(display)
+            loop = search.follow(display, backend)
         result = search.result(loop)
         try:
             directory.write_result(result)
@@ -78,34 +82,39 @@ class Search:
         loggers = checked.base.log.loggers if isinstance(checked.base, TrainRecipe) else ()
         self._reports = Reports(directory.metrics, loggers)
 
-    def follow(self, display: SearchDisplay) -> SearchLoop:
+    def follow(self, display: SearchDisplay, backend: SlotBackend) -> SearchLoop:
         """Search until the end, or until Ctrl-C, and return the loop that did.
 
         Raises:
-            RecipeError: the slots do not fit on the cluster.
+            RecipeError: the slots do not fit.
             CheckpointError: what is in the folder is damaged.
         """
-        count, each = self._slots()
+        count, each = self._slots(backend.nodes)
         if self._recipe.space().is_single():
             display.say("the space has 1 candidate")
         what = f"with {each}" if self._in_segments else "for whole runs"
         display.say(f"starting {count} slot(s) {what}")
         self._begin()
-        whole_runs_in = None if self._in_segments else self._directory.path
-        pool = SlotPool(self._base, each, count, self._recipe.search.timeout_seconds, whole_runs_in)
+        start = partial(backend.start, self._trial_options(each), each)
+        timeout_seconds = self._recipe.search.timeout_seconds
+        pool = SlotPool(start, count, timeout_seconds, replace_failed=each.workers > 1)
         with closing(SearchLoop(self._journal, self._reports, pool, self._recipe.search)) as loop:
             display.follow(loop.ended, loop.request_stop, lambda: pool.steps)
         self._reports.close(failed=loop.status == "failed")
         return loop
 
-    def _slots(self) -> tuple[int, SlotResources]:
+    def _trial_options(self, each: SlotResources) -> TrialOptions:
+        path = [os.getcwd(), *(os.path.abspath(folder) for folder in sys.path)]
+        whole_runs_in = None if self._in_segments else self._directory.path
+        return TrialOptions(self._base.to_dict(), each.threads, path, fingerprint(), whole_runs_in)
+
+    def _slots(self, nodes: Sequence[Node]) -> tuple[int, SlotResources]:
         """Return how many slots there are, and what each takes; of whole runs, the runs take what they need."""
         if not isinstance(self._base, TrainRecipe):
             return self._recipe.slots or 1, NO_RESOURCES
         resources, workers = self._base.resources, self._base.workers
         beside_cpus, labels = resources.extra_resources(), resources.labels
         each = SlotResources(resources.cpus, beside_cpus, labels, workers, resources.placement)
-        nodes = cluster_nodes(workers, resources)
         return slot_count(self._recipe.slots, self._recipe.members, each, nodes), each
 
     def _begin(self) -> None:

@@ -1,37 +1,98 @@
-"""Slots: long-lived actors that train segments side by side, and a new one where one has died.
+"""Slots: long-lived processes that train segments side by side, and new ones where some have died.
 
-An actor trains whatever member is next, so that to change members neither a process is started nor anything imported.
+A process trains whatever member is next, so that to change members none is started and nothing imported.
 """
 
-import os
-import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
-
-import ray
-from ray.exceptions import RayError, RayTaskError
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from raytrain.errors import RaytrainError, RecipeError, TrainingError
 from raytrain.launch.resources import Node
-from raytrain.launch.version import fingerprint
-from raytrain.recipe import Recipe
 from raytrain.run.directory import host_suffix
-from search.launch.actors import SlotActors, SlotResources
-from search.launch.trial_actor import Beat, TrialOptions
 from search.scheduling.driver import SegmentEnd
 from search.scheduling.work import Cause, Failed, Work
 
 SLOT_POLL_SECONDS = 0.1
 """How long the pool waits for a segment to end before it looks at the clock."""
-ASK_SECONDS = 0.5
-"""How often a slot is asked for a sign of progress."""
 DIED = "its process died: killed, out of memory, or crashed"
 MAX_FAILED_STARTS = 3
-"""How many actors in a row may die before one has started."""
+"""How many processes in a row may die before one has started."""
 
-End = SegmentEnd | Failed
+SlotEnd = SegmentEnd | Failed
 """How an attempt ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotResources:
+    """What each slot takes of the cluster, or of this machine.
+
+    Attributes:
+        cpus: processors of each worker, which are also its threads.
+        beside_cpus: GPUs and custom resources of each worker, by the cluster's names.
+        labels: of the machines, as in a recipe's `resources.labels`.
+        workers: processes that train a member together.
+        placement: of several workers on the machines, as in a recipe's `resources.placement`.
+    """
+
+    cpus: float
+    beside_cpus: Mapping[str, float]
+    labels: Mapping[str, str]
+    workers: int = 1
+    placement: str = "PACK"
+
+    @property
+    def threads(self) -> int:
+        """Threads of each process."""
+        return max(1, int(self.cpus))
+
+    def __str__(self) -> str:
+        """Return what is said of a slot."""
+        return f"{self.cpus:g} CPU each" if self.workers == 1 else f"{self.workers} workers with {self.cpus:g} CPU each"
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A sign of progress.
+
+    Attributes:
+        count: of such signs; one that grows no more is a segment that hangs.
+        step: optimizer steps done.
+    """
+
+    count: int = 0
+    step: int = 0
+
+
+class SlotDiedError(TrainingError):
+    """A process of a slot is gone."""
+
+
+class SlotWorkers(Protocol):
+    """The processes of a slot, wherever they are. Futures have a `SlotDiedError` where one of them is gone."""
+
+    def load(self) -> Future[Any]:
+        """Begin to start them; the future has the machine's name."""
+        ...
+
+    def train(self, work: Work, state: bytes | None) -> Future[Any]:
+        """Begin to train a segment; the future has its end."""
+        ...
+
+    def beat(self) -> Beat | None:
+        """Return the last sign of progress, or None without an answer."""
+        ...
+
+    def stop(self) -> None:
+        """Ask for the end of the segment after the step that it is at."""
+        ...
+
+    def kill(self) -> None:
+        """End them, whatever they do, and free what they took."""
+        ...
 
 
 def slot_count(wanted: int, most: int, each: SlotResources, machines: Sequence[Node]) -> int:
@@ -68,66 +129,67 @@ def _room(each: SlotResources, workers: Sequence[int]) -> int:
 
 
 class Slot:
-    """Actors that train a member together, mostly one, and the segment that they train.
+    """Processes that train a member together, mostly one, and the segment that they train.
 
     Args:
-        options: of its trials.
-        each: what it takes of the cluster.
+        workers: the processes.
 
     Attributes:
-        pending: what is waited for: that the actor starts, or the end of its segment; None: it is idle.
+        pending: what is waited for: that they start, or the end of their segment; None: the slot is idle.
         work: the segment, if it has one.
         beat: the last sign of progress.
     """
 
-    def __init__(self, options: TrialOptions, each: SlotResources) -> None:
+    def __init__(self, workers: SlotWorkers) -> None:
         self.work: Work | None = None
         self.beat = Beat()
+        self._workers = workers
         self._stopping = False
         self._host = ""
-        self._question: ray.ObjectRef | None = None
-        self._heard = self._asked = time.monotonic()
-        self._actors = SlotActors(options, each)
-        self.pending: ray.ObjectRef | None = self._actors.load()
+        self._progressed = self._answered = time.monotonic()
+        self.pending: Future[Any] | None = workers.load()
 
     def submit(self, work: Work, state: bytes | None) -> None:
         """Begin to train a segment."""
-        self.work, self._heard = work, time.monotonic()
-        self.pending = self._actors.first.train.remote(work, state)
+        self.work, self._progressed = work, time.monotonic()
+        self._answered = self._progressed
+        self.beat = Beat(self.beat.count, work.snapshot.step)  # its step was that of the segment before
+        self.pending = self._workers.train(work, state)
 
     def stop(self) -> None:
         """Ask for the end of the segment after the step that it is at; there is no other segment after it."""
         if self.work is None or self._stopping:
             return
         self._stopping = True
-        self._actors.first.stop.options(concurrency_group="control").remote()
+        self._workers.stop()
 
     def kill(self) -> None:
         """End its processes, whatever they do."""
-        self._actors.kill()
+        self._workers.kill()
 
-    def end(self) -> End | None:
-        """Return how the segment has ended, once `pending` is ready; None: the actor has started.
+    def end(self) -> SlotEnd | None:
+        """Return how the segment has ended, once `pending` is done; None: the processes have started.
 
         Raises:
-            RaytrainError: the actor cannot start.
-            RayError: the actor has died.
+            SlotDiedError: a process has died.
+            RaytrainError: the processes cannot start.
         """
         work, pending, self.pending = self.work, self.pending, None
+        if pending is None:
+            raise ValueError("nothing was waited for")
         try:
-            ended = ray.get(pending)
-        except RayTaskError as error:
-            if isinstance(error.cause, RayError):  # of another worker of this slot
-                raise error.cause from error
+            ended = pending.result()
+        except SlotDiedError:
+            raise
+        except RaytrainError as error:
             if work is None:
-                known = isinstance(error.cause, RaytrainError)
-                raise error.cause if known else TrainingError(f"a slot cannot start: {error.cause}") from error
-            ended = self.failure("error", str(error.cause))
+                raise
+            ended = self.failure("error", str(error))
         if work is None:
             self._host = ended
             return None
         self.work = None
-        end: End = ended
+        end: SlotEnd = ended
         return end
 
     def failure(self, cause: Cause, message: str) -> Failed:
@@ -138,14 +200,14 @@ class Slot:
         """Return what to make of a segment without a sign of progress for some time; None for one with such a sign."""
         if self.work is None:
             return None
-        now = time.monotonic()
-        if self._question is None and now - self._asked > ASK_SECONDS:
-            self._question, self._asked = self._actors.first.beat.options(concurrency_group="control").remote(), now
-        if self._question is not None and ray.wait([self._question], timeout=0)[0]:
-            self._hear(now)
-        if now - self._heard < seconds:
+        now, beat = time.monotonic(), self._workers.beat()
+        if beat is not None:
+            self._answered = now
+            if beat != self.beat:
+                self.beat, self._progressed = beat, now
+        if now - self._progressed < seconds:
             return None
-        if self._question is None or now - self._asked < seconds / 2:
+        if now - self._answered < seconds / 2:
             return self.failure("slow", f"it made no step in {seconds:g} s (search.timeout_seconds)")
         return self.failure(
             "slow",
@@ -153,46 +215,30 @@ class Slot:
             "machine is too busy",
         )
 
-    def _hear(self, now: float) -> None:
-        """Take the answer to the last question."""
-        question, self._question = self._question, None
-        try:
-            beat = ray.get(question)
-        except RayError:
-            return  # it has died, which `end` tells
-        if beat != self.beat:
-            self.beat, self._heard = beat, now
-
 
 class SlotPool:
     """Slots that train segments side by side.
 
     Args:
-        base: the recipe whose fields are searched.
-        each: what a slot takes of the cluster.
-        count: how many there are.
+        start: starts the processes of a slot.
+        count: how many slots there are.
         timeout_seconds: how long one may give no sign of progress in a segment.
-        whole_runs_in: the search's folder, if each trial is a whole run.
+        replace_failed: whether a slot whose segment failed gets new processes, as those of several workers do: what
+            was in flight between them goes with them.
 
     Attributes:
-        restarts: how often a slot's actor had to be replaced.
+        restarts: how often the processes of a slot had to be replaced.
     """
 
     def __init__(
-        self,
-        base: Recipe,
-        each: SlotResources,
-        count: int,
-        timeout_seconds: float,
-        whole_runs_in: Path | None = None,
+        self, start: Callable[[], SlotWorkers], count: int, timeout_seconds: float, *, replace_failed: bool = False
     ) -> None:
         self.restarts = 0
-        path = [os.getcwd(), *(os.path.abspath(folder) for folder in sys.path)]
-        self._options = TrialOptions(base.to_dict(), each.threads, path, fingerprint(), whole_runs_in)
-        self._each = each
+        self._start = start
+        self._replace_failed = replace_failed
         self._timeout_seconds = timeout_seconds
         self._failed_starts = 0
-        self._slots = [Slot(self._options, each) for _ in range(count)]
+        self._slots = [Slot(start()) for _ in range(count)]
 
     @property
     def idle(self) -> int:
@@ -214,17 +260,17 @@ class SlotPool:
         for slot in self._slots:
             slot.stop()
 
-    def wait(self) -> list[tuple[Work, End]]:
+    def wait(self) -> list[tuple[Work, SlotEnd]]:
         """Return the segments that have ended, waiting for one a little.
 
         Raises:
-            RaytrainError: the actors cannot start.
+            RaytrainError: the processes cannot start.
         """
-        pending = {slot.pending: slot for slot in self._slots if slot.pending is not None}
+        pending = [slot.pending for slot in self._slots if slot.pending is not None]
         if not pending:
             return []
-        ready, _ = ray.wait(list(pending), timeout=SLOT_POLL_SECONDS)
-        ends = [(slot.work, self._end(slot)) for slot in map(pending.__getitem__, ready)]
+        ready, _ = wait_for(pending, SLOT_POLL_SECONDS, FIRST_COMPLETED)
+        ends = [(slot.work, self._end(slot)) for slot in list(self._slots) if slot.pending in ready]
         for slot in list(self._slots):
             if failure := slot.silent_for(self._timeout_seconds):
                 ends.append((slot.work, failure))
@@ -232,33 +278,32 @@ class SlotPool:
         return [(work, end) for work, end in ends if work is not None and end is not None]
 
     def close(self) -> None:
-        """End the actors."""
-        if ray.is_initialized():
-            for slot in self._slots:
-                slot.kill()
+        """End all processes."""
+        for slot in self._slots:
+            slot.kill()
 
-    def _end(self, slot: Slot) -> End | None:
-        """Return how a segment has ended; if its actor has died, start another.
+    def _end(self, slot: Slot) -> SlotEnd | None:
+        """Return how a segment has ended; if its processes have died, start others.
 
         Raises:
-            RaytrainError: the actors cannot start.
+            RaytrainError: the processes cannot start.
         """
         starting = slot.work is None
         try:
             end = slot.end()
-        except RayError as error:
+        except SlotDiedError as error:
             self._failed_starts += starting
             if self._failed_starts >= MAX_FAILED_STARTS:
                 raise TrainingError(f"{MAX_FAILED_STARTS} slots in a row died when they started: {error}") from error
             self._replace(slot)
             return None if starting else slot.failure("dead", DIED)
         self._failed_starts = 0
-        if isinstance(end, Failed) and self._each.workers > 1:
-            self._replace(slot)  # what was in flight between its workers goes with them
+        if isinstance(end, Failed) and self._replace_failed:
+            self._replace(slot)
         return end
 
     def _replace(self, slot: Slot) -> None:
-        """Put a new actor in the place of one that has died or is to end."""
+        """Put new processes in the place of those that have died or are to end."""
         slot.kill()
         self.restarts += 1
-        self._slots[self._slots.index(slot)] = Slot(self._options, self._each)
+        self._slots[self._slots.index(slot)] = Slot(self._start())

@@ -1,62 +1,22 @@
-"""The actors of a slot: each imports and loads once, and then trains whatever segment it is given."""
+"""The actors of a slot on a Ray cluster: each imports and loads once, and then trains whatever segment it is given."""
 
-import logging
 import secrets
-import socket
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.train._internal.utils import get_address_and_port
 
-import raytrain
-from raytrain.errors import RecipeError
 from raytrain.kinds import load_kind
-from raytrain.launch.version import fingerprint
-from raytrain.sync.transport import GroupTransport, PeerLostError, join_group
+from raytrain.sync.transport import GroupTransport, PeerLostError, free_address, join_group
 from raytrain.training.recipe import TrainRecipe
+from search.launch.slots import Beat
 from search.launch.trial import Trial
+from search.launch.trial_options import TrialOptions, prepare_process
 from search.launch.whole_run import WholeRun
 from search.scheduling.driver import SegmentEnd, attempt
 from search.scheduling.work import Failed, Work
-
-
-@dataclass(frozen=True, slots=True)
-class TrialOptions:
-    """What a trial is told when its process starts.
-
-    Attributes:
-        base: the recipe whose fields are searched, as plain data.
-        threads: to compute with; sums depend on it.
-        import_from: folders to import the user's modules from.
-        code: the fingerprint of raytrain on the driver's machine.
-        whole_runs_in: the search's folder, if each trial is a whole run; None: it trains segments.
-    """
-
-    base: Mapping[str, Any]
-    threads: int
-    import_from: Sequence[str]
-    code: str
-    whole_runs_in: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """A sign of progress.
-
-    Attributes:
-        count: of such signs; one that grows no more is a segment that hangs.
-        step: optimizer steps done.
-    """
-
-    count: int = 0
-    step: int = 0
-
 
 PEER_SECONDS = 2.0
 """How long the first worker, which has failed, waits for what the others say of it."""
@@ -82,23 +42,18 @@ class TrialActor:
         Raises:
             RecipeError: another raytrain is installed here, or the recipe does not fit it.
         """
-        logging.getLogger().setLevel(logging.WARNING)
-        if self._options.code != fingerprint():
-            raise RecipeError(
-                f"raytrain at {Path(raytrain.__file__).parent} on {socket.gethostname()} is not the raytrain of the "
-                "command; install the same version on every machine"
-            )
-        sys.path.extend(path for path in self._options.import_from if path not in sys.path)
+        host = prepare_process(self._options)
         self._peers = list(peers)
         if peers:
             self._meet()
         self._trial = self._load()
-        return socket.gethostname()
+        return host
 
     def _meet(self) -> None:
         """Form a process group with the other workers."""
         loading = [peer.load.remote() for peer in self._peers]
-        address, secret, members = get_address_and_port(), secrets.token_hex(16), 1 + len(self._peers)
+        address, secret = free_address(ray.util.get_node_ip_address()), secrets.token_hex(16)
+        members = 1 + len(self._peers)
         joining = [peer.join.remote(rank, members, address, secret) for rank, peer in enumerate(self._peers, start=1)]
         self.join(0, members, address, secret)
         ray.get([*loading, *joining])
@@ -121,6 +76,7 @@ class TrialActor:
     def train(self, work: Work, state: bytes | None) -> SegmentEnd | Failed:
         """Train a segment, with the other workers if there are some."""
         torch.set_num_threads(self._options.threads)  # of this thread
+        self._beat = Beat(self._beat.count, work.snapshot.step)
         theirs = [peer.train.remote(work, state) for peer in self._peers]
         own = attempt(work, state, self._trial.train)
         if not theirs:

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from search.chooser import replaying, sampling
-from search.genome import Configuration
+from search.chooser import Configuration, replaying, sampling
 from search.pbt.exploit import KEEP
 from search.pbt.options import PBTOptions
 from search.pbt.population import Population, Selection

@@ -14,9 +14,8 @@ from pydantic import Field
 from raytrain.errors import TrainingError
 from raytrain.recipe import Options
 from raytrain.registry import error_location, resolve, suggest
-from search.chooser import perturbing, replaying, sampling
+from search.chooser import Configuration, perturbing, replaying, sampling
 from search.domains import FACTOR
-from search.genome import Configuration
 from search.pbt.population import Population
 from search.scheduling.segments import SegmentReport
 

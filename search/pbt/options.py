@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
+from raytrain.errors import RecipeError
 from raytrain.recipe import Options, options_by_name
 from search.options import SearchOptions
 from search.pbt.exploit import Exploit
@@ -59,6 +60,25 @@ class PBTOptions(SearchOptions):
     synchronous: bool = True
     step_matched: bool = False
     quorum: float = Field(1.0, gt=0, le=1)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the explore rule multiplies."""
+        return bool(self.explore.multiplies)
+
+    @property
+    def inherits_whole_weights(self) -> bool:
+        """Whether members inherit all weights of their donors."""
+        return self.inherit != "hyperparameters" and self.other_shapes != "reset"
+
+    def check_interval(self, steps: int) -> None:
+        """Check that the interval divides the steps.
+
+        Raises:
+            RecipeError: it does not.
+        """
+        if steps % self.interval:
+            raise RecipeError(f"search.interval: expected a divisor of base.steps = {steps}; got {self.interval}")
 
     @field_validator("population")
     @classmethod

@@ -7,8 +7,7 @@ import numpy as np
 from pydantic import Field
 from threadpoolctl import threadpool_limits
 
-from search.chooser import perturbing
-from search.genome import Configuration
+from search.chooser import Configuration, perturbing
 from search.pbt.explore import Explore
 from search.pbt.population import Population
 from search.pbt.time_varying_gp import Array, Encoder, Inputs, TimeVaryingGP

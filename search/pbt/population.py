@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from search.genome import Configuration
+from search.chooser import Configuration
 from search.scheduling.segments import SegmentReport
 from search.space import Space
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.optimize import minimize
 
-from search.genome import Configuration, Decision
+from search.chooser import Configuration, Decision
 
 Array = NDArray[np.float64]
 

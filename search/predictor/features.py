@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from search.chooser import Configuration
 from search.domains import Domain
-from search.genome import Configuration
 from search.surrogate.encoding import FloatArray
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from raytrain.registry import resolve
-from search.genome import Configuration
+from search.chooser import Configuration
 from search.surrogate.encoding import FloatArray
 from search.tables import PREDICTORS
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from search.genome import Configuration
+from search.chooser import Configuration
 from search.predictor.features import Features
 from search.predictor.predictor import Predictor
 from search.surrogate.encoding import FloatArray

@@ -110,6 +110,11 @@ class Scheduler(ABC):
         return self._queue.under_way
 
     @property
+    def waiting(self) -> int:
+        """How many segments are decided on and not handed out."""
+        return len(self._queue.waiting)
+
+    @property
     def unfinished(self) -> set[int]:
         """The rows of the segments that have not ended."""
         return set(self._segments)

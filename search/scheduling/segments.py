@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raytrain.registry import suggest
-from search.genome import Configuration
+from search.chooser import Configuration
 from search.scheduling.work import Done, Failed, Snapshot, Work
 from search.space import Space
 

@@ -1,7 +1,7 @@
 """Work: what a scheduler hands out, what comes back, and the queue between the two."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 Cause = Literal["dead", "slow", "error", "stopped", "diverged", "unreadable"]
@@ -164,7 +164,7 @@ class WorkQueue:
         """Return the queue as plain data; what is under way counts as waiting."""
         works = sorted([*self.under_way.values(), *self.waiting], key=lambda work: work.row)
         return {
-            "works": [asdict(work) for work in works],
+            "works": [_plain_fields(work) | {"snapshot": _plain_fields(work.snapshot)} for work in works],
             "failures": [[row, count] for row, count in sorted(self.failures.items())],
             "incarnation": self.incarnation,
         }
@@ -175,3 +175,8 @@ class WorkQueue:
         self.under_way = {}
         self.failures = dict(state["failures"])
         self.incarnation = state["incarnation"] + 1
+
+
+def _plain_fields(record: Work | Snapshot) -> dict[str, Any]:
+    """Return the fields of a record; unlike `asdict`, which takes longer than the rest of a commit, without copies."""
+    return {entry.name: getattr(record, entry.name) for entry in fields(record)}

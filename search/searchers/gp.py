@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from search.chooser import sampling
-from search.genome import Configuration
+from search.chooser import Configuration, sampling
 from search.rng import keyed_generator
 from search.searcher import CandidateResult
 from search.searchers.model_based import ModelBasedSearcher

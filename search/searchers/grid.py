@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from search.chooser import Configuration
 from search.domains import Domain
-from search.genome import Configuration
 from search.searcher import Candidate, Searcher
 from search.space import Space
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from search.chooser import replaying, sampling
-from search.genome import Configuration
+from search.chooser import Configuration, replaying, sampling
 from search.rng import keyed_generator
 from search.searcher import Candidate, CandidateResult, Searcher
 from search.searchers.proposals import key_of, new_draw, unasked

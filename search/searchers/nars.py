@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from raytrain.registry import resolve
-from search.chooser import crossing, sampling
-from search.genome import Configuration
+from search.chooser import Configuration, crossing, sampling
 from search.predictor.predictor import Predictor, rank_correlations
 from search.searchers.model_based import ModelBasedSearcher
 from search.space import Space

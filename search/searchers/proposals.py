@@ -6,7 +6,7 @@ from itertools import islice
 
 import numpy as np
 
-from search.genome import Configuration
+from search.chooser import Configuration
 from search.searchers.grid import grid_points
 from search.space import Space
 from search.surrogate.encoding import GRID

@@ -9,8 +9,8 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from search.chooser import Configuration, Decision
 from search.domains import Domain, Float, Int, Ordered
-from search.genome import Configuration, Decision
 from search.rng import keyed_generator, keyed_seed
 from search.searcher import Candidate, CandidateResult, Searcher
 from search.searchers.proposals import key_of, new_draw

@@ -7,8 +7,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from search.chooser import Configuration
 from search.domains import Domain
-from search.genome import Configuration
 
 FloatArray = NDArray[np.float64]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from search.genome import Configuration
+from search.chooser import Configuration
 from search.surrogate.encoding import Encoded, FloatArray
 from search.surrogate.gaussian_process import GaussianProcess, Hyperparameters, walk
 

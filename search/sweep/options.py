@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from raytrain.errors import RecipeError
 from raytrain.recipe import AbsolutePath
 from search.limits import LimitOptions
 from search.options import SearchOptions, rename_field
@@ -81,6 +82,15 @@ class PrunerOptions(SweepOptions):
 
     searcher: str = "random"
     interval: int = Field(100, ge=1)
+
+    def check_interval(self, steps: int) -> None:
+        """Check that a trial is judged before its end.
+
+        Raises:
+            RecipeError: it is not.
+        """
+        if self.interval >= steps:
+            raise RecipeError(f"search.interval: expected less than base.steps = {steps}; got {self.interval}")
 
 
 class ASHAOptions(PrunerOptions):

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ray.util import placement_group_table
 
 from raytrain.errors import RecipeError, TrainingError
 from raytrain.kinds import RunOptions
+from raytrain.launch.session import OWN_CLUSTER
 from raytrain.recipe import read_toml
 from raytrain.run.result import Result
 from raytrain.sync.transport import Transport
@@ -52,8 +54,12 @@ def recipe(**changes: Any) -> SearchRecipe:
     return SearchRecipe.parse_with(RAW, {name.replace("__", "."): value for name, value in changes.items()})
 
 
-def searched(folder: Path, **changes: Any) -> Result:
-    return run_search(recipe(**changes), RunOptions(folder))
+def on_ray(folder: Path) -> RunOptions:
+    return RunOptions(folder, address=OWN_CLUSTER)
+
+
+def searched(options: RunOptions, **changes: Any) -> Result:
+    return run_search(recipe(**changes), options)
 
 
 def lineage(folder: Path) -> list[dict[str, Any]]:
@@ -110,12 +116,14 @@ def fail():
 """
 
 
+@pytest.mark.parametrize("address", [OWN_CLUSTER, None], ids=["actors", "processes"])
 def test_decisions_do_not_depend_on_what_happens_to_processes(
-    plain: Path, workplace: Path, caplog: pytest.LogCaptureFixture
+    address: str | None, plain: Path, workplace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that dies, is stopped or fails loses a segment, which is trained again."""
     (workplace / "mine.py").write_text(STRIKE)
-    result = searched(workplace / "run", slots=3, base__callbacks=["mine:strike"], search__timeout_seconds=4)
+    options = RunOptions(workplace / "run", address=address)
+    result = searched(options, slots=2, base__callbacks=["mine:strike"], search__timeout_seconds=4)
     assert lineage(workplace / "run") == lineage(plain)
     assert (result.status, result.restarts) == ("done", 2)
     causes = [row["failure"]["cause"] for row in lineage(plain) if "failure" in row]
@@ -135,7 +143,7 @@ def test_members_of_two_workers_make_the_decisions_of_two_threads(workplace: Pat
         STRIKE.replace("(13, stand_still), (16, fail)", "").replace("rank >= 0", "rank == 1")
     )
     mine = {"base.callbacks": ["mine:strike"]}
-    result = run_search(SearchRecipe.parse_with(OF_TWO_WORKERS, mine), RunOptions(workplace / "run"))
+    result = run_search(SearchRecipe.parse_with(OF_TWO_WORKERS, mine), on_ray(workplace / "run"))
     assert (result.status, result.restarts, result.figures["failed"]) == ("done", 1, 0)
     checked = check_search(SearchRecipe.parse(OF_TWO_WORKERS))
     (workplace / "threads").mkdir()
@@ -155,11 +163,11 @@ def test_members_of_two_workers_make_the_decisions_of_two_threads(workplace: Pat
 
 
 def test_one_slot_is_enough_and_a_search_that_is_out_of_time_goes_on_later(plain: Path, tmp_path: Path) -> None:
-    early = searched(tmp_path / "run", slots=1, search__seconds=0.001)
+    early = searched(on_ray(tmp_path / "run"), slots=1, search__seconds=0.001)
     assert (early.status, early.figures["steps"], early.best) == ("stopped early", 0, {})
     raw, _ = read_toml(str(tmp_path / "run"), [])
     whole = run_search(
-        SearchRecipe.parse_with(raw, {"search.seconds": 0, "slots": 1}), RunOptions(tmp_path / "run", resume=True)
+        SearchRecipe.parse_with(raw, {"search.seconds": 0, "slots": 1}), replace(on_ray(tmp_path / "run"), resume=True)
     )
     assert lineage(tmp_path / "run") == lineage(plain)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == whole.status == "done"
@@ -170,12 +178,12 @@ def test_one_slot_is_enough_and_a_search_that_is_out_of_time_goes_on_later(plain
 def test_a_search_of_which_nothing_trains_fails(workplace: Path) -> None:
     (workplace / "mine.py").write_text("def fail(replica):\n    raise ZeroDivisionError('mine')\n")
     with pytest.raises(TrainingError, match=r"^all 4 members failed; member \d at last \(error\): ZeroDivisionError"):
-        searched(workplace / "run", slots=2, base__callbacks=["mine:fail"], search__max_failures=0)
+        searched(on_ray(workplace / "run"), slots=2, base__callbacks=["mine:fail"], search__max_failures=0)
     assert json.loads((workplace / "run" / "result.json").read_text())["status"] == "failed"
 
 
 def test_slots_that_do_not_fit_start_nothing(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
-        searched(tmp_path / "run", slots=5)
+        searched(on_ray(tmp_path / "run"), slots=5)
     assert str(error.value) == "slots: 5 of 1 CPU each do not fit on 1 machine(s) with 4 CPU; set slots=4"
     assert not (tmp_path / "run").exists()

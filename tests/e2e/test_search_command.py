@@ -125,7 +125,7 @@ def test_a_bad_recipe_starts_nothing(
     (workplace / "mine.toml").write_text(RECIPE.replace('callbacks = ["mine:pace"]', ""))
     ended = raytrain("search", "mine.toml", "--out", "run", *words)
     assert (ended.status, ended.err.startswith(f"raytrain: {message}")) == (2, True), ended.err
-    assert "starting Ray" not in ended.err
+    assert "starting" not in ended.err
     assert not (workplace / "run").exists()
 
 

@@ -104,6 +104,30 @@ def test_nothing_is_unpickled() -> None:
     assert found == []
 
 
+def imports_of(file: Path) -> set[str]:
+    """Return the modules and names that a file imports at its top."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{name.name}" for name in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return found
+
+
+def test_search_is_read_in_few_steps() -> None:
+    """From no module below launch does a chain of imports in the package lead through more than nine."""
+    files = [file for file in FILES if file.is_relative_to(ROOT / "search") and "launch" not in file.parts]
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    imports = {name: imports_of(file) & names.keys() for name, file in names.items()}
+
+    @cache
+    def chain(name: str) -> tuple[str, ...]:
+        return (name, *max((chain(other) for other in imports[name]), key=len, default=()))
+
+    assert [chain(name) for name in names if len(chain(name)) > 9] == []
+
+
 def test_tests_are_not_packages() -> None:
     """A test folder named after a package, or an __init__.py, would be imported in its place."""
     assert list((ROOT / "tests").rglob("__init__.py")) == []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrain.registry import resolve
-from search.genome import Configuration
+from search.chooser import Configuration
 from search.predictor.features import Features
 from search.predictor.gaussian_process import GaussianProcessPredictor
 from search.predictor.predictor import Predictor, rank_correlation, rank_correlations

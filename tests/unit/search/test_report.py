@@ -30,8 +30,8 @@ from search.testing import toy_search, train_toy
 WORDS = ["<script>alert(1)</script>", "plain"]
 
 
-def searched(folder: Path, engine: Scheduler, metric: str, train: Any) -> Journal:
-    """Search in this process, with the files of a run."""
+def searched(folder: Path, engine: Scheduler, metric: str, train: Any, segments: int = 1000) -> Journal:
+    """Search in this process for some segments, with the files of a run."""
     (folder / "recipe.toml").write_text(f'kind = "search"\n[search]\nmetric = "{metric}"\nmode = "max"\n')
     journal, reports = Journal(folder, engine), Reports(folder / "metrics.jsonl")
     journal.open()
@@ -42,7 +42,7 @@ def searched(folder: Path, engine: Scheduler, metric: str, train: Any) -> Journa
         reports.add(work, Done(work.attempt, Snapshot("", end.step), end.metrics))
         return end
 
-    drive(journal, journal.store, one)
+    drive(journal, journal.store, one, stop=lambda: len(reports.read()) == segments)
     return journal
 
 
@@ -90,6 +90,13 @@ def test_the_panels_of_a_population(population: Journal) -> None:
     last = shown["The winner's ancestry"].rows[-1]
     assert (last[1], last[3]) == (best.member, best.score)
     assert len(shown["Members"].rows) == 4
+
+
+def test_members_of_an_interrupted_search_do_not_train(tmp_path: Path) -> None:
+    journal = searched(tmp_path, toy_search(steps=40, population=4), "q", train_toy, segments=2)
+    assert {row[4] for row in panels_of(journal)["Members"].rows} == {"training"}
+    (tmp_path / "result.json").write_text("{}")
+    assert {row[4] for row in panels_of(journal)["Members"].rows} == {"paused"}
 
 
 def test_the_panels_of_a_sweep(sweep: Journal) -> None:

@@ -4,8 +4,7 @@ import pytest
 
 from raytrain.errors import RecipeError
 from raytrain.launch.resources import Node
-from search.launch.actors import SlotResources
-from search.launch.slots import slot_count
+from search.launch.slots import SlotResources, slot_count
 
 MACHINES = [Node(cpus, slots=100) for cpus in (5.0, 3.0, 1.0)]
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain.errors import RecipeError
-from search.chooser import Chooser, crossing, perturbing
+from search.chooser import Chooser, Configuration, crossing, perturbing
 from search.domains import Domain
-from search.genome import Configuration
 from search.searchers.grid import grid_points
 from search.space import Space, make_space
 from search.space_size import space_size
