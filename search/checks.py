@@ -30,8 +30,7 @@ def check_steps(base: Recipe, search: SearchOptions) -> None:
     Raises:
         RecipeError: the interval does not fit the base recipe's steps, or it has none.
     """
-    interval = getattr(search, "interval", None)
-    if interval is None:
+    if not hasattr(search, "interval"):
         return
     steps = getattr(base, "steps", None)
     if steps is None:
@@ -39,10 +38,25 @@ def check_steps(base: Recipe, search: SearchOptions) -> None:
             f"search.name: {search.name} trains a recipe part by part, and {base.kind} has no steps; use random, grid "
             "or tpe"
         )
+    check_interval(search, steps, "base.steps")
+
+
+def check_interval(search: SearchOptions, steps: int, field: str) -> None:
+    """Check that decisions come between steps of a training, if they do.
+
+    Args:
+        search: how to search.
+        steps: of a whole training.
+        field: that says so.
+
+    Raises:
+        RecipeError: the interval does not fit.
+    """
+    interval = getattr(search, "interval", steps)
     if isinstance(search, PrunerOptions) and interval >= steps:
-        raise RecipeError(f"search.interval: expected less than base.steps = {steps}; got {interval}")
+        raise RecipeError(f"search.interval: expected less than {field} = {steps}; got {interval}")
     if isinstance(search, PBTOptions) and steps % interval:
-        raise RecipeError(f"search.interval: expected a divisor of base.steps = {steps}; got {interval}")
+        raise RecipeError(f"search.interval: expected a divisor of {field} = {steps}; got {interval}")
 
 
 def check_space(base: Recipe, search: SearchOptions, space: Space) -> None:
@@ -64,7 +78,7 @@ def check_space(base: Recipe, search: SearchOptions, space: Space) -> None:
 def _check_draws(base: Recipe, source: str, space: Space) -> None:
     """Check draws of a function; of each refused field the first value is named, with the line that names the field."""
     refused: dict[str, str] = {}
-    for changes in _draws(space):
+    for changes in draw_probes(space):
         try:
             base.with_overrides(changes)
         except RecipeError as error:
@@ -192,7 +206,7 @@ def _difference(old: Dimension | None, new: Dimension | None) -> str:
 def _probes(search: SearchOptions, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (field of the recipe, changes) of configurations that the base recipe has to take."""
     if isinstance(search.space, str):
-        yield from ((SPACE_FIELD, changes) for changes in _draws(space))
+        yield from ((SPACE_FIELD, changes) for changes in draw_probes(space))
         return
     active: dict[str, dict[str, Any]] = {}
     for name, dimension in parse_dimensions(search.space).items():
@@ -203,7 +217,8 @@ def _probes(search: SearchOptions, space: Space) -> Iterator[tuple[str, dict[str
             yield f"search.space.{name}", {**active[name], name: value}
 
 
-def _draws(space: Space) -> Iterator[dict[str, Any]]:
+def draw_probes(space: Space) -> Iterator[dict[str, Any]]:
+    """Yield the changes of some draws; with them a function has told most of its domains."""
     return (dict(space.sample(keyed_generator(0, "probe", number)).changes) for number in range(CHECKED_SAMPLES))
 
 
