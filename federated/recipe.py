@@ -123,6 +123,9 @@ class Strategy(Section):
 class FederateRecipe(Recipe):
     """How to fine-tune a model with clients that keep their data.
 
+    >>> FederateRecipe.parse({"kind": "federate", "task": "digits", "protocol": "sign"}).protocol.local_steps
+    200
+
     Attributes:
         rounds: communication rounds.
         start: folder of a run, as of `raytrain train`, whose best model the clients begin with; None: the task's own.

@@ -54,6 +54,10 @@ class Trial:
         seed: of data order and first weights.
         reset_optimizer: whether the state's optimizer is to start new.
         attempt: names this attempt; a trial whose attempt failed is handed out again under another one.
+
+    >>> trial = Random({"x": {"type": "int", "low": 3, "high": 4}}).ask()
+    >>> trial.params["x"] in (3, 4), trial.step, trial.until
+    (True, 0, 1)
     """
 
     number: int
@@ -81,6 +85,13 @@ class Study:
 
     Raises:
         RecipeError: an option or the space is wrong.
+
+    >>> study: Study = Grid({"x": {"type": "bool"}})
+    >>> trials = [study.ask(), study.ask(), study.ask()]  # as by several threads
+    >>> for trial in reversed(trials[:2]):
+    ...     study.tell(trial, float(trial.params["x"]))
+    >>> trials[2], study.ask(), study.best_params
+    (None, None, {'x': False})
     """
 
     name: ClassVar[str]

@@ -51,6 +51,14 @@ def test_a_search_in_a_loop_of_ones_own(workplace: Path) -> None:
     assert float(found.split()[1]) < 1e-3
 
 
+def test_a_protocol_in_a_flower_program(workplace: Path) -> None:
+    before, *rounds, after = run(workplace, "federated/examples/own_app.py").splitlines()
+    accuracies = [float(re.search(r"'accuracy': (\d\.\d+)", line)[1]) for line in (before, after)]
+    assert accuracies[1] > accuracies[0]
+    assert len(rounds) == 4
+    assert (workplace / "model.safetensors").stat().st_size < 100_000
+
+
 def test_a_federation_in_one_process(workplace: Path) -> None:
     before, *rounds, after, size = run(workplace, "federated/examples/one_process.py").splitlines()
     accuracies = [float(re.search(r"'accuracy': (\d\.\d+)", line)[1]) for line in (before, after)]
