@@ -109,7 +109,7 @@ class Strategy(Section):
         arguments: of its constructor.
     """
 
-    name: str = ""
+    name: str = Field("", examples=list(STRATEGIES))
     arguments: Mapping[str, float | int | bool | str] = {}
 
     @field_validator("name")
