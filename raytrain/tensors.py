@@ -31,7 +31,7 @@ def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
         TrainingError: the shapes differ.
     """
     if losses.shape != weights.shape:
-        mean = 'with a loss of torch, reduction="none"'
+        mean = 'a loss function of torch returns the mean unless reduction="none"'
         way_out = "give Task.weights, or return one for each example" if losses.shape else mean
         raise TrainingError(
             f"Task.losses returned shape {tuple(losses.shape)} where {tuple(weights.shape)} was expected: one loss for "
