@@ -184,6 +184,10 @@ def evaluate_module(
 class Federation:
     """What the parts of a run share, in one process.
 
+    >>> federation = Federation.of(FederateRecipe.parse({"kind": "federate", "task": "digits", "rounds": 1}))
+    >>> federation.partition.clients, federation.server().model.version
+    (100, 0)
+
     Attributes:
         recipe: of the run.
         task: of the recipe.

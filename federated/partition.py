@@ -7,6 +7,7 @@ Where flwr-datasets has the same partitioner, the same seed gives the same examp
 """
 
 import heapq
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from federated.options import DirichletOptions, PartitionOptions, ShardsOptions
 from federated.sampling import Indices
+from federated.tables import PARTITIONS
 from raytrain.data.sampler import Sampler
 from raytrain.errors import RecipeError
+from raytrain.recipe import explain_errors, options_parameter
+from raytrain.registry import resolve
 from raytrain.seeds.prng import fold_in
 from raytrain.tasks.task import Examples
 
@@ -100,6 +105,34 @@ class Draws:
     def indices(self, client: int) -> Indices:
         """Return the examples of a client."""
         return self.choose(_generator(self.seed, client), self.size(client))
+
+
+def make_partition(name: str, examples: Examples, clients: int, *, seed: int = 0, **options: Any) -> Partition:
+    """Return which examples each client has, as of a recipe's section [partition].
+
+    Args:
+        name: "iid", "dirichlet", "shards" or "domain", or "module:function" of one like them.
+        examples: to divide: pairs of an input and a label, or with the methods of `Labelled`.
+        clients: how many there are.
+        seed: of all draws.
+        options: of the partition.
+
+    Raises:
+        RecipeError: the examples cannot be divided so.
+
+    >>> examples = [(number, number % 3) for number in range(90)]
+    >>> partition = make_partition("dirichlet", examples, 10, alpha=0.1)
+    >>> partition.size(0), partition.indices(0).tolist()[:3]
+    (1, [85])
+    """
+    make = resolve(PARTITIONS, name, "partition.name")
+    declared: Any = options_parameter(make, PartitionOptions)
+    try:
+        parsed = declared.model_validate({"name": name, **options})
+    except ValidationError as error:
+        raise RecipeError(explain_errors(error, "partition")) from None
+    partition: Partition = make(parsed, examples, clients, seed)
+    return partition
 
 
 def iid(options: PartitionOptions, examples: Examples, clients: int, seed: int) -> Partition:
@@ -204,10 +237,32 @@ def labels_of(examples: Examples) -> NDArray[Any]:
     Raises:
         RecipeError: they have none.
     """
-    ask = getattr(examples, "label", None)
-    if ask is None:
-        raise RecipeError("partition.name: expected examples with labels; the task's have none; take iid or domain")
-    return np.array([ask(index) for index in range(len(examples))])
+    read = label_reader(examples)
+    if read is None:
+        raise RecipeError(
+            "partition.name: expected examples with labels, as pairs of an input and a whole number, or with a method "
+            "label(index); the task's have none; take iid or domain"
+        )
+    return np.array([read(index) for index in range(len(examples))])
+
+
+def label_reader(examples: Examples) -> Callable[[int], Any] | None:
+    """Return what tells an example's label: a method of the examples, or the second part of a pair; None: nothing."""
+    if ask := getattr(examples, "label", None):
+        found: Callable[[int], Any] = ask
+        return found
+    pairs = len(examples) > 0 and _label_of_pair(examples[0]) is not None
+    return (lambda index: _label_of_pair(examples[index])) if pairs else None
+
+
+def _label_of_pair(example: Any) -> int | None:
+    """Return the second part of a pair, if it is a whole number: of Python, NumPy or torch."""
+    if not isinstance(example, tuple | list) or len(example) != 2:
+        return None
+    try:
+        return operator.index(example[1])
+    except TypeError:
+        return None
 
 
 def label_counts(partition: Partition, examples: Examples, clients: int) -> dict[str, list[int]]:
@@ -218,7 +273,7 @@ def label_counts(partition: Partition, examples: Examples, clients: int) -> dict
         examples: all of them.
         clients: how many of the clients.
     """
-    label = getattr(examples, "label", None)
+    label = label_reader(examples)
     counts = [
         Counter(str(label(index)) if label else "examples" for index in partition.indices(client).tolist())
         for client in range(clients)

@@ -113,7 +113,7 @@ class Strategy(Section):
         arguments: of its constructor.
     """
 
-    name: str = ""
+    name: str = Field("", examples=list(STRATEGIES))
     arguments: Mapping[str, float | int | bool | str] = {}
 
     @field_validator("name")
@@ -126,6 +126,9 @@ class Strategy(Section):
 
 class FederateRecipe(Recipe):
     """How to fine-tune a model with clients that keep their data.
+
+    >>> FederateRecipe.parse({"kind": "federate", "task": "digits", "protocol": "sign"}).protocol.local_steps
+    200
 
     Attributes:
         rounds: communication rounds.

@@ -5,10 +5,10 @@ What is named here is imported when it is used, and the import of this package i
 >>> from raytrain import Task, train
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raytrain.errors import CheckpointError, RaytrainError, RecipeError, TrainingError
+from raytrain.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from raytrain.api import evaluate, federate, load, search, train
@@ -53,14 +53,4 @@ _MODULES = {
 }
 """Name -> module, of what is imported when it is used."""
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'raytrain' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    """Return the names, those that are not imported yet too."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -46,9 +46,17 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(
 
 
 class Section(BaseModel):
-    """A section of a recipe: frozen, without unknown fields, all numbers finite."""
+    """A section of a recipe: frozen, without unknown fields, all numbers finite.
+
+    One that has a name can be written as its name alone.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) and "name" in cls.model_fields else value
 
     @model_validator(mode="before")
     @classmethod

@@ -96,7 +96,7 @@ def _fields(model: type[BaseModel], prefix: str, owner: str) -> Iterator[RecipeF
         elif _is_section(info.annotation):
             yield from _fields(info.annotation, f"{dotted}.", owner)
         else:
-            default, choices = _default(info), _choices(info.annotation)
+            default, choices = _default(info), _choices(info.annotation) or tuple(map(str, info.examples or ()))
             meaning = meanings.get(name) or ARGUMENTS.get(name, "")
             yield RecipeField(dotted, owner, _type_name(info), default, meaning, choices)
 

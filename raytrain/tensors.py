@@ -31,9 +31,12 @@ def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
         TrainingError: the shapes differ.
     """
     if losses.shape != weights.shape:
+        mean = 'a loss function of torch returns the mean unless reduction="none"'
+        way_out = "give Task.weights, or return one for each example" if losses.shape else mean
         raise TrainingError(
             f"Task.losses returned shape {tuple(losses.shape)} where {tuple(weights.shape)} was expected: one loss for "
-            "each weight of Task.weights, or one for each example of the batch if the task has no weights"
+            "each weight of Task.weights, or one for each example of the batch if the task has no weights; "
+            f"{way_out}"
         )
     losses = at_least_float32(losses)
     return torch.dot(losses, weights.to(losses.dtype))

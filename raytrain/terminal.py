@@ -1,6 +1,10 @@
 """Sanitized text for the terminal: control characters in foreign text could clear it or hide lines."""
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # C0 and C1 controls but line ends and tabs, zero-width characters, bidirectional overrides, and lone surrogates.
 _CONTROLS = re.compile(
@@ -16,6 +20,15 @@ def printable(text: str) -> str:
 def printable_line(text: str) -> str:
     """Return text in one line, without control characters."""
     return " ".join(printable(text).split())
+
+
+def progress_console() -> "Console":
+    """Return where progress is shown: standard error; in a notebook, where that is red, plain lines below the cell."""
+    from rich.console import Console  # noqa: PLC0415 - most of those who print a line need no more
+
+    if Console().is_jupyter:  # it cannot redraw a bar in place, and says that it has colours
+        return Console(force_jupyter=False, force_terminal=False, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def format_mib(size: int) -> str:

@@ -58,7 +58,7 @@ def check_space(base: Recipe, search: SearchOptions, space: Space) -> None:
 def _check_draws(base: Recipe, source: str, space: Space) -> None:
     """Check draws of a function; of each refused field the first value is named, with the line that names the field."""
     refused: dict[str, str] = {}
-    for changes in _draws(space):
+    for changes in draw_probes(space):
         try:
             base.with_overrides(changes)
         except RecipeError as error:
@@ -186,7 +186,7 @@ def _difference(old: Dimension | None, new: Dimension | None) -> str:
 def _probes(search: SearchOptions, space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (field of the recipe, changes) of configurations that the base recipe has to take."""
     if isinstance(search.space, str):
-        yield from ((SPACE_FIELD, changes) for changes in _draws(space))
+        yield from ((SPACE_FIELD, changes) for changes in draw_probes(space))
         return
     active: dict[str, dict[str, Any]] = {}
     for name, dimension in parse_dimensions(search.space).items():
@@ -197,7 +197,8 @@ def _probes(search: SearchOptions, space: Space) -> Iterator[tuple[str, dict[str
             yield f"search.space.{name}", {**active[name], name: value}
 
 
-def _draws(space: Space) -> Iterator[dict[str, Any]]:
+def draw_probes(space: Space) -> Iterator[dict[str, Any]]:
+    """Yield the changes of some draws; with them a function has told most of its domains."""
     return (dict(space.sample(keyed_generator(0, "probe", number)).changes) for number in range(CHECKED_SAMPLES))
 
 

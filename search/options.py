@@ -39,7 +39,7 @@ class SearchOptions(Options):
         """Whether trials take the weights of trials with other hyperparameters, which must not change their shapes."""
         return False
 
-    def check_interval(self, steps: int) -> None:
+    def check_interval(self, steps: int, field: str = "base.steps") -> None:
         """Check that a training of so many steps can be cut where the search decides.
 
         Raises:

@@ -5,6 +5,7 @@ from typing import Any
 
 import tomli_w
 
+from search.pbt.options import PBTOptions
 from search.recipe import SearchRecipe
 from search.rng import keyed_generator
 from search.scheduling.segments import Objective
@@ -19,8 +20,9 @@ def search_preview(recipe: SearchRecipe) -> list[str]:
     """Return the space, the total of steps, and what the first members would train with."""
     search = recipe.search
     if hasattr(recipe.base, "steps"):
-        total = recipe.total_steps or "as many steps as it takes"
-        lines = [f"# {recipe.members} members or trials; of all {total} steps"]
+        what = "members of a population" if isinstance(search, PBTOptions) else "trials"
+        total = f"{recipe.total_steps:,} steps in all" if recipe.total_steps else "as many steps as it takes"
+        lines = [f"# {recipe.members:,} {what}; {total}"]
     else:
         lines = [f"# {recipe.members} trials, each a whole run of the kind {recipe.base.kind}"]
     if isinstance(search.space, str):

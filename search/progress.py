@@ -7,13 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from raytrain.run.progress import Tail
-from raytrain.terminal import printable, printable_line
+from raytrain.terminal import printable, printable_line, progress_console
 from search.standings import Standings
 
 SEARCH_POLL_SECONDS = 0.25
@@ -34,7 +34,7 @@ class SearchDisplay:
     """
 
     def __init__(self, folder: Path, standings: Standings, steps: int, total_steps: int, unit: str = "steps") -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = progress_console()
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
         self._decisions = Tail(folder / "lineage.jsonl")
         self._reports = Tail(folder / "metrics.jsonl")

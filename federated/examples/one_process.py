@@ -3,8 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from federated.build import Federation
-from federated.recipe import FederateRecipe
+from federated import FederateRecipe, Federation
 
 recipe = FederateRecipe.parse(
     {

@@ -34,6 +34,9 @@ class ActorOptions:
         count: how many; 0: as many as there is room for now, with GPUs at most two for each.
         cpus: processors of each; fractions share one.
         gpus: GPUs of each; fractions share one.
+
+    >>> ActorOptions(count=2, cpus=0.5).amounts()
+    {'CPU': 0.5}
     """
 
     count: int = 0

@@ -41,6 +41,12 @@ class RayGrid(Grid):
 
     Raises:
         RecipeError: the cluster has no room for the actors, or the app cannot be loaded.
+
+    >>> strategy = FedKSeed("digits", rounds=1, clients={"count": 8, "per_round": 4}, protocol={"local_steps": 20})
+    >>> with RayGrid(strategy.client_app, clients=8, actors=ActorOptions(1, cpus=0.5)) as grid:
+    ...     model = strategy.start(grid, nodes=grid.get_node_ids())
+    >>> strategy.evaluate().keys()
+    dict_keys(['loss', 'accuracy'])
     """
 
     def __init__(

@@ -34,6 +34,8 @@ from raytrain.run.listing import list_runs
 from raytrain.terminal import printable
 
 RECIPES = "recipes"
+FILE_COLUMNS = 200
+"""Width of a table that is not printed on a terminal."""
 
 app = typer.Typer(
     help="Train neural networks on a Ray cluster.",
@@ -160,7 +162,7 @@ def print_runs(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Pat
         value, started = run.best.get("value"), time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started))
         best = f"{run.best['metric']} {value:.4f}" if value is not None else ""
         grid.add_row(str(run.folder), run.kind, run.status, best, str(run.best.get("step", "")), started)
-    Console(highlight=False).print(grid)
+    Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS).print(grid)
 
 
 @app.command(name="list")

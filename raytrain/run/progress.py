@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +16,7 @@ from raytrain.json_files import parse_rows
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
 from raytrain.run.rows import ROW_TYPES
+from raytrain.terminal import progress_console
 
 REFRESH_SECONDS = 0.25
 LINE_SECONDS = 10.0
@@ -54,7 +54,7 @@ class ProgressDisplay:
         self._run = run
         self._steps = steps
         self._wording = wording
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = progress_console()
         self._metrics = Tail(run.metrics)
         self._restarts = Tail(run.restarts, from_end=True)
         self._attempts = Tail(run.attempts, from_end=True)
@@ -87,7 +87,7 @@ class ProgressDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the bar."""
-        self._bar.stop()
+        self._stop_bar()
 
     def print(self, text: str) -> None:
         """Print a line."""
@@ -121,7 +121,7 @@ class ProgressDisplay:
 
     def finish(self, result: Result) -> None:
         """Print the result of the run."""
-        self._bar.stop()
+        self._stop_bar()
         table = Table.grid(padding=(0, 2))
         numbers = {**result.metrics, **result.references}
         for name, value in {
@@ -159,6 +159,10 @@ class ProgressDisplay:
         new = bool(self._last) and self._last["step"] > self._line_step
         if not self._console.is_terminal and new and time.monotonic() > self._next_line:
             self._line(self._last)
+
+    def _stop_bar(self) -> None:
+        if self._bar.live.is_started:  # else it would print an empty line
+            self._bar.stop()
 
     def _read_attempts(self) -> None:
         """Note whether workers have begun, and at which step."""

@@ -1,5 +1,6 @@
 """A model as the digest of its initial weights, seeds and coefficients: kilobytes at any size."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,7 +116,7 @@ class SeedModel:
         """
         return materialise_all([self], directions, out, stacked=False, digest=digest)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to a file."""
         tensors = {"coefficients": self.coefficients, "seeds": seeds_tensor(self.seeds)}
         about = {
@@ -125,12 +126,12 @@ class SeedModel:
             "tensors": tensor_digest(tensors.items()),
         }
         write_atomic(
-            path,
+            Path(path),
             save(tensors, {"format": f"{SEED_MODEL_NAME}{SEED_MODEL_FORMAT}", "about": add_checksum(about).decode()}),
         )
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a model that `save` wrote.
 
         Raises:
@@ -149,7 +150,7 @@ class SeedModel:
             raise CheckpointError(f"{path}: expected a file that SeedModel.save wrote: {error}") from error
 
 
-def _about(path: Path, named: Mapping[str, str]) -> _About:
+def _about(path: str | os.PathLike[str], named: Mapping[str, str]) -> _About:
     """Return the metadata in the file of a `SeedModel`, checked."""
     form = named.get("format", "")
     if form != f"{SEED_MODEL_NAME}{SEED_MODEL_FORMAT}":

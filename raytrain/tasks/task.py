@@ -93,8 +93,9 @@ class Task:
     Attributes:
         model: seed -> model, with equal parameters for equal seeds; it does not read data.
         data: "train" or "valid" -> examples of that split; a user's `task.source` replaces "train".
-        losses: (model, batch) -> loss of each example or token, float, shape (n,), differentiable.
-        weights: batch -> weight of each loss, shape (n,), >= 0; None: 1.
+        losses: (model, batch) -> loss of each example, float, shape (examples,), differentiable; with `weights` of what
+            these count, such as tokens. torch's losses return their mean unless `reduction="none"`.
+        weights: batch -> weight of each loss, shape (n,), >= 0; None: each example counts 1.
         collate: examples -> batch; default: that of torch's DataLoader.
         length: example -> its number of tokens. The examples of a step are sorted by it before they are divided into
             micro-batches, so that less is padding.

@@ -61,7 +61,7 @@ class Schedule(Section):
         decay_ratio: share of the steps in which "wsd" decays.
     """
 
-    name: str = "cosine"
+    name: str = Field("cosine", examples=list(SCHEDULES))
     warmup: int = Field(0, ge=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     decay_ratio: float = Field(0.2, gt=0, le=1)

@@ -1,9 +1,7 @@
 """A search in a loop of one's own, without Ray: python own_loop.py."""
 
+from search import Evolution
 from search.chooser import Chooser
-from search.searcher import CandidateResult
-from search.searchers.evolution import EvolutionSearcher
-from search.space import Space
 
 
 def space(choose: Chooser) -> dict[str, float]:
@@ -21,14 +19,9 @@ def descend(lr: float, momentum: float) -> float:
     return (theta - 3) ** 2
 
 
-searcher = EvolutionSearcher(Space(space), seed=0)
-scores: list[tuple[float, dict[str, float]]] = []
-for number in range(60):
-    [candidate] = searcher.ask([number])
-    changes = dict(candidate.configuration.changes)
-    loss = descend(**changes)
-    searcher.tell([CandidateResult(candidate, fitness=-loss)])
-    scores.append((loss, changes))
+study = Evolution(space, trials=60)
+while trial := study.ask():
+    study.tell(trial, descend(**trial.params))
 
-best, found = min(scores, key=lambda score: score[0])
-print(f"loss {best:.2e} with", ", ".join(f"{name} = {value:.3f}" for name, value in found.items()))
+found = ", ".join(f"{name} = {value:.3f}" for name, value in study.best_params.items())
+print(f"loss {study.best_value:.2e} with {found}")

@@ -71,14 +71,14 @@ class PBTOptions(SearchOptions):
         """Whether members inherit all weights of their donors."""
         return self.inherit != "hyperparameters" and self.other_shapes != "reset"
 
-    def check_interval(self, steps: int) -> None:
+    def check_interval(self, steps: int, field: str = "base.steps") -> None:
         """Check that the interval divides the steps.
 
         Raises:
             RecipeError: it does not.
         """
         if steps % self.interval:
-            raise RecipeError(f"search.interval: expected a divisor of base.steps = {steps}; got {self.interval}")
+            raise RecipeError(f"search.interval: expected a divisor of {field} = {steps}; got {self.interval}")
 
     @field_validator("population")
     @classmethod

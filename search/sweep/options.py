@@ -83,14 +83,14 @@ class PrunerOptions(SweepOptions):
     searcher: str = "random"
     interval: int = Field(100, ge=1)
 
-    def check_interval(self, steps: int) -> None:
+    def check_interval(self, steps: int, field: str = "base.steps") -> None:
         """Check that a trial is judged before its end.
 
         Raises:
             RecipeError: it is not.
         """
         if self.interval >= steps:
-            raise RecipeError(f"search.interval: expected less than base.steps = {steps}; got {self.interval}")
+            raise RecipeError(f"search.interval: expected less than {field} = {steps}; got {self.interval}")
 
 
 class ASHAOptions(PrunerOptions):

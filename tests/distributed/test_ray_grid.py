@@ -1,5 +1,6 @@
 """Flower's apps on actors of Ray: the same results as anywhere, and clients that cannot harm each other or a round."""
 
+import doctest
 import gc
 import json
 import os
@@ -20,6 +21,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import strategy
 from flwr.supercore.run import RunNotRunningException
 
+from federated import FedKSeed
 from federated.flower.records import flatten, restore
 from federated.flower.seeding import global_seed
 from federated.launch.actor_pool import ActorOptions
@@ -160,6 +162,13 @@ def test_a_client_cannot_change_what_the_next_one_sees(grid: RayGrid) -> None:
 
 def test_clients_that_reuse_a_record_for_their_replies_have_their_own(grid: RayGrid) -> None:
     assert answers(ask(grid, "reuse"), "partition") == list(range(CLIENTS))
+
+
+def test_the_example_in_its_docstring_runs(ray_cluster: None) -> None:
+    names = {"FedKSeed": FedKSeed, "RayGrid": RayGrid, "ActorOptions": ActorOptions}
+    [example] = doctest.DocTestFinder(recurse=False).find(RayGrid, "RayGrid", globs=names)
+    result = doctest.DocTestRunner().run(example)
+    assert (result.failed, result.attempted) == (0, 3)
 
 
 def test_what_messages_share_is_in_the_object_store_once(ray_cluster: None) -> None:

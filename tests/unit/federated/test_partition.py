@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,12 +20,10 @@ from federated.partition import (
     domain,
     iid,
     label_counts,
+    make_partition,
     shards,
 )
-from federated.recipe import options_of_partition
-from federated.tables import PARTITIONS
 from raytrain.errors import RecipeError
-from raytrain.registry import resolve
 
 
 class Labelled(list[int]):
@@ -42,9 +41,7 @@ def labelled(total: int, labels: int = 5, seed: int = 0) -> Labelled:
 
 
 def made(name: str, examples: Any, clients: int, seed: int = 0, **options: Any) -> Partition:
-    factory = resolve(PARTITIONS, name, "partition.name")
-    partition: Partition = factory(options_of_partition(factory)(name=name, **options), examples, clients, seed)
-    return partition
+    return make_partition(name, examples, clients, seed=seed, **options)
 
 
 def all_of(partition: Partition) -> list[list[int]]:
@@ -175,6 +172,15 @@ def test_partitions_are_those_of_flwr_datasets(theirs: Any, seed: int) -> None:
     assert all_of(ours) == theirs(peer, even)
 
 
+def test_labels_of_pairs_are_their_second_parts() -> None:
+    labels = labelled(60)
+    for pairs in ([([0.0], label) for label in labels], [(0, torch.tensor(label)) for label in labels]):
+        assert all_of(made("dirichlet", pairs, 7)) == all_of(made("dirichlet", labels, 7))
+        assert label_counts(made("iid", pairs, 1), pairs, 1) == label_counts(made("iid", labels, 1), labels, 1)
+    for others in ([(0, 1.5)], [(0, 1, 2)], [{"x": 0}]):
+        assert label_counts(made("iid", others, 1), others, 1) == {"examples": [1]}
+
+
 def test_domains_with_few_examples_take_no_part() -> None:
     examples = Labelled([3, 1, 1, 3, 3, 2])
     assert all_of(made("domain", examples, 0)) == [[1, 2], [5], [0, 3, 4]]
@@ -189,9 +195,9 @@ def test_domains_with_few_examples_take_no_part() -> None:
             [1, 2],
             1,
             {},
-            "partition.name: expected examples with labels; the task's have none; take iid or",
+            "partition.name: expected examples with labels, as pairs of an input and a whole number, or with a method",
         ),
-        ("shards", [1, 2], 1, {}, "partition.name: expected examples with labels; the task's have none; take iid or"),
+        ("shards", [1, 2], 1, {}, "partition.name: expected examples with labels, as pairs of"),
         ("domain", [1, 2], 0, {}, "partition.name: expected examples with domains; the task's have none; take iid or"),
         (
             "iid",

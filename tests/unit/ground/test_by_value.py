@@ -1,8 +1,5 @@
-"""Objects that a recipe is given by value, and the public names of the package."""
+"""Objects that a recipe is given by value."""
 
-import resource
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-import raytrain
 from raytrain.by_value import PREFIX, check_importable, dump_objects, load_objects, name_objects
 from raytrain.errors import RecipeError
 from raytrain.registry import resolve
 from raytrain.testing import tiny
 from raytrain.training.recipe import TrainRecipe
-
-NAMES = {"CheckpointError", "Examples", "Options", "RaytrainError", "RecipeError", "Result", "Task", "TrainingError"}
-FUNCTIONS = {"evaluate", "federate", "load", "search", "train"}
-LOOPS = {"CO2", "DDP", "CoCoD", "DelayedAveraging", "DiLoCo", "LocalSGD", "SlowMo", "ZeroOrder"}
 
 
 def local(name: str = "callback") -> Callable[[Any], None]:
@@ -32,23 +24,6 @@ def local(name: str = "callback") -> Callable[[Any], None]:
 
 def recipe(**fields: Any) -> TrainRecipe:
     return TrainRecipe.parse({"kind": "train", "task": "raytrain.testing:tiny", **name_objects(fields)})
-
-
-def test_public_names_are_these_and_each_is_there() -> None:
-    assert set(raytrain.__all__) == NAMES | FUNCTIONS | LOOPS
-    assert all(getattr(raytrain, name) for name in raytrain.__all__)
-    assert set(raytrain.__all__) <= set(dir(raytrain))
-    with pytest.raises(ImportError, match="cannot import name 'trian'"):
-        exec("from raytrain import trian")
-
-
-def test_the_import_of_the_package_takes_no_time() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    script = "import sys, raytrain; print(*sys.modules)"
-    imported = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert {"torch", "ray", "pydantic"}.isdisjoint(imported)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_what_a_module_defines_goes_by_its_name() -> None:

@@ -16,6 +16,15 @@ from raytrain.training.recipe import TrainRecipe
 
 SMALL = {"kind": "train", "task": {"name": "digits"}}
 
+
+def test_a_section_with_a_name_can_be_its_name_alone() -> None:
+    short = TrainRecipe.parse({**SMALL, "schedule": "wsd", "optimizer": "lion", "sync": "diloco"})
+    named = {name: {"name": value} for name, value in (("schedule", "wsd"), ("optimizer", "lion"), ("sync", "diloco"))}
+    assert short == TrainRecipe.parse({**SMALL, **named})
+    with pytest.raises(RecipeError, match="checkpoint: expected a valid dictionary or instance of Checkpoint; got 'x'"):
+        TrainRecipe.parse({**SMALL, "checkpoint": "x"})
+
+
 fields = st.fixed_dictionaries(
     {},
     optional={

@@ -87,6 +87,8 @@ def test_an_unknown_field_is_known_from_elsewhere(raw: dict[str, object], messag
         (["train", "digits", "precision", "=", "bf"], ["bfloat16 "]),
         (["train", "digits", "sync.name", "=", "dil"], ["diloco "]),
         (["train", "digits", "sync="], ["co2 ", "cocod ", "ddp ", "delayed-averaging ", "diloco ", "fsdp "]),
+        (["train", "digits", "schedule", "=", ""], ["constant ", "cosine ", "linear ", "wsd "]),
+        (["federate", "digits-fedavg", "strategy", "=", "Krum"], ["Krum "]),
         (["copy", "digits", "x"], []),
     ],
 )

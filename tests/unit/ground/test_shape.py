@@ -148,7 +148,7 @@ def test_each_package_says_what_it_is(package: str) -> None:
 
 CONVENTIONS = {"logger", "KIND", "app"}
 """Names that each file that has one gives to the same thing."""
-FRONT_DOOR = {"train", "evaluate", "ZeroOrder"}
+FRONT_DOOR = {"train", "evaluate", "ZeroOrder", "Trial", "FedKSeed", "FedKSeedPro", "CommonSeeds", "Sign"}
 """Names of the package itself whose short words a part below it has, too."""
 
 
