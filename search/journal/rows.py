@@ -38,6 +38,7 @@ class ReportRow(TypedDict):
     step: int
     seconds: float
     valid: dict[str, float | None]
+    statistics: NotRequired[dict[str, float]]
 
 
 def read_decisions(folder: Path) -> list[DecisionRow]:

@@ -12,13 +12,13 @@ from raytrain.run.directory import RunDirectory
 from raytrain.run.report.panel import Panel, line_chart, table
 from search.journal.ancestry import ancestors
 from search.journal.rows import DecisionRow, ReportRow, read_decisions, read_reports
+from search.report.front import front_panels
+from search.report.values import is_number, listed, text, wide_axis
 from search.scheduling.segments import Objective
 from search.standings import Standings, standings_of
 
 MANY = 12
 """Members beyond which a chart has no legend."""
-WIDE = 20.0
-"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
 FEW = 5
 """Trials below which nothing is said about correlations."""
 
@@ -32,28 +32,33 @@ Trials = Sequence[tuple[Mapping[str, Any], float]]
 
 def search_panels(run: RunDirectory) -> list[Panel]:
     """Return what a search has recorded so far, as panels."""
-    objective, decisions, reports = _objective(run), read_decisions(run.path), read_reports(run.metrics)
+    objectives, decisions, reports = _objectives(run), read_decisions(run.path), read_reports(run.metrics)
+    objective = objectives[0]
     began = [report for report in reports if _began(decisions, report)]
     scored = _scored(objective, began)
     winner, trials = _winner(objective, decisions, scored), _trials(decisions, scored)
+    standings = standings_of(objective, decisions, began)
     charts = [
         _scores(objective, decisions, scored),
         _best_so_far(objective, scored),
+        *front_panels(objectives, standings),
         *_schedules(decisions, scored, winner),
         _parallel(objective, trials),
         _correlations(trials),
         _ancestry(objective, winner, scored),
-        _members(standings_of(objective, decisions, began)),
+        _members(standings),
         _failures(decisions),
     ]
     return [panel for panel in charts if panel is not None]
 
 
-def _objective(run: RunDirectory) -> Objective:
-    """Return what the search improves, which its recipe says once it has begun."""
+def _objectives(run: RunDirectory) -> list[Objective]:
+    """Return what the search improves, which its recipe says once it has begun, and its other objectives."""
     section: Any = read_toml(str(run.recipe), [])[0].get("search")
     known = section if isinstance(section, Mapping) else {}
-    return Objective(str(known.get("metric", "")), "higher" if known.get("mode") == "max" else "lower")
+    others = known.get("objectives")
+    modes = {str(known.get("metric", "")): known.get("mode"), **(others if isinstance(others, Mapping) else {})}
+    return [Objective(metric, "higher" if mode == "max" else "lower") for metric, mode in modes.items()]
 
 
 def _scored(objective: Objective, reports: Iterable[ReportRow]) -> list[tuple[ReportRow, float]]:
@@ -109,7 +114,7 @@ def _schedules(decisions: Sequence[DecisionRow], scored: Scored, winner: Lineage
 
 
 def _schedule(name: str, stretches: Sequence[tuple[DecisionRow, int]], won: Collection[int]) -> Panel | None:
-    known = [(row, end) for row, end in stretches if _is_number(row["new"].get(name))]
+    known = [(row, end) for row, end in stretches if is_number(row["new"].get(name))]
     if not known:
         return None
     traces = []
@@ -119,9 +124,7 @@ def _schedule(name: str, stretches: Sequence[tuple[DecisionRow, int]], won: Coll
         ys = [y for _, _, value in chosen for y in (value, value, None)]
         line = {"color": color, "width": 3 if wanted else 1}
         traces.append({"type": "scatter", "mode": "lines", "name": title, "x": xs, "y": ys, "line": line})
-    values = [abs(row["new"][name]) for row, _ in known]
-    wide = min(values) > 0 and max(values) / min(values) >= WIDE
-    axis = {"title": {"text": name}, "type": "log" if wide else "linear"}
+    axis = wide_axis(name, [row["new"][name] for row, _ in known])
     return Panel(f"Schedule of {name}", traces, {"xaxis": {"title": {"text": "step"}}, "yaxis": axis})
 
 
@@ -130,13 +133,9 @@ def _numbers(decisions: Iterable[DecisionRow]) -> list[str]:
     values: dict[str, set[float]] = {}
     for row in decisions:
         for name, value in row.get("new", {}).items():
-            if _is_number(value):
+            if is_number(value):
                 values.setdefault(name, set()).add(value)
     return [name for name, found in values.items() if len(found) > 1]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _trials(decisions: Sequence[DecisionRow], scored: Scored) -> list[tuple[Mapping[str, Any], float]]:
@@ -160,9 +159,9 @@ def _parallel(objective: Objective, trials: Trials) -> Panel | None:
 
 def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
     """Return an axis of parallel coordinates; what is no number has a place for each value."""
-    if all(_is_number(value) for value in values):
+    if all(is_number(value) for value in values):
         return {"label": name, "values": list(values)}
-    words = [_text(value) for value in values]
+    words = [text(value) for value in values]
     places = sorted(set(words))
     return {
         "label": name,
@@ -176,7 +175,7 @@ def _correlations(trials: Trials) -> Panel | None:
     """Return how far scores go with each hyperparameter: the rank correlation over all trials."""
     rows: list[tuple[str, float, int]] = []
     for name in trials[0][0] if len(trials) >= FEW else ():
-        pairs = [(values[name], score) for values, score in trials if _is_number(values.get(name))]
+        pairs = [(values[name], score) for values, score in trials if is_number(values.get(name))]
         if len({value for value, _ in pairs}) > 1 and len(pairs) >= FEW:
             rows.append((name, _rank_correlation(*zip(*pairs, strict=True)), len(pairs)))
     rows.sort(key=lambda row: -abs(row[1]))
@@ -198,14 +197,14 @@ def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 def _ancestry(objective: Objective, winner: LineageRows, scored: Scored) -> Panel | None:
     scores = {report["row"]: score for report, score in scored}
-    rows = [[row["step"], row["member"], row["action"], scores.get(row["row"]), _listed(row["new"])] for row in winner]
+    rows = [[row["step"], row["member"], row["action"], scores.get(row["row"]), listed(row["new"])] for row in winner]
     columns = ["from step", "member", "decision", objective.metric, "hyperparameters"]
     return table("The winner's ancestry", columns, rows)
 
 
 def _members(standings: Standings) -> Panel | None:
     rows = [
-        [number, member.step, member.score, member.parent, member.state, _listed(member.values)]
+        [number, member.step, member.score, member.parent, member.state, listed(member.values)]
         for number, member in standings.ranked()
     ]
     columns = ["member", "step", standings.objective.metric, "last donor", "state", "hyperparameters"]
@@ -219,11 +218,3 @@ def _failures(decisions: Sequence[DecisionRow]) -> Panel | None:
         if "failure" in row
     ]
     return table("Failures", ["member", "step", "decision", "cause", "message"], rows)
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} = {_text(value)}" for name, value in values.items())
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
