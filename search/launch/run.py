@@ -168,7 +168,7 @@ class Search:
             shown = [*phases[:1], *phases[max(1, len(phases) - SHOWN_PHASES + 1) :]]
             facts |= {f"from step {phase.from_step}": _listed(phase.changes) for phase in shown}
         front = list(self._front().items())[:SHOWN_FRONT]
-        facts |= {f"{FRONT}/{number}.toml": _listed(values) for number, values in front}
+        facts |= {f"{FRONT}/{number}.toml": ", ".join(_objectives_of(values)) for number, values in front}
         facts |= {name: f"{figure:,}" for name, figure in {**result.figures, "seconds": result.seconds}.items()}
         if result.restarts:
             facts["restarts"] = str(result.restarts)
@@ -201,6 +201,13 @@ class Search:
         """Return what the best model was trained with."""
         best = self._journal.best
         return schedule(self._journal.lineage.read(), best.segment.row) if best else []
+
+
+def _objectives_of(values: Mapping[str, float]) -> list[str]:
+    """Return objectives in words, whole numbers with all their digits."""
+    return [
+        f"{name} = {value:,.0f}" if value.is_integer() else f"{name} = {value:.4g}" for name, value in values.items()
+    ]
 
 
 def _listed(changes: Mapping[str, Any]) -> str:
