@@ -26,6 +26,7 @@ class DecisionRow(TypedDict):
     ended: NotRequired[int]
     score: NotRequired[float]
     parent_score: NotRequired[float]
+    predictor: NotRequired[str]
     failure: NotRequired[dict[str, str]]
 
 

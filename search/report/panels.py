@@ -13,6 +13,7 @@ from raytrain.run.report.panel import Panel, line_chart, table
 from search.journal.ancestry import ancestors
 from search.journal.rows import DecisionRow, ReportRow, read_decisions, read_reports
 from search.report.front import front_panels
+from search.report.model import model_panels
 from search.report.values import is_number, listed, text, wide_axis
 from search.scheduling.segments import Objective
 from search.standings import Standings, standings_of
@@ -42,6 +43,7 @@ def search_panels(run: RunDirectory) -> list[Panel]:
         _scores(objective, decisions, scored),
         _best_so_far(objective, scored),
         *front_panels(objectives, standings),
+        *model_panels(objective, _decided(decisions, scored), _predictor(run, decisions)),
         *_schedules(decisions, scored, winner),
         _parallel(objective, trials),
         _correlations(trials),
@@ -54,11 +56,15 @@ def search_panels(run: RunDirectory) -> list[Panel]:
 
 def _objectives(run: RunDirectory) -> list[Objective]:
     """Return what the search improves, which its recipe says once it has begun, and its other objectives."""
-    section: Any = read_toml(str(run.recipe), [])[0].get("search")
-    known = section if isinstance(section, Mapping) else {}
+    known = _section(run)
     others = known.get("objectives")
     modes = {str(known.get("metric", "")): known.get("mode"), **(others if isinstance(others, Mapping) else {})}
     return [Objective(metric, "higher" if mode == "max" else "lower") for metric, mode in modes.items()]
+
+
+def _section(run: RunDirectory) -> Mapping[str, Any]:
+    section: Any = read_toml(str(run.recipe), [])[0].get("search")
+    return section if isinstance(section, Mapping) else {}
 
 
 def _scored(objective: Objective, reports: Iterable[ReportRow]) -> list[tuple[ReportRow, float]]:
@@ -106,11 +112,19 @@ def _best_so_far(objective: Objective, scored: Scored) -> Panel | None:
 
 
 def _schedules(decisions: Sequence[DecisionRow], scored: Scored, winner: LineageRows) -> list[Panel | None]:
-    """Return a chart for each number that differs: its values over the steps, those of the winner on top."""
+    """Return a chart for each number of a population: its values over the steps, those of the winner on top."""
+    if not _moves(decisions):
+        return []
     ends = {report["row"]: report["step"] for report, _ in scored}
     won = {row["row"] for row in winner}
     stretches = [(row, ends[row["row"]]) for row in decisions if "new" in row and row["row"] in ends]
     return [_schedule(name, stretches, won) for name in _numbers(decisions)]
+
+
+def _moves(decisions: Iterable[DecisionRow]) -> bool:
+    """Return whether hyperparameters of a member change while it trains, as in a population."""
+    first: dict[int, Mapping[str, Any]] = {}
+    return any(first.setdefault(row["member"], row["new"]) != row["new"] for row in decisions if "new" in row)
 
 
 def _schedule(name: str, stretches: Sequence[tuple[DecisionRow, int]], won: Collection[int]) -> Panel | None:
@@ -140,10 +154,27 @@ def _numbers(decisions: Iterable[DecisionRow]) -> list[str]:
 
 def _trials(decisions: Sequence[DecisionRow], scored: Scored) -> list[tuple[Mapping[str, Any], float]]:
     """Return (hyperparameters, last score) of each trial of a sweep; of a population, whose values move, nothing."""
-    if any("old" in row for row in decisions):
+    if _moves(decisions):
         return []
     last = {report["member"]: (decisions[report["row"]]["new"], score) for report, score in scored}
     return list(last.values())
+
+
+def _decided(decisions: Sequence[DecisionRow], scored: Scored) -> list[tuple[Mapping[str, Any], float]]:
+    """Return (decisions, last score) of the trials of a sweep that were trained as far as any."""
+    if _moves(decisions):
+        return []
+    last = {report["member"]: (decisions[report["row"]], report["step"], score) for report, score in scored}
+    whole = max((step for _, step, _ in last.values()), default=0)
+    return [(row.get("genome", row["new"]), score) for row, step, score in last.values() if step == whole]
+
+
+def _predictor(run: RunDirectory, decisions: Sequence[DecisionRow]) -> str:
+    """Return the predictor that the search went by at last; "" for one without."""
+    used = [row["predictor"] for row in decisions if "predictor" in row]
+    section = _section(run)
+    by_process = "gp" in (section.get("name"), section.get("searcher"))
+    return used[-1] if used else "gp" if by_process else ""
 
 
 def _parallel(objective: Objective, trials: Trials) -> Panel | None:

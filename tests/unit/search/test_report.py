@@ -97,7 +97,6 @@ def test_the_panels_of_a_sweep(sweep: Journal) -> None:
     assert list(shown) == [
         "Scores",
         "Best so far",
-        "Schedule of x",
         "Trials",
         "Rank correlation with the score",
         "The winner's ancestry",
