@@ -40,6 +40,7 @@ def _front_chart(
 def _front_table(
     objectives: Sequence[Objective], standings: Standings, front: Mapping[int, Sequence[float]]
 ) -> Panel | None:
-    rows = [[number, *values, listed(standings.members[number].values)] for number, values in front.items()]
+    shown = {number: [int(value) if value.is_integer() else value for value in row] for number, row in front.items()}
+    rows = [[number, *values, listed(standings.members[number].values)] for number, values in shown.items()]
     note = "No other member is at least as good in all of these and better in one."
     return table("Pareto front", ["member", *(each.metric for each in objectives), "hyperparameters"], rows, note=note)
