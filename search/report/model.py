@@ -11,7 +11,7 @@ from raytrain.run.report.panel import Panel
 from search.domains import Choice, Domain, Float
 from search.genome import Configuration, Decision, Genome
 from search.predictor.predictor import Predictor, rank_correlation
-from search.report.values import WIDE, is_number, text
+from search.report.values import WIDE, in_words, is_number
 from search.rng import keyed_generator
 from search.scheduling.segments import Objective
 from search.surrogate.encoding import FloatArray
@@ -21,13 +21,15 @@ from search.tables import PREDICTORS
 DEFAULT_PREDICTOR = "gp"
 LEAST_TRIALS = 10
 """Trials below which no predictor is fitted."""
-LARGEST = 1e100
+LARGEST_SCORE = 1e100
 """Numbers from which squares overflow; infinite ones and NaN are beyond it."""
 MODELLED = 150
 """Trials that one is fitted on at most, spread over the search."""
+VARIANCE_DRAWS = 400
+"""Draws that the variance of all predictions is taken over."""
 BACKGROUND = 40
 """Draws that a mean over all other hyperparameters is taken over."""
-LEVELS = 6
+IMPORTANCE_LEVELS = 6
 """Values of a number."""
 SHOWN_IMPORTANCES = 10
 """Hyperparameters that are shown, the most important ones."""
@@ -83,7 +85,7 @@ def model_panels(objective: Objective, trials: Sequence[tuple[Values, float]], p
         predictor: that the search used; "": none.
     """
     sign = -objective.fitness(1.0)
-    finite = [(values, sign * score) for values, score in trials if abs(score) < LARGEST]
+    finite = [(values, sign * score) for values, score in trials if abs(score) < LARGEST_SCORE]
     if len(finite) < LEAST_TRIALS:
         return []
     observed = Observed.of(finite)
@@ -103,16 +105,18 @@ def importances(observed: Observed, fitted: Predictor, rng: np.random.Generator)
 
     Source: Hutter et al. 2014, An Efficient Approach for Assessing Hyperparameter Importance (functional ANOVA).
     """
-    shapes = [observed.configurations[place] for place in rng.integers(len(observed.configurations), size=BACKGROUND)]
+    shapes = [
+        observed.configurations[place] for place in rng.integers(len(observed.configurations), size=VARIANCE_DRAWS)
+    ]
     draws = [{each.path: _drawn(each, rng) for each in shape.genome.decisions} for shape in shapes]
     predicted, _ = fitted.predict([_configuration(draw) for draw in draws])
     shares = []
     for path, domain in observed.domains.items():
-        active = [draw for draw in draws if path in draw]
-        levels = [Decision(path, domain, value) for value in domain.grid(LEVELS)]
+        active = [draw for draw in draws[:BACKGROUND] if path in draw]
+        levels = [Decision(path, domain, value) for value in _levels(domain)]
         changed = [_configuration({**draw, path: level}) for level in levels for draw in active]
         means = fitted.predict(changed)[0].reshape(len(levels), -1).mean(axis=1) if active else np.zeros(1)
-        shares.append(float(means.var()) * len(active) / len(draws))
+        shares.append(float(means.var()) * len(active) / BACKGROUND)
     return np.array(shares) / (float(predicted.var()) or 1.0)
 
 
@@ -166,11 +170,11 @@ def _predictions(objective: Objective, observed: Observed, name: str, left_out: 
 
 def _domain(values: Sequence[Any]) -> Domain | None:
     """Return the domain of values that were seen; None if they are all equal."""
-    if all(is_number(value) and abs(value) < LARGEST for value in values):
+    if all(is_number(value) and abs(value) < LARGEST_SCORE for value in values):
         low, high = min(values), max(values)
         logarithmic = low > 0 and high / low >= WIDE
         return Float(low=low, high=high, scale="log" if logarithmic else "linear") if low < high else None
-    words = tuple(dict.fromkeys(map(text, values)))
+    words = tuple(dict.fromkeys(map(in_words, values)))
     return Choice(values=words) if len(words) > 1 else None
 
 
@@ -179,7 +183,7 @@ def _seen(domains: Mapping[str, Domain], values: Values) -> Configuration:
     decisions = {}
     for path, domain in domains.items():
         if path in values:
-            value = values[path] if isinstance(domain, Float) else text(values[path])
+            value = values[path] if isinstance(domain, Float) else in_words(values[path])
             decisions[path] = Decision(path, domain, value)
     return _configuration(decisions)
 
@@ -191,3 +195,10 @@ def _configuration(decisions: Mapping[str, Decision]) -> Configuration:
 def _drawn(decision: Decision, rng: np.random.Generator) -> Decision:
     """Return a decision with a value that is drawn from its domain."""
     return Decision(decision.path, decision.domain, decision.domain.sample(rng))
+
+
+def _levels(domain: Domain) -> list[Any]:
+    """Return all listed values, or numbers in the middle of equal parts of the scale."""
+    if domain.is_listed:
+        return list(domain.extremes())
+    return [domain.at((level + 0.5) / IMPORTANCE_LEVELS) for level in range(IMPORTANCE_LEVELS)]

@@ -14,7 +14,7 @@ from search.journal.ancestry import ancestors
 from search.journal.rows import DecisionRow, ReportRow, read_decisions, read_reports
 from search.report.front import front_panels
 from search.report.model import model_panels
-from search.report.values import is_number, listed, text, wide_axis
+from search.report.values import in_words, is_number, listed, wide_axis
 from search.scheduling.segments import Objective
 from search.standings import Standings, standings_of
 
@@ -192,7 +192,7 @@ def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
     """Return an axis of parallel coordinates; what is no number has a place for each value."""
     if all(is_number(value) for value in values):
         return {"label": name, "values": list(values)}
-    words = [text(value) for value in values]
+    words = [in_words(value) for value in values]
     places = sorted(set(words))
     return {
         "label": name,

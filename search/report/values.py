@@ -20,9 +20,9 @@ def is_number(value: Any) -> bool:
 
 def listed(values: Mapping[str, Any]) -> str:
     """Return hyperparameters in words."""
-    return ", ".join(f"{name} = {text(value)}" for name, value in values.items())
+    return ", ".join(f"{name} = {in_words(value)}" for name, value in values.items())
 
 
-def text(value: Any) -> str:
+def in_words(value: Any) -> str:
     """Return a value in words, numbers to four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -64,7 +64,7 @@ def test_shares_of_a_linear_predictor_are_its_squared_factors(a: float, b: float
     assert list(observed.domains) == ["a", "b"], "c never differs"
     shares = importances(observed, Linear(a=a, b=b), rng)
     assert shares[0] / shares[1] == pytest.approx(a**2 / b**2)
-    assert shares.sum() == pytest.approx(1, abs=0.9), "the variance is that of draws"
+    assert shares.sum() == pytest.approx(1, abs=0.25), "the variance is that of 400 draws"
 
 
 scalars = st.none() | st.booleans() | st.integers(-9, 10**6) | st.text(max_size=2) | st.floats()
