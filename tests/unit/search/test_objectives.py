@@ -171,7 +171,7 @@ def test_the_report_shows_the_front(tmp_path: Path) -> None:
     losses = [row[1] for row in front.rows]
     assert losses == sorted(losses)
     others, chosen = shown["Pareto front: loss and size"].traces
-    assert len(others["x"]) + len(chosen["x"]) == 20
+    assert len(others["x"]) + len(chosen["x"]) == len(rows)
     assert chosen["x"] == sorted(chosen["x"])
     assert shown["Pareto front: loss and speed"].note == "Better: lower loss and higher speed."
     assert json.dumps(front.rows)
