@@ -1,17 +1,18 @@
 """Checks of a search before anything starts: does the base recipe take what the search will ask of it?"""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from raytrain.errors import RecipeError
 from raytrain.recipe import Recipe
 from raytrain.registry import suggest
 from search.domains import Float
+from search.limits import STATISTICS
 from search.options import SearchOptions
 from search.prior import read_priors
 from search.rng import keyed_generator
 from search.space import SPACE_FIELD, Dimension, Space, field_line, guessed, make_space, parse_dimensions
-from search.sweep.options import PriorOptions
+from search.sweep.options import PriorOptions, SweepOptions
 
 CHECKED_SAMPLES = 32
 """Configurations of a space function that are tried."""
@@ -37,6 +38,44 @@ def check_steps(base: Recipe, search: SearchOptions) -> None:
             "or tpe"
         )
     search.check_interval(steps)
+
+
+def check_statistics(base: Recipe, search: SearchOptions) -> None:
+    """Check that a statistic of the model is asked of a recipe that has one, and is an objective to be lowered.
+
+    Raises:
+        RecipeError: the base recipe is of another kind, or more parameters are called better.
+    """
+    limits = search.limits.bounds() if isinstance(search, SweepOptions) else {}
+    asked = [f"limits.{name}" for name in limits]
+    for name, mode in search.objectives.items():
+        if name in STATISTICS:
+            asked.append(f"objectives.{name}")
+            if mode == "max":
+                raise RecipeError(f"search.objectives.{name}: expected min, as for each statistic of a model; got max")
+    if asked and base.kind != "train":
+        raise RecipeError(f"search.{asked[0]}: a statistic of the model of a training recipe; base is a {base.kind}")
+
+
+def check_objectives(search: SearchOptions, metric: str, measured: Collection[str]) -> None:
+    """Check that each objective is another metric than the one that is searched by, or a statistic.
+
+    Args:
+        search: how fields are searched.
+        metric: what is searched by.
+        measured: the metrics of the task, if known.
+
+    Raises:
+        RecipeError: one is neither.
+    """
+    known = (*measured, *STATISTICS)
+    for name in search.objectives:
+        if name == metric:
+            raise RecipeError(f"search.objectives.{name}: the search goes by this metric, which is an objective anyway")
+        if measured and name not in known:
+            raise RecipeError(
+                f"search.objectives.{name}: neither measured by the task nor a statistic; {suggest(name, known)}"
+            )
 
 
 def check_space(base: Recipe, search: SearchOptions, space: Space) -> None:

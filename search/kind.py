@@ -9,7 +9,7 @@ KIND = Kind(
     run="search.launch.dispatch:dispatch_search",
     recipes=Path(__file__).parent / "recipes",
     load="search.launch.winner:load_winner",
-    panels="search.report:search_panels",
+    panels="search.report.panels:search_panels",
     check="search.preview:search_preview",
     tables={
         "searches": "search.tables:SEARCHES",

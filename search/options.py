@@ -15,6 +15,9 @@ class SearchOptions(Options):
         space: a table of dimensions, or "module:function" of a chooser; see `search.space`.
         metric: what is improved, among the metrics that the task measures; "": the task's own.
         mode: whether lower ("min") or higher ("max") is better; "": as the task says for its metric.
+        objectives: what counts beside the metric, name -> "min" or "max": other metrics of the task, and the model's
+            parameters, flops, memory_mb and latency_ms (see `search.limits`). The metric alone is searched by; the
+            Pareto front of all is in the report.
         first: hyperparameters to begin with, path -> value; those that a guess leaves out are drawn.
         timeout_seconds: how long a member may be silent before its attempt is given up.
         max_failures: how often a failed segment is handed out again.
@@ -24,6 +27,7 @@ class SearchOptions(Options):
     space: str | dict[str, Any]
     metric: str = ""
     mode: Literal["", "min", "max"] = ""
+    objectives: dict[str, Literal["min", "max"]] = Field(default_factory=dict)
     first: tuple[dict[str, Any], ...] = ()
     timeout_seconds: float = Field(60.0, gt=0)
     max_failures: int = Field(3, ge=0)

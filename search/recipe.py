@@ -1,6 +1,6 @@
 """The recipe of a search: a base recipe of any kind, and how to search its fields."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
@@ -12,7 +12,14 @@ from raytrain.kinds import load_kinds
 from raytrain.overrides import apply_overrides
 from raytrain.recipe import Recipe, dotted_fields, options_by_name, options_parameter, read_toml
 from raytrain.registry import resolve, suggest
-from search.checks import check_factors, check_guesses, check_space, check_steps
+from search.checks import (
+    check_factors,
+    check_guesses,
+    check_objectives,
+    check_space,
+    check_statistics,
+    check_steps,
+)
 from search.limits import Limit
 from search.options import SearchOptions, rename_field
 from search.pbt.options import PBTOptions
@@ -22,8 +29,9 @@ from search.space import Space, make_space
 from search.sweep.options import GridOptions, PrunerOptions, SweepOptions
 from search.tables import SEARCHES
 
-LIMIT = "search.limits.parameters"
-PARAMETER_COUNT = "search.model_statistics:ParameterCount"
+LIMITS = "search.limits"
+MODEL_STATISTICS = "search.model_statistics:ModelStatistics"
+MODES: dict[str, Literal["lower", "higher"]] = {"min": "lower", "max": "higher"}
 FUNCTION_SEARCH = "gp"
 """The method for a space that is a function, where none is named."""
 
@@ -97,6 +105,7 @@ class SearchRecipe(Recipe):
     @model_validator(mode="after")
     def _fit(self) -> Self:
         check_steps(self.base, self.search)
+        check_statistics(self.base, self.search)
         space = make_space(self.search.space)
         check_space(self.base, self.search, space)
         check_factors(self.search, space)
@@ -122,12 +131,27 @@ class SearchRecipe(Recipe):
 
     def space(self) -> Space:
         """Return the space that is searched, within its limits."""
-        space = make_space(self.search.space)
-        bound = self.search.limits.parameters if isinstance(self.search, SweepOptions) else 0
-        if not bound:
+        space, bounds = make_space(self.search.space), self._bounds()
+        if not bounds:
             return space
-        count = resolve({}, PARAMETER_COUNT, LIMIT)(self.base)  # imports torch, which only a limit needs here
-        return space.limited(Limit(LIMIT, bound, count))
+        statistics = self._model_statistics()
+        limits = (Limit(f"{LIMITS}.{name}", bound, partial(statistics.measure, name)) for name, bound in bounds.items())
+        return space.limited(*limits)
+
+    def statistics(self) -> Callable[[Mapping[str, Any]], Mapping[str, float]]:
+        """Return what is recorded of the model of each candidate: changes -> statistic -> value."""
+        if self.base.kind != "train":
+            return lambda _: {}
+        found: Callable[[Mapping[str, Any]], Mapping[str, float]] = self._model_statistics()
+        return found
+
+    def _bounds(self) -> Mapping[str, float]:
+        return self.search.limits.bounds() if isinstance(self.search, SweepOptions) else {}
+
+    def _model_statistics(self) -> Any:
+        """Import what needs torch, which most commands do without."""
+        wanted = {*self._bounds(), *self.search.objectives}
+        return resolve({}, MODEL_STATISTICS, LIMITS)(self.base, wanted, free=isinstance(self.search, SweepOptions))
 
     def objective(self, metric: str, better: Literal["lower", "higher"], measured: Collection[str] = ()) -> Objective:
         """Return what is improved.
@@ -143,12 +167,16 @@ class SearchRecipe(Recipe):
         wanted = self.search.metric or metric
         if measured and wanted not in measured:
             raise RecipeError(f"search.metric: the task does not measure {wanted!r}; {suggest(wanted, measured)}")
+        check_objectives(self.search, wanted, measured)
         if wanted != metric and not self.search.mode:
             raise RecipeError(
                 f"search.mode: required with the metric {wanted!r}, which is not the task's own ({metric}); min or max"
             )
-        modes: dict[str, Literal["lower", "higher"]] = {"min": "lower", "max": "higher"}
-        return Objective(wanted, modes.get(self.search.mode, better))
+        return Objective(wanted, MODES.get(self.search.mode, better))
+
+    def objectives(self, first: Objective) -> tuple[Objective, ...]:
+        """Return what the Pareto front is of: what is improved, and the other objectives of the recipe."""
+        return (first, *(Objective(name, MODES[mode]) for name, mode in self.search.objectives.items()))
 
     def scheduler(self, objective: Objective) -> Scheduler:
         """Return the engine of the search."""

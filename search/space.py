@@ -18,7 +18,7 @@ Both become a `Space`: sampling, replay, mutation and enumeration are policies o
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Space:
     Args:
         program: (chooser) -> dotted field of the recipe -> value. It decides by the chooser alone.
         domains: path -> domain, as far as they are known beforehand.
-        limit: what configurations have to keep to; None: any.
+        limits: what configurations have to keep to; measured in this order.
 
     >>> space = Space(lambda choose: {"optimizer.lr": choose.float("lr", 1e-4, 1e-1, log=True)})
     >>> space.replay({"lr": 0.01}).changes
@@ -62,11 +62,11 @@ class Space:
     """
 
     def __init__(
-        self, program: SpaceFunction, domains: Mapping[str, Domain] | None = None, limit: Limit | None = None
+        self, program: SpaceFunction, domains: Mapping[str, Domain] | None = None, limits: Sequence[Limit] = ()
     ) -> None:
         self._program = program
         self._domains = dict(domains or {})
-        self._limit = limit
+        self._limits = tuple(limits)
 
     @property
     def domains(self) -> Mapping[str, Domain]:
@@ -83,27 +83,26 @@ class Space:
         changes = dict(self._program(chooser))
         return Configuration(chooser.genome, changes)
 
-    def limited(self, limit: Limit) -> "Space":
-        """Return the part of the space that keeps to a limit."""
-        return Space(self._program, self._domains, limit)
+    def limited(self, *limits: Limit) -> "Space":
+        """Return the part of the space that keeps to more limits."""
+        return Space(self._program, self._domains, (*self._limits, *limits))
 
     def allows(self, configuration: Configuration) -> bool:
-        """Return whether a configuration keeps to the limit."""
-        return self._limit is None or self._limit.allows(configuration.changes)
+        """Return whether a configuration keeps to the limits."""
+        return all(limit.allows(configuration.changes) for limit in self._limits)
 
     def sample(self, rng: np.random.Generator) -> Configuration:
-        """Draw a configuration within the limit.
+        """Draw a configuration within the limits.
 
         Raises:
             RecipeError: none of 10,000 draws is.
         """
-        if self._limit is None:
-            return self.run(sampling(rng))
         for _ in range(MAX_DRAWS):
             drawn = self.run(sampling(rng))
-            if self._limit.allows(drawn.changes):
+            if self.allows(drawn):
                 return drawn
-        raise RecipeError(self._limit.refusal(MAX_DRAWS))
+        refusing = next((limit for limit in self._limits if not limit.met), self._limits[-1])
+        raise RecipeError(refusing.refusal(MAX_DRAWS))
 
     def is_single(self) -> bool:
         """Return whether there is nothing to decide: the space has one configuration."""
@@ -119,9 +118,9 @@ class Space:
 
 
 def guessed(space: Space, values: Mapping[str, Any], seed: int, number: int) -> Configuration:
-    """Return the configuration of the user's guess: its values, and draws for what it leaves out, within the limit.
+    """Return the configuration of the user's guess: its values, and draws for what it leaves out, within the limits.
 
-    If no draw keeps to the limit, one that does not is returned.
+    If no draw keeps to them, one that does not is returned.
 
     Args:
         space: what is searched.

@@ -1,10 +1,14 @@
 """Where a search stands: its members, its best score and its pace, from the rows that it has written."""
 
+import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from search.pareto import pareto_front
 from search.scheduling.segments import Objective
 
 ENDS = {"end": "done", "stop": "stopped early", "pause": "paused", "fail": "failed", "retire": "failed"}
@@ -19,6 +23,7 @@ class Standing:
         row: of the decision that began its segment.
         step: optimizer steps done.
         score: the last one.
+        metrics: what was measured last, and statistics of the model.
         values: dotted field of the base recipe -> value that it trains with.
         parent: whose state it inherited at last, if that was another's.
         state: "training", or how it ended.
@@ -27,6 +32,7 @@ class Standing:
     row: int = -1
     step: int = 0
     score: float | None = None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     parent: int | None = None
     state: str = "training"
@@ -89,6 +95,7 @@ class Standings:
         score = row["valid"].get(self.objective.metric)
         self.steps += row["step"] - self._begun_at.get(row["row"], row["step"])
         member.score = score
+        member.metrics = {**row.get("statistics", {}), **row["valid"]}
         if row["row"] >= member.row:
             member.step = row["step"]
         if score is None:
@@ -111,6 +118,27 @@ class Standings:
     def ahead(self, member: int, step: int) -> int:
         """Return how many steps of a segment that goes on are done, if its member is at `step`."""
         return max(0, step - self.members[member].step) if member in self.members else 0
+
+    def front(self, objectives: Sequence[Objective]) -> dict[int, list[float]]:
+        """Return the members that are on the Pareto front, number -> values, sorted by the first objective."""
+        points = self.points(objectives)
+        losses = [
+            [-each.fitness(value) for each, value in zip(objectives, row, strict=True)] for row in points.values()
+        ]
+        on_front = pareto_front(np.array(losses).reshape(-1, len(objectives)))
+        front = {number: row for (number, row), on in zip(points.items(), on_front.tolist(), strict=True) if on}
+        return dict(sorted(front.items(), key=lambda item: (-objectives[0].fitness(item[1][0]), item[0])))
+
+    def points(self, objectives: Sequence[Objective]) -> dict[int, list[float]]:
+        """Return the objectives' last values of each member that has all of them, finite, number -> values."""
+        rows = {
+            number: [member.metrics.get(each.metric) for each in objectives] for number, member in self.members.items()
+        }
+        return {
+            number: [float(value) for value in row if value is not None]
+            for number, row in rows.items()
+            if all(value is not None and math.isfinite(value) for value in row)
+        }
 
     def ranked(self) -> list[tuple[int, Standing]]:
         """Return the members by number, the best scores first; those without one last."""

@@ -4,12 +4,16 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from raytrain.files import append_line, write_atomic
 from raytrain.json_files import to_json
 from raytrain.run.loggers import Logger, start_loggers
 from search.journal.rows import ReportRow, read_reports
 from search.scheduling.work import Done, Work
+
+Statistics = Callable[[Mapping[str, Any]], Mapping[str, float]]
+"""Changes of the base recipe -> statistic of its model -> value."""
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +24,12 @@ class Reports:
     Args:
         file: that holds them.
         loggers: names of what else takes them; one that fails is left out from there on.
+        statistics: what is recorded of the model: changes of the base recipe -> statistic -> value.
     """
 
-    def __init__(self, file: Path, loggers: Sequence[str] = ()) -> None:
+    def __init__(self, file: Path, loggers: Sequence[str] = (), statistics: Statistics = lambda _: {}) -> None:
         self._file = file
+        self._statistics = statistics
         self._names = loggers
         self._loggers: dict[str, Logger] = {}
         self._before = 0.0
@@ -50,7 +56,9 @@ class Reports:
     def add(self, work: Work, done: Done) -> None:
         """Add the end of a segment."""
         row = {"row": work.row, "member": work.member, "step": done.snapshot.step, "seconds": round(self.seconds, 3)}
-        append_line(self._file, to_json({**row, "valid": dict(done.metrics)}))
+        statistics = dict(self._statistics(work.changes))
+        recorded = {"statistics": statistics} if statistics else {}
+        append_line(self._file, to_json({**row, "valid": dict(done.metrics), **recorded}))
         shown = {"step": done.snapshot.step, f"member {work.member}": dict(done.metrics)}
         for name in list(self._loggers):
             self._try(name, lambda found: found.write(shown))

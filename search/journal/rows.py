@@ -26,6 +26,7 @@ class DecisionRow(TypedDict):
     ended: NotRequired[int]
     score: NotRequired[float]
     parent_score: NotRequired[float]
+    predictor: NotRequired[str]
     failure: NotRequired[dict[str, str]]
 
 
@@ -38,6 +39,7 @@ class ReportRow(TypedDict):
     step: int
     seconds: float
     valid: dict[str, float | None]
+    statistics: NotRequired[dict[str, float]]
 
 
 def read_decisions(folder: Path) -> list[DecisionRow]:

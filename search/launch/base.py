@@ -36,6 +36,11 @@ class CheckedSearch:
     objective: Objective
     in_segments: bool = True
 
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the Pareto front is of, `objective` first."""
+        return self.recipe.objectives(self.objective)
+
 
 def check_search(recipe: SearchRecipe) -> CheckedSearch:
     """Check what takes the base recipe's task and model.
@@ -80,8 +85,8 @@ def _check_of_any_kind(recipe: SearchRecipe) -> CheckedSearch:
 
 
 def _measured(recipe: SearchRecipe, base: TrainRecipe, task: Task) -> tuple[str, ...]:
-    """Return the names of all metrics, where the recipe asks for another one than the task's own."""
-    if recipe.search.metric in ("", task.metric):
+    """Return the names of all metrics, where the recipe asks for others than the task's own."""
+    if recipe.search.metric in ("", task.metric) and not recipe.search.objectives:
         return ()
     exchange, valid = ExactAverager(LocalTransport()), task.data("valid")
     some = [valid[index] for index in range(min(SOME, len(valid)))]

@@ -25,13 +25,14 @@ from search.launch.base import CheckedSearch, check_search
 from search.launch.loop import SearchLoop
 from search.launch.slots import SlotPool, SlotResources, slot_count
 from search.launch.trial_options import TrialOptions
-from search.launch.winner import BEST, WINNER, copy_winner, winner_recipe, write_winner
+from search.launch.winner import BEST, FRONT, WINNER, copy_winner, winner_recipe, write_front, write_winner
 from search.progress import SearchDisplay
 from search.recipe import SearchRecipe
 from search.scheduling.segments import SegmentReport
 from search.standings import Standings, standings_of
 
 SHOWN_PHASES = 3
+SHOWN_FRONT = 12
 NO_RESOURCES = SlotResources(0.0, {}, {})
 
 
@@ -77,10 +78,10 @@ class Search:
     def __init__(self, directory: RunDirectory, checked: CheckedSearch) -> None:
         self._directory = directory
         self._recipe, self._base, self._objective = checked.recipe, checked.base, checked.objective
-        self._in_segments = checked.in_segments
+        self._in_segments, self._objectives = checked.in_segments, checked.objectives
         self._journal = Journal(directory.path, checked.recipe.scheduler(checked.objective))
         loggers = checked.base.log.loggers if isinstance(checked.base, TrainRecipe) else ()
-        self._reports = Reports(directory.metrics, loggers)
+        self._reports = Reports(directory.metrics, loggers, checked.recipe.statistics())
 
     def follow(self, display: SearchDisplay, backend: SlotBackend) -> SearchLoop:
         """Search until the end, or until Ctrl-C, and return the loop that did.
@@ -127,7 +128,7 @@ class Search:
 
     def result(self, loop: SearchLoop) -> Result:
         """Return the result of the search, and leave its best model in the folder."""
-        standings = standings_of(self._objective, self._journal.lineage.read(), self._reports.read())
+        standings = self._standings()
         figures = {"trials": len(standings.members), "failed": standings.failures}
         if self._in_segments:
             figures["steps"] = standings.steps
@@ -144,10 +145,14 @@ class Search:
         metrics = self._reports.metrics(best.segment.row)
         try:
             checkpoint = self._keep(best, metrics)
+            self._keep_front()
         except (CheckpointError, OSError) as error:
             return replace(result, status="failed", error=result.error or f"the best model cannot be written: {error}")
         score = {"metric": self._objective.metric, "value": best.score, "step": best.snapshot.step}
         return replace(result, metrics=metrics, best={**score, "member": best.member}, checkpoint=checkpoint)
+
+    def _standings(self) -> Standings:
+        return standings_of(self._objective, self._journal.lineage.read(), self._reports.read())
 
     def _keep(self, best: SegmentReport, metrics: Mapping[str, float]) -> str:
         """Leave the best model and its recipe in the folder; return its checkpoint.
@@ -171,6 +176,8 @@ class Search:
             phases = self._phases()
             shown = [*phases[:1], *phases[max(1, len(phases) - SHOWN_PHASES + 1) :]]
             facts |= {f"from step {phase.from_step}": _listed(phase.changes) for phase in shown}
+        front = list(self._front().items())[:SHOWN_FRONT]
+        facts |= {f"{FRONT}/{number}.toml": ", ".join(_objectives_of(values)) for number, values in front}
         facts |= {name: f"{figure:,}" for name, figure in {**result.figures, "seconds": result.seconds}.items()}
         if result.restarts:
             facts["restarts"] = str(result.restarts)
@@ -182,10 +189,34 @@ class Search:
             facts["go on"] = f"raytrain search {path} --resume"
         return facts
 
+    def _front(self) -> dict[int, dict[str, float]]:
+        """Return the members of the Pareto front, number -> objectives; none with a single objective."""
+        names = [objective.metric for objective in self._objectives]
+        front = self._standings().front(self._objectives) if len(names) > 1 else {}
+        return {number: dict(zip(names, values, strict=True)) for number, values in front.items()}
+
+    def _keep_front(self) -> None:
+        """Leave the recipes of the Pareto front in the folder.
+
+        Raises:
+            OSError: there is no room.
+        """
+        members, rows = self._standings().members, self._journal.lineage.read()
+        recipes = {number: winner_recipe(self._base, schedule(rows, members[number].row)) for number in self._front()}
+        if recipes:
+            write_front(self._directory.path, recipes)
+
     def _phases(self) -> list[Phase]:
         """Return what the best model was trained with."""
         best = self._journal.best
         return schedule(self._journal.lineage.read(), best.segment.row) if best else []
+
+
+def _objectives_of(values: Mapping[str, float]) -> list[str]:
+    """Return objectives in words, whole numbers with all their digits."""
+    return [
+        f"{name} = {value:,.0f}" if value.is_integer() else f"{name} = {value:.4g}" for name, value in values.items()
+    ]
 
 
 def _listed(changes: Mapping[str, Any]) -> str:

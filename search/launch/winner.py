@@ -24,6 +24,7 @@ from search.journal.ancestry import Phase
 
 WINNER = "winner.toml"
 BEST = "best"
+FRONT = "front"
 
 
 def winner_recipe(base: Recipe, phases: Sequence[Phase]) -> Recipe:
@@ -83,6 +84,20 @@ def copy_winner(folder: Path, recipe: Recipe, run: str) -> str:
     write_atomic(folder / WINNER, recipe.to_toml().encode())
     checkpoint = Path(json.loads(RunDirectory(best).result.read_bytes())["checkpoint"])
     return str(best / checkpoint.relative_to(folder / run)) if checkpoint.is_relative_to(folder / run) else ""
+
+
+def write_front(folder: Path, recipes: Mapping[int, Recipe]) -> None:
+    """Write the recipes that train the members of a Pareto front again, `front/3.toml` for member 3.
+
+    Args:
+        folder: of the search.
+        recipes: member -> recipe.
+    """
+    front = folder / FRONT
+    shutil.rmtree(front, ignore_errors=True)
+    front.mkdir()
+    for member, recipe in recipes.items():
+        write_atomic(front / f"{member}.toml", recipe.to_toml().encode())
 
 
 def load_winner(folder: Path, overrides: Mapping[str, Any]) -> TrainedModel:

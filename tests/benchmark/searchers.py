@@ -17,27 +17,14 @@ from typing import Any
 import numpy as np
 import optuna
 from bench import finish, parse, parser_of
+from hpolib import DIMENSIONS, UNORDERED, check_data, losses_of, row_of, space
 
 from raytrain.registry import resolve
-from search.chooser import Chooser
 from search.searcher import Candidate, CandidateResult, Searcher
 from search.searchers.gp import GaussianProcessSearcher
 from search.space import Space
 from search.tables import SEARCHERS
 
-DIMENSIONS: dict[str, tuple[Any, ...]] = {
-    "activation_fn_1": ("relu", "tanh"),
-    "activation_fn_2": ("relu", "tanh"),
-    "batch_size": (8, 16, 32, 64),
-    "dropout_1": (0.0, 0.3, 0.6),
-    "dropout_2": (0.0, 0.3, 0.6),
-    "init_lr": (5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 1e-1),
-    "lr_schedule": ("cosine", "const"),
-    "n_units_1": (16, 32, 64, 128, 256, 512),
-    "n_units_2": (16, 32, 64, 128, 256, 512),
-}
-UNORDERED = {"activation_fn_1", "activation_fn_2", "lr_schedule"}
-STRIDES = np.array([31104, 15552, 3888, 1296, 432, 72, 36, 6, 1])
 TARGETS = {
     "slice_localization": 2.99e-4,
     "protein_structure": 0.235,
@@ -51,25 +38,6 @@ OURS = ("gp", "nars", "tpe", "evolution", "sobol", "random")
 
 Ask = Callable[[int], tuple[int, Callable[[float], None]]]
 """Number -> (row of the table, what to call with its loss)."""
-
-
-def space(choose: Chooser) -> dict[str, Any]:
-    """Return one of the 62,208 configurations."""
-    return {
-        name: (choose.one_of if name in UNORDERED else choose.ordered)(name, values)
-        for name, values in DIMENSIONS.items()
-    }
-
-
-def row_of(changes: dict[str, Any]) -> int:
-    """Return the row of the table that a configuration has."""
-    return int(STRIDES @ [values.index(changes[name]) for name, values in DIMENSIONS.items()])
-
-
-def losses_of(table: str, data: Path) -> np.ndarray[Any, Any]:
-    """Return the losses of a table, shape (62208, 4)."""
-    losses: np.ndarray[Any, Any] = np.load(data / "hpolib" / f"{table}.npz")["valid_mse"].astype(float)
-    return losses
 
 
 def ours(name: str, seed: int) -> Ask:
@@ -224,8 +192,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SEARCHES, help="searchers to measure; without a headline")
     options = parse(parser)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if not (options.data / "hpolib").is_dir():
-        raise SystemExit(f"{options.data} has no folder hpolib, which holds the tables; name another with --data")
+    check_data(options.data)
     seeds = range(options.seeds or (4 if options.quick else 20))
     rows = []
     for name in options.only or SEARCHES:

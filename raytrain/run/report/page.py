@@ -54,12 +54,19 @@ def _section(place: int, panel: Panel) -> str:
 
 def _values(panel: Panel) -> str:
     """Return the range of each line as a folded table, for readers without a pointer or without the picture."""
+    bars = [trace for trace in panel.traces if trace.get("type") == "bar"]
+    if bars:
+        pairs = [pair for trace in bars for pair in zip(trace["y"], trace["x"], strict=True)]
+        return _folded(["", "value"], pairs[::-1])
     lines = [(str(trace.get("name", "")), [y for y in trace.get("y", ()) if _is_number(y)]) for trace in panel.traces]
     rows = [[name, ys[0], ys[-1], min(ys), max(ys)] for name, ys in lines if ys]
     if not rows:
         return ""
-    shown = _table(["", "first", "last", "smallest", "largest"], rows)
-    return f"<details><summary>Values</summary>{shown}</details>"
+    return _folded(["", "first", "last", "smallest", "largest"], rows)
+
+
+def _folded(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return f"<details><summary>Values</summary>{_table(columns, rows)}</details>"
 
 
 def _is_number(value: Any) -> bool:
@@ -68,10 +75,13 @@ def _is_number(value: Any) -> bool:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(number(value))}</td>" for value in row) + "</tr>" for row in rows
-    )
+    body = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value: Any) -> str:
+    whole = ' class="number"' if _is_number(value) else ""
+    return f"<td{whole}>{html.escape(number(value))}</td>"
 
 
 def number(value: Any) -> str:

@@ -16,7 +16,7 @@ from search.journal.journal import Journal
 from search.journal.reports import Reports
 from search.journal.rows import read_decisions, read_reports
 from search.progress import SearchDisplay
-from search.report import search_panels
+from search.report.panels import search_panels
 from search.scheduling.driver import SegmentEnd, drive
 from search.scheduling.scheduler import Problem, Scheduler
 from search.scheduling.segments import Objective
@@ -104,7 +104,6 @@ def test_the_panels_of_a_sweep(sweep: Journal) -> None:
     assert list(shown) == [
         "Scores",
         "Best so far",
-        "Schedule of x",
         "Trials",
         "Rank correlation with the score",
         "The winner's ancestry",

@@ -12,13 +12,14 @@ from raytrain.run.directory import RunDirectory
 from raytrain.run.report.panel import Panel, line_chart, table
 from search.journal.ancestry import ancestors
 from search.journal.rows import DecisionRow, ReportRow, read_decisions, read_reports
+from search.report.front import front_panels
+from search.report.model import model_panels
+from search.report.values import in_words, is_number, listed, wide_axis
 from search.scheduling.segments import Objective
 from search.standings import Standings, standings_of
 
 MANY = 12
 """Members beyond which a chart has no legend."""
-WIDE = 20.0
-"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
 FEW = 5
 """Trials below which nothing is said about correlations."""
 
@@ -32,28 +33,38 @@ Trials = Sequence[tuple[Mapping[str, Any], float]]
 
 def search_panels(run: RunDirectory) -> list[Panel]:
     """Return what a search has recorded so far, as panels."""
-    objective, decisions, reports = _objective(run), read_decisions(run.path), read_reports(run.metrics)
+    objectives, decisions, reports = _objectives(run), read_decisions(run.path), read_reports(run.metrics)
+    objective = objectives[0]
     began = [report for report in reports if _began(decisions, report)]
     scored = _scored(objective, began)
     winner, trials = _winner(objective, decisions, scored), _trials(decisions, scored)
+    standings = standings_of(objective, decisions, began)
     charts = [
         _scores(objective, decisions, scored),
         _best_so_far(objective, scored),
+        *front_panels(objectives, standings),
+        *model_panels(objective, _decided(decisions, scored), _predictor(run, decisions)),
         *_schedules(decisions, scored, winner),
         _parallel(objective, trials),
         _correlations(trials),
         _ancestry(objective, winner, scored),
-        _members(standings_of(objective, decisions, began), going_on=not run.result.is_file()),
+        _members(standings, going_on=not run.result.is_file()),
         _failures(decisions),
     ]
     return [panel for panel in charts if panel is not None]
 
 
-def _objective(run: RunDirectory) -> Objective:
-    """Return what the search improves, which its recipe says once it has begun."""
+def _objectives(run: RunDirectory) -> list[Objective]:
+    """Return what the search improves, which its recipe says once it has begun, and its other objectives."""
+    known = _section(run)
+    others = known.get("objectives")
+    modes = {str(known.get("metric", "")): known.get("mode"), **(others if isinstance(others, Mapping) else {})}
+    return [Objective(metric, "higher" if mode == "max" else "lower") for metric, mode in modes.items()]
+
+
+def _section(run: RunDirectory) -> Mapping[str, Any]:
     section: Any = read_toml(str(run.recipe), [])[0].get("search")
-    known = section if isinstance(section, Mapping) else {}
-    return Objective(str(known.get("metric", "")), "higher" if known.get("mode") == "max" else "lower")
+    return section if isinstance(section, Mapping) else {}
 
 
 def _scored(objective: Objective, reports: Iterable[ReportRow]) -> list[tuple[ReportRow, float]]:
@@ -101,15 +112,23 @@ def _best_so_far(objective: Objective, scored: Scored) -> Panel | None:
 
 
 def _schedules(decisions: Sequence[DecisionRow], scored: Scored, winner: LineageRows) -> list[Panel | None]:
-    """Return a chart for each number that differs: its values over the steps, those of the winner on top."""
+    """Return a chart for each number of a population: its values over the steps, those of the winner on top."""
+    if not _moves(decisions):
+        return []
     ends = {report["row"]: report["step"] for report, _ in scored}
     won = {row["row"] for row in winner}
     stretches = [(row, ends[row["row"]]) for row in decisions if "new" in row and row["row"] in ends]
     return [_schedule(name, stretches, won) for name in _numbers(decisions)]
 
 
+def _moves(decisions: Iterable[DecisionRow]) -> bool:
+    """Return whether hyperparameters of a member change while it trains, as in a population."""
+    first: dict[int, Mapping[str, Any]] = {}
+    return any(first.setdefault(row["member"], row["new"]) != row["new"] for row in decisions if "new" in row)
+
+
 def _schedule(name: str, stretches: Sequence[tuple[DecisionRow, int]], won: Collection[int]) -> Panel | None:
-    known = [(row, end) for row, end in stretches if _is_number(row["new"].get(name))]
+    known = [(row, end) for row, end in stretches if is_number(row["new"].get(name))]
     if not known:
         return None
     traces = []
@@ -119,9 +138,7 @@ def _schedule(name: str, stretches: Sequence[tuple[DecisionRow, int]], won: Coll
         ys = [y for _, _, value in chosen for y in (value, value, None)]
         line = {"color": color, "width": 3 if wanted else 1}
         traces.append({"type": "scatter", "mode": "lines", "name": title, "x": xs, "y": ys, "line": line})
-    values = [abs(row["new"][name]) for row, _ in known]
-    wide = min(values) > 0 and max(values) / min(values) >= WIDE
-    axis = {"title": {"text": name}, "type": "log" if wide else "linear"}
+    axis = wide_axis(name, [row["new"][name] for row, _ in known])
     return Panel(f"Schedule of {name}", traces, {"xaxis": {"title": {"text": "step"}}, "yaxis": axis})
 
 
@@ -130,21 +147,34 @@ def _numbers(decisions: Iterable[DecisionRow]) -> list[str]:
     values: dict[str, set[float]] = {}
     for row in decisions:
         for name, value in row.get("new", {}).items():
-            if _is_number(value):
+            if is_number(value):
                 values.setdefault(name, set()).add(value)
     return [name for name, found in values.items() if len(found) > 1]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _trials(decisions: Sequence[DecisionRow], scored: Scored) -> list[tuple[Mapping[str, Any], float]]:
     """Return (hyperparameters, last score) of each trial of a sweep; of a population, whose values move, nothing."""
-    if any("old" in row for row in decisions):
+    if _moves(decisions):
         return []
     last = {report["member"]: (decisions[report["row"]]["new"], score) for report, score in scored}
     return list(last.values())
+
+
+def _decided(decisions: Sequence[DecisionRow], scored: Scored) -> list[tuple[Mapping[str, Any], float]]:
+    """Return (decisions, last score) of the trials of a sweep that were trained as far as any."""
+    if _moves(decisions):
+        return []
+    last = {report["member"]: (decisions[report["row"]], report["step"], score) for report, score in scored}
+    whole = max((step for _, step, _ in last.values()), default=0)
+    return [(row.get("genome", row["new"]), score) for row, step, score in last.values() if step == whole]
+
+
+def _predictor(run: RunDirectory, decisions: Sequence[DecisionRow]) -> str:
+    """Return the predictor that the search went by at last; "" for one without."""
+    used = [row["predictor"] for row in decisions if "predictor" in row]
+    section = _section(run)
+    by_process = "gp" in (section.get("name"), section.get("searcher"))
+    return used[-1] if used else "gp" if by_process else ""
 
 
 def _parallel(objective: Objective, trials: Trials) -> Panel | None:
@@ -160,9 +190,9 @@ def _parallel(objective: Objective, trials: Trials) -> Panel | None:
 
 def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
     """Return an axis of parallel coordinates; what is no number has a place for each value."""
-    if all(_is_number(value) for value in values):
+    if all(is_number(value) for value in values):
         return {"label": name, "values": list(values)}
-    words = [_text(value) for value in values]
+    words = [in_words(value) for value in values]
     places = sorted(set(words))
     return {
         "label": name,
@@ -176,7 +206,7 @@ def _correlations(trials: Trials) -> Panel | None:
     """Return how far scores go with each hyperparameter: the rank correlation over all trials."""
     rows: list[tuple[str, float, int]] = []
     for name in trials[0][0] if len(trials) >= FEW else ():
-        pairs = [(values[name], score) for values, score in trials if _is_number(values.get(name))]
+        pairs = [(values[name], score) for values, score in trials if is_number(values.get(name))]
         if len({value for value, _ in pairs}) > 1 and len(pairs) >= FEW:
             rows.append((name, _rank_correlation(*zip(*pairs, strict=True)), len(pairs)))
     rows.sort(key=lambda row: -abs(row[1]))
@@ -198,7 +228,7 @@ def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 def _ancestry(objective: Objective, winner: LineageRows, scored: Scored) -> Panel | None:
     scores = {report["row"]: score for report, score in scored}
-    rows = [[row["step"], row["member"], row["action"], scores.get(row["row"]), _listed(row["new"])] for row in winner]
+    rows = [[row["step"], row["member"], row["action"], scores.get(row["row"]), listed(row["new"])] for row in winner]
     columns = ["from step", "member", "decision", objective.metric, "hyperparameters"]
     return table("The winner's ancestry", columns, rows)
 
@@ -208,7 +238,7 @@ def _members(standings: Standings, *, going_on: bool) -> Panel | None:
     rows = []
     for number, member in standings.ranked():
         state = member.state if going_on or member.state != "training" else "paused"
-        rows.append([number, member.step, member.score, member.parent, state, _listed(member.values)])
+        rows.append([number, member.step, member.score, member.parent, state, listed(member.values)])
     columns = ["member", "step", standings.objective.metric, "last donor", "state", "hyperparameters"]
     return table("Members", columns, rows)
 
@@ -220,11 +250,3 @@ def _failures(decisions: Sequence[DecisionRow]) -> Panel | None:
         if "failure" in row
     ]
     return table("Failures", ["member", "step", "decision", "cause", "message"], rows)
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} = {_text(value)}" for name, value in values.items())
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,28 @@
+"""Values as the report shows them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WIDE = 20.0
+"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
+
+
+def wide_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
+    """Return an axis, logarithmic where values are positive and far apart."""
+    wide = min(values) > 0 and max(values) / min(values) >= WIDE
+    return {"title": {"text": title}, "type": "log" if wide else "linear"}
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """Return hyperparameters in words."""
+    return ", ".join(f"{name} = {in_words(value)}" for name, value in values.items())
+
+
+def in_words(value: Any) -> str:
+    """Return a value in words, numbers to four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
