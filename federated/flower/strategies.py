@@ -28,8 +28,8 @@ from federated.build import Federation
 from federated.client import LocalTrainer
 from federated.flower.client import TrainingClient
 from federated.flower.deployed import WHO, introduction
+from federated.flower.introductions import nodes_of
 from federated.flower.seed_run import SeedRun
-from federated.flower.server_app import nodes_of
 from federated.recipe import FederateRecipe
 from federated.server import CommunicationRound
 from raytrain.by_value import name_objects

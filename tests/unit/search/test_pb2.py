@@ -49,7 +49,7 @@ def test_it_finds_the_best_arm() -> None:
 
 def test_it_follows_a_moving_optimum_better_than_random_exploration() -> None:
     scores = {
-        explore: np.mean([bandit(seed, explore, steps=24, drift=0.1).best.score for seed in range(3)])
+        explore: np.mean([bandit(seed, explore, steps=24, drift=0.1).best.score for seed in range(6)])
         for explore in ("pb2", "perturb", "resample")
     }
     assert scores["pb2"] > max(scores["perturb"], scores["resample"]) + 0.5, scores
