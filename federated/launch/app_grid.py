@@ -1,7 +1,9 @@
 """The grid of a user's Flower app: a `RayGrid` that shows each exchange, with faults on purpose."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 
 from flwr.app import Error, Message
@@ -19,6 +21,44 @@ from raytrain.terminal import printable_line
 SHOWN_ERRORS = 3
 """Of an exchange."""
 CRASH = "crash"
+
+
+@dataclass
+class Exchange:
+    """Messages to clients and what came back.
+
+    Attributes:
+        number: of the exchange, from 0.
+        group: names an exchange of several calls; "": it is one call.
+        sent: the messages.
+        replies: those that came in time.
+        began: when, in seconds of the monotonic clock.
+        seconds: until the last call returned.
+    """
+
+    number: int
+    group: str
+    sent: list[Message] = field(default_factory=list)
+    replies: list[Message] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+
+    def add(self, sent: Sequence[Message], replies: Sequence[Message]) -> None:
+        """Add what a call has sent and heard."""
+        self.sent += sent
+        self.replies += replies
+        self.seconds = time.monotonic() - self.began
+
+    def line(self) -> str:
+        """Return what to show of it."""
+        errors = [printable_line(reply.error.reason or "")[:200] for reply in self.replies if reply.has_error()]
+        heard, kind = len(self.replies) - len(errors), self.sent[0].metadata.message_type
+        shown = [
+            *errors[:SHOWN_ERRORS],
+            *([f"{len(errors) - SHOWN_ERRORS} more"] if len(errors) > SHOWN_ERRORS else []),
+        ]
+        counts = f"heard {heard} of {len(self.sent)}"
+        return "  ".join([f"exchange {self.number + 1}: {kind}", counts, f"{self.seconds:.1f} s", *shown])
 
 
 class AppGrid(RayGrid):
@@ -45,17 +85,47 @@ class AppGrid(RayGrid):
         say: Callable[[str], None],
     ) -> None:
         super().__init__(client, clients, actors, run_config, stopped=stopped, say=say)
-        self._plan, self._tell, self._exchanges = plan, say, count()
+        self._plan, self._tell = plan, say
+        self._lock = threading.Lock()  # of what follows: apps in Flower's older form send from several threads
+        self._exchanges, self._open = count(), Exchange(0, "")
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages, and return the replies in the order of the messages; see `RayGrid`."""
-        sent, number, began = list(messages), next(self._exchanges), time.monotonic()
+        sent = list(messages)
+        if not sent:
+            return []
+        exchange = self._exchange_of(sent[0])
         limits = [limit for limit in (timeout, self._plan.faults.timeout_seconds) if limit]
-        replies = self._exchange(number, sent, min(limits, default=None))
+        replies = self._exchange(exchange.number, sent, min(limits, default=None))
         found = [replies[node] for node in (message.metadata.dst_node_id for message in sent) if node in replies]
-        if sent:
-            self._tell(_line(number, sent, found, time.monotonic() - began))
+        with self._lock:
+            exchange.add(sent, found)
+            if not exchange.group:
+                self._tell(exchange.line())
         return found
+
+    def close(self) -> None:
+        """Show the last exchange, and end the actors."""
+        self._tell_open()
+        super().close()
+
+    def _exchange_of(self, message: Message) -> Exchange:
+        """Return the exchange of a message.
+
+        Apps in Flower's older form send each message of a round by itself, and name the round as their group.
+        """
+        group = f"{message.metadata.message_type} {message.metadata.group_id}" if message.metadata.group_id else ""
+        with self._lock:
+            if not group or group != self._open.group:
+                self._tell_open()
+                self._open = Exchange(next(self._exchanges), group)
+            return self._open
+
+    def _tell_open(self) -> None:
+        """Show an exchange that consists of several calls, when the last one has returned."""
+        if self._open.group and self._open.sent:
+            self._tell(self._open.line())
+            self._open = Exchange(0, "")
 
     def _exchange(self, number: int, sent: Sequence[Message], timeout: float | None) -> dict[int, Message]:
         """Return the reply of each node that has one in time."""
@@ -92,11 +162,3 @@ class AppGrid(RayGrid):
 def _is_crashed(replies: Mapping[int, Message], node: int) -> bool:
     reply = replies.get(node)
     return reply is not None and reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_CRASHED
-
-
-def _line(number: int, sent: Sequence[Message], replies: Sequence[Message], seconds: float) -> str:
-    """Return what to show of an exchange."""
-    errors = [printable_line(reply.error.reason or "")[:200] for reply in replies if reply.has_error()]
-    heard, kind = len(replies) - len(errors), sent[0].metadata.message_type
-    shown = [*errors[:SHOWN_ERRORS], *([f"{len(errors) - SHOWN_ERRORS} more"] if len(errors) > SHOWN_ERRORS else [])]
-    return "  ".join([f"exchange {number + 1}: {kind}", f"heard {heard} of {len(sent)}", f"{seconds:.1f} s", *shown])

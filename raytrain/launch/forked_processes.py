@@ -188,6 +188,7 @@ def _run(arguments: list[str]) -> None:
     import runpy  # noqa: PLC0415
 
     import numpy as np  # noqa: PLC0415
+    import torch  # noqa: PLC0415
     from ray._private.runtime_env.context import RuntimeEnvContext  # noqa: PLC0415
     from ray._private.workers import setup_worker  # noqa: PLC0415
 
@@ -205,6 +206,7 @@ def _run(arguments: list[str]) -> None:
         os.environ.update(context.env_vars)
         script, *words = words
     reload_ray_environment()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as Ray has it for a worker of one core
     random.seed()
     np.random.seed()  # noqa: NPY002
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
