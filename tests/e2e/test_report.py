@@ -87,7 +87,7 @@ def test_runs_are_compared_and_their_names_are_text(
     RunDirectory(runs / "one").result.write_text(str(result).replace("'", '"'))
     ended = raytrain("report", "one", HOSTILE, "--output", "both.html")
     assert (ended.status, ended.out, ended.err) == (0, "both.html\n", "")
-    page = opened(runs / "both.html")
+    page = opened(runs / "both.html").replace('<td class="number">', "<td>")
     assert "<img" not in page
     assert titles(page)[:2] == ["Results", "Loss"]
     for line in ("loss (held out)</td><td>0.25", "steps</td><td>4,000", "status</td><td>done</td><td>running, or cut"):
