@@ -66,7 +66,7 @@ def write_indices(indices: NDArray[np.int64]) -> bytes:
 
 
 def read_indices(cursor: Cursor, count: int, pool: int) -> NDArray[np.int64]:
-    """Return so many indices in a pool.
+    """Read `count` indices of seeds in a pool.
 
     Raises:
         PayloadError: there are fewer, or one is outside of the pool.

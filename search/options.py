@@ -44,7 +44,7 @@ class SearchOptions(Options):
         return False
 
     def check_interval(self, steps: int, field: str = "base.steps") -> None:
-        """Check that a training of so many steps can be cut where the search decides.
+        """Check that the search decides between steps of a training.
 
         Raises:
             RecipeError: it cannot.
