@@ -96,12 +96,13 @@ class RayMember(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the state."""
-        (Path(checkpoint_dir) / f"{self._step}.state").write_bytes(self._state or b"")
+        # Always under one name: Ray writes checkpoints of a number into one folder, also of another attempt.
+        (Path(checkpoint_dir) / "state").write_bytes(self._step.to_bytes(8, "big") + (self._state or b""))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Take a state over."""
-        [file] = Path(checkpoint_dir).glob("*.state")
-        self._state, self._step = file.read_bytes(), int(file.stem)
+        data = (Path(checkpoint_dir) / "state").read_bytes()
+        self._step, self._state = int.from_bytes(data[:8], "big"), data[8:]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Serve another member."""
