@@ -17,7 +17,6 @@ from torch.nn.functional import huber_loss, mse_loss, relu
 
 from search.chooser import Configuration, Genome
 from search.predictor.features import Features
-from search.predictor.predictor import Predictor
 from search.surrogate.encoding import FloatArray
 
 MEMBERS, HIDDEN, EMBEDDING = 5, 64, 24
@@ -43,8 +42,10 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias, inputs, self.weight)
 
 
-class EncoderPredictor(Predictor):
+class EncoderPredictor:
     """Predicts scores from an embedding of the architecture and the recipe beside it.
+
+    Not a `Predictor`: leaving each configuration out would take as many trainings.
 
     Args:
         architectures: configurations whose statistics the encoder is pre-trained on; none: it is not pre-trained.
@@ -84,10 +85,6 @@ class EncoderPredictor(Predictor):
         with torch.no_grad():
             each = self._forward(*self._inputs(configurations)[:2], whole=True).numpy().astype(float)
         return each.mean(axis=0), each.std(axis=0) + 1e-9
-
-    def leave_one_out(self) -> FloatArray:
-        """Not known without as many trainings; use held-out configurations."""
-        raise NotImplementedError
 
     def _pretrain(self) -> None:
         architecture, _ = self._inputs(self._architectures)

@@ -44,7 +44,7 @@ def statistics_of(table: str, architectures: Sequence[Configuration]) -> FloatAr
     return np.array(rows)
 
 
-def predictor_of(name: str, table: str, seed: int) -> Predictor:
+def predictor_of(name: str, table: str, seed: int) -> Predictor | EncoderPredictor:
     """Return a predictor that is not fitted."""
     if name in PREDICTORS:
         found: Predictor = resolve(PREDICTORS, name, "predictor")()

@@ -80,3 +80,24 @@ def test_who_is_late_is_heard_if_there_is_time(
     assert [reply.has_error() for reply in send(grid)] == [False] * CLIENTS
     assert [reply.has_error() for reply in send(grid, timeout=90)] == [False] * CLIENTS
     assert [reply.error.reason for reply in send(grid, timeout=9)] == [f"client {i}: late by 60 s" for i in range(8)]
+
+
+def test_a_round_that_is_sent_message_by_message_is_one_exchange(
+    grid_of: Callable[..., tuple[AppGrid, list[str], list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As apps in Flower's older form send it: from threads, in any order."""
+    monkeypatch.setattr(RayGrid, "close", lambda grid: None)  # noqa: ARG005
+    grid, lines, _ = grid_of(drop=0.3)
+    fault = ClientFaultPlan(Faults(drop=0.3), 3).fault
+    heard = []
+    for number in range(4):
+        clients = random.Random(number).sample(range(CLIENTS), CLIENTS)
+        for client in clients:
+            sent = Message(RecordDict(), FIRST_NODE + client, "train", group_id=str(number + 1))
+            sent.metadata.__dict__["_message_id"] = str(client)
+            [reply] = grid.send_and_receive([sent])
+            assert reply.has_error() == bool(fault(number, client))
+        heard.append(sum(not fault(number, client) for client in clients))
+    grid.close()
+    assert [line.rpartition("  heard ")[0] for line in lines] == [f"exchange {number}: train" for number in range(1, 5)]
+    assert [line.split("  ")[1] for line in lines] == [f"heard {count} of {CLIENTS}" for count in heard]
