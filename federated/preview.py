@@ -6,12 +6,15 @@ from federated.broadcast import payload_bytes
 from federated.build import initial_module, partition_of, protocol_of, task_of
 from federated.partition import Partition
 from federated.recipe import FederateRecipe
+from raytrain.run.result import Result
 
 SIZES_SHOWN = 10_000
 """Clients whose examples are counted."""
 ENVELOPE_DOWN_BYTES, ENVELOPE_UP_BYTES = 325, 391
 """What Flower 1.41 adds to a payload and to a report, to 16 bytes: headers of its objects, ids, names. A reply also
 names the message that it answers, by 64 characters."""
+SMALL_FALL = 0.1
+"""Of the loss in a whole run, as a share of that at the start, below which the learning rate is to blame."""
 COPIES = 3
 """Of the model in a process: w0, the model of the round, and the working copy of a client."""
 
@@ -46,6 +49,27 @@ def run_summary(recipe: FederateRecipe, partition: Partition) -> str:
         f"examples{drawn}), {recipe.clients.per_round:,} a round, {recipe.rounds:,} rounds of {recipe.protocol.name} "
         f"with {recipe.protocol.local_steps} local steps"
     )
+
+
+def advice_on_learning_rate(recipe: FederateRecipe, result: Result) -> list[str]:
+    """Return a line for a run without gradients whose loss moved little or the wrong way; nothing for another.
+
+    >>> from raytrain.run.result import Result
+    >>> recipe = FederateRecipe.parse({"kind": "federate", "task": "digits", "optimizer": {"lr": 1e-5}})
+    >>> ended = Result("done", metrics={"loss": 1.01}, references={"loss_at_start": 1.06})
+    >>> advice_on_learning_rate(recipe, ended)
+    ['the loss fell by 5%: try a larger optimizer.lr; it is 1e-05, and networks from random weights take 1e-3 to 1e-2']
+    """
+    before, after = result.references.get("loss_at_start"), result.metrics.get("loss")
+    if not recipe.seeded or result.status != "done" or not before or after is None:
+        return []
+    fall, lr = 1 - after / before, recipe.optimizer.arguments()["lr"]
+    if not fall > 0:
+        return [f"the loss rose: try a smaller optimizer.lr; it is {lr:g}"]
+    if fall < SMALL_FALL:
+        usual = "networks from random weights take 1e-3 to 1e-2"
+        return [f"the loss fell by {fall:.0%}: try a larger optimizer.lr; it is {lr:g}, and {usual}"]
+    return []
 
 
 def traffic_rows(recipe: FederateRecipe, clients: int) -> list[list[str]]:

@@ -13,7 +13,7 @@ from federated.build import task_of
 from federated.flower.runs import FederatedRun, run_of
 from federated.launch.actor_pool import ActorOptions
 from federated.launch.ray_grid import RayGrid
-from federated.preview import run_summary
+from federated.preview import advice_on_learning_rate, run_summary
 from federated.recipe import FederateRecipe
 from federated.records import PARTITION, RunRecords, write_partition
 from federated.results import result_of
@@ -34,9 +34,19 @@ def federated_columns(row: Mapping[str, Any]) -> list[str]:
     return [f"heard {row['heard']}", f"{row['bytes_down']:,} B down  {row['bytes_up']:,} B up"]
 
 
-FEDERATED_WORDING = Wording(
-    "federate", "federating", "round", "the run ends after the round that is going on", federated_columns
-)
+def federated_wording(recipe: FederateRecipe) -> Wording:
+    """Return how the progress of a run is shown."""
+    on_stop = "the run ends after the round that is going on"
+    return Wording(
+        "federate",
+        "federating",
+        "round",
+        on_stop,
+        federated_columns,
+        workers="the clients",
+        saved="the last round",
+        advice=partial(advice_on_learning_rate, recipe),
+    )
 
 
 def run_federated(recipe: FederateRecipe, order: RunOptions) -> Result:
@@ -63,7 +73,7 @@ def run_federated(recipe: FederateRecipe, order: RunOptions) -> Result:
         directory,
         recipe.to_toml(),
         partial(_in_cluster, recipe, federation, directory, address),
-        ProgressDisplay(directory, recipe.rounds, FEDERATED_WORDING),
+        ProgressDisplay(directory, recipe.rounds, federated_wording(recipe)),
         result,
         resume=order.resume,
     )

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,11 @@ REFRESH_SECONDS = 0.25
 LINE_SECONDS = 10.0
 
 
+def no_advice(result: Result) -> Iterable[str]:  # noqa: ARG001
+    """Return nothing to try next."""
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Wording:
     """How a kind of runs is shown.
@@ -32,6 +37,9 @@ class Wording:
         unit: of its steps.
         on_stop: what happens after Ctrl-C, before the run ends.
         columns: row of `metrics.jsonl` -> what is shown of it, beside its evaluations and its pace.
+        workers: what the processes are that a second Ctrl-C kills.
+        saved: what of it is kept then.
+        advice: how a run ended -> lines that say what to try next.
     """
 
     verb: str
@@ -39,6 +47,9 @@ class Wording:
     unit: str
     on_stop: str
     columns: Callable[[Mapping[str, Any]], list[str]]
+    workers: str = "the workers"
+    saved: str = "the last checkpoint"
+    advice: Callable[[Result], Iterable[str]] = no_advice
 
 
 class ProgressDisplay:
@@ -101,7 +112,7 @@ class ProgressDisplay:
         Raises:
             KeyboardInterrupt: there are no workers yet, which may have to wait long for a place on a busy cluster.
         """
-        asked = False
+        asked, wording = False, self._wording
         while True:
             try:
                 if ended.wait(REFRESH_SECONDS):
@@ -113,11 +124,11 @@ class ProgressDisplay:
                 if not self._working:
                     raise
                 if asked:
-                    self.print("ending the workers at once: what they did since the last checkpoint is lost")
+                    self.print(f"ending {wording.workers} at once: what they did since {wording.saved} is lost")
                     return False
                 asked = True
                 self._run.request_stop()
-                self.print(f"stopping: {self._wording.on_stop}; Ctrl-C again ends them at once")
+                self.print(f"stopping: {wording.on_stop}; Ctrl-C again ends {wording.workers} at once")
 
     def finish(self, result: Result) -> None:
         """Print the result of the run."""
@@ -134,6 +145,10 @@ class ProgressDisplay:
                 table.add_row(name.replace("_", " "), f"{figure:,}")
         self._console.print(table)
         self.print(f"run: {self._run.path}")  # not in the table, which cuts what is longer than the terminal is wide
+        for line in self._wording.advice(result):
+            self.print(line)
+        if result.status in ("done", "stopped early"):
+            self.print(f"evaluate it with: raytrain evaluate {self._run.path}")
         if result.status in ("interrupted", "failed") and result.checkpoint:
             self.print(f"continue with: raytrain {self._wording.verb} {self._run.path} --resume")
 
