@@ -1,9 +1,14 @@
-"""The `ClientApp` of a deployment: it serves the one client of its SuperNode.
+"""The `ClientApp` of a deployment, where it serves the one client of its SuperNode, and of Flower's local simulation.
 
 A SuperNode says in `--node-config` which recipe it takes part in, with its own data and its own limits:
 
     flower-supernode ... --node-config 'partition-id=3 recipe="digits-fedkseed" set=""'
+
+The clients of a simulation have the recipe of `--run-config`, as the server has.
 """
+
+import sys
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,11 +34,12 @@ app = ClientApp()
 @app.train()
 def answer_train(message: Message, context: Context) -> Message:
     """Return what the client reports on a round."""
-    recipe = recipe_of(context.node_config)
+    named = _named(context)
+    recipe = _recipe(*named)
     torch.set_num_threads(recipe.threads())
     if not recipe.seeded:
-        return GradientClient(gradient_trainer_of(recipe))(message, context)
-    trainer = _trainer(recipe)
+        return _gradient_client(*named)(message, context)
+    trainer = _trainer(*named)
     _remember(trainer, context)
     reply = TrainingClient(trainer)(message, context)
     newest = trainer.newest
@@ -49,14 +55,40 @@ def who(message: Message, context: Context) -> Message:
     Raises:
         RecipeError: its SuperNode is open to strangers, or its recipe is wrong.
     """
-    check_closed("flower-supernode", insecure=bool(context.node_config.get("insecure", False)))
-    recipe = recipe_of(context.node_config)
-    origin = _trainer(recipe).newest.origin if recipe.seeded else ""
+    if not _is_simulated():
+        check_closed("flower-supernode", insecure=bool(context.node_config.get("insecure", False)))
+    named = _named(context)
+    origin = _trainer(*named).newest.origin if _recipe(*named).seeded else ""
     return Message(introduction(int(context.node_config[PARTITION_ID_KEY]), origin), reply_to=message)
 
 
-def _trainer(recipe: FederateRecipe) -> LocalTrainer:
+def _named(context: Context) -> tuple[str, str]:
+    """Return the recipe's name and its changes: those of a SuperNode are its own, as the run's come by the network."""
+    config = context.run_config if _is_simulated() else context.node_config
+    return str(config["recipe"]), str(config.get("set", ""))
+
+
+def _is_simulated() -> bool:
+    """Return whether this process is an actor of Ray, as a local simulation has: no SuperNode starts one."""
+    ray = sys.modules.get("ray")
+    return bool(ray and ray.is_initialized() and ray.get_runtime_context().get_actor_id())
+
+
+# A process of a simulation serves many clients.
+@lru_cache(maxsize=1)
+def _recipe(name: str, changes: str) -> FederateRecipe:
+    return recipe_of({"recipe": name, "set": changes})
+
+
+@lru_cache(maxsize=1)
+def _trainer(name: str, changes: str) -> LocalTrainer:
+    recipe = _recipe(name, changes)
     return Federation.of(recipe, recipe.device()).trainer()
+
+
+@lru_cache(maxsize=1)
+def _gradient_client(name: str, changes: str) -> GradientClient:
+    return GradientClient(gradient_trainer_of(_recipe(name, changes)))
 
 
 def _remember(trainer: LocalTrainer, context: Context) -> None:

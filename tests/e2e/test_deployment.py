@@ -118,12 +118,24 @@ class Deployment:
         folder = self.folder
         certificates = ["--ssl-ca-certfile", f"{folder}/ca.pem", "--ssl-certfile", f"{folder}/server.pem"]
         certificates += ["--ssl-keyfile", f"{folder}/server.key"]
-        words = ["flower-superlink", *certificates, "--enable-supernode-auth", "--port", str(self.port)]
-        self.start("superlink", *words)
+        self.listen(*certificates, "--enable-supernode-auth", "--port", str(self.port))
+
+    def listen(self, *words: str) -> None:
+        """Start a SuperLink with these words, and wait until it listens."""
+        self.start("superlink", "flower-superlink", *words)
         give_up = time.monotonic() + 120
         while not _answers(self.port):
-            assert time.monotonic() < give_up, (folder / "superlink.log").read_text()
+            assert time.monotonic() < give_up, self.logs()
             time.sleep(0.1)
+
+    def run(self, connection: str, *words: str) -> None:
+        """Run the app of a recipe to its end."""
+        out = f'out="{self.folder}/run" recipe="{self.folder}/recipe.toml"'
+        self.flwr("run", str(APP), connection, "--run-config", out, *words)
+        give_up = time.monotonic() + 300
+        while not (self.folder / "run" / "result.json").is_file():
+            assert time.monotonic() < give_up, self.logs()
+            time.sleep(0.5)
 
     def register(self, key: Path) -> None:
         self.flwr("supernode", "register", str(key.with_suffix(".pub")), "dep")
@@ -179,12 +191,12 @@ def test_a_deployment_ends_with_the_coefficients_of_the_simulation(deployment: D
         write_key(key, ec.generate_private_key(ec.SECP384R1()))
         deployment.register(key)
         deployment.supernode(client, key)
-    out = f'out="{folder}/run" recipe="{folder}/recipe.toml"'
-    deployment.flwr("run", str(APP), "dep", "--run-config", out)
-    give_up = time.monotonic() + 300
-    while not (folder / "run" / "result.json").is_file():
-        assert time.monotonic() < give_up, deployment.logs()
-        time.sleep(0.5)
+    deployment.run("dep")
+    check_equal_to_one_process(folder)
+
+
+def check_equal_to_one_process(folder: Path) -> None:
+    """Check that the run in a folder had the reports, and the metrics, of the recipe in one process."""
     recipe = FederateRecipe.parse({"name": "recipe", **tomllib.loads(RECIPE)})
     federation = Federation.of(recipe)
     server = federation.server()
@@ -193,3 +205,14 @@ def test_a_deployment_ends_with_the_coefficients_of_the_simulation(deployment: D
     assert (folder / "run" / "reports.bin").read_bytes() == (folder / "one" / "reports.bin").read_bytes()
     result = json.loads((folder / "run" / "result.json").read_text())
     assert (result["status"], result["metrics"]) == ("done", federation.evaluate(server))
+
+
+def test_a_simulation_of_flowers_ends_with_the_same(deployment: Deployment) -> None:
+    folder = deployment.folder
+    deployment.environment["RAY_ADDRESS"] = "local"
+    (folder / "home" / "config.toml").write_text(
+        f'[superlink.simulation]\naddress = "127.0.0.1:{deployment.port}"\ninsecure = true\n'
+    )
+    deployment.listen("--insecure", "--simulation", "--port", str(deployment.port))
+    deployment.run("simulation", "--federation-config", "num-supernodes=2")
+    check_equal_to_one_process(folder)
