@@ -5,7 +5,7 @@ by the mean of the others. Its figure is the number of evaluations until the cho
 median of random search after 500 evaluations; the headline is the geometric mean over the four tables of the median
 over seeds. NAS-Bench-Macro is a fifth table, beside that mean: it has architectures alone, all trained by one recipe.
 Peers are Optuna's samplers, and SMAC where it is installed (`pip install -c constraints.txt smac`), as their users call
-them.
+them. HEBO is left out: 0.3.2, which is what installs beside our pins, imports `pymoo.factory`, which pymoo has no more.
 """
 
 import statistics
