@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -43,8 +42,11 @@ def best_panels(
         each = steps[-1] / len(scored)
         expected = expected_best(draws, objective)
         lines["random draws, on average"] = ([each * (count + 1) for count in range(len(draws))], expected)
-    over_steps = line_chart("Best so far by steps", lines, x="steps of all members", y=objective.metric)
-    return [over_time, over_steps and replace(over_steps, note=ON_AVERAGE)]
+    logarithmic = objective.better == "lower" and bool(best) and min(best) > 0
+    over_steps = line_chart(
+        "Best so far by steps", lines, x="steps of all members", y=objective.metric, log_y=logarithmic, note=ON_AVERAGE
+    )
+    return [over_time, over_steps]
 
 
 def expected_best(scores: Sequence[float], objective: Objective) -> list[float]:

@@ -28,6 +28,6 @@ def row_of(changes: dict[str, Any]) -> int:
 
 
 def errors(data: Path) -> np.ndarray[Any, Any]:
-    """Return the test errors in percent, shape (6561, 3); keys sorted are numbers to the base of 3."""
+    """Return the mean test errors in percent, shape (6561, 1); keys, sorted, are numbers to the base of 3."""
     table = json.loads((data / FILE).read_bytes())
-    return 100 - np.array([table[key]["test_acc"] for key in sorted(table)])
+    return 100 - np.array([[table[key]["mean_acc"]] for key in sorted(table)])

@@ -18,12 +18,17 @@ from search.scheduling.work import Snapshot, Work
 def tasks(tmp_path: Path, models: Path) -> dict[str, dict[str, Any]]:
     """Each task on little data."""
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 40)
-    rows = [{"text": word, "label": place % 2} for place, word in enumerate(["good film", "bad plot"] * 8)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"text": f"{word} film", "label": word} for word in ["good", "bad"] * 8]
+    (tmp_path / "films.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "digits": {"name": "digits"},
         "text": {"name": "text", "path": str(tmp_path / "text.txt"), "block": 16},
-        "classify": {"name": "classify", "path": str(tmp_path), "model": str(models / "bert"), "classes": ["0", "1"]},
+        "classify": {
+            "name": "classify",
+            "path": str(tmp_path / "films.jsonl"),
+            "model": str(models / "bert"),
+            "classes": ["bad", "good"],
+        },
     }
 
 
