@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raytrain.run.report.panel import Panel, line_chart
+from raytrain.run.report.panel import Panel, Series, line_chart
 from search.journal.rows import DecisionRow, ReportRow
 from search.scheduling.segments import Objective
 
@@ -36,7 +36,7 @@ def best_panels(
     seconds = [report["seconds"] for report, _ in scored]
     steps = list(accumulate(report["step"] - decisions[report["row"]].get("step", 0) for report, _ in scored))
     over_time = line_chart("Best so far", {"best": (seconds, best)}, x="seconds", y=objective.metric)
-    lines = {"best": (steps, best)}
+    lines: dict[str, Series] = {"best": (steps, best)}
     draws = _draws(scored, section)
     if draws:
         each = steps[-1] / len(scored)
