@@ -57,9 +57,14 @@ CHANGED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("newest", [3, 5, 6, 8])
-def test_a_run_with_phases_goes_on_from_any_checkpoint(newest: int, tmp_path: Path) -> None:
-    phased = recipe(phases=CHANGED, checkpoint__every=1, checkpoint__keep=20)
+RESHAPED: list[dict[str, Any]] = [{"from": 5, "task.widths": [12, 6]}]
+
+
+@pytest.mark.parametrize(("phases", "newest"), [*((CHANGED, newest) for newest in (3, 5, 6, 8)), (RESHAPED, 5)])
+def test_a_run_with_phases_goes_on_from_any_checkpoint(
+    phases: list[dict[str, Any]], newest: int, tmp_path: Path
+) -> None:
+    phased = recipe(phases=phases, checkpoint__every=1, checkpoint__keep=20)
     whole = model_of(tmp_path / "run", phased)
     for path in list_checkpoints(tmp_path / "run" / "checkpoints")[newest:]:
         shutil.rmtree(path)
