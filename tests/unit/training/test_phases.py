@@ -58,13 +58,17 @@ CHANGED: list[dict[str, Any]] = [
 
 
 RESHAPED: list[dict[str, Any]] = [{"from": 5, "task.widths": [12, 6]}]
+THAWED: list[dict[str, Any]] = [{"from": 5, "freeze.match": []}]
 
 
-@pytest.mark.parametrize(("phases", "newest"), [*((CHANGED, newest) for newest in (3, 5, 6, 8)), (RESHAPED, 5)])
+@pytest.mark.parametrize(
+    ("phases", "newest"), [*((CHANGED, newest) for newest in (3, 5, 6, 8)), (RESHAPED, 5), (THAWED, 5), (THAWED, 8)]
+)
 def test_a_run_with_phases_goes_on_from_any_checkpoint(
     phases: list[dict[str, Any]], newest: int, tmp_path: Path
 ) -> None:
-    phased = recipe(phases=phases, checkpoint__every=1, checkpoint__keep=20)
+    frozen = {"match": ["1.*"]} if phases is THAWED else {}
+    phased = recipe(phases=phases, freeze=frozen, checkpoint__every=1, checkpoint__keep=20)
     whole = model_of(tmp_path / "run", phased)
     for path in list_checkpoints(tmp_path / "run" / "checkpoints")[newest:]:
         shutil.rmtree(path)
