@@ -187,7 +187,7 @@ def check_shapes(base: Recipe, search: SearchOptions, shapes: Shapes) -> None:
                 raise RecipeError(
                     f"{place}: {_listed(changes)} changes the shape of {name} from {before.get(name)} to "
                     f"{after.get(name)}, and weights of another shape cannot be inherited; set "
-                    "search.other_shapes = 'reset', with which such parameters start new, or search.inherit = "
+                    "search.other_shapes = 'overlap', with which they are inherited in part, or search.inherit = "
                     "'hyperparameters'"
                 )
 

@@ -91,7 +91,19 @@ def make_optimizer(constructor: type[Optimizer], options: OptimizerOptions, modu
     optimizer = _construct(constructor, options.name, groups, arguments)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # which a schedule multiplies
+    if isinstance(optimizer, torch.optim.SGD):
+        optimizer.register_step_pre_hook(_begin_momenta)
     return optimizer
+
+
+def _begin_momenta(optimizer: Optimizer, *_: Any) -> None:
+    """Begin at 0 the momenta that some parameters lack, as those that were frozen: a fused step takes all or none."""
+    for group in optimizer.param_groups:
+        stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
+        lacking = [each for each in stepped if optimizer.state.get(each, {}).get("momentum_buffer") is None]
+        if group["fused"] and len(lacking) < len(stepped):
+            for parameter in lacking:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def state_bytes(optimizer: Optimizer, module: nn.Module) -> dict[str, int]:

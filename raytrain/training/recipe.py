@@ -156,8 +156,9 @@ class TrainRecipe(Recipe):
         max_failures: restarts after workers died or hung.
         callbacks: functions of the replica ("module:attribute") called on every worker after every step.
         phases: later parts of the training, with changed fields: each a table of `from`, the steps done before it, and
-            fields, which keep their values from then on. Weights go on, and so does the state of an optimizer of the
-            same name, unless the table has `reset_optimizer = true`.
+            fields, which keep their values from then on. Weights go on, of a tensor whose shape changes the leading
+            block that both have; and so does the state of an optimizer of the same name, unless the table has
+            `reset_optimizer = true`.
     """
 
     kind: Literal["train"] = "train"

@@ -228,10 +228,10 @@ def inherit(
     *,
     reset_optimizer: bool = False,
 ) -> list[str]:
-    """Put of a state what fits into a replica of another recipe, and return the names of weights that stay new.
+    """Put of a state what fits into a replica of another recipe, and return the names of weights that are partly new.
 
-    Weights and their averages are taken by name where shapes agree. So is the optimizer's state; that of an optimizer
-    of another name starts new.
+    Weights and their averages are taken by name; of a tensor of another shape, the leading block that both have. The
+    optimizer's state is taken where shapes agree; that of an optimizer of another name starts new.
 
     Args:
         replica: newly made.
@@ -243,21 +243,29 @@ def inherit(
     Raises:
         CheckpointError: it is the state of an adapter beside another model.
     """
-    new = dict(_tensors(replica, replica.module))
-    model = {name: value for name, value in shared["model"].items() if name in new and new[name].shape == value.shape}
+    new, saved = dict(_tensors(replica, replica.module)), shared["model"]
+    whole = {name for name, value in saved.items() if name in new and new[name].shape == value.shape}
     same = shared["optimizer"]["name"] == replica.options.name and not reset_optimizer
-    if same and model.keys() == new.keys() == shared["model"].keys():
+    if same and whole == new.keys() == saved.keys():
         load_state(replica, shared, own, path)
         return []
     optimizer = {"name": replica.options.name, **state_by_name(replica.optimizer, replica.local_parameters)}
     if same:
-        kept = {name: entries for name, entries in shared["optimizer"]["state"].items() if name in model}
+        kept = {name: entries for name, entries in shared["optimizer"]["state"].items() if name in whole}
         optimizer = {**shared["optimizer"], "state": kept}
-    average = {name: value for name, value in shared["ema"].items() if name in model}
-    weights = {name: value.clone() for name, value in new.items()} | model
-    complete = {"model": weights, "optimizer": optimizer, "ema": average and {**weights, **average}}
+    weights = {name: _overlaid(value, saved.get(name)) for name, value in new.items()}
+    average = {name: _overlaid(value, shared["ema"].get(name)) for name, value in weights.items()}
+    complete = {"model": weights, "optimizer": optimizer, "ema": average if shared["ema"] else {}}
     load_state(replica, {**shared, **complete, "sync": replica.sync.state_dict()}, None, path)
-    return sorted(new.keys() - model.keys())
+    return sorted(new.keys() - whole)
+
+
+def _overlaid(tensor: Tensor, other: Tensor | None) -> Tensor:
+    """Return a copy of a tensor with the leading block of another one, as far as both reach."""
+    copy = tensor.clone()
+    if other is not None and other.dim() == tensor.dim():
+        copy[tuple(slice(size) for size in other.shape)] = other[tuple(slice(size) for size in tensor.shape)]
+    return copy
 
 
 def _tensors(replica: Replica, parts: nn.Module) -> Iterator[tuple[str, Tensor]]:

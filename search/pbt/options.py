@@ -40,8 +40,9 @@ class PBTOptions(SearchOptions):
         explore: how inherited hyperparameters change.
         inherit: what a member takes from its donor: "weights", "hyperparameters" or "both".
         optimizer_state: of a member that takes a donor's weights: "copy", the donor's, or "reset", a new one.
-        other_shapes: of parameters whose shape a dimension changes: "refuse", such a search does not start; "reset",
-            they start new where shapes differ, and all others are inherited by name.
+        other_shapes: of parameters whose shape a dimension changes: "refuse", such a search does not start; "overlap",
+            the leading block that both shapes have is inherited, and the rest starts new; all others are inherited by
+            name.
         burn_in: steps before the first exploitation.
         synchronous: whether a decision waits for all members; otherwise each is made when its member reports.
         step_matched: without synchronous: compare a member with reports of the same step alone.
@@ -55,7 +56,7 @@ class PBTOptions(SearchOptions):
     explore: ExploreField = Field(default={}, validate_default=True)
     inherit: Literal["weights", "hyperparameters", "both"] = "both"
     optimizer_state: Literal["copy", "reset"] = "copy"
-    other_shapes: Literal["refuse", "reset"] = "refuse"
+    other_shapes: Literal["refuse", "overlap"] = "refuse"
     burn_in: int = Field(0, ge=0)
     synchronous: bool = True
     step_matched: bool = False
@@ -69,7 +70,7 @@ class PBTOptions(SearchOptions):
     @property
     def inherits_whole_weights(self) -> bool:
         """Whether members inherit all weights of their donors."""
-        return self.inherit != "hyperparameters" and self.other_shapes != "reset"
+        return self.inherit != "hyperparameters" and self.other_shapes != "overlap"
 
     def check_interval(self, steps: int, field: str = "base.steps") -> None:
         """Check that the interval divides the steps.

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from raytrain.run.directory import RunDirectory
 from raytrain.run.report.panel import Panel, line_chart, table
 from search.journal.ancestry import ancestors
 from search.journal.rows import DecisionRow, ReportRow, read_decisions, read_reports
+from search.report.best import Scored, best_panels
 from search.report.front import front_panels
 from search.report.model import model_panels
 from search.report.values import in_words, is_number, listed, wide_axis
@@ -25,8 +25,6 @@ FEW = 5
 
 LineageRows = Sequence[Mapping[str, Any]]
 """Decisions, each of which continues the segment of the one before."""
-Scored = Sequence[tuple[ReportRow, float]]
-"""Ends of segments, each with its score."""
 Trials = Sequence[tuple[Mapping[str, Any], float]]
 """Hyperparameters of a trial -> its last score."""
 
@@ -41,7 +39,7 @@ def search_panels(run: RunDirectory) -> list[Panel]:
     standings = standings_of(objective, decisions, began)
     charts = [
         _scores(objective, decisions, scored),
-        _best_so_far(objective, scored),
+        *best_panels(objective, decisions, scored, _section(run)),
         *front_panels(objectives, standings),
         *model_panels(objective, _decided(decisions, scored), _predictor(run, decisions)),
         *_schedules(decisions, scored, winner),
@@ -102,13 +100,6 @@ def _scores(objective: Objective, decisions: Sequence[DecisionRow], scored: Scor
     ys = [y for row in copies for y in (row["score"], row["parent_score"], None)]
     layout = {**panel.layout, "showlegend": len(lines) <= MANY}
     return replace(panel, traces=[*panel.traces, {**edge, "x": xs, "y": ys}] if copies else panel.traces, layout=layout)
-
-
-def _best_so_far(objective: Objective, scored: Scored) -> Panel | None:
-    better = min if objective.better == "lower" else max
-    best = list(accumulate((score for _, score in scored), better))
-    seconds = [report["seconds"] for report, _ in scored]
-    return line_chart("Best so far", {"best": (seconds, best)}, x="seconds", y=objective.metric)
 
 
 def _schedules(decisions: Sequence[DecisionRow], scored: Scored, winner: LineageRows) -> list[Panel | None]:

@@ -7,8 +7,8 @@ import numpy as np
 
 from search.chooser import Configuration, replaying, sampling
 from search.rng import keyed_generator
-from search.searcher import Candidate, CandidateResult, Searcher
-from search.searchers.proposals import key_of, new_draw
+from search.searcher import CandidateResult
+from search.searchers.proposals import NonRepeatingSearcher, key_of, new_draw
 from search.space import Space
 
 POPULATION = 20
@@ -17,7 +17,7 @@ MUTATION_ATTEMPTS = 100
 """Mutations that were asked already or are over the limits of the space, before a candidate is drawn instead."""
 
 
-class EvolutionSearcher(Searcher):
+class EvolutionSearcher(NonRepeatingSearcher):
     """Mutates the best of a few of the newest candidates; the oldest leave, however good they are.
 
     A mutation draws one decision anew, and those that become active by it.
@@ -28,16 +28,6 @@ class EvolutionSearcher(Searcher):
     def __init__(self, space: Space, seed: int) -> None:
         super().__init__(space, seed)
         self._results: dict[int, tuple[Configuration, float]] = {}
-        self._asked: dict[str, None] = {}
-
-    def ask(self, numbers: Sequence[int]) -> list[Candidate]:
-        """Return a child of the population for each number; the first ones are drawn."""
-        candidates = []
-        for number in numbers:
-            configuration = self._child(keyed_generator(self.seed, "candidate", number))
-            self._asked[key_of(configuration)] = None
-            candidates.append(Candidate(number, configuration))
-        return candidates
 
     def tell(self, results: Sequence[CandidateResult]) -> None:
         """Learn from results; failures never become parents."""
@@ -49,18 +39,20 @@ class EvolutionSearcher(Searcher):
         self._results = dict(list(self._results.items())[-POPULATION:])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the population, the oldest first, and what was asked."""
+        """Return the population, the oldest first, and what was proposed."""
         rows = [[number, each.genome.values(), fitness] for number, (each, fitness) in self._results.items()]
-        return {"population": rows, "asked": list(self._asked)}
+        return {"population": rows, **super().state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a population and what was asked."""
-        self._asked = dict.fromkeys(state["asked"])
+        """Go on from a population and what was proposed."""
+        super().load_state_dict(state)
         self._results = {
             number: (self.space.replay(values), fitness) for number, values, fitness in state["population"]
         }
 
-    def _child(self, rng: np.random.Generator) -> Configuration:
+    def _propose(self, number: int) -> Configuration:
+        """Return a child of the population; the first ones are drawn, and what is drawn repeats in a spent space."""
+        rng = keyed_generator(self.seed, "candidate", number)
         if len(self._results) < TOURNAMENT or self.space.is_single():
             return self._draw(rng)
         members = list(self._results.values())

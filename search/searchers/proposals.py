@@ -1,12 +1,15 @@
 """Proposals that were not asked before."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from search.chooser import Configuration
+from search.searcher import Candidate, Searcher
 from search.searchers.grid import grid_points
 from search.space import Space
 from search.surrogate.encoding import GRID
@@ -43,3 +46,39 @@ def unasked(space: Space, asked: Collection[str], drawn: Iterable[Configuration]
 def new_draw(space: Space, asked: Collection[str], rng: np.random.Generator) -> Configuration | None:
     """Return a draw within the limits of a space that was not asked yet; None where the space is spent."""
     return next(unasked(space, asked, [space.sample(rng)]), None)
+
+
+class NonRepeatingSearcher(Searcher):
+    """Keeps the keys of what it proposed, and no results.
+
+    Args:
+        space: what is searched.
+        seed: of all draws.
+    """
+
+    def __init__(self, space: Space, seed: int) -> None:
+        super().__init__(space, seed)
+        self._asked: dict[str, None] = {}
+
+    def ask(self, numbers: Sequence[int]) -> list[Candidate]:
+        """Return a proposal for each number, or fewer where the space is spent."""
+        candidates = []
+        for number in numbers:
+            configuration = self._propose(number)
+            if configuration is None:
+                break
+            self._asked[key_of(configuration)] = None
+            candidates.append(Candidate(number, configuration))
+        return candidates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was proposed."""
+        return {"asked": list(self._asked)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after what was proposed."""
+        self._asked = dict.fromkeys(state["asked"])
+
+    @abstractmethod
+    def _propose(self, number: int) -> Configuration | None:
+        """Return a configuration that was not proposed yet, or None where the space is spent."""

@@ -139,7 +139,7 @@ def test_a_winner_of_other_shapes_and_with_new_optimizer_states_trains_again(tmp
         "optimizer": {"lr": {"type": "float", "low": 1e-3, "high": 0.1, "scale": "log"}},
         "task": {"widths": {"type": "choice", "values": [[16], [24], [32]]}},
     }
-    more = {"population": 4, "space": space, "optimizer_state": "reset", "other_shapes": "reset"}
+    more = {"population": 4, "space": space, "optimizer_state": "reset", "other_shapes": "overlap"}
     raw = {**RAW, "base": {**RAW["base"], "optimizer": "adamw"}, "search": {**RAW["search"], **more}, "seed": 2}
     recipe = SearchRecipe.parse(raw)
     journal = Journal(tmp_path, recipe.scheduler(Objective("loss", "lower")))

@@ -47,7 +47,7 @@ def test_shipped_recipes_are_complete(file: Path) -> None:
     assert recipe.scheduler(Objective("loss", "lower")).ask(2)
 
 
-@pytest.mark.parametrize("module", ["search.rng", "search.surrogate.encoding"])
+@pytest.mark.parametrize("module", ["search.rng", "search.surrogate.encoding", "search.report.best"])
 def test_examples_in_docstrings_run(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert (result.failed, result.attempted > 0) == (0, True)

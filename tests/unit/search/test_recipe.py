@@ -331,8 +331,8 @@ def test_shapes_that_cannot_be_inherited() -> None:
         check_shapes(recipe.base, recipe.search, shapes)
     assert str(error.value) == (
         "search.space.task.depth: task.depth = 2 changes the shape of 4.weight from (64, 32, 3, 3) to (32, 32, 3, 3), "
-        "and weights of another shape cannot be inherited; set search.other_shapes = 'reset', with which such "
-        "parameters start new, or search.inherit = 'hyperparameters'"
+        "and weights of another shape cannot be inherited; set search.other_shapes = 'overlap', with which they "
+        "are inherited in part, or search.inherit = 'hyperparameters'"
     )
     fine = [parse(), parse(search__space=table, search__inherit="hyperparameters")]
     for one in [*fine, parse(search={"name": "random", "space": table})]:

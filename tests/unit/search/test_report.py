@@ -2,7 +2,9 @@
 
 import json
 import threading
+from itertools import permutations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ from hypothesis import strategies as st
 
 from raytrain.run.directory import RunDirectory
 from raytrain.run.report.page import render
-from raytrain.run.report.panel import Panel
+from raytrain.run.report.panel import Panel, compared
 from search.journal.journal import Journal
 from search.journal.reports import Reports
 from search.journal.rows import read_decisions, read_reports
 from search.progress import SearchDisplay
+from search.report.best import expected_best
 from search.report.panels import search_panels
 from search.scheduling.driver import SegmentEnd, drive
 from search.scheduling.scheduler import Problem, Scheduler
@@ -30,9 +33,12 @@ from search.testing import toy_search, train_toy
 WORDS = ["<script>alert(1)</script>", "plain"]
 
 
-def searched(folder: Path, engine: Scheduler, metric: str, train: Any, segments: int = 1000) -> Journal:
+def searched(
+    folder: Path, engine: Scheduler, metric: str, train: Any, segments: int = 1000, name: str = "pbt"
+) -> Journal:
     """Search in this process for some segments, with the files of a run."""
-    (folder / "recipe.toml").write_text(f'kind = "search"\n[search]\nmetric = "{metric}"\nmode = "max"\n')
+    section = f'name = "{name}"\nmetric = "{metric}"\nmode = "max"\n'
+    (folder / "recipe.toml").write_text(f'kind = "search"\n[search]\n{section}')
     journal, reports = Journal(folder, engine), Reports(folder / "metrics.jsonl")
     journal.open()
     reports.open(journal.unfinished)
@@ -60,7 +66,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Journal:
     def train(work: Work, state: bytes | None) -> SegmentEnd:
         return SegmentEnd(b"", 5, {"score": -(work.changes["x"] ** 3)})
 
-    return searched(tmp_path_factory.mktemp("sweep"), engine, "score", train)
+    return searched(tmp_path_factory.mktemp("sweep"), engine, "score", train, name="random")
 
 
 def panels_of(journal: Journal) -> dict[str, Panel]:
@@ -75,6 +81,7 @@ def test_the_panels_of_a_population(population: Journal) -> None:
     assert list(shown) == [
         "Scores",
         "Best so far",
+        "Best so far by steps",
         "Schedule of h0",
         "Schedule of h1",
         "The winner's ancestry",
@@ -104,6 +111,7 @@ def test_the_panels_of_a_sweep(sweep: Journal) -> None:
     assert list(shown) == [
         "Scores",
         "Best so far",
+        "Best so far by steps",
         "Trials",
         "Rank correlation with the score",
         "The winner's ancestry",
@@ -115,6 +123,29 @@ def test_the_panels_of_a_sweep(sweep: Journal) -> None:
     page = render("search", "", {}, list(shown.values()))
     assert "<script>alert" not in page
     assert "<script>alert" not in json.dumps(json.loads(page.split('id="panels">')[1].split("</script>")[0]))
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=6), st.sampled_from(["lower", "higher"]))
+def test_the_expected_best_of_random_draws_is_the_mean_over_all_orders(scores: list[float], better: str) -> None:
+    best = min if better == "lower" else max
+    orders = list(permutations(scores))
+    means = [fmean(best(order[:drawn]) for order in orders) for drawn in range(1, len(scores) + 1)]
+    assert expected_best(scores, Objective("q", better)) == pytest.approx(means, abs=1e-12)
+
+
+def test_another_search_is_shown_beside_random_search(sweep: Journal, population: Journal) -> None:
+    folders = {"pbt": population, "random": sweep}
+    panels = {name: list(panels_of(journal).values()) for name, journal in folders.items()}
+    (shown,) = (panel for panel in compared(panels) if panel.title == "Best so far by steps")
+    assert [trace["name"] for trace in shown.traces] == [
+        "pbt · best",
+        "random · best",
+        "random · random draws, on average",
+    ]
+    ours, best, average = shown.traces
+    assert ours["x"][-1] == 4 * 40
+    assert best["x"] == average["x"] == [5 * count for count in range(1, 9)]
+    assert best["y"][-1] == pytest.approx(average["y"][-1])
 
 
 scalars = st.none() | st.booleans() | st.integers(-1, 99) | st.text(max_size=3) | st.floats(allow_nan=False)

@@ -57,9 +57,18 @@ CHANGED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("newest", [3, 5, 6, 8])
-def test_a_run_with_phases_goes_on_from_any_checkpoint(newest: int, tmp_path: Path) -> None:
-    phased = recipe(phases=CHANGED, checkpoint__every=1, checkpoint__keep=20)
+RESHAPED: list[dict[str, Any]] = [{"from": 5, "task.widths": [12, 6]}]
+THAWED: list[dict[str, Any]] = [{"from": 5, "freeze.match": []}]
+
+
+@pytest.mark.parametrize(
+    ("phases", "newest"), [*((CHANGED, newest) for newest in (3, 5, 6, 8)), (RESHAPED, 5), (THAWED, 5), (THAWED, 8)]
+)
+def test_a_run_with_phases_goes_on_from_any_checkpoint(
+    phases: list[dict[str, Any]], newest: int, tmp_path: Path
+) -> None:
+    frozen = {"match": ["1.*"]} if phases is THAWED else {}
+    phased = recipe(phases=phases, freeze=frozen, checkpoint__every=1, checkpoint__keep=20)
     whole = model_of(tmp_path / "run", phased)
     for path in list_checkpoints(tmp_path / "run" / "checkpoints")[newest:]:
         shutil.rmtree(path)
@@ -138,16 +147,22 @@ def test_all_that_fits_is_inherited_as_it_is_loaded(name: str, ema: float) -> No
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_weights_of_another_shape_stay_new(ema: float) -> None:
+@pytest.mark.parametrize("widths", [[8, 16], [8, 4], [6, 8]])
+def test_weights_of_another_shape_are_inherited_in_part(widths: list[int], ema: float) -> None:
     state = state_of(trained(recipe(ema=ema)))
-    wider = recipe(task__widths=[8, 16], ema=ema)
-    heir = fresh(wider)
+    heir = fresh(recipe(task__widths=widths, ema=ema))
     begun = {name: tensor.clone() for name, tensor in state_of(heir)["model"].items()}
     new = inherit(heir, state, state, "here")
     model, momenta = state_of(heir)["model"], state_of(heir)["optimizer"]["state"]
     assert new
     assert new == sorted(name for name in model if model[name].shape != state["model"][name].shape)
-    assert all(model[name].equal(begun[name] if name in new else state["model"][name]) for name in model)
+    for name, tensor in model.items():
+        saved = state["model"][name]
+        inherited = torch.zeros(tensor.shape, dtype=torch.bool)
+        inherited[tuple(slice(size) for size in saved.shape)] = True
+        block = tuple(slice(size) for size in tensor.shape)
+        assert tensor[inherited].equal(saved[block].flatten())
+        assert tensor[~inherited].equal(begun[name][~inherited])
     assert momenta.keys() == state["optimizer"]["state"].keys() - set(new)
 
 
