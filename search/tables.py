@@ -32,6 +32,20 @@ PREDICTORS: dict[str, str] = {
 }
 
 
+PROXIES: dict[str, str] = {
+    "parameters": "search.proxies.weights:parameter_count",
+    "gradient-norm": "search.proxies.weights:gradient_norm",
+    "snip": "search.proxies.weights:snip",
+    "synflow": "search.proxies.weights:synflow",
+    "synaptic-saliency": "search.proxies.weights:synaptic_saliency",
+    "synaptic-diversity": "search.proxies.weights:synaptic_diversity",
+    "head-confidence": "search.proxies.attention:head_confidence",
+    "softmax-confidence": "search.proxies.attention:softmax_confidence",
+    "hidden-covariance": "search.proxies.covariance:hidden_covariance",
+    "jacobian-covariance": "search.proxies.covariance:jacobian_covariance",
+}
+
+
 EXPLOITS: dict[str, str] = {
     "truncation": "search.pbt.exploit:Truncation",
     "tournament": "search.pbt.exploit:Tournament",
