@@ -338,6 +338,21 @@ class Median(Study):
     name = "median"
 
 
+class Extrapolation(Study):
+    """Trials whose loss curve is unlikely to lead below the best end early (after Domhan et al. 2015).
+
+    >>> study = Extrapolation({"lr": {"type": "float", "low": 0.01, "high": 1}}, steps=20, interval=1, trials=9)
+    >>> while trial := study.ask():
+    ...     distance = 1.0 if trial.state is None else trial.state
+    ...     distance *= (1 - trial.params["lr"]) ** (trial.until - trial.step)
+    ...     study.tell(trial, distance, state=distance)
+    >>> study.best_value < 0.01
+    True
+    """
+
+    name = "extrapolation"
+
+
 class PBT(Study):
     """Population based training (Jaderberg et al. 2017): members copy better ones while they train.
 

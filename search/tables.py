@@ -6,6 +6,7 @@ SEARCHES: dict[str, str] = {
     "random": "search.sweep.searches:random",
     "asha": "search.sweep.searches:asha",
     "median": "search.sweep.searches:median",
+    "extrapolation": "search.sweep.searches:extrapolation",
     "sobol": "search.sweep.searches:sobol",
     "evolution": "search.sweep.searches:evolution",
     "gp": "search.sweep.searches:gp",

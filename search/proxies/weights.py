@@ -80,7 +80,9 @@ def synflow(module: nn.Module, batch: Minibatch) -> float:
         working.register_forward_hook(lambda _module, _inputs, output: flows.append(output_tensor(output).sum()))
         batch.as_for(next(working.parameters())).loss(working)
         flows[0].backward()
-        return sum(_saliency(weight.detach(), weight.grad) for weight in working.parameters() if weight.grad is not None)
+        return sum(
+            _saliency(weight.detach(), weight.grad) for weight in working.parameters() if weight.grad is not None
+        )
 
 
 def _gradients(module: nn.Module, batch: Minibatch) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -111,3 +111,18 @@ class MedianOptions(PrunerOptions):
     """
 
     least: int = Field(5, ge=1)
+
+
+class ExtrapolationOptions(PrunerOptions):
+    """Options of curve extrapolation.
+
+    Attributes:
+        law: "annealing": a power law of the summed learning rate, less what its decay gains, as of language models;
+            "power": of the steps alone. They are one where the learning rate is constant, or not known.
+        least: scores that a trial has to have before it is stopped.
+        chance: that a trial has to have to become the best one.
+    """
+
+    law: Literal["annealing", "power"] = "annealing"
+    least: int = Field(4, ge=2)
+    chance: float = Field(0.05, gt=0, lt=1)

@@ -9,8 +9,17 @@ from search.searchers.grid import GridSearcher
 from search.searchers.nars import NARSSearcher
 from search.searchers.random import RandomSearcher
 from search.sweep.asha import SuccessiveHalving
+from search.sweep.extrapolation import CurveExtrapolation
 from search.sweep.median import MedianStopping
-from search.sweep.options import ASHAOptions, GridOptions, MedianOptions, NARSOptions, PriorOptions, SweepOptions
+from search.sweep.options import (
+    ASHAOptions,
+    ExtrapolationOptions,
+    GridOptions,
+    MedianOptions,
+    NARSOptions,
+    PriorOptions,
+    SweepOptions,
+)
 from search.sweep.pruner import NoPruner
 from search.sweep.sweep import Sweep
 from search.tables import SEARCHERS
@@ -64,6 +73,16 @@ def asha(problem: Problem, options: ASHAOptions) -> Sweep:
 def median(problem: Problem, options: MedianOptions) -> Sweep:
     """Trials that are worse than the median of the others are stopped early."""
     pruner = MedianStopping(problem.steps, options.interval, options.least)
+    return Sweep(problem, options, _searcher(options.searcher, problem), pruner)
+
+
+def extrapolation(problem: Problem, options: ExtrapolationOptions) -> Sweep:
+    """Trials whose extrapolated loss curve has little chance to end best are stopped early."""
+    known = problem.rates if options.law == "annealing" else None
+    rates = known or (lambda _: [1.0] * problem.steps)
+    pruner = CurveExtrapolation(
+        problem.steps, options.interval, options.least, options.chance, problem.objective, rates
+    )
     return Sweep(problem, options, _searcher(options.searcher, problem), pruner)
 
 
