@@ -117,12 +117,12 @@ class ExtrapolationOptions(PrunerOptions):
     """Options of curve extrapolation.
 
     Attributes:
-        law: "annealing": a power law of the summed learning rate, less what its decay gains, as of language models;
-            "power": of the steps alone. They are one where the learning rate is constant, or not known.
+        law: "power": a power law of the steps; "annealing": of the summed learning rates, less what their decay gains,
+            as for language models. Both are one where the learning rate is constant.
         least: scores that a trial has to have before it is stopped.
         chance: that a trial has to have to become the best one.
     """
 
-    law: Literal["annealing", "power"] = "annealing"
+    law: Literal["power", "annealing"] = "power"
     least: int = Field(4, ge=2)
     chance: float = Field(0.05, gt=0, lt=1)

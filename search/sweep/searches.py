@@ -1,5 +1,6 @@
 """The sweeps that a recipe can name."""
 
+from raytrain.errors import RecipeError
 from raytrain.registry import resolve
 from search.prior import read_priors
 from search.scheduling.scheduler import Problem
@@ -78,8 +79,10 @@ def median(problem: Problem, options: MedianOptions) -> Sweep:
 
 def extrapolation(problem: Problem, options: ExtrapolationOptions) -> Sweep:
     """Trials whose extrapolated loss curve has little chance to end best are stopped early."""
-    known = problem.rates if options.law == "annealing" else None
-    rates = known or (lambda _: [1.0] * problem.steps)
+    constant = [1.0] * problem.steps
+    rates = problem.rates if options.law == "annealing" else lambda _: constant
+    if rates is None:
+        raise RecipeError("search.law: expected power, as only a training recipe has a schedule; got annealing")
     pruner = CurveExtrapolation(
         problem.steps, options.interval, options.least, options.chance, problem.objective, rates
     )

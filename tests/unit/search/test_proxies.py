@@ -161,7 +161,8 @@ def test_a_multiple_of_the_loss_has_multiples_of_the_gradients(shape: tuple[int,
 def test_attention_weights_are_those_that_the_model_computes() -> None:
     module, batch = example("llama")
     module.set_attn_implementation("eager")
-    weights = module(input_ids=batch.examples["inputs"], output_attentions=True).attentions
+    with torch.no_grad():
+        weights = module(input_ids=batch.examples["inputs"], output_attentions=True).attentions
     expected = sum(float(each.amax(-1).mean(dim=(0, 2)).sum()) for each in weights)
     assert softmax_confidence(example("llama")[0], batch) == pytest.approx(expected, rel=1e-5)
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrain.errors import RecipeError
 from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
 from search.chooser import Chooser
@@ -27,6 +28,8 @@ from search.space import Space, make_space
 from search.sweep.asha import SuccessiveHalving
 from search.sweep.extrapolation import CurveExtrapolation
 from search.sweep.median import MedianStopping
+from search.sweep.options import ExtrapolationOptions
+from search.sweep.searches import extrapolation
 from search.tables import SEARCHES
 from search.testing import MemoryStates
 
@@ -238,6 +241,13 @@ def test_extrapolation_stops_what_would_not_have_won() -> None:
     assert all((each.chance < 0.05) == each.stopped for each in found)
     assert all(each.step == 8 for each in found if each.end is not None), "the first forecast is made by four scores"
     assert "trials stopped early" in forecast_summary(found)
+
+
+def test_a_law_of_annealing_needs_a_schedule() -> None:
+    options = ExtrapolationOptions.model_validate({"name": "extrapolation", "space": TABLE, "law": "annealing"})
+    problem = Problem(make_space(TABLE), Objective("loss", "lower"), 20)
+    with pytest.raises(RecipeError, match="search.law: expected power, as only a training recipe has a schedule"):
+        extrapolation(problem, options)
 
 
 def test_a_curve_is_extrapolated_in_units_of_the_score() -> None:
