@@ -23,6 +23,7 @@ SEARCHERS: dict[str, str] = {
     "gp": "search.searchers.gp:GaussianProcessSearcher",
     "nars": "search.searchers.nars:NARSSearcher",
     "tpe": "search.searchers.tpe:TPESearcher",
+    "mcts": "search.searchers.mcts:MCTSSearcher",
 }
 
 

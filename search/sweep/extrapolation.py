@@ -5,6 +5,7 @@ from typing import Any
 
 from search.scheduling.segments import Objective
 from search.sweep.loss_curve import Annealing, Prediction, predict_end
+from search.sweep.options import ExtrapolationOptions
 from search.sweep.pruner import Pruner
 
 INTERVAL = (0.05, 0.95)
@@ -25,26 +26,21 @@ class CurveExtrapolation(Pruner):
 
     Args:
         steps: of a whole training.
-        interval: steps between two judgements.
-        least: scores that a trial has to have before it is stopped.
-        chance: the bound.
+        options: when a trial is judged, and the bound.
         objective: what the scores are of.
         rates: the learning-rate schedule of a trial.
     """
 
-    def __init__(
-        self, steps: int, interval: int, least: int, chance: float, objective: Objective, rates: Rates
-    ) -> None:
+    def __init__(self, steps: int, options: ExtrapolationOptions, objective: Objective, rates: Rates) -> None:
         super().__init__(steps)
-        self._interval, self._least, self._chance = interval, least, chance
-        self._objective, self._rates = objective, rates
+        self._options, self._objective, self._rates = options, objective, rates
         self._curves: dict[int, list[tuple[int, float]]] = {}
         self._remark: dict[str, Any] = {}
 
     @property
     def first(self) -> int:
         """The first score."""
-        return min(self._interval, self.steps)
+        return min(self._options.interval, self.steps)
 
     def judge(self, trial: int, step: int, fitness: float, changes: Mapping[str, Any]) -> int | None:
         """Return the next judgement, unless the trial is stopped or at its end."""
@@ -53,8 +49,9 @@ class CurveExtrapolation(Pruner):
         self._remark = {}
         if step >= self.steps:
             return None
-        hopeless = len(own) >= self._least and self._predict(trial, changes) < self._chance
-        return None if hopeless else min(step + self._interval, self.steps)
+        telling = len(own) >= self._options.least and step >= self._options.grace * self.steps
+        hopeless = telling and self._predict(trial, changes) < self._options.chance
+        return None if hopeless else min(step + self._options.interval, self.steps)
 
     def remark(self) -> dict[str, Any]:
         """Return the predicted end of the trial that was judged last, and its chance; {} if nothing was predicted."""

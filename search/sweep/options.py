@@ -120,9 +120,11 @@ class ExtrapolationOptions(PrunerOptions):
         law: "power": a power law of the steps; "annealing": of the summed learning rates, less what their decay gains,
             as for language models. Both are one where the learning rate is constant.
         least: scores that a trial has to have before it is stopped.
+        grace: share of a training in which no trial is stopped: how a curve begins says little of where it ends.
         chance: that a trial has to have to become the best one.
     """
 
     law: Literal["power", "annealing"] = "power"
     least: int = Field(4, ge=2)
+    grace: float = Field(1 / 3, ge=0, lt=1)
     chance: float = Field(0.05, gt=0, lt=1)

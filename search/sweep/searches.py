@@ -83,9 +83,7 @@ def extrapolation(problem: Problem, options: ExtrapolationOptions) -> Sweep:
     rates = problem.rates if options.law == "annealing" else lambda _: constant
     if rates is None:
         raise RecipeError("search.law: expected power, as only a training recipe has a schedule; got annealing")
-    pruner = CurveExtrapolation(
-        problem.steps, options.interval, options.least, options.chance, problem.objective, rates
-    )
+    pruner = CurveExtrapolation(problem.steps, options, problem.objective, rates)
     return Sweep(problem, options, _searcher(options.searcher, problem), pruner)
 
 

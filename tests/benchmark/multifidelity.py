@@ -48,8 +48,8 @@ EXTRAPOLATION, ANNEALING = "curve extrapolation", "curve extrapolation, annealin
 SECTIONS: dict[str, dict[str, Any]] = {
     FULL: {"name": "random"},
     PROMOTION: {"name": "asha", "interval": INTERVAL, "eta": ETA},
-    EXTRAPOLATION: {"name": "extrapolation", "interval": INTERVAL},
-    ANNEALING: {"name": "extrapolation", "interval": INTERVAL, "law": "annealing"},
+    EXTRAPOLATION: {"name": "extrapolation", "interval": 2 * INTERVAL},
+    ANNEALING: {"name": "extrapolation", "interval": 2 * INTERVAL, "law": "annealing"},
 }
 
 

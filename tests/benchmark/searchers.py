@@ -34,7 +34,7 @@ TARGETS = {
 """The exact median of the best of 500 random configurations of each table."""
 BUDGET = 200
 PRIOR_RESULTS = 400
-OURS = ("gp", "nars", "tpe", "evolution", "sobol", "random")
+OURS = ("gp", "nars", "tpe", "evolution", "mcts", "sobol", "random")
 
 Ask = Callable[[int], tuple[int, Callable[[float], None]]]
 """Number -> (row of the table, what to call with its loss)."""

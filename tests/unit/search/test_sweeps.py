@@ -239,7 +239,7 @@ def test_extrapolation_stops_what_would_not_have_won() -> None:
     assert sum(map(taken, rows)) < 0.6 * 20 * 20
     found = forecasts(rows)
     assert all((each.chance < 0.05) == each.stopped for each in found)
-    assert all(each.step == 8 for each in found if each.end is not None), "the first forecast is made by four scores"
+    assert all(each.step == 8 for each in found if each.end is not None), "after four scores, and a third of 20 steps"
     assert "trials stopped early" in forecast_summary(found)
 
 
@@ -254,7 +254,8 @@ def test_a_curve_is_extrapolated_in_units_of_the_score() -> None:
     """A trial has to beat every other one, of which higher may be better."""
     rising = {step: 1 - 1 / (1 + step) for step in (2, 4, 6, 8)}
     for better, sign in (("lower", -1), ("higher", 1)):
-        pruner = CurveExtrapolation(100, 2, 4, 0.05, Objective("score", better), lambda _: [1.0] * 100)
+        options = ExtrapolationOptions.model_validate({"name": "extrapolation", "space": {}, "interval": 2, "grace": 0})
+        pruner = CurveExtrapolation(100, options, Objective("score", better), lambda _: [1.0] * 100)
         pruner.judge(0, 2, 0.95, {})
         nexts = [pruner.judge(1, step, fitness, {}) for step, fitness in rising.items()]
         assert nexts == [4, 6, 8, 10]
