@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from search.study import (
         ASHA,
         GP,
+        MCTS,
         NARS,
         PBT,
         TPE,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ASHA",
     "GP",
+    "MCTS",
     "NARS",
     "PBT",
     "TPE",
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("ASHA", "GP", "NARS", "PBT", "TPE"), "search.study"),
+    **dict.fromkeys(("ASHA", "GP", "MCTS", "NARS", "PBT", "TPE"), "search.study"),
     **dict.fromkeys(("Evolution", "Extrapolation", "Grid", "Median", "Random", "Sobol"), "search.study"),
     **dict.fromkeys(("Study", "Trial"), "search.study"),
     "PBTScheduler": "search.launch.tune",

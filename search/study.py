@@ -269,6 +269,19 @@ class Evolution(Study):
     name = "evolution"
 
 
+class MCTS(Study):
+    """Monte Carlo tree search over the decisions (after DeepArchitect, Negrinho and Gordon 2017).
+
+    >>> study = MCTS(lambda choose: {"bits": [choose.bool(f"bit{i}") for i in range(6)]}, mode="max", trials=60)
+    >>> while trial := study.ask():
+    ...     study.tell(trial, sum(trial.params["bits"]))
+    >>> study.best_value >= 5
+    True
+    """
+
+    name = "mcts"
+
+
 class GP(Study):
     """Bayesian optimisation by a Gaussian process (Snoek et al. 2012).
 

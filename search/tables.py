@@ -9,6 +9,7 @@ SEARCHES: dict[str, str] = {
     "extrapolation": "search.sweep.searches:extrapolation",
     "sobol": "search.sweep.searches:sobol",
     "evolution": "search.sweep.searches:evolution",
+    "mcts": "search.sweep.searches:mcts",
     "gp": "search.sweep.searches:gp",
     "nars": "search.sweep.searches:nars",
     "tpe": "search.sweep.searches:tpe",
@@ -20,10 +21,10 @@ SEARCHERS: dict[str, str] = {
     "grid": "search.searchers.grid:GridSearcher",
     "sobol": "search.searchers.sobol:SobolSearcher",
     "evolution": "search.searchers.evolution:EvolutionSearcher",
+    "mcts": "search.searchers.mcts:MCTSSearcher",
     "gp": "search.searchers.gp:GaussianProcessSearcher",
     "nars": "search.searchers.nars:NARSSearcher",
     "tpe": "search.searchers.tpe:TPESearcher",
-    "mcts": "search.searchers.mcts:MCTSSearcher",
 }
 
 

@@ -76,7 +76,7 @@ class PrunerOptions(SweepOptions):
     """Options of sweeps that stop bad trials early.
 
     Attributes:
-        searcher: proposes the configurations: "random", "sobol", "evolution", "gp", "nars" or "tpe".
+        searcher: proposes the configurations: "random", "sobol", "evolution", "mcts", "gp", "nars" or "tpe".
         interval: steps after which a trial is judged for the first time.
     """
 

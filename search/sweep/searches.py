@@ -47,6 +47,11 @@ def evolution(problem: Problem, options: SweepOptions) -> Sweep:
     return Sweep(problem, options, _searcher("evolution", problem), NoPruner(problem.steps))
 
 
+def mcts(problem: Problem, options: SweepOptions) -> Sweep:
+    """Monte Carlo tree search over the decisions (after DeepArchitect), each proposal trained to the end."""
+    return Sweep(problem, options, _searcher("mcts", problem), NoPruner(problem.steps))
+
+
 def gp(problem: Problem, options: PriorOptions) -> Sweep:
     """Bayesian optimisation with a Gaussian process, each proposal trained to the end."""
     priors = read_priors(options.prior, problem.space)

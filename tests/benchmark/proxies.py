@@ -10,6 +10,7 @@ does not say: (t_xy - t_xz t_yz) / sqrt((1 - t_xz^2) (1 - t_yz^2)) (Kendall 1942
 over models, 95 %. A proxy beats the number of parameters if the whole interval of the difference is below 0.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -146,22 +147,20 @@ def correlations(proxy: Any, size: Any, loss: Any) -> np.ndarray[Any, Any]:
     return np.array([raw, (raw - with_size * of_size) / scale if scale else 0.0, raw - of_size])
 
 
-def row_of(
-    family: str, name: str, scores: Sequence[float], sizes: Sequence[float], losses: Sequence[float]
-) -> dict[str, Any]:
-    """Return a row of the table."""
+def row_of(name: str, scores: Sequence[float], sizes: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
+    """Return what the table says of a proxy."""
     signs = [concordance(np.array(values)) for values in (scores, sizes, losses)]
     rng = np.random.default_rng(0)
     draws = []
     for _ in range(RESAMPLES):
         places = rng.integers(len(losses), size=len(losses))
         draws.append(correlations(*(each[np.ix_(places, places)] for each in signs)))
-    raw, partial, difference = correlations(*signs)
+    raw, partial, _ = correlations(*signs)
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    row: dict[str, Any] = {"proxy": name, "tau": raw, "tau_low": low[0], "tau_high": high[0]}
-    if name != SIZE:
-        row |= {"partial": partial, "partial_low": low[1], "partial_high": high[1], "minus_size_high": high[2]}
-    return {key: float(value) if isinstance(value, float) else value for key, value in row.items()}
+    own = {"tau": raw, "tau_low": low[0], "tau_high": high[0]}
+    beside = {"partial": partial, "partial_low": low[1], "partial_high": high[1], "minus_size_high": high[2]}
+    shown = beside if name != SIZE else dict.fromkeys(beside, math.nan)
+    return {"proxy": name, **{key: float(value) for key, value in {**own, **shown}.items()}}
 
 
 def measure(family: str, count: int, steps: int, data: Path) -> list[dict[str, Any]]:
@@ -190,8 +189,8 @@ def headline_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for family in FAMILIES:
         own = [row for row in rows if row["family"] == family]
         best = min(own, key=lambda row: row["tau"])
-        beating = [row["proxy"] for row in own if row.get("minus_size_high", 0.0) < 0]
-        telling = [row["proxy"] for row in own if row.get("partial_high", 0.0) < 0]
+        beating = [row["proxy"] for row in own if row["minus_size_high"] < 0]
+        telling = [row["proxy"] for row in own if row["partial_high"] < 0]
         size = next(row["tau"] for row in own if row["proxy"] == SIZE)
         headline |= {
             f"{family}_models": len(best["losses"]),
