@@ -35,7 +35,7 @@ def head_confidence(module: nn.Module, batch: Minibatch) -> float:
 def softmax_confidence(module: nn.Module, batch: Minibatch) -> float:
     """Sum over heads of the mean, over examples and positions, of the largest attention weight.
 
-    Source: Serianni and Kalita 2023; a head's confidence is that of Voita et al. 2019, section 4.
+    Source: Serianni and Kalita 2023; a head's confidence is that of Voita et al. 2019.
 
     Raises:
         TrainingError: the model has no attention.

@@ -20,7 +20,7 @@ def spectrum_score(rows: FloatArray) -> float:
     Args:
         rows: shape (n, values).
 
-    Source: Mellor et al. 2020, Neural Architecture Search without Training, version 1, equation 2.
+    Source: Mellor et al. 2020, Neural Architecture Search without Training (its first version).
 
     >>> round(spectrum_score(np.array([[1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])), 3)
     -2.0
@@ -60,7 +60,7 @@ def hidden_covariance(module: nn.Module, batch: Minibatch) -> float:
 def jacobian_covariance(module: nn.Module, batch: Minibatch) -> float:
     """Score of the correlations between the examples' gradients: of the sum of the outputs by the embeddings.
 
-    Source: Mellor et al. 2020, section 3; for text as in Serianni and Kalita 2023.
+    Source: Mellor et al. 2020; for text as in Serianni and Kalita 2023.
     """
     leaves: list[Tensor] = []
 

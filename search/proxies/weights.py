@@ -20,7 +20,7 @@ def parameter_count(module: nn.Module, batch: Minibatch) -> float:  # noqa: ARG0
 def gradient_norm(module: nn.Module, batch: Minibatch) -> float:
     """Sum of ||g||_2 over the gradients g of all parameters.
 
-    Source: Abdelfattah et al. 2021, Zero-Cost Proxies for Lightweight NAS, section 3.2 (grad_norm).
+    Source: Abdelfattah et al. 2021, Zero-Cost Proxies for Lightweight NAS (grad_norm).
     """
     return sum(float(gradient.norm()) for _, _, gradient in _gradients(module, batch))
 
@@ -28,7 +28,7 @@ def gradient_norm(module: nn.Module, batch: Minibatch) -> float:
 def snip(module: nn.Module, batch: Minibatch) -> float:
     """Sum of |w g| over all parameters w and their gradients g.
 
-    Source: Lee et al. 2019, SNIP, equation 5, summed over a model as Abdelfattah et al. 2021 do.
+    Source: Lee et al. 2019, SNIP, summed over a model as Abdelfattah et al. 2021 do.
     """
     return sum(_saliency(weight, gradient) for _, weight, gradient in _gradients(module, batch))
 
@@ -36,8 +36,8 @@ def snip(module: nn.Module, batch: Minibatch) -> float:
 def synaptic_saliency(module: nn.Module, batch: Minibatch) -> float:
     """Sum of |W g| over the matrices W outside attention and embeddings.
 
-    Source: Zhou et al. 2022, Training-free Transformer Architecture Search, equation 6. Their loss is a sum of outputs,
-    which is constant behind a layer norm; here it is that of the minibatch.
+    Source: Zhou et al. 2022, Training-free Transformer Architecture Search. Others differentiate the sum of the last
+    hidden state, which is constant behind a layer norm; here it is the loss of the minibatch.
     """
     found = _matrices(module, batch, attention=False)
     return sum(_saliency(weight, gradient) for weight, gradient in found)
@@ -46,7 +46,7 @@ def synaptic_saliency(module: nn.Module, batch: Minibatch) -> float:
 def synaptic_diversity(module: nn.Module, batch: Minibatch) -> float:
     """Sum of ||W||_* ||g||_* over the matrices W of attention layers; ||.||_* is the nuclear norm.
 
-    Source: Zhou et al. 2022, equation 5, with the loss of the minibatch.
+    Source: Zhou et al. 2022, with the loss of the minibatch.
 
     Raises:
         TrainingError: the model has no attention.
@@ -65,8 +65,8 @@ def synflow(module: nn.Module, batch: Minibatch) -> float:
 
     Layers of normalisation pass their inputs on, which would otherwise undo the scale of what comes before.
 
-    Source: Tanaka et al. 2020, Pruning Neural Networks without Any Data, equations 1 and 2; normalisation as in
-    Abdelfattah et al. 2021.
+    Source: Tanaka et al. 2020, Pruning Neural Networks without Any Data; normalisation as in Abdelfattah et al.
+    2021.
     """
     with working_copy(module) as working:
         working.double()

@@ -62,7 +62,7 @@ class MCTSSearcher(ModelBasedSearcher):
     a child. Below the tree all is drawn. The reward of a result is its rank among all, from 0 for the worst to 1;
     candidates that failed or are under way have 0.
 
-    Source: Negrinho and Gordon 2017, DeepArchitect, section 5.3 (MCTS with bisection).
+    Source: Negrinho and Gordon 2017, DeepArchitect (MCTS with bisection).
     """
 
     def _propose(self, rng: np.random.Generator) -> Configuration | None:

@@ -22,7 +22,7 @@ class CurveExtrapolation(Pruner):
     stopped is not promoted later.
 
     Source: Domhan et al. 2015, Speeding Up Automatic Hyperparameter Optimization of Deep Neural Networks by
-    Extrapolation of Learning Curves, section 3.3, with another family of curves.
+    Extrapolation of Learning Curves, with another family of curves.
 
     Args:
         steps: of a whole training.

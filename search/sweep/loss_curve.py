@@ -1,6 +1,6 @@
 """Loss curves: where one ends, predicted from its beginning.
 
-The law is that of Tissue et al. 2024 (Scaling Law with Learning Rate Annealing, equation 1):
+The law is that of Tissue et al. 2024 (Scaling Law with Learning Rate Annealing):
 
     L(s) = L0 + A S1(s)^-alpha - C S2(s)
 
@@ -29,7 +29,7 @@ SMALLEST_FALL = 1e-9
 MOST_POINTS = 40
 """Points of a curve that are looked at, evenly spread over the logarithm of the steps."""
 MOMENTUM = 0.999
-"""Lambda of S2: Tissue et al. 2024, section 3.2."""
+"""Lambda of S2: as in Tissue et al. 2024."""
 
 
 @dataclass(frozen=True, slots=True)
