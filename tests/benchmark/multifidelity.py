@@ -3,7 +3,7 @@
     python tests/benchmark/multifidelity.py
 
 What is really run: each recipe, a small GPT on the bytes of tinyshakespeare, is trained to the end once, in segments of
-20 steps by the trial of a search, and its held-out losses and seconds are recorded (`--curves`; those in the file are
+60 steps by the trial of a search, and its held-out losses and seconds are recorded (`--curves`; those in the file are
 not trained again). What is replayed: the searches, with 10 orders of the recipes and two trials at a time. A search's
 decisions depend on scores and on the order in which they arrive alone, and a trial that pauses goes on to the bit as if
 it had not; so the real schedulers, told the recorded losses when a clock of the recorded seconds says so, decide as
@@ -40,16 +40,16 @@ from search.searchers.random import RandomSearcher
 from search.space import Space
 from search.tables import SEARCHES
 
-RECIPES, STEPS, SEEDS = 27, 540, 10
-QUICK_RECIPES, QUICK_STEPS = 9, 180
+RECIPES, STEPS, SEEDS = 27, 1620, 10
+QUICK_RECIPES, QUICK_STEPS = 9, 540
 SLOTS, ETA = 2, 3
 FULL, PROMOTION, RAY = "all to the end", "ASHA with promotion", "Ray's ASHA"
 EXTRAPOLATION, ANNEALING = "curve extrapolation", "curve extrapolation, annealing"
 SECTIONS: dict[str, dict[str, Any]] = {
     FULL: {"name": "random"},
     PROMOTION: {"name": "asha", "interval": INTERVAL, "eta": ETA},
-    EXTRAPOLATION: {"name": "extrapolation", "interval": 2 * INTERVAL},
-    ANNEALING: {"name": "extrapolation", "interval": 2 * INTERVAL, "law": "annealing"},
+    EXTRAPOLATION: {"name": "extrapolation", "interval": INTERVAL},
+    ANNEALING: {"name": "extrapolation", "interval": INTERVAL, "law": "annealing"},
 }
 
 

@@ -16,7 +16,7 @@ from search.scheduling.work import Snapshot, Work
 from search.searchers.random import RandomSearcher
 from search.space import Space
 
-INTERVAL = 20
+INTERVAL = 60
 """Steps between two evaluations."""
 
 
@@ -41,10 +41,10 @@ class Recording:
 def recipes(choose: Chooser) -> dict[str, Any]:
     """Return architecture and recipe of a small GPT."""
     return {
-        "task.layers": choose.int("layers", 1, 3),
-        "task.width": choose.ordered("width", [32, 48, 64]),
+        "task.layers": choose.int("layers", 1, 2),
+        "task.width": choose.ordered("width", [24, 32, 48]),
         "task.dropout": choose.ordered("dropout", [0.0, 0.1, 0.2]),
-        "batch": choose.ordered("batch", [8, 12, 16]),
+        "batch": choose.ordered("batch", [4, 6, 8]),
         "optimizer.lr": choose.float("lr", 1e-3, 2e-2, log=True),
         "optimizer.weight_decay": choose.float("decay", 1e-3, 0.3, log=True),
         "schedule.name": choose.one_of("schedule", ["constant", "linear", "cosine", "wsd"]),
@@ -59,7 +59,7 @@ def base_recipe(data: Path, steps: int) -> TrainRecipe:
             "heads": 4, "block": 64, "valid": 0.01}  # fmt: skip
     optimizer = {"name": "adamw", "lr": 4e-3, "betas": [0.9, 0.99]}
     return TrainRecipe.parse(
-        {"kind": "train", "name": "shakespeare", "steps": steps, "batch": 12, "task": task, "optimizer": optimizer}
+        {"kind": "train", "name": "shakespeare", "steps": steps, "batch": 8, "task": task, "optimizer": optimizer}
     )
 
 
