@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from raytrain.errors import TrainingError
 from search.proxies.minibatch import Minibatch, working_copy
 
-ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 """Of torch's `scaled_dot_product_attention`, as far as they have a position."""
 
 
@@ -88,7 +88,7 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         named = kwargs or {}
         if func is scaled_dot_product_attention:
-            self.recorded.append({**dict(zip(ARGUMENTS, args, strict=False)), **named})
+            self.recorded.append({**dict(zip(SDPA_ARGUMENTS, args, strict=False)), **named})
         return func(*args, **named)
 
 

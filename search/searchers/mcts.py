@@ -25,7 +25,7 @@ Branch = tuple[str, int, int]
 
 
 @dataclass(slots=True)
-class Node:
+class TreeNode:
     """A place in the tree: some branches, one after the other.
 
     Attributes:
@@ -36,14 +36,14 @@ class Node:
 
     visits: int = 0
     total: float = 0.0
-    children: dict[Branch, "Node"] = field(default_factory=dict)
+    children: dict[Branch, "TreeNode"] = field(default_factory=dict)
 
     def add(self, branches: Iterable[Branch], reward: float) -> None:
         """Count a result here and at the end of each branch below."""
         node = self
         node.visits, node.total = node.visits + 1, node.total + reward
         for branch in branches:
-            node = node.children.setdefault(branch, Node())
+            node = node.children.setdefault(branch, TreeNode())
             node.visits, node.total = node.visits + 1, node.total + reward
 
     def bound(self, branch: Branch) -> float:
@@ -79,9 +79,9 @@ class MCTSSearcher(ModelBasedSearcher):
         draws = (self.space.sample(rng) for _ in range(TREE_DRAWS))
         return next(self._unasked(chain(walks(), draws)), None)
 
-    def _tree(self) -> Node:
+    def _tree(self) -> TreeNode:
         """Return the tree of all candidates."""
-        root, rewards = Node(), self._rewards()
+        root, rewards = TreeNode(), self._rewards()
         for number, configuration in self._configurations.items():
             root.add(_branches(configuration), rewards.get(number, 0.0))
         return root
@@ -99,9 +99,9 @@ class _Walk:
         branches: taken so far.
     """
 
-    def __init__(self, root: Node, rng: np.random.Generator) -> None:
+    def __init__(self, root: TreeNode, rng: np.random.Generator) -> None:
         self.branches: list[Branch] = []
-        self._node: Node | None = root
+        self._node: TreeNode | None = root
         self._rng = rng
 
     def __call__(self, path: str, domain: Domain) -> Any:

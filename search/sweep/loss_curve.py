@@ -16,8 +16,8 @@ from scipy.special import ndtr
 
 from search.surrogate.encoding import FloatArray
 
-EXPONENTS = np.geomspace(0.1, 2.0, 10)
-"""Of the law: alpha."""
+ALPHAS = np.geomspace(0.1, 2.0, 10)
+"""Exponents of the law."""
 NOISES = (0.002, 0.006, 0.02, 0.06)
 """Standard deviations of a measured loss, as shares of what the curve has fallen."""
 DRIFTS = (0.003, 0.02, 0.1)
@@ -126,8 +126,8 @@ def _prior(areas: FloatArray, annealed: FloatArray, walk: FloatArray) -> tuple[F
         Shapes (grid, n) and (grid, n, n).
     """
     points = len(areas)
-    exponents, noises, drifts = (each.ravel() for each in np.meshgrid(EXPONENTS, NOISES, DRIFTS, indexing="ij"))
-    powers = (areas / areas[0]) ** -exponents[:, None]
+    alphas, noises, drifts = (each.ravel() for each in np.meshgrid(ALPHAS, NOISES, DRIFTS, indexing="ij"))
+    powers = (areas / areas[0]) ** -alphas[:, None]
     gains = np.broadcast_to(annealed / max(float(annealed[-1]), SMALLEST_FALL), powers.shape)
     features = np.stack([np.ones_like(powers), powers, -gains], axis=2)
     means, deviations = np.array([0.0, 1.0, ANNEALED]), np.array([3.0, 2.0, ANNEALED])

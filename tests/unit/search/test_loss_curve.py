@@ -117,7 +117,7 @@ def test_the_mixture_is_that_of_dense_algebra() -> None:
     steps, seen = steps[:5], losses[:5]
     places, unit = np.array([*steps, STEPS]), np.ptp(seen)
     chances, weights = [], []
-    for alpha, noise, drift in itertools.product(loss_curve.EXPONENTS, loss_curve.NOISES, loss_curve.DRIFTS):
+    for alpha, noise, drift in itertools.product(loss_curve.ALPHAS, loss_curve.NOISES, loss_curve.DRIFTS):
         gains = schedule.annealed[places - 1] / schedule.annealed[-1]
         power = (schedule.areas[places - 1] / schedule.areas[steps[0] - 1]) ** -alpha
         design = np.stack([np.ones(6), power, -gains]).T
