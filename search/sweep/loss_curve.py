@@ -108,7 +108,8 @@ def predict_end(schedule: Annealing, steps: Sequence[int], losses: Sequence[floa
     places = np.array([*(steps[place] for place in chosen), len(schedule.areas)])
     seen = np.array([losses[place] for place in chosen])
     fallen = max(float(np.ptp(seen)), SMALLEST_FALL)
-    mean, covariance = _prior(schedule.areas[places - 1], schedule.annealed[places - 1], np.log(places / places[0]))
+    areas = np.maximum(schedule.areas[places - 1], SMALLEST_FALL)  # where the rate begins at 0
+    mean, covariance = _prior(areas, schedule.annealed[places - 1], np.log(places / places[0]))
     likelihoods, means, variances = _conditioned(mean, covariance, (seen - seen[-1]) / fallen)
     weights = np.exp(likelihoods - likelihoods.max())
     return Prediction(weights / weights.sum(), seen[-1] + fallen * means, fallen * np.sqrt(variances))
