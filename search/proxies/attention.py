@@ -96,9 +96,10 @@ def _attention_calls(module: nn.Module, batch: Minibatch, proxy: str) -> list[Ma
     """Return the arguments of each call of attention in a forward pass."""
     with working_copy(module) as working, torch.no_grad(), _Calls() as calls:
         batch.loss(working)
-    if not calls.recorded:
+    recorded: list[Mapping[str, Any]] = calls.recorded
+    if not recorded:
         raise TrainingError(
             f"{proxy}: expected a model that calls torch's scaled_dot_product_attention; {type(module).__name__} does "
             'not; of a Hugging Face model, load it with attention "sdpa"'
         )
-    return calls.recorded
+    return recorded

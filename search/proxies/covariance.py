@@ -1,6 +1,7 @@
 """Proxies of covariance: how different a model makes its inputs."""
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from raytrain.errors import TrainingError
@@ -72,9 +73,8 @@ def jacobian_covariance(module: nn.Module, batch: Minibatch) -> float:
         replace_inputs(working, leaf)
         sums = record_output(working)
         batch.loss(working)
-        sums[0].sum().backward()
-        gradient = leaves[0].grad
-    return spectrum_score(_array(gradient).reshape(len(leaves[0]), -1))
+        [gradient] = torch.autograd.grad(sums[0].sum(), leaves[:1])
+    return spectrum_score(_array(gradient).reshape(len(gradient), -1))
 
 
 def _array(tensor: Tensor) -> FloatArray:
