@@ -190,7 +190,7 @@ def row_of(name: str, recorded: Recorded, replays: Sequence[Replay], full: Seque
     pairs = list(zip(replays, full, strict=True))
     seconds = [own.reached or own.seconds + other.reached for own, other in pairs]
     every = [forecast for own in replays for forecast in own.forecasts if forecast.end is not None]
-    row: dict[str, Any] = {
+    return {
         "search": name,
         "seconds": statistics.mean(seconds),
         "speedup": statistics.geometric_mean(other.reached / own for own, other in zip(seconds, full, strict=True)),
@@ -198,9 +198,9 @@ def row_of(name: str, recorded: Recorded, replays: Sequence[Replay], full: Seque
         "steps": statistics.mean(own.steps for own in replays),
         "stopped_winners": sum(recorded.best not in own.finished for own in replays),
         "excess_loss": statistics.mean(own.lowest for own in replays) - recorded.target,
+        "forecasts_right": statistics.mean(each.right for each in every) if every else math.nan,
         "seconds_of_seeds": seconds,
     }
-    return row | ({"right": statistics.mean(each.right for each in every)} if every else {})
 
 
 def measure(recorded: Recorded) -> list[dict[str, Any]]:
