@@ -45,10 +45,9 @@ def recipes(choose: Chooser) -> dict[str, Any]:
         "task.width": choose.ordered("width", [24, 32, 48]),
         "task.dropout": choose.ordered("dropout", [0.0, 0.1, 0.2]),
         "batch": choose.ordered("batch", [4, 6, 8]),
-        "optimizer.lr": choose.float("lr", 1e-3, 2e-2, log=True),
+        "optimizer.lr": choose.float("lr", 3e-4, 3e-2, log=True),
         "optimizer.weight_decay": choose.float("decay", 1e-3, 0.3, log=True),
-        "schedule.name": choose.one_of("schedule", ["constant", "linear", "cosine", "wsd"]),
-        "schedule.warmup": choose.ordered("warmup", [0, 20, 50]),
+        "schedule.name": choose.one_of("schedule", ["linear", "cosine", "wsd"]),
         "schedule.min_lr_ratio": choose.ordered("floor", [0.0, 0.1]),
     }
 
@@ -58,9 +57,8 @@ def base_recipe(data: Path, steps: int) -> TrainRecipe:
     task = {"name": "text", "path": str(data / "tinyshakespeare" / "input.txt"), "tokens": "bytes", "model": "gpt",
             "heads": 4, "block": 64, "valid": 0.01}  # fmt: skip
     optimizer = {"name": "adamw", "lr": 4e-3, "betas": [0.9, 0.99]}
-    return TrainRecipe.parse(
-        {"kind": "train", "name": "shakespeare", "steps": steps, "batch": 8, "task": task, "optimizer": optimizer}
-    )
+    raw = {"kind": "train", "name": "shakespeare", "steps": steps, "batch": 8, "schedule": {"warmup": 20}}
+    return TrainRecipe.parse({**raw, "task": task, "optimizer": optimizer})
 
 
 def record(base: TrainRecipe, changes: Mapping[str, Any]) -> Recording:
