@@ -12,15 +12,32 @@ from raytrain.lazy_names import lazy_names
 if TYPE_CHECKING:
     from search.launch.tune import PBTScheduler
     from search.space import Space
-    from search.study import ASHA, GP, NARS, PBT, TPE, Evolution, Grid, Median, Random, Sobol, Study, Trial
+    from search.study import (
+        ASHA,
+        GP,
+        MCTS,
+        NARS,
+        PBT,
+        TPE,
+        Evolution,
+        Extrapolation,
+        Grid,
+        Median,
+        Random,
+        Sobol,
+        Study,
+        Trial,
+    )
 
 __all__ = [
     "ASHA",
     "GP",
+    "MCTS",
     "NARS",
     "PBT",
     "TPE",
     "Evolution",
+    "Extrapolation",
     "Grid",
     "Median",
     "PBTScheduler",
@@ -32,8 +49,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("ASHA", "GP", "NARS", "PBT", "TPE"), "search.study"),
-    **dict.fromkeys(("Evolution", "Grid", "Median", "Random", "Sobol", "Study", "Trial"), "search.study"),
+    **dict.fromkeys(("ASHA", "GP", "MCTS", "NARS", "PBT", "TPE"), "search.study"),
+    **dict.fromkeys(("Evolution", "Extrapolation", "Grid", "Median", "Random", "Sobol"), "search.study"),
+    **dict.fromkeys(("Study", "Trial"), "search.study"),
     "PBTScheduler": "search.launch.tune",
     "Space": "search.space",
 }

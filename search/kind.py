@@ -15,6 +15,7 @@ KIND = Kind(
         "searches": "search.tables:SEARCHES",
         "searchers": "search.tables:SEARCHERS",
         "predictors": "search.tables:PREDICTORS",
+        "proxies": "search.tables:PROXIES",
         "exploits": "search.tables:EXPLOITS",
         "explores": "search.tables:EXPLORES",
     },

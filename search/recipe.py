@@ -178,8 +178,14 @@ class SearchRecipe(Recipe):
         """Return what the Pareto front is of: what is improved, and the other objectives of the recipe."""
         return (first, *(Objective(name, MODES[mode]) for name, mode in self.search.objectives.items()))
 
+    def _rates(self, changes: Mapping[str, Any]) -> list[float]:
+        """Return the learning-rate factor of each step of a trial."""
+        factor = getattr(self.base.with_overrides(changes), "schedule").factor(self.steps)  # noqa: B009 - of the kind train
+        return [factor(step) for step in range(self.steps)]
+
     def scheduler(self, objective: Objective) -> Scheduler:
         """Return the engine of the search."""
-        problem = Problem(self.space(), objective, self.steps, self.seed, self.base.seed)
+        rates = self._rates if self.base.kind == "train" else None
+        problem = Problem(self.space(), objective, self.steps, self.seed, self.base.seed, rates)
         engine: Scheduler = resolve(SEARCHES, self.search.name, "search.name")(problem, self.search)
         return engine

@@ -269,6 +269,19 @@ class Evolution(Study):
     name = "evolution"
 
 
+class MCTS(Study):
+    """Monte Carlo tree search over the decisions (after DeepArchitect, Negrinho and Gordon 2017).
+
+    >>> study = MCTS(lambda choose: {"bits": [choose.bool(f"bit{i}") for i in range(6)]}, mode="max", trials=60)
+    >>> while trial := study.ask():
+    ...     study.tell(trial, sum(trial.params["bits"]))
+    >>> study.best_value >= 5
+    True
+    """
+
+    name = "mcts"
+
+
 class GP(Study):
     """Bayesian optimisation by a Gaussian process (Snoek et al. 2012).
 
@@ -343,6 +356,21 @@ class Median(Study):
     """
 
     name = "median"
+
+
+class Extrapolation(Study):
+    """Trials whose loss curve is unlikely to lead below the best end early (after Domhan et al. 2015).
+
+    >>> study = Extrapolation({"lr": {"type": "float", "low": 0.01, "high": 1}}, steps=20, interval=1, trials=9)
+    >>> while trial := study.ask():
+    ...     distance = 1.0 if trial.state is None else trial.state
+    ...     distance *= (1 - trial.params["lr"]) ** (trial.until - trial.step)
+    ...     study.tell(trial, distance, state=distance)
+    >>> study.best_value < 0.01
+    True
+    """
+
+    name = "extrapolation"
 
 
 class PBT(Study):

@@ -6,8 +6,10 @@ SEARCHES: dict[str, str] = {
     "random": "search.sweep.searches:random",
     "asha": "search.sweep.searches:asha",
     "median": "search.sweep.searches:median",
+    "extrapolation": "search.sweep.searches:extrapolation",
     "sobol": "search.sweep.searches:sobol",
     "evolution": "search.sweep.searches:evolution",
+    "mcts": "search.sweep.searches:mcts",
     "gp": "search.sweep.searches:gp",
     "nars": "search.sweep.searches:nars",
     "tpe": "search.sweep.searches:tpe",
@@ -19,6 +21,7 @@ SEARCHERS: dict[str, str] = {
     "grid": "search.searchers.grid:GridSearcher",
     "sobol": "search.searchers.sobol:SobolSearcher",
     "evolution": "search.searchers.evolution:EvolutionSearcher",
+    "mcts": "search.searchers.mcts:MCTSSearcher",
     "gp": "search.searchers.gp:GaussianProcessSearcher",
     "nars": "search.searchers.nars:NARSSearcher",
     "tpe": "search.searchers.tpe:TPESearcher",
@@ -29,6 +32,20 @@ PREDICTORS: dict[str, str] = {
     "gp": "search.predictor.gaussian_process:GaussianProcessPredictor",
     "ridge": "search.predictor.ridge:Ridge",
     "trees": "search.predictor.trees:Trees",
+}
+
+
+PROXIES: dict[str, str] = {
+    "parameters": "search.proxies.weights:parameter_count",
+    "gradient-norm": "search.proxies.weights:gradient_norm",
+    "snip": "search.proxies.weights:snip",
+    "synflow": "search.proxies.weights:synflow",
+    "synaptic-saliency": "search.proxies.weights:synaptic_saliency",
+    "synaptic-diversity": "search.proxies.weights:synaptic_diversity",
+    "head-confidence": "search.proxies.attention:head_confidence",
+    "softmax-confidence": "search.proxies.attention:softmax_confidence",
+    "hidden-covariance": "search.proxies.covariance:hidden_covariance",
+    "jacobian-covariance": "search.proxies.covariance:jacobian_covariance",
 }
 
 

@@ -1,7 +1,8 @@
 """The recipe of a training run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
@@ -12,7 +13,7 @@ from raytrain.models import options as adapter
 from raytrain.models.options import ADAPTERS, AdapterOptions
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.options import ALL_OPTIMIZERS, OPTIMIZERS, ZEROTH_ORDER, OptimizerOptions, is_elementwise
-from raytrain.optim.schedules import SCHEDULE, SCHEDULES
+from raytrain.optim.schedules import SCHEDULE, SCHEDULES, lr_factor
 from raytrain.overrides import as_table
 from raytrain.recipe import Options, Recipe, Section, dotted_fields, options_by_name
 from raytrain.registry import lazy, resolve
@@ -71,6 +72,21 @@ class Schedule(Section):
     def _known(cls, name: str) -> str:
         SCHEDULE.check(SCHEDULES, name)
         return name
+
+    def factor(self, steps: int) -> Callable[[int], float]:
+        """Return the function step, counted from 0 -> learning-rate factor.
+
+        Args:
+            steps: of the run.
+        """
+        return partial(
+            lr_factor,
+            SCHEDULE.load(SCHEDULES, self.name),
+            steps=steps,
+            warmup=self.warmup,
+            min_lr_ratio=self.min_lr_ratio,
+            decay_ratio=self.decay_ratio,
+        )
 
 
 class Freeze(Section):

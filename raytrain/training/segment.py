@@ -2,9 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 
-from raytrain.optim.schedules import SCHEDULE, SCHEDULES, lr_factor
 from raytrain.tasks.task import Task
 from raytrain.tensors import autocast_type
 from raytrain.training.loader import LoaderFactory, StepRange, local_loader
@@ -15,8 +13,6 @@ from raytrain.training.replica import Replica
 
 def loop_config(recipe: TrainRecipe) -> LoopConfig:
     """Return the loop configuration of a recipe."""
-    schedule = recipe.schedule
-    shape = SCHEDULE.load(SCHEDULES, schedule.name)
     return LoopConfig(
         steps=recipe.steps,
         seed=recipe.seed,
@@ -26,14 +22,7 @@ def loop_config(recipe: TrainRecipe) -> LoopConfig:
         gradient_noise=recipe.optimizer.gradient_noise,
         gradient_noise_decay=recipe.optimizer.gradient_noise_decay,
         autocast=autocast_type(recipe.precision),
-        lr_factor=partial(
-            lr_factor,
-            shape,
-            steps=recipe.steps,
-            warmup=schedule.warmup,
-            min_lr_ratio=schedule.min_lr_ratio,
-            decay_ratio=schedule.decay_ratio,
-        ),
+        lr_factor=recipe.schedule.factor(recipe.steps),
         evaluate_every=recipe.evaluation.every,
         checkpoint_every=recipe.checkpoint.every,
         patience=recipe.evaluation.patience,

@@ -27,6 +27,7 @@ class DecisionRow(TypedDict):
     score: NotRequired[float]
     parent_score: NotRequired[float]
     predictor: NotRequired[str]
+    predicted: NotRequired[dict[str, float]]
     failure: NotRequired[dict[str, str]]
 
 

@@ -17,6 +17,7 @@ from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
 from raytrain.training.recipe import TrainRecipe
 from search.checks import check_resume
+from search.forecasts import forecast_summary, forecasts
 from search.journal.ancestry import Phase, schedule
 from search.journal.journal import Journal
 from search.journal.reports import Reports
@@ -179,6 +180,8 @@ class Search:
         front = list(self._front().items())[:SHOWN_FRONT]
         facts |= {f"{FRONT}/{number}.toml": ", ".join(_objectives_of(values)) for number, values in front}
         facts |= {name: f"{figure:,}" for name, figure in {**result.figures, "seconds": result.seconds}.items()}
+        if found := forecasts(self._journal.lineage.read()):
+            facts["forecasts"] = forecast_summary(found)
         if result.restarts:
             facts["restarts"] = str(result.restarts)
         facts["run"] = str(path)

@@ -9,6 +9,7 @@ import numpy as np
 from raytrain.recipe import read_toml
 from raytrain.run.directory import RunDirectory
 from raytrain.run.report.panel import Panel, line_chart, table
+from search.forecasts import forecast_summary, forecasts
 from search.journal.ancestry import ancestors
 from search.journal.rows import DecisionRow, ReportRow, read_decisions, read_reports
 from search.report.best import Scored, best_panels
@@ -42,6 +43,7 @@ def search_panels(run: RunDirectory) -> list[Panel]:
         *best_panels(objective, decisions, scored, _section(run)),
         *front_panels(objectives, standings),
         *model_panels(objective, _decided(decisions, scored), _predictor(run, decisions)),
+        _forecasts(objective, decisions),
         *_schedules(decisions, scored, winner),
         _parallel(objective, trials),
         _correlations(trials),
@@ -232,6 +234,17 @@ def _members(standings: Standings, *, going_on: bool) -> Panel | None:
         rows.append([number, member.step, member.score, member.parent, state, listed(member.values)])
     columns = ["member", "step", standings.objective.metric, "last donor", "state", "hyperparameters"]
     return table("Members", columns, rows)
+
+
+def _forecasts(objective: Objective, decisions: Sequence[DecisionRow]) -> Panel | None:
+    """Return what was predicted of the end of each trial, and where it ended."""
+    found = forecasts(decisions)
+    rows = [
+        [each.trial, each.step, each.score, each.low, each.high, each.chance, "stopped" if each.stopped else each.end]
+        for each in found
+    ]
+    columns = ["trial", "at step", f"predicted {objective.metric}", "from", "to", "chance to be best", "end"]
+    return table("Forecasts", columns, rows, note=f"{forecast_summary(found).capitalize()}.")
 
 
 def _failures(decisions: Sequence[DecisionRow]) -> Panel | None:

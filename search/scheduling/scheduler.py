@@ -6,7 +6,7 @@ order give equal decisions, and `state_dict` holds all that later decisions depe
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class Problem:
         steps: optimizer steps of a whole training.
         seed: of all draws of the search.
         base_seed: of the base recipe.
+        rates: changes of the base recipe -> learning-rate factor of each step, shape (steps,); None: not known.
     """
 
     space: Space
@@ -48,6 +49,7 @@ class Problem:
     steps: int
     seed: int = 0
     base_seed: int = 0
+    rates: Callable[[Mapping[str, Any]], Sequence[float]] | None = None
 
 
 class Scheduler(ABC):
@@ -238,7 +240,7 @@ class Scheduler(ABC):
         self._segments[segment.row] = segment
         self._queue.add(segment.work())
 
-    def _close(self, report: SegmentReport, action: str) -> None:
+    def _close(self, report: SegmentReport, action: str, **about: Any) -> None:
         """Write the row that ends a member, for good or until it is promoted."""
         self._note(
             action=action,
@@ -247,6 +249,7 @@ class Scheduler(ABC):
             step=report.snapshot.step,
             state=report.snapshot.digest,
             score=report.score,
+            **about,
         )
 
     def _note(self, **row: Any) -> None:

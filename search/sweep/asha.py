@@ -39,7 +39,7 @@ class SuccessiveHalving(Pruner):
         """The lowest rung."""
         return self._rungs[0]
 
-    def judge(self, trial: int, step: int, fitness: float) -> int | None:
+    def judge(self, trial: int, step: int, fitness: float, changes: Mapping[str, Any]) -> int | None:  # noqa: ARG002
         """Note a score on its rung; the trial pauses."""
         self._scores[self._rungs.index(step)][trial] = fitness
         return None

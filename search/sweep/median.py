@@ -29,7 +29,7 @@ class MedianStopping(Pruner):
         """The first judgement."""
         return min(self._interval, self.steps)
 
-    def judge(self, trial: int, step: int, fitness: float) -> int | None:
+    def judge(self, trial: int, step: int, fitness: float, changes: Mapping[str, Any]) -> int | None:  # noqa: ARG002
         """Return the next judgement, unless the trial is stopped or at its end."""
         own = self._scores.setdefault(trial, [])
         own.append(fitness)

@@ -76,7 +76,7 @@ class PrunerOptions(SweepOptions):
     """Options of sweeps that stop bad trials early.
 
     Attributes:
-        searcher: proposes the configurations: "random", "sobol", "evolution", "gp", "nars" or "tpe".
+        searcher: proposes the configurations: "random", "sobol", "evolution", "mcts", "gp", "nars" or "tpe".
         interval: steps after which a trial is judged for the first time.
     """
 
@@ -111,3 +111,20 @@ class MedianOptions(PrunerOptions):
     """
 
     least: int = Field(5, ge=1)
+
+
+class ExtrapolationOptions(PrunerOptions):
+    """Options of curve extrapolation.
+
+    Attributes:
+        law: "power": a power law of the steps; "annealing": of the summed learning rates, less what their decay gains,
+            as for language models. Both are one where the learning rate is constant.
+        least: scores that a trial has to have before it is stopped.
+        grace: share of a training in which no trial is stopped: how a curve begins says little of where it ends.
+        chance: that a trial has to have to become the best one.
+    """
+
+    law: Literal["power", "annealing"] = "power"
+    least: int = Field(4, ge=2)
+    grace: float = Field(1 / 3, ge=0, lt=1)
+    chance: float = Field(0.05, gt=0, lt=1)

@@ -21,8 +21,15 @@ class Pruner(ABC):
         return self.steps
 
     @abstractmethod
-    def judge(self, trial: int, step: int, fitness: float) -> int | None:
-        """Learn a trial's score at a step; return the step to train it to at once, or None."""
+    def judge(self, trial: int, step: int, fitness: float, changes: Mapping[str, Any]) -> int | None:
+        """Learn a trial's score at a step; return the step to train it to at once, or None.
+
+        Args:
+            trial: its number.
+            step: optimizer steps done.
+            fitness: higher is better.
+            changes: of the base recipe.
+        """
 
     def promote(self) -> tuple[int, int] | None:
         """Return a trial that paused and should go on now, and the step to train it to; None if there is none."""
@@ -31,6 +38,10 @@ class Pruner(ABC):
     def promotable(self) -> set[int]:
         """Return the trials that paused and can still be promoted, now or later."""
         return set()
+
+    def remark(self) -> dict[str, Any]:
+        """Return what the lineage says of the last judgement beside the score, as plain data."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that decisions depend on, as plain data."""
@@ -43,6 +54,6 @@ class Pruner(ABC):
 class NoPruner(Pruner):
     """Trains every trial to the end."""
 
-    def judge(self, trial: int, step: int, fitness: float) -> int | None:  # noqa: ARG002
+    def judge(self, trial: int, step: int, fitness: float, changes: Mapping[str, Any]) -> int | None:  # noqa: ARG002
         """Return None: the trial has come to its end."""
         return None

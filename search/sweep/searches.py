@@ -1,5 +1,6 @@
 """The sweeps that a recipe can name."""
 
+from raytrain.errors import RecipeError
 from raytrain.registry import resolve
 from search.prior import read_priors
 from search.scheduling.scheduler import Problem
@@ -9,8 +10,17 @@ from search.searchers.grid import GridSearcher
 from search.searchers.nars import NARSSearcher
 from search.searchers.random import RandomSearcher
 from search.sweep.asha import SuccessiveHalving
+from search.sweep.extrapolation import CurveExtrapolation
 from search.sweep.median import MedianStopping
-from search.sweep.options import ASHAOptions, GridOptions, MedianOptions, NARSOptions, PriorOptions, SweepOptions
+from search.sweep.options import (
+    ASHAOptions,
+    ExtrapolationOptions,
+    GridOptions,
+    MedianOptions,
+    NARSOptions,
+    PriorOptions,
+    SweepOptions,
+)
 from search.sweep.pruner import NoPruner
 from search.sweep.sweep import Sweep
 from search.tables import SEARCHERS
@@ -35,6 +45,11 @@ def sobol(problem: Problem, options: SweepOptions) -> Sweep:
 def evolution(problem: Problem, options: SweepOptions) -> Sweep:
     """Regularised evolution (Real et al. 2019), each child trained to the end."""
     return Sweep(problem, options, _searcher("evolution", problem), NoPruner(problem.steps))
+
+
+def mcts(problem: Problem, options: SweepOptions) -> Sweep:
+    """Monte Carlo tree search over the decisions (after DeepArchitect), each proposal trained to the end."""
+    return Sweep(problem, options, _searcher("mcts", problem), NoPruner(problem.steps))
 
 
 def gp(problem: Problem, options: PriorOptions) -> Sweep:
@@ -64,6 +79,16 @@ def asha(problem: Problem, options: ASHAOptions) -> Sweep:
 def median(problem: Problem, options: MedianOptions) -> Sweep:
     """Trials that are worse than the median of the others are stopped early."""
     pruner = MedianStopping(problem.steps, options.interval, options.least)
+    return Sweep(problem, options, _searcher(options.searcher, problem), pruner)
+
+
+def extrapolation(problem: Problem, options: ExtrapolationOptions) -> Sweep:
+    """Trials whose extrapolated loss curve has little chance to end best are stopped early."""
+    constant = [1.0] * problem.steps
+    rates = problem.rates if options.law == "annealing" else lambda _: constant
+    if rates is None:
+        raise RecipeError("search.law: expected power, as only a training recipe has a schedule; got annealing")
+    pruner = CurveExtrapolation(problem.steps, options, problem.objective, rates)
     return Sweep(problem, options, _searcher(options.searcher, problem), pruner)
 
 

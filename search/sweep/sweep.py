@@ -78,13 +78,14 @@ class Sweep(Scheduler):
         trial, step = report.member, report.snapshot.step
         self._steps += step - report.segment.origin.snapshot.step
         self._searcher.tell([CandidateResult(Candidate(trial, report.segment.configuration), report.fitness)])
-        until = self._pruner.judge(trial, step, report.fitness)
+        until = self._pruner.judge(trial, step, report.fitness, report.segment.configuration.changes)
+        remark = self._pruner.remark()
         if until is not None and not self._spent:
-            self._continue(report, until, action="continue", ended=report.segment.row, score=report.score)
+            self._continue(report, until, action="continue", ended=report.segment.row, score=report.score, **remark)
             return
         promotable = self._pruner.promotable()
         action = "end" if step >= self.problem.steps else "pause" if trial in promotable else "stop"
-        self._close(report, action)
+        self._close(report, action, **remark)
         paused = {**self._paused, trial: report}
         self._paused = {other: paused[other] for other in paused if other in promotable}
 

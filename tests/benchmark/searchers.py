@@ -45,7 +45,7 @@ MACRO_TARGET = 6.977
 """Likewise, in percent."""
 BUDGET = 200
 PRIOR_RESULTS = 400
-OURS = ("gp", "nars", "tpe", "evolution", "sobol", "random")
+OURS = ("gp", "nars", "tpe", "evolution", "mcts", "sobol", "random")
 
 Ask = Callable[[int], tuple[int, Callable[[float], None]]]
 """Number -> (row of the table, what to call with its loss)."""

@@ -17,13 +17,14 @@ from search.predictor.predictor import Predictor
 from search.recipe import SearchRecipe
 from search.scheduling.segments import Objective
 from search.searcher import Searcher
-from search.tables import EXPLOITS, EXPLORES, PREDICTORS, SEARCHERS, SEARCHES
+from search.tables import EXPLOITS, EXPLORES, PREDICTORS, PROXIES, SEARCHERS, SEARCHES
 
 FOLDER = Path(search.__file__).parent
 TABLES = {
     "searches": SEARCHES,
     "searchers": SEARCHERS,
     "predictors": PREDICTORS,
+    "proxies": PROXIES,
     "exploits": EXPLOITS,
     "explores": EXPLORES,
 }
@@ -47,7 +48,13 @@ def test_shipped_recipes_are_complete(file: Path) -> None:
     assert recipe.scheduler(Objective("loss", "lower")).ask(2)
 
 
-@pytest.mark.parametrize("module", ["search.rng", "search.surrogate.encoding", "search.report.best"])
+WITH_EXAMPLES = (
+    "search.rng", "search.surrogate.encoding", "search.forecasts", "search.sweep.loss_curve",
+    "search.proxies.minibatch", "search.proxies.covariance", "search.report.best",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_examples_in_docstrings_run(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert (result.failed, result.attempted > 0) == (0, True)

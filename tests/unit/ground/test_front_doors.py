@@ -19,7 +19,8 @@ PUBLIC = {
     },
     "search": {
         *("Space", "Study", "Trial", "PBTScheduler"),
-        *("ASHA", "GP", "NARS", "PBT", "TPE", "Evolution", "Grid", "Median", "Random", "Sobol"),
+        *("ASHA", "GP", "MCTS", "NARS", "PBT", "TPE"),
+        *("Evolution", "Extrapolation", "Grid", "Median", "Random", "Sobol"),
     },
     "federated": {
         *("CommonSeeds", "FedKSeed", "FedKSeedPro", "Sign"),

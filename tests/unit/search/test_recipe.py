@@ -93,6 +93,13 @@ def test_trials_of_a_sweep_have_the_seed_of_the_base_recipe_and_members_have_the
     assert len(set(seeds("pbt"))) == 4
 
 
+def test_an_engine_knows_the_schedule_of_a_trial() -> None:
+    search = {"name": "extrapolation", "law": "annealing", "space": {"optimizer": {"lr": LR}}}
+    engine = parse(search=search).scheduler(Objective("loss", "lower"))
+    rates = engine.problem.rates({"schedule.warmup": 3, "schedule.name": "constant"})
+    assert rates == [0.25, 0.5, 0.75, *[1.0] * (engine.problem.steps - 3)]
+
+
 def test_a_space_is_a_function_too(workplace: Path) -> None:
     (workplace / "mine.py").write_text(
         "def space(choose):\n    return {'optimizer.lr': choose.float('lr', 1e-4, 0.1, log=True)}\n"
@@ -105,8 +112,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"search": {"name": "pbt"}}, "search.space: required, and not given"),
     (
         {"search__name": "ptb"},
-        "search.name: no such name 'ptb'; did you mean pbt? known: asha, evolution, gp, grid, median, nars, pbt, "
-        "random, sobol, tpe, or your own "
+        "search.name: no such name 'ptb'; did you mean pbt? known: asha, evolution, extrapolation, gp, grid, mcts, "
+        "median, nars, pbt, random, sobol, tpe, or your own "
         "as module:attribute",
     ),
     (

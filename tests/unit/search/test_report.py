@@ -26,8 +26,8 @@ from search.scheduling.segments import Objective
 from search.scheduling.work import Done, Snapshot, Work
 from search.space import make_space
 from search.standings import Standings, standings_of
-from search.sweep.options import SweepOptions
-from search.sweep.searches import random
+from search.sweep.options import ExtrapolationOptions, SweepOptions
+from search.sweep.searches import extrapolation, random
 from search.testing import toy_search, train_toy
 
 WORDS = ["<script>alert(1)</script>", "plain"]
@@ -97,6 +97,23 @@ def test_the_panels_of_a_population(population: Journal) -> None:
     last = shown["The winner's ancestry"].rows[-1]
     assert (last[1], last[3]) == (best.member, best.score)
     assert len(shown["Members"].rows) == 4
+
+
+def test_forecasts_are_shown_beside_the_ends(tmp_path: Path) -> None:
+    space = {"x": {"type": "float", "low": 0, "high": 1}}
+    options = ExtrapolationOptions.model_validate({"name": "extrapolation", "space": space, "trials": 8, "interval": 2})
+    engine = extrapolation(Problem(make_space(space), Objective("score", "higher"), 24), options)
+
+    def train(work: Work, state: bytes | None) -> SegmentEnd:
+        return SegmentEnd(b"", work.until, {"score": work.changes["x"] - 1 / work.until})
+
+    panel = panels_of(searched(tmp_path, engine, "score", train))["Forecasts"]
+    assert panel.note.startswith(f"{sum(row[-1] == 'stopped' for row in panel.rows)} trials stopped early; ")
+    assert len(panel.rows) == 8
+    for _, step, score, low, high, chance, end in panel.rows:
+        assert step >= 8
+        assert low < score < high
+        assert (chance < 0.05) == (end == "stopped")
 
 
 def test_members_of_an_interrupted_search_do_not_train(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ TABLE = {
     "depth": {"type": "int", "low": 1, "high": 4},
     "bias": {"type": "bool"},
 }
-LEARNING = ["evolution", "gp", "nars", "tpe"]
+LEARNING = ["evolution", "gp", "mcts", "nars", "tpe"]
 
 
 def searcher_of(name: str, space: Space | None = None, seed: int = 0) -> Searcher:
@@ -99,7 +99,7 @@ def test_others_results_are_learned_from(name: str) -> None:
     assert np.median([fitness_of(each) or -5 for each in proposals]) > usual
 
 
-@pytest.mark.parametrize("name", ["gp", "grid", "nars", "random", "sobol"])
+@pytest.mark.parametrize("name", ["gp", "grid", "mcts", "nars", "random", "sobol"])
 def test_nothing_is_asked_twice_and_a_space_can_be_spent(name: str) -> None:
     space = make_space({"kind": TABLE["kind"], "depth": {"type": "int", "low": 1, "high": 3}})
     searcher, asked = searcher_of(name, space), []

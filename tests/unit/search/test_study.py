@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "grid": {"points": 3},
     "asha": {"trials": 9, "interval": 2, "eta": 2},
     "median": {"trials": 9, "interval": 2, "least": 2},
+    "extrapolation": {"trials": 9, "interval": 2, "least": 2},
 }
 METHODS = {each.name: each for each in vars(study).values() if isinstance(each, type) and hasattr(each, "name")}
 

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrain.errors import RecipeError
 from raytrain.recipe import options_parameter
 from raytrain.registry import resolve
 from search.chooser import Chooser
+from search.forecasts import forecast_summary, forecasts
 from search.options import SearchOptions
 from search.scheduling.driver import SegmentEnd, run_attempt
 from search.scheduling.scheduler import Problem, Scheduler, SearchError
@@ -24,7 +26,10 @@ from search.scheduling.work import Done, Failed, Work, WorkOutcome
 from search.searchers.grid import grid_points
 from search.space import Space, make_space
 from search.sweep.asha import SuccessiveHalving
+from search.sweep.extrapolation import CurveExtrapolation
 from search.sweep.median import MedianStopping
+from search.sweep.options import ExtrapolationOptions
+from search.sweep.searches import extrapolation
 from search.tables import SEARCHES
 from search.testing import MemoryStates
 
@@ -42,6 +47,7 @@ SWEEPS = [
     {"name": "asha", "trials": 13, "interval": 3, "eta": 2},
     {"name": "asha", "trials": 9, "interval": 5, "searcher": "tpe"},
     {"name": "median", "trials": 9, "interval": 4, "least": 2},
+    {"name": "extrapolation", "trials": 9, "interval": 3, "least": 3, "chance": 0.3},
     {"name": "tpe", "trials": 13},
 ]
 sweeps = st.sampled_from(SWEEPS)
@@ -172,12 +178,12 @@ def test_halving_promotes_from_the_highest_rung_first() -> None:
     pruner = SuccessiveHalving(steps=8, interval=2, eta=2, trials=16)
     assert pruner.first == 2
     for trial in range(4):
-        assert pruner.judge(trial, 2, fitness=trial) is None
+        assert pruner.judge(trial, 2, trial, {}) is None
     assert [pruner.promote() for _ in range(3)] == [(3, 4), (2, 4), None]
     for trial in (2, 3):
-        pruner.judge(trial, 4, fitness=trial)
+        pruner.judge(trial, 4, trial, {})
     for trial in (4, 5):
-        pruner.judge(trial, 2, fitness=-trial)
+        pruner.judge(trial, 2, -trial, {})
     assert [pruner.promote() for _ in range(3)] == [(3, 8), (1, 4), None]
     assert pruner.promotable() == {0, 4, 5, 2}
 
@@ -218,11 +224,47 @@ def test_the_median_rule_is_that_of_the_paper() -> None:
 def test_a_trial_is_judged_by_its_best_score_against_means() -> None:
     pruner = MedianStopping(steps=12, interval=4, least=2)
     for trial, scores in enumerate([[0.5, 0.1], [0.4, 0.2]]):
-        assert [pruner.judge(trial, step, score) for step, score in zip((4, 8), scores, strict=True)] == [8, 12]
-    assert pruner.judge(2, 4, 0.5) == 8, "above the median of 0.5 and 0.4"
-    assert pruner.judge(2, 8, 0.0) == 12, "its best is 0.5, and the means are 0.3"
-    assert pruner.judge(3, 4, 0.3) is None
-    assert pruner.judge(2, 12, 0.0) is None, "the end"
+        assert [pruner.judge(trial, step, score, {}) for step, score in zip((4, 8), scores, strict=True)] == [8, 12]
+    assert pruner.judge(2, 4, 0.5, {}) == 8, "above the median of 0.5 and 0.4"
+    assert pruner.judge(2, 8, 0.0, {}) == 12, "its best is 0.5, and the means are 0.3"
+    assert pruner.judge(3, 4, 0.3, {}) is None
+    assert pruner.judge(2, 12, 0.0, {}) is None, "the end"
+
+
+def test_extrapolation_stops_what_would_not_have_won() -> None:
+    full, stopped = sweep(name="random", trials=20), sweep(name="extrapolation", trials=20, interval=2)
+    run(full, slots=1)
+    rows = run(stopped, slots=1)
+    assert stopped.best.segment.configuration == full.best.segment.configuration
+    assert sum(map(taken, rows)) < 0.6 * 20 * 20
+    found = forecasts(rows)
+    assert all((each.chance < 0.05) == each.stopped for each in found)
+    assert all(each.step == 8 for each in found if each.end is not None), "after four scores, and a third of 20 steps"
+    assert "trials stopped early" in forecast_summary(found)
+
+
+def test_a_law_of_annealing_needs_a_schedule() -> None:
+    options = ExtrapolationOptions.model_validate({"name": "extrapolation", "space": TABLE, "law": "annealing"})
+    problem = Problem(make_space(TABLE), Objective("loss", "lower"), 20)
+    with pytest.raises(RecipeError, match="search.law: expected power, as only a training recipe has a schedule"):
+        extrapolation(problem, options)
+
+
+def test_a_curve_is_extrapolated_in_units_of_the_score() -> None:
+    """A trial has to beat every other one, of which higher may be better."""
+    rising = {step: 1 - 1 / (1 + step) for step in (2, 4, 6, 8)}
+    for better, sign in (("lower", -1), ("higher", 1)):
+        options = ExtrapolationOptions.model_validate({"name": "extrapolation", "space": {}, "interval": 2, "grace": 0})
+        pruner = CurveExtrapolation(100, options, Objective("score", better), lambda _: [1.0] * 100)
+        pruner.judge(0, 2, 0.95, {})
+        nexts = [pruner.judge(1, step, fitness, {}) for step, fitness in rising.items()]
+        assert nexts == [4, 6, 8, 10]
+        predicted = pruner.remark()["predicted"]
+        assert predicted["low"] < predicted["score"] < predicted["high"]
+        assert predicted["score"] == pytest.approx(sign * 1.0, abs=0.1)
+        pruner.judge(2, 2, 3.0, {})
+        assert pruner.judge(1, 10, 1 - 1 / 11, {}) is None, "the best one is out of reach"
+        assert pruner.remark()["predicted"]["chance"] < 0.05
 
 
 def test_tpe_learns() -> None:

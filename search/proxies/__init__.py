@@ -1,0 +1,1 @@
+"""Zero-cost proxies: how good a model may become, from one minibatch before it is trained."""
