@@ -9,7 +9,8 @@ decisions depend on scores and on the order in which they arrive alone, and a tr
 it had not; so the real schedulers, told the recorded losses when a clock of the recorded seconds says so, decide as
 they would have. The clock counts steps, evaluations, and the packing and unpacking of states, of trials that do not
 slow each other down; not the starting of processes and the decisions themselves. Ray's ASHA is Ray's own scheduler
-object, told by `on_trial_result` what a trial reports at its rungs; Ray is not started.
+object, told by `on_trial_result` what a trial reports at its rungs; Ray is not started. Both ASHAs have rungs at a
+ninth, a third and all of the steps.
 
 A search's time is the seconds until it has the lowest loss of all recipes at their ends. One that has stopped the best
 recipe never gets there: it is given its own whole time, and then that of training all to the end.
@@ -42,12 +43,13 @@ from search.tables import SEARCHES
 
 RECIPES, STEPS, SEEDS = 27, 1620, 10
 QUICK_RECIPES, QUICK_STEPS = 9, 540
-SLOTS, ETA = 2, 3
+SLOTS, ETA, LOWEST = 2, 3, 1 / 9
+"""LOWEST: share of a training at which both ASHAs have their lowest rung."""
 FULL, PROMOTION, RAY = "all to the end", "ASHA with promotion", "Ray's ASHA"
 EXTRAPOLATION, ANNEALING = "curve extrapolation", "curve extrapolation, annealing"
 SECTIONS: dict[str, dict[str, Any]] = {
     FULL: {"name": "random"},
-    PROMOTION: {"name": "asha", "interval": INTERVAL, "eta": ETA},
+    PROMOTION: {"name": "asha", "eta": ETA},
     EXTRAPOLATION: {"name": "extrapolation", "interval": INTERVAL},
     ANNEALING: {"name": "extrapolation", "interval": INTERVAL, "law": "annealing"},
 }
@@ -76,6 +78,12 @@ class Recorded:
     def target(self) -> float:
         """Its loss."""
         return self.curves[self.best].losses[-1]
+
+    @property
+    def rungs(self) -> list[int]:
+        """Steps of the rungs."""
+        lowest = round(LOWEST * self.steps)
+        return [*(lowest * ETA**level for level in range(10) if lowest * ETA**level < self.steps), self.steps]
 
     @property
     def space(self) -> Space:
@@ -130,7 +138,8 @@ def engine_of(section: Mapping[str, Any], recorded: Recorded, seed: int) -> Sche
     """Return a search of the recipes."""
     factory = resolve(SEARCHES, section["name"], "search.name")
     options = options_parameter(factory, SearchOptions)
-    parsed = options.model_validate({"space": {}, "trials": len(recorded.curves), **section})
+    rung = {"interval": recorded.rungs[0]} if section["name"] == "asha" else {}
+    parsed = options.model_validate({"space": {}, "trials": len(recorded.curves), **rung, **section})
     objective = Objective("loss", "lower")
     problem = Problem(recorded.space, objective, recorded.steps, seed, 0, recorded.rates_of)
     engine: Scheduler = factory(problem, parsed)
@@ -161,10 +170,10 @@ def replay(section: Mapping[str, Any], recorded: Recorded, seed: int) -> Replay:
 
 def replay_ray(recorded: Recorded, seed: int) -> Replay:
     """Replay a search by Ray's scheduler, which stops trials and never goes on with one that was stopped."""
+    rungs = recorded.rungs
     scheduler = AsyncHyperBandScheduler(
-        time_attr="step", metric="loss", mode="min", max_t=recorded.steps, grace_period=INTERVAL, reduction_factor=ETA
+        time_attr="step", metric="loss", mode="min", max_t=recorded.steps, grace_period=rungs[0], reduction_factor=ETA
     )
-    rungs = [INTERVAL * ETA**level for level in range(10) if INTERVAL * ETA**level < recorded.steps] + [recorded.steps]
     candidates = RandomSearcher(recorded.space, seed).ask(range(len(recorded.curves)))
     waiting = [each.configuration.changes["recipe"] for each in candidates]
     found, running, now = Replay(), [], 0.0
