@@ -46,12 +46,12 @@ QUICK_RECIPES, QUICK_STEPS = 9, 540
 SLOTS, ETA, LOWEST = 2, 3, 1 / 9
 """LOWEST: share of a training at which both ASHAs have their lowest rung."""
 FULL, PROMOTION, RAY = "all to the end", "ASHA with promotion", "Ray's ASHA"
-EXTRAPOLATION, ANNEALING = "curve extrapolation", "curve extrapolation, annealing"
+EXTRAPOLATION, POWER = "curve extrapolation, annealing", "curve extrapolation, power law"
 SECTIONS: dict[str, dict[str, Any]] = {
     FULL: {"name": "random"},
     PROMOTION: {"name": "asha", "eta": ETA},
-    EXTRAPOLATION: {"name": "extrapolation", "interval": INTERVAL},
-    ANNEALING: {"name": "extrapolation", "interval": INTERVAL, "law": "annealing"},
+    EXTRAPOLATION: {"name": "extrapolation", "interval": INTERVAL, "law": "annealing"},
+    POWER: {"name": "extrapolation", "interval": INTERVAL},
 }
 
 
@@ -230,6 +230,7 @@ def headline_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "promotion_over_ray_asha": named[PROMOTION]["speedup"] / named[RAY]["speedup"],
         "extrapolation_over_full": named[EXTRAPOLATION]["speedup"],
         "stopped_winners": named[EXTRAPOLATION]["stopped_winners"],
+        "stopped_winners_power_law": named[POWER]["stopped_winners"],
         "stopped_winners_promotion": named[PROMOTION]["stopped_winners"],
         "stopped_winners_ray_asha": named[RAY]["stopped_winners"],
         "seeds": SEEDS,
