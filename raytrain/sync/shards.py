@@ -45,6 +45,11 @@ class Shards:
             name: of a parameter.
             value: its shard, or that of its optimizer state or average; a value of another shape is returned unchanged.
         """
+        full = self.all_gather(name, value)
+        return full.cpu() if self._transport.rank == 0 and full is not value else value
+
+    def all_gather(self, name: str, value: Any) -> Any:
+        """Return a full tensor on every replica; a collective. Arguments as of `gather`."""
         part = self._local.get(name)
         if part is None or not self._shapes[name] or not isinstance(value, Tensor) or value.shape != part.shape:
             return value
@@ -52,7 +57,7 @@ class Shards:
         padded[: len(value)] = value
         flat = padded.new_empty(len(self._transport.members) * padded.numel())
         self._transport.gather_into(flat, padded.flatten())
-        return flat[: self._shapes[name].numel()].view(self._shapes[name]).cpu() if self._transport.rank == 0 else value
+        return flat[: self._shapes[name].numel()].view(self._shapes[name])
 
     def scatter(self, name: str, value: Any) -> Any:
         """Return this replica's shard of a full tensor; a value of another shape is returned unchanged."""

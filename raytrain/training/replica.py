@@ -253,7 +253,11 @@ def inherit(
     if same:
         kept = {name: entries for name, entries in shared["optimizer"]["state"].items() if name in whole}
         optimizer = {**shared["optimizer"], "state": kept}
-    weights = {name: _overlaid(value, saved.get(name)) for name, value in new.items()}
+    full = replica.shards.all_gather if replica.shards else _as_it_is
+    weights = {
+        name: saved[name] if name in whole else _overlaid(full(name, tensor), saved.get(name))
+        for name, tensor in _tensors(replica, replica.local_parameters)
+    }
     average = {name: _overlaid(value, shared["ema"].get(name)) for name, value in weights.items()}
     complete = {"model": weights, "optimizer": optimizer, "ema": average if shared["ema"] else {}}
     load_state(replica, {**shared, **complete, "sync": replica.sync.state_dict()}, None, path)

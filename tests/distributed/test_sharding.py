@@ -37,6 +37,7 @@ LLAMA = BASE | {
     "optimizer": {"lr": 1e-3},
 }
 GPT = apply_overrides(LLAMA, {"task.model": "gpt"})
+WIDER = [{"from": 5, "task.width": 40}]
 ODD = BASE | {
     "task": {"name": "probe:odd"},
     "precision": "float64",
@@ -230,6 +231,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             "adapted-whole": made.recipe(LLAMA, workers=2, batch=4, adapter__name="lora"),
             "averaging": made.sharded(TINY, 2, optimizer__name="schedulefree"),
             "averaging-whole": made.recipe(TINY, workers=2, optimizer__name="schedulefree"),
+            "reshaped": made.sharded(LLAMA, 2, batch=4, ema=0.9, phases=WIDER),
+            "reshaped-whole": made.recipe(LLAMA, workers=2, batch=4, ema=0.9, phases=WIDER),
             "odd-bfloat16": made.sharded(ODD, 2, precision="bfloat16", activation_checkpointing=True),
         }
         assert train_each_with_gloo([(recipe, made.folder / name) for name, recipe in two.items()]) == [0] * 2
@@ -264,6 +267,10 @@ def test_sharded_workers_equal_workers_that_keep_everything(runs: Runs, name: st
 def test_adapters_are_sharded_with_what_they_stand_beside(runs: Runs) -> None:
     runs.check_equal("adapted", "adapted-whole", atol=1e-5)
     assert all("lora_" in name for name in runs.final("adapted"))
+
+
+def test_shards_of_another_shape_inherit_what_whole_parameters_do(runs: Runs) -> None:
+    runs.check_equal("reshaped", "reshaped-whole", atol=1e-5)
 
 
 def test_an_optimizer_that_averages_by_itself_averages_parts(runs: Runs) -> None:
