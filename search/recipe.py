@@ -74,7 +74,7 @@ SearchField = Annotated[
 class SearchRecipe(Recipe):
     """How to search the fields of another recipe.
 
-    `recipe` is another word for `base`, and takes its place.
+    `recipe` is another word for `base`, and takes its place; a `base` without a name or a kind is laid over it.
 
     Attributes:
         base: the recipe whose fields are searched: a name or a file, also as base.name with fields to lay over it, or a
@@ -97,6 +97,9 @@ class SearchRecipe(Recipe):
         section = raw.get("search")
         if isinstance(section, Mapping) and isinstance(section.get("space"), str):
             raw = {**raw, "search": {"name": FUNCTION_SEARCH, **section}}
+        base, recipe = raw.get("base"), raw.get("recipe")
+        if recipe and isinstance(base, Mapping) and not {"name", "kind"} & base.keys():
+            raw = {**raw, "recipe": {**({"name": recipe} if isinstance(recipe, str) else recipe), **base}}
         spelled = rename_field(raw, "recipe", "base")
         if "base" not in spelled:
             raise RecipeError("base: expected the recipe whose fields are searched, as in recipe=digits; got none")

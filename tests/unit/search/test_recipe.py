@@ -248,6 +248,7 @@ def test_a_space_is_short_for_a_search(workplace: Path) -> None:
     recipe = SearchRecipe.parse_with(raw, {"recipe": "digits", "recipe.steps": 20, "search.budget": 40})
     assert (recipe.search.name, recipe.members, recipe.steps, recipe.base.name) == ("gp", 40, 20, "digits")
     assert SearchRecipe.parse_with(raw, {"recipe": "digits", "search.name": "tpe"}).search.name == "tpe"
+    assert SearchRecipe.parse_with(raw, {"recipe": "digits", "base.steps": 20}).base == recipe.base
     assert SearchRecipe.parse(tomllib.loads(recipe.to_toml())) == recipe
     with pytest.raises(RecipeError) as error:
         SearchRecipe.parse_with(raw, {"search.budget": 40})
