@@ -40,17 +40,6 @@ PRELOADED = (
     "search.launch.trial_actor",
     "federated.launch.client_actor",
 )
-DASHBOARD_MODULES = (
-    "ray.dashboard.modules.data.data_head",
-    "ray.dashboard.modules.event.event_head",
-    "ray.dashboard.modules.job.job_head",
-    "ray.dashboard.modules.metrics.metrics_head",
-    "ray.dashboard.modules.node.node_head",
-    "ray.dashboard.modules.reporter.reporter_head",
-    "ray.dashboard.modules.serve.serve_head",
-    "ray.dashboard.modules.state.state_head",
-    "ray.dashboard.modules.train.train_head",
-)
 
 
 def fork_ray_processes() -> None:
@@ -171,16 +160,6 @@ class ForkServer:
         connection.close()
 
 
-def _fork_dashboard_modules() -> None:
-    """Have the dashboard fork the nine processes of its modules from one that has imported them."""
-    from multiprocessing import get_context  # noqa: PLC0415
-
-    from ray.dashboard.subprocesses.handle import SubprocessModuleHandle  # noqa: PLC0415
-
-    SubprocessModuleHandle.mp_context = get_context("forkserver")
-    SubprocessModuleHandle.mp_context.set_forkserver_preload(list(DASHBOARD_MODULES))
-
-
 def _be_process(request: dict[str, Any], streams: list[int]) -> NoReturn:
     """Do what a request asks for, and end this process."""
     from ray._raylet import setproctitle  # type: ignore[attr-defined]  # noqa: PLC0415
@@ -241,7 +220,6 @@ def _main() -> None:
     if sys.argv[1] == "fork-server":
         for name in PRELOADED:
             importlib.import_module(name)
-        _fork_dashboard_modules()
         gc.freeze()
         ForkServer(socket.socket(fileno=int(sys.argv[2]))).run()
         return

@@ -92,11 +92,6 @@ def answers(url: str) -> bool:
     return False
 
 
-# The program `ray`, whose Python processes are forked.
-RAY = (
-    "from raytrain.launch.forked_processes import fork_ray_processes; fork_ray_processes();"
-    "from ray.scripts.scripts import main; main()"
-)
 PORTS = (
     "port",
     "dashboard-port",
@@ -125,8 +120,7 @@ def head(home: Path) -> Iterator[dict[str, int]]:
     path = {"HOME": str(home), "PATH": f"{programs}:{os.environ['PATH']}"}
     with (home / "head.log").open("w") as log:
         environment = {**os.environ, **AUTHENTICATION, **PATIENCE, **path}
-        program = [sys.executable, "-c", RAY, *words]
-        command = subprocess.Popen(program, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        command = subprocess.Popen([programs / "ray", *words], env=environment, stdout=log, stderr=subprocess.STDOUT)
     process = psutil.Process(command.pid)
     url = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:
