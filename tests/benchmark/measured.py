@@ -16,8 +16,8 @@ FIRST_STEP = Path(tempfile.gettempdir()) / f"raytrain-first-step-{os.getuid()}"
 """Where the time of the first step goes, wherever on this machine it is done."""
 SET_CHILD_SUBREAPER = 36
 LOOK_SECONDS = 0.1
-LINGER_SECONDS = 150.0
-"""How long Ray's agents may outlive a driver."""
+LINGER_SECONDS = 15.0
+"""How long what a command leaves is counted. Ray's agents outlive a driver by two minutes, and do nothing then."""
 
 
 def note(replica: Any) -> None:
@@ -62,6 +62,8 @@ def measure(words: Sequence[str], also: int) -> dict[str, float]:
     with suppress(psutil.NoSuchProcess):
         while look() and time.monotonic() < give_up:
             time.sleep(LOOK_SECONDS)
+        for left in look():
+            left.kill()
     first = float(FIRST_STEP.read_text()) - began
     return {
         "status": command.returncode,
