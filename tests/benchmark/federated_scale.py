@@ -120,7 +120,9 @@ def measure(engine: str, clients: int, asked: int, rounds: int) -> None:
 def figures_of(engine: str, clients: int, asked: int, rounds: int) -> list[Figures]:
     """Return the figures of rounds in processes of their own."""
     words = [sys.executable, __file__, "--measure", engine, *map(str, (clients, asked, rounds))]
-    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    # Without an address Flower would join any Ray cluster that somebody has started on this machine.
+    environment = {**os.environ, **({"RAY_ADDRESS": "local"} if engine == "Flower" else {})}
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     lines = [line for line in ended.stdout.splitlines() if line.startswith("[{")]
     if not lines:
         raise RuntimeError(f"{engine}, {clients} clients: {ended.stderr}")
