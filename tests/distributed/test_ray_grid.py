@@ -105,9 +105,9 @@ STRATEGIES = [name for name in strategy.__all__ if name not in ("Result", "Strat
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_flowers_strategies_lead_to_what_they_lead_to_without_ray(name: str, ours: dict[str, Any]) -> None:
-    from flower_strategies import Here, follow
+    from flower_strategies import follow, in_this_process
 
-    assert ours[name] == follow(name, Here())
+    assert ours[name] == follow(name, in_this_process())
     assert len(ours[name]["trained"]) == 2
 
 

@@ -21,11 +21,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp, strategy
 from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.simulation import run_simulation
-from flwr.supercore.run import Run
 
-from federated.flower.identity import assume_identity
 from federated.flower.seed_run import SeedRun
 from federated.flower.seeding import global_seed
+from federated.flower.testing import InProcessGrid
 from federated.recipe import FederateRecipe
 from federated.rounds import REPORTS
 
@@ -116,38 +115,9 @@ def ask(grid: Grid, kind: str, nodes: Iterable[int], content: RecordDict) -> lis
     return list(grid.send_and_receive([Message(content, dst_node_id=node, message_type=kind) for node in nodes]))
 
 
-class Here(Grid):
-    """Calls clients in this process, one after the other."""
-
-    def __init__(self) -> None:
-        self.set_run(Run.create_empty(1))
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-        assume_identity(run.run_id)
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def get_node_ids(self) -> list[int]:
-        return list(range(2, 2 + CLIENTS))
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        return [self.reply(deepcopy(message)) for message in messages]
-
-    def reply(self, message: Message) -> Message:
-        node = message.metadata.dst_node_id
-        return client(message, Context(1, node, {"partition-id": node - 2}, RecordDict(), {}))
-
-    def create_message(self, *arguments: Any) -> Message:
-        raise NotImplementedError
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        raise NotImplementedError
+def in_this_process() -> InProcessGrid:
+    """Return a grid that calls clients one after the other; each has a copy of its message, as over a network."""
+    return InProcessGrid(lambda message, context: client(deepcopy(message), context), CLIENTS)
 
 
 def main(write: Callable[[str], Any]) -> None:
