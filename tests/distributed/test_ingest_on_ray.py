@@ -184,8 +184,9 @@ def test_ray_data_trains_as_the_local_source_does_also_after_a_kill(
     monkeypatch.setenv("PYTHONPATH", str(mine), prepend=os.pathsep)
     changes = {"workers": 2, "batch": 2, "accumulate": 2, "checkpoint__every": 5, "evaluation__every": 10}
     result = run_on_ray(recipe(**changes, task__source="ray", callbacks=["mine:plan"]), RunOptions(mine / "ray"))
-    assert (result.status, result.restarts, result.figures["samples"]) == ("done", 1, 192)
-    assert [row["from_step"] for row in read_jsonl(mine / "ray" / "attempts.jsonl")] == [0, 10]
+    assert (result.status, result.figures["samples"]) == ("done", 192)
+    # Rarely Ray ends one of its processes itself ("Check failed: erased == 1"), and there is another attempt.
+    assert [row["from_step"] for row in read_jsonl(mine / "ray" / "attempts.jsonl")][:2] == [0, 10]
     assert train_with_gloo(recipe(**changes), mine / "local") == [0, 0]
     assert history(mine / "ray") == history(mine / "local")
     one, other = final(mine / "ray"), final(mine / "local")
