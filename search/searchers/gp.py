@@ -66,7 +66,7 @@ class GaussianProcessSearcher(ModelBasedSearcher):
         super().load_state_dict(state)
         self._draws = list(state["draws"])
 
-    def _propose(self, rng: np.random.Generator) -> Configuration | None:
+    def _choose(self, rng: np.random.Generator) -> Configuration | None:
         turn = len(self._configurations)
         if turn < len(self._priors):
             pool = self._pool(rng)

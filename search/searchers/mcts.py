@@ -65,7 +65,7 @@ class MCTSSearcher(ModelBasedSearcher):
     Source: Negrinho and Gordon 2017, DeepArchitect (MCTS with bisection).
     """
 
-    def _propose(self, rng: np.random.Generator) -> Configuration | None:
+    def _choose(self, rng: np.random.Generator) -> Configuration | None:
         root = self._tree()
 
         def walks() -> Iterator[Configuration]:

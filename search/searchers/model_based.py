@@ -8,14 +8,14 @@ import numpy as np
 
 from search.chooser import Configuration, replaying, sampling
 from search.rng import keyed_generator
-from search.searcher import Candidate, CandidateResult, Searcher
-from search.searchers.proposals import key_of, new_draw, unasked
+from search.searcher import Candidate, CandidateResult
+from search.searchers.proposals import SequentialSearcher, key_of, new_draw, unasked
 from search.space import Space
 from search.surrogate.encoding import FloatArray
 from search.surrogate.targets import standardised
 
 
-class ModelBasedSearcher(Searcher):
+class ModelBasedSearcher(SequentialSearcher):
     """Keeps all candidates and results, and proposes what was not asked yet.
 
     Args:
@@ -27,17 +27,6 @@ class ModelBasedSearcher(Searcher):
         super().__init__(space, seed)
         self._configurations: dict[int, Configuration] = {}
         self._fitness: dict[int, float | None] = {}
-
-    def ask(self, numbers: Sequence[int]) -> list[Candidate]:
-        """Return a proposal for each number, or fewer where the space is spent."""
-        candidates = []
-        for number in numbers:
-            configuration = self._propose(keyed_generator(self.seed, "candidate", number))
-            if configuration is None:
-                break
-            self._configurations[number] = configuration
-            candidates.append(Candidate(number, configuration))
-        return candidates
 
     def tell(self, results: Sequence[CandidateResult]) -> None:
         """Learn from results."""
@@ -57,9 +46,17 @@ class ModelBasedSearcher(Searcher):
         self._configurations = {number: self.space.replay(values) for number, values in state["candidates"]}
         self._fitness = dict(state["fitness"])
 
-    @abstractmethod
-    def _propose(self, rng: np.random.Generator) -> Configuration | None:
+    def _propose(self, number: int) -> Configuration | None:
         """Return a configuration that was not asked yet, or None where the space is spent."""
+        return self._choose(keyed_generator(self.seed, "candidate", number))
+
+    @abstractmethod
+    def _choose(self, rng: np.random.Generator) -> Configuration | None:
+        """Return a configuration that was not asked yet, or None where the space is spent."""
+
+    def _record(self, candidate: Candidate) -> None:
+        """Keep it."""
+        self._configurations[candidate.number] = candidate.configuration
 
     @property
     def _measured(self) -> int:

@@ -68,7 +68,7 @@ class NARSSearcher(ModelBasedSearcher):
     def _predictor_name(self) -> str:
         return self._forced or max(PREDICTORS, key=lambda name: self._correlations.get(name, 0.0))
 
-    def _propose(self, rng: np.random.Generator) -> Configuration | None:
+    def _choose(self, rng: np.random.Generator) -> Configuration | None:
         if len(self._configurations) < NARS_INITIAL or not self._measured:
             return self._draw(rng)
         known, targets = list(self._configurations.values()), self._targets()

@@ -48,7 +48,30 @@ def new_draw(space: Space, asked: Collection[str], rng: np.random.Generator) -> 
     return next(unasked(space, asked, [space.sample(rng)]), None)
 
 
-class NonRepeatingSearcher(Searcher):
+class SequentialSearcher(Searcher):
+    """Proposes one candidate after another, each with all proposals before it known."""
+
+    def ask(self, numbers: Sequence[int]) -> list[Candidate]:
+        """Return a proposal for each number, or fewer where the space is spent."""
+        candidates = []
+        for number in numbers:
+            configuration = self._propose(number)
+            if configuration is None:
+                break
+            candidates.append(Candidate(number, configuration))
+            self._record(candidates[-1])
+        return candidates
+
+    @abstractmethod
+    def _propose(self, number: int) -> Configuration | None:
+        """Return a configuration that was not proposed yet, or None where the space is spent."""
+
+    @abstractmethod
+    def _record(self, candidate: Candidate) -> None:
+        """Keep what was proposed."""
+
+
+class NonRepeatingSearcher(SequentialSearcher):
     """Keeps the keys of what it proposed, and no results.
 
     Args:
@@ -60,17 +83,6 @@ class NonRepeatingSearcher(Searcher):
         super().__init__(space, seed)
         self._asked: dict[str, None] = {}
 
-    def ask(self, numbers: Sequence[int]) -> list[Candidate]:
-        """Return a proposal for each number, or fewer where the space is spent."""
-        candidates = []
-        for number in numbers:
-            configuration = self._propose(number)
-            if configuration is None:
-                break
-            self._asked[key_of(configuration)] = None
-            candidates.append(Candidate(number, configuration))
-        return candidates
-
     def state_dict(self) -> dict[str, Any]:
         """Return what was proposed."""
         return {"asked": list(self._asked)}
@@ -79,6 +91,6 @@ class NonRepeatingSearcher(Searcher):
         """Go on after what was proposed."""
         self._asked = dict.fromkeys(state["asked"])
 
-    @abstractmethod
-    def _propose(self, number: int) -> Configuration | None:
-        """Return a configuration that was not proposed yet, or None where the space is spent."""
+    def _record(self, candidate: Candidate) -> None:
+        """Keep its key."""
+        self._asked[key_of(candidate.configuration)] = None

@@ -12,14 +12,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from search.chooser import Configuration, Decision
 from search.domains import Domain, Float, Int, Ordered
 from search.rng import keyed_generator, keyed_seed
-from search.searcher import Candidate, CandidateResult, Searcher
-from search.searchers.proposals import key_of, new_draw
+from search.searcher import Candidate, CandidateResult
+from search.searchers.proposals import SequentialSearcher, key_of, new_draw
 from search.space import Space
 
 TPE_ATTEMPTS = 20
 
 
-class TPESearcher(Searcher):
+class TPESearcher(SequentialSearcher):
     """Proposes what is likely among good candidates and unlikely among bad ones.
 
     Optuna's sampler, multivariate and by groups of dimensions, for conditions; outstanding candidates count as bad
@@ -33,15 +33,6 @@ class TPESearcher(Searcher):
         super().__init__(space, seed)
         self._results: dict[int, tuple[Configuration, TrialState, float | None]] = {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-    def ask(self, numbers: Sequence[int]) -> list[Candidate]:
-        """Return a proposal for each number; those before count as outstanding."""
-        candidates = []
-        for number in numbers:
-            configuration = self._propose(number)
-            self._results[number] = (configuration, TrialState.RUNNING, None)
-            candidates.append(Candidate(number, configuration))
-        return candidates
 
     def tell(self, results: Sequence[CandidateResult]) -> None:
         """Learn from results; failures count as the worst."""
@@ -75,6 +66,10 @@ class TPESearcher(Searcher):
                 return configuration
         rng = keyed_generator(self.seed, "candidate", number)
         return new_draw(self.space, asked, rng) or self.space.sample(rng)
+
+    def _record(self, candidate: Candidate) -> None:
+        """Keep it as outstanding."""
+        self._results[candidate.number] = (candidate.configuration, TrialState.RUNNING, None)
 
     def _study(self, seed: int) -> optuna.Study:
         with warnings.catch_warnings():
