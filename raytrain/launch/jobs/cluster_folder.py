@@ -17,6 +17,7 @@ from raytrain.terminal import printable_line
 
 START_SECONDS = 180.0  # for the small job that serves a run's files
 STOP_WAIT_SECONDS = 20.0
+TROUBLE_SECONDS = 30.0  # in which a busy dashboard that fails may recover
 POLL_SECONDS = 0.2
 
 
@@ -59,16 +60,23 @@ class ClusterFolder:
 
         Raises:
             RecipeError: it does not start, or ends without a list.
+            ChangedError: the dashboard cannot give the list for a while.
         """
-        give_up = time.monotonic() + START_SECONDS
+        give_up, troubled_since = time.monotonic() + START_SECONDS, 0.0
         while True:
             details = self._server.client.get_job_info(self._serving)
             if details.status.is_terminal() or (details.status == "PENDING" and time.monotonic() > give_up):
                 raise RecipeError(f"{self._job.id}: {_why_no_list(details)}")
             if details.status == "RUNNING":
                 self._node = str(details.driver_node_id)
-                with suppress(NotThereError):
+                try:
                     return read_list(self._read(LIST))
+                except NotThereError:
+                    pass
+                except ChangedError:
+                    troubled_since = troubled_since or time.monotonic()
+                    if time.monotonic() - troubled_since > TROUBLE_SECONDS:
+                        raise
             time.sleep(POLL_SECONDS)
 
     def read(self, name: str) -> Iterator[bytes]:
