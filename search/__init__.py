@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Evolution,
         Extrapolation,
         Grid,
+        Hyperband,
         Median,
         Random,
         Sobol,
@@ -39,6 +40,7 @@ __all__ = [
     "Evolution",
     "Extrapolation",
     "Grid",
+    "Hyperband",
     "Median",
     "PBTScheduler",
     "Random",
@@ -50,7 +52,7 @@ __all__ = [
 
 _MODULES = {
     **dict.fromkeys(("ASHA", "GP", "MCTS", "NARS", "PBT", "TPE"), "search.study"),
-    **dict.fromkeys(("Evolution", "Extrapolation", "Grid", "Median", "Random", "Sobol"), "search.study"),
+    **dict.fromkeys(("Evolution", "Extrapolation", "Grid", "Hyperband", "Median", "Random", "Sobol"), "search.study"),
     **dict.fromkeys(("Study", "Trial"), "search.study"),
     "PBTScheduler": "search.launch.tune",
     "Space": "search.space",

@@ -341,6 +341,26 @@ class ASHA(Study):
     name = "asha"
 
 
+class Hyperband(Study):
+    """Asynchronous Hyperband (Li et al. 2018): brackets of `ASHA` whose lowest rungs differ.
+
+    >>> study = Hyperband({"lr": {"type": "float", "low": 0.01, "high": 1}}, steps=9, interval=1, trials=17)
+    >>> begun = []
+    >>> while trial := study.ask():
+    ...     theta = trial.state or 0.0  # minimise (theta - 3)^2
+    ...     begun += [trial.until] if trial.step == 0 else []
+    ...     for _ in range(trial.step, trial.until):
+    ...         theta -= trial.params["lr"] * 2 * (theta - 3)
+    ...     study.tell(trial, (theta - 3) ** 2, state=theta)
+    >>> {step: begun.count(step) for step in sorted(set(begun))}  # trials and their first rung
+    {1: 9, 3: 5, 9: 3}
+    >>> study.best_value < 1e-6
+    True
+    """
+
+    name = "hyperband"
+
+
 class Median(Study):
     """Trials that are worse than the median of the others end early (Golovin et al. 2017).
 

@@ -5,6 +5,7 @@ SEARCHES: dict[str, str] = {
     "grid": "search.sweep.searches:grid",
     "random": "search.sweep.searches:random",
     "asha": "search.sweep.searches:asha",
+    "hyperband": "search.sweep.searches:hyperband",
     "median": "search.sweep.searches:median",
     "extrapolation": "search.sweep.searches:extrapolation",
     "sobol": "search.sweep.searches:sobol",

@@ -34,9 +34,8 @@ class SuccessiveHalving(Pruner):
         self._scores: list[dict[int, float]] = [{} for _ in self._rungs]
         self._promoted: list[set[int]] = [set() for _ in self._rungs]
 
-    @property
-    def first(self) -> int:
-        """The lowest rung."""
+    def first_step(self, trial: int) -> int:  # noqa: ARG002
+        """Return the lowest rung."""
         return self._rungs[0]
 
     def judge(self, trial: int, step: int, fitness: float, changes: Mapping[str, Any]) -> int | None:  # noqa: ARG002

@@ -24,9 +24,8 @@ class MedianStopping(Pruner):
         self._least = least
         self._scores: dict[int, list[float]] = {}
 
-    @property
-    def first(self) -> int:
-        """The first judgement."""
+    def first_step(self, trial: int) -> int:  # noqa: ARG002
+        """Return the first judgement."""
         return min(self._interval, self.steps)
 
     def judge(self, trial: int, step: int, fitness: float, changes: Mapping[str, Any]) -> int | None:  # noqa: ARG002

@@ -15,9 +15,8 @@ class Pruner(ABC):
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    @property
-    def first(self) -> int:
-        """The step that every trial is trained to."""
+    def first_step(self, trial: int) -> int:  # noqa: ARG002
+        """Return the step that a new trial is trained to."""
         return self.steps
 
     @abstractmethod

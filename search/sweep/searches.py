@@ -11,6 +11,7 @@ from search.searchers.nars import NARSSearcher
 from search.searchers.random import RandomSearcher
 from search.sweep.asha import SuccessiveHalving
 from search.sweep.extrapolation import CurveExtrapolation
+from search.sweep.hyperband import Hyperband
 from search.sweep.median import MedianStopping
 from search.sweep.options import (
     ASHAOptions,
@@ -73,6 +74,12 @@ def tpe(problem: Problem, options: SweepOptions) -> Sweep:
 def asha(problem: Problem, options: ASHAOptions) -> Sweep:
     """Asynchronous successive halving: bad trials pause early, good ones are promoted."""
     pruner = SuccessiveHalving(problem.steps, options.interval, options.eta, options.trials)
+    return Sweep(problem, options, _searcher(options.searcher, problem), pruner)
+
+
+def hyperband(problem: Problem, options: ASHAOptions) -> Sweep:
+    """Asynchronous Hyperband: brackets of successive halving that begin to prune at different steps."""
+    pruner = Hyperband(problem.steps, options.interval, options.eta, options.trials)
     return Sweep(problem, options, _searcher(options.searcher, problem), pruner)
 
 

@@ -20,7 +20,7 @@ PUBLIC = {
     "search": {
         *("Space", "Study", "Trial", "PBTScheduler"),
         *("ASHA", "GP", "MCTS", "NARS", "PBT", "TPE"),
-        *("Evolution", "Extrapolation", "Grid", "Median", "Random", "Sobol"),
+        *("Evolution", "Extrapolation", "Grid", "Hyperband", "Median", "Random", "Sobol"),
     },
     "federated": {
         *("CommonSeeds", "FedKSeed", "FedKSeedPro", "Sign"),

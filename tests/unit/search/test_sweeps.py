@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raytrain.errors import RecipeError
@@ -46,6 +46,7 @@ SWEEPS = [
     {"name": "random", "trials": 12},
     {"name": "asha", "trials": 13, "interval": 3, "eta": 2},
     {"name": "asha", "trials": 9, "interval": 5, "searcher": "tpe"},
+    {"name": "hyperband", "trials": 19, "interval": 4, "eta": 2},
     {"name": "median", "trials": 9, "interval": 4, "least": 2},
     {"name": "extrapolation", "trials": 9, "interval": 3, "least": 3, "chance": 0.3},
     {"name": "tpe", "trials": 13},
@@ -176,7 +177,7 @@ def test_halving_promotes_the_best_of_each_rung(seed: int, order: random.Random,
 
 def test_halving_promotes_from_the_highest_rung_first() -> None:
     pruner = SuccessiveHalving(steps=8, interval=2, eta=2, trials=16)
-    assert pruner.first == 2
+    assert pruner.first_step(0) == 2
     for trial in range(4):
         assert pruner.judge(trial, 2, trial, {}) is None
     assert [pruner.promote() for _ in range(3)] == [(3, 4), (2, 4), None]
@@ -186,6 +187,39 @@ def test_halving_promotes_from_the_highest_rung_first() -> None:
         pruner.judge(trial, 2, -trial, {})
     assert [pruner.promote() for _ in range(3)] == [(3, 8), (1, 4), None]
     assert pruner.promotable() == {0, 4, 5, 2}
+
+
+@FEW
+@given(seed=st.integers(0, 50), order=orders, eta=st.sampled_from([2, 3]), trials=st.integers(1, 60))
+@example(seed=0, order=random.Random(0), eta=2, trials=60)
+@example(seed=0, order=random.Random(0), eta=3, trials=60)
+def test_the_brackets_of_hyperband_are_halvings_that_begin_later(
+    seed: int, order: random.Random, eta: int, trials: int
+) -> None:
+    rows = run(sweep(seed, name="hyperband", trials=trials, interval=2, eta=eta), order)
+    rungs = [2, *(2 * eta**level for level in range(1, 5) if 2 * eta**level < 20), 20]
+    began: dict[int, int] = {}  # trial -> the lowest rung of its bracket
+    for row in rows:
+        if "score" in row:
+            began.setdefault(row["member"], row["step"])
+    assert len(began) == trials
+    assert set(began.values()) <= set(rungs)
+    for first in set(began.values()):
+        bracket = [trial for trial, until in began.items() if until == first]
+        reached = {
+            rung: {row["member"]: row["score"] for row in rows if row.get("step") == rung and "score" in row}
+            for rung in rungs
+        }
+        for below, rung in zip(rungs, rungs[1:], strict=False):
+            here = [trial for trial in bracket if trial in reached[below]]
+            room = len(here) // eta if below >= first else 0
+            best = sorted(here, key=lambda trial: (reached[below][trial], trial))[:room]
+            assert set(best) <= reached[rung].keys(), "nothing that could be promoted is left"
+    if trials >= 60:
+        spent = {first: 0 for first in rungs}
+        for row in rows:
+            spent[began[row["member"]]] += taken(row)
+        assert max(spent.values()) <= 3 * min(spent.values()), "brackets cost about the same"
 
 
 def test_halving_takes_fewer_steps_and_finds_the_same_best() -> None:
