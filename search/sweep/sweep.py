@@ -113,7 +113,8 @@ class Sweep(Scheduler):
             self._exhausted = True
             return False
         self._begun += 1
-        until, seed = self._pruner.first_step(trial), self.problem.base_seed  # trials differ by their configurations alone
+        until = self._pruner.first_step(trial)
+        seed = self.problem.base_seed  # trials differ by their configurations alone
         segment = Segment(self._next_row, trial, 0, Origin(), None, until, candidate.configuration, seed)
         remark = {} if trial < len(self.options.first) else self._searcher.remark()
         self._open(segment, action="start", **remark)

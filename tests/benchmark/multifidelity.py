@@ -10,7 +10,7 @@ it had not; so the real schedulers, told the recorded losses when a clock of the
 they would have. The clock counts steps, evaluations, and the packing and unpacking of states, of trials that do not
 slow each other down; not the starting of processes and the decisions themselves. Ray's ASHA is Ray's own scheduler
 object, told by `on_trial_result` what a trial reports at its rungs; Ray is not started. Both ASHAs have rungs at a
-ninth, a third and all of the steps.
+ninth, a third and all of the steps, and the brackets of Hyperband begin at each of these.
 
 A search's time is the seconds until it has the lowest loss of all recipes at their ends. One that has stopped the best
 recipe never gets there: it is given its own whole time, and then that of training all to the end.
@@ -44,12 +44,13 @@ from search.tables import SEARCHES
 RECIPES, STEPS, SEEDS = 27, 1620, 10
 QUICK_RECIPES, QUICK_STEPS = 9, 540
 SLOTS, ETA, LOWEST = 2, 3, 1 / 9
-"""LOWEST: share of a training at which both ASHAs have their lowest rung."""
-FULL, PROMOTION, RAY = "all to the end", "ASHA with promotion", "Ray's ASHA"
+"""LOWEST: share of a training at which both ASHAs, and the first bracket of Hyperband, have their lowest rung."""
+FULL, PROMOTION, HYPERBAND, RAY = "all to the end", "ASHA with promotion", "Hyperband", "Ray's ASHA"
 EXTRAPOLATION, POWER = "curve extrapolation, annealing", "curve extrapolation, power law"
 SECTIONS: dict[str, dict[str, Any]] = {
     FULL: {"name": "random"},
     PROMOTION: {"name": "asha", "eta": ETA},
+    HYPERBAND: {"name": "hyperband", "eta": ETA},
     EXTRAPOLATION: {"name": "extrapolation", "interval": INTERVAL, "law": "annealing"},
     POWER: {"name": "extrapolation", "interval": INTERVAL},
 }
@@ -138,7 +139,7 @@ def engine_of(section: Mapping[str, Any], recorded: Recorded, seed: int) -> Sche
     """Return a search of the recipes."""
     factory = resolve(SEARCHES, section["name"], "search.name")
     options = options_parameter(factory, SearchOptions)
-    rung = {"interval": recorded.rungs[0]} if section["name"] == "asha" else {}
+    rung = {"interval": recorded.rungs[0]} if section["name"] in ("asha", "hyperband") else {}
     parsed = options.model_validate({"space": {}, "trials": len(recorded.curves), **rung, **section})
     objective = Objective("loss", "lower")
     problem = Problem(recorded.space, objective, recorded.steps, seed, 0, recorded.rates_of)

@@ -216,7 +216,7 @@ def test_the_brackets_of_hyperband_are_halvings_that_begin_later(
             best = sorted(here, key=lambda trial: (reached[below][trial], trial))[:room]
             assert set(best) <= reached[rung].keys(), "nothing that could be promoted is left"
     if trials >= 60:
-        spent = {first: 0 for first in rungs}
+        spent = dict.fromkeys(rungs, 0)
         for row in rows:
             spent[began[row["member"]]] += taken(row)
         assert max(spent.values()) <= 3 * min(spent.values()), "brackets cost about the same"
