@@ -33,20 +33,16 @@ Trials = Sequence[tuple[Mapping[str, Any], float]]
 def search_panels(run: RunDirectory) -> list[Panel]:
     """Return what a search has recorded so far, as panels."""
     objectives, decisions, reports = _objectives(run), read_decisions(run.path), read_reports(run.metrics)
-    objective = objectives[0]
+    objective, section = objectives[0], _section(run)
     began = [report for report in reports if _began(decisions, report)]
     scored = _scored(objective, began)
-    winner, trials = _winner(objective, decisions, scored), _trials(decisions, scored)
-    standings = standings_of(objective, decisions, began)
+    winner, standings = _winner(objective, decisions, scored), standings_of(objective, decisions, began)
+    population = section.get("name") == "pbt" or "population" in section
     charts = [
         _scores(objective, decisions, scored),
-        *best_panels(objective, decisions, scored, _section(run)),
+        *best_panels(objective, decisions, scored, section),
         *front_panels(objectives, standings),
-        *model_panels(objective, _decided(decisions, scored), _predictor(run, decisions)),
-        _forecasts(objective, decisions),
-        *_schedules(decisions, scored, winner),
-        _parallel(objective, trials),
-        _correlations(trials),
+        *(_schedules(decisions, scored, winner) if population else _sweep(objective, section, decisions, scored)),
         _ancestry(objective, winner, scored),
         _members(standings, going_on=not run.result.is_file()),
         _failures(decisions),
@@ -106,18 +102,10 @@ def _scores(objective: Objective, decisions: Sequence[DecisionRow], scored: Scor
 
 def _schedules(decisions: Sequence[DecisionRow], scored: Scored, winner: LineageRows) -> list[Panel | None]:
     """Return a chart for each number of a population: its values over the steps, those of the winner on top."""
-    if not _moves(decisions):
-        return []
     ends = {report["row"]: report["step"] for report, _ in scored}
     won = {row["row"] for row in winner}
     stretches = [(row, ends[row["row"]]) for row in decisions if "new" in row and row["row"] in ends]
     return [_schedule(name, stretches, won) for name in _numbers(decisions)]
-
-
-def _moves(decisions: Iterable[DecisionRow]) -> bool:
-    """Return whether hyperparameters of a member change while it trains, as in a population."""
-    first: dict[int, Mapping[str, Any]] = {}
-    return any(first.setdefault(row["member"], row["new"]) != row["new"] for row in decisions if "new" in row)
 
 
 def _schedule(name: str, stretches: Sequence[tuple[DecisionRow, int]], won: Collection[int]) -> Panel | None:
@@ -145,27 +133,35 @@ def _numbers(decisions: Iterable[DecisionRow]) -> list[str]:
     return [name for name, found in values.items() if len(found) > 1]
 
 
+def _sweep(
+    objective: Objective, section: Mapping[str, Any], decisions: Sequence[DecisionRow], scored: Scored
+) -> list[Panel | None]:
+    """Return what is shown of trials whose hyperparameters stay, unlike those of a population."""
+    trials = _trials(decisions, scored)
+    return [
+        *model_panels(objective, _decided(decisions, scored), _predictor(section, decisions)),
+        _forecasts(objective, decisions),
+        _parallel(objective, trials),
+        _correlations(trials),
+    ]
+
+
 def _trials(decisions: Sequence[DecisionRow], scored: Scored) -> list[tuple[Mapping[str, Any], float]]:
-    """Return (hyperparameters, last score) of each trial of a sweep; of a population, whose values move, nothing."""
-    if _moves(decisions):
-        return []
+    """Return (hyperparameters, last score) of each trial."""
     last = {report["member"]: (decisions[report["row"]]["new"], score) for report, score in scored}
     return list(last.values())
 
 
 def _decided(decisions: Sequence[DecisionRow], scored: Scored) -> list[tuple[Mapping[str, Any], float]]:
-    """Return (decisions, last score) of the trials of a sweep that were trained as far as any."""
-    if _moves(decisions):
-        return []
+    """Return (decisions, last score) of the trials that were trained as far as any."""
     last = {report["member"]: (decisions[report["row"]], report["step"], score) for report, score in scored}
     whole = max((step for _, step, _ in last.values()), default=0)
     return [(row.get("genome", row["new"]), score) for row, step, score in last.values() if step == whole]
 
 
-def _predictor(run: RunDirectory, decisions: Sequence[DecisionRow]) -> str:
+def _predictor(section: Mapping[str, Any], decisions: Sequence[DecisionRow]) -> str:
     """Return the predictor that the search went by at last; "" for one without."""
     used = [row["predictor"] for row in decisions if "predictor" in row]
-    section = _section(run)
     by_process = "gp" in (section.get("name"), section.get("searcher"))
     return used[-1] if used else "gp" if by_process else ""
 

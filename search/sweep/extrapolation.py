@@ -37,9 +37,8 @@ class CurveExtrapolation(Pruner):
         self._curves: dict[int, list[tuple[int, float]]] = {}
         self._remark: dict[str, Any] = {}
 
-    @property
-    def first(self) -> int:
-        """The first score."""
+    def first_step(self, trial: int) -> int:  # noqa: ARG002
+        """Return the step of the first score."""
         return min(self._options.interval, self.steps)
 
     def judge(self, trial: int, step: int, fitness: float, changes: Mapping[str, Any]) -> int | None:

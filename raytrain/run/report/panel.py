@@ -7,6 +7,8 @@ from typing import Any
 
 MAX_POINTS = 2_000
 """Points of a line; longer series are averaged over bins."""
+RUN_COLORS = 7
+"""Colours of the palette that tell runs apart; the last one, "c7", is grey."""
 FEW_POINTS = 20
 """Points of a line that are marked; of more, the line alone is shown."""
 MAX_ROWS = 500
@@ -96,7 +98,11 @@ def compared(reports: Mapping[str, Sequence[Panel]]) -> list[Panel]:
 
 def _joined(panels: Sequence[tuple[str, Panel]]) -> Panel:
     first = panels[0][1]
-    traces = [{**trace, "name": _name(run, trace)} for run, panel in panels for trace in panel.traces]
+    traces = [
+        {**_recolored(trace, place), "name": _name(run, trace)}
+        for place, (run, panel) in enumerate(panels)
+        for trace in panel.traces
+    ]
     columns = list(dict.fromkeys(column for _, panel in panels for column in panel.columns))
     rows = [
         [run, *(dict(zip(panel.columns, row, strict=True)).get(column, "") for column in columns)]
@@ -104,6 +110,14 @@ def _joined(panels: Sequence[tuple[str, Panel]]) -> Panel:
         for row in panel.rows
     ]
     return replace(first, traces=traces, columns=["run", *columns] if columns else [], rows=rows)
+
+
+def _recolored(value: Any, shift: int) -> Any:
+    """Return a trace with other colours of the palette, so that those of several runs differ."""
+    if isinstance(value, Mapping):
+        return {key: _recolored(part, shift) for key, part in value.items()}
+    number = value[1:] if isinstance(value, str) and value[:1] == "c" else ""
+    return f"c{(int(number) + shift) % RUN_COLORS}" if number.isdecimal() and int(number) < RUN_COLORS else value
 
 
 def _name(run: str, trace: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain.run.report.page import number, render
-from raytrain.run.report.panel import MAX_POINTS, MAX_ROWS, compared, line_chart, table
+from raytrain.run.report.panel import MAX_POINTS, MAX_ROWS, Panel, compared, line_chart, table
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"'"
 
@@ -61,6 +61,13 @@ def test_compared_runs_share_the_panels_of_one_title():
     assert [trace["name"] for trace in loss.traces] == ["a · train", "b · train"]
     assert events.columns == ["run", "what", "who"]
     assert events.rows == [["a", "began", ""], ["b", "", "worker 0"]]
+
+
+def test_the_colours_of_compared_runs_differ():
+    bars = Panel("Bars", [{"name": "share", "marker": {"color": "c6"}, "error_x": {"color": "c7", "kind": "cosine"}}])
+    (joined,) = compared({"a": [bars], "b": [bars]})
+    assert [trace["marker"]["color"] for trace in joined.traces] == ["c6", "c0"]
+    assert [trace["error_x"] for trace in joined.traces] == [{"color": "c7", "kind": "cosine"}] * 2
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_forecasts_are_shown_beside_the_ends(tmp_path: Path) -> None:
     def train(work: Work, state: bytes | None) -> SegmentEnd:
         return SegmentEnd(b"", work.until, {"score": work.changes["x"] - 1 / work.until})
 
-    panel = panels_of(searched(tmp_path, engine, "score", train))["Forecasts"]
+    panel = panels_of(searched(tmp_path, engine, "score", train, name="extrapolation"))["Forecasts"]
     assert panel.note.startswith(f"{sum(row[-1] == 'stopped' for row in panel.rows)} trials stopped early; ")
     assert len(panel.rows) == 8
     for _, step, score, low, high, chance, end in panel.rows:
@@ -121,6 +121,13 @@ def test_members_of_an_interrupted_search_do_not_train(tmp_path: Path) -> None:
     assert {row[4] for row in panels_of(journal)["Members"].rows} == {"training"}
     (tmp_path / "result.json").write_text("{}")
     assert {row[4] for row in panels_of(journal)["Members"].rows} == {"paused"}
+
+
+def test_a_population_is_no_sweep_before_its_first_decision_either(tmp_path: Path) -> None:
+    shown = panels_of(searched(tmp_path, toy_search(steps=40, population=6), "q", train_toy, segments=5))
+    assert {row["action"] for row in read_decisions(tmp_path)} == {"start"}
+    assert not {"Trials", "Importance", "Rank correlation with the score"} & shown.keys()
+    assert "Schedule of h0" in shown
 
 
 def test_the_panels_of_a_sweep(sweep: Journal) -> None:
