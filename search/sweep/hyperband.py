@@ -8,7 +8,7 @@ from search.sweep.asha import SuccessiveHalving
 from search.sweep.pruner import Pruner
 
 
-class Hyperband(Pruner):
+class HyperbandBrackets(Pruner):
     """Gives each trial to one of several brackets, each a successive halving with another lowest rung.
 
     A halving that begins early drops trials whose curve begins slowly; one that begins late tries few. Each bracket

@@ -11,7 +11,7 @@ from search.searchers.nars import NARSSearcher
 from search.searchers.random import RandomSearcher
 from search.sweep.asha import SuccessiveHalving
 from search.sweep.extrapolation import CurveExtrapolation
-from search.sweep.hyperband import Hyperband
+from search.sweep.hyperband import HyperbandBrackets
 from search.sweep.median import MedianStopping
 from search.sweep.options import (
     ASHAOptions,
@@ -79,7 +79,7 @@ def asha(problem: Problem, options: ASHAOptions) -> Sweep:
 
 def hyperband(problem: Problem, options: ASHAOptions) -> Sweep:
     """Asynchronous Hyperband: brackets of successive halving that begin to prune at different steps."""
-    pruner = Hyperband(problem.steps, options.interval, options.eta, options.trials)
+    pruner = HyperbandBrackets(problem.steps, options.interval, options.eta, options.trials)
     return Sweep(problem, options, _searcher(options.searcher, problem), pruner)
 
 

@@ -17,7 +17,7 @@ from raytrain.terminal import printable_line
 
 START_SECONDS = 180.0  # for the small job that serves a run's files
 STOP_WAIT_SECONDS = 20.0
-TROUBLE_SECONDS = 30.0  # in which a busy dashboard that fails may recover
+TROUBLE_SECONDS = 30.0  # from the job's start, in which a busy dashboard that fails may recover
 POLL_SECONDS = 0.2
 
 
@@ -60,24 +60,34 @@ class ClusterFolder:
 
         Raises:
             RecipeError: it does not start, or ends without a list.
-            ChangedError: the dashboard cannot give the list for a while.
+            ChangedError: the dashboard cannot give the list.
         """
-        give_up, troubled_since = time.monotonic() + START_SECONDS, 0.0
+        give_up, patient_until = time.monotonic() + START_SECONDS, 0.0
         while True:
             details = self._server.client.get_job_info(self._serving)
             if details.status.is_terminal() or (details.status == "PENDING" and time.monotonic() > give_up):
                 raise RecipeError(f"{self._job.id}: {_why_no_list(details)}")
             if details.status == "RUNNING":
                 self._node = str(details.driver_node_id)
-                try:
-                    return read_list(self._read(LIST))
-                except NotThereError:
-                    pass
-                except ChangedError:
-                    troubled_since = troubled_since or time.monotonic()
-                    if time.monotonic() - troubled_since > TROUBLE_SECONDS:
-                        raise
+                patient_until = patient_until or time.monotonic() + TROUBLE_SECONDS
+                if (listing := self._list_if_there(patient_until)) is not None:
+                    return listing
             time.sleep(POLL_SECONDS)
+
+    def _list_if_there(self, patient_until: float) -> Listing | None:
+        """Return the list, or None where it is not there yet, or the dashboard fails and may recover.
+
+        Raises:
+            ChangedError: it still fails at that time.
+        """
+        try:
+            return read_list(self._read(LIST))
+        except NotThereError:
+            return None
+        except ChangedError:
+            if time.monotonic() > patient_until:
+                raise
+            return None
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield a file in pieces."""

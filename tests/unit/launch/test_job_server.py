@@ -304,6 +304,7 @@ def test_a_server_that_cannot_give_the_list_for_a_while_is_asked_again(
     assert run.listing().keys() == {"a", "b"}
     assert sum(asked.startswith("POST /api/jobs/") for asked in dashboard.asked) == 1
     monkeypatch.setattr(cluster_folder, "TROUBLE_SECONDS", 0.05)
+    monkeypatch.setattr(cluster_folder, "STOP_WAIT_SECONDS", 0.05)
     dashboard.set(FILE, *trouble[:1])
     with pytest.raises(ChangedError, match=r"^files.json: Server got itself in trouble$"):
         run.listing()

@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pbt": {"population": 6, "interval": 2, "optimizer_state": "reset"},
     "grid": {"points": 3},
     "asha": {"trials": 9, "interval": 2, "eta": 2},
+    "hyperband": {"trials": 9, "interval": 2, "eta": 2},
     "median": {"trials": 9, "interval": 2, "least": 2},
     "extrapolation": {"trials": 9, "interval": 2, "least": 2},
 }
