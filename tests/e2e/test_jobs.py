@@ -158,6 +158,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield Cluster(url, address, home, user, {**os.environ, **AUTHENTICATION, "RAY_API_SERVER_ADDRESS": url})
 
 
+@pytest.fixture(autouse=True)
+def heard(cluster: Cluster) -> Iterator[None]:
+    """What the head's dashboard says of errors while a test runs, which pytest shows if it fails."""
+    logs = cluster.home / "session_latest" / "logs"
+    before = {file: file.stat().st_size for file in logs.glob("dashboard*.log")}
+    yield
+    for file in sorted(logs.glob("dashboard*.log")):
+        with file.open(errors="replace") as log:
+            log.seek(before.get(file, 0))
+            said = [line.rstrip() for line in log if " INFO " not in line]
+        print(f"--- {file.name}", *said[-60:], sep="\n", file=sys.stderr)
+
+
 class Line:
     """A line to the job server that can be cut."""
 
