@@ -5,15 +5,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from federated.records import PARTITION, ROUNDS
 from raytrain.json_files import read_json
 from raytrain.run.directory import RunDirectory
-from raytrain.run.report.panel import Panel, Series, line_chart, table
+from raytrain.run.report.panel import Panel, is_number, line_chart, series, table
 from raytrain.run.rows import read_jsonl
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _RoundRow(TypedDict):
+    """A row of ``rounds.jsonl``."""
+
+    round: int
+    missing: dict[str, str]
+    refusals: list[str]
+    late: list[str]
 
 
 class _Labels(TypedDict):
@@ -28,12 +39,14 @@ OVER_CLIENTS = ("clients", "worst_tenth", "spread")
 
 
 TRAFFIC = ("bytes_down", "bytes_up")
+PLAYED = ("step", "seconds", *TRAFFIC)
+"""What the row of a round has."""
 
 
 def panels(run: RunDirectory) -> list[Panel]:
     """Return what a federated run has recorded so far, as panels."""
     recorded = read_jsonl(run.metrics)
-    played = [row for row in recorded if "valid" not in row]
+    played = [row for row in recorded if all(is_number(row.get(name)) for name in PLAYED)]
     bytes_at = {0: 0} | {row["step"]: row["bytes_down"] + row["bytes_up"] for row in played}
     evaluations = [
         {"step": row["step"], "megabytes": bytes_at.get(row["step"], 0) / 1e6, **row["valid"]}
@@ -48,7 +61,7 @@ def panels(run: RunDirectory) -> list[Panel]:
         _chart("Bytes of a round", _differences(played, TRAFFIC), TRAFFIC, "bytes"),
         _chart("Time of a round", _differences(played, ["seconds"]), ["seconds"], "seconds"),
         _partition(run.path / PARTITION),
-        _left_out(read_jsonl(run.path / ROUNDS)),
+        _left_out(read_jsonl(run.path / ROUNDS, _RoundRow)),
     ]
     return [panel for panel in charts if panel is not None]
 
@@ -57,13 +70,13 @@ def _quality(evaluations: Rows, x: str, title: str, label: str) -> list[Panel | 
     beside = {"step", "megabytes", *OVER_CLIENTS}
     names = [name for name in dict.fromkeys(name for row in evaluations for name in row) if name not in beside]
     return [
-        line_chart(title.format(name.replace("_", " ")), {name: _line(evaluations, name, x)}, x=label, y=name)
+        line_chart(title.format(name.replace("_", " ")), {name: series(evaluations, name, x)}, x=label, y=name)
         for name in names
     ]
 
 
 def _chart(title: str, points: Rows, names: Iterable[str], label: str) -> Panel | None:
-    return line_chart(title, {name: _line(points, name) for name in names}, x="round", y=label)
+    return line_chart(title, {name: series(points, name) for name in names}, x="round", y=label)
 
 
 def _differences(played: Rows, names: Sequence[str]) -> Rows:
@@ -81,7 +94,7 @@ def _partition(path: Path) -> Panel | None:
         return None
     known = read_json(path, _Labels)
     traces = [
-        {"type": "bar", "name": label, "x": list(range(known["clients"])), "y": counts}
+        {"type": "bar", "name": label, "x": list(range(len(counts))), "y": counts}
         for label, counts in known["labels"].items()
     ]
     layout = {"barmode": "stack", "xaxis": {"title": {"text": "client"}}, "yaxis": {"title": {"text": "examples"}}}
@@ -100,8 +113,3 @@ def _left_out(rounds: Rows) -> Panel | None:
         ]
     ]
     return table("Clients that were not heard", ["round", "client and reason"], left_out)
-
-
-def _line(points: Rows, field: str, x: str = "step") -> Series:
-    found = [(row[x], row[field]) for row in points if field in row]
-    return [place for place, _ in found], [value for _, value in found]

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import psutil
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis import strategies as st
 
 if TYPE_CHECKING:
     from raytrain.testing_command import Command
@@ -259,3 +261,27 @@ def raytrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Ended(int(ended.value.code or 0), shown.out, shown.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def changed_rows() -> Callable[[str], st.SearchStrategy[str]]:
+    """Changes some rows of a ``.jsonl`` file: fields are renamed or hold something else, lines are cut or odd."""
+    scalars = (
+        st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats(allow_nan=False) | st.text(max_size=3)
+    )
+    values = scalars | st.lists(scalars, max_size=2) | st.dictionaries(st.text(max_size=2), scalars, max_size=2)
+
+    @st.composite
+    def changed(draw: st.DrawFn, text: str) -> str:
+        lines = text.strip().splitlines()
+        for place in draw(st.lists(st.sampled_from(range(len(lines))), max_size=2, unique=True)):
+            row = json.loads(lines[place])
+            inside = draw(st.sampled_from([row, *(value for value in row.values() if isinstance(value, dict))]))
+            for name in draw(st.lists(st.sampled_from(sorted(inside)), max_size=2, unique=True)) if inside else ():
+                renamed = draw(st.booleans())
+                value = inside.pop(name)
+                inside[f"{name}x" if renamed else name] = value if renamed else draw(values)
+            lines[place] = draw(st.sampled_from([json.dumps(row)] * 4 + ["", "null", lines[place][:9]]))
+        return "\n".join(lines) + "\n"
+
+    return changed

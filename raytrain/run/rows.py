@@ -28,6 +28,8 @@ class AttemptRow(TypedDict):
     """A row of ``attempts.jsonl``."""
 
     from_step: int
+    time: NotRequired[float]
+    workers: NotRequired[list[Any]]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -35,20 +37,25 @@ class RestartRow(TypedDict):
     """A row of ``restarts.jsonl``."""
 
     workers: dict[str, str]
+    time: NotRequired[float]
 
 
 ROW_TYPES: dict[str, Any] = {"metrics.jsonl": MetricsRow, "attempts.jsonl": AttemptRow, "restarts.jsonl": RestartRow}
 """Types of rows by file; rows of other files are any JSON objects."""
 
 
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
+def read_jsonl(file: Path, row_type: Any = None) -> list[dict[str, Any]]:
     """Return the rows of a ``.jsonl`` file; damaged lines are skipped with a warning.
 
     A last line without an end is being written, or was when its process was killed.
+
+    Args:
+        file: of a run's folder.
+        row_type: what a row has to be; by default what `ROW_TYPES` says of the file's name.
     """
     if not file.is_file():
         return []
-    found, damaged = read_rows(file, ROW_TYPES.get(file.name, dict[str, Any]))
+    found, damaged = read_rows(file, row_type or ROW_TYPES.get(file.name, dict[str, Any]))
     if damaged:
         _warn_of_damage(file, damaged)
     return found

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from raytrain.run.directory import RunDirectory
-from raytrain.run.report.panel import Panel, Series, line_chart, table
+from raytrain.run.report.panel import Panel, Series, is_number, line_chart, series, table
 from raytrain.run.rows import read_jsonl
 
 MetricsRows = Sequence[Mapping[str, Any]]
@@ -34,7 +35,7 @@ def training_panels(run: RunDirectory) -> list[Panel]:
         *_metrics(evaluations),
         _throughput(steps),
         *(
-            line_chart(title, {field.replace("_", " "): _line(steps, field) for field in fields}, x="step", y=label)
+            line_chart(title, {field.replace("_", " "): series(steps, field) for field in fields}, x="step", y=label)
             for title, fields, label in CHARTS
         ),
         _events(run),
@@ -50,7 +51,7 @@ def _without_zeros(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _loss(steps: MetricsRows, evaluations: MetricsRows) -> Panel | None:
     held_out = [{"step": row["step"], **row["valid"]} for row in evaluations]
-    lines = {"training": _line(steps, "loss"), "held-out": _line(held_out, "loss")}
+    lines = {"training": series(steps, "loss"), "held-out": series(held_out, "loss")}
     return line_chart("Loss", lines, x="step", y="loss", log_y=_spans_decades(lines.values()))
 
 
@@ -64,40 +65,40 @@ def _metrics(evaluations: MetricsRows) -> list[Panel | None]:
     names = dict.fromkeys(name for row in evaluations for name in row["valid"] if name != "loss")
     flat = [{"step": row["step"], **row["valid"]} for row in evaluations]
     return [
-        line_chart(f"Held-out {name.replace('_', ' ')}", {name: _line(flat, name)}, x="step", y=name) for name in names
+        line_chart(f"Held-out {name.replace('_', ' ')}", {name: series(flat, name)}, x="step", y=name) for name in names
     ]
 
 
 def _throughput(steps: MetricsRows) -> Panel | None:
     """Return samples per second between consecutive rows; time between attempts does not count."""
+    timed = [row for row in steps if all(is_number(row.get(field)) for field in ("step", "samples", "seconds"))]
     speeds = [
         {
             "step": after["step"],
             "speed": (after["samples"] - before["samples"]) / (after["seconds"] - before["seconds"]),
         }
-        for before, after in zip(steps, steps[1:], strict=False)
+        for before, after in pairwise(timed)
         if after["seconds"] > before["seconds"]
     ]
-    return line_chart("Throughput", {"samples": _line(speeds, "speed")}, x="step", y="samples per second")
+    return line_chart("Throughput", {"samples": series(speeds, "speed")}, x="step", y="samples per second")
 
 
 def _events(run: RunDirectory) -> Panel | None:
     attempts = [
-        (row["time"], f"attempt from step {row['from_step']}", f"{len(row['workers'])} worker(s)")
+        (row.get("time", 0.0), f"attempt from step {row['from_step']}", f"{len(row.get('workers', []))} worker(s)")
         for row in read_jsonl(run.attempts)
     ]
     restarts = [
-        (row["time"], "restart", "; ".join(f"worker {rank}: {cause}" for rank, cause in sorted(row["workers"].items())))
+        (row.get("time", 0.0), "restart", "; ".join(f"worker {rank}: {cause}" for rank, cause in workers))
         for row in read_jsonl(run.restarts)
+        for workers in [sorted(row["workers"].items())]
     ]
     events = [[_clock(when), what, detail] for when, what, detail in sorted([*attempts, *restarts])]
     return table("Events", ["time", "event", "detail"], events)
 
 
-def _line(points: Iterable[Mapping[str, Any]], field: str) -> Series:
-    found = [(row["step"], row[field]) for row in points if field in row]
-    return [step for step, _ in found], [value for _, value in found]
-
-
 def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):  # no time of this world
+        return ""

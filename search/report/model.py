@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from raytrain.registry import resolve
-from raytrain.run.report.panel import Panel
+from raytrain.run.report.panel import Panel, is_number
 from search.chooser import Configuration, Decision, Genome
 from search.domains import Choice, Domain, Float
 from search.predictor.predictor import Predictor, rank_correlation
-from search.report.values import WIDE, in_words, is_number
+from search.report.values import WIDE, in_words
 from search.rng import keyed_generator
 from search.scheduling.segments import Objective
 from search.surrogate.encoding import FloatArray

@@ -8,14 +8,14 @@ import numpy as np
 
 from raytrain.recipe import read_toml
 from raytrain.run.directory import RunDirectory
-from raytrain.run.report.panel import Panel, line_chart, table
+from raytrain.run.report.panel import Panel, is_number, line_chart, table
 from search.forecasts import forecast_summary, forecasts
 from search.journal.ancestry import ancestors
 from search.journal.rows import DecisionRow, ReportRow, read_decisions, read_reports
 from search.report.best import Scored, best_panels
 from search.report.front import front_panels
 from search.report.model import model_panels
-from search.report.values import in_words, is_number, listed, wide_axis
+from search.report.values import in_words, listed, wide_axis
 from search.scheduling.segments import Objective
 from search.standings import Standings, standings_of
 

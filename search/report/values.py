@@ -13,11 +13,6 @@ def wide_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
     return {"title": {"text": title}, "type": "log" if wide else "linear"}
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value is a number, which true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def listed(values: Mapping[str, Any]) -> str:
     """Return hyperparameters in words."""
     return ", ".join(f"{name} = {in_words(value)}" for name, value in values.items())

@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from raytrain.json_files import to_json
-from raytrain.run.report.panel import Panel
+from raytrain.run.report.panel import Panel, is_number
 
 
 def render(title: str, about: str, figures: Mapping[str, Any], panels: Sequence[Panel], footer: str = "") -> str:
@@ -58,7 +58,7 @@ def _values(panel: Panel) -> str:
     if bars:
         pairs = [pair for trace in bars for pair in zip(trace["y"], trace["x"], strict=True)]
         return _folded(["", "value"], pairs[::-1])
-    lines = [(str(trace.get("name", "")), [y for y in trace.get("y", ()) if _is_number(y)]) for trace in panel.traces]
+    lines = [(str(trace.get("name", "")), [y for y in trace.get("y", ()) if is_number(y)]) for trace in panel.traces]
     rows = [[name, ys[0], ys[-1], min(ys), max(ys)] for name, ys in lines if ys]
     if not rows:
         return ""
@@ -69,10 +69,6 @@ def _folded(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f"<details><summary>Values</summary>{_table(columns, rows)}</details>"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
     body = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
@@ -80,7 +76,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    whole = ' class="number"' if _is_number(value) else ""
+    whole = ' class="number"' if is_number(value) else ""
     return f"<td{whole}>{html.escape(number(value))}</td>"
 
 
@@ -88,7 +84,9 @@ def number(value: Any) -> str:
     """Return a value as a reader wants it: floats to four significant digits, and thousands apart."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e5 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
 
 
 def _data(panels: Sequence[Panel]) -> str:

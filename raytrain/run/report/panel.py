@@ -1,7 +1,7 @@
 """Panels of a report page: a chart, a table, or both, as plain data. Kinds of runs make them; the page draws them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,25 @@ MAX_ROWS = 500
 
 Series = tuple[Sequence[float], Sequence[float | None]]
 """Horizontal and vertical coordinates of a line, of one length; None leaves a gap."""
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number that a chart has room for, which true and false are not."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
+
+
+def series(rows: Iterable[Mapping[str, Any]], field: str, x: str = "step") -> Series:
+    """Return a field of rows over another one; rows that have no numbers there are left out, and None is a gap.
+
+    >>> series([{"step": 1, "loss": 0.5}, {"step": 2, "loss": "?"}, {"step": 3, "loss": None}], "loss")
+    ([1, 3], [0.5, None])
+    """
+    found = [
+        (row[x], row[field])
+        for row in rows
+        if is_number(row.get(x)) and field in row and (row[field] is None or is_number(row[field]))
+    ]
+    return [place for place, _ in found], [value for _, value in found]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,15 @@
 """The report page of a federated run: what its rows become."""
 
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from federated.report import panels
 from raytrain.run.directory import RunDirectory
+from raytrain.run.report.page import render
 
 METRICS = """
 {"step": 0, "valid": {"loss": 2.0, "accuracy": 0.1}}
@@ -47,3 +53,15 @@ def test_a_run_s_rows_become_charts(tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_begun_has_no_panels(tmp_path: Path) -> None:
     assert panels(RunDirectory(tmp_path)) == []
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_whatever_is_in_the_files_is_reported_or_left_out(
+    data: st.DataObject, changed_rows: Callable[[str], st.SearchStrategy[str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """They may be of a fetched run."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for name, text in (("metrics.jsonl", METRICS), ("rounds.jsonl", ROUNDS)):
+        (folder / name).write_text(data.draw(changed_rows(text)))
+    render("federate", "", {}, panels(RunDirectory(folder)))
