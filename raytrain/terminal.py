@@ -1,6 +1,7 @@
 """Sanitized text for the terminal: control characters in foreign text could clear it or hide lines."""
 
 import re
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ def progress_console() -> "Console":
     if Console().is_jupyter:  # it cannot redraw a bar in place, and says that it has colours
         return Console(force_jupyter=False, force_terminal=False, highlight=False, soft_wrap=True)
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def format_time(seconds: float) -> str:
+    """Format seconds since the epoch as local time; "" where no calendar has it."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return ""
 
 
 def format_mib(size: int) -> str:

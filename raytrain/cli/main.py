@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -31,7 +30,7 @@ from raytrain.reading import model_loader, parse_recipe, read_recipe, recipe_of_
 from raytrain.recipe import Recipe, dotted_fields
 from raytrain.registry import resolve, suggest, summary
 from raytrain.run.listing import list_runs
-from raytrain.terminal import printable
+from raytrain.terminal import format_time, printable, printable_line
 
 RECIPES = "recipes"
 FILE_COLUMNS = 200
@@ -159,8 +158,8 @@ def print_runs(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Pat
     for heading in ("run", "kind", "status", "best", "step", "started"):
         grid.add_column(heading, overflow="fold")
     for run in list_runs(folder):
-        value, started = run.best.get("value"), time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started))
-        best = f"{run.best['metric']} {value:.4f}" if value is not None else ""
+        value, started = run.best.get("value"), format_time(run.started).rpartition(":")[0]
+        best = f"{printable_line(run.best['metric'])} {value:.4f}" if value is not None else ""
         grid.add_row(str(run.folder), run.kind, run.status, best, str(run.best.get("step", "")), started)
     Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS).print(grid)
 

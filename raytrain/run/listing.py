@@ -20,7 +20,7 @@ class RunSummary:
     Attributes:
         folder: the run's.
         kind: of its recipe.
-        status: "running", as its result says, or "killed" without one.
+        status: "running", as its result says, "killed" without one, or "damaged" where it cannot be read.
         started: time of its first attempt, in seconds since the epoch.
         best: {"metric", "value", "step"} of its best evaluation, or of the last one of a run without a result.
     """
@@ -52,7 +52,10 @@ def _summary(folder: Path) -> RunSummary:
         return RunSummary(folder, _kind(run), "running", started, _last_evaluation(run))
     if not run.result.is_file():
         return RunSummary(folder, _kind(run), "killed", started, _last_evaluation(run))
-    result: Result = read_json(run.result, Result, RecipeError)
+    try:
+        result: Result = read_json(run.result, Result, RecipeError)
+    except RecipeError:  # one damaged run must not hide the others
+        return RunSummary(folder, _kind(run), "damaged", started, _last_evaluation(run))
     return RunSummary(folder, _kind(run), result.status, started, result.best or _last_evaluation(run))
 
 
@@ -69,4 +72,5 @@ def _last_evaluation(run: RunDirectory) -> dict[str, Any]:
     if not rows:
         return {}
     metric, value = next(iter(rows[-1]["valid"].items()))
+    value = value if isinstance(value, float | int) else None
     return {"metric": metric, "value": value, "step": rows[-1]["step"]}

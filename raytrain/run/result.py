@@ -2,7 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
+
+
+def _named(best: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Check what the best evaluation says of itself, if there was one."""
+    value = best.get("value")
+    if best and not (isinstance(best.get("metric"), str) and isinstance(value, float | int) and "step" in best):
+        raise ValueError(f"expected metric, value and step; got {', '.join(sorted(best))}")
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +34,7 @@ class Result:
 
     status: Literal["done", "stopped early", "interrupted", "failed"]
     metrics: Mapping[str, float] = field(default_factory=dict)
-    best: Mapping[str, Any] = field(default_factory=dict)
+    best: Annotated[Mapping[str, Any], AfterValidator(_named)] = field(default_factory=dict)
     references: Mapping[str, float] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0

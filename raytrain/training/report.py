@@ -1,6 +1,5 @@
 """Panels of a training run's report page: loss, metrics, learning rate, throughput, communication, events."""
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from raytrain.run.directory import RunDirectory
 from raytrain.run.report.panel import Panel, Series, is_number, line_chart, series, table
 from raytrain.run.rows import read_jsonl
+from raytrain.terminal import format_time
 
 MetricsRows = Sequence[Mapping[str, Any]]
 
@@ -93,12 +93,5 @@ def _events(run: RunDirectory) -> Panel | None:
         for row in read_jsonl(run.restarts)
         for workers in [sorted(row["workers"].items())]
     ]
-    events = [[_clock(when), what, detail] for when, what, detail in sorted([*attempts, *restarts])]
+    events = [[format_time(when), what, detail] for when, what, detail in sorted([*attempts, *restarts])]
     return table("Events", ["time", "event", "detail"], events)
-
-
-def _clock(seconds: float) -> str:
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-    except (OverflowError, ValueError, OSError):  # no time of this world
-        return ""
