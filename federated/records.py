@@ -3,10 +3,13 @@
 import csv
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from federated.evaluation import ClientScore, KeepScores
 from federated.partition import Partition, label_counts
@@ -24,6 +27,18 @@ CLIENTS, PARTITION = "clients.csv", "partition.json"
 """In a run's folder: what this model is worth to each client that evaluated it, and the labels of clients."""
 CLIENTS_SHOWN = 100
 """Whose labels the report page shows."""
+TOTALS = ("bytes_down", "bytes_up", "payloads", "reports")
+"""What the row of a round in `metrics.jsonl` sums over all rounds."""
+
+
+@with_config(ConfigDict(extra="allow"))
+class RoundRow(TypedDict):
+    """A row of `rounds.jsonl`; see `row_of`."""
+
+    round: int
+    missing: dict[str, str]
+    refusals: list[str]
+    late: list[str]
 
 
 class RecordedModel(Protocol):
@@ -61,9 +76,9 @@ class RunRecords:
     def __init__(self, run: RunDirectory, model: RecordedModel, *, every: int) -> None:
         self._model, self._every = model, every
         self._folder, version = run.path, model.version
-        done = [row for row in read_jsonl(run.metrics) if "valid" not in row and row["step"] <= version]
-        before = done[-1] if done else {}
-        self._total = {name: before.get(name, 0) for name in ("bytes_down", "bytes_up", "payloads", "reports")}
+        played = [row for row in read_jsonl(run.metrics) if all(type(row.get(name)) is int for name in TOTALS)]
+        before: Mapping[str, Any] = next((row for row in reversed(played) if row["step"] <= version), {})
+        self._total = {name: before.get(name, 0) for name in TOTALS}
         self._began = time.monotonic() - before.get("seconds", 0.0)
         self._recorder = MetricsWriter(run, version, version, [])
         self._rounds = _kept(run.path / ROUNDS, version)
@@ -139,6 +154,6 @@ def row_of(done: CommunicationRound) -> dict[str, Any]:
 
 def _kept(path: Path, version: int) -> AppendOnlyFile:
     """Return a file of rows, with those of the first rounds."""
-    kept = [row for row in read_jsonl(path) if row["round"] < version]
+    kept = [row for row in read_jsonl(path, RoundRow) if row["round"] < version]
     write_atomic(path, "".join(f"{to_json(row)}\n" for row in kept).encode())
     return AppendOnlyFile(path)

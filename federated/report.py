@@ -5,26 +5,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from federated.records import PARTITION, ROUNDS
+from federated.records import PARTITION, ROUNDS, RoundRow
 from raytrain.json_files import read_json
 from raytrain.run.directory import RunDirectory
 from raytrain.run.report.panel import Panel, is_number, line_chart, series, table
 from raytrain.run.rows import read_jsonl
 
 Rows = Sequence[Mapping[str, Any]]
-
-
-@with_config(ConfigDict(extra="allow"))
-class _RoundRow(TypedDict):
-    """A row of ``rounds.jsonl``."""
-
-    round: int
-    missing: dict[str, str]
-    refusals: list[str]
-    late: list[str]
 
 
 class _Labels(TypedDict):
@@ -61,7 +50,7 @@ def panels(run: RunDirectory) -> list[Panel]:
         _chart("Bytes of a round", _differences(played, TRAFFIC), TRAFFIC, "bytes"),
         _chart("Time of a round", _differences(played, ["seconds"]), ["seconds"], "seconds"),
         _partition(run.path / PARTITION),
-        _left_out(read_jsonl(run.path / ROUNDS, _RoundRow)),
+        _left_out(read_jsonl(run.path / ROUNDS, RoundRow)),
     ]
     return [panel for panel in charts if panel is not None]
 

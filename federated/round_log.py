@@ -72,7 +72,7 @@ def replay(path: Path, protocol: Protocol, base: str) -> GlobalModel:
         CheckpointError: the file is no log of rounds.
     """
     content = path.read_bytes()
-    if not content.startswith(MAGIC):
+    if not content.startswith(MAGIC) or b"\n" not in content[len(MAGIC) :]:
         raise CheckpointError(f"{path}: expected a log of rounds, as a federated run writes")
     cursor, model = Cursor(content), protocol.initial(base)
     cursor.read(content.index(b"\n", len(MAGIC)) + 1, "a head")

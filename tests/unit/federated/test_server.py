@@ -233,7 +233,7 @@ def test_a_run_is_repeated_from_its_log(tmp_path: Path) -> None:
             CheckpointError, match=r"reports.bin: expected 3 rounds: expected 6 bytes of round 2; got 0"
         ):
             RoundLog(log, server.about(), server.protocol, 3)
-    for content in (b"", b"another file"):
+    for content in (b"", b"another file", b'raytrain federated rounds 1\n{"cut'):
         log.write_bytes(content)
         with pytest.raises(CheckpointError, match="expected the log of this run; it is not there, or is another's"):
             RoundLog(log, server.about(), server.protocol, 1)
