@@ -3,9 +3,11 @@
 import secrets
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
+import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 
 from raytrain.errors import RecipeError
@@ -17,7 +19,7 @@ from raytrain.terminal import printable_line
 
 START_SECONDS = 180.0  # for the small job that serves a run's files
 STOP_WAIT_SECONDS = 20.0
-TROUBLE_SECONDS = 30.0  # from the job's start, in which a busy dashboard that fails may recover
+TROUBLE_SECONDS = 30.0  # in which the dashboard is asked again for a file that it fails to give
 POLL_SECONDS = 0.2
 
 
@@ -60,34 +62,17 @@ class ClusterFolder:
 
         Raises:
             RecipeError: it does not start, or ends without a list.
-            ChangedError: the dashboard cannot give the list.
         """
-        give_up, patient_until = time.monotonic() + START_SECONDS, 0.0
+        give_up = time.monotonic() + START_SECONDS
         while True:
             details = self._server.client.get_job_info(self._serving)
             if details.status.is_terminal() or (details.status == "PENDING" and time.monotonic() > give_up):
                 raise RecipeError(f"{self._job.id}: {_why_no_list(details)}")
             if details.status == "RUNNING":
                 self._node = str(details.driver_node_id)
-                patient_until = patient_until or time.monotonic() + TROUBLE_SECONDS
-                if (listing := self._list_if_there(patient_until)) is not None:
-                    return listing
+                with suppress(NotThereError):
+                    return read_list(self._read(LIST))
             time.sleep(POLL_SECONDS)
-
-    def _list_if_there(self, patient_until: float) -> Listing | None:
-        """Return the list, or None where it is not there yet, or the dashboard fails and may recover.
-
-        Raises:
-            ChangedError: it still fails at that time.
-        """
-        try:
-            return read_list(self._read(LIST))
-        except NotThereError:
-            return None
-        except ChangedError:
-            if time.monotonic() > patient_until:
-                raise
-            return None
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield a file in pieces."""
@@ -109,18 +94,35 @@ class ClusterFolder:
         file = f"{self._place}/{name}"
         asked = {"node_id": self._node, "filename": file, "lines": -1, "timeout": 86400}
         try:
-            with self._server.client.stream("/api/v0/logs/file", asked) as response:
-                if response.status_code != 200:
-                    said = printable_line(next(response.iter_content(1000), b"").decode(errors="replace"))
-                    raise (NotThereError if "not found" in said else ChangedError)(
-                        f"{name.removeprefix('run/')}: {said}"
-                    )
+            with self._given(name.removeprefix("run/"), asked) as response:
                 yield from response.iter_content(CHUNK_BYTES)
         except OSError as error:
             raise OSError(
                 f"{name.removeprefix('run/')} broke off ({reason_of(error)}); Ray's dashboard, {self._server.address}, "
                 "gives each file 300 s"
             ) from error
+
+    @contextmanager
+    def _given(self, name: str, asked: Mapping[str, Any]) -> Iterator[requests.Response]:
+        """Yield the answer that has a file, which is asked for again while the dashboard fails.
+
+        Ray's may drop its channel to the machine before the file has come through.
+
+        Raises:
+            ChangedError: it is not there, or still fails after a while.
+        """
+        patient_until = time.monotonic() + TROUBLE_SECONDS
+        while True:
+            with self._server.client.stream("/api/v0/logs/file", asked) as response:
+                if response.status_code == 200:
+                    yield response
+                    return
+                said = printable_line(next(response.iter_content(1000), b"").decode(errors="replace"))
+            if "not found" in said:
+                raise NotThereError(f"{name}: {said}")
+            if time.monotonic() > patient_until:
+                raise ChangedError(f"{name}: {said}")
+            time.sleep(POLL_SECONDS)
 
 
 class NotThereError(ChangedError):
