@@ -106,7 +106,7 @@ class ClusterFolder:
     def _given(self, name: str, asked: Mapping[str, Any]) -> Iterator[requests.Response]:
         """Yield the answer that has a file, which is asked for again while the dashboard fails.
 
-        Ray's may drop its channel to the machine before the file has come through.
+        On a busy machine Ray's was seen to answer with status 500 and to give no reason.
 
         Raises:
             ChangedError: it is not there, or still fails after a while.
