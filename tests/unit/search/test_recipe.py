@@ -112,8 +112,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"search": {"name": "pbt"}}, "search.space: required, and not given"),
     (
         {"search__name": "ptb"},
-        "search.name: no such name 'ptb'; did you mean pbt? known: asha, evolution, extrapolation, gp, grid, mcts, "
-        "median, nars, pbt, random, sobol, tpe, or your own "
+        "search.name: no such name 'ptb'; did you mean pbt? known: asha, evolution, extrapolation, gp, grid, "
+        "hyperband, mcts, median, nars, pbt, random, sobol, tpe, or your own "
         "as module:attribute",
     ),
     (
