@@ -8,9 +8,9 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from federated.records import PARTITION, ROUNDS, RoundRow
-from raytrain.json_files import read_json
+from raytrain.json_files import is_number, read_json
 from raytrain.run.directory import RunDirectory
-from raytrain.run.report.panel import Panel, is_number, line_chart, series, table
+from raytrain.run.report.panel import Panel, line_chart, series, table
 from raytrain.run.rows import read_jsonl
 
 Rows = Sequence[Mapping[str, Any]]

@@ -67,6 +67,11 @@ def _adapter(model: Any) -> TypeAdapter[Any]:
     return TypeAdapter(model)
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a value of JSON is a number that a float can hold, which true and false are not."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
+
+
 def read_rows(path: Path, model: type[ModelT]) -> tuple[list[ModelT], int]:
     """Read the rows of a ``.jsonl`` file as `parse_rows` does, without an unterminated last line.
 

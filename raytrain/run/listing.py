@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain.errors import RecipeError
-from raytrain.json_files import read_json
+from raytrain.json_files import is_number, read_json
 from raytrain.run.directory import RunDirectory
 from raytrain.run.result import Result
 from raytrain.run.rows import read_jsonl
@@ -72,5 +72,5 @@ def _last_evaluation(run: RunDirectory) -> dict[str, Any]:
     if not rows:
         return {}
     metric, value = next(iter(rows[-1]["valid"].items()))
-    value = value if isinstance(value, float | int) else None
+    value = value if is_number(value) else None
     return {"metric": metric, "value": value, "step": rows[-1]["step"]}

@@ -6,11 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
+from raytrain.json_files import is_number
+
 
 def _named(best: Mapping[str, Any]) -> Mapping[str, Any]:
     """Check what the best evaluation says of itself, if there was one."""
     value = best.get("value")
-    if best and not (isinstance(best.get("metric"), str) and isinstance(value, float | int) and "step" in best):
+    if best and not (isinstance(best.get("metric"), str) and is_number(value) and "step" in best):
         raise ValueError(f"expected metric, value and step; got {', '.join(sorted(best))}")
     return best
 

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from raytrain.json_files import is_number
 from raytrain.run.directory import RunDirectory
-from raytrain.run.report.panel import Panel, Series, is_number, line_chart, series, table
+from raytrain.run.report.panel import Panel, Series, line_chart, series, table
 from raytrain.run.rows import read_jsonl
 from raytrain.terminal import format_time
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from raytrain.json_files import is_number
 from raytrain.registry import resolve
-from raytrain.run.report.panel import Panel, is_number
+from raytrain.run.report.panel import Panel
 from search.chooser import Configuration, Decision, Genome
 from search.domains import Choice, Domain, Float
 from search.predictor.predictor import Predictor, rank_correlation

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from raytrain.json_files import is_number
 from raytrain.recipe import read_toml
 from raytrain.run.directory import RunDirectory
-from raytrain.run.report.panel import Panel, is_number, line_chart, table
+from raytrain.run.report.panel import Panel, line_chart, table
 from search.forecasts import forecast_summary, forecasts
 from search.journal.ancestry import ancestors
 from search.journal.rows import DecisionRow, ReportRow, read_decisions, read_reports

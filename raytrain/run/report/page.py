@@ -9,8 +9,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from raytrain.json_files import to_json
-from raytrain.run.report.panel import Panel, is_number
+from raytrain.json_files import is_number, to_json
+from raytrain.run.report.panel import Panel
 
 
 def render(title: str, about: str, figures: Mapping[str, Any], panels: Sequence[Panel], footer: str = "") -> str:

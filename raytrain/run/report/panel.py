@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from raytrain.json_files import is_number
+
 MAX_POINTS = 2_000
 """Points of a line; longer series are averaged over bins."""
 RUN_COLORS = 7
@@ -16,11 +18,6 @@ MAX_ROWS = 500
 
 Series = tuple[Sequence[float], Sequence[float | None]]
 """Horizontal and vertical coordinates of a line, of one length; None leaves a gap."""
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value is a number that a chart has room for, which true and false are not."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
 
 
 def series(rows: Iterable[Mapping[str, Any]], field: str, x: str = "step") -> Series:

@@ -102,11 +102,12 @@ def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
     assert [each.status for each in (third, second, first)] == ["running", "killed", "stopped early"]
     assert (first.kind, first.best["step"], second.best["step"]) == ("train", 2, 4)
     assert list_runs(tmp_path)[0].status == "killed"
-    (tmp_path / "second" / "result.json").write_text('{"status": "done", "best": {"value": 1}}')
-    assert [(each.status, each.best.get("step")) for each in list_runs(tmp_path)] == [
-        ("killed", 4),
-        ("damaged", 4),
-        ("stopped early", 2),
-    ]
+    for best in ('{"value": 1}', '{"metric": "loss", "step": 1, "value": 1' + "0" * 400 + "}"):
+        (tmp_path / "second" / "result.json").write_text(f'{{"status": "done", "best": {best}}}')
+        assert [(each.status, each.best.get("step")) for each in list_runs(tmp_path)] == [
+            ("killed", 4),
+            ("damaged", 4),
+            ("stopped early", 2),
+        ]
     with pytest.raises(RecipeError, match="FOLDER: nowhere does not exist; runs are in runs/, or where --out put them"):
         list_runs(Path("nowhere"))
