@@ -73,8 +73,13 @@ def _flops(recipe: TrainRecipe) -> float:
 
     def count(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         nonlocal total
+        if not (inputs and inputs[0].is_floating_point()):
+            return
         weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim >= 2 and inputs and inputs[0].is_floating_point():
+        if isinstance(layer, nn.RNNBase):
+            matrices = sum(own.numel() for own in layer.parameters() if own.ndim == 2)
+            total += 2 * matrices * inputs[0].numel() / layer.input_size
+        elif isinstance(weight, Tensor) and weight.ndim >= 2:
             channels = output.shape[-1] if weight.ndim == 2 else output.shape[1]
             total += 2 * weight.numel() * output.numel() / channels
 

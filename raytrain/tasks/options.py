@@ -48,9 +48,11 @@ class TextOptions(TaskOptions):
         block: the longest context, in tokens.
         stride: how far apart held-out windows start, at most `block`; a smaller one scores each token with more context
             before it and takes longer; 0: `block`.
-        model: "gpt" (GPT-2) or "llama".
-        layers, heads, width: its size.
-        dropout: its dropout; "gpt" only.
+        model: "gpt" (GPT-2), "llama", or a recurrent network, whose state is zero where a window starts: "elman", "gru"
+            or "lstm".
+        layers, width: its size.
+        heads: of attention; "gpt" and "llama" only.
+        dropout: its dropout; not of "llama", which has none.
     """
 
     path: AbsolutePath | None = None
@@ -60,7 +62,7 @@ class TextOptions(TaskOptions):
     valid: float = Field(0.1, gt=0, le=1)
     block: int = Field(256, ge=2)
     stride: int = Field(0, ge=0)
-    model: Literal["gpt", "llama"] = "llama"
+    model: Literal["gpt", "llama", "elman", "gru", "lstm"] = "llama"
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
     width: int = Field(128, ge=1)
@@ -68,13 +70,18 @@ class TextOptions(TaskOptions):
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
-        if self.width % self.heads:
+        if self.has_heads and self.width % self.heads:
             raise ValueError(f"expected task.width to be a multiple of task.heads; got {self.width} and {self.heads}")
         if self.stride > self.block:
             raise ValueError(f"expected task.stride of at most task.block; got {self.stride} and {self.block}")
         if self.dropout and self.model == "llama":
             raise ValueError("expected task.dropout = 0, because a Llama has no dropout; or task.model = 'gpt'")
         return self
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether the model is a transformer."""
+        return self.model in ("gpt", "llama")
 
     def for_evaluation(self, trained: TaskOptions) -> Mapping[str, Any]:
         """Return that all of it is held out, unless it is the text that was `trained` on."""

@@ -1,4 +1,4 @@
-"""Causal language modelling of bytes or characters, with a small GPT-2 or Llama."""
+"""Causal language modelling of bytes or characters, with a small GPT-2, Llama or recurrent network."""
 
 import lzma
 import math
@@ -76,7 +76,7 @@ class TextExamples:
 
 
 def text(options: TextOptions) -> Task:
-    """Language modelling of bytes or characters, with a small GPT-2 or Llama."""
+    """Language modelling of bytes or characters, with a small GPT-2, Llama or recurrent network."""
 
     @cache
     def tokens() -> ByteTokenizer | CharacterTokenizer:
@@ -180,6 +180,17 @@ def _corpus_at(path: Path | None, pattern: str, valid: float, learns: bool) -> C
 
 
 def _model(options: TextOptions, size: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return _transformer(options, size) if options.has_heads else _recurrent(options, size)
+
+
+def _recurrent(options: TextOptions, size: int) -> nn.Module:
+    from raytrain.models.recurrent import RecurrentForCausalLM  # noqa: PLC0415 - slow to import
+
+    return RecurrentForCausalLM(options.model, size, options.layers, options.width, options.dropout)
+
+
+def _transformer(options: TextOptions, size: int) -> nn.Module:
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig  # noqa: PLC0415 - slow to import
 
     common = {
@@ -201,7 +212,6 @@ def _model(options: TextOptions, size: int, seed: int) -> nn.Module:
             intermediate_size=max(32, options.width * 8 // 3 // 32 * 32), max_position_embeddings=options.block,
             **common,
         )  # fmt: skip
-    torch.manual_seed(seed)
     module: nn.Module = AutoModelForCausalLM.from_config(config)
     return module
 

@@ -15,13 +15,12 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from bench import finish, parse, parser_of
-from torch import Tensor, nn
+from torch import nn
 
 from raytrain.registry import resolve
 from raytrain.tasks.options import TextOptions
@@ -39,9 +38,7 @@ QUICK_MODELS, QUICK_STEPS = 12, 60
 HELD_OUT_BATCHES, HELD_OUT_WINDOWS = 4, 64
 RESAMPLES = 2000
 OF_ATTENTION = ("synaptic-diversity", "head-confidence", "softmax-confidence")
-VOCABULARY = 257
 SIZE = "parameters"
-CELLS = {"elman": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
 def transformer(choose: Chooser) -> dict[str, Any]:
@@ -53,26 +50,9 @@ def transformer(choose: Chooser) -> dict[str, Any]:
 
 
 def recurrent(choose: Chooser) -> dict[str, Any]:
-    """Return the cell, layers and width of a recurrent network."""
-    return {"cell": choose.one_of("cell", [*CELLS]), "layers": choose.int("layers", 1, 3),
+    """Return options of a recurrent network of the task `text`."""
+    return {"model": choose.one_of("model", ["elman", "gru", "lstm"]), "layers": choose.int("layers", 1, 3),
             "width": choose.int("width", 16, 160, log=True)}  # fmt: skip
-
-
-class RecurrentModel(nn.Module):
-    """A language model of recurrent layers, whose head has the weights of the embedding."""
-
-    def __init__(self, cell: str, layers: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
-        self.layers = nn.ModuleList(CELLS[cell](width, width, batch_first=True) for _ in range(layers))
-        nn.init.normal_(self.embedding.weight, std=0.1)
-
-    def forward(self, input_ids: Tensor) -> Any:
-        """Return the logits, shape (examples, positions, bytes), as a model of Hugging Face does."""
-        states = self.embedding(input_ids)
-        for layer in self.layers:
-            states, _ = layer(states)
-        return SimpleNamespace(logits=states @ self.embedding.weight.T)
 
 
 FAMILIES = {"transformer": transformer, "recurrent": recurrent}
@@ -83,12 +63,6 @@ def task_of(data: Path, **options: Any) -> Task:
     file = data / "tinyshakespeare" / "input.txt"
     path = file if file.is_file() else None
     return text(TextOptions.model_validate({"name": "text", "path": path, "block": BLOCK, **options}))
-
-
-def model_of(family: str, changes: Mapping[str, Any], data: Path) -> nn.Module:
-    """Return a new model."""
-    torch.manual_seed(0)
-    return task_of(data, **changes).model(0) if family == "transformer" else RecurrentModel(**changes)
 
 
 def minibatch(task: Task, split: Literal["train", "valid"], count: int, number: int) -> Batch:
@@ -169,7 +143,7 @@ def measure(family: str, count: int, steps: int, data: Path) -> list[dict[str, A
     scores: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
     for candidate in RandomSearcher(Space(FAMILIES[family]), 0).ask(range(count)):
-        module = model_of(family, candidate.configuration.changes, data)
+        module = task_of(data, **candidate.configuration.changes).model(0)
         batch = Minibatch(minibatch(task, "train", BATCH, 0), task.losses)
         for name, (score, took) in proxies_of(family, module, batch).items():
             scores.setdefault(name, []).append(score)

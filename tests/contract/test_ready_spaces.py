@@ -32,7 +32,9 @@ def tasks(tmp_path: Path, models: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("space", ["digits:mlp", "digits:cnn", "text:gpt", "text:llama", "classify:fine_tuning"])
+@pytest.mark.parametrize(
+    "space", ["digits:mlp", "digits:cnn", "text:gpt", "text:llama", "text:rnn", "classify:fine_tuning"]
+)
 def test_what_a_ready_space_draws_trains(space: str, tasks: dict[str, dict[str, Any]]) -> None:
     base = {"kind": "train", "steps": 100, "task": tasks[space.partition(":")[0]]}
     recipe = SearchRecipe.parse({"kind": "search", "base": base, "search": {"space": f"search.spaces.{space}"}})

@@ -105,6 +105,18 @@ def test_ctrl_c_and_sigterm_save_and_resume_goes_on_to_the_bit(start: Start, str
     assert equal(straight, tmp_path / "run")
 
 
+@pytest.mark.parametrize("sync", ["scalars", "one-byte"])
+def test_ctrl_c_is_heard_between_exchanges_of_scalars(start: Start, tmp_path: Path, sync: str) -> None:
+    words = ["train", "digits", "optimizer=zo-sgd", "optimizer.lr=3e-3", f"sync={sync}", "workers=2", "steps=1000000"]
+    command = start(tmp_path, *words, "evaluation.every=0", "checkpoint.every=0", "--out", "run")
+    wait_for_step(tmp_path / "run", 2)
+    os.killpg(command.pid, signal.SIGINT)
+    status, _, err = command.finish()
+    assert status == 130, err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
 SLOW = """
 import time
 from pathlib import Path

@@ -501,6 +501,17 @@ def test_a_token_that_others_can_read_on_the_way_is_told_of(
         assert exposes_token(address) is (exposed and there_is_one)
 
 
+def test_the_warning_of_a_token_is_printed(
+    dashboard: Dashboard, raytrain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard.set("GET /api/jobs/", (200, b"[]"))
+    assert "the token goes to" not in raytrain("jobs", "--address", dashboard.url).err
+    monkeypatch.setattr(client, "exposes_token", lambda address: address == dashboard.url)
+    assert raytrain("jobs", "--address", dashboard.url).err.startswith(
+        f"the token goes to {dashboard.url} as anybody on the way can read it; use https://, or a tunnel"
+    )
+
+
 def test_a_job_that_serves_files_may_be_gone_when_it_is_to_end(dashboard: Dashboard) -> None:
     serve_run(dashboard, details("RUNNING"))
     folder = ClusterFolder(JobServer(dashboard.url), Job("x-1", (), "/run"))

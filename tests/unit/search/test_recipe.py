@@ -284,6 +284,7 @@ def test_a_limit_counts_the_parameters_of_the_model(workplace: Path) -> None:
         ("digits:cnn", "digits"),
         ("text:gpt", "stdlib-lm"),
         ("text:llama", "stdlib-lm"),
+        ("text:rnn", "stdlib-lm"),
         ("classify:fine_tuning", "sst2-minilm"),
     ],
 )
