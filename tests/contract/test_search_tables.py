@@ -1,7 +1,5 @@
 """Every entry of the tables of search, the shipped recipes, and the examples in docstrings and on the page."""
 
-import doctest
-import importlib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -46,18 +44,6 @@ def test_shipped_recipes_are_complete(file: Path) -> None:
     assert recipe.name == file.stem
     assert text.startswith("# ")
     assert recipe.scheduler(Objective("loss", "lower")).ask(2)
-
-
-WITH_EXAMPLES = (
-    "search.rng", "search.surrogate.encoding", "search.forecasts", "search.sweep.loss_curve",
-    "search.proxies.minibatch", "search.proxies.covariance", "search.report.best",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("module", WITH_EXAMPLES)
-def test_examples_in_docstrings_run(module: str) -> None:
-    result = doctest.testmod(importlib.import_module(module))
-    assert (result.failed, result.attempted > 0) == (0, True)
 
 
 def test_the_example_on_the_page_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """The reference of fields, and what is completed of them."""
 
-import doctest
 from pathlib import Path
 
 import pytest
@@ -100,7 +99,3 @@ def test_words_are_completed_as_bash_divides_them(words: list[str], found: list[
 def test_zsh_completes_whole_words() -> None:
     assert complete(app, ["train", "digits", "compile=ind"], "zsh") == ["compile=inductor "]
     assert "bashcompinit" in SCRIPTS["zsh"]
-
-
-def test_examples_of_the_reference_run() -> None:
-    assert doctest.testmod(reference).failed == 0

@@ -1,6 +1,5 @@
 """A training loop of the user's own takes the steps of `raytrain train`, to the bit."""
 
-import doctest
 import random
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,10 @@ from torch import nn
 from raytrain.errors import RecipeError
 from raytrain.run.checkpoint import list_checkpoints, load_part
 from raytrain.run.rows import read_jsonl
-from raytrain.sync import loop
 from raytrain.sync.loop import CO2, DDP, CoCoD, DelayedAveraging, DiLoCo, LocalSGD, LoopSynchroniser, SlowMo
 from raytrain.sync.options import SYNCHRONISERS
 from raytrain.sync.transport import LocalTransport, Transport
 from raytrain.testing import ThreadGroup, train_here, train_with_threads
-from raytrain.training import zero_order
 from raytrain.training.build import build_task
 from raytrain.training.loader import train_loader
 from raytrain.training.recipe import TrainRecipe
@@ -175,9 +172,3 @@ def test_zeroth_order_options_are_checked() -> None:
         ZeroOrder(model, optimizer, objective="accuracy")
     with pytest.raises(RecipeError, match=r"sync.name: no such name 'one-bit'; did you mean one-byte\?"):
         ZeroOrder(model, optimizer, sync="one-bit")
-
-
-@pytest.mark.parametrize("module", [loop, zero_order])
-def test_examples_of_loops_run(module: Any) -> None:
-    result = doctest.testmod(module, extraglobs={"torch": torch})
-    assert (result.failed, result.attempted > 0) == (0, True)
