@@ -2,9 +2,10 @@
 
     python tests/benchmark/startup.py
 
-In turns, with one worker and with two: ours on this machine, without Ray; ours on a Ray cluster that runs; a
-`ray.train.torch.TorchTrainer` that starts a Ray of its own, as `ray.init` does; and the same on the cluster that runs.
-The TorchTrainer trains a model of the same size for as many steps, on random numbers, and reports once.
+In turns, each when the machine is at rest, with one worker and with two: ours on this machine, without Ray; ours on a
+Ray cluster that runs; a `ray.train.torch.TorchTrainer` that starts a Ray of its own, as `ray.init` does; and the same on
+the cluster that runs. The TorchTrainer trains a model of the same size for as many steps, on random numbers, and
+reports once.
 
 Processor seconds are those of the command and of all processes that come of it, until the last of them has ended; on
 the cluster that runs, those of its processes too. The first step is noted by the first worker. Imports are timed in a
@@ -31,6 +32,8 @@ from measured import FIRST_STEP
 HERE = Path(__file__).resolve()
 STEPS = 6
 RECIPE = ["train", "digits", f"steps={STEPS}", "task.widths=[4]", "evaluation.every=0", "callbacks=['measured:note']"]
+BUSY_PERCENT = 15
+"""Of all cores; a Ray cluster that waits takes less."""
 IMPORTS = "import raytrain.cli.main, raytrain.training.recipe, raytrain.launch.elastic"
 
 
@@ -107,6 +110,13 @@ def wait_for(host: str, port: int) -> None:
     raise TimeoutError(f"nothing listens on port {port}")
 
 
+def settle() -> None:
+    """Wait until this machine is at rest, at most a minute: a Ray that listens goes on starting processes."""
+    give_up = time.monotonic() + 60
+    while psutil.cpu_percent(1.0) > BUSY_PERCENT and time.monotonic() < give_up:
+        pass
+
+
 def timed(name: str, workers: int, address: str, cluster: int) -> dict[str, float]:
     """Run one of the commands, and return what `measure` prints, with the processor seconds of the cluster."""
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +174,9 @@ def main() -> None:
     with head() as (address, cluster):
         for _ in range(turns):
             for (name, size), runs in measured.items():
+                settle()
                 runs.append(timed(name, size, address, cluster))
+            settle()
             imports.append(alone("-c", IMPORTS)[0])
             checks.append(alone("-m", "raytrain", "check", "digits")[1])
             lists.append(alone("-m", "raytrain", "list")[1])
