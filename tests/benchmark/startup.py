@@ -3,8 +3,8 @@
     python tests/benchmark/startup.py
 
 In turns, each when the machine is at rest, with one worker and with two: ours on this machine, without Ray; ours on a
-Ray cluster that runs; a `ray.train.torch.TorchTrainer` that starts a Ray of its own, as `ray.init` does; and the same on
-the cluster that runs. The TorchTrainer trains a model of the same size for as many steps, on random numbers, and
+Ray cluster that runs; a `ray.train.torch.TorchTrainer` that starts a Ray of its own, as `ray.init` does; and the same
+on the cluster that runs. The TorchTrainer trains a model of the same size for as many steps, on random numbers, and
 reports once.
 
 Processor seconds are those of the command and of all processes that come of it, until the last of them has ended; on
