@@ -16,9 +16,10 @@ from search.journal.rows import DecisionRow, ReportRow, read_decisions, read_rep
 from search.report.best import Scored, best_panels
 from search.report.front import front_panels
 from search.report.model import model_panels
-from search.report.values import in_words, listed, wide_axis
+from search.report.parallel import parallel_coordinates
+from search.report.values import listed, wide_axis
 from search.scheduling.segments import Objective
-from search.standings import Standings, standings_of
+from search.standings import Standing, Standings, standings_of
 
 MANY = 12
 """Members beyond which a chart has no legend."""
@@ -39,14 +40,15 @@ def search_panels(run: RunDirectory) -> list[Panel]:
     scored = _scored(objective, began)
     winner, standings = _winner(objective, decisions, scored), standings_of(objective, decisions, began)
     population = section.get("name") == "pbt" or "population" in section
+    unit = "member" if population else "trial"
     charts = [
-        _scores(objective, decisions, scored),
+        _scores(objective, decisions, scored, unit),
         *best_panels(objective, decisions, scored, section),
-        *front_panels(objectives, standings),
+        *front_panels(objectives, standings, unit),
         *(_schedules(decisions, scored, winner) if population else _sweep(objective, section, decisions, scored)),
-        _ancestry(objective, winner, scored),
-        _members(standings, going_on=not run.result.is_file()),
-        _failures(decisions),
+        _ancestry(objective, winner, scored, unit),
+        (_members if population else _trial_table)(standings, going_on=not run.result.is_file()),
+        _failures(decisions, unit),
     ]
     return [panel for panel in charts if panel is not None]
 
@@ -81,19 +83,20 @@ def _began(decisions: Sequence[DecisionRow], report: ReportRow) -> bool:
     return 0 <= report["row"] < len(decisions) and "new" in decisions[report["row"]]
 
 
-def _scores(objective: Objective, decisions: Sequence[DecisionRow], scored: Scored) -> Panel | None:
-    """Return the scores of all members over their steps, and who copied whom."""
+def _scores(objective: Objective, decisions: Sequence[DecisionRow], scored: Scored, unit: str) -> Panel | None:
+    """Return the scores of all members or trials over their steps, and who copied whom."""
     lines: dict[str, tuple[list[int], list[float]]] = {}
     for report, score in scored:
-        steps, scores = lines.setdefault(f"member {report['member']}", ([], []))
+        steps, scores = lines.setdefault(f"{unit} {report['member']}", ([], []))
         steps.append(report["step"])
         scores.append(score)
-    panel = line_chart("Scores", lines, x="step", y=objective.metric, note="A dotted line joins a member to its donor.")
-    if panel is None:
-        return None
     copies = [
         row for row in decisions if {"score", "parent_score", "step"} <= row.keys() and row["action"] == "exploit"
     ]
+    note = "A dotted line joins a member to its donor." if copies else ""
+    panel = line_chart("Scores", lines, x="step", y=objective.metric, note=note)
+    if panel is None:
+        return None
     edge = {"type": "scatter", "mode": "lines", "name": "copied", "line": {"dash": "dot", "width": 1, "color": "c7"}}
     xs = [x for row in copies for x in (row["step"], row["step"], None)]
     ys = [y for row in copies for y in (row["score"], row["parent_score"], None)]
@@ -142,7 +145,6 @@ def _sweep(
     return [
         *model_panels(objective, _decided(decisions, scored), _predictor(section, decisions)),
         _forecasts(objective, decisions),
-        _parallel(objective, trials),
         _correlations(trials),
     ]
 
@@ -165,31 +167,6 @@ def _predictor(section: Mapping[str, Any], decisions: Sequence[DecisionRow]) -> 
     used = [row["predictor"] for row in decisions if "predictor" in row]
     by_process = "gp" in (section.get("name"), section.get("searcher"))
     return used[-1] if used else "gp" if by_process else ""
-
-
-def _parallel(objective: Objective, trials: Trials) -> Panel | None:
-    """Return all trials as lines across an axis for each hyperparameter, coloured by their scores."""
-    if len(trials) < 2:
-        return None
-    scores = [score for _, score in trials]
-    axes = [_axis(name, [values.get(name) for values, _ in trials]) for name in trials[0][0]]
-    color = {"color": scores, "colorscale": "Viridis", "reversescale": objective.better == "lower", "showscale": True}
-    score = {"label": objective.metric, "values": scores}
-    return Panel("Trials", [{"type": "parcoords", "line": color, "dimensions": [*axes, score]}])
-
-
-def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
-    """Return an axis of parallel coordinates; what is no number has a place for each value."""
-    if all(is_number(value) for value in values):
-        return {"label": name, "values": list(values)}
-    words = [in_words(value) for value in values]
-    places = sorted(set(words))
-    return {
-        "label": name,
-        "values": [places.index(word) for word in words],
-        "tickvals": list(range(len(places))),
-        "ticktext": places,
-    }
 
 
 def _correlations(trials: Trials) -> Panel | None:
@@ -216,21 +193,40 @@ def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     return float(centred[0] @ centred[1]) / norm if norm else 0.0
 
 
-def _ancestry(objective: Objective, winner: LineageRows, scored: Scored) -> Panel | None:
+def _ancestry(objective: Objective, winner: LineageRows, scored: Scored, unit: str) -> Panel | None:
     scores = {report["row"]: score for report, score in scored}
     rows = [[row["step"], row["member"], row["action"], scores.get(row["row"]), listed(row["new"])] for row in winner]
-    columns = ["from step", "member", "decision", objective.metric, "hyperparameters"]
+    columns = ["from step", unit, "decision", objective.metric, "hyperparameters"]
     return table("The winner's ancestry", columns, rows)
 
 
 def _members(standings: Standings, *, going_on: bool) -> Panel | None:
-    """Return the members; of a search that was interrupted, none is training."""
-    rows = []
-    for number, member in standings.ranked():
-        state = member.state if going_on or member.state != "training" else "paused"
-        rows.append([number, member.step, member.score, member.parent, state, listed(member.values)])
+    """Return the members of a population; of a search that was interrupted, none is training."""
+    rows = [
+        [number, each.step, each.score, each.parent, _state(each, going_on=going_on), listed(each.values)]
+        for number, each in standings.ranked()
+    ]
     columns = ["member", "step", standings.objective.metric, "last donor", "state", "hyperparameters"]
     return table("Members", columns, rows)
+
+
+def _trial_table(standings: Standings, *, going_on: bool) -> Panel | None:
+    """Return the trials of a sweep, drawn as parallel coordinates where there are several."""
+    objective, ranked = standings.objective, standings.ranked()
+    rows = [
+        [number, each.step, each.score, _state(each, going_on=going_on), listed(each.values)] for number, each in ranked
+    ]
+    panel = table("Trials", ["trial", "step", objective.metric, "state", "hyperparameters"], rows)
+    scored = [(each.values, each.score) for _, each in ranked if each.score is not None]
+    if panel is None or len(scored) < 2:
+        return panel
+    values = {name: [known.get(name) for known, _ in scored] for name in scored[0][0]}
+    traces, layout = parallel_coordinates(values, objective.metric, [score for _, score in scored], objective.better)
+    return replace(panel, traces=traces, layout=layout, comparable=False)
+
+
+def _state(standing: Standing, *, going_on: bool) -> str:
+    return standing.state if going_on or standing.state != "training" else "paused"
 
 
 def _forecasts(objective: Objective, decisions: Sequence[DecisionRow]) -> Panel | None:
@@ -244,10 +240,10 @@ def _forecasts(objective: Objective, decisions: Sequence[DecisionRow]) -> Panel 
     return table("Forecasts", columns, rows, note=f"{forecast_summary(found).capitalize()}.")
 
 
-def _failures(decisions: Sequence[DecisionRow]) -> Panel | None:
+def _failures(decisions: Sequence[DecisionRow], unit: str) -> Panel | None:
     rows = [
         [row["member"], row.get("step"), row["action"], row["failure"].get("cause"), row["failure"].get("message")]
         for row in decisions
         if "failure" in row
     ]
-    return table("Failures", ["member", "step", "decision", "cause", "message"], rows)
+    return table("Failures", [unit, "step", "decision", "cause", "message"], rows)

@@ -7,10 +7,14 @@ WIDE = 20.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 
 
+def is_wide(values: Sequence[float]) -> bool:
+    """Return whether values are positive and far apart."""
+    return min(values) > 0 and max(values) / min(values) >= WIDE
+
+
 def wide_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
     """Return an axis, logarithmic where values are positive and far apart."""
-    wide = min(values) > 0 and max(values) / min(values) >= WIDE
-    return {"title": {"text": title}, "type": "log" if wide else "linear"}
+    return {"title": {"text": title}, "type": "log" if is_wide(values) else "linear"}
 
 
 def listed(values: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ class Panel:
         layout: of the chart, as Plotly takes it.
         columns, rows: of the table.
         note: a sentence below the title.
+        comparable: whether the charts of several runs can be drawn into one.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Panel:
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[Any]] = ()
     note: str = ""
+    comparable: bool = True
 
 
 def line_chart(
@@ -118,6 +120,7 @@ def _joined(panels: Sequence[tuple[str, Panel]]) -> Panel:
         {**_recolored(trace, place), "name": _name(run, trace)}
         for place, (run, panel) in enumerate(panels)
         for trace in panel.traces
+        if panel.comparable
     ]
     columns = list(dict.fromkeys(column for _, panel in panels for column in panel.columns))
     rows = [

@@ -165,7 +165,7 @@ def test_the_report_shows_the_front(tmp_path: Path) -> None:
     assert rows[0]["statistics"].keys() == {"size"}
     shown: dict[str, Panel] = {panel.title: panel for panel in search_panels(RunDirectory(tmp_path))}
     front = shown["Pareto front"]
-    assert list(front.columns) == ["member", "loss", "size", "speed", "hyperparameters"]
+    assert list(front.columns) == ["trial", "loss", "size", "speed", "hyperparameters"]
     widths = {row["statistics"]["size"] for row in rows}
     assert {row[2] for row in front.rows} == widths - ({32} if 16 in widths else set())
     losses = [row[1] for row in front.rows]

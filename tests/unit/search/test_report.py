@@ -1,6 +1,7 @@
 """What is shown of a search from its files: the report's panels, the standings, the lines at the terminal."""
 
 import json
+import math
 import threading
 from itertools import permutations
 from pathlib import Path
@@ -130,20 +131,42 @@ def test_a_population_is_no_sweep_before_its_first_decision_either(tmp_path: Pat
     assert "Schedule of h0" in shown
 
 
+def test_rates_far_apart_have_a_logarithmic_axis(tmp_path: Path) -> None:
+    space = {"rate": {"type": "float", "low": 1e-4, "high": 1e-1, "scale": "log"}}
+    options = SweepOptions.model_validate({"name": "random", "space": space, "trials": 9})
+    engine = random(Problem(make_space(space), Objective("score", "higher"), 5), options)
+    rates: list[float] = []
+
+    def train(work: Work, state: bytes | None) -> SegmentEnd:
+        rates.append(work.changes["rate"])
+        return SegmentEnd(b"", 5, {"score": rates[-1]})
+
+    _, others, best, labels = panels_of(searched(tmp_path, engine, "score", train, name="random"))["Trials"].traces
+    low, high = min(rates), max(rates)
+    expected = [math.log(rate / low) / math.log(high / low) for rate in sorted(rates, reverse=True)]
+    drawn = [*best["y"], *others["y"]]
+    assert drawn[::3] == pytest.approx(expected)
+    assert drawn[2::3] == [None] * 9
+    assert best["y"][::3] == pytest.approx(expected[:2]), "the best fifth, rounded up"
+    for x, y, text in zip(labels["x"], labels["y"], labels["text"], strict=True):
+        assert low * (high / low) ** y == pytest.approx(float(text), rel=1e-3), x
+
+
 def test_the_panels_of_a_sweep(sweep: Journal) -> None:
     shown = panels_of(sweep)
     assert list(shown) == [
         "Scores",
         "Best so far",
         "Best so far by steps",
-        "Trials",
         "Rank correlation with the score",
         "The winner's ancestry",
-        "Members",
+        "Trials",
     ]
+    assert list(shown["Trials"].columns) == ["trial", "step", "score", "state", "hyperparameters"]
+    assert shown["Scores"].note == ""
     assert shown["Rank correlation with the score"].rows == [("x", -1.0, 8)]
-    words = next(axis for axis in shown["Trials"].traces[0]["dimensions"] if axis["label"] == "word")
-    assert set(words["ticktext"]) <= set(WORDS)
+    labels = shown["Trials"].traces[-1]
+    assert {text.strip() for text in labels["text"]} > {*WORDS}
     page = render("search", "", {}, list(shown.values()))
     assert "<script>alert" not in page
     assert "<script>alert" not in json.dumps(json.loads(page.split('id="panels">')[1].split("</script>")[0]))
