@@ -122,19 +122,24 @@ def correlations(proxy: Any, size: Any, loss: Any) -> np.ndarray[Any, Any]:
 
 
 def row_of(name: str, scores: Sequence[float], sizes: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
-    """Return what the table says of a proxy."""
-    signs = [concordance(np.array(values)) for values in (scores, sizes, losses)]
+    """Return what the table says of a proxy, over the models where it is finite: a deep Llama can overflow synflow."""
+    finite = np.isfinite(scores)
+    signs = [concordance(np.array(values)[finite]) for values in (scores, sizes, losses)]
     rng = np.random.default_rng(0)
     draws = []
     for _ in range(RESAMPLES):
-        places = rng.integers(len(losses), size=len(losses))
+        places = rng.integers(finite.sum(), size=finite.sum())
         draws.append(correlations(*(each[np.ix_(places, places)] for each in signs)))
     raw, partial, _ = correlations(*signs)
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     own = {"tau": raw, "tau_low": low[0], "tau_high": high[0]}
     beside = {"partial": partial, "partial_low": low[1], "partial_high": high[1], "minus_size_high": high[2]}
     shown = beside if name != SIZE else dict.fromkeys(beside, math.nan)
-    return {"proxy": name, **{key: float(value) for key, value in {**own, **shown}.items()}}
+    return {
+        "proxy": name,
+        "models": int(finite.sum()),
+        **{key: float(value) for key, value in {**own, **shown}.items()},
+    }
 
 
 def measure(family: str, count: int, steps: int, data: Path) -> list[dict[str, Any]]:

@@ -281,7 +281,8 @@ def main() -> None:
     seeds = range(options.seeds or (4 if options.quick else 20))
     tables = [table for table in tables_in(options.data) if table.title in (options.tables or (*TITLES, "macro"))]
     rows = []
-    for name in options.only or SEARCHES:
+    with_others = any(table.name in TARGETS for table in tables)  # which a prior is made of
+    for name in options.only or [each for each in SEARCHES if with_others or not each.endswith("prior")]:
         rows.append(measure(name, tables, seeds))
         print(rows[-1], flush=True)
     headline = (
