@@ -1,5 +1,6 @@
 """Panels of a search's report page: the population, best so far, schedules, the winner's ancestry, sweeps, failures."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -217,7 +218,7 @@ def _trial_table(standings: Standings, *, going_on: bool) -> Panel | None:
         [number, each.step, each.score, _state(each, going_on=going_on), listed(each.values)] for number, each in ranked
     ]
     panel = table("Trials", ["trial", "step", objective.metric, "state", "hyperparameters"], rows)
-    scored = [(each.values, each.score) for _, each in ranked if each.score is not None]
+    scored = [(each.values, each.score) for _, each in ranked if each.score is not None and math.isfinite(each.score)]
     if panel is None or len(scored) < 2:
         return panel
     values = {name: [known.get(name) for known, _ in scored] for name in scored[0][0]}

@@ -11,7 +11,7 @@ from search.report.values import in_words, is_wide
 BEST_SHARE = 0.2
 """Share of the trials that stand out."""
 MAX_LABELS = 12
-"""Labels of an axis with a place for each value; of more, every second one is left out, and so on."""
+"""Labels between the ends of an axis; of more, every second one is left out, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ def parallel_coordinates(
     Args:
         values: hyperparameter -> its value in each trial.
         metric: that the scores are of.
-        scores: of the trials.
+        scores: of the trials, finite.
         better: "lower" or "higher".
     """
     axes = [_axis_of(name, each) for name, each in {**values, metric: scores}.items()]
@@ -69,7 +69,7 @@ def _joined(lines: Sequence[tuple[Sequence[float], Sequence[float]]]) -> dict[st
 
 def _axis_of(title: str, values: Sequence[Any]) -> Axis:
     """Return an axis, logarithmic for numbers far apart; what is no number has a place for each value."""
-    if all(is_number(value) for value in values):
+    if all(is_number(value) and math.isfinite(value) for value in values):
         return _number_axis(title, values)
     words = [in_words(value) for value in values]
     places = {word: place for place, word in enumerate(sorted(set(words)))}
@@ -92,4 +92,4 @@ def _ticks(values: Sequence[float]) -> list[float]:
     low, high = min(values), max(values)
     powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
     inside = [10.0**power for power in powers if 1.5 * low < 10.0**power < high / 1.5]
-    return [low, *inside, high]
+    return [low, *inside[:: math.ceil(len(inside) / MAX_LABELS) or 1], high]

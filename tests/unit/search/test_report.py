@@ -21,6 +21,7 @@ from search.journal.rows import read_decisions, read_reports
 from search.progress import SearchDisplay
 from search.report.best import expected_best
 from search.report.panels import search_panels
+from search.report.parallel import parallel_coordinates
 from search.scheduling.driver import SegmentEnd, drive
 from search.scheduling.scheduler import Problem, Scheduler
 from search.scheduling.segments import Objective
@@ -150,6 +151,24 @@ def test_rates_far_apart_have_a_logarithmic_axis(tmp_path: Path) -> None:
     assert best["y"][::3] == pytest.approx(expected[:2]), "the best fifth, rounded up"
     for x, y, text in zip(labels["x"], labels["y"], labels["text"], strict=True):
         assert low * (high / low) ** y == pytest.approx(float(text), rel=1e-3), x
+
+
+@pytest.mark.parametrize(("better", "best"), [("lower", [0.0, 0.25]), ("higher", [1.0, 0.75])])
+def test_the_best_fifth_stands_out(better: str, best: list[float]) -> None:
+    values = {"odd": [math.inf, 1.0, 2.0, 3.0, 4.0], "wide": [1e-300, 1e-200, 1e-100, 1e-5, 1.0]}
+    scores = [0.0, 1.0, 2.0, 3.0, 4.0]
+    (_, _, shown, labels), _ = parallel_coordinates(values, "loss", scores, better)
+    assert shown["y"][2::4] == best[:1]
+    assert len(labels["x"]) <= 3 * 16
+    (_, _, shown, _), _ = parallel_coordinates({}, "loss", [*scores, 4.0], better)
+    assert len(shown["y"]) == 2 * 2, "rounded up"
+
+
+def test_compared_sweeps_share_a_table_and_no_chart(sweep: Journal) -> None:
+    panels = list(panels_of(sweep).values())
+    both = {panel.title: panel for panel in compared({"a": panels, "b": panels})}
+    assert (list(both["Trials"].traces), len(both["Trials"].rows)) == ([], 16)
+    assert both["Scores"].traces
 
 
 def test_the_panels_of_a_sweep(sweep: Journal) -> None:
