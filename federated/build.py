@@ -1,18 +1,21 @@
 """The parts of a federated run, from its recipe: what a driver, an actor and a deployed client each put together."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from federated.channel import Channel
 from federated.client import ClientData, LocalTrainer
-from federated.evaluation import ClientScore, KeepScores, OwnExamples, evaluate_on, forget, over_clients
+from federated.evaluation import KeepScores, OwnExamples, evaluate_on, forget, over_clients, score_of
 from federated.faults import ClientFaultPlan, FaultyChannel
 from federated.global_model import RoundRates
-from federated.gradients import GradientTrainer
+from federated.gradients import GradientTrainer, arrays_of
 from federated.partition import Partition
 from federated.protocols.options import GradientOptions, ProtocolOptions
 from federated.protocols.protocol import Protocol
@@ -35,8 +38,12 @@ from raytrain.registry import resolve
 from raytrain.seeds.prng import fold_in
 from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import TASKS, Task, make_task
+from raytrain.tensors import tensor_digest
 from raytrain.training.trained_model import TrainedModel
 from raytrain.zeroth.optimizers import ZOSGD, ZerothOrderOptimizer, directions_of
+
+SIZES_SHOWN = 10_000
+"""Clients whose examples are counted before a run begins."""
 
 
 def task_of(recipe: FederateRecipe) -> Task:
@@ -57,6 +64,12 @@ def partition_of(recipe: FederateRecipe, task: Task) -> Partition:
         raise RecipeError(
             f"clients.per_round: expected at most {partition.clients}, as many as there are clients; "
             f"got {recipe.clients.per_round}"
+        )
+    largest = max(partition.size(client) for client in range(min(partition.clients, SIZES_SHOWN)))
+    if largest > recipe.limits.examples:
+        raise RecipeError(
+            f"limits.examples: expected at least {largest}, as a client has so many and its reports would be refused; "
+            f"got {recipe.limits.examples}"
         )
     return partition
 
@@ -91,7 +104,7 @@ def working_model_of(
     space = directions_of(
         module, optimizer, distribution=recipe.zo.distribution, sparsity=recipe.zo.sparsity, blockwise=False
     )
-    return WorkingModel(module, space, initial, keep_round=keep_round)
+    return WorkingModel(module, space, initial, keep_round=keep_round, options=recipe.zo.model_dump_json())
 
 
 def initial_module(recipe: FederateRecipe, task: Task) -> nn.Module:
@@ -123,7 +136,21 @@ def gradient_trainer_of(recipe: FederateRecipe) -> GradientTrainer:
     data = ClientData(task, task.data("train"), partition_of(recipe, task).indices)
     constructor = resolve(OPTIMIZERS, recipe.optimizer.name, "optimizer.name")
     new_optimizer = partial(make_optimizer, constructor, recipe.optimizer, module)
-    return GradientTrainer(recipe.protocol, module, data, new_optimizer, recipe.seed)
+    origin = gradient_origin(recipe, module)
+    return GradientTrainer(recipe.protocol, module, data, new_optimizer, recipe.seed, origin)
+
+
+def gradient_origin(recipe: FederateRecipe, module: nn.Module) -> str:
+    """Return the digest of what clients of a run with gradients begin with: what they are not sent, and options.
+
+    Args:
+        recipe: of the client, or of the server.
+        module: with its first weights.
+    """
+    plain, sent = recipe.to_dict(), arrays_of(module)
+    options = json.dumps([plain.get(name) for name in ("seed", "rounds", "protocol", "optimizer", "schedule")])
+    kept = tensor_digest((name, value) for name, value in module.state_dict().items() if name not in sent)
+    return hashlib.sha256(f"{options} {kept}".encode()).hexdigest()
 
 
 def load_start(module: nn.Module, folder: Path) -> None:
@@ -139,7 +166,9 @@ def load_start(module: nn.Module, folder: Path) -> None:
     if not load:
         raise RecipeError(f"start: {folder} is a run of the kind {raw['kind']}, which leaves no model")
     trained: TrainedModel = resolve({}, load, "kind")(folder, {})
-    found = trained.module()
+    threads = torch.get_num_threads()
+    found = trained.module()  # on as many threads as its run
+    torch.set_num_threads(threads)
     if trained.adapted:
         merge_adapter(found)
     try:
@@ -168,13 +197,11 @@ def evaluate_module(
     """
     batch, held_out = recipe.evaluation.batch, task.data("valid")
     metrics = evaluate_on(task, module, held_out, batch)
-    if count := round(recipe.evaluation.clients * partition.clients):
+    share = recipe.evaluation.clients
+    if count := share and max(1, round(share * partition.clients)):
         some = participants(fold_in(recipe.seed, Stream.EVALUATION), version, partition.clients, count).tolist()
         own = {client: OwnExamples(task.data("train"), partition.indices(client)) for client in some}
-        scores = [
-            ClientScore(client, len(examples), evaluate_on(task, module, examples, batch))
-            for client, examples in own.items()
-        ]
+        scores = [score_of(task, module, client, examples, batch) for client, examples in own.items()]
         keep(scores)
         metrics |= over_clients(scores, task)
     return metrics
@@ -227,7 +254,8 @@ class Federation:
     def server(self) -> Server:
         """Return a server between rounds, as the run begins."""
         clients, faults = self.recipe.clients, self.recipe.faults
-        participation = Participation(self.partition.clients, clients.per_round, faults.quorum)
+        partition = self.recipe.partition.model_dump_json()
+        participation = Participation(self.partition.clients, clients.per_round, faults.quorum, partition)
         return Server(protocol_of(self.recipe), self.model.base, participation, self.recipe.limits)
 
     def trainer(self) -> LocalTrainer:

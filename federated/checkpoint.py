@@ -35,7 +35,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: it cannot be written.
     """
-    data = save({name: np.ascontiguousarray(value) for name, value in state.items()}, {"format": FORMAT, **about})
+    data = save({name: np.asarray(value, order="C") for name, value in state.items()}, {"format": FORMAT, **about})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / f"round-{round_number:08d}.state", hashlib.sha256(data).digest() + data)

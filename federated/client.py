@@ -113,7 +113,8 @@ class LocalTrainer:
             loss = self._loss(batch, (round_number, client, step))
             found = projected_gradient(loss, self._model.perturbed, seed, self._probing.eps).value
             used, recent = reject_outliers([(seed, found)], recent, self._probing.outlier_threshold)
-            scalar = protocol.encoding.rounded(used[seed]) if seed in used else protocol.unusable(seed, client)
+            usable = protocol.encoding.can_write(used.get(seed, np.nan))
+            scalar = protocol.encoding.rounded(used[seed]) if usable else protocol.unusable(seed, client)
             scalars[step] = scalar
             if protocol.local and not np.isnan(scalar):
                 space.add_direction(seed, -rate * scalar)

@@ -95,6 +95,10 @@ class Encoding:
         """Return the bytes of `count` numbers."""
         return -(-count * self.bits // 8)
 
+    def can_write(self, value: float) -> bool:
+        """Return whether a number can be written: one bit has no room for 0, and nothing for nan."""
+        return not np.isnan(value) and (value != 0 or self.bits > 1)
+
     def rounded(self, value: float) -> float:
         """Return the number that arrives where this one is sent."""
         return float(self.read(self.write(np.array([value])), 1)[0])

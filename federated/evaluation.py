@@ -44,7 +44,7 @@ class ClientScore:
     Attributes:
         client: its number.
         examples: that it has.
-        metrics: of the model, on these.
+        metrics: of the model, on these; one is left out that has no meaning on them, as F1 without a positive.
     """
 
     client: int
@@ -68,9 +68,20 @@ def evaluate_on(task: Task, module: nn.Module, examples: Examples, batch: int) -
     return evaluate(task, module, examples, batch, ExactAverager(LocalTransport()))
 
 
+def score_of(task: Task, module: nn.Module, client: int, own: OwnExamples, batch: int) -> ClientScore:
+    """Return what a module is worth to a client."""
+    measured = evaluate(task, module, own, batch, ExactAverager(LocalTransport()), required=False)
+    return ClientScore(client, len(own), measured)
+
+
 def over_clients(scores: Sequence[ClientScore], task: Task) -> dict[str, float]:
-    """Return the mean of the metric over clients, that of the worst tenth of them, and its standard deviation."""
-    values = np.sort(np.array([score.metrics[task.metric] for score in scores]))
+    """Return the mean of the metric over clients, that of the worst tenth of them, and its standard deviation.
+
+    Clients on whose examples the metric has no meaning do not count; if that is all of them, there is nothing.
+    """
+    values = np.sort(np.array([score.metrics[task.metric] for score in scores if task.metric in score.metrics]))
+    if not len(values):
+        return {}
     worst = values if task.better == "higher" else values[::-1]
     few = max(1, round(WORST * len(values)))
     return {"clients": float(values.mean()), "worst_tenth": float(worst[:few].mean()), "spread": float(values.std())}

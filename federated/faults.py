@@ -34,6 +34,8 @@ def crash(report: bytes, draw: int, faults: Faults) -> ClientAnswer:  # noqa: AR
 
 def garble(report: bytes, draw: int, faults: Faults) -> ClientAnswer:  # noqa: ARG001
     """Return the report with one byte changed, or cut off there."""
+    if not report:
+        return report
     data = bytearray(report)
     index = (draw >> 16) % len(data)
     if draw % 2:

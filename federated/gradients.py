@@ -19,7 +19,7 @@ from raytrain.tensors import to_device
 from raytrain.zeroth.objective import make_closure
 
 Arrays = dict[str, NDArray[Any]]
-"""The trainable parameters of a model, by name."""
+"""What clients of a model send, by name: its trainable parameters, and the running statistics of its norms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class LocalResult:
     """What a client's local steps lead to.
 
     Attributes:
-        arrays: its parameters.
+        arrays: its parameters and running statistics.
         examples: that it has.
         loss: mean over its steps, each before it was taken.
     """
@@ -42,10 +42,14 @@ class GradientTrainer:
 
     Args:
         options: of the recipe.
-        module: the model; its trainable parameters are what clients send, its buffers stay as they are.
+        module: the model; what clients send of it is in `Arrays`, all other buffers stay as they are.
         data: of the clients.
         new_optimizer: returns an optimizer of the module, without a state.
         master: seed of all draws.
+        origin: the digest of what clients begin with.
+
+    Attributes:
+        origin: the same.
     """
 
     def __init__(
@@ -55,7 +59,9 @@ class GradientTrainer:
         data: ClientData,
         new_optimizer: Callable[[], Optimizer],
         master: int,
+        origin: str = "",
     ) -> None:
+        self.origin = origin
         self._options, self._module, self._data, self._master = options, module, data, master
         self._new_optimizer = new_optimizer
         self._parameters = trainable_parameters(module)
@@ -69,13 +75,13 @@ class GradientTrainer:
         Args:
             client: its number.
             round_number: counted from 0; examples and dropout follow from it and the client.
-            arrays: the parameters of the round.
+            arrays: of the round's model.
             lr_ratio: learning rate of the round over that of the optimizer.
             proximal_mu: weight of the proximal term mu / 2 |w - w_round|^2 (Li et al. 2020, FedProx, eq. 2).
         """
-        load_arrays(self._module, arrays)
         for name, buffer in self._module.named_buffers():
             buffer.copy_(self._buffers[name])
+        load_arrays(self._module, arrays)
         start = [parameter.detach().clone() for parameter in self._parameters.values()] if proximal_mu else []
         optimizer = self._new_optimizer()
         for group in optimizer.param_groups:
@@ -87,6 +93,8 @@ class GradientTrainer:
             self._step(optimizer, indices, (fold_in(self._master, round_number), client, step), proximal_mu, start)
             for step, indices in enumerate(drawn.tolist())
         ]
+        if hasattr(optimizer, "eval"):  # one that averages the weights shows the average then
+            optimizer.eval()
         return LocalResult(arrays_of(self._module), len(own), float(np.mean(losses)))
 
     def _step(
@@ -118,13 +126,33 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def running_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Return the running means and variances of a module by name, which BatchNorm evaluates with."""
+    return {
+        f"{name}.{key}".removeprefix("."): buffer
+        for name, part in module.named_modules()
+        if getattr(part, "track_running_stats", False)
+        for key, buffer in part.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    }
+
+
 def arrays_of(module: nn.Module) -> Arrays:
-    """Return a copy of the trainable parameters of a module."""
-    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in trainable_parameters(module).items()}
+    """Return a copy of what clients of a module send; bfloat16, which NumPy does not have, as float32."""
+    return {name: _array(tensor.detach()) for name, tensor in _sent_tensors(module).items()}
 
 
 @torch.no_grad()
 def load_arrays(module: nn.Module, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Set the trainable parameters of a module."""
-    for name, parameter in trainable_parameters(module).items():
-        parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+    """Set what `arrays_of` returns of a module."""
+    for name, tensor in _sent_tensors(module).items():
+        tensor.copy_(torch.from_numpy(np.asarray(arrays[name], order="C")))
+
+
+def _sent_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**trainable_parameters(module), **running_statistics(module)}
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy().copy()
+    return array

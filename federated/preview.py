@@ -3,13 +3,11 @@
 from collections.abc import Iterable
 
 from federated.broadcast import payload_bytes
-from federated.build import initial_module, partition_of, protocol_of, task_of
+from federated.build import SIZES_SHOWN, initial_module, partition_of, protocol_of, task_of
 from federated.partition import Partition
 from federated.recipe import FederateRecipe
 from raytrain.run.result import Result
 
-SIZES_SHOWN = 10_000
-"""Clients whose examples are counted."""
 ENVELOPE_DOWN_BYTES, ENVELOPE_UP_BYTES = 325, 391
 """What Flower 1.41 adds to a payload and to a report, to 16 bytes: headers of its objects, ids, names. A reply also
 names the message that it answers, by 64 characters."""

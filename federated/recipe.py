@@ -1,5 +1,6 @@
 """The recipe of a federated run."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, Self
@@ -31,6 +32,9 @@ ELSEWHERE = {
     "sync": "protocol",
 }
 """Fields of a training recipe, and where a federated one says the same."""
+
+LEAST_LEFT = 1e-30
+"""Of a step after all decays: coefficients are kept over this factor, and float32 ends at 3e38."""
 
 
 def options_of_protocol(protocol: Any) -> type[LocalOptions]:
@@ -164,6 +168,13 @@ class FederateRecipe(Recipe):
     @model_validator(mode="after")
     def _fit(self) -> Self:
         clients, quorum = self.clients, self.faults.quorum
+        if self.freeze.random_half:
+            raise ValueError("freeze.random_half: expected false: no client of a federated run freezes other layers")
+        if self.optimizer.gradient_noise:
+            raise ValueError(
+                f"optimizer.gradient_noise: expected 0: clients of a federated run add none; "
+                f"got {self.optimizer.gradient_noise:g}"
+            )
         if self.clients.count and clients.per_round > clients.count:
             raise ValueError(
                 f"clients.per_round: expected at most clients.count = {clients.count}; got {clients.per_round}"
@@ -194,6 +205,12 @@ class FederateRecipe(Recipe):
         if not lr * protocol.weight_decay < 1:
             raise ValueError(
                 f"protocol.weight_decay: expected below 1 / optimizer.lr = {1 / lr:g}; got {protocol.weight_decay:g}"
+            )
+        left = math.prod(1 - rate * protocol.weight_decay for rate in self.learning_rates())
+        if left < LEAST_LEFT:
+            raise ValueError(
+                f"protocol.weight_decay: expected to leave at least {LEAST_LEFT:g} of the first round's step after "
+                f"{self.rounds} rounds; {protocol.weight_decay:g} leaves {left:g}"
             )
 
     def _check_gradients(self) -> None:

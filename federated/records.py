@@ -80,7 +80,7 @@ class RunRecords:
         before: Mapping[str, Any] = next((row for row in reversed(played) if row["step"] <= version), {})
         self._total = {name: before.get(name, 0) for name in TOTALS}
         self._began = time.monotonic() - before.get("seconds", 0.0)
-        self._recorder = MetricsWriter(run, version, version, [])
+        self._recorder = MetricsWriter(run, version, version or -1, [])  # w0 is evaluated again
         self._rounds = _kept(run.path / ROUNDS, version)
 
     def __enter__(self) -> Self:
@@ -124,10 +124,12 @@ class RunRecords:
 def write_scores(path: Path, scores: Sequence[ClientScore]) -> None:
     """Write what the newest model is worth to clients: a line of CSV for each that evaluated it."""
     text = io.StringIO()
-    names = list(scores[0].metrics)
+    names = list(dict.fromkeys(name for score in scores for name in score.metrics))
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["client", "examples", *names])
-    writer.writerows([score.client, score.examples, *(score.metrics[name] for name in names)] for score in scores)
+    writer.writerows(
+        [score.client, score.examples, *(score.metrics.get(name, "") for name in names)] for score in scores
+    )
     write_atomic(path, text.getvalue().encode())
 
 

@@ -23,6 +23,9 @@ from raytrain.seeds.seed_model import SeedModel
 from raytrain.tasks.task import Task
 from raytrain.training.trained_model import TrainedModel
 
+COUNTED = ("heard", "missing", "refused", "late")
+"""Clients and reports in the row of a round."""
+
 
 def result_of(run: RunDirectory, task: Task, parameter_bytes: int, *, done: bool, error: str) -> Result:
     """Return how a run ended.
@@ -36,11 +39,12 @@ def result_of(run: RunDirectory, task: Task, parameter_bytes: int, *, done: bool
     """
     recorded = read_jsonl(run.metrics)
     evaluations = [row for row in recorded if "valid" in row]
-    rounds = [row for row in recorded if "valid" not in row]
+    rounds = [row for row in recorded if "valid" not in row and all(type(row.get(name)) is int for name in COUNTED)]
     last: dict[str, Any] = rounds[-1] if rounds else {}
-    start = {f"{task.metric}_at_start": row["valid"][task.metric] for row in evaluations if not row["step"]}
+    at_start: dict[str, Any] = next((row["valid"] for row in evaluations if not row["step"]), {})
+    start = {f"{name}_at_start": at_start[name] for name in ("loss", task.metric) if name in at_start}
     figures = {"rounds": last.get("step", 0), **{name: last.get(name, 0) for name in ("bytes_down", "bytes_up")}}
-    figures |= {name: sum(row[name] for row in rounds) for name in ("heard", "missing", "refused", "late")}
+    figures |= {name: sum(row[name] for row in rounds) for name in COUNTED}
     figures["bytes_of_fedavg"] = 2 * parameter_bytes * last.get("payloads", 0)
     newest = newest_state(run.path / STATES)
     return Result(
@@ -68,7 +72,10 @@ def load_federated_model(folder: Path, overrides: Mapping[str, Any]) -> TrainedM
     changed = load_federated_recipe(folder, overrides).task.for_evaluation(load_federated_recipe(folder, {}).task)
     recipe = load_federated_recipe(folder, {f"task.{name}": value for name, value in changed.items()} | dict(overrides))
     task = task_of(recipe)
-    version, module = _seeded(folder, recipe, task) if recipe.seeded else _averaged(folder, recipe, task)
+    start = task  # what the first weights follow from: with a head of prototypes, the run's own examples
+    if task.init_head and not recipe.start and changed:
+        start = task_of(load_federated_recipe(folder, {}))
+    version, module = _seeded(folder, recipe, start) if recipe.seeded else _averaged(folder, recipe, start)
     return TrainedModel(
         task,
         task_name=recipe.task.name,

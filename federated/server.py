@@ -42,11 +42,27 @@ class Participation:
         clients: that are registered.
         per_round: of these, drawn for each round.
         quorum: that have to be heard, or the round moves nothing.
+        partition: which examples each has, as the recipe says it.
     """
 
     clients: int
     per_round: int
     quorum: int = 1
+    partition: str = ""
+
+
+def check_same_origin(client: int, origin: str, expected: str) -> None:
+    """Refuse a client that begins with something else than the server.
+
+    Raises:
+        RecipeError: its first weights, its adapter, what these stand beside, or its recipe is not the run's.
+    """
+    if origin != expected:
+        raise RecipeError(
+            f"client {client}: expected first weights, directions and options with digest {expected[:12]}; "
+            f"got {origin[:12]!r}; it needs the server's recipe, and the same files of the model, also those that an "
+            "adapter stands beside"
+        )
 
 
 @dataclass(slots=True)
@@ -144,14 +160,9 @@ class Server:
         """Refuse a client that begins with something else: it would add other directions to other weights.
 
         Raises:
-            RecipeError: its first weights, its adapter, what these stand beside, or its recipe is not the run's.
+            RecipeError: see `check_same_origin`.
         """
-        if origin != self.model.origin:
-            raise RecipeError(
-                f"client {client}: expected first weights, directions and options with digest "
-                f"{self.model.origin[:12]}; got {origin[:12]!r}; it needs the server's recipe, and the same files of "
-                "the model, also those that an adapter stands beside"
-            )
+        check_same_origin(client, origin, self.model.origin)
 
     def sample(self) -> CommunicationRound:
         """Begin the next round, with clients that follow from its number."""

@@ -24,9 +24,10 @@ class WorkingModel:
         initial: w0 by names, as of a file that is mapped; None: a copy of the module's.
         keep_round: whether the round's model is kept beside the working copy, so that a client begins with a copy of
             it. Without, it is made anew for each client: slower, with one model less in memory.
+        options: of how it is probed.
 
     Attributes:
-        base: the digest of all the weights that the module begins with, and of what directions are.
+        base: the digest of all the weights that the module begins with, of what directions are, and of the options.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class WorkingModel:
         initial: Mapping[str, Tensor] | None = None,
         *,
         keep_round: bool = True,
+        options: str = "",
     ) -> None:
         self.module = module
         self.directions = directions
@@ -47,7 +49,8 @@ class WorkingModel:
             w0 = {name: tensor.to(device) for name, tensor in initial.items()}  # on a CPU they stay in their file
         self._initial = directions.with_tensors(w0, read_only=True)
         self._space_digest = self._initial.digest()
-        self.base = hashlib.sha256((self._space_digest + _digest_beside(module, directions)).encode()).hexdigest()
+        about = self._space_digest + _digest_beside(module, directions) + options
+        self.base = hashlib.sha256(about.encode()).hexdigest()
         self._working = [part.tensor for part in directions.slices]
         self._round = [tensor.clone() for tensor in self._working] if keep_round else None
         self._coefficients = torch.zeros(0, dtype=torch.float64)

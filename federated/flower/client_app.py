@@ -58,7 +58,8 @@ def who(message: Message, context: Context) -> Message:
     if not _is_simulated():
         check_closed("flower-supernode", insecure=bool(context.node_config.get("insecure", False)))
     named = _named(context)
-    origin = _trainer(*named).newest.origin if _recipe(*named).seeded else ""
+    seeded = _recipe(*named).seeded
+    origin = _trainer(*named).newest.origin if seeded else _gradient_client(*named).trainer.origin
     return Message(introduction(int(context.node_config[PARTITION_ID_KEY]), origin), reply_to=message)
 
 

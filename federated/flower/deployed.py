@@ -36,7 +36,7 @@ def introduction(client: int, origin: str) -> RecordDict:
 
     Args:
         client: its number.
-        origin: the digest of what it begins with; "" if it has none.
+        origin: the digest of what it begins with.
     """
     return RecordDict({WHO: ConfigRecord({"client": client, "origin": origin})})
 

@@ -48,8 +48,7 @@ def _problem(run: SeedRun | StrategyRun, client: int, origin: str, known: Mappin
     if client >= run.partition.clients or client in known:
         return f"expected a client below {run.partition.clients} that is not there yet; got {client}"
     try:
-        if isinstance(run, SeedRun):
-            run.server.check_origin(client, origin)
+        run.check_origin(client, origin)
     except RecipeError as error:
         return printable_line(str(error))
     return ""

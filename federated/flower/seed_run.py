@@ -49,6 +49,10 @@ class SeedRun:
         """Take back the newest state in a run's folder, if there is one."""
         self.server.resume(folder / STATES)
 
+    def check_origin(self, client: int, origin: str) -> None:
+        """Refuse a client that begins with something else; see `check_same_origin`."""
+        self.server.check_origin(client, origin)
+
     def evaluate(self, keep: KeepScores = forget) -> dict[str, float]:
         """Return what the task measures of the newest model."""
         return self.federation.evaluate(self.server, keep)

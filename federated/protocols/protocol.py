@@ -187,7 +187,8 @@ class Protocol(ABC):
 def client_weights(reports: Sequence[ClientReport], weighting: str) -> list[float]:
     """Return the weight of each client among those heard; they add up to 1."""
     counts = [report.examples if weighting == "examples" else 1 for report in reports]
-    return [count / sum(counts) for count in counts]
+    total = sum(counts)
+    return [count / total for count in counts]
 
 
 def nan_as_zero(scalars: Floats) -> NDArray[np.float64]:

@@ -29,6 +29,7 @@ def evaluate(
     *,
     autocast: torch.dtype | None = None,
     heartbeat: Callable[[], None] = lambda: None,
+    required: bool = True,
 ) -> dict[str, float]:
     """Return metrics over all examples.
 
@@ -44,9 +45,10 @@ def evaluate(
         averager: over the replicas.
         autocast: type of the forward pass, or None for that of the parameters.
         heartbeat: called after each batch.
+        required: whether the task's metric has to be among them.
 
     Raises:
-        TrainingError: the task's metric was not measured.
+        TrainingError: the task's metric was not measured, and is required.
     """
     transport = averager.transport
     parameter = next(module.parameters())
@@ -71,7 +73,7 @@ def evaluate(
     for sums_of_one in averager.all_gather_bytes(json.dumps(sums).encode()):
         _add(total, json.loads(sums_of_one))
     values = {name: value / count for name, (value, count) in total.items() if count > 0}
-    if task.metric not in values:
+    if required and task.metric not in values:
         raise TrainingError(
             f"evaluation over {len(examples)} examples measured {', '.join(sorted(values)) or 'nothing'}, but the "
             f"task's metric is {task.metric!r}: look at the held-out data, Task.measure and Task.metric"

@@ -235,6 +235,29 @@ def test_a_loss_that_is_not_finite_ends_no_round() -> None:
             assert not server.model.coefficients.any()
 
 
+def test_a_direction_that_changes_nothing_is_no_vote_against() -> None:
+    recipe = recipe_of(task=f"{__name__}:level", **{"protocol.name": "sign", "clients.per_round": 4})
+    federation = Federation.of(recipe)
+    server = federation.server()
+    going = federation.simulation(server).play_round()
+    for client, report in going.heard.items():
+        expected = [
+            1.0 if (seed ^ client) % 2 else -1.0
+            for seed in federation.trainer()._protocol.table.seeds(report.directions).tolist()
+        ]
+        assert report.scalars.tolist() == expected
+
+
+def level() -> Any:
+    from raytrain.tasks.task import Task
+
+    return Task(
+        model=lambda seed: torch.nn.Linear(3, 1),
+        data=lambda split: list(torch.ones(20, 3)),
+        losses=lambda module, batch: module(batch)[:, 0] * 0 + 1,
+    )
+
+
 def nowhere() -> Any:
     from raytrain.tasks.task import Task
 

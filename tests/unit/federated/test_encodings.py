@@ -79,3 +79,15 @@ def test_half_precision_has_room_for_the_smallest_learning_rates() -> None:
 def test_bytes_that_are_no_coefficients_are_refused(name: str, data: bytes, message: str) -> None:
     with pytest.raises(PayloadError, match=f"^{message}$"):
         COEFFICIENT_ENCODINGS[name].read(data, 1)
+
+
+def test_one_byte_saturates_at_both_ends() -> None:
+    rounded = ENCODINGS["one-byte"].rounded
+    smallest, largest = 2.0**-10.5, 2.0**10.5
+    for value, arrives in ((0.0, 0.0), (1e-9, smallest), (-1e-9, -smallest), (1e9, largest), (-1e9, -largest)):
+        assert rounded(value) == pytest.approx(arrives)
+
+
+def test_one_bit_has_no_room_for_0() -> None:
+    assert [ENCODINGS["sign"].can_write(value) for value in (1.0, -0.5, 0.0, np.nan)] == [True, True, False, False]
+    assert [ENCODINGS["one-byte"].can_write(value) for value in (1.0, 0.0, np.nan)] == [True, True, False]

@@ -1,6 +1,7 @@
 """Payloads in Flower's messages, and the clients of a deployment: what comes from outside is data."""
 
 import io
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federated.build import Federation
@@ -23,7 +24,7 @@ from federated.flower.deployed import WHO, introduced, introduction, recipe_of
 from federated.flower.envelope import stamp
 from federated.flower.identity import FIRST_NODE, assume_identity
 from federated.flower.messages import bytes_of, content_of, shipped_bytes
-from federated.flower.strategy_run import StrategyRun, check_reply, load_gradient_clients
+from federated.flower.strategy_run import StrategyRun, checked_reply, load_gradient_clients
 from federated.flower.testing import InProcessGrid
 from federated.options import ReportLimits
 from federated.preview import ENVELOPE_DOWN_BYTES, ENVELOPE_UP_BYTES, federated_preview, traffic_rows
@@ -182,6 +183,33 @@ def test_a_client_with_another_recipe_has_another_origin(tmp_path: Path) -> None
     said = introduced(call("query.who", RecordDict(), context_of(tmp_path, 1, "seed=1")))
     with pytest.raises(RecipeError, match=r"^client 1: expected first weights, directions and options with digest"):
         server.check_origin(*said)
+    eps = introduced(call("query.who", RecordDict(), context_of(tmp_path, 1, "zo.eps=0.5")))
+    with pytest.raises(RecipeError, match=r"^client 1: expected first weights"):
+        server.check_origin(*eps)
+    own_data = introduced(call("query.who", RecordDict(), context_of(tmp_path, 1, "partition.sizes=zipf")))
+    server.check_origin(*own_data)
+
+
+@pytest.mark.parametrize("changes", ["seed=1", "protocol.batch=3", "optimizer.lr=0.5"])
+def test_a_client_with_gradients_and_another_base_is_left_out(tmp_path: Path, changes: str) -> None:
+    gradients = (
+        RECIPE.replace("pool = 64", 'name = "flower"')
+        + """
+[strategy]
+name = "FedAvg"
+
+[optimizer]
+name = "sgd"
+
+[freeze]
+match = ["*weight"]
+"""
+    )
+    (tmp_path / "recipe.toml").write_text(gradients)
+    run = StrategyRun(recipe_of({"recipe": str(tmp_path / "recipe.toml")}))
+    run.check_origin(*introduced(call("query.who", RecordDict(), context_of(tmp_path, 1))))
+    with pytest.raises(RecipeError, match=r"^client 1: expected first weights, directions and options with digest"):
+        run.check_origin(*introduced(call("query.who", RecordDict(), context_of(tmp_path, 1, changes))))
 
 
 @pytest.mark.parametrize(
@@ -203,8 +231,26 @@ def written(data: Any) -> Array:
 SENT = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)}
 
 
-def reply(arrays: dict[str, Any], examples: Any = 5) -> RecordDict:
-    metrics = {} if examples is None else {"num-examples": examples}
+def raw(data: bytes) -> Array:
+    """Return an array of bytes that no client of ours would send."""
+    return Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=data)
+
+
+def npz() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, np.zeros(3, np.float32))
+    return file.getvalue()
+
+
+def head_of(shape: tuple[int, ...]) -> bytes:
+    """Return an array's head in NumPy's format, without numbers."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def reply(arrays: dict[str, Any], examples: Any = 5, loss: Any = 0.5, **more: float) -> RecordDict:
+    metrics = {"train_loss": loss, **more} | ({} if examples is None else {"num-examples": examples})
     records = ArrayRecord({name: value if isinstance(value, Array) else Array(value) for name, value in arrays.items()})
     return RecordDict({"arrays": records, "metrics": MetricRecord(metrics)})
 
@@ -222,17 +268,61 @@ def reply(arrays: dict[str, Any], examples: Any = 5) -> RecordDict:
         (reply({**SENT, "b": np.zeros(4, np.float32)}), "b: expected float32 of shape (3,); got float32 of shape (4,)"),
         (reply({**SENT, "b": np.zeros(3, np.float64)}), "b: expected float32 of shape (3,); got float64 of shape (3,)"),
         (reply({**SENT, "b": np.zeros(10**6, np.float32)}), "b: expected at most 4108 bytes; got 4000128"),
-        (reply({**SENT, "b": written(np.array([{1: 2}] * 3))}), "b: expected an array; got ValueError"),
+        (
+            reply({**SENT, "b": written(np.array([{1: 2}] * 3))}),
+            "b: expected float32 of shape (3,); got object of shape (3,)",
+        ),
+        (reply({**SENT, "b": raw(npz())}), "b: expected an array in NumPy's format; got something else"),
+        (reply({**SENT, "b": raw(b"PK\3\4 junk")}), "b: expected an array in NumPy's format; got something else"),
+        (reply({**SENT, "b": raw(b"")}), "b: expected an array in NumPy's format; got something else"),
+        (
+            reply({**SENT, "b": raw(head_of((10**13,)))}),
+            "b: expected float32 of shape (3,); got float32 of shape (10000000000000,)",
+        ),
+        (reply({**SENT, "b": raw(head_of((3,)))}), "b: expected an array; got ValueError"),
+        (reply({**SENT, "b": np.full(3, 3e38, np.float32)}), "b: expected numbers up to 1e+06; got 3e+38"),
+        (reply(SENT, loss=math.nan), "expected a finite loss; got nan"),
+        (reply(SENT, loss=[1.0, 2.0]), "expected a finite loss; got [1.0, 2.0]"),
+        (reply(SENT, [1.0] * 10**5), f"expected 1 to 50 examples; got {[1.0] * 10**5}"[:300]),
         (reply({**SENT, "b": written(np.zeros(5))}), "b: expected float32 of shape (3,); got float64 of shape (5,)"),
         (reply({**SENT, "b": np.full(3, np.nan, np.float32)}), "b: expected finite numbers; got some that are not"),
     ],
-    ids=range(13),
+    ids=range(22),
 )
 def test_parameters_that_cannot_be_averaged_are_refused(content: RecordDict, message: str) -> None:
     with pytest.raises(PayloadError) as caught:
-        check_reply(content, SENT, ReportLimits(examples=50))
+        checked_reply(content, SENT, ReportLimits(examples=50))
     assert str(caught.value) == message
-    assert check_reply(reply(SENT, 50), SENT, ReportLimits(examples=50)) == 50
+
+
+def test_a_strategy_sees_nothing_of_a_reply_but_what_was_checked() -> None:
+    content = reply(SENT, 50, more=1.0)
+    content["another"] = MetricRecord({"num-examples": 10**9})
+    examples, checked = checked_reply(content, SENT, ReportLimits(examples=50))
+    assert examples == 50
+    assert sorted(checked) == ["arrays", "metrics"]
+    assert dict(checked.metric_records["metrics"]) == {"num-examples": 50, "train_loss": 0.5}
+    assert {name: array.numpy().tolist() for name, array in checked.array_records["arrays"].items()} == {
+        name: value.tolist() for name, value in SENT.items()
+    }
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_whatever_stands_for_an_array_is_equal_or_refused(data: st.DataObject) -> None:
+    content = reply(SENT)
+    whole = content.array_records["arrays"]["b"].data
+    place = data.draw(st.integers(0, len(whole) - 1))
+    changed = data.draw(
+        st.sampled_from([whole[:place], whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]])
+    )
+    try:
+        _, checked = checked_reply(reply({**SENT, "b": raw(changed)}), SENT, ReportLimits())
+    except PayloadError:
+        return
+    value = checked.array_records["arrays"]["b"].numpy()
+    assert (value.shape, value.dtype) == ((3,), np.float32)
+    assert np.isfinite(value).all()
 
 
 def test_a_recipe_of_a_deployment_is_the_machine_s_own() -> None:

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from federated import InProcessGrid
 from federated.broadcast import payload_bytes
 from federated.build import Federation, partition_of, protocol_of, task_of
+from federated.evaluation import ClientScore, over_clients
 from federated.options import PARTITION_OPTIONS
 from federated.protocols.options import PROTOCOL_OPTIONS
 from federated.recipe import FederateRecipe, options_of_partition, options_of_protocol
@@ -103,6 +105,19 @@ def test_shipped_recipes_say_what_they_are(file: Path) -> None:
             {"optimizer.lr": 0.1, "protocol.weight_decay": 10.0},
             "recipe: protocol.weight_decay: expected below 1 / optimizer.lr = 10; got 10",
         ),
+        (
+            {"optimizer.lr": 0.1, "protocol.weight_decay": 5.0, "rounds": 200},
+            "recipe: protocol.weight_decay: expected to leave at least 1e-30 of the first round's step after "
+            "200 rounds; 5 leaves ",
+        ),
+        (
+            {"freeze.random_half": True},
+            "recipe: freeze.random_half: expected false: no client of a federated run freezes other layers",
+        ),
+        (
+            {"optimizer.gradient_noise": 2.0},
+            "recipe: optimizer.gradient_noise: expected 0: clients of a federated run add none; got 2",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(fields: dict[str, Any], message: str) -> None:
@@ -148,6 +163,63 @@ def test_an_evaluation_tells_of_each_client_and_of_the_worst_tenth(tmp_path: Pat
     assert 0 <= metrics["worst_tenth"] <= metrics["clients"] <= 1
     assert metrics["spread"] > 0
     assert 0 <= metrics["accuracy"] <= 0.3
+
+
+def test_a_client_on_whose_examples_a_metric_has_no_meaning_does_not_count(tmp_path: Path) -> None:
+    scores = [
+        ClientScore(1, 4, {"loss": 1.0}),
+        ClientScore(2, 5, {"loss": 2.0, "f1": 0.5}),
+        ClientScore(3, 6, {"loss": 3.0, "f1": 0.7}),
+    ]
+    write_scores(tmp_path / "clients.csv", scores)
+    assert (tmp_path / "clients.csv").read_text().splitlines() == [
+        "client,examples,loss,f1",
+        "1,4,1.0,",
+        "2,5,2.0,0.5",
+        "3,6,3.0,0.7",
+    ]
+    task = SimpleNamespace(metric="f1", better="higher")
+    assert over_clients(scores, task) == pytest.approx({"clients": 0.6, "worst_tenth": 0.5, "spread": 0.1})
+    assert over_clients(scores[:1], task) == {}
+
+
+def rare() -> Task:
+    """A task whose metric is the share of ones among examples that are not 0, of which some clients have none."""
+    return Task(
+        model=lambda seed: torch.nn.Linear(1, 1),
+        data=lambda split: [torch.tensor([float(index % 10 == 0)]) for index in range(60)],
+        losses=lambda module, batch: module(batch)[:, 0].square(),
+        measure=lambda module, batch: {"ones": (float((batch > 0).sum()), float((batch > 0).sum()))},
+        metric="ones",
+        better="higher",
+    )
+
+
+def test_an_evaluation_goes_on_where_clients_measure_nothing() -> None:
+    recipe = FederateRecipe.parse(
+        {"kind": "federate", "task": f"{__name__}:rare", "clients": {"count": 20, "per_round": 2}}
+    )
+    federation = Federation.of(recipe.with_overrides({"evaluation.clients": 1.0}))
+    kept: list[ClientScore] = []
+    metrics = federation.evaluate(federation.server(), kept.extend)
+    assert len(kept) == 20
+    assert 0 < sum("ones" in score.metrics for score in kept) < 20
+    assert (metrics["ones"], metrics["clients"]) == (1.0, 1.0)
+
+
+def test_few_clients_evaluate_where_that_is_less_than_one() -> None:
+    federation = Federation.of(recipe_of(**{"clients.count": 12, "evaluation.clients": 0.01}))
+    kept: list[ClientScore] = []
+    federation.evaluate(federation.server(), kept.extend)
+    assert len(kept) == 1
+
+
+def test_a_client_with_more_examples_than_reports_may_say_is_found_before_the_run() -> None:
+    with pytest.raises(RecipeError) as error:
+        Federation.of(recipe_of(**{"clients.count": 10, "limits.examples": 100}))
+    assert str(error.value) == (
+        "limits.examples: expected at least 144, as a client has so many and its reports would be refused; got 100"
+    )
 
 
 README = (ROOT / "federated" / "README.md").read_text()

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from federated.checkpoint import read_newest, write_checkpoint
 from federated.flower.channel import GridMessenger
 from federated.flower.gradient_client import GradientClient
 from federated.flower.identity import assume_identity
 from federated.flower.strategy_run import StrategyRun, load_gradient_clients
 from federated.flower.testing import InProcessGrid
-from federated.gradients import load_arrays, trainable_parameters
+from federated.gradients import arrays_of, load_arrays
 from federated.recipe import FederateRecipe
 from federated.results import load_federated_model
 from federated.server import CommunicationRound
+from federated.tables import STRATEGIES
 from raytrain.errors import RecipeError
 
 FIELDS: dict[str, Any] = {
@@ -78,11 +80,74 @@ def test_a_client_leaves_nothing_behind_and_a_proximal_term_holds_it_near() -> N
     assert np.array_equal(fitted(plain), first)
     assert np.linalg.norm(fitted(plain, proximal_mu=5.0)) < 0.9 * np.linalg.norm(first)
     assert np.linalg.norm(fitted(plain, lr_ratio=0.1)) < 0.5 * np.linalg.norm(first)
-    arrays = {
-        name: value.detach().numpy().copy() for name, value in trainable_parameters(client.trainer._module).items()
-    }
+    arrays = arrays_of(client.trainer._module)
     one, other = (client.trainer.fit(2, 0, arrays, lr_ratio=1.0, proximal_mu=0.0) for _ in range(2))
     assert all(np.array_equal(one.arrays[name], other.arrays[name]) for name in arrays), "dropout and buffers too"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_running_statistics_travel_and_no_step_of_a_server_carries_a_variance_below_0(name: str) -> None:
+    task = {"name": "digits", "model": "mlp", "widths": [8], "norm": "batch"}
+    more: dict[str, Any] = {"arguments": {"client_learning_rate": 0.05}} if name == "QFedAvg" else {}
+    fields = {**FIELDS, "task": task, "strategy": {"name": name, **more}, "rounds": 2}
+    recipe = FederateRecipe.parse({**fields, "clients": {"count": 20, "per_round": 8}})
+    run = StrategyRun(recipe)
+    messenger = GridMessenger(InProcessGrid(load_gradient_clients(recipe.to_dict()), clients=20), range(2, 22))
+    for _ in range(2):
+        assert len(run.play_round(messenger).used) == 8
+    means = [value for key, value in run.arrays.items() if key.endswith("running_mean")]
+    variances = [value for key, value in run.arrays.items() if key.endswith("running_var")]
+    assert means
+    assert all(value.any() for value in means), "they are those of the clients"
+    assert all((value > 0).all() for value in variances)
+
+
+def test_batch_norm_evaluates_with_the_statistics_of_clients() -> None:
+    task = {"name": "digits", "model": "cnn", "norm": "batch"}
+    fields: dict[str, Any] = {**FIELDS, "task": task, "clients": {"count": 4, "per_round": 4}, "rounds": 4}
+    recipe = FederateRecipe.parse({**fields, "protocol": {"name": "flower", "local_steps": 15, "batch": 16}})
+    run = StrategyRun(recipe)
+    messenger = GridMessenger(InProcessGrid(load_gradient_clients(recipe.to_dict()), clients=4), range(2, 6))
+    while not run.is_done():
+        run.play_round(messenger)
+    assert run.evaluate()["accuracy"] > 0.8, "it was a tenth with the statistics of the first weights"
+
+
+class Odd(torch.nn.Module):
+    """A model with a parameter that has no dimension and one in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = torch.nn.Parameter(torch.tensor(2.0))
+        self.narrow = torch.nn.Parameter(torch.tensor([1.5, -0.25], dtype=torch.bfloat16))
+
+
+def test_scalars_and_bfloat16_travel_there_and_back(tmp_path: Path) -> None:
+    arrays = arrays_of(Odd())
+    assert {name: (value.shape, str(value.dtype)) for name, value in arrays.items()} == {
+        "temperature": ((), "float32"),
+        "narrow": ((2,), "float32"),
+    }
+    write_checkpoint(tmp_path, 1, {}, arrays)
+    found = read_newest(tmp_path)
+    assert found is not None
+    assert found[1]["temperature"].shape == ()
+    module = Odd()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    load_arrays(module, found[1])
+    assert (module.temperature.item(), module.narrow.tolist()) == (2.0, [1.5, -0.25])
+
+
+def test_an_average_that_is_not_finite_leaves_the_model_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = recipe_of(**{"strategy.name": "FedAdam", "strategy.arguments": {"eta": 1e300}})
+    run = StrategyRun(recipe)
+    before = {name: value.copy() for name, value in run.arrays.items()}
+    with np.errstate(over="ignore", invalid="ignore"):
+        run.play_round(GridMessenger(RecordingGrid(recipe), range(2, 8)))
+    assert all(np.array_equal(before[name], value) for name, value in run.arrays.items())
+    assert "round 0: its average is not finite; the model stays as it is" in caplog.text
 
 
 def test_only_trainable_parameters_travel() -> None:
@@ -120,6 +185,10 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
         RecipeError, match=r'expected a run with strategy = {"arguments": {}, "name": "FedMedian"}; got {'
     ):
         other.resume(tmp_path)
+    with pytest.raises(RecipeError, match=r"expected a run with partition = "):
+        StrategyRun(recipe_of(**{"partition.sizes": "zipf"})).resume(tmp_path)
+    with pytest.raises(RecipeError, match=r"expected a run whose .*norm.* the recipe has another model now"):
+        StrategyRun(recipe_of(**{"task.norm": True})).resume(tmp_path)
     again = StrategyRun(recipe_of(**{"clients.actors": 3}))
     again.resume(tmp_path)
     assert again.is_done()
