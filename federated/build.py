@@ -15,7 +15,7 @@ from federated.client import ClientData, LocalTrainer
 from federated.evaluation import KeepScores, OwnExamples, evaluate_on, forget, over_clients, score_of
 from federated.faults import ClientFaultPlan, FaultyChannel
 from federated.global_model import RoundRates
-from federated.gradients import GradientTrainer, arrays_of
+from federated.gradients import GradientTrainer, arrays_of, running_statistics
 from federated.partition import Partition
 from federated.protocols.options import GradientOptions, ProtocolOptions
 from federated.protocols.protocol import Protocol
@@ -98,6 +98,11 @@ def working_model_of(
         RecipeError: the recipe does not fit the model.
     """
     module = initial_module(recipe, task).to(device)
+    if recipe.zo.train_mode and (statistics := running_statistics(module)):
+        raise RecipeError(
+            f"zo.train_mode: expected false with {next(iter(statistics))}, which clients neither keep nor send; in "
+            "evaluation mode they probe the model that is evaluated"
+        )
     optimizer = make_optimizer(ZOSGD, recipe.optimizer, module)
     if not isinstance(optimizer, ZerothOrderOptimizer):  # the recipe sees to that
         raise TypeError(type(optimizer))

@@ -26,6 +26,7 @@ from federated.server import Server
 from federated.tables import FAULTS
 from federated.wire import MODEL_BYTES, REPORT_BYTES, ReportHeader, is_lost
 from federated.working_model import WorkingModel
+from raytrain.errors import RecipeError
 from raytrain.optim.arguments import optimizer_options
 from raytrain.optim.optimizers import make_optimizer
 from raytrain.optim.options import ZEROTH_ORDER
@@ -74,7 +75,7 @@ def parameters_of(federation: Federation) -> list[Tensor]:
 def test_a_client_that_is_served_after_others_answers_as_one_that_is_served_first(
     more: dict[str, Any], train_mode: bool
 ) -> None:
-    task = {"name": "raytrain.testing:tiny", "dropout": 0.5, "norm": True}
+    task = {"name": "raytrain.testing:tiny", "dropout": 0.5, "norm": not train_mode}
     recipe = recipe_of(**more, task=task, **{"zo.train_mode": train_mode})
     federation = Federation.of(recipe)
     server = federation.server()
@@ -90,6 +91,15 @@ def test_a_client_that_is_served_after_others_answers_as_one_that_is_served_firs
     for client in reversed(payloads):
         assert trainer.answer(client, payloads[client]) == first[client]
     assert len(set(first.values())) == len(first)
+
+
+def test_statistics_that_nobody_sends_are_refused() -> None:
+    with pytest.raises(RecipeError) as error:
+        Federation.of(recipe_of(task={"name": "raytrain.testing:tiny", "norm": True}, **{"zo.train_mode": True}))
+    assert str(error.value) == (
+        "zo.train_mode: expected false with norm.running_mean, which clients neither keep nor send; in evaluation mode "
+        "they probe the model that is evaluated"
+    )
 
 
 def zeroth_step_by_step(recipe: FederateRecipe, optimizer: str, seeds: list[list[int]], up: str) -> list[Tensor]:
