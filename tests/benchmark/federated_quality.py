@@ -2,7 +2,7 @@
 
     python tests/benchmark/federated_quality.py                     # digits, five seeds: an hour and a half of one core
     python tests/benchmark/federated_quality.py --quick             # one seed of Dirichlet 0.5: 9 minutes
-    python tests/benchmark/federated_quality.py --rows sst2         # MiniLM; also --partition, --method and --seeds
+    python tests/benchmark/federated_quality.py --rows sst2         # MiniLM; also --partition, --method, --seeds, --rate
     python tests/benchmark/federated_quality.py --rows shakespeare  # a GPT, with the speakers of plays as clients
 
 digits: handwritten digits, 2,410 parameters from random weights, 100 clients, IID and Dirichlet 0.5 and 0.1.
@@ -117,9 +117,9 @@ def tuned_rate(group: Group, method: str, partition: str) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-def row_of(name: str, group: Group, method: str, partition: str, count: int) -> dict[str, Any]:
+def row_of(name: str, group: Group, method: str, partition: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return a row of the table, the means over its seeds."""
-    rate = tuned_rate(group, method, partition)
+    rate, count = options.rate or tuned_rate(group, method, partition), options.seeds
     recipe = recipe_of(group, method, partition, group.steps, rate)
     recipe = recipe.with_overrides({"evaluation.clients": group.clients})
     seeded = [recipe.with_overrides({"seed": seed}) for seed in range(1, count + 1)]
@@ -229,7 +229,7 @@ def measure(name: str, group: Group, options: argparse.Namespace) -> Iterator[di
     for partition in group.partitions:
         for method in methods if not options.partition or partition in options.partition else []:
             if method != CENTRALISED or partition == "iid":
-                yield row_of(name, group, method, partition, options.seeds)
+                yield row_of(name, group, method, partition, options)
 
 
 def main() -> None:
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each row")
     parser.add_argument("--partition", choices=[*PARTITIONS, *SPEAKERS], action="append", help="likewise")
     parser.add_argument("--method", choices=known, action="append", help="likewise")
+    parser.add_argument("--rate", type=float, help="learning rate, found before; default: the best of some")
     parser.add_argument("--start", type=Path, help="run of the GPT that speakers begin with; default: one is trained")
     options = parse(parser)
     if options.quick:
