@@ -228,5 +228,5 @@ def _train_first(kind: str) -> tuple[bool, str]:
 
 
 def _row(*cells: str) -> str:
-    escaped = [cell.replace("|", "\\|") for cell in cells]
+    escaped = [cell.replace("|", "\\|").replace("\n", "\\n") for cell in cells]
     return f"| {' | '.join(escaped)} |\n"

@@ -63,7 +63,11 @@ def read_corpus(path: Path, pattern: str) -> list[Document]:
     """Read a corpus: one document for a file, or for each file of a folder that matches a pattern.
 
     Domains are the speakers of a play in a single file, or the top-level folders and files of a folder.
+
+    Raises:
+        RecipeError: there is none.
     """
+    check_corpus(path, pattern)
     files = _files(path, pattern)
     if len(files) > 1:
         return _read(path, files)

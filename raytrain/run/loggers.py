@@ -71,7 +71,7 @@ def logger_class(name: str) -> Callable[[Path, int], Logger]:
     found: Callable[[Path, int], Logger] = LOGGER.load(LOGGERS, name)
     missing = [package for package in getattr(found, "needs", ()) if importlib.util.find_spec(package) is None]
     if missing:
-        raise RecipeError(f"log.loggers: {name} needs {' and '.join(missing)}: pip install raytrain[{name}]")
+        raise RecipeError(f"log.loggers: {name} needs {' and '.join(missing)}: python install.py {name}")
     return found
 
 

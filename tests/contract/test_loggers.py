@@ -275,5 +275,5 @@ def test_what_is_not_installed_is_told_before_anything_starts(
         logger_class(name)
     ended = raytrain("train", "digits", f"log.loggers=['{name}']")
     assert ended.status == 2
-    assert ended.err == f"raytrain: log.loggers: {name} needs {package}: pip install raytrain[{name}]\n"
+    assert ended.err == f"raytrain: log.loggers: {name} needs {package}: python install.py {name}\n"
     assert not (workplace / "runs").exists()
