@@ -2,7 +2,7 @@
 
     python tests/benchmark/federated_quality.py                     # digits, five seeds: an hour and a half of one core
     python tests/benchmark/federated_quality.py --quick             # one seed of Dirichlet 0.5: 9 minutes
-    python tests/benchmark/federated_quality.py --rows sst2         # MiniLM; also --partition, --method, --seeds, --rate
+    python tests/benchmark/federated_quality.py --rows sst2         # MiniLM; also --partition, --method, --rate
     python tests/benchmark/federated_quality.py --rows shakespeare  # a GPT, with the speakers of plays as clients
 
 digits: handwritten digits, 2,410 parameters from random weights, 100 clients, IID and Dirichlet 0.5 and 0.1.

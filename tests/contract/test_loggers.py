@@ -271,7 +271,7 @@ def test_what_is_not_installed_is_told_before_anything_starts(
     name: str, package: str, raytrain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, workplace: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(RecipeError, match=rf"^log.loggers: {name} needs {package}: pip install raytrain\[{name}\]$"):
+    with pytest.raises(RecipeError, match=rf"^log.loggers: {name} needs {package}: python install.py {name}$"):
         logger_class(name)
     ended = raytrain("train", "digits", f"log.loggers=['{name}']")
     assert ended.status == 2
