@@ -218,7 +218,8 @@ def test_a_client_with_more_examples_than_reports_may_say_is_found_before_the_ru
     with pytest.raises(RecipeError) as error:
         Federation.of(recipe_of(**{"clients.count": 10, "limits.examples": 100}))
     assert str(error.value) == (
-        "limits.examples: expected at least 144, as a client has so many and its reports would be refused; got 100"
+        "limits.examples: expected at least 144, the examples of the largest client, or its reports would be refused; "
+        "got 100"
     )
 
 
