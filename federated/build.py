@@ -68,8 +68,8 @@ def partition_of(recipe: FederateRecipe, task: Task) -> Partition:
     largest = max(partition.size(client) for client in range(min(partition.clients, SIZES_SHOWN)))
     if largest > recipe.limits.examples:
         raise RecipeError(
-            f"limits.examples: expected at least {largest}, the examples of the largest client, or its reports would be "
-            f"refused; got {recipe.limits.examples}"
+            f"limits.examples: expected at least {largest}, the examples of the largest client, or its reports would "
+            f"be refused; got {recipe.limits.examples}"
         )
     return partition
 
